@@ -1,0 +1,54 @@
+# make demo | test | lint | clean. Needs Python 3.11 or newer and the package index, nothing else.
+SHELL := /bin/sh
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# the newest of these that is 3.11 or newer and can make a virtual environment
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	>/dev/null 2>&1 && { echo $$p; break; }; done)
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   install and run the embedded study; prints the path of its report"
+	@echo "make test   install and run the tests (ARGS='-k name' selects)"
+	@echo "make lint   ruff, mypy --strict, the direction of imports"
+	@echo "make clean  remove .venv, caches and builds; runs/ stays"
+
+demo: $(VENV)/.runtime
+	$(BIN)/depthprobe sweep $(ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv on the PATH;" \
+		"install one (Debian: python3 and python3-venv) or name it: make PYTHON=/path/to/python3"; \
+		exit 2; } >&2
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: PYTHON: '$(PYTHON)' is not usable; Python 3.11 or newer" >&2; exit 2; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+
+# the stamps are as new as the last installation, so that a second call installs nothing
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.runtime $@

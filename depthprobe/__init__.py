@@ -1,0 +1,66 @@
+"""How many layers does an LLM-based recommender need? The public API, imported lazily."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from depthprobe.data.prepared import load_data, prepare_data
+    from depthprobe.evaluation.metrics import metrics_from_ranks
+    from depthprobe.evaluation.ranks import rank_targets
+    from depthprobe.models.backbones import load_backbone
+    from depthprobe.models.blocks import find_blocks, keep_blocks
+    from depthprobe.models.exported import load_recommender
+    from depthprobe.models.skipping import skip_blocks
+    from depthprobe.report.html import build_report
+    from depthprobe.study import load_study
+    from depthprobe.sweep.runner import run_sweep
+    from depthprobe.sweep.store import open_run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "build_report",
+    "find_blocks",
+    "keep_blocks",
+    "load_backbone",
+    "load_data",
+    "load_recommender",
+    "load_study",
+    "metrics_from_ranks",
+    "open_run",
+    "prepare_data",
+    "rank_targets",
+    "run_sweep",
+    "skip_blocks",
+]
+
+_HOME = {
+    "build_report": "report.html",
+    "find_blocks": "models.blocks",
+    "keep_blocks": "models.blocks",
+    "load_backbone": "models.backbones",
+    "load_data": "data.prepared",
+    "load_recommender": "models.exported",
+    "load_study": "study",
+    "metrics_from_ranks": "evaluation.metrics",
+    "open_run": "sweep.store",
+    "prepare_data": "data.prepared",
+    "rank_targets": "evaluation.ranks",
+    "run_sweep": "sweep.runner",
+    "skip_blocks": "models.skipping",
+}
+
+
+def __getattr__(name: str) -> object:
+    # a command that needs no model must not pay seconds for importing torch
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,158 @@
+"""What the commands share: a study from flags, and checks that need no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from depthprobe.study import (
+    BadInput,
+    Study,
+    demo_study,
+    load_study,
+    override,
+    study_from_dict,
+    study_to_dict,
+)
+
+RUN_FILES = ("manifest.json", "study.toml")
+# names that say nothing about the dataset: its folder's name is the better one
+GENERIC = {"data", "dataset", "interactions", "log", "ratings", "reviews", "sequences", "train"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFlags:
+    """The flags that make a study or change one; None leaves it as it is."""
+
+    study: Path | None = None
+    data: str | None = None
+    backbone: str | None = None
+    layers: str | None = None
+    methods: str | None = None
+    seeds: int | None = None
+    epochs: int | None = None
+    device: str | None = None
+    tuning: str | None = None
+    name: str | None = None
+
+
+def make_study(flags: StudyFlags) -> Study:
+    """The study that the flags ask for: from a file, from data and backbone, or the demo.
+
+    Raises:
+        BadInput: for a value that can't be used, or a path that does not exist.
+    """
+    if flags.study is not None:
+        study = load_study(flags.study)
+        if study.name == flags.study.stem == "study":
+            study = override(study, name=flags.study.resolve().parent.name)
+    elif flags.data is None and flags.backbone is None:
+        study = demo_study()
+    else:
+        study = Study(name=_study_name(flags.data, flags.backbone))
+    changes = {
+        "name": flags.name,
+        "layers": flags.layers,
+        "methods": None if flags.methods is None else split_list(flags.methods),
+        "seeds": flags.seeds,
+        "device": flags.device,
+        "recipe.epochs": flags.epochs,
+        "data.source": flags.data,
+        "backbone.source": flags.backbone,
+        "backbone.tuning": flags.tuning,
+    }
+    # once through plain values: it checks the flags as a study file's values are checked
+    study = study_from_dict(study_to_dict(override(study, **changes)))
+    check_data(study.data.source)
+    check_backbone(study.backbone.source)
+    return study
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated list, without blanks."""
+    return tuple(part for part in (piece.strip() for piece in text.split(",")) if part)
+
+
+def _study_name(data: str | None, backbone: str | None) -> str:
+    parts: list[str] = []
+    if data not in {None, "embedded"}:
+        path = Path(str(data)).resolve()
+        is_generic = path.stem.lower() in GENERIC
+        parts.append(path.parent.name if is_generic else path.name if path.is_dir() else path.stem)
+    if backbone not in {None, "embedded"}:
+        parts.append(Path(str(backbone)).resolve().name)
+    return "-".join(part for part in parts if part) or "embedded"
+
+
+def default_output(study: Study) -> Path:
+    """The folder of a run that has not been named: ``runs/<study's name>``."""
+    return Path("runs", re.sub(r"[^\w.-]+|^\.+", "-", study.name).strip("-") or "study")
+
+
+def check_data(source: str) -> None:
+    """Refuse a log that does not exist."""
+    if source != "embedded" and not Path(source).exists():
+        raise BadInput("data", source, "a file or folder that exists, or embedded")
+
+
+def check_backbone(source: str) -> None:
+    """Refuse what is neither a model's folder nor spelled like a Hugging Face id."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInput("backbone", source, "a folder with config.json")
+    elif not path.exists() and not HUB_ID.fullmatch(source):
+        raise BadInput("backbone", source, "a folder that exists, a Hugging Face id, or embedded")
+
+
+def check_settings(**settings: object) -> None:
+    """Refuse what a study file could not say, e.g. layers that name no depths."""
+    study_from_dict(settings)
+
+
+def whole(text: str) -> int:
+    """An option's whole number; the library's own message would not show what was written."""
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number") from None
+
+
+def check_at_least(field: str, value: int | None, low: int) -> None:
+    """Refuse a number below ``low``; None is no number and passes."""
+    if value is not None and value < low:
+        raise BadInput(field, value, f"a whole number of at least {low}")
+
+
+def check_output(path: Path) -> None:
+    """Refuse a folder for a run that holds something else, or can't be written."""
+    if path.is_dir() and any(path.iterdir()) and not is_run(path):
+        raise BadInput("output", path, "a new or empty folder, or an earlier run")
+    check_writable("output", path)
+
+
+def check_writable(field: str, path: Path) -> None:
+    """Refuse a folder that could not be made: below a file, or without the permission."""
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise BadInput(field, path, f"a folder ({existing} is a file)")
+    if not os.access(existing, os.W_OK):
+        raise BadInput(field, path, f"a folder that can be written ({existing} can't)")
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder is a run, complete or begun."""
+    return any((path / name).is_file() for name in RUN_FILES)
+
+
+def check_run(path: Path) -> None:
+    """Refuse what is not the folder of a run."""
+    if not path.is_dir():
+        raise BadInput("run", path, "a folder that exists")
+    if not is_run(path):
+        raise BadInput("run", path, f"a folder that sweep wrote ({' or '.join(RUN_FILES)} in it)")

@@ -1,0 +1,60 @@
+"""Parameters, split into what depth changes and what it doesn't, and FLOPs a user."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.recommender import Recommender
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of weights: blocks, token_embeddings, adapters, item_table, total, trainable.
+
+    Adapters are everything of a recommender that is none of the other three, the final norm
+    included. Weights that two modules share count once.
+    """
+    total = {id(p): p.numel() for p in model.parameters()}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts: dict[str, nn.Module | None] = {"blocks": None, "token_embeddings": None}
+    if isinstance(model, Recommender):
+        parts["blocks"] = find_blocks(model.backbone)
+        parts["token_embeddings"] = model.backbone.get_input_embeddings()
+    elif isinstance(getattr(model, "blocks", None), nn.Module):
+        parts["blocks"] = model.blocks  # type: ignore[assignment]
+    items = getattr(model, "items", None)
+    parts["item_table"] = items if isinstance(items, nn.Module) else None
+    counts = {
+        name: 0 if part is None else sum(total.pop(id(p), 0) for p in part.parameters())
+        for name, part in parts.items()
+    }
+    everything = sum(p.numel() for p in model.parameters())
+    return {
+        "blocks": counts["blocks"],
+        "token_embeddings": counts["token_embeddings"],
+        "adapters": sum(total.values()),
+        "item_table": counts["item_table"],
+        "total": everything,
+        "trainable": trainable,
+    }
+
+
+def flops_per_user(model: Recommender, length: int) -> int:
+    """Analytic FLOPs of encoding one user and scoring the catalogue; a multiply-add is two.
+
+    Every matrix of a dense block is used once a position; attention is not halved for causality;
+    norms, activations and the shared prompt (once a batch) are left out.
+
+    Args:
+        length: items in the history.
+    """
+    blocks = find_blocks(model.backbone)
+    matrices = sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+    config = model.backbone.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attended = length + len(model.prompt)
+    attention = 4 * length * attended * heads * head_dim * len(blocks)
+    n_items, d_item = model.item_matrix().shape
+    adapters = 2 * d_item * config.hidden_size * (length + 1)
+    return 2 * matrices * length + attention + adapters + 2 * (n_items - 1) * d_item

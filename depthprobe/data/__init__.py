@@ -1,0 +1,1 @@
+"""Raw logs to time-ordered sequences, to splits, to batches. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Ranks, metrics, intervals, and the smallest depth that is good enough."""

@@ -1,0 +1,123 @@
+"""Rank each evaluated user's target with a trained model: the same users and negatives for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from depthprobe.data.batches import length_buckets, pad
+from depthprobe.data.prepared import Sequences
+from depthprobe.data.splits import Split
+from depthprobe.evaluation.ranks import rank_users
+
+BATCH = 256
+
+
+class Encoder(Protocol):
+    """What can be evaluated: histories to user vectors, scored by dot product with the items."""
+
+    def encode(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T) right-padded item ids and (B,) lengths -> (B, d) user vectors."""
+        ...
+
+    def item_matrix(self) -> Tensor:
+        """(I + 1, d); row 0 is padding."""
+        ...
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Users, what they had taken before, and the target that a model must find."""
+
+    users: np.ndarray  # (E,)
+    histories: list[np.ndarray]  # E arrays of item ids, the latest last
+    targets: np.ndarray  # (E,) item ids
+    seen: list[np.ndarray] | None  # items excluded from a user's ranking
+    negatives: np.ndarray | None  # (E, 999)
+
+    def batches(
+        self, size: int, device: torch.device
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Indices, histories (B, T) and lengths (B,), users of like length together."""
+        lengths = np.array([len(history) for history in self.histories])
+        for chosen in length_buckets(lengths, size):
+            histories = torch.from_numpy(pad([self.histories[i] for i in chosen]))
+            yield chosen, histories.to(device), torch.from_numpy(lengths[chosen]).to(device)
+
+    def rank(self, chosen: np.ndarray, vectors: Tensor, items: Tensor) -> dict[str, np.ndarray]:
+        """Ranks of the chosen users' targets by protocol, from user vectors (B, d)."""
+        ranks = rank_users(
+            vectors,
+            items,
+            torch.from_numpy(self.targets[chosen].astype(np.int64)),
+            seen=None if self.seen is None else [self.seen[i] for i in chosen],
+            negatives=None
+            if self.negatives is None
+            else torch.from_numpy(self.negatives[chosen].astype(np.int64)),
+        )
+        return {protocol: values.cpu().numpy() for protocol, values in ranks.items()}
+
+
+def questions(
+    sequences: Sequences,
+    split: Split,
+    part: str,
+    *,
+    max_history: int,
+    filter_seen: bool,
+    negatives: np.ndarray | None = None,
+    limit: int | None = None,
+) -> Questions:
+    """The evaluation questions of ``validation`` or ``test``.
+
+    Args:
+        limit: at most so many users, drawn once with a fixed seed so that every model of a study
+            answers the same ones.
+        negatives: (E, n) item ids aligned with ``split.users``, for the sampled protocol.
+    """
+    chosen = np.arange(len(split.users))
+    if limit is not None and limit < len(chosen):
+        chosen = np.sort(np.random.default_rng(0).permutation(len(chosen))[:limit])
+    users = split.users[chosen]
+    return Questions(
+        users=users,
+        histories=[split.history(part, int(user), max_history) for user in users],
+        targets=split.targets(part)[chosen],
+        seen=[split.seen(part, int(user)) for user in users] if filter_seen else None,
+        negatives=None if negatives is None else negatives[chosen],
+    )
+
+
+class Ranks:
+    """Ranks by protocol, filled batch by batch."""
+
+    def __init__(self, users: int) -> None:
+        self._users = users
+        self.values: dict[str, np.ndarray] = {}
+
+    def put(self, chosen: np.ndarray, ranks: dict[str, np.ndarray]) -> None:
+        """Store a batch's ranks at the places of its users."""
+        for protocol, values in ranks.items():
+            whole = self.values.setdefault(protocol, np.full(self._users, np.nan))
+            whole[chosen] = values
+
+
+@torch.inference_mode()
+def evaluate(model: Encoder, asked: Questions, *, device: torch.device) -> dict[str, np.ndarray]:
+    """Rank of every user's target by protocol, each (E,) float64; the model must be in eval mode."""
+    ranks = Ranks(len(asked.users))
+    items = model.item_matrix()
+    for chosen, histories, lengths in asked.batches(BATCH, device):
+        ranks.put(chosen, asked.rank(chosen, model.encode(histories, lengths), items))
+    return ranks.values
+
+
+def mean_ndcg(ranks: Sequence[float] | np.ndarray, k: int = 10) -> float:
+    """NDCG@K of ranks, the score that early stopping watches."""
+    values = np.asarray(ranks, dtype=np.float64)
+    return float(np.where(values <= k, 1 / np.log2(values + 1), 0.0).mean())

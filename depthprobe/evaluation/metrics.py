@@ -1,0 +1,118 @@
+"""HR@K, NDCG@K and MRR of one target a user, from ranks; a mean is the mean of per-user values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def metrics_from_ranks(ranks: Any, ks: Iterable[int] = (1, 5, 10)) -> dict[str, float]:
+    """``HR@K`` and ``NDCG@K`` for each K, and ``MRR``: means of :func:`per_user_metric`.
+
+    Args:
+        ranks: (U,), 1-based, fractional over ties; a tensor, an array or a list.
+        ks: the cut-offs, integers from 1.
+
+    Raises:
+        ValueError: if there are no ranks, or one is NaN, infinite or below 1.
+    """
+    checked = _ranks(ranks)
+    if not len(checked):
+        raise ValueError("no ranks: nobody was evaluated")
+    cuts = sorted(set(ks))
+    names = [f"{gain}@{k}" for gain in ("HR", "NDCG") for k in cuts] + ["MRR"]
+    return {name: float(per_user_metric(checked, name).mean()) for name in names}
+
+
+def per_user_metric(ranks: Any, name: str) -> np.ndarray:
+    """One metric of each user, float64 (U,): ``HR@K``, ``NDCG@K`` or ``MRR``.
+
+    With one relevant item of rank r: HR@K = [r <= K], NDCG@K = [r <= K] / log2(r + 1), MRR = 1 / r.
+
+    Raises:
+        ValueError: if the metric is unknown, or a rank is NaN, infinite or below 1.
+    """
+    checked = _ranks(ranks)
+    if name == "MRR":
+        values: np.ndarray = 1 / checked
+    elif cut := _cut(name):
+        hit = (checked <= cut).astype(np.float64)
+        values = hit if name.startswith("HR") else hit / np.log2(checked + 1)
+    else:
+        raise ValueError(f"metric is {name!r}, expected HR@K, NDCG@K (K from 1) or MRR")
+    return values
+
+
+def check_metrics(
+    metrics: Mapping[str, float], *, whole: bool = False, tolerance: float = 1e-9
+) -> None:
+    """Refuse a table row that no set of ranks can give; other metrics are passed over.
+
+    The share HR@K - HR@1 has ranks above 1 and up to K, and so bounds the rest: for whole ranks
+    ``HR@1 + (HR@K - HR@1) / log2(K + 1) <= NDCG@K <= HR@1 + (HR@K - HR@1) / log2(3)``, and
+    ``MRR`` lies likewise between ``HR@1 + (HR@K - HR@1) / K`` and ``HR@1 + (HR@K - HR@1) / 2 +
+    (1 - HR@K) / (K + 1)``. The mean rank over a tie can be 1.5, or K + 1/2: the upper bounds are
+    then wider, with log2(2.5), 1.5 and K + 1/2.
+
+    Args:
+        metrics: values as shares, not per cent.
+        whole: all ranks are whole numbers (as in published tables): the sharper bounds hold.
+        tolerance: how far a bound may be missed; for printed tables, their rounding.
+
+    Raises:
+        ValueError: naming the first bound that is missed.
+    """
+    next_best = 2.0 if whole else 1.5
+    after = 1.0 if whole else 0.5
+
+    def at_most(low: float, low_name: str, high: float, high_name: str) -> None:
+        if not low <= high + tolerance:  # so that NaN is refused
+            raise ValueError(f"{low_name} = {low:.6g} is above {high_name} = {high:.6g}")
+
+    for name, value in metrics.items():
+        if _cut(name) or name == "MRR":
+            at_most(0.0, "0", value, name)
+            at_most(value, name, 1.0, "1")
+    for gain in ("HR", "NDCG"):
+        cuts = sorted(_cut(name) for name in metrics if name.startswith(f"{gain}@"))
+        for pair in itertools.pairwise(cuts):
+            names = [f"{gain}@{cut}" for cut in pair]
+            at_most(metrics[names[0]], names[0], metrics[names[1]], names[1])
+    first = metrics.get("HR@1")
+    for cut in sorted(_cut(name) for name in metrics if name.startswith("HR@")):
+        hits = metrics[f"HR@{cut}"]
+        # without HR@1 it may be anything up to HR@K: all on top, or none
+        top, bottom = (hits, 0.0) if first is None else (first, first)
+        gain_name, bound = f"NDCG@{cut}", f"its bound from HR@1 and HR@{cut}"
+        if gain_name in metrics:
+            highest = top + (hits - top) / math.log2(1 + min(next_best, cut))
+            at_most(metrics[gain_name], gain_name, highest, bound)
+            lowest = bottom + (hits - bottom) / math.log2(cut + 1)
+            at_most(lowest, bound, metrics[gain_name], gain_name)
+        if "MRR" in metrics:
+            highest = top + (hits - top) / next_best + (1 - hits) / (cut + after)
+            at_most(metrics["MRR"], "MRR", highest, bound)
+            at_most(bottom + (hits - bottom) / cut, bound, metrics["MRR"], "MRR")
+
+
+def _cut(name: str) -> int:
+    gain, _, cut = name.partition("@")
+    whole = cut.isascii() and cut.isdigit() and not cut.startswith("0")
+    return int(cut) if gain in {"HR", "NDCG"} and whole else 0
+
+
+def _ranks(ranks: Any) -> np.ndarray:
+    if hasattr(ranks, "detach"):  # a tensor; this module needs no torch
+        ranks = ranks.detach().cpu()
+    checked = np.asarray(ranks, dtype=np.float64)
+    if checked.ndim != 1:
+        raise ValueError(f"expected ranks (U,), got {checked.shape}")
+    bad = ~(np.isfinite(checked) & (checked >= 1))
+    if bad.any():
+        place = int(bad.argmax())
+        raise ValueError(f"rank {place} is {checked[place]}, expected a number from 1")
+    return checked

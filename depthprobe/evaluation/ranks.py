@@ -1,0 +1,254 @@
+"""Ranks of targets among all items, tie-aware; the scores of the catalogue exist in chunks only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20
+
+
+@torch.no_grad()
+def rank_targets(scores: Any, targets: Any, exclude: Any = None) -> Tensor:
+    """Mean rank over ties of each row's target, 1-based.
+
+    ``1 + #(s > s_t) + #(s == s_t, other items) / 2``: what a random order of the tied items gives
+    on average, so constant scores put the target in the middle and not on top.
+
+    Args:
+        scores: (B, I); infinities are allowed.
+        targets: (B,), column indices.
+        exclude: (B, I) bool, items that are never counted; the target itself always is.
+
+    Returns:
+        (B,) float64, on the CPU. Each argument may be a tensor, an array or nested lists.
+
+    Raises:
+        ValueError: if shapes disagree, a target is no column, or a score is NaN.
+    """
+    table = torch.as_tensor(scores)
+    wanted = torch.as_tensor(targets, device=table.device)
+    if table.dim() != 2 or wanted.shape != table.shape[:1]:
+        raise ValueError(
+            f"expected scores (B, I) and targets (B,), got {tuple(table.shape)}"
+            f" and {tuple(wanted.shape)}"
+        )
+    if not wanted.numel():
+        return torch.zeros(0, dtype=torch.float64)
+    if wanted.is_floating_point() or wanted.dtype == torch.bool:
+        raise ValueError(f"targets are {wanted.dtype}, expected integers")
+    wanted = wanted.long()
+    _check_range(wanted, 0, table.shape[1] - 1)
+    _check_nan(table)
+    at_target = table.gather(1, wanted[:, None])  # (B, 1)
+    above, tied = table > at_target, table == at_target  # (B, I)
+    if exclude is not None:
+        left_out = torch.as_tensor(exclude, device=table.device)
+        if left_out.shape != table.shape or left_out.dtype != torch.bool:
+            raise ValueError(
+                f"expected exclude {tuple(table.shape)} bool,"
+                f" got {tuple(left_out.shape)} {left_out.dtype}"
+            )
+        above &= ~left_out
+        tied &= ~left_out
+    tied.scatter_(1, wanted[:, None], False)
+    return 1 + above.sum(1).cpu().double() + tied.sum(1).cpu().double() / 2
+
+
+@torch.no_grad()
+def rank_users(
+    vectors: Tensor,
+    item_matrix: Tensor,
+    targets: Any,
+    *,
+    seen: Sequence[np.ndarray] | None = None,
+    negatives: np.ndarray | Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Rank each user's target by ``vectors @ item_matrix.T + bias``, in chunks of users.
+
+    The scores of a chunk are made once, for both protocols. The target's score is read out of
+    them: a dot product made apart can differ in the last bit, and an item tied with the target
+    would then count as above or below it. Half precision is raised to float32 for the same
+    reason, as it ties items that are not equal.
+
+    Args:
+        vectors: (E, d), one a user.
+        item_matrix: (I + 1, d); row 0 is padding and never ranked.
+        targets: (E,), items 1..I.
+        seen: for each user the items to leave out (any number, repeats allowed); the target is
+            ranked even if it is among them. None ranks against the whole catalogue.
+        negatives: (E, n), items 1..I, for the sampled protocol.
+        chunk_bytes: most memory that the scores of a chunk take, and again for working on them;
+            one user's row at least.
+        bias: (I + 1,), added to the scores.
+
+    Returns:
+        ``{"full": (E,)}`` and, with negatives, ``"sampled-<n>"``: float64 on the CPU.
+
+    Raises:
+        ValueError: if shapes disagree, an item is not in 1..I, or a score is NaN.
+    """
+    vectors, table, shift = _operands(vectors, item_matrix, bias)
+    wanted = torch.as_tensor(targets).to(vectors.device).long()
+    n_users, n_items = len(vectors), len(table)
+    if wanted.shape != (n_users,):
+        raise ValueError(f"expected targets ({n_users},), got {tuple(wanted.shape)}")
+    if seen is not None and len(seen) != n_users:
+        raise ValueError(f"expected seen items of {n_users} users, got {len(seen)}")
+    if negatives is not None and (negatives.ndim != 2 or len(negatives) != n_users):
+        raise ValueError(f"expected negatives ({n_users}, n), got {tuple(negatives.shape)}")
+    _check_range(wanted, 1, n_items)
+    full = torch.empty(n_users, dtype=torch.float64)
+    ranks = {"full": full}
+    if negatives is not None:
+        ranks[f"sampled-{negatives.shape[1]}"] = torch.empty_like(full)
+    parts = _chunks(n_users, n_items, vectors.element_size(), chunk_bytes)
+    # used again for every chunk: fresh memory of this size costs as much as half the product
+    room = vectors.new_empty((parts[0].stop if parts else 0, n_items))
+    marks = torch.empty_like(room, dtype=torch.float32)
+    for part in parts:
+        scores = _score(vectors[part], table, shift, out=room)  # (C, I)
+        mark = marks[: len(scores)]
+        # one pass: a sum is NaN where a score is; inf - inf is too, so look again before refusing
+        if not torch.isfinite(scores.sum()):
+            _check_nan(scores, first=part.start)
+        column = wanted[part, None] - 1  # (C, 1)
+        at_target = scores.gather(1, column)  # (C, 1)
+        above = _count(torch.gt(scores, at_target, out=mark))
+        level = _count(torch.ge(scores, at_target, out=mark))  # tied ones and the target too
+        if seen is not None:
+            rows, left_out = _pairs(seen[part], n_items, vectors.device)
+            other = left_out != column[rows, 0]
+            rows, left_out = rows[other], left_out[other]
+            apart, limit = scores[rows, left_out], at_target[rows, 0]
+            above -= torch.bincount(rows[apart > limit], minlength=len(scores))
+            level -= torch.bincount(rows[apart >= limit], minlength=len(scores))
+        # above + 1 .. level are the places of the tied items
+        full[part] = (above + level + 1).cpu().double() / 2
+        if negatives is not None:
+            drawn = torch.as_tensor(negatives[part]).to(vectors.device).long() - 1  # (C, n)
+            _check_range(drawn + 1, 1, n_items)
+            among = scores.gather(1, drawn)
+            other = drawn != column
+            above = ((among > at_target) & other).sum(1)
+            level = ((among >= at_target) & other).sum(1) + 1
+            ranks[f"sampled-{drawn.shape[1]}"][part] = (above + level + 1).cpu().double() / 2
+    return ranks
+
+
+@torch.no_grad()
+def top_items(
+    vectors: Tensor,
+    item_matrix: Tensor,
+    *,
+    k: int,
+    seen: Sequence[np.ndarray] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best items of each user, best first, the lower item first on ties.
+
+    Arguments as for :func:`rank_users`; ``seen`` items are left out.
+
+    Returns:
+        Items 1..I, int64 (E, k), and their scores (E, k), on the CPU. Where a user has fewer than
+        ``k`` items left, the last are 0, with the score -inf.
+
+    Raises:
+        ValueError: if ``k`` is not in 1..I, shapes disagree, or a score is NaN.
+    """
+    vectors, table, shift = _operands(vectors, item_matrix, bias)
+    n_users, n_items = len(vectors), len(table)
+    if not 1 <= k <= n_items:
+        raise ValueError(f"k is {k}, expected 1 to {n_items}, the number of items")
+    if seen is not None and len(seen) != n_users:
+        raise ValueError(f"expected seen items of {n_users} users, got {len(seen)}")
+    items = torch.empty((n_users, k), dtype=torch.int64)
+    best = torch.empty((n_users, k), dtype=vectors.dtype)
+    for part in _chunks(n_users, n_items, vectors.element_size(), chunk_bytes):
+        scores = _score(vectors[part], table, shift)
+        _check_nan(scores, first=part.start)
+        left = torch.full((len(scores),), n_items, device=scores.device)
+        if seen is not None:
+            rows, left_out = _pairs(seen[part], n_items, vectors.device)
+            scores[rows, left_out] = -torch.inf
+            left -= torch.bincount(rows, minlength=len(scores))
+        columns = scores.topk(k, dim=1).indices.sort(dim=1).values  # by item ...
+        values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+        columns = columns.gather(1, order) + 1  # ... then by score: ties stay in item order
+        columns[torch.arange(k, device=scores.device) >= left[:, None]] = 0
+        items[part], best[part] = columns.cpu(), values.cpu()
+    return items, best
+
+
+def _operands(
+    vectors: Tensor, item_matrix: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(E, d), (I, d) and (I,) without padding, in one precision of float32 at least."""
+    if vectors.dim() != 2 or item_matrix.dim() != 2 or vectors.shape[1] != item_matrix.shape[1]:
+        raise ValueError(
+            f"expected vectors (E, d) and an item matrix (I + 1, d), got {tuple(vectors.shape)}"
+            f" and {tuple(item_matrix.shape)}"
+        )
+    if len(item_matrix) < 2:
+        raise ValueError("the item matrix has no items besides padding")
+    if bias is not None and bias.shape != item_matrix.shape[:1]:
+        raise ValueError(f"expected bias ({len(item_matrix)},), got {tuple(bias.shape)}")
+    dtype = torch.promote_types(
+        torch.promote_types(vectors.dtype, item_matrix.dtype), torch.float32
+    )
+    table = item_matrix[1:].to(vectors.device, dtype)
+    return vectors.to(dtype), table, None if bias is None else bias[1:].to(vectors.device, dtype)
+
+
+def _score(
+    vectors: Tensor, table: Tensor, shift: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    into = None if out is None else out[: len(vectors)]
+    scores = torch.mm(vectors, table.T, out=into)  # (C, I)
+    return scores if shift is None else scores.add_(shift)
+
+
+def _count(marks: Tensor) -> Tensor:
+    """The number of ones in each row: many times faster than over booleans on a CPU."""
+    # whole numbers in float32 are exact up to 2^24
+    wide = marks.shape[1] > 2**24
+    return marks.sum(1, dtype=torch.float64 if wide else torch.float32).long()
+
+
+def _chunks(n_users: int, n_items: int, itemsize: int, chunk_bytes: int) -> list[slice]:
+    size = max(1, chunk_bytes // (n_items * itemsize))
+    return [slice(start, min(start + size, n_users)) for start in range(0, n_users, size)]
+
+
+def _pairs(seen: Sequence[np.ndarray], n_items: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Distinct (row, column) pairs of what a chunk of users has seen."""
+    rows = np.repeat(np.arange(len(seen), dtype=np.int64), [len(items) for items in seen])
+    items = np.concatenate([np.empty(0, np.int64), *(np.asarray(one, np.int64) for one in seen)])
+    if len(items) and not (items.min() >= 1 and items.max() <= n_items):
+        raise ValueError(f"seen items are {items.min()}..{items.max()}, expected 1..{n_items}")
+    pairs = np.unique(rows * n_items + items - 1)  # a repeated item is left out once
+    return (
+        torch.from_numpy(pairs // n_items).to(device),
+        torch.from_numpy(pairs % n_items).to(device),
+    )
+
+
+def _check_range(items: Tensor, low: int, high: int) -> None:
+    if items.numel() and not (low <= int(items.min()) and int(items.max()) <= high):
+        raise ValueError(
+            f"targets or negatives are {int(items.min())}..{int(items.max())},"
+            f" expected {low}..{high}"
+        )
+
+
+def _check_nan(scores: Tensor, *, first: int = 0) -> None:
+    bad = torch.isnan(scores).any(dim=1)
+    if bad.any():
+        raise ValueError(f"the scores of row {first + int(bad.nonzero()[0, 0])} hold NaN")

@@ -1,0 +1,215 @@
+"""Percentile bootstrap intervals: paired over users, crossed with seeds.
+
+Users are resampled exactly (multinomial weights, Efron 1979) and, where there are several seeds,
+seeds independently of them, as both are samples: a crossed or "pigeonhole" bootstrap (Owen 2007,
+arXiv 0704.0719). All arms of a comparison share each draw, so what makes a user easy or a seed
+lucky for both cancels. With S seeds the seeds' part of the variance comes out (S - 1) / S of its
+size: intervals over two or three seeds are somewhat too short in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+WEIGHT_BYTES = 4 * 2**20  # of weights at once: they stay in a cache while the arms read them
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence bounds; infinite where the data say nothing."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Mean of per-user values, shape (U,), or (S, U) with a row a seed.
+
+    Raises:
+        ValueError: if there are no values, or one is NaN or infinite.
+    """
+    return _bootstrap([values], lambda means: means[..., 0], resamples, level, seed)
+
+
+def bootstrap_means(
+    values: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> list[Interval]:
+    """Mean of each of M per-user quantities, (U, M), by the same draws of users.
+
+    Raises:
+        ValueError: if there are no values, or one is NaN or infinite.
+    """
+    (table,) = as_arms([values])  # (U, M)
+    if len(table) == 1:
+        return [Interval(float(value), -np.inf, np.inf) for value in table[0]]
+    rng = np.random.default_rng(seed)
+    chunk = max(1, WEIGHT_BYTES // (8 * len(table)))
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    draws = np.concatenate([_weights(rng, size, len(table)) @ table for size in sizes])  # (R, M)
+    return [
+        interval(float(value), draws[:, column], level=level)
+        for column, value in enumerate(table.mean(axis=0))
+    ]
+
+
+def bootstrap_difference(
+    candidate: Any,
+    reference: Any,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """``mean(candidate) - mean(reference)``, paired by user and seed; arguments (S, U) or (U,).
+
+    Raises:
+        ValueError: if the shapes differ, or a value is NaN or infinite.
+    """
+    arms = [candidate, reference]
+    return _bootstrap(arms, lambda means: means[..., 0] - means[..., 1], resamples, level, seed)
+
+
+def bootstrap_ratio(
+    candidate: Any,
+    reference: Any,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """``mean(candidate) / mean(reference)``, paired by user and seed; arguments (S, U) or (U,).
+
+    A resample in which the reference's mean is 0 counts against both bounds, so that they become
+    infinite where such resamples are frequent.
+
+    Raises:
+        ValueError: if the shapes differ, a value is NaN or infinite, or the reference's mean is 0.
+    """
+    if not np.any(np.mean(as_arms([candidate, reference])[1])):
+        raise ValueError("the reference's mean is 0: a ratio to it has no meaning")
+    return _bootstrap([candidate, reference], _ratio, resamples, level, seed)
+
+
+def median_ratio(
+    candidate: Any,
+    reference: Any,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Median over paired rounds of ``reference / candidate``: the speed-up of the candidate.
+
+    Args:
+        candidate: seconds in each round, (n,).
+        reference: seconds in the same rounds, (n,): what slows a whole round down cancels.
+        resamples: bootstrap draws of rounds.
+        level: two-sided confidence.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if the shapes differ or a time is not above 0.
+    """
+    times = np.asarray(candidate, np.float64), np.asarray(reference, np.float64)
+    if times[0].ndim != 1 or times[0].shape != times[1].shape or not times[0].size:
+        raise ValueError(f"expected two (n,) of times, got {times[0].shape} and {times[1].shape}")
+    if not all(np.all((t > 0) & np.isfinite(t)) for t in times):
+        raise ValueError("expected times above 0")
+    ratios = times[1] / times[0]  # (n,)
+    if len(ratios) == 1:
+        return Interval(float(ratios[0]), 0.0, float("inf"))
+    draws = np.random.default_rng(seed).integers(len(ratios), size=(resamples, len(ratios)))
+    return interval(float(np.median(ratios)), np.median(ratios[draws], axis=1), level=level)
+
+
+def as_arms(arms: Sequence[Any]) -> list[np.ndarray]:
+    """Check that all arms are finite and of one shape; each becomes float64 (S, U).
+
+    Raises:
+        ValueError: saying what was found.
+    """
+    checked = []
+    for values in arms:
+        if hasattr(values, "detach"):  # a tensor; this module needs no torch
+            values = values.detach().cpu()
+        checked.append(np.atleast_2d(np.asarray(values, dtype=np.float64)))
+    shapes = [arm.shape for arm in checked]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"paired values need one shape (seeds, users), got {shapes}")
+    if checked[0].ndim != 2 or not checked[0].size:
+        raise ValueError(f"expected (seeds, users) with at least one of each, got {shapes[0]}")
+    if not all(np.isfinite(arm).all() for arm in checked):
+        raise ValueError("values hold NaN or infinity")
+    return checked
+
+
+def resampled_means(
+    arms: Sequence[np.ndarray], *, resamples: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Bootstrap means of A arms, each (S, U), in chunks of C resamples.
+
+    Yields:
+        (C, A) with users and seeds resampled, and (C, A) with users alone, from the same draws.
+    """
+    n_seeds, n_users = arms[0].shape
+    rng = np.random.default_rng(seed)
+    chunk = max(1, WEIGHT_BYTES // (8 * n_users))
+    for start in range(0, resamples, chunk):
+        count = min(chunk, resamples - start)
+        users = _weights(rng, count, n_users)  # (C, U)
+        seeds = _weights(rng, count, n_seeds) if n_seeds > 1 else np.ones((count, 1))  # (C, S)
+        # one product an arm, not one for all: equal arms then have equal means to the last bit
+        means = np.stack([users @ arm.T for arm in arms], axis=1)  # (C, A, S)
+        yield np.einsum("cas,cs->ca", means, seeds), means.mean(axis=2)
+
+
+def interval(value: float, draws: np.ndarray, *, level: float) -> Interval:
+    """The percentile interval of bootstrap draws, shape (R,); bounds are draws, never between."""
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a number between 0 and 1")
+    tail = (1 - level) / 2
+    return Interval(value, lower_bound(draws, tail), -lower_bound(-draws, tail))
+
+
+def lower_bound(draws: np.ndarray, tail: float) -> float:
+    """The ``tail`` quantile of draws, shape (R,); NaN draws count as -inf."""
+    # "lower" does not interpolate, which would make NaN of infinite draws
+    return float(np.quantile(np.where(np.isnan(draws), -np.inf, draws), tail, method="lower"))
+
+
+def _bootstrap(
+    arms: Sequence[Any],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    resamples: int,
+    level: float,
+    seed: int,
+) -> Interval:
+    """Interval of ``statistic``, a function of means (..., A)."""
+    checked = as_arms(arms)
+    value = float(statistic(np.array([arm.mean() for arm in checked])))
+    if checked[0].shape[1] == 1:
+        return Interval(value, -np.inf, np.inf)
+    drawn = resampled_means(checked, resamples=resamples, seed=seed)
+    return interval(value, np.concatenate([statistic(both) for both, _ in drawn]), level=level)
+
+
+def _ratio(means: np.ndarray) -> np.ndarray:
+    """NaN where the reference, the last arm, is 0."""
+    bottom = means[..., 1]
+    ratio: np.ndarray = means[..., 0] / np.where(bottom == 0, np.nan, bottom)
+    return ratio
+
+
+def _weights(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """Multinomial weights with sum 1, float64 (count, size): how often each is drawn, / size."""
+    draws = rng.integers(size, size=(count, size))
+    draws += np.arange(count)[:, None] * size
+    weights: np.ndarray = np.bincount(draws.ravel(), minlength=count * size).reshape(count, size)
+    return weights / size

@@ -1,0 +1,161 @@
+"""The sufficient depth: the smallest that keeps the teacher's accuracy, shown and not just seen.
+
+A candidate is *shown* to suffice when the lower bound of its share of the teacher's mean metric is
+at least ``1 - margin``: a test of non-inferiority, paired by user and seed. Looking at many
+depths and methods and taking the smallest that passes would pass too easily, so each bound is
+one-sided at ``1 - (1 - level) / candidates`` (Bonferroni): with confidence ``level`` no candidate
+is wrongly shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from depthprobe.evaluation.statistics import (
+    Interval,
+    as_arms,
+    interval,
+    lower_bound,
+    resampled_means,
+)
+
+TAIL_DRAWS = 10  # a bound needs at least so many bootstrap draws below it
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one candidate keeps of the reference's mean.
+
+    ``kept`` is a two-sided interval for it alone; ``lower`` the one-sided bound that holds for
+    all candidates at once; ``shown`` says that ``lower >= 1 - margin``.
+    """
+
+    method: str
+    depth: int
+    kept: Interval
+    lower: float
+    shown: bool
+
+
+@dataclass(frozen=True)
+class Sufficiency:
+    """All candidates by depth, and the smallest that is shown to suffice; None if none is.
+
+    ``users_needed`` is about how many users would decide ``undecided``: of the candidates
+    shallower than ``depth`` whose estimate is within the margin and whose bound is not, the one
+    that needs the fewest. None if there is none, or if no number would do because the seeds
+    differ too much.
+    """
+
+    rows: tuple[Kept, ...]
+    method: str | None
+    depth: int | None
+    users_needed: int | None
+    undecided: tuple[str, int] | None
+    users: int
+    margin: float
+    level: float
+
+
+def sufficient_depth(
+    candidates: Mapping[tuple[str, int], Any],
+    reference: Any,
+    *,
+    margin: float = 0.01,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Sufficiency:
+    """Find the smallest depth whose loss against the reference is within the margin.
+
+    Args:
+        candidates: per-user values of a metric, (S, U) or (U,), by method and depth.
+        reference: the teacher's values, of the same shape, users and seeds.
+        margin: the relative loss that is acceptable, 0.01 is 1 %.
+        level: confidence.
+        resamples: bootstrap draws; more are made when many candidates need a farther tail.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if shapes differ, a value is NaN or infinite, the reference's mean is not
+            above 0, or the margin or level is not between 0 and 1.
+    """
+    if not 0 <= margin < 1 or not 0 < level < 1:
+        raise ValueError(f"margin is {margin} and level is {level}, expected numbers in [0, 1)")
+    names = sorted(candidates, key=lambda name: (name[1], name[0]))
+    try:
+        arms = as_arms([*(candidates[name] for name in names), reference])
+    except ValueError as error:
+        raise ValueError(f"candidates {names}, then the reference: {error}") from error
+    bottom = arms[-1].mean()
+    if not bottom > 0:
+        raise ValueError(f"the reference's mean is {bottom:g}, expected a number above 0")
+    users = arms[-1].shape[1]
+    if not names:
+        return Sufficiency((), None, None, None, None, users, margin, level)
+    tail = (1 - level) / len(names)
+    resamples = max(resamples, math.ceil(TAIL_DRAWS / tail))
+    drawn = list(resampled_means(arms, resamples=resamples, seed=seed))
+    crossed = _kept(np.concatenate([both for both, _ in drawn]))  # (R, A - 1)
+    by_user = _kept(np.concatenate([alone for _, alone in drawn]))
+    rows = []
+    for place, (method, depth) in enumerate(names):
+        value = float(arms[place].mean() / bottom)
+        draws = crossed[:, place]
+        lower = lower_bound(draws, tail) if users > 1 else -math.inf
+        kept = interval(value, draws, level=level) if users > 1 else _nothing(value)
+        rows.append(Kept(method, depth, kept, lower, lower >= 1 - margin))
+    shown = [row for row in rows if row.shown]
+    best = min(shown, key=lambda row: (row.depth, -row.kept.value), default=None)
+    undecided, needed = None, None
+    for place, row in enumerate(rows):
+        if row.shown or (best is not None and row.depth >= best.depth):
+            continue
+        gap = row.kept.value - (1 - margin)
+        enough = _users_needed(crossed[:, place], by_user[:, place], gap, tail, users)
+        if enough is not None and (needed is None or enough < needed):
+            undecided, needed = (row.method, row.depth), enough
+    return Sufficiency(
+        rows=tuple(rows),
+        method=best.method if best else None,
+        depth=best.depth if best else None,
+        users_needed=needed,
+        undecided=undecided,
+        users=users,
+        margin=margin,
+        level=level,
+    )
+
+
+def _kept(means: np.ndarray) -> np.ndarray:
+    """Share of the reference, the last column: (R, A) -> (R, A - 1); NaN where that is 0."""
+    bottom = means[:, -1:]
+    share: np.ndarray = means[:, :-1] / np.where(bottom == 0, np.nan, bottom)
+    return share
+
+
+def _nothing(value: float) -> Interval:
+    return Interval(value, -math.inf, math.inf)
+
+
+def _users_needed(
+    crossed: np.ndarray, by_user: np.ndarray, gap: float, tail: float, users: int
+) -> int | None:
+    """Users at which ``z * se`` falls to ``gap``: normal, with the bootstrap's standard errors.
+
+    More users shrink their own part of the variance; that of the seeds stays.
+    """
+    if gap <= 0 or users < 2 or not (np.isfinite(crossed).all() and np.isfinite(by_user).all()):
+        return None
+    of_users = float(by_user.var())
+    of_seeds = max(0.0, float(crossed.var()) - of_users)
+    left = (gap / NormalDist().inv_cdf(1 - tail)) ** 2 - of_seeds
+    if left <= 0:
+        return None
+    return max(users + 1, math.ceil(users * of_users / left))

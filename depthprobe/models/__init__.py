@@ -1,0 +1,1 @@
+"""Backbones, block surgery, the recommender and the SASRec baseline."""

@@ -1,0 +1,131 @@
+"""Build recommenders from settings, and keep on disk only what the training changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from depthprobe.models.backbones import load_backbone, load_tokenizer
+from depthprobe.models.blocks import find_blocks, keep_blocks
+from depthprobe.models.recommender import Recommender
+from depthprobe.study import Backbone
+
+WEIGHTS = "trained.safetensors"
+
+
+def build_recommender(
+    settings: Backbone,
+    items: Tensor,
+    *,
+    kept: tuple[int, ...] | None = None,
+    seed: int,
+    random_init: bool = False,
+) -> Recommender:
+    """A recommender before its training: backbone loaded, cut, made trainable; fresh adapters.
+
+    Args:
+        items: item table, (I + 1, d_item), row 0 padding; frozen in the recommender.
+        kept: blocks that stay; None keeps all.
+        seed: initialises the adapters, and the backbone where that is random.
+        random_init: the control: the same architecture without its pretraining.
+    """
+    backbone = load_backbone(
+        settings.source,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        random_init=seed if random_init else None,
+    )
+    if kept is not None:
+        keep_blocks(backbone, kept)
+    torch.manual_seed(seed)
+    model = Recommender(backbone, items, prompt_tokens(settings))
+    make_trainable(model, settings)
+    return model
+
+
+def prompt_tokens(settings: Backbone) -> list[int]:
+    """Token ids of the prompt, with the tokenizer's own start token where it has one."""
+    if not settings.prompt:
+        return []
+    tokenizer = load_tokenizer(settings.source, revision=settings.revision)
+    return list(tokenizer(settings.prompt)["input_ids"])
+
+
+def make_trainable(model: Recommender, settings: Backbone) -> None:
+    """Mark what is trained: the adapters, and of the backbone what ``tuning`` says.
+
+    Token embeddings stay as they are: only the prompt reads them.
+    """
+    backbone: PreTrainedModel = model.backbone
+    backbone.requires_grad_(False)
+    if settings.tuning == "full":
+        backbone.requires_grad_(True)
+        backbone.get_input_embeddings().requires_grad_(False)
+    elif settings.tuning == "lora":
+        lora = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_rank,
+            lora_dropout=0.05,
+            target_modules=_mlp_projections(backbone),
+        )
+        inject_adapter_in_model(lora, backbone)
+
+
+def _mlp_projections(backbone: PreTrainedModel) -> list[str]:
+    """Paths of the linear maps of the blocks outside attention (gate, up and down in Llama).
+
+    Raises:
+        ValueError: if a block has none.
+    """
+    blocks = set(map(id, find_blocks(backbone)))
+    roots = [name for name, module in backbone.named_modules() if id(module) in blocks]
+    found = []
+    for root in roots:
+        block = backbone.get_submodule(root)
+        for name, module in block.named_modules():
+            is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            if is_linear and "att" not in name.lower():
+                found.append(f"{root}.{name}")
+    if not found:
+        raise ValueError("no linear map outside attention to put LoRA on; use tuning = full")
+    return found
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Fold low-rank updates into the weights and put the plain layers back, in place."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    for name, layer in layers:
+        layer.merge(safe_merge=True)  # type: ignore[attr-defined]
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write the weights that were trained; the rest comes from the backbone and the item table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, folder / WEIGHTS)
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Read what ``save_trained`` wrote.
+
+    Raises:
+        ValueError: if the file holds other weights than those the model trains.
+    """
+    trained = load_file(folder / WEIGHTS)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != wanted.keys():
+        odd = sorted(trained.keys() ^ wanted.keys())
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model: {', '.join(odd[:3])}")
+    with torch.no_grad():
+        for name, weight in wanted.items():
+            weight.copy_(trained[name])

@@ -1,0 +1,48 @@
+"""The prompt computed once and shared by every user of a batch, with gradients.
+
+The prompt is the same for all users and a causal model's keys and values of it don't depend on what
+follows, so they are computed at batch size 1 and broadcast. The gradient of the shared
+prompt is then the sum over the users, which is what the padded layout computes too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+class _SharedLayer(DynamicLayer):
+    """Keys and values of the prompt, (1, H, P, d); an update joins them and stores nothing.
+
+    Storing nothing makes a pass over the blocks repeatable: probing replays blocks on the same
+    prompt, and a plain cache would grow at every replay.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Prompt and new keys and values, (B, H, P + T, d)."""
+        users = key_states.shape[0]
+        keys = torch.cat([self.keys.expand(users, -1, -1, -1), key_states], dim=-2)
+        values = torch.cat([self.values.expand(users, -1, -1, -1), value_states], dim=-2)
+        return keys, values
+
+
+def shared_prompt(backbone: nn.Module, embeddings: Tensor) -> Cache:
+    """Run the prompt once; returns a cache that any number of users can be appended to.
+
+    Args:
+        backbone: a causal decoder without its language-model head.
+        embeddings: the prompt's token embeddings, (1, P, D).
+    """
+    filled = DynamicCache()
+    backbone(inputs_embeds=embeddings, past_key_values=filled, use_cache=True)
+    return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in filled.layers])

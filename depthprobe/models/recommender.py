@@ -1,0 +1,104 @@
+"""The LLM recommender: prompt, item history, pretrained blocks, dot product with the item table.
+
+SLMRec and E4SRec's model: item embedding -> input adapter -> blocks -> output adapter -> scores. It reads
+the next item out at *every* position of a history, so one pass trains all its targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.prefix import shared_prompt
+
+
+class Recommender(nn.Module):
+    """A causal decoder between an item table and itself.
+
+    Histories are right-padded with 0: under a causal mask no real position sees the padding, so no
+    mask is needed and nothing is attended in vain.
+    """
+
+    prompt: Tensor
+
+    def __init__(self, backbone: PreTrainedModel, items: Tensor, prompt: Sequence[int]) -> None:
+        """Wrap a backbone; the adapters are initialised from torch's global generator.
+
+        Args:
+            backbone: a causal language model or its base model; the blocks are used in place.
+            items: item table, (I + 1, d_item); row 0 is padding. It is kept frozen.
+            prompt: token ids of the prompt before the items; empty for none.
+        """
+        super().__init__()
+        self.backbone: PreTrainedModel = backbone.base_model
+        width = backbone.config.get_text_config(decoder=True).hidden_size
+        self.items = nn.Embedding.from_pretrained(items.clone(), freeze=True, padding_idx=0)
+        self.input_adapter = nn.Linear(items.shape[1], width)
+        self.output_adapter = nn.Linear(width, items.shape[1])
+        self.register_buffer("prompt", torch.tensor(list(prompt), dtype=torch.long))
+        self._match_scale()
+
+    @torch.no_grad()
+    def _match_scale(self) -> None:
+        """Let adapted items start as large as the token embeddings the blocks were trained on."""
+        tokens = self.backbone.get_input_embeddings().weight
+        self.input_adapter.bias.zero_()
+        adapted = self.input_adapter(self.items.weight[1:])
+        self.input_adapter.weight.mul_(tokens.float().std() / adapted.std().clamp_min(1e-8))
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(find_blocks(self.backbone))
+
+    def item_matrix(self) -> Tensor:
+        """What user vectors are scored against, (I + 1, d_item); row 0 is padding."""
+        return self.items.weight
+
+    def read_out(self, states: Tensor) -> Tensor:
+        """Normed states (..., D) to user vectors (..., d_item)."""
+        return self.output_adapter(states)
+
+    def prepare_prompt(self) -> Cache | None:
+        """The prompt's keys and values at the present weights; None without a prompt."""
+        if not len(self.prompt):
+            return None
+        tokens = self.backbone.get_input_embeddings()(self.prompt)[None]  # (1, P, D)
+        return shared_prompt(self.backbone, tokens)
+
+    def inputs(self, histories: Tensor, prompt: Cache | None) -> dict[str, Any]:
+        """Arguments of the backbone for histories (B, T) after a prompt that is already run."""
+        embeddings = self.input_adapter(self.items(histories))  # (B, T, D)
+        first = len(self.prompt)
+        positions = torch.arange(first, first + histories.shape[1], device=histories.device)
+        return {
+            "inputs_embeds": embeddings.to(self.backbone.dtype),
+            "position_ids": positions[None],
+            "past_key_values": prompt,
+            "use_cache": False,
+        }
+
+    def states(self, histories: Tensor, prompt: Cache | None = None) -> Tensor:
+        """Normed states of every position, (B, T, D); runs the prompt if it is not given."""
+        prompt = prompt or self.prepare_prompt()
+        out = self.backbone(**self.inputs(histories, prompt))
+        return out.last_hidden_state.to(self.output_adapter.weight.dtype)
+
+    def forward(self, histories: Tensor) -> Tensor:
+        """User vectors at every position, (B, T) item ids -> (B, T, d_item)."""
+        return self.read_out(self.states(histories))
+
+    def encode(self, histories: Tensor, lengths: Tensor, prompt: Cache | None = None) -> Tensor:
+        """User vectors after the last item, (B, T) and (B,) -> (B, d_item)."""
+        return self.read_out(last_positions(self.states(histories, prompt), lengths))
+
+
+def last_positions(states: Tensor, lengths: Tensor) -> Tensor:
+    """The state of each user's last item, (B, T, D) and (B,) -> (B, D)."""
+    rows = torch.arange(states.shape[0], device=states.device)
+    return states[rows, lengths - 1]

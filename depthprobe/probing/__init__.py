@@ -1,0 +1,1 @@
+"""Probing: what the trained teacher tells without any further training."""

@@ -1,0 +1,132 @@
+"""The HTML page of a run: one file that carries its figures, and needs no network or script."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from depthprobe.report.answer import build_answer
+from depthprobe.report.facts import conditions, how_measured
+from depthprobe.report.figures import FIGURES, save_figure
+from depthprobe.report.summary import RunLike, Summary, summarise
+from depthprobe.report.tables import all_tables, save_table
+from depthprobe.sweep.files import complete_file
+
+if TYPE_CHECKING:
+    from depthprobe.sweep.store import Run
+
+WORDS = {
+    "block": "one decoder layer of the backbone",
+    "depth": "how many blocks are kept",
+    "backbone": "the pretrained decoder",
+    "recommender": "backbone, prompt, item table and adapters together",
+    "teacher": "the trained recommender with all its blocks",
+    "variant": "a shallower recommender, fine-tuned (“fine-tuned”)",
+    "healed": "cut out of the trained teacher, then fine-tuned",
+    "student": "a variant trained with the distillation losses (“distilled”)",
+    "early exit": "the teacher read out after a block, without training",
+    "skip": "the teacher with one block left out, without training",
+    "random init": "a control: the same architecture without pretraining",
+    "HR@K": "share of users whose next item is among the first K",
+    "NDCG@K": "the same, but a hit counts less the lower it stands: 1 / log2(rank + 1)",
+    "MRR": "mean of 1 / rank of the next item",
+    "trial": "one method, one choice of kept blocks, one seed",
+}
+
+
+def build_report(run: Run | RunLike | str | Path, output: str | Path | None = None) -> Path:
+    """Write a run's report: the page, RUN/figures/ (SVG, PNG) and RUN/tables/ (CSV, LaTeX).
+
+    Args:
+        run: an opened run, or the path of its folder.
+        output: where the page goes; RUN/report.html by default.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        BadInput: if the path is no run.
+        ValueError: if the run's metrics break a bound that must hold between them.
+    """
+    if isinstance(run, (str, Path)):
+        from depthprobe.sweep.store import open_run
+
+        run = open_run(run)
+    summary = summarise(run)
+    tables = all_tables(summary)
+    for table in tables.values():
+        save_table(table, run.path / "tables")
+    page = _environment().get_template("report.html.j2").render(
+        study=run.study.name,
+        answer=build_answer(summary),
+        conditions=conditions(summary),
+        figures=_figures(summary, run.path / "figures"),
+        tables=tables,
+        facts=how_measured(summary),
+        command=run.manifest.get("command") or "",
+        created=str(run.manifest.get("created", ""))[:10],
+        words=WORDS,
+    )  # fmt: skip
+    target = Path(output) if output is not None else run.path / "report.html"
+    with complete_file(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return target
+
+
+def _environment() -> Environment:
+    # autoescape=True and not select_autoescape: that one ignores the names of templates like ours
+    environment = Environment(
+        autoescape=True,
+        loader=PackageLoader("depthprobe.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["unbroken"] = _unbroken
+    return environment
+
+
+def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """Draw and save what there is data for; by section, the SVG and its caption."""
+    sections: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in FIGURES:
+        reading = entry.reading(summary)
+        if not reading:
+            for suffix in (".svg", ".png"):  # an older report of this run may have left them
+                (folder / entry.name).with_suffix(suffix).unlink(missing_ok=True)
+            continue
+        vector = save_figure(entry.draw(summary), folder / entry.name)
+        svg = inline_svg(vector.read_text(encoding="utf-8"), entry.name, label=reading)
+        sections.setdefault(entry.section, []).append({"svg": svg, "caption": reading})
+    return sections
+
+
+def inline_svg(svg: str, name: str, *, label: str) -> Markup:
+    """An SVG file as part of a page: no prolog, its ids its own, spoken as one picture.
+
+    Ids get the figure's name in front, for matplotlib numbers them alike in every file.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
+    opening, rest = body.split(">", 1)
+    box = re.search(r'viewBox="([^"]*)"', opening)
+    if box is None:
+        raise ValueError(f"figure {name}: an SVG without a viewBox")
+    head = (
+        f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(label)}" '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return Markup(head + rest)  # noqa: S704  (made by matplotlib, which escapes its texts)
+
+
+def _unbroken(text: str) -> str:
+    """Keeps a number and its unit on one line, and an interval in one piece."""
+    text = re.sub(r"(?<=\d) (?=(%|ms|s|k|M|B)\b|%)", "\u00a0", text)
+    return re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\u00a0"), text)

@@ -1,0 +1,155 @@
+"""What the figures show, in a sentence each: their captions, and what a screen reader says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from depthprobe.evaluation.statistics import Interval
+from depthprobe.report.style import accuracy, bounds, method_order, method_style, percent
+from depthprobe.report.summary import FULL, HEADLINE, Point, Summary
+
+# Not drawn as a curve over depth: baselines, the teacher, a probe at a single depth.
+NOT_CURVES = frozenset({"popularity", "sasrec", "full", "skip"})
+
+
+def curves(summary: Summary, metric: str) -> dict[str, list[Point]]:
+    """Measured points of each method that has a curve over depth, in the order of depth."""
+    found: dict[str, list[Point]] = {}
+    names = {p.method for p in summary.points} - NOT_CURVES
+    for method in sorted(names, key=method_order):
+        points = [p for p in summary.of(method) if p.value(metric) is not None]
+        if points:
+            found[method] = points
+    return found
+
+
+def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
+    """Points with both an accuracy and a cost; popularity and skips are no models on offer."""
+    return [
+        p
+        for p in summary.points
+        if p.method not in {"popularity", "skip"} and p.cost(cost) and p.value(metric) is not None
+    ]
+
+
+def mean(point: Point, metric: str) -> float:
+    """The mean of a metric that the point is known to have."""
+    return float(point.accuracy[FULL, metric].value)
+
+
+def pareto_front(points: Iterable[Point], cost: str, metric: str = HEADLINE) -> list[Point]:
+    """Points that no other one beats: all cheaper ones are less accurate. Cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost(cost) or 0, -mean(p, metric))):
+        if not front or mean(point, metric) > mean(front[-1], metric):
+            front.append(point)
+    return front
+
+
+def skip_changes(summary: Summary, metric: str = HEADLINE) -> list[tuple[Point, Interval]]:
+    """Relative change against the teacher for each block left out alone, by block."""
+    found = []
+    for point in summary.of("skip"):
+        ratio = point.ratio.get((FULL, metric))
+        if ratio is not None and point.removed.isdigit():
+            found.append((point, Interval(ratio.value - 1, ratio.low - 1, ratio.high - 1)))
+    return found
+
+
+def depth_reading(summary: Summary, metric: str) -> str:
+    """What accuracy against depth shows; empty without a curve."""
+    drawn = curves(summary, metric)
+    if not drawn:
+        return ""
+    said = []
+    teacher = summary.teacher
+    if teacher is not None and (value := teacher.value(metric)) is not None:
+        said.append(f"the teacher ({teacher.depth} blocks) reaches {_with_bounds(value)}")
+    half = (summary.blocks or max(p.depth for p in summary.points)) // 2
+    trained = [
+        point
+        for method, points in drawn.items()
+        if method not in {"early-exit", "random-init"}
+        for point in points
+        if point.depth <= half
+    ]
+    depth = half
+    if trained:
+        best = max(trained, key=lambda p: mean(p, metric))
+        depth, name = best.depth, method_style(best.method).label
+        value = best.accuracy[FULL, metric]
+        said.append(
+            f"the best of {half} blocks or fewer is {name} at {depth}, {_with_bounds(value)}"
+        )
+    for control in ("early-exit", "random-init"):
+        for point in drawn.get(control, []):
+            if point.depth == depth:
+                name = method_style(control).label
+                said.append(f"{name} at {depth} reaches {accuracy(mean(point, metric))}")
+    return f"{metric}: {'; '.join(said)}." if said else f"{metric} by depth."
+
+
+def kept_curves(summary: Summary, metric: str = HEADLINE) -> dict[str, list[Point]]:
+    """The curves over depth that can be compared with the teacher."""
+    compared = {
+        method: [p for p in points if (FULL, metric) in p.ratio]
+        for method, points in curves(summary, metric).items()
+    }
+    return {method: points for method, points in compared.items() if points}
+
+
+def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
+    """Which trained points are within the margin as they look, and as they are shown to be."""
+    drawn = kept_curves(summary, metric)
+    points = [p for method, line in drawn.items() if method != "random-init" for p in line]
+    if not points:
+        return ""
+    floor = 1 - summary.margin
+    above = sorted({p.depth for p in points if p.ratio[FULL, metric].value >= floor})
+    shown = sorted(
+        {row.depth for row in summary.sufficiency.rows if row.shown} if summary.sufficiency else ()
+    )
+    depths = ", ".join(map(str, above)) if above else "none"
+    proven = ", ".join(map(str, shown)) if shown else "none"
+    best = max(points, key=lambda p: p.ratio[FULL, metric].value)
+    ratio = best.ratio[FULL, metric]
+    return (
+        f"Depths whose mean keeps {100 * floor:g} % of the teacher's {metric}: {depths}; shown "
+        f"with confidence: {proven}. The most is kept by {method_style(best.method).label} at "
+        f"depth {best.depth}: {percent(ratio.value)} {bounds(ratio, scale=100, digits=1)}."
+    )
+
+
+def cost_reading(summary: Summary, cost: str, metric: str = HEADLINE) -> str:
+    """Which points are on the Pareto front; empty for less than two points."""
+    points = priced(summary, cost, metric)
+    if len(points) < 2:
+        return ""
+    name = "parameters" if cost == "parameters" else f"{cost} time"
+    front = ", ".join(
+        f"{method_style(p.method).label} {p.depth or ''}".strip()
+        for p in pareto_front(points, cost, metric)
+    )
+    return f"{metric} against {name}. Beaten by no other in both, cheapest first: {front}."
+
+
+def skip_reading(summary: Summary, metric: str = HEADLINE) -> str:
+    """Which block matters most, and for how many no change was seen; empty without data."""
+    changes = skip_changes(summary, metric)
+    if not changes:
+        return ""
+    point, worst = min(changes, key=lambda pair: pair[1].value)
+    digits = 1 if abs(worst.value) >= 0.01 else 2
+    unclear = sum(change.low <= 0 <= change.high for _, change in changes)
+    change = f"{100 * worst.value:+.{digits}f} % {bounds(worst, scale=100, digits=digits)}"
+    others = (
+        f"{unclear} of {len(changes)} blocks can each be left out without a change that can be "
+        "told from zero"
+        if unclear
+        else "no block can be left out without a change"
+    )
+    return f"Left out alone, block {point.removed} costs the most: {metric} {change}; {others}."
+
+
+def _with_bounds(value: Interval) -> str:
+    return f"{accuracy(value.value)} {bounds(value, digits=4)}"

@@ -1,0 +1,145 @@
+"""How a report looks: one colour, marker and name a method, one figure style, rounded numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from matplotlib import rc_context
+
+from depthprobe.evaluation.statistics import Interval
+
+INK, MUTED, GRID = "#1b1f24", "#5b636d", "#e3e6ea"
+NONE = "–"  # what a table shows where nothing was measured
+
+
+@dataclass(frozen=True)
+class MethodStyle:
+    """The look of a method; colours keep 3:1 on white and differ for colour-blind readers."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str = "-"
+
+
+# The markers differ too, so that no figure is read by colour alone.
+METHOD_STYLES = {
+    "full": MethodStyle("teacher", INK, "D"),
+    "distill": MethodStyle("distilled", "#c2500a", "o"),
+    "heal": MethodStyle("healed", "#00805e", "^"),
+    "finetune": MethodStyle("fine-tuned", "#0069a8", "s"),
+    "early-exit": MethodStyle("early exit", "#9b4f96", "."),
+    "random-init": MethodStyle("random init", "#857200", "X", "--"),
+    "skip": MethodStyle("skip", "#35618e", "o"),
+    "sasrec": MethodStyle("SASRec", "#4d5761", "P", "--"),
+    "popularity": MethodStyle("popularity", "#858d96", "v", ":"),
+}
+ORDER = ("popularity", "sasrec", "full", "early-exit", "skip", "finetune", "heal", "distill")
+
+
+def method_style(method: str) -> MethodStyle:
+    """The look of a method; one without an entry gets a plain one under its own name."""
+    return METHOD_STYLES.get(method, MethodStyle(method, MUTED, "h", "-."))
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """Sort key: baselines, teacher, what needs no training, what is trained, the rest by name."""
+    return (ORDER.index(method) if method in ORDER else len(ORDER), method)
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """The one figure style; holds while drawing and while saving, leaves matplotlib as it was."""
+    with rc_context(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 9.5,
+            "axes.labelsize": 9.5,
+            "axes.titlesize": 10.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.titlepad": 10,
+            "axes.edgecolor": "#b4bac2",
+            "axes.labelcolor": MUTED,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": GRID,
+            "grid.linewidth": 0.7,
+            "xtick.color": "#b4bac2",
+            "ytick.color": "#b4bac2",
+            "xtick.labelcolor": MUTED,
+            "ytick.labelcolor": MUTED,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "text.color": INK,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 5.5,
+            "legend.frameon": False,
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            # text stays text: searchable, read aloud, and in the page's own font
+            "svg.fonttype": "none",
+            "svg.hashsalt": "depthprobe",
+        }
+    ):
+        yield
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number at so many significant digits, never in exponent form: 0.0486, 12.3, 1,240."""
+    if not math.isfinite(value):
+        return NONE
+    if value == 0:
+        return "0"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def accuracy(value: float | None) -> str:
+    """A metric at four decimals."""
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else NONE
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as per cent: 0.992 is "99.2 %"."""
+    return f"{100 * share:.{digits}f} %" if math.isfinite(share) else NONE
+
+
+def count(value: float | None) -> str:
+    """A number of things: 812, 12.4 k, 6.63 M, 1.20 B."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size:
+            return f"{significant(value / (1e3 if unit == ' k' else size))}{unit}"
+    return f"{value:,.0f}"
+
+
+def bounds(interval: Interval, *, scale: float = 1.0, digits: int | None = None) -> str:
+    """The two ends of an interval: "[98.1, 100.3]"; both at the same number of decimals."""
+    low, high = scale * interval.low, scale * interval.high
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    if digits is None:
+        largest = max(abs(low), abs(high), 1e-12)
+        digits = max(0, 2 - math.floor(math.log10(largest)))
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def times_faster(ratio: Interval) -> tuple[str, str, str]:
+    """A speed ratio in words: ("2.9×", "[2.8, 3.0]", "faster").
+
+    Below one it is slower, by the inverse; an interval that holds one claims neither.
+    """
+    if ratio.low <= 1 <= ratio.high:
+        return "about as fast", bounds(ratio, digits=2), ""
+    word, shown = "faster", ratio
+    if ratio.value < 1:
+        word, shown = "slower", Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+    digits = 2 if shown.value < 3 else 1
+    return f"{shown.value:.{digits}f}×", bounds(shown, digits=digits), word

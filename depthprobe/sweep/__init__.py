@@ -1,0 +1,1 @@
+"""Sweep: plan, store, runner, executors."""

@@ -1,0 +1,136 @@
+"""What the tasks of a run share inside one process: data, questions, trained models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from depthprobe.data.prepared import Sequences, load_data
+from depthprobe.data.splits import Split, leave_one_out
+from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
+from depthprobe.models.devices import resolve_device
+from depthprobe.models.build import build_recommender, load_trained
+from depthprobe.models.recommender import Recommender
+from depthprobe.models.sasrec import SASRec
+from depthprobe.study import Study
+from depthprobe.sweep.plan import Trial
+
+DATA, NEGATIVES, TIMING, STATES = "data", "negatives.npy", "timing.json", "teacher-states"
+MODEL = "model"
+
+
+class Context:
+    """A run's folder and study, and what is read from it when first needed."""
+
+    def __init__(
+        self, folder: Path, study: Study, *, log: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.folder, self.study, self.log = folder, study, log
+        self.device = resolve_device(study.device)
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what all trials use."""
+        return self.folder / "shared"
+
+    def trial_folder(self, trial: Trial) -> Path:
+        """The folder of a trial, complete or absent."""
+        return self.folder / "trials" / trial.id
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The prepared log."""
+        return load_data(self.shared / DATA)
+
+    @cached_property
+    def split(self) -> Split:
+        """Leave-one-out."""
+        return leave_one_out(self.sequences)
+
+    @cached_property
+    def windows(self) -> list[np.ndarray]:
+        """Training windows: the latest training items of each user with at least two of them."""
+        longest = self.study.data.max_history + 1  # one more than a history: the last is a target
+        users = range(self.sequences.n_users)
+        found = [self.split.train_history(user, longest) for user in users]
+        return [window for window in found if len(window) > 1]
+
+    @cached_property
+    def test(self) -> Questions:
+        """The test questions, by both protocols where the catalogue allows the sampled one."""
+        path = self.shared / NEGATIVES
+        return self._questions("test", np.load(path, mmap_mode="r") if path.exists() else None)
+
+    @cached_property
+    def validation(self) -> Questions:
+        """The validation questions of at most ``validation_users`` users."""
+        return self._questions("validation", None, self.study.protocol.validation_users)
+
+    def _questions(
+        self, part: str, negatives: np.ndarray | None, limit: int | None = None
+    ) -> Questions:
+        return questions(
+            self.sequences,
+            self.split,
+            part,
+            max_history=self.study.data.max_history,
+            filter_seen=self.study.protocol.filter_seen,
+            negatives=negatives,
+            limit=limit,
+        )
+
+    def validate(self, model: Encoder) -> float:
+        """Validation NDCG@10 by full ranking."""
+        return mean_ndcg(evaluate(model, self.validation, device=self.device)["full"])
+
+    def new_sasrec(self, seed: int) -> SASRec:
+        """SASRec before its training."""
+        settings = self.study.sasrec
+        torch.manual_seed(seed)
+        model = SASRec(
+            self.sequences.n_items,
+            width=settings.width,
+            blocks=settings.blocks,
+            heads=settings.heads,
+            drop=settings.dropout,
+            longest=self.study.data.max_history,
+        )
+        return model.to(self.device)
+
+    def sasrec(self, seed: int) -> SASRec:
+        """The trained baseline, in eval mode."""
+        model = self.new_sasrec(seed)
+        load_trained(model, self.trial_folder(Trial("sasrec", (), seed, 0)) / MODEL)
+        return model.eval()
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
+    def item_table(self, seed: int) -> Tensor:
+        """The item embeddings that SASRec learnt, (I + 1, d_item)."""
+        return self.sasrec(seed).item_matrix().detach().clone()
+
+    def new_recommender(self, trial: Trial) -> Recommender:
+        """A recommender with the trial's blocks before its training."""
+        model = build_recommender(
+            self.study.backbone,
+            self.item_table(trial.seed),
+            kept=trial.kept,
+            seed=trial.seed,
+            random_init=trial.method == "random-init",
+        )
+        return model.to(self.device)
+
+    def trained(self, trial: Trial) -> Recommender:
+        """A trained recommender from disk, in eval mode."""
+        model = self.new_recommender(trial)
+        load_trained(model, self.trial_folder(trial) / MODEL)
+        return model.eval()
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def teacher(self, seed: int, blocks: int) -> Recommender:
+        """The trained teacher; the latest one stays in memory, since many tasks read it."""
+        return self.trained(Trial("full", tuple(range(blocks)), seed, blocks))

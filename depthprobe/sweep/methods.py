@@ -1,0 +1,209 @@
+"""The methods: one function each, one entry each in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from depthprobe.cost.parameters import count_parameters, flops_per_user
+from depthprobe.evaluation.evaluate import Encoder, evaluate
+from depthprobe.models.blocks import keep_blocks
+from depthprobe.models.popularity import Popularity
+from depthprobe.models.recommender import Recommender
+from depthprobe.probing.early_exit import early_exit
+from depthprobe.probing.skip import skip_each
+from depthprobe.study import parse_layers
+from depthprobe.sweep.context import STATES, Context
+from depthprobe.sweep.files import complete_file
+from depthprobe.sweep.plan import Task, Trial
+from depthprobe.training.distillation import (
+    Distiller,
+    TeacherStates,
+    group_ends,
+    teacher_states,
+)
+from depthprobe.training.loop import Batch, Fit, fit, next_item_loss
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial found: test ranks by protocol, and the model and its training if it has one."""
+
+    trial: Trial
+    ranks: dict[str, np.ndarray]
+    parameters: dict[str, int]
+    flops: int | None = None
+    fit: Fit | None = None
+    model: nn.Module | None = None
+
+
+def popularity(context: Context, task: Task) -> Iterator[Result]:
+    """Items by how often the training parts hold them."""
+    split, sequences = context.split, context.sequences
+    users = range(sequences.n_users)
+    training = np.concatenate([split.train_history(user) for user in users])
+    model = Popularity(training, sequences.n_items).to(context.device)
+    ranks = evaluate(model, context.test, device=context.device)
+    yield Result(task.trials[0], ranks, count_parameters(model))
+
+
+def sasrec(context: Context, task: Task) -> Iterator[Result]:
+    """The non-LLM baseline; its item embeddings are the recommenders' item table."""
+    (trial,) = task.trials
+    model = context.new_sasrec(trial.seed)
+    recipe = context.study.sasrec.recipe
+    done = fit(
+        model,
+        context.windows,
+        recipe=recipe,
+        loss=next_item_loss,
+        validate=lambda: context.validate(model),
+        seed=trial.seed,
+        device=context.device,
+        log=context.log,
+    )
+    ranks = evaluate(model, context.test, device=context.device)
+    yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
+
+
+def fine_tuned(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher, a variant cut from the pretrained backbone, or one without pretraining."""
+    (trial,) = task.trials
+    yield _train(context, trial, context.new_recommender(trial))
+
+
+def heal(context: Context, task: Task) -> Iterator[Result]:
+    """Cut out of the trained teacher, then fine-tuned with the same recipe."""
+    (trial,) = task.trials
+    model = context.trained(_teacher_of(trial))
+    keep_blocks(model.backbone, trial.kept)
+    yield _train(context, trial, model)
+
+
+def distill(context: Context, task: Task) -> Iterator[Result]:
+    """A variant trained to follow the teacher's states (SLMRec)."""
+    (trial,) = task.trials
+    states = _teacher_states(context, trial)
+    student = context.new_recommender(trial)
+    torch.manual_seed(trial.seed)
+    model = Distiller(student, context.study.distillation).to(context.device)
+    ends = group_ends(trial.blocks, len(model.ends))
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        value: Tensor = module(batch, states.at(batch, ends))
+        return value
+
+    yield _train(context, trial, student, whole=model, loss=loss)
+
+
+def early_exits(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher read out after each block."""
+    teacher = context.teacher(task.seed, task.trials[0].blocks)
+    ranks = early_exit(teacher, context.test, device=context.device)
+    for trial in task.trials:
+        yield Result(trial, ranks[trial.depth], _part_of(teacher, trial))
+
+
+def skips(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher with each block left out alone."""
+    teacher = context.teacher(task.seed, task.trials[0].blocks)
+    ranks = skip_each(teacher, context.test, device=context.device)
+    for trial in task.trials:
+        (left_out,) = trial.removed
+        yield Result(trial, ranks[left_out], _part_of(teacher, trial))
+
+
+METHODS: dict[str, Callable[[Context, Task], Iterator[Result]]] = {
+    "popularity": popularity,
+    "sasrec": sasrec,
+    "full": fine_tuned,
+    "early-exit": early_exits,
+    "skip": skips,
+    "finetune": fine_tuned,
+    "heal": heal,
+    "distill": distill,
+    "random-init": fine_tuned,
+}
+
+
+def _train(
+    context: Context,
+    trial: Trial,
+    model: Recommender,
+    *,
+    whole: nn.Module | None = None,
+    loss: Callable[[nn.Module, Batch], Tensor] = next_item_loss,
+) -> Result:
+    """Train a recommender, alone or inside the module that holds its training's extras."""
+    encoder = _SharedPrompt(model)
+    done = fit(
+        whole or model,
+        context.windows,
+        recipe=context.study.recipe,
+        loss=loss,
+        validate=lambda: context.validate(encoder.refresh()),
+        seed=trial.seed,
+        device=context.device,
+        log=context.log,
+    )
+    ranks = evaluate(encoder.refresh(), context.test, device=context.device)
+    length = int(np.median([len(history) for history in context.test.histories]))
+    flops = flops_per_user(model, length)
+    return Result(trial, ranks, count_parameters(model), flops=flops, fit=done, model=model)
+
+
+class _SharedPrompt(Encoder):
+    """A recommender whose prompt is run once for a whole evaluation."""
+
+    def __init__(self, model: Recommender) -> None:
+        self._model = model
+        self._prompt = None
+
+    def refresh(self) -> _SharedPrompt:
+        """Run the prompt at the present weights."""
+        with torch.inference_mode():
+            self._prompt = self._model.prepare_prompt()
+        return self
+
+    def encode(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T), (B,) -> (B, d_item)."""
+        return self._model.encode(histories, lengths, self._prompt)
+
+    def item_matrix(self) -> Tensor:
+        """(I + 1, d_item)."""
+        return self._model.item_matrix()
+
+
+def _teacher_of(trial: Trial) -> Trial:
+    return Trial("full", tuple(range(trial.blocks)), trial.seed, trial.blocks)
+
+
+def _part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
+    """The parameters that the teacher would have with the trial's blocks alone."""
+    counts = count_parameters(teacher)
+    lighter = counts["blocks"] * trial.depth // trial.blocks - counts["blocks"]
+    return counts | {
+        "blocks": counts["blocks"] + lighter,
+        "total": counts["total"] + lighter,
+        "trainable": 0,
+    }
+
+
+def _teacher_states(context: Context, trial: Trial) -> TeacherStates:
+    """The teacher's states for students of every depth asked for, computed by whoever is first."""
+    study = context.study
+    depths = [d for d in parse_layers(study.layers, trial.blocks) if d < trial.blocks]
+    groups = {min(study.distillation.groups, depth) for depth in depths}
+    ends = tuple(sorted({end for g in groups for end in group_ends(trial.blocks, g)}))
+    windows = context.windows
+    path = context.shared / f"{STATES}-s{trial.seed}.npy"
+    if not path.exists():
+        teacher = context.teacher(trial.seed, trial.blocks)
+        with complete_file(path) as temporary:
+            teacher_states(teacher, windows, ends=ends, path=temporary, device=context.device)
+    lengths = np.array([len(window) - 1 for window in windows])
+    return TeacherStates(np.load(path, mmap_mode="r"), lengths, ends)

@@ -1,0 +1,119 @@
+"""The plan: trials, the tasks that produce them, and what each task needs done before."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from depthprobe.study import Study, parse_layers
+
+# what must be trained, at the same seed, before a method can run
+NEEDS: dict[str, tuple[str, ...]] = {
+    "popularity": (),
+    "sasrec": (),
+    "full": ("sasrec",),
+    "early-exit": ("full",),
+    "skip": ("full",),
+    "finetune": ("sasrec",),
+    "heal": ("full",),
+    "distill": ("full",),
+    "random-init": ("sasrec",),
+}
+BASELINES = ("popularity", "sasrec")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One (method, kept blocks, seed): one record."""
+
+    method: str
+    kept: tuple[int, ...]  # empty for what has no backbone
+    seed: int
+    blocks: int  # of the whole backbone
+
+    @property
+    def depth(self) -> int:
+        """How many blocks are kept."""
+        return len(self.kept)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Blocks that are not kept; empty for what has no backbone."""
+        return tuple(b for b in range(self.blocks) if b not in self.kept) if self.kept else ()
+
+    @property
+    def id(self) -> str:
+        """Name of the trial and of its folder."""
+        if self.method in BASELINES:
+            return f"{self.method}-s{self.seed}"
+        if self.kept == tuple(range(self.depth)) and self.method != "skip":
+            return f"{self.method}-d{self.depth:02d}-s{self.seed}"
+        if len(self.removed) == 1:
+            return f"{self.method}-b{self.removed[0]:02d}-s{self.seed}"
+        digest = hashlib.sha256(repr(self.kept).encode()).hexdigest()[:6]
+        return f"{self.method}-d{self.depth:02d}-{digest}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does in one go: all trials that share one pass or one training."""
+
+    method: str
+    seed: int
+    trials: tuple[Trial, ...]
+
+    @property
+    def id(self) -> str:
+        """The only trial's name, or the method's for a shared pass."""
+        return self.trials[0].id if len(self.trials) == 1 else f"{self.method}-s{self.seed}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Trials that must be done before."""
+        blocks = self.trials[0].blocks
+        return tuple(_whole(name, self.seed, blocks).id for name in NEEDS[self.method])
+
+
+def plan(study: Study, blocks: int) -> list[Task]:
+    """All tasks of a study, each after what it needs.
+
+    Raises:
+        BadInput: if the study names depths that the backbone does not have.
+    """
+    depths = [depth for depth in parse_layers(study.layers, blocks) if depth < blocks]
+    wanted = _with_needs(study.methods)
+    tasks: list[Task] = []
+    for method in (name for name in NEEDS if name in wanted):
+        for seed in range(1 if method == "popularity" else study.seeds):
+            tasks += _tasks(method, seed, depths, blocks)
+    return tasks
+
+
+def _tasks(method: str, seed: int, depths: list[int], blocks: int) -> list[Task]:
+    if method in (*BASELINES, "full"):
+        return [Task(method, seed, (_whole(method, seed, blocks),))]
+    if method == "early-exit":
+        cut = tuple(Trial(method, tuple(range(d)), seed, blocks) for d in range(1, blocks))
+        return [Task(method, seed, cut)] if cut else []
+    if method == "skip":
+        every = range(blocks)
+        without = [tuple(b for b in every if b != out) for out in every if blocks > 1]
+        skips = tuple(Trial(method, kept, seed, blocks) for kept in without)
+        return [Task(method, seed, skips)] if skips else []
+    if method == "random-init":
+        depths = [*depths, blocks]
+    # the deepest first: the longest task should not start last
+    variants = [Trial(method, tuple(range(d)), seed, blocks) for d in reversed(depths)]
+    return [Task(method, seed, (trial,)) for trial in variants]
+
+
+def _whole(method: str, seed: int, blocks: int) -> Trial:
+    kept = () if method in BASELINES else tuple(range(blocks))
+    return Trial(method, kept, seed, blocks)
+
+
+def _with_needs(methods: tuple[str, ...]) -> set[str]:
+    wanted = set(methods)
+    while more := {need for name in wanted for need in NEEDS[name]} - wanted:
+        wanted |= more
+    return wanted

@@ -1,0 +1,309 @@
+"""Run a study into a folder: what is done is skipped, what failed is tried again."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from depthprobe.data.batches import negatives
+from depthprobe.data.prepared import MANIFEST as DATA_MANIFEST
+from depthprobe.data.prepared import Sequences, load_data, prepare_data
+from depthprobe.data.splits import leave_one_out
+from depthprobe.models.backbones import backbone_config, load_backbone
+from depthprobe.models.devices import resolve_device
+from depthprobe.models.revision import backbone_revision
+from depthprobe.study import BadInput, Study, differences, study_to_toml
+from depthprobe.sweep import provenance
+from depthprobe.sweep.context import DATA, NEGATIVES, TIMING, Context
+from depthprobe.sweep.executors import Outcome, run_here, run_in_processes
+from depthprobe.sweep.files import complete_file, remove_leftovers, write_json
+from depthprobe.sweep.methods import METHODS
+from depthprobe.sweep.plan import Task, plan
+from depthprobe.sweep.progress import Progress, Silent
+from depthprobe.sweep.store import (
+    MANIFEST,
+    SCHEMA,
+    STUDY,
+    Run,
+    is_done,
+    open_run,
+    write_failure,
+    write_result,
+    write_tables,
+)
+from depthprobe.sweep.timing import measure, timing_of
+
+MOST_JOBS = 4  # by default: each job holds its own copy of the model
+NEGATIVE_SEED = 999
+
+
+def run_sweep(
+    study: Study,
+    output: str | Path | None = None,
+    *,
+    jobs: int | None = None,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Run every trial of a study that is not done yet, and return the run.
+
+    Args:
+        study: what to run.
+        output: the run's folder, new, empty, or an earlier run of the same study; default
+            ``runs/<name>``.
+        jobs: trials at the same time, each in a process of its own; 0 runs them in this process.
+            Default: one on a GPU, else one a core, at most four.
+        command: what the report names as the way to repeat the run.
+        progress: is told what happens.
+
+    Raises:
+        BadInput: before anything is written, if the data, the backbone or the depths can't be
+            used, or the folder holds another study.
+    """
+    watcher = progress or Silent()
+    disable_progress_bar()  # one bar a loaded model would drown what the watcher says
+    folder = Path(output) if output is not None else Path("runs") / study.name
+    device = resolve_device(study.device)
+    source = study.backbone
+    config = backbone_config(
+        source.source, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    tasks = plan(study, int(config.get_text_config(decoder=True).num_hidden_layers))
+    _check_folder(folder, study)
+    watcher.message(f"reading {study.data.source}")
+    sequences = _data(study, folder)
+    leave_one_out(sequences)  # refuses a log in which nobody can be evaluated
+    manifest = _manifest(study, sequences, device, command)
+    _check_same_inputs(folder, manifest)
+
+    began = time.perf_counter()
+    _lay_out(folder, study, sequences, manifest)
+    context = Context(folder, study)
+    waiting = [t for t in tasks if not all(is_done(context.trial_folder(x)) for x in t.trials)]
+    done = {t.id for t in tasks if t not in waiting}
+    watcher.plan([task.id for task in waiting])
+    if waiting:
+        _measure_once(context, tasks, watcher)
+        workers = _jobs(jobs, device, len(waiting))
+        threads = max(1, provenance.available_cores() // max(1, workers))
+        arguments = (str(folder), study, _provenance(manifest, device, threads), threads)
+        outcomes = (
+            run_in_processes(
+                waiting, _work, done, jobs=workers, prepare=_prepare, arguments=arguments
+            )
+            if workers
+            else _here(waiting, done, arguments)
+        )
+        for outcome in outcomes:
+            _report(outcome, folder, arguments[2], watcher)
+    run = open_run(folder)
+    if waiting or not (folder / "metrics.parquet").exists():
+        write_tables(run)
+        timing = context.shared / TIMING
+        conditions = json.loads(timing.read_text())["conditions"] if timing.exists() else None
+        spent = manifest["wall_seconds"] + time.perf_counter() - began
+        manifest |= {"timing": conditions, "wall_seconds": round(spent, 1)}
+        write_json(folder / MANIFEST, manifest)
+    return open_run(folder)
+
+
+def _check_folder(folder: Path, study: Study) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / STUDY).is_file():
+        raise BadInput("output", str(folder), "a new or empty folder, or an earlier run")
+    changed = differences(open_run(folder).study, study)
+    if changed:
+        allowed = f"another folder, or the study it began with ({'; '.join(changed)})"
+        raise BadInput("output", str(folder), allowed)
+
+
+def _check_same_inputs(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse to mix records of other data or other weights under the same names."""
+    if not (folder / MANIFEST).is_file():
+        return
+    before = open_run(folder).manifest
+    for part, name in (("data", "fingerprint"), ("backbone", "revision")):
+        if before[part][name] != manifest[part][name]:
+            allowed = f"another folder: the {part} has changed since this run began"
+            raise BadInput("output", str(folder), allowed)
+    manifest |= {key: before[key] for key in ("created", "wall_seconds", "timing", "command")}
+
+
+def _data(study: Study, folder: Path) -> Sequences:
+    """The log that the run was begun with, or the source, read but not yet written."""
+    prepared = folder / "shared" / DATA
+    if study.data.source == "embedded" and (prepared / DATA_MANIFEST).is_file():
+        return load_data(prepared)
+    return prepare_data(study.data.source)
+
+
+def _lay_out(
+    folder: Path, study: Study, sequences: Sequences, manifest: dict[str, Any]
+) -> None:
+    """Write what trials share; a folder that has it already is left as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder / "trials", folder / "shared"):
+        remove_leftovers(place)
+    if not (folder / STUDY).exists():
+        with complete_file(folder / STUDY) as temporary:
+            temporary.write_text(study_to_toml(study), encoding="utf-8")
+    write_json(folder / MANIFEST, manifest)
+    shared = folder / "shared"
+    if not (shared / DATA / DATA_MANIFEST).is_file():
+        prepare_data(study.data.source, shared / DATA, name=sequences.name)
+    if study.protocol.sampled and not (shared / NEGATIVES).exists():
+        drawn = negatives(sequences, leave_one_out(sequences), seed=NEGATIVE_SEED)
+        if drawn is not None:
+            with complete_file(shared / NEGATIVES) as temporary:
+                np.save(temporary, drawn)
+
+
+def _manifest(
+    study: Study,
+    sequences: Sequences,
+    device: torch.device,
+    command: str | None,
+) -> dict[str, Any]:
+    source = study.backbone
+    backbone = load_backbone(  # also refuses weights that are missing, before anything is written
+        source.source,
+        revision=source.revision,
+        dtype=source.dtype,
+        trust_remote_code=source.trust_remote_code,
+    )
+    text_config = backbone.config.get_text_config(decoder=True)
+    return {
+        "schema": SCHEMA,
+        "study_hash": study.digest(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "data": {
+            "name": sequences.name,
+            "users": sequences.n_users,
+            "items": sequences.n_items,
+            "interactions": sequences.n_interactions,
+            "fingerprint": sequences.fingerprint,
+            "warnings": list(sequences.warnings),
+            "statistics": sequences.statistics,
+        },
+        "backbone": {
+            "source": source.source,
+            "revision": backbone_revision(source.source, backbone),
+            "blocks": int(text_config.num_hidden_layers),
+            "width": int(text_config.hidden_size),
+            "family": str(text_config.model_type),
+            "parameters": sum(p.numel() for p in backbone.parameters()),
+        },
+        "machine": provenance.machine(device),
+        "versions": provenance.versions(),
+        "git": provenance.git_state(),
+        "timing": None,
+        "wall_seconds": 0.0,
+    }
+
+
+def _provenance(manifest: dict[str, Any], device: torch.device, threads: int) -> dict[str, Any]:
+    return {
+        "study": manifest["study_hash"],
+        "data": manifest["data"]["fingerprint"],
+        "backbone": manifest["backbone"]["revision"],
+        "git": manifest["git"],
+        "versions": manifest["versions"],
+        "device": manifest["machine"]["gpu"] or manifest["machine"]["cpu"],
+        "device_type": device.type,
+        "threads": threads,
+    }
+
+
+def _measure_once(context: Context, tasks: list[Task], watcher: Progress) -> None:
+    path = context.shared / TIMING
+    if not path.exists():
+        watcher.message("timing every depth, alone on the machine")
+        write_json(path, measure(context, [trial for task in tasks for trial in task.trials]))
+
+
+def _jobs(asked: int | None, device: torch.device, tasks: int) -> int:
+    if asked is not None:
+        return min(asked, tasks)
+    return 1 if device.type != "cpu" else min(provenance.available_cores(), MOST_JOBS, tasks)
+
+
+# --- inside a worker -----------------------------------------------------------------------------
+
+
+class _Worker:
+    """What one process keeps between its tasks."""
+
+    context: Context
+    provenance: dict[str, Any]
+
+
+def _prepare(folder: str, study: Study, origin: dict[str, Any], threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    # a worker's own words go to a file: the terminal belongs to the progress
+    log = Path(folder, "logs", f"worker-{os.getpid()}.log")
+    log.parent.mkdir(exist_ok=True)
+    sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+    _begin(folder, study, origin)
+
+
+def _begin(folder: str, study: Study, origin: dict[str, Any]) -> None:
+    _Worker.context = Context(Path(folder), study, log=lambda line: print(line, flush=True))
+    _Worker.provenance = origin
+
+
+def _here(waiting: list[Task], done: set[str], arguments: tuple[Any, ...]) -> Any:
+    _begin(*arguments[:3])
+    _Worker.context.log = lambda line: None
+    return run_here(waiting, _work, done)
+
+
+def _work(task: Task) -> float:
+    """Do a task and write its records; returns its seconds."""
+    context = _Worker.context
+    context.log(f"== {task.id}")
+    began = time.perf_counter()
+    measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
+    for result in METHODS[task.method](context, task):
+        write_result(
+            context.trial_folder(result.trial),
+            result,
+            context.test.users,
+            timing=timing_of(result.trial, measured),
+            provenance=_Worker.provenance,
+            validation_users=len(context.validation.users),
+        )
+    return time.perf_counter() - began
+
+
+def _report(
+    outcome: Outcome, folder: Path, origin: dict[str, Any], watcher: Progress
+) -> None:
+    task = outcome.task
+    if outcome.error is None:
+        watcher.done(task.id, "done", outcome.seconds, _score(folder, task))
+        return
+    for trial in task.trials:
+        if not is_done(folder / "trials" / trial.id):
+            write_failure(folder / "trials" / trial.id, trial, outcome.error, origin)
+    watcher.done(task.id, "failed", outcome.seconds, outcome.error)
+
+
+def _score(folder: Path, task: Task) -> str:
+    if len(task.trials) > 1:
+        return f"{len(task.trials)} trials"
+    record = json.loads((folder / "trials" / task.trials[0].id / "record.json").read_text())
+    return f"NDCG@10 {record['metrics']['test']['full']['NDCG@10']:.4f}"

@@ -1,0 +1,284 @@
+"""The run folder: one record a trial, complete or absent; tables derived from the records."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from depthprobe.evaluation.metrics import check_metrics, metrics_from_ranks, per_user_metric
+from depthprobe.evaluation.statistics import Interval, bootstrap_means
+from depthprobe.models.build import save_trained
+from depthprobe.study import BadInput, Study, study_from_dict
+from depthprobe.sweep.context import MODEL
+from depthprobe.sweep.files import complete_file, complete_folder
+from depthprobe.sweep.methods import Result
+from depthprobe.sweep.plan import Trial
+
+SCHEMA = 1
+MANIFEST, STUDY, RECORD, USERS = "manifest.json", "study.toml", "record.json", "users.parquet"
+TABLES = ("trials.parquet", "metrics.parquet")
+METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+
+
+class Run:
+    """A run opened for reading: its study, its records, and tables made from them."""
+
+    def __init__(self, path: Path, study: Study, manifest: dict[str, Any]) -> None:
+        self.path, self.study, self.manifest = path, study, manifest
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """All records, done and failed, in the order of their names."""
+        found = sorted((self.path / "trials").glob(f"*/{RECORD}"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+    def record(self, trial: str) -> dict[str, Any]:
+        """The record of one trial.
+
+        Raises:
+            BadInput: if the run has no such trial.
+        """
+        for record in self.records:
+            if record["id"] == trial:
+                return record
+        known = ", ".join(record["id"] for record in self.records) or "none yet"
+        raise BadInput("trial", trial, f"one of {known}")
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """(trial, error) of each failed trial."""
+        return [(r["id"], r["error"]) for r in self.records if r["status"] == "failed"]
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """One row a trial: what it is, its parameters, its training, its median times."""
+        return pd.DataFrame([_trial_row(record) for record in self.records])
+
+    @cached_property
+    def users(self) -> pd.DataFrame:
+        """Rank of each test user's target: trial, user, protocol, rank."""
+        frames = []
+        for record in self.records:
+            if record["status"] == "done":
+                frame = pd.read_parquet(self.path / "trials" / record["id"] / USERS)
+                frames.append(frame.assign(trial=record["id"]))
+        if not frames:
+            return pd.DataFrame(columns=["trial", "user", "protocol", "rank"])
+        return pd.concat(frames, ignore_index=True)[["trial", "user", "protocol", "rank"]]
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Tidy: trial, method, depth, seed, split, protocol, slice, metric, value, interval, users."""
+        path = self.path / TABLES[1]
+        return pd.read_parquet(path) if path.exists() else self.compute_metrics()
+
+    def compute_metrics(self) -> pd.DataFrame:
+        """The metrics table, recomputed from every user's rank.
+
+        Raises:
+            ValueError: if the metrics of a trial break the bounds between them.
+        """
+        done = {record["id"]: record for record in self.records if record["status"] == "done"}
+        rows: list[dict[str, Any]] = []
+        for protocol, ranks in self.users.groupby("protocol"):
+            table = ranks.pivot(index="user", columns="trial", values="rank")  # (U, trials)
+            for trial, intervals in _intervals(table, self.study.protocol.resamples).items():
+                where = {"split": "test", "protocol": str(protocol), "users": len(table)}
+                rows += [_metric_row(done[trial], name, i) | where for name, i in intervals.items()]
+        for record in done.values():
+            if record["validation"] is not None:
+                none = float("nan")
+                score = Interval(record["validation"]["NDCG@10"], none, none)
+                where = {"split": "validation", "protocol": "full"}
+                where["users"] = record["validation"]["users"]
+                rows.append(_metric_row(record, "NDCG@10", score) | where)
+        columns = ["trial", "method", "depth", "seed", "split", "protocol", "slice", "metric"]
+        columns += ["value", "ci_low", "ci_high", "users"]
+        order = ["trial", "split", "protocol"]
+        return pd.DataFrame(rows, columns=columns).sort_values(order, kind="stable", ignore_index=True)
+
+
+def _intervals(ranks: pd.DataFrame, resamples: int) -> dict[str, dict[str, Interval]]:
+    """Metrics of each trial with 95 % intervals over users, from ranks (U, trials).
+
+    All trials rank the same users, so they share the draws.
+    """
+    values = np.stack(
+        [per_user_metric(ranks[trial].to_numpy(), name) for trial in ranks for name in METRICS],
+        axis=1,
+    )  # (U, trials * metrics)
+    found = iter(bootstrap_means(values, resamples=resamples))
+    table = {str(trial): {name: next(found) for name in METRICS} for trial in ranks}
+    for intervals in table.values():
+        check_metrics({name: interval.value for name, interval in intervals.items()})
+    return table
+
+
+def _metric_row(record: dict[str, Any], metric: str, found: Interval) -> dict[str, Any]:
+    return {
+        "trial": record["id"],
+        "method": record["method"],
+        "depth": record["depth"],
+        "seed": record["seed"],
+        "slice": "all",
+        "metric": metric,
+        "value": found.value,
+        "ci_low": found.low,
+        "ci_high": found.high,
+    }
+
+
+def open_run(path: str | Path) -> Run:
+    """Open the folder of a run.
+
+    Raises:
+        BadInput: if it is not one.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).is_file() or not (folder / STUDY).is_file():
+        raise BadInput("run", str(path), f"a folder that sweep wrote ({MANIFEST} and {STUDY} in it)")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = tomllib.loads((folder / STUDY).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput("run", str(path), f"readable {MANIFEST} and {STUDY} ({error})") from None
+    return Run(folder, study_from_dict(content), manifest)
+
+
+def write_tables(run: Run) -> None:
+    """Write trials.parquet and metrics.parquet anew from the records."""
+    for name, frame in zip(TABLES, (run.trials, run.compute_metrics()), strict=True):
+        with complete_file(run.path / name) as temporary:
+            frame.to_parquet(temporary, index=False)
+    run.__dict__.pop("metrics", None)
+
+
+def write_result(
+    folder: Path,
+    result: Result,
+    users: np.ndarray,
+    *,
+    timing: dict[str, Any] | None,
+    provenance: dict[str, Any],
+    validation_users: int,
+) -> None:
+    """Write a finished trial, complete or not at all: users, model, and the record last."""
+    trial, fit = result.trial, result.fit
+    training = None
+    validation = None
+    if fit is not None:
+        training = {
+            "epochs": fit.epochs,
+            "steps": fit.steps,
+            "seconds": round(fit.seconds, 3),
+            "best_epoch": fit.best_epoch,
+            "losses": fit.losses,
+            "validation": fit.scores,
+        }
+        validation = {"NDCG@10": fit.best_score, "users": validation_users}
+    record = _record(trial, "done", None, provenance) | {
+        "metrics": {
+            "test": {name: metrics_from_ranks(ranks) for name, ranks in result.ranks.items()}
+        },
+        "validation": validation,
+        "costs": {
+            "parameters": result.parameters,
+            "flops_user": result.flops,
+            "training": training,
+            "timing": timing,
+        },
+    }
+    with complete_folder(folder) as temporary:
+        parts = [
+            pd.DataFrame({"user": users.astype(np.int32), "protocol": name, "rank": ranks})
+            for name, ranks in result.ranks.items()
+        ]
+        pd.concat(parts, ignore_index=True).to_parquet(temporary / USERS, index=False)
+        if result.model is not None:
+            save_trained(result.model, temporary / MODEL)
+        text = json.dumps(record, indent=1, allow_nan=False)
+        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def write_failure(folder: Path, trial: Trial, error: str, provenance: dict[str, Any]) -> None:
+    """Write the record of a trial that failed, with the reason in one line."""
+    record = _record(trial, "failed", " ".join(error.split()), provenance)
+    record |= {"metrics": {}, "validation": None, "costs": None}
+    with complete_folder(folder) as temporary:
+        text = json.dumps(record, indent=1, allow_nan=False)
+        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a trial has a record that says it succeeded."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(record.get("status") == "done")
+
+
+def _record(
+    trial: Trial, status: str, error: str | None, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "id": trial.id,
+        "method": trial.method,
+        "kept": list(trial.kept),
+        "removed": list(trial.removed),
+        "depth": trial.depth,
+        "seed": trial.seed,
+        "status": status,
+        "error": error,
+        "provenance": provenance,
+    }
+
+
+def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
+    costs = record["costs"] or {}
+    training, timing = costs.get("training") or {}, costs.get("timing") or {}
+    row = {
+        "trial": record["id"],
+        "method": record["method"],
+        "depth": record["depth"],
+        "kept": ranges(record["kept"]),
+        "removed": ranges(record["removed"]),
+        "seed": record["seed"],
+        "status": record["status"],
+        "error": record["error"],
+    }
+    none = float("nan")
+    parts = ("blocks", "token_embeddings", "adapters", "item_table", "total", "trainable")
+    for name in parts:
+        row[f"parameters_{name}"] = (costs.get("parameters") or {}).get(name, none)
+    flops = costs.get("flops_user")
+    row["flops_user"] = none if flops is None else flops
+    for name in ("steps", "epochs", "seconds"):
+        row[f"training_{name}"] = training.get(name, none)
+    for name in ("train_step", "encode", "score", "latency"):
+        values = timing.get(name, {}).get("seconds")
+        row[f"{name}_ms"] = 1000 * float(np.median(values)) if values else none
+    return row
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Sorted whole numbers as text.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

@@ -1,0 +1,128 @@
+"""Bad input: one line with field, value and what is allowed; exit code 2; nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAYERS = "1,2,4 or 1-12 or all"
+
+CASES = {
+    "missing study": (["sweep", "nowhere.toml"], ["study", "'nowhere.toml'", "exists"]),
+    "missing data": (["sweep", "--data", "nowhere.txt"], ["data", "'nowhere.txt'", "exists"]),
+    "missing backbone": (["sweep", "--backbone", "./nowhere"], ["backbone", "'./nowhere'"]),
+    "backbone without config": (["sweep", "--backbone", "full"], ["backbone", "config.json"]),
+    "depth 0": (["sweep", "--layers", "0"], ["layers", "'0'", LAYERS]),
+    "depth in words": (["sweep", "--layers", "two"], ["layers", "'two'", LAYERS]),
+    "descending depths": (["sweep", "--layers", "4-2"], ["layers", "'4-2'", LAYERS]),
+    "no depth": (["sweep", "--layers", ""], ["layers", "''", LAYERS]),
+    "unknown method": (["sweep", "--methods", "fintune"], ["methods", "'fintune'", "finetune"]),
+    "no method": (["sweep", "--methods", ","], ["methods", "at least one"]),
+    "method twice": (["sweep", "--methods", "full,full"], ["methods", "once"]),
+    "another phase's method": (
+        ["probe", "--methods", "skip,finetune"],
+        ["methods", "skip,finetune", "early-exit"],
+    ),
+    "zero seeds": (["sweep", "--seeds", "0"], ["seeds", "0", "at least 1"]),
+    "seeds in words": (["sweep", "--seeds", "two"], ["--seeds", "'two'", "whole number"]),
+    "zero epochs": (["sweep", "--epochs", "0"], ["epochs", "0", "at least 1"]),
+    "half an epoch": (["sweep", "--epochs", "0.5"], ["--epochs", "'0.5'", "whole number"]),
+    "unknown device": (["sweep", "--device", "gpu"], ["device", "'gpu'", "auto, cpu, cuda, mps"]),
+    "unknown tuning": (["sweep", "--tuning", "qlora"], ["tuning", "'qlora'", "full, lora, frozen"]),
+    "unknown executor": (["sweep", "--executor", "ray"], ["executor", "'ray'", "local"]),
+    "negative jobs": (["sweep", "--jobs", "-1"], ["jobs", "-1", "at least 0"]),
+    "output is not a run": (["sweep", "--output", "full"], ["output", "'full'", "earlier run"]),
+    "output is a file": (["sweep", "--output", "full/notes.txt"], ["output", "a folder"]),
+    "output below a file": (["sweep", "--output", "full/notes.txt/run"], ["output", "a folder"]),
+    "unknown option": (["sweep", "--laers", "3"], ["--laers", "--layers"]),
+    "option without value": (["sweep", "--layers"], ["--layers", "requires an argument"]),
+    "second study": (["sweep", "a.toml", "b.toml"], ["b.toml"]),
+    "unknown command": (["swep"], ["'swep'", "sweep"]),
+    "unknown data command": (["data", "shw"], ["'shw'", "prepare, show, list"]),
+    "no data command": (["data"], ["prepare, show, list"]),
+    "report of nothing": (["report", "nowhere"], ["run", "'nowhere'", "exists"]),
+    "report of another folder": (["report", "full"], ["run", "'full'", "manifest.json"]),
+    "cost of nothing": (["cost"], ["--backbone"]),
+    "cost of bad depths": (["cost", "--backbone", "embedded", "--layers", "x"], ["layers", "'x'"]),
+    "cost on bad device": (["cost", "--backbone", "embedded", "--device", "x"], ["device", "'x'"]),
+    "export of nothing": (["export", "full", "trial", "out"], ["run", "'full'"]),
+    "export of no trial": (["export", "begun", "ful-s0", "out"], ["trial", "'ful-s0'", "full-s0"]),
+    "export onto files": (["export", "begun", "full-s0", "full"], ["dir", "'full'", "empty"]),
+    "recommend from nothing": (["recommend", "nowhere", "--history", "h"], ["dir", "'nowhere'"]),
+    "recommend to nobody": (["recommend", "full", "--history", "empty.txt"], ["history", "line"]),
+    "recommend from no items": (
+        ["recommend", "full", "--history", "users.txt"],
+        ["history", "users.txt, line 2", "item"],
+    ),
+    "recommend none": (["recommend", "full", "--history", "x", "--top", "0"], ["top", "0"]),
+    "show missing data": (["data", "show", "nowhere"], ["data", "'nowhere'", "exists"]),
+    "check missing backbone": (["check", "--backbone", "a/b/c"], ["backbone", "'a/b/c'"]),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A full folder that is no run, one that begins to be, and history files."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine\n", encoding="utf-8")
+    (tmp_path / "begun" / "trials" / "full-s0").mkdir(parents=True)
+    (tmp_path / "begun" / "study.toml").write_text("", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    (tmp_path / "users.txt").write_text("u1 a b\nu2\n", encoding="utf-8")
+    return tmp_path
+
+
+def contents(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.stat().st_size) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_exit_code_2_and_nothing_written(
+    cli: Callable[..., Any], folder: Path, case: str
+) -> None:
+    arguments, words = CASES[case]
+    before = contents(folder)
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+    assert contents(folder) == before
+
+
+def test_a_depth_beyond_the_backbone(cli: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = cli("sweep", "--layers", "13", "--output", "run")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: layers: '13' is not usable")
+    assert "from 1 to 12" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert contents(tmp_path) == []
+
+
+def test_debug_adds_the_traceback_and_keeps_the_line(cli: Callable[..., Any]) -> None:
+    outcome = cli("sweep", "--layers", "0", "--debug")
+    first, *_, last = outcome.err.splitlines()
+    assert outcome.code == 2
+    assert first == "Traceback (most recent call last):"
+    assert last.startswith("error: layers: '0'")
+
+
+def test_bad_input_is_found_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys; from depthprobe.cli import main;"
+        "atexit.register(lambda: print(*sorted({'torch', 'pandas', 'numpy'} & set(sys.modules))));"
+        "main(['sweep', '--backbone', './nowhere', '--layers', '1-3'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout.split() == []
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,214 @@
+"""What the commands hand on and print, with the rooms they call replaced; exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from depthprobe.cli.sweep import results
+from depthprobe.study import BadInput, demo_study
+
+Stub = Callable[..., None]
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """``stub("depthprobe.sweep.runner", run_sweep=f)`` replaces a module of a room."""
+
+    def replace_module(name: str, **members: object) -> None:
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return replace_module
+
+
+def finished(path: Path, failed: list[tuple[str, str]] | None = None) -> SimpleNamespace:
+    rows = [
+        ("sasrec-s0", "sasrec", 0, "done"),
+        ("full-s0", "full", 12, "done"),
+        ("full-s1", "full", 12, "done"),
+        ("finetune-1-s0", "finetune", 1, "failed"),
+        ("popularity", "popularity", 0, "done"),
+        ("early-exit-2-s0", "early-exit", 2, "done"),
+        ("early-exit-1-s0", "early-exit", 1, "done"),
+    ]
+    trials = pd.DataFrame(rows, columns=["trial", "method", "depth", "status"])
+    costs = {"parameters_total": 1000, "train_step_ms": 2.0, "encode_ms": None, "score_ms": 1.0}
+    values = {"full-s0": 0.2, "full-s1": 0.4}
+    metrics = [
+        (trial, split, protocol, "all", metric, values.get(trial, 0.1))
+        for trial, *_ in rows
+        for split in ("validation", "test")
+        for protocol in ("full", "sampled-999")
+        for metric in ("NDCG@10", "HR@10", "MRR")
+    ]
+    columns = ["trial", "split", "protocol", "slice", "metric", "value"]
+    tidy = pd.DataFrame(metrics, columns=columns)
+    # what must not be averaged in
+    tidy.loc[(tidy["split"] == "validation") | (tidy["protocol"] != "full"), "value"] = 9.0
+    return SimpleNamespace(
+        path=path, trials=trials.assign(**costs), metrics=tidy, failed=failed or []
+    )
+
+
+def test_results_average_the_test_users_over_seeds(tmp_path: Path) -> None:
+    frame = results(finished(tmp_path))  # type: ignore[arg-type]
+    assert list(zip(frame["method"], frame["depth"], frame["trials"], strict=True)) == [
+        ("popularity", 0, 1),
+        ("sasrec", 0, 1),
+        ("full", 12, 2),
+        ("early-exit", 1, 1),
+        ("early-exit", 2, 1),
+    ]
+    assert frame["NDCG@10"].tolist() == pytest.approx([0.1, 0.1, 0.3, 0.1, 0.1])
+    assert frame["encode_ms"].isna().all()
+
+
+@pytest.mark.parametrize(("failed", "code"), [([], 0), ([("finetune-1-s0", "Oops:\nbad")], 1)])
+def test_sweep_prints_results_then_the_report(
+    cli: Callable[..., Any], stub: Stub, failed: list[tuple[str, str]], code: int
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def run_sweep(study: object, output: Path, **rest: Any) -> SimpleNamespace:
+        seen.update(study=study, output=output, **rest)
+        rest["progress"].plan(["full-s0"])
+        rest["progress"].done("full-s0", "done", 1.0, "")
+        return finished(output, failed)
+
+    stub("depthprobe.sweep.runner", run_sweep=run_sweep)
+    stub("depthprobe.report.html", build_report=lambda run: run.path / "report.html")
+    outcome = cli("sweep", "--jobs", "2")
+    assert outcome.code == code
+    assert (seen["study"], seen["output"], seen["jobs"]) == (demo_study(), Path("runs/demo"), 2)
+    assert seen["command"] == "depthprobe sweep --jobs 2"
+    *table, last = outcome.out.splitlines()
+    assert last == str(Path("runs/demo/report.html"))
+    assert any("early-exit" in line and "1,000" in line for line in table)
+    assert "[1/1] full-s0  done" in outcome.err
+    failures = [line for line in outcome.err.splitlines() if line.startswith("failed: ")]
+    assert failures == (["failed: finetune-1-s0: Oops: bad"] if failed else [])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (BadInput("layers", "13", "depths from 1 to 12"), 2, "error: layers: '13' is not usable;"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (RuntimeError("two\nlines"), 1, "error: internal: RuntimeError: two lines (run again with"),
+        (BrokenPipeError(32, "Broken pipe"), 1, ""),
+    ],
+)
+def test_an_error_inside_a_sweep_is_one_line(
+    cli: Callable[..., Any], stub: Stub, error: BaseException, code: int, line: str
+) -> None:
+    def run_sweep(*_: object, **__: object) -> None:
+        raise error
+
+    stub("depthprobe.sweep.runner", run_sweep=run_sweep)
+    stub("depthprobe.report.html", build_report=None)
+    outcome = cli("sweep")
+    assert outcome.code == code
+    assert "Traceback" not in outcome.err
+    if line:
+        assert outcome.err.splitlines()[-1].startswith(line)
+
+
+def test_report_is_written_where_asked(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "study.toml").write_text("", encoding="utf-8")
+    stub("depthprobe.sweep.store", open_run=lambda path: SimpleNamespace(path=path))
+    stub(
+        "depthprobe.report.html",
+        build_report=lambda run, output=None: output or run.path / "report.html",
+    )
+    assert cli("report", "run").out == "run/report.html\n"
+    assert cli("report", "run", "--output", "page.html").out == "page.html\n"
+    outcome = cli("report", "run", "--output", "run")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+
+
+def test_cost_prints_the_table(cli: Callable[..., Any], stub: Stub) -> None:
+    def cost_table(backbone: str, layers: str, **rest: Any) -> pd.DataFrame:
+        assert (backbone, layers, rest) == ("embedded", "1-2", {"device": "cpu", "revision": None})
+        return pd.DataFrame({"depth": [1, 2], "parameters": [1234567, 2e6], "ms": [0.12345, None]})
+
+    stub("depthprobe.cost.curve", cost_table=cost_table)
+    outcome = cli("cost", "--backbone", "embedded", "--layers", "1-2", "--device", "cpu")
+    rows = [line.split() for line in outcome.out.splitlines() if line.strip()]
+    assert rows[0] == ["depth", "parameters", "ms"]
+    assert rows[-2:] == [["1", "1,234,567", "0.1235"], ["2", "2,000,000", "-"]]
+
+
+def test_recommend_reads_histories_and_prints_rows(
+    cli: Callable[..., Any], stub: Stub, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "history.txt").write_text("u1 a b\n\nu2 c\n", encoding="utf-8")
+
+    def recommend(
+        histories: list[list[str]], top: int
+    ) -> list[list[tuple[str, str | None, float]]]:
+        assert (histories, top) == ([["a", "b"], ["c"]], 2)
+        return [[("x", "A\ttitle", 1.5), ("y", None, -0.25)], [("z", "Zed", 0.0)]]
+
+    model = SimpleNamespace(recommend=recommend)
+    stub("depthprobe.models.exported", load_recommender=lambda folder: model)
+    outcome = cli("recommend", "model", "--history", "history.txt", "--top", "2")
+    assert outcome.out.splitlines() == [
+        "user\trank\titem\tscore\ttitle",
+        "u1\t1\tx\t1.5000\tA title",
+        "u1\t2\ty\t-0.2500\t",
+        "u2\t1\tz\t0.0000\tZed",
+    ]
+
+
+def test_export_passes_the_trial_on(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "run" / "trials" / "full-s0").mkdir(parents=True)
+    (tmp_path / "run" / "manifest.json").write_text("{}", encoding="utf-8")
+    stub("depthprobe.sweep.export", export_trial=lambda run, trial, folder: folder / trial)
+    outcome = cli("export", "run", "full-s0", "out")
+    assert (outcome.code, outcome.out) == (0, "out/full-s0\n")
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
+def test_check_fails_with_its_tests(
+    cli: Callable[..., Any], stub: Stub, passed: bool, code: int
+) -> None:
+    answers = [
+        SimpleNamespace(name="truncation", passed=True, detail="equal bit for bit"),
+        SimpleNamespace(name="skip", passed=passed, detail="largest difference 0"),
+    ]
+    stub("depthprobe.models.check", check_backbone=lambda source: answers)
+    outcome = cli("check", "--backbone", "embedded")
+    assert outcome.code == code
+    assert outcome.out.splitlines()[0] == "passed  truncation: equal bit for bit"
+    assert outcome.out.splitlines()[1].startswith("passed" if passed else "FAILED")
+
+
+def test_data_prepare_writes_and_show_describes(cli: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("u1 a b c\nu2 b c d\n", encoding="utf-8")
+    outcome = cli("data", "prepare", "log.txt", "prepared", "--name", "tiny")
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == "prepared"
+    shown = cli("data", "show", "prepared").out
+    rows = dict(line.split(maxsplit=1) for line in shown.splitlines())
+    assert (rows["name"], rows["users"], rows["items"]) == ("tiny", "2", "4")
+    assert rows["interactions"] == "6"
+    assert "warning: no times" in shown
+
+
+def test_data_list_has_a_line_a_format(cli: Callable[..., Any]) -> None:
+    from depthprobe.data.readers import FORMATS
+
+    lines = cli("data", "list").out.splitlines()
+    assert [line.split()[0] for line in lines] == list(FORMATS)
+    assert all(len(line.split()) > 1 for line in lines)

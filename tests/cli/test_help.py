@@ -1,0 +1,70 @@
+"""Help and version: every command says what it takes, in half a second, without torch."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import depthprobe
+
+COMMANDS = {
+    "sweep": ["STUDY.toml", "--data", "--backbone", "--layers", "--methods", "--seeds", "--epochs"]
+    + ["--output", "--device", "--executor", "--jobs"],
+    "report": ["RUN", "--output"],
+    "cost": ["--backbone", "--layers"],
+    "export": ["RUN", "TRIAL", "DIR"],
+    "recommend": ["DIR", "--history", "--top"],
+    "data": ["prepare", "show", "list"],
+    "check": ["--backbone"],
+}
+
+
+def test_help_lists_every_command(cli: Callable[..., Any]) -> None:
+    outcome = cli("--help")
+    listed = re.findall(r"^  ([a-z]+)  ", outcome.out.partition("Commands:")[2], flags=re.MULTILINE)
+    assert set(listed) == {*COMMANDS, "train", "probe", "distill"}
+    assert outcome.code == 0
+    assert cli().out == outcome.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_names_its_arguments(cli: Callable[..., Any], name: str) -> None:
+    outcome = cli(name, "--help")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    for word in COMMANDS[name]:
+        assert word in outcome.out
+
+
+@pytest.mark.parametrize("name", ["train", "probe", "distill"])
+def test_a_phase_takes_what_sweep_takes(cli: Callable[..., Any], name: str) -> None:
+    options = re.findall(r"--[a-z]+", cli("sweep", "--help").out)
+    assert re.findall(r"--[a-z]+", cli(name, "--help").out) == options
+
+
+def test_version(cli: Callable[..., Any]) -> None:
+    assert cli("--version").out == f"depthprobe {depthprobe.__version__}\n"
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import atexit, sys; from depthprobe.cli import main;"
+        "atexit.register(lambda: print('loaded:', *sorted({'torch', 'rich'} & set(sys.modules))));"
+        "main(['--help'])"
+    )
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert done.stdout.splitlines()[-1].split() == ["loaded:"]
+    # the fastest of five: the others also time what else the machine was doing
+    assert min(seconds) < 0.5

@@ -1,0 +1,90 @@
+"""A study from flags: file, demo or data, then what the flags change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from depthprobe.cli.options import StudyFlags, default_output, make_study
+from depthprobe.cli.sweep import PHASES, restrict
+from depthprobe.study import METHODS, BadInput, Recipe, Study, demo_study
+
+
+def test_no_flags_are_the_demo() -> None:
+    study = make_study(StudyFlags())
+    assert study == demo_study()
+    assert default_output(study) == Path("runs/demo")
+
+
+def test_flags_override_a_study_file(tmp_path: Path) -> None:
+    path = tmp_path / "depth.toml"
+    path.write_text('layers = "1-3"\nseeds = 4\n[recipe]\nepochs = 7\n', encoding="utf-8")
+    log = tmp_path / "log.txt"
+    log.write_text("u a b\n", encoding="utf-8")
+    flags = StudyFlags(
+        study=path,
+        data=str(log),
+        layers="2",
+        methods="full, skip",
+        epochs=2,
+        device="cpu",
+        tuning="lora",
+    )
+    study = make_study(flags)
+    assert study.name == "depth"
+    assert (study.layers, study.methods, study.seeds) == ("2", ("full", "skip"), 4)
+    assert study.recipe == replace(Recipe(), epochs=2)
+    assert (study.device, study.data.source) == ("cpu", str(log))
+    assert (study.backbone.tuning, study.backbone.source) == ("lora", "embedded")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("amazon-beauty/sequences.txt", "amazon-beauty"),
+        ("amazon-beauty", "amazon-beauty"),
+        ("logs/shop.txt", "shop"),
+        ("shop.v2/ratings.csv", "shop.v2"),
+    ],
+)
+def test_a_study_is_named_after_its_data(tmp_path: Path, path: str, name: str) -> None:
+    target = tmp_path / path
+    if target.suffix:
+        target.parent.mkdir()
+        target.write_text("u a b\n", encoding="utf-8")
+    else:
+        target.mkdir()
+    study = make_study(StudyFlags(data=str(target)))
+    assert study == replace(Study(name=name), data=replace(Study().data, source=str(target)))
+    with_backbone = make_study(StudyFlags(data=str(target), backbone="some/Llama-1B"))
+    assert with_backbone.name == f"{name}-Llama-1B"
+
+
+def test_a_nameless_study_file_is_named_after_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "which-depth"
+    folder.mkdir()
+    (folder / "study.toml").write_text("seeds = 1\n", encoding="utf-8")
+    assert make_study(StudyFlags(study=folder / "study.toml")).name == "which-depth"
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc/x", "a b/c", "..", "", "é"])
+def test_a_run_stays_below_runs(name: str) -> None:
+    folder = default_output(Study(name=name))
+    assert folder.parent == Path("runs")
+    assert folder.name not in {"", ".", ".."}
+
+
+def test_a_phase_keeps_its_own_methods() -> None:
+    study = Study(methods=METHODS)
+    kept = {name: restrict(study, PHASES[name], chosen=False).methods for name in PHASES}
+    assert kept["sweep"] == METHODS
+    assert kept["probe"] == ("early-exit", "skip")
+    assert kept["distill"] == ("distill",)
+    assert {*kept["train"], *kept["probe"], *kept["distill"]} == set(METHODS)
+
+
+def test_a_phase_without_methods_in_the_study_is_refused() -> None:
+    with pytest.raises(BadInput, match="probe runs early-exit, skip"):
+        restrict(Study(methods=("full",)), PHASES["probe"], chosen=False)

@@ -1,0 +1,75 @@
+"""Progress: plain lines in a file, a bar on a terminal, nothing read as markup."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from depthprobe.cli.progress import Lines, Live, watch
+from depthprobe.sweep.progress import Progress, Silent
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def play(progress: Progress) -> None:
+    progress.message("training [bold]full[/bold]")
+    progress.plan(["full-s0", "skip-5-s0"])
+    progress.done("full-s0", "done", 12.34, "NDCG@10 0.31")
+    progress.done("skip-5-s0", "failed", 0.0, "ValueError: [/red]\nsecond line")
+
+
+def test_plain_lines_are_stamped_and_counted() -> None:
+    stream = io.StringIO()
+    with watch(stream) as progress:
+        assert isinstance(progress, Lines)
+        play(progress)
+    lines = stream.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert [line[9:] for line in lines] == [
+        "training [bold]full[/bold]",
+        "2 trials to run",
+        "[1/2] full-s0  done  12.3 s  NDCG@10 0.31",
+        "[2/2] skip-5-s0  failed  0.0 s  ValueError: [/red] second line",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_a_line_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    with watch(stream) as progress:
+        assert isinstance(progress, Live)
+        play(progress)
+        assert progress.bar.tasks[0].completed == progress.bar.tasks[0].total == 2
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "training [bold]full[/bold]" in text
+    assert "full-s0  done  12.3 s  NDCG@10 0.31" in text
+    assert "skip-5-s0  failed  0.0 s  ValueError: [/red] second line" in text
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    with watch(Terminal()) as progress:
+        assert isinstance(progress, Lines)
+
+
+def test_the_bar_is_taken_down_when_the_sweep_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with pytest.raises(KeyboardInterrupt), watch(stream):
+        raise KeyboardInterrupt
+    assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l")
+
+
+def test_silent_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    play(Silent())
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from depthprobe.data import batches as module
+from depthprobe.data.batches import length_buckets, negatives, pad, padding_share
+from depthprobe.data.prepared import Sequences, order_log
+from depthprobe.data.readers import Log
+from depthprobe.data.splits import leave_one_out
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), max_size=200),
+    batch_size=st.integers(1, 40),
+    seed=st.none() | st.integers(0, 9),
+    pool=st.integers(1, 5),
+)
+def test_every_index_once(lengths: list[int], batch_size: int, seed: int | None, pool: int) -> None:
+    found = length_buckets(lengths, batch_size, seed=seed, pool=pool)
+    assert sorted(i for batch in found for i in batch.tolist()) == list(range(len(lengths)))
+    assert all(1 <= len(batch) <= batch_size for batch in found)
+
+
+def test_sorted_without_a_seed() -> None:
+    found = length_buckets([1, 3, 2, 3, 1], 2)
+    assert [batch.tolist() for batch in found] == [[1, 3], [2, 0], [4]]
+
+
+def test_seeds_and_epochs() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, size=1000)
+
+    def flat(**options: int) -> list[int]:
+        return np.concatenate(length_buckets(lengths, 16, **options)).tolist()
+
+    assert flat(seed=1) == flat(seed=1, epoch=0)
+    assert flat(seed=1) != flat(seed=2)
+    assert flat(seed=1) != flat(seed=1, epoch=1)
+    # batches come in a random order: the mean length of the first half is that of all
+    order = lengths[flat(seed=1, pool=100)]
+    assert abs(order[:500].mean() - order.mean()) < 4
+
+
+def test_buckets_save_padding() -> None:
+    lengths = np.random.default_rng(0).geometric(0.1, size=4000).clip(max=50)
+    random = np.split(np.random.default_rng(1).permutation(4000), 50)
+    bucketed = padding_share(lengths, length_buckets(lengths, 80, seed=0, pool=25))
+    assert padding_share(lengths, random) > 0.5
+    assert bucketed < 0.1
+    assert padding_share(lengths, length_buckets(lengths, 80)) <= bucketed
+
+
+def test_padding_share_by_hand() -> None:
+    assert padding_share([4, 2, 3], [np.array([0, 1]), np.array([2])]) == pytest.approx(2 / 11)
+    assert padding_share([], []) == 0
+
+
+def test_pad_by_hand() -> None:
+    found = pad([np.array([5, 6], dtype=np.int32), np.array([], dtype=np.int32), np.array([7])])
+    assert found.dtype == np.int64
+    assert found.tolist() == [[5, 6], [0, 0], [7, 0]]
+    assert pad([np.array([1]), np.array([2, 3])], value=-100).tolist() == [[1, -100], [2, 3]]
+    assert pad([np.array([])]).shape == (1, 0)
+
+
+def test_bad_sizes() -> None:
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        length_buckets([1], 0)
+
+
+def make(users: int, items: int, longest: int) -> Sequences:
+    draw = np.random.default_rng(0)
+    rows = [draw.permutation(items)[: draw.integers(1, longest + 1)] for _ in range(users)]
+    rows[0] = draw.permutation(items)[:longest]
+    rows.append(np.arange(items)[: max(3, longest)])
+    owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    missing = np.setdiff1d(np.arange(items), np.concatenate(rows))
+    owner = np.concatenate([owner, len(rows) + np.arange(len(missing))])  # single interactions
+    raw = np.concatenate([*rows, missing])
+    return order_log(Log(owner.astype(str), np.char.zfill(raw.astype(str), 6)))
+
+
+# many free items (drawn and thrown away), few (a key for each), exactly as many as asked for
+@pytest.mark.parametrize(("items", "longest", "count"), [(500, 20, 50), (60, 20, 35), (60, 20, 40)])
+def test_negatives_are_distinct_and_never_own(items: int, longest: int, count: int) -> None:
+    sequences = make(300, items, longest)
+    split = leave_one_out(sequences)
+    found = negatives(sequences, split, count=count, seed=3)
+    assert found is not None
+    assert found.shape == (len(split.users), count)
+    assert found.dtype == np.int32
+    assert found.min() >= 1
+    assert found.max() <= items
+    for place, user in enumerate(split.users):
+        assert len(set(found[place].tolist())) == count
+        assert not set(found[place].tolist()) & set(sequences.history(user).tolist())
+
+
+@pytest.mark.parametrize(("items", "count"), [(200, 20), (40, 25)])
+def test_negatives_are_uniform(items: int, count: int) -> None:
+    sequences = make(400, items, 8)
+    split = leave_one_out(sequences)
+    drawn = np.zeros(items + 1)
+    for seed in range(20):
+        found = negatives(sequences, split, count=count, seed=seed)
+        assert found is not None
+        drawn += np.bincount(found.ravel(), minlength=items + 1)
+    expected = np.zeros(items + 1)  # count / (free items) for each user who may get the item
+    for user in split.users:
+        free = np.setdiff1d(np.arange(1, items + 1), sequences.history(user))
+        expected[free] += 20 * count / len(free)
+    z = (drawn[1:] - expected[1:]) / np.sqrt(expected[1:] * (1 - count / items))
+    assert abs(z).max() < 4.5
+    assert z.std() < 1.25
+
+
+def test_negatives_repeat_by_seed() -> None:
+    sequences = make(100, 300, 10)
+    split = leave_one_out(sequences)
+    first = negatives(sequences, split, count=30, seed=1)
+    assert np.array_equal(first, negatives(sequences, split, count=30, seed=1))
+    assert not np.array_equal(first, negatives(sequences, split, count=30, seed=2))
+
+
+def test_unlucky_rows_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no reserve about half of the rows lack a draw; they must come out right all the same."""
+    sequences = make(300, 500, 20)
+    split = leave_one_out(sequences)
+    again: list[int] = []
+    by_keys = module._draw_by_keys
+
+    def spy(rng: np.random.Generator, taken: np.ndarray, count: int) -> np.ndarray:
+        again.append(len(taken))
+        return by_keys(rng, taken, count)
+
+    monkeypatch.setattr(module, "_draw_by_keys", spy)
+    monkeypatch.setattr(module.np, "sqrt", lambda _: -2.0)
+    found = negatives(sequences, split, count=50, seed=0)
+    assert found is not None
+    assert 0 < sum(again) < len(found)
+    for place, user in enumerate(split.users):
+        assert len(set(found[place].tolist()) - set(sequences.history(user).tolist())) == 50
+
+
+def test_too_small_a_catalogue() -> None:
+    sequences = make(50, 60, 20)
+    split = leave_one_out(sequences)
+    assert negatives(sequences, split, count=41, seed=0) is None
+    assert negatives(sequences, split, seed=0) is None

@@ -1,0 +1,79 @@
+"""Evaluation against a loop over users, and that every model answers the same questions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from depthprobe.data.prepared import order_log
+from depthprobe.data.readers import Log
+from depthprobe.data.splits import leave_one_out
+from depthprobe.evaluation.evaluate import Questions, evaluate, mean_ndcg, questions
+from depthprobe.evaluation.ranks import rank_targets
+
+CPU = torch.device("cpu")
+
+
+class LastItem:
+    """Scores depend on the last item alone."""
+
+    def __init__(self) -> None:
+        self.table = torch.randn(31, 4, dtype=torch.float64)
+
+    def encode(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        return self.table[histories[torch.arange(len(histories)), lengths - 1]]
+
+    def item_matrix(self) -> Tensor:
+        return self.table
+
+
+@pytest.fixture
+def asked() -> Questions:
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(40), 8).astype(str)
+    items = np.concatenate([rng.permutation(30)[:8] for _ in range(40)]).astype(str)
+    sequences = order_log(Log(users=users, items=items))
+    return questions(
+        sequences, leave_one_out(sequences), "test", max_history=3, filter_seen=True
+    )
+
+
+def test_equals_a_loop_over_users(asked: Questions) -> None:
+    model = LastItem()
+    found = evaluate(model, asked, device=CPU)["full"]
+    for user in range(40):
+        scores = model.table[int(asked.histories[user][-1])] @ model.table.T
+        exclude = torch.zeros(1, 31, dtype=torch.bool)
+        exclude[0, 0] = True
+        assert asked.seen is not None
+        exclude[0, asked.seen[user].astype(np.int64)] = True
+        target = torch.tensor([int(asked.targets[user])])
+        assert found[user] == rank_targets(scores[None], target, exclude).item()
+
+
+def test_history_is_the_latest_items_before_the_target(asked: Questions) -> None:
+    assert asked.seen is not None
+    assert {len(history) for history in asked.histories} == {3}
+    assert {len(seen) for seen in asked.seen} == {7}
+    for history, seen, target in zip(asked.histories, asked.seen, asked.targets, strict=True):
+        assert history.tolist() == seen[-3:].tolist()
+        assert target not in seen
+
+
+def test_limit_draws_the_same_users_each_time() -> None:
+    users = np.repeat(np.arange(40), 3).astype(str)
+    items = np.tile(np.arange(3), 40).astype(str)
+    sequences = order_log(Log(users=users, items=items))
+    split = leave_one_out(sequences)
+    drawn = [
+        questions(sequences, split, "validation", max_history=3, filter_seen=False, limit=9)
+        for _ in range(2)
+    ]
+    assert drawn[0].users.tolist() == drawn[1].users.tolist()
+    assert len(set(drawn[0].users.tolist())) == 9
+
+
+def test_mean_ndcg_by_hand() -> None:
+    assert mean_ndcg(np.array([1, 3, 11])) == pytest.approx((1 + 0.5 + 0) / 3)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from depthprobe.evaluation.statistics import (
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_ratio,
+    median_ratio,
+    resampled_means,
+)
+
+DRAW = np.random.default_rng(0)
+REFERENCE = DRAW.gamma(1.0, 1.0, size=(3, 200))
+CANDIDATE = 0.9 * REFERENCE + DRAW.normal(0, 0.3, size=(3, 200))
+
+
+def test_values_by_hand() -> None:
+    candidate, reference = [1.0, 0.0, 0.5], [1.0, 1.0, 0.0]
+    assert bootstrap_ratio(candidate, reference).value == pytest.approx(0.75)
+    assert bootstrap_difference(candidate, reference).value == pytest.approx(-0.5 / 3)
+    assert bootstrap_mean(candidate).value == pytest.approx(0.5)
+
+
+def test_agrees_with_a_plain_loop() -> None:
+    """The same quantiles as drawing rows and columns with replacement, one by one."""
+    draw = np.random.default_rng(5)
+    ratios = []
+    for _ in range(4000):
+        picked = np.ix_(draw.integers(3, size=3), draw.integers(200, size=200))
+        ratios.append(CANDIDATE[picked].mean() / REFERENCE[picked].mean())
+    found = bootstrap_ratio(CANDIDATE, REFERENCE, resamples=4000)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    assert found.value == pytest.approx(CANDIDATE.mean() / REFERENCE.mean())
+    assert found.low == pytest.approx(low, abs=0.004)
+    assert found.high == pytest.approx(high, abs=0.004)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_identical_arms_are_certain(rows: int) -> None:
+    arm = REFERENCE[:rows]
+    ratio, difference = bootstrap_ratio(arm, arm), bootstrap_difference(arm, arm)
+    assert (ratio.value, ratio.low, ratio.high) == (1, 1, 1)
+    assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+
+
+def test_pairing_cancels_what_both_arms_share() -> None:
+    shifted = REFERENCE[0] - 0.1
+    paired = bootstrap_difference(shifted, REFERENCE[0])
+    assert (paired.low, paired.high) == pytest.approx((-0.1, -0.1), abs=1e-12)
+    apart = bootstrap_difference(DRAW.permutation(shifted), REFERENCE[0])
+    assert apart.high - apart.low > 0.1
+
+
+def test_seeds_widen_the_interval() -> None:
+    lucky = REFERENCE + np.array([[-0.5], [0.0], [0.5]])
+    both, users = bootstrap_mean(lucky), bootstrap_mean(lucky.mean(axis=0))
+    assert both.high - both.low > 1.5 * (users.high - users.low)
+    # a lucky seed of both arms cancels in their difference
+    assert bootstrap_difference(lucky, lucky - 0.2).low == pytest.approx(-0.0 + 0.2)
+
+
+def test_resampled_variance_is_that_of_the_mean() -> None:
+    values = REFERENCE[:1]
+    pairs = list(resampled_means([values], resamples=20_000, seed=1))
+    both, users = (np.concatenate(part)[:, 0] for part in zip(*pairs, strict=True))
+    assert np.array_equal(both, users)  # one seed: nothing else to draw
+    assert both.mean() == pytest.approx(values.mean(), abs=0.002)
+    assert both.std() == pytest.approx(values.std() / np.sqrt(200), rel=0.03)
+
+
+def test_coverage_of_95_per_cent_intervals() -> None:
+    draw = np.random.default_rng(11)
+    trials, covered = 1000, np.zeros(3)
+    for trial in range(trials):
+        reference = draw.gamma(2.0, 0.5, size=200)  # mean 1
+        candidate = 0.8 * reference + draw.exponential(0.1, size=200)  # mean 0.9
+        options = {"resamples": 300, "seed": trial}
+        mean = bootstrap_mean(reference, **options)
+        ratio = bootstrap_ratio(candidate, reference, **options)
+        difference = bootstrap_difference(candidate, reference, **options)
+        covered += [
+            mean.low <= 1 <= mean.high,
+            ratio.low <= 0.9 <= ratio.high,
+            difference.low <= -0.1 <= difference.high,
+        ]
+    assert ((covered / trials >= 0.93) & (covered / trials <= 0.97)).all(), covered / trials
+
+
+def test_level_and_seed() -> None:
+    wide, narrow = bootstrap_mean(REFERENCE[0], level=0.99), bootstrap_mean(REFERENCE[0], level=0.5)
+    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
+    assert bootstrap_mean(REFERENCE[0], seed=1) == bootstrap_mean(REFERENCE[0], seed=1)
+    assert bootstrap_mean(REFERENCE[0], seed=1) != bootstrap_mean(REFERENCE[0], seed=2)
+
+
+def test_too_few_hits_say_nothing() -> None:
+    """Three hits of ten: 2.8 % of the resamples have none, and no ratio."""
+    reference = np.array([1.0] * 3 + [0.0] * 7)
+    found = bootstrap_ratio(reference * 0.5, reference, resamples=5000)
+    assert (found.value, found.low, found.high) == (0.5, -np.inf, np.inf)
+    assert bootstrap_ratio([0.4], [0.5]).low == -np.inf  # one user
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="reference's mean is 0"):
+        bootstrap_ratio([1.0, 2.0], [0.0, 0.0])
+    with pytest.raises(ValueError, match=r"one shape .*\(1, 2\), \(1, 3\)"):
+        bootstrap_difference([1.0, 2.0], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="NaN"):
+        bootstrap_mean([1.0, np.nan])
+    with pytest.raises(ValueError, match="at least one"):
+        bootstrap_mean([])
+    with pytest.raises(ValueError, match="level is 95"):
+        bootstrap_mean([1.0, 2.0], level=95)
+
+
+def test_median_ratio_by_hand() -> None:
+    found = median_ratio([1.0, 2.0, 1.0], [4.0, 6.0, 2.0])  # 4, 3, 2 times as fast
+    assert (found.value, found.low, found.high) == (3, 2, 4)
+    one = median_ratio([1.0], [2.0])
+    assert (one.value, one.low, one.high) == (2, 0, np.inf)
+
+
+def test_median_ratio_cancels_slow_rounds() -> None:
+    load = DRAW.uniform(1, 10, size=30)  # another program slows whole rounds
+    found = median_ratio(0.1 * load, 0.4 * load * DRAW.normal(1, 0.01, size=30))
+    assert found.low > 3.95
+    assert found.high < 4.05
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference"), [([1.0], [1.0, 2.0]), ([], []), ([0.0], [1.0]), ([1.0], [np.inf])]
+)
+def test_median_ratio_refuses(candidate: list[float], reference: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        median_ratio(candidate, reference)

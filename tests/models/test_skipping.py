@@ -1,0 +1,242 @@
+"""Skipping blocks equals removing them, with and without caches, and leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, StaticCache
+
+from depthprobe.models import skipping
+from depthprobe.models.blocks import find_blocks, keep_blocks
+from depthprobe.models.skipping import after_blocks, skip_blocks
+from depthprobe.models.tap import tap_blocks
+from depthprobe.study import BadInput
+
+SKIPS = [{0, 3}, {2, 5}]
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def footprint(model):
+    """Everything that skipping might touch: attributes and hooks of every module, and weights."""
+    return [
+        (name, sorted(vars(module)), len(module._forward_hooks), vars(module).get("forward"))
+        for name, module in model.named_modules()
+    ], {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_skip_equals_keep_and_bypass(family, make_model, ids, bypass):
+    model = make_model(family)
+    whole = logits(model, ids)
+    for skipped in SKIPS:
+        with skip_blocks(model, skipped):
+            result = logits(model, ids)
+        kept = sorted(set(range(6)) - skipped)
+        assert torch.equal(result, logits(keep_blocks(make_model(family), kept), ids)), skipped
+        handles = bypass(find_blocks(model), skipped)
+        torch.testing.assert_close(result, logits(model, ids), rtol=0, atol=1e-12)
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(logits(model, ids), whole)
+
+
+@torch.no_grad()
+def test_cache_made_under_the_same_skip(family, make_model, ids):
+    model = make_model(family)
+    for skipped in SKIPS:
+        with skip_blocks(model, skipped):
+            expected = model(ids, use_cache=False).logits
+            prefix = model(ids[:, :5], use_cache=True)
+            steps = [prefix.logits]
+            for part in (ids[:, 5:8], ids[:, 8:]):
+                step = model(part, past_key_values=prefix.past_key_values, use_cache=True)
+                steps.append(step.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skipped", [{0}, {0, 1}, {1, 4}], ids=str)
+def test_shared_prefix_with_padding_and_mask(skipped, make_model, ids):
+    model = make_model("llama")
+    cut = keep_blocks(make_model("llama"), sorted(set(range(6)) - skipped))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 7:] = 0  # the second user is shorter, right-padded
+    with skip_blocks(model, skipped):
+        cache = model(ids[:1, :4], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        rest = model(ids[:, 4:], past_key_values=cache, attention_mask=mask).logits
+    same = torch.cat([ids[:1, :4].expand(2, -1), ids[:, 4:]], dim=1)
+    expected = logits(cut, same, attention_mask=mask)[:, 4:]
+    torch.testing.assert_close(rest[0], expected[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(rest[1, :3], expected[1, :3], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_bare_and_static_caches(make_model, ids):
+    model = make_model("llama")
+    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=16)):
+        with skip_blocks(model, {0, 3}):
+            expected = model(ids, use_cache=False).logits[:, 5:]
+            model(ids[:, :5], past_key_values=cache, use_cache=True)
+            result = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_cache_of_another_skip_is_refused(make_model, ids):
+    model = make_model("llama")
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    with skip_blocks(model, {2}), pytest.raises(ValueError, match="block 2 active"):
+        model(ids[:, 5:], past_key_values=cache)
+    with skip_blocks(model, {2}):
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+    with pytest.raises(RuntimeError):
+        model(ids[:, 5:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_recurrent_block_is_skipped_without_a_filled_cache_only(make_model, ids):
+    model = make_model("qwen3_next")
+    cut = keep_blocks(make_model("qwen3_next"), [1, 2, 3, 4, 5])
+    with skip_blocks(model, {0}):
+        first = model(ids, use_cache=True)
+        with pytest.raises(ValueError, match="block 0 is recurrent"):
+            model(ids, past_key_values=first.past_key_values)
+    assert torch.equal(first.logits, logits(cut, ids))
+
+
+def test_generate_under_skip(make_model, ids):
+    model = make_model("gemma3_text")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = keep_blocks(make_model("gemma3_text"), [1, 3, 4, 5]).generate(ids, **options)
+    with skip_blocks(model, {0, 2}):
+        assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_restores_after_exceptions(name, make_model, ids):
+    model = make_model(name)
+    before, weights = footprint(model)
+    with pytest.raises(KeyError), skip_blocks(model, {1, 2}):
+        raise KeyError
+    with pytest.raises(IndexError), skip_blocks(model, {1, 2}):
+        model(torch.tensor([[10_000]]))
+    after, unchanged = footprint(model)
+    assert after == before
+    assert all(torch.equal(weights[key], unchanged[key]) for key in weights)
+
+
+def test_restores_a_forward_that_was_already_replaced(make_model, ids):
+    model = make_model("llama")
+    block = find_blocks(model)[1]
+    original = block.forward
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    block.forward = counted
+    with skip_blocks(model, {1}):
+        logits(model, ids)
+        assert not calls
+    logits(model, ids)
+    assert block.forward is counted
+    assert calls == [1]
+
+
+def test_nested_is_the_union(make_model, ids):
+    model = make_model("llama")
+    whole = logits(model, ids)
+    with skip_blocks(model, {1, 2}):
+        outer = logits(model, ids)
+        with skip_blocks(model, {2, 4}):
+            inner = logits(model, ids)
+        assert torch.equal(logits(model, ids), outer)
+    assert torch.equal(logits(model, ids), whole)
+    assert torch.equal(inner, logits(keep_blocks(make_model("llama"), [0, 3, 5]), ids))
+    assert torch.equal(outer, logits(keep_blocks(make_model("llama"), [0, 3, 4, 5]), ids))
+
+
+def test_all_and_none(make_model, ids):
+    model = make_model("llama")
+    whole = logits(model, ids)
+    with skip_blocks(model, []):
+        assert torch.equal(logits(model, ids), whole)
+    with skip_blocks(model, range(6)), torch.no_grad():
+        expected = model.lm_head(model.model.norm(model.model.embed_tokens(ids)))
+        assert torch.equal(logits(model, ids), expected)
+
+
+def test_under_peft(make_model, ids):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(make_model("llama"), lora).double().eval()
+    with skip_blocks(model, {2, 3}):
+        result = logits(model, ids)
+    expected = keep_blocks(copy.deepcopy(model).merge_and_unload(), [0, 1, 4, 5])
+    torch.testing.assert_close(result, logits(expected, ids), rtol=0, atol=1e-12)
+
+
+def test_training_under_skip_with_checkpointing(make_model, ids):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with skip_blocks(model, {2}):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        assert all(p.grad is None for p in find_blocks(model)[2].parameters())
+        gradients.append(find_blocks(model)[0].mlp.up_proj.weight.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
+
+
+def test_learning_the_output_type_leaves_no_trace(make_model, ids, monkeypatch):
+    monkeypatch.setattr(skipping, "_extra_outputs", {})
+    model = make_model("falcon").train()
+    torch.manual_seed(5)
+    with tap_blocks(model) as tap:
+        model(ids)
+        states = tap.states
+        state = torch.get_rng_state()
+        with skip_blocks(model, {0}):
+            assert torch.equal(torch.get_rng_state(), state)
+        assert all(a is b for a, b in zip(tap.states, states, strict=True))
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("skipped", [{6}, {-1}, {"1"}, {0.5}, 3], ids=repr)
+def test_bad_indices(skipped, make_model):
+    with (
+        pytest.raises(BadInput, match="skip.*from 0 to 5"),
+        skip_blocks(make_model("llama"), skipped),
+    ):
+        pass
+
+
+def test_source_of_shared_keys_is_refused(make_model, ids):
+    model = make_model("gemma3n_text")
+    with pytest.raises(ValueError, match="later blocks read"), skip_blocks(model, {1, 3}):
+        pass
+    with skip_blocks(model, {0}):
+        assert logits(model, ids).isfinite().all()
+
+
+def test_after_blocks_is_differentiable_and_keeps_taps(make_model, ids):
+    model = make_model("opt")
+    with tap_blocks(model) as tap:
+        model(ids, use_cache=False)
+        states = tap.states
+        last = [state[:, -1:] for state in states]
+        hidden = after_blocks(model, last[2])
+        assert tap.states[0] is states[0]
+    assert hidden.shape == (2, 1, 16)
+    hidden.sum().backward()
+    used = [find_blocks(model)[i].fc1.weight.grad is not None for i in range(6)]
+    assert used == [True, True, False, False, False, False]

@@ -1,0 +1,233 @@
+"""A made-up run, in the shape of a run folder's contents, with numbers like a real one's."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from depthprobe.evaluation.metrics import metrics_from_ranks
+from depthprobe.report.summary import Summary, summarise
+from depthprobe.study import Study, override
+
+BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
+# How strongly a method pulls the target up; about the logarithm of its rank.
+FLOOR, TOP = 0.35, 2.2
+
+
+def strength(method: str, depth: int, removed: str) -> float:
+    """Accuracy of the made-up methods, on a scale of 0 (chance) to `TOP` (the teacher)."""
+    if method in {"popularity", "sasrec", "full"}:
+        return {"popularity": FLOOR, "sasrec": 1.9, "full": TOP}[method]
+    if method == "early-exit":
+        return FLOOR + (TOP - FLOOR) * (depth / BLOCKS) ** 1.6
+    if method == "skip":
+        return TOP - (1.2 if removed == "0" else 0.35 if removed == str(BLOCKS - 1) else 0.02)
+    gap = {"finetune": 0.25, "heal": 0.2, "distill": 0.1, "random-init": 0.7}[method]
+    return TOP - gap / depth ** (0.8 if method != "random-init" else 0.3)
+
+
+@dataclass
+class FakeRun:
+    """Duck-typed like `depthprobe.sweep.store.Run`."""
+
+    path: Path
+    study: Study
+    manifest: dict[str, Any]
+    trials: pd.DataFrame
+    metrics: pd.DataFrame
+    users: pd.DataFrame
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def span(first: int, last: int) -> str:
+    """Blocks from first to last, both included, as a run folder writes them."""
+    return "" if last < first else str(first) if first == last else f"{first}-{last}"
+
+
+def planned() -> list[tuple[str, int, str, str]]:
+    """(method, depth, kept, removed) of everything that the made-up study tries."""
+    top = BLOCKS - 1
+    plan = [("popularity", 0, "", ""), ("sasrec", 0, "", ""), ("full", BLOCKS, span(0, top), "")]
+    for block in range(BLOCKS):
+        kept = ",".join(filter(None, (span(0, block - 1), span(block + 1, top))))
+        plan.append(("skip", top, kept, str(block)))
+    for method, depths in {
+        "early-exit": range(1, BLOCKS), "finetune": (1, 2, 4, 8), "distill": (1, 2, 4),
+        "random-init": (1, 2, 4, 12),
+    }.items():  # fmt: skip
+        plan += [(method, d, span(0, d - 1), span(d, top)) for d in depths]
+    return plan
+
+
+def make_run(
+    path: Path,
+    *,
+    methods: Iterable[str] | None = None,
+    seeds: int = 2,
+    users: int = USERS,
+    failing: Iterable[tuple[str, int, int]] = (),
+    timing: bool = True,
+    sampled: bool = True,
+    gain: Callable[[str, int], float] = lambda method, depth: 0.0,
+    error: str = "RuntimeError: loss is not finite",
+    dataset: str = "made-up",
+    backbone: str = "tiny-decoder",
+    resamples: int = 200,
+) -> FakeRun:
+    """A finished run; `gain(method, depth)` is added to a method's strength."""
+    study = override(
+        Study(name="made-up"),
+        seeds=seeds,
+        **{"protocol.resamples": resamples, "data.source": "log.txt", "backbone.source": backbone},
+    )
+    # a user has a luck of their own in every trial, so that trials are paired as real ones are
+    luck = np.random.default_rng(0).normal(size=users)
+    rows, tidy, ranks, records = [], [], [], []
+    for seed in range(seeds):
+        shared = np.random.default_rng([seed, 1]).normal(size=users)
+        for method, depth, kept, removed in planned():
+            if methods is not None and method not in methods:
+                continue
+            if method == "popularity" and seed:
+                continue
+            trial = f"{method}-{depth}-{removed or 'x'}-{seed}"
+            failed = (method, depth, seed) in set(failing)
+            own = np.random.default_rng([seed, zlib.crc32(trial.encode())])
+            row = _row(trial, method, depth, kept, removed, seed)
+            record = {"id": trial, "method": method, "costs": {"timing": None}}
+            if failed:
+                row |= {"status": "failed", "error": error, "parameters_total": np.nan}
+                record |= {"status": "failed", "costs": None}
+            else:
+                level = strength(method, depth, removed) + gain(method, depth)
+                noise = 1.2 * luck + 0.5 * shared + 0.1 * own.normal(size=users)
+                score = np.clip(np.log(ITEMS) * 0.9 - 1.7 * level - 1.4 * noise, 0, np.log(ITEMS))
+                found = {"full": np.floor(np.exp(score))}
+                if sampled:
+                    found["sampled-999"] = np.floor(1 + (found["full"] - 1) * 999 / ITEMS)
+                for protocol, values in found.items():
+                    ranks.append(_users(trial, protocol, values))
+                    tidy += _metrics(trial, method, depth, seed, protocol, values)
+                if timing and (depth in {1, 2, 4, 8, 12} or method == "sasrec"):
+                    record["costs"]["timing"] = _timing(method, depth)
+                    row |= _medians(record["costs"]["timing"])
+            rows.append(row)
+            records.append(record)
+    columns = ["trial", "user", "protocol", "rank"]
+    return FakeRun(
+        path=path,
+        study=study,
+        manifest=_manifest(dataset, backbone, users, timing),
+        trials=pd.DataFrame(rows),
+        metrics=pd.DataFrame(tidy),
+        users=pd.concat(ranks) if ranks else pd.DataFrame(columns=columns),
+        records=records,
+    )
+
+
+def _row(trial: str, method: str, depth: int, kept: str, removed: str, seed: int) -> dict[str, Any]:
+    blocks = 0 if depth == 0 else depth * 1_050_000
+    table = ITEMS * 64
+    total = {"popularity": ITEMS, "sasrec": table + 110_000}.get(method, blocks + table + 90_000)
+    return {
+        "trial": trial, "method": method, "depth": depth, "kept": kept, "removed": removed,
+        "seed": seed, "status": "done", "error": None, "parameters_blocks": blocks,
+        "parameters_token_embeddings": 0, "parameters_adapters": 90_000 if depth else 0,
+        "parameters_item_table": table, "parameters_total": total, "parameters_trainable": total,
+        "flops_user": 2.0 * total * 30, "training_steps": 900, "training_epochs": 9,
+        "training_seconds": 60.0 * (depth + 1), "train_step_ms": np.nan, "encode_ms": np.nan,
+        "score_ms": np.nan, "latency_ms": np.nan,
+    }  # fmt: skip
+
+
+def _users(trial: str, protocol: str, ranks: np.ndarray) -> pd.DataFrame:
+    users = np.arange(len(ranks)) * 3 + 1
+    return pd.DataFrame({"trial": trial, "user": users, "protocol": protocol, "rank": ranks})
+
+
+def _metrics(
+    trial: str, method: str, depth: int, seed: int, protocol: str, ranks: np.ndarray
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "trial": trial, "method": method, "depth": depth, "seed": seed, "split": "test",
+            "protocol": protocol, "slice": "all", "metric": name, "value": value,
+            "ci_low": 0.92 * value, "ci_high": 1.08 * value, "users": len(ranks),
+        }
+        for name, value in metrics_from_ranks(ranks).items()
+        if name != "NDCG@1"
+    ]  # fmt: skip
+
+
+def _timing(method: str, depth: int) -> dict[str, Any]:
+    """Measured once a run: every seed's record holds the same rounds."""
+    size = depth + 0.6 if method != "sasrec" else 1.1
+    drift = np.random.default_rng(7).lognormal(0, 0.08, ROUNDS)  # the machine's, so shared
+
+    def rounds(milliseconds: float) -> dict[str, list[float]]:
+        rng = np.random.default_rng(round(1000 * milliseconds))
+        seconds = milliseconds / 1e3 * drift * rng.lognormal(0, 0.03, ROUNDS)
+        return {"seconds": [float(s) for s in seconds]}
+
+    extra = 1.07 if method == "distill" else 1.0
+    found = {"encode": rounds(9.5 * size), "score": rounds(2.1), "latency": rounds(size + 0.4)}
+    trained = method not in {"early-exit", "skip"}
+    return found | ({"train_step": rounds(31 * size * extra)} if trained else {})
+
+
+def _medians(timing: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"{part}_ms": 1e3 * float(np.median(rounds["seconds"])) for part, rounds in timing.items()
+    }
+
+
+def _manifest(dataset: str, backbone: str, users: int, timing: bool) -> dict[str, Any]:
+    conditions = {
+        "device": "cpu", "dtype": "float32", "batch": 128, "length": 30, "threads": 2, "warmup": 3,
+        "rounds": ROUNDS,
+    }  # fmt: skip
+    return {
+        "schema": 1, "study_hash": "0123456789abcdef", "created": "2026-01-02T03:04:05+00:00",
+        "command": "depthprobe sweep study.toml --output runs/made-up",
+        "data": {
+            "name": dataset, "users": users + 12, "items": ITEMS, "interactions": users * 21,
+            "fingerprint": "ab" * 32, "warnings": ["no times: order is the file's"],
+            "statistics": {"median_length": 17, "density": 0.0104999123},
+        },
+        "backbone": {
+            "source": backbone, "revision": None, "blocks": BLOCKS, "width": 256, "family": "llama",
+            "parameters": 12_900_000,
+        },
+        "machine": {
+            "device": "cpu", "cpu": "Example CPU 2.4 GHz", "cores": 2, "memory_gib": 7.8,
+            "threads": 2, "gpu": None,
+        },
+        "versions": {"depthprobe": "0.1.0", "python": "3.11.9", "torch": "2.13.0"},
+        "git": {"commit": "0f1e2d3c4b5a69788796a5b4c3d2e1f001234567", "dirty": False},
+        "timing": conditions if timing else None, "wall_seconds": 171.4,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., FakeRun]:
+    """Makes other runs: `make(path, methods=..., seeds=..., failing=...)`."""
+    return make_run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+    """The whole made-up run, a failed trial in it; tests only read it."""
+    return make_run(tmp_path_factory.mktemp("run"), users=400, failing=[("random-init", 1, 1)])
+
+
+@pytest.fixture(scope="session")
+def summary(run: FakeRun) -> Summary:
+    """Its numbers."""
+    return summarise(run)

@@ -1,0 +1,172 @@
+"""The first screen says what the numbers carry, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from depthprobe.evaluation.statistics import Interval
+from depthprobe.report.answer import Answer, build_answer
+from depthprobe.report.summary import Summary, summarise
+
+Make = Callable[..., object]
+
+
+def _answer(run: object) -> Answer:
+    return build_answer(run)  # type: ignore[arg-type]
+
+
+def _better_student(method: str, depth: int) -> float:
+    return 0.4 if (method, depth) == ("distill", 4) else 0.0
+
+
+def test_shown(make: Make, tmp_path: Path) -> None:
+    summary = summarise(make(tmp_path, users=400, gain=_better_student))  # type: ignore[arg-type]
+    answer = build_answer(summary)
+    assert (answer.verdict, answer.method, answer.depth) == ("shown", "distill", 4)
+    point = summary.candidates["distill", 4]
+    assert summary.teacher is not None
+    assert answer.kept is not None
+    assert answer.kept.value == pytest.approx(
+        point.accuracy["full", "NDCG@10"].value / summary.teacher.accuracy["full", "NDCG@10"].value
+    )
+    assert answer.kept.low > 1 - answer.margin  # or it would not be shown
+    assert answer.headline.startswith(f"4 of 12 blocks keep {100 * answer.kept.value:.1f} % [")
+    assert "of the teacher's NDCG@10 (distilled), with 34 % of the parameters" in answer.headline
+    assert "faster to serve" in answer.headline
+    assert "faster to train" in answer.headline
+    assert "within the margin of 1 %" in answer.detail
+    assert [tile.label for tile in answer.tiles] == [
+        "accuracy kept", "parameters", "inference time", "training step",
+    ]  # fmt: skip
+
+
+def test_not_shown_says_so_first(make: Make, tmp_path: Path) -> None:
+    answer = _answer(make(tmp_path, users=120))
+    assert answer.verdict == "not shown"
+    assert answer.headline.startswith("Not shown at a margin of 1 %")
+    assert answer.detail.startswith("Best candidate: ")
+    assert answer.kept is not None
+    assert f"[{100 * answer.kept.low:.1f}, {100 * answer.kept.high:.1f}]" in answer.detail
+    if answer.users_needed is not None:
+        assert "users would be needed" in answer.detail
+        assert answer.users_needed > answer.users
+
+
+def test_far_below_the_margin_asks_for_no_more_users(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=400, methods={"full", "early-exit"},
+               gain=lambda method, depth: -1.0 if method == "early-exit" else 0.0)  # fmt: skip
+    answer = _answer(run)
+    assert answer.verdict == "not shown"
+    assert answer.users_needed is None
+    assert "more users would not change that" in answer.detail
+
+
+def test_no_teacher(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=100, failing=[("full", 12, 0), ("full", 12, 1)])
+    answer = _answer(run)
+    assert answer.verdict == "no teacher"
+    assert "teacher" in answer.headline
+    assert "keep" not in answer.headline
+    assert "2 of 73 trials failed" in answer.detail
+    assert answer.kept is None
+    assert answer.depth is None
+
+
+def test_only_baselines(make: Make, tmp_path: Path) -> None:
+    answer = _answer(make(tmp_path, users=100, methods={"popularity", "sasrec"}))
+    assert answer.verdict == "no teacher"
+    assert "SASRec" in answer.detail
+    assert [tile.label for tile in answer.tiles] == ["NDCG@10, popularity", "NDCG@10, SASRec"]
+
+
+def test_only_the_teacher(make: Make, tmp_path: Path) -> None:
+    answer = _answer(make(tmp_path, users=100, methods={"sasrec", "full"}))
+    assert answer.verdict == "no depth tried"
+    assert "no depth below the teacher's was tried" in answer.headline
+
+
+def test_nothing_finished(make: Make, tmp_path: Path) -> None:
+    answer = _answer(make(tmp_path, methods=set()))
+    assert answer.verdict == "nothing finished"
+    assert answer.tiles == ()
+
+
+def test_failed_trials_and_few_seeds_are_said(summary: Summary) -> None:
+    caveats = build_answer(summary).caveats
+    assert any("1 of 73 trials failed" in text for text in caveats)
+    assert any(text.startswith("2 seeds") for text in caveats)
+    assert "Data: no times: order is the file's." in caveats
+
+
+def test_single_seed(make: Make, tmp_path: Path) -> None:
+    caveats = _answer(make(tmp_path, users=100, seeds=1)).caveats
+    assert any(text.startswith("One seed") for text in caveats)
+
+
+def test_a_failed_seed_is_said(make: Make, tmp_path: Path) -> None:
+    caveats = _answer(make(tmp_path, users=100, failing=[("distill", 4, 1)])).caveats
+    assert any(text.startswith("1 seed of 2 compared") for text in caveats)
+
+
+def test_a_baseline_that_beats_the_teacher_is_said(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=400, gain=lambda method, _: 0.8 if method == "sasrec" else 0.0)
+    assert "The teacher is less accurate than SASRec" in _answer(run).caveats[0]
+
+
+def test_a_teacher_no_better_than_popularity_answers_nothing(make: Make, tmp_path: Path) -> None:
+    worst = {"popularity": 1.9, "distill": 0.5}
+    answer = _answer(make(tmp_path, users=300, gain=lambda method, _: worst.get(method, 0.0)))
+    assert answer.verdict == "weak teacher"
+    assert answer.headline.startswith("No answer: the teacher is")
+    assert "popularity" in answer.headline
+    assert answer.detail.startswith("Measured all the same: ")
+
+
+def test_an_interval_above_the_margin_that_is_not_enough_is_explained(summary: Summary) -> None:
+    assert summary.sufficiency is not None
+    row = next(r for r in summary.sufficiency.rows if (r.method, r.depth) == ("distill", 4))
+    near = replace(row, kept=Interval(1.003, 0.991, 1.014), lower=0.986, shown=False)
+    alone = replace(
+        summary.sufficiency, rows=(near, near), depth=None, method=None, undecided=("distill", 4),
+        users_needed=8281,
+    )  # fmt: skip
+    answer = build_answer(replace(summary, sufficiency=alone))
+    assert answer.verdict == "not shown"
+    assert "With all 2 candidates taken into account, its lower bound is 98.6 %" in answer.detail
+    assert "About 8,300 test users would be needed to decide" in answer.detail
+
+
+def test_a_shallower_depth_that_is_undecided_is_named(summary: Summary) -> None:
+    assert summary.sufficiency is not None
+    deep = next(r for r in summary.sufficiency.rows if (r.method, r.depth) == ("finetune", 8))
+    best = replace(deep, kept=Interval(1.0, 0.995, 1.005), lower=0.993, shown=True)
+    found = replace(
+        summary.sufficiency, rows=(best,), depth=8, method="finetune", undecided=("distill", 2),
+        users_needed=5050,
+    )  # fmt: skip
+    answer = build_answer(replace(summary, sufficiency=found))
+    assert answer.headline.startswith("8 of 12 blocks keep 100.0 % [99.5, 100.5]")
+    assert "Depth 2 (distilled) is undecided" in answer.detail
+
+
+def test_random_init_as_good_as_pretrained_is_said(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=300, gain=lambda method, _: 0.7 if method == "random-init" else 0.0)
+    assert any("Pretraining is not shown to help" in text for text in _answer(run).caveats)
+
+
+def test_without_the_controls_that_is_said(make: Make, tmp_path: Path) -> None:
+    caveats = _answer(make(tmp_path, users=100, methods={"full", "finetune"})).caveats
+    assert any("SASRec was not run" in text for text in caveats)
+    assert any("No random init" in text for text in caveats)
+
+
+def test_without_times_no_speed_is_claimed(make: Make, tmp_path: Path) -> None:
+    answer = _answer(make(tmp_path, users=100, timing=False))
+    assert "faster" not in answer.headline + answer.detail
+    assert answer.inference is None
+    assert [tile.label for tile in answer.tiles] == ["accuracy kept", "parameters"]
+    assert any("No times were compared" in text for text in answer.caveats)

@@ -1,0 +1,115 @@
+"""Points: the same numbers as a direct computation from the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from depthprobe.evaluation.statistics import bootstrap_mean, bootstrap_ratio
+from depthprobe.report.points import FULL, SAMPLED, Point, Ranks
+from depthprobe.report.summary import Summary, summarise
+
+
+def _ndcg(ranks: pd.Series) -> float:
+    return float(np.mean([(r <= 10) / np.log2(r + 1) for r in ranks]))
+
+
+def _point(summary: Summary, method: str, depth: int) -> Point:
+    return next(p for p in summary.of(method) if p.depth == depth)
+
+
+def _ranks(run: object, trials: tuple[str, ...], protocol: str = FULL) -> pd.Series:
+    users = run.users  # type: ignore[attr-defined]
+    return users[users["trial"].isin(trials) & (users["protocol"] == protocol)]["rank"]
+
+
+def test_accuracy_is_the_mean_over_users_and_seeds(run: object, summary: Summary) -> None:
+    for point in summary.points:
+        for protocol in (FULL, SAMPLED):
+            interval = point.accuracy[protocol, "NDCG@10"]
+            assert interval.value == pytest.approx(_ndcg(_ranks(run, point.trials, protocol)))
+            assert interval.low <= interval.value <= interval.high
+
+
+def test_every_planned_point_is_there_once(run: object, summary: Summary) -> None:
+    trials = run.trials  # type: ignore[attr-defined]
+    done = trials[trials["status"] == "done"]
+    assert len(summary.points) == len(done.groupby(["method", "depth", "kept"]))
+    assert sum(len(p.trials) for p in summary.points) == len(done)
+    assert len(summary.failed) == 1
+
+
+def test_ratio_to_the_teacher_uses_the_seeds_of_both(run: object, summary: Summary) -> None:
+    point = _point(summary, "random-init", 1)  # its seed 1 failed
+    assert point.seeds == (0,)
+    assert summary.teacher is not None
+    teacher = summary.teacher.trials[summary.teacher.seeds.index(0)]
+    expected = _ndcg(_ranks(run, point.trials)) / _ndcg(_ranks(run, (teacher,)))
+    assert point.ratio[FULL, "NDCG@10"].value == pytest.approx(expected)
+
+
+def test_intervals_are_those_of_the_plain_bootstrap(run: object, summary: Summary) -> None:
+    point, teacher = _point(summary, "distill", 2), summary.teacher
+    assert teacher is not None
+    own, theirs = summary.ranks.values(SAMPLED, "HR@5", [point.trials, teacher.trials])
+    assert point.accuracy[SAMPLED, "HR@5"] == bootstrap_mean(own, resamples=200)
+    assert point.ratio[SAMPLED, "HR@5"] == bootstrap_ratio(own, theirs, resamples=200)
+    assert summary.against(point, teacher) == bootstrap_ratio(
+        *summary.ranks.values(FULL, "NDCG@10", [point.trials, teacher.trials]), resamples=200
+    )
+
+
+def test_popularity_is_compared_with_every_seed(run: object, summary: Summary) -> None:
+    point, teacher = summary.of("popularity")[0], summary.teacher
+    assert teacher is not None
+    expected = _ndcg(_ranks(run, point.trials)) / _ndcg(_ranks(run, teacher.trials))
+    assert point.ratio[FULL, "NDCG@10"].value == pytest.approx(expected)
+
+
+def test_only_users_that_both_ranked_are_compared() -> None:
+    frame = pd.DataFrame(
+        {"trial": ["a"] * 3 + ["b"] * 3, "user": [3, 1, 2, 2, 4, 3], "protocol": FULL,
+         "rank": [1.0, 20.0, 5.0, 2.0, 7.0, 30.0]}
+    )  # fmt: skip
+    first, second = Ranks(frame).values(FULL, "HR@1", [["a"], ["b"]])
+    assert first.tolist() == [[0.0, 1.0]]  # users 2 and 3
+    assert second.tolist() == [[0.0, 0.0]]
+
+
+def test_times_are_medians_and_a_shared_measurement_counts_once(
+    run: object, summary: Summary
+) -> None:
+    point = _point(summary, "finetune", 4)
+    record = next(r for r in run.records if r["id"] == point.trials[0])  # type: ignore[attr-defined]
+    timing = record["costs"]["timing"]
+    both = np.add(timing["encode"]["seconds"], timing["score"]["seconds"])
+    assert point.time["inference"].median == pytest.approx(1e3 * np.median(both))
+    assert point.time["inference"].rounds == len(both)  # though two seeds' records hold it
+    assert point.speed["training"].value > 2
+
+
+def test_no_time_is_made_up(summary: Summary) -> None:
+    assert "inference" not in _point(summary, "early-exit", 5).time  # that depth was not measured
+    assert "training" not in _point(summary, "early-exit", 4).time  # it is not trained
+    assert summary.of("popularity")[0].cost("inference") is None
+
+
+def test_failed_seed_leaves_a_comparison_over_the_other(
+    make: Callable[..., object], tmp_path: Path
+) -> None:
+    run = make(tmp_path, users=150, failing=[("distill", 4, 1)])
+    summary = summarise(run)  # type: ignore[arg-type]
+    assert summary.seeds_compared == (0,)
+    assert not summary.left_out
+    point = _point(summary, "finetune", 4)
+    assert point.seeds == (0, 1)
+
+
+def test_the_deciding_interval_is_the_one_shown(summary: Summary) -> None:
+    assert summary.sufficiency is not None
+    for row in summary.sufficiency.rows:
+        assert _point(summary, row.method, row.depth).ratio[FULL, "NDCG@10"] == row.kept

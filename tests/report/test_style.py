@@ -1,0 +1,81 @@
+"""Numbers as a report prints them."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib
+import pytest
+
+from depthprobe.evaluation.statistics import Interval
+from depthprobe.report.style import (
+    METHOD_STYLES,
+    accuracy,
+    bounds,
+    count,
+    figure_style,
+    method_style,
+    percent,
+    significant,
+    times_faster,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.048632, "0.0486"), (12.345, "12.3"), (1240.4, "1,240"), (0.0, "0"), (-3.14159, "-3.14"),
+        (math.nan, "–"), (1e-5, "0.0000100"),
+    ],
+)  # fmt: skip
+def test_significant_digits_are_never_in_exponent_form(value: float, text: str) -> None:
+    assert significant(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(812, "812"), (12_400, "12.4 k"), (6_631_000, "6.63 M"), (1.2e9, "1.20 B"), (None, "–")],
+)
+def test_counts_carry_their_unit(value: float | None, text: str) -> None:
+    assert count(value) == text
+
+
+def test_metrics_and_shares() -> None:
+    assert accuracy(0.0486321) == "0.0486"
+    assert accuracy(None) == "–"
+    assert percent(0.9921) == "99.2 %"
+    assert bounds(Interval(0.99, 0.981, 1.003), scale=100, digits=1) == "[98.1, 100.3]"
+    assert bounds(Interval(0.05, math.nan, math.nan)) == ""
+
+
+def test_a_speed_is_said_only_as_far_as_its_interval_goes() -> None:
+    assert times_faster(Interval(4.0, 3.9, 4.1)) == ("4.0×", "[3.9, 4.1]", "faster")
+    assert times_faster(Interval(0.5, 0.4, 0.8)) == ("2.00×", "[1.25, 2.50]", "slower")
+    assert times_faster(Interval(1.02, 0.99, 1.05)) == ("about as fast", "[0.99, 1.05]", "")
+
+
+def test_methods_differ_in_marker_and_colour() -> None:
+    lines = [
+        s for m, s in METHOD_STYLES.items() if m != "skip"
+    ]  # skip is never in a figure of these
+    assert len({s.marker for s in lines}) == len(lines)
+    assert len({s.colour for s in lines}) == len(lines)
+    assert method_style("span").label == "span"
+
+
+@pytest.mark.parametrize("style", METHOD_STYLES.values(), ids=list(METHOD_STYLES))
+def test_colours_stand_out_from_paper(style: object) -> None:
+    red, green, blue = matplotlib.colors.to_rgb(style.colour)  # type: ignore[attr-defined]
+
+    def linear(channel: float) -> float:
+        return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+
+    luminance = 0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue)
+    assert 1.05 / (luminance + 0.05) >= 3  # WCAG 2.2, 1.4.11, against white
+
+
+def test_the_style_leaves_no_trace() -> None:
+    before = dict(matplotlib.rcParams)
+    with figure_style():
+        assert matplotlib.rcParams["svg.fonttype"] == "none"
+    assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,47 @@
+"""A file or folder is complete or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from depthprobe.sweep.files import complete_file, complete_folder, remove_leftovers, write_json
+
+
+def test_a_fault_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), complete_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == '{\n "a": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_nan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "trial"
+    for name in ("one", "two"):
+        with complete_folder(path) as temporary:
+            (temporary / name).write_text(name)
+    assert [p.name for p in path.iterdir()] == ["two"]
+    with pytest.raises(RuntimeError), complete_folder(path) as temporary:
+        (temporary / "three").write_text("half")
+        raise RuntimeError
+    assert [p.name for p in path.iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["trial"]
+
+
+def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-abc").mkdir()
+    (tmp_path / ".tmp-abc" / "x").touch()
+    (tmp_path / ".tmp-d.json").touch()
+    (tmp_path / "kept").touch()
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]

@@ -1,0 +1,219 @@
+"""Study files: parsing, defaults, overrides, the hash, and every refusal in one line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from depthprobe.study import (
+    METHODS,
+    BadInput,
+    Data,
+    Recipe,
+    Study,
+    demo_study,
+    differences,
+    load_study,
+    override,
+    parse_layers,
+    study_from_dict,
+    study_to_dict,
+    study_to_toml,
+)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "question.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, 'layers = "1-3"\n[recipe]\nepochs = 2\nlearning_rate = 1\n'))
+    assert study == Study(
+        name="question", layers="1-3", recipe=replace(Recipe(), epochs=2, learning_rate=1.0)
+    )
+    assert isinstance(study.recipe.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sedes = 2", ["sedes", "did you mean seeds?"]),
+        ("[recipe]\nepoch = 2", ["recipe.epoch", "did you mean epochs?"]),
+        ("[sasrec.recipe]\nepochs = 0", ["recipe.epochs", "0", "at least 1"]),
+        ('seeds = "two"', ["seeds", "'two'", "int"]),
+        ("seeds = true", ["seeds", "True", "int"]),
+        ("seeds = 1.5", ["seeds", "1.5", "int"]),
+        ("seeds = 0", ["seeds", "0"]),
+        ("data = 3", ["data", "3", "table"]),
+        ('methods = "full"', ["methods", "'full'", "list of strings"]),
+        ('methods = ["fintune"]', ["methods", "'fintune'", "did you mean finetune?"]),
+        ('methods = ["full", "full"]', ["methods", "full,full", "once"]),
+        ("methods = []", ["methods", "at least one"]),
+        ('device = "gpu"', ["device", "'gpu'", "cuda"]),
+        ('layers = "0"', ["layers", "'0'", "from 1"]),
+        ("layers = 4", ["layers", "4", "str"]),
+        ('[backbone]\ntuning = "qlora"', ["backbone.tuning", "'qlora'", "full, lora, frozen"]),
+        ("[recipe]\nlearning_rate = nan", ["recipe.learning_rate", "nan"]),
+        ("[recipe]\nweight_decay = nan", ["recipe.weight_decay", "nan"]),
+        ("[recipe]\nwarmup = 1.0", ["recipe.warmup", "1.0"]),
+        ("[backbone]\ntrust_remote_code = true", ["backbone.revision", "pinned"]),
+        ("[sasrec]\nheads = 3", ["sasrec.width", "64", "3"]),
+        ("layers = ", ["study", "TOML"]),
+    ],
+)
+def test_a_bad_value_is_one_line_with_field_value_and_allowed(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        load_study(write(tmp_path, text))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_file_that_can_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="a TOML file that exists"):
+        load_study(tmp_path / "missing.toml")
+    with pytest.raises(BadInput, match="a readable TOML file"):
+        load_study(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="a readable TOML file"):
+        load_study(tmp_path / "binary.toml")
+
+
+def test_the_demo_is_a_study_of_embedded_inputs() -> None:
+    study = demo_study()
+    assert (study.name, study.data.source, study.backbone.source) == (
+        "demo",
+        "embedded",
+        "embedded",
+    )
+    assert set(study.methods) <= set(METHODS)
+
+
+names = st.text(min_size=1, max_size=20)
+studies = st.builds(
+    Study,
+    name=names,
+    layers=st.sampled_from(["all", "auto", "1-12", "1,2,4"]),
+    methods=st.lists(st.sampled_from(METHODS), min_size=1, unique=True).map(tuple),
+    seeds=st.integers(1, 9),
+    device=st.sampled_from(["auto", "cpu", "cuda", "mps"]),
+    data=st.builds(Data, source=names, max_history=st.integers(1, 500)),
+    recipe=st.builds(
+        Recipe,
+        epochs=st.integers(1, 99),
+        learning_rate=st.floats(1e-9, 9, allow_nan=False),
+        weight_decay=st.floats(0, 1e9, allow_nan=False),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("studies")
+
+
+@given(study=studies)
+def test_a_study_survives_toml_and_dict(study: Study, folder: Path) -> None:
+    assert study_from_dict(study_to_dict(study)) == study
+    path = folder / "study.toml"
+    path.write_text(study_to_toml(study), encoding="utf-8")
+    assert load_study(path) == study
+    assert load_study(path).digest() == study.digest()
+
+
+def test_the_hash_changes_with_what_decides_the_numbers_alone() -> None:
+    study = Study()
+    assert study.digest() == Study().digest()
+    assert study.digest() == replace(study, name="other", device="cpu").digest()
+    changed = [
+        override(study, layers="1,2"),
+        override(study, seeds=3),
+        override(study, methods=("full",)),
+        override(study, **{"data.source": "log.txt"}),
+        override(study, **{"recipe.epochs": 3}),
+        override(study, **{"backbone.prompt": "Next:"}),
+        override(study, **{"protocol.filter_seen": False}),
+    ]
+    assert len({study.digest(), *(other.digest() for other in changed)}) == len(changed) + 1
+
+
+def test_override_skips_none_and_reaches_into_sections() -> None:
+    study = Study(seeds=3)
+    assert override(study, seeds=None, **{"data.source": None}) == study
+    changed = override(study, layers="1", **{"data.source": "log.txt", "recipe.epochs": 2})
+    assert (changed.layers, changed.data.source, changed.recipe.epochs) == ("1", "log.txt", 2)
+    assert (changed.seeds, changed.data.max_history) == (3, study.data.max_history)
+    with pytest.raises(BadInput, match=r"recipe\.epochs"):
+        override(study, **{"recipe.epochs": 0})
+
+
+def test_differences_name_each_changed_field() -> None:
+    old = Study()
+    new = override(old, name="x", device="cpu", seeds=5, **{"recipe.epochs": 2})
+    assert differences(old, new) == ["seeds: 2 -> 5", "recipe.epochs: 10 -> 2"]
+    assert differences(old, old) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks", "depths"),
+    [
+        ("1,2,4", 12, (1, 2, 4)),
+        ("4, 2,2 ,1", 12, (1, 2, 4)),
+        ("1-12", 12, tuple(range(1, 13))),
+        ("2-3,8", 12, (2, 3, 8)),
+        (" ALL ", 3, (1, 2, 3)),
+        ("auto", 12, (1, 2, 4, 8)),
+        ("auto", 8, (1, 2, 4)),
+        ("auto", 1, ()),
+        ("12", 12, (12,)),
+    ],
+)
+def test_layers_name_depths(text: str, blocks: int, depths: tuple[int, ...]) -> None:
+    assert parse_layers(text, blocks) == depths
+    assert parse_layers(text, None) == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", "0", "13", "0-3", "3-1", "1-13", "-1", "1-", "two", "1;2", "1.5", "1,,2", "١", "²"],
+)
+def test_layers_that_name_no_depth(text: str) -> None:
+    with pytest.raises(BadInput, match="depths from 1 to 12, as 1,2,4 or 1-12 or all"):
+        parse_layers(text, 12)
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 10)), min_size=1, max_size=6),
+    blocks=st.integers(1, 48),
+)
+def test_layers_against_the_union_of_their_parts(parts: list[tuple[int, int]], blocks: int) -> None:
+    text = ",".join(f"{low}-{low + more}" if more else f"{low}" for low, more in parts)
+    expected = sorted({depth for low, more in parts for depth in range(low, low + more + 1)})
+    if expected[-1] > blocks:
+        with pytest.raises(BadInput):
+            parse_layers(text, blocks)
+    else:
+        assert list(parse_layers(text, blocks)) == expected
+
+
+@given(text=st.text(alphabet="0123456789,- alutox", max_size=12), blocks=st.integers(1, 40))
+def test_layers_are_sorted_depths_in_range_or_refused(text: str, blocks: int) -> None:
+    try:
+        depths = parse_layers(text, blocks)
+    except BadInput as error:
+        refusal = str(error)
+        depths = ()
+    else:
+        refusal = "layers: "
+    assert refusal.startswith("layers: ")
+    assert list(depths) == sorted(set(depths))
+    assert all(1 <= depth <= blocks for depth in depths)

@@ -1,0 +1,40 @@
+"""A tiny recommender and training windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from depthprobe.models.recommender import Recommender
+
+
+@pytest.fixture
+def make_recommender() -> Callable[..., Recommender]:
+    """``make_recommender(blocks=4, prompt=(3, 1), seed=0)``: float32, random weights."""
+
+    def make(blocks: int = 4, prompt: tuple[int, ...] = (3, 1), seed: int = 0) -> Recommender:
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=11,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=blocks,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+        return Recommender(LlamaForCausalLM(config), torch.randn(13, 6), prompt)
+
+    return make
+
+
+@pytest.fixture
+def windows() -> list[np.ndarray]:
+    """Thirty users whose items count up by one: easily learnt."""
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, 12, size=30)
+    return [(start + np.arange(rng.integers(2, 8))) % 12 + 1 for start in starts]

@@ -26,6 +26,8 @@ METHODS = (
     "random-init",
 )
 DEFAULT_METHODS = ("popularity", "sasrec", "full", "early-exit", "skip", "finetune", "distill")
+# settings that change no trial's numbers: a run may be continued with others
+NOT_DECIDING = frozenset({"name", "device", "methods"})
 PROMPT = "Given the user's purchase history, predict the next item:"
 
 T = TypeVar("T")
@@ -189,7 +191,8 @@ class Study:
     cost: Cost = Cost()
 
     def __post_init__(self) -> None:
-        _at_least("seeds", {"number": self.seeds}, 1)
+        if self.seeds < 1:
+            raise BadInput("seeds", self.seeds, "a whole number of at least 1")
         if not self.methods:
             raise BadInput("methods", "", f"at least one of {', '.join(METHODS)}")
         for name in self.methods:
@@ -200,8 +203,8 @@ class Study:
         parse_layers(self.layers, None)
 
     def digest(self) -> str:
-        """Hash of everything that decides the numbers; the name and the device do not."""
-        content = {k: v for k, v in asdict(self).items() if k not in {"name", "device"}}
+        """Hash of everything that decides the numbers of a trial."""
+        content = {k: v for k, v in asdict(self).items() if k not in NOT_DECIDING}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -295,8 +298,9 @@ def study_to_toml(study: Study) -> str:
     def write(table: Mapping[str, Any], prefix: str) -> None:
         for key, value in table.items():
             if not isinstance(value, dict):
-                # JSON's strings, numbers, booleans and lists are TOML's too
-                lines.append(f"{key} = {json.dumps(value, ensure_ascii=True)}")
+                # JSON's strings, numbers, booleans and lists are TOML's too, but for delete
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{key} = {text}")
         for key, value in table.items():
             if isinstance(value, dict):
                 lines.extend(["", f"[{prefix}{key}]"])
@@ -307,7 +311,7 @@ def study_to_toml(study: Study) -> str:
 
 
 def differences(old: Study, new: Study) -> list[str]:
-    """``field: old -> new`` for every setting that decides the numbers and differs."""
+    """``field: old -> new`` for every setting that differs and decides the numbers."""
 
     def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -319,7 +323,7 @@ def differences(old: Study, new: Study) -> list[str]:
     return [
         f"{key}: {_short(before[key])} -> {_short(after[key])}"
         for key in before
-        if key not in {"name", "device"} and before[key] != after[key]
+        if key not in NOT_DECIDING and before[key] != after[key]
     ]
 
 

@@ -94,7 +94,7 @@ def prepare_data(
         sequences = order_log(read_log(source), name=name)
     if target is None or target.resolve() == Path(source).resolve():
         return sequences
-    _write(sequences, target)
+    write_data(sequences, target)
     return load_data(target)
 
 
@@ -251,8 +251,12 @@ def _check_output(output: Path) -> None:
             raise BadInput("output", output, "a new or empty folder, or a prepared one to replace")
 
 
-def _write(sequences: Sequences, output: Path) -> None:
-    """Write beside ``output``, then rename: a reader never sees half a folder."""
+def write_data(sequences: Sequences, output: Path) -> None:
+    """Write beside ``output``, then rename: a reader never sees half a folder.
+
+    Raises:
+        BadInput: if the folder can't be written.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

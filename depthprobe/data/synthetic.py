@@ -43,7 +43,7 @@ DAY = 86_400
 class Process:
     """The generating process; the defaults are the embedded log."""
 
-    users: int = 4000
+    users: int = 3000
     items: int = 1200
     seed: int = 20_405
     series: float = 0.32
@@ -51,7 +51,7 @@ class Process:
     crossing: float = 0.12
     taste: float = 0.30
     memory: int = 8
-    mean_length: float = 13.0
+    mean_length: float = 12.0
     longest: int = 40
 
 

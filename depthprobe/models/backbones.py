@@ -62,15 +62,15 @@ def load_backbone(
     """
     kind = _check_dtype(dtype)
     if str(path_or_id) == EMBEDDED:
-        model: PreTrainedModel = embedded_backbone(random_init or 0)
-        return model if kind == "auto" else model.to(dtype=kind)  # type: ignore[arg-type]
+        return _ready(embedded_backbone(random_init or 0), kind)
     config = backbone_config(path_or_id, revision=revision, trust_remote_code=trust_remote_code)
     if random_init is not None:
         return _from_config(path_or_id, config, kind, random_init, trust_remote_code)
     if is_folder(path_or_id):
         _check_weights(_folder(path_or_id))
+    auto: Any = AutoModelForCausalLM  # untyped in transformers
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = auto.from_pretrained(
             _location(path_or_id),
             config=config,
             revision=revision or "main",
@@ -83,7 +83,7 @@ def load_backbone(
     except FAILURES as error:
         raise _cannot("loaded", path_or_id, error) from error
     _check_keys(path_or_id, loaded)
-    return model.eval()
+    return _ready(model)
 
 
 def backbone_config(
@@ -239,16 +239,20 @@ def _from_config(
     seed: int,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
+    auto: Any = AutoModelForCausalLM
     chosen = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.float32)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=chosen, trust_remote_code=trust_remote_code
-            )
+            model = auto.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
     except FAILURES as error:
         raise _cannot("built", path_or_id, error) from error
-    return model.eval()
+    return _ready(model)
+
+
+def _ready(model: Any, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    found: PreTrainedModel = model.eval() if dtype == "auto" else model.to(dtype=dtype).eval()
+    return found
 
 
 def _cannot(what: str, path_or_id: str | os.PathLike[str], error: Exception) -> BadInput:

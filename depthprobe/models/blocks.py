@@ -67,10 +67,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
     """Remove all blocks but ``kept``, in place, and return the model.
 
-    The model gets a new ``ModuleList`` and a new configuration (the old configuration object may be
-    shared with other models and is not changed); block indices inside the blocks are renumbered, so
-    caches, ``save_pretrained`` and ``from_pretrained`` work as for any model of that depth. Works on
-    a causal language model, on its base model, and under PEFT.
+    The model gets a new ``ModuleList`` and a new configuration (the old configuration object may
+    be shared with other models and is not changed); block indices inside the blocks are renumbered,
+    so caches, ``save_pretrained`` and ``from_pretrained`` work as for any model of that depth.
+    Works on a causal language model, on its base model, and under PEFT.
 
     Before anything is changed, the model that the new configuration describes is compared with the
     old one, block by block (sub-modules, shapes, settings), on the meta device: a cut that would
@@ -122,7 +122,7 @@ def _locate(model: PreTrainedModel) -> tuple[nn.Module, str]:
     paths = _candidates(base, depth)
     if len(paths) > 1:
         # A vision tower may be as deep as the text decoder.
-        base = model.get_decoder()
+        base = model.get_decoder()  # type: ignore[no-untyped-call]
         paths = _candidates(base, depth)
     if len(paths) != 1:
         what = "no list of blocks" if not paths else f"more than one list of blocks ({paths})"
@@ -225,7 +225,7 @@ def _is_index(attribute: str, was: object, becomes: object) -> bool:
 
 def _skeleton(inner: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """The base model that a configuration describes once saved and read back, without memory."""
-    kind = type(inner.base_model)
+    kind: Any = type(inner.base_model)
     try:
         saved = type(config).from_dict(json.loads(config.to_json_string()))
         with torch.device("meta"):

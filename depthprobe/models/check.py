@@ -63,6 +63,8 @@ WIDTH = {
 }
 LARGEST = 50_000_000  # parameters of a copy whose width could not be shrunk
 
+_auto: Any = AutoModelForCausalLM  # untyped in transformers
+
 
 @dataclass(frozen=True)
 class CheckResult:
@@ -174,7 +176,7 @@ def _blocks(config: PreTrainedConfig) -> str:
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder: only decoders can be cut")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = _auto.from_config(copy.deepcopy(config))
     blocks = find_blocks(model)
     kinds = sorted({type(block).__name__ for block in blocks})
     return f"{len(blocks)} blocks ({', '.join(kinds)}) in {type(model).__name__}"
@@ -187,13 +189,13 @@ def _build(config: PreTrainedConfig, built: list[PreTrainedModel]) -> str:
         try:
             tiny = tiny_config(config, width=width)
             with torch.device("meta"):
-                size = AutoModelForCausalLM.from_config(copy.deepcopy(tiny)).num_parameters()
+                size = _auto.from_config(copy.deepcopy(tiny)).num_parameters()
             if size > LARGEST:
                 raise ValueError(f"cannot be made small ({size:,} parameters): {failure}")
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)
                 # The fused experts have no float64.
-                model = AutoModelForCausalLM.from_config(
+                model = _auto.from_config(
                     tiny, dtype=torch.float64, experts_implementation="eager"
                 ).eval()
             with torch.no_grad():
@@ -201,7 +203,7 @@ def _build(config: PreTrainedConfig, built: list[PreTrainedModel]) -> str:
                     # Fresh weights are so small that a wrong mask would change almost nothing.
                     parameter.mul_(5 if parameter.dim() > 1 else 1)
                 model(torch.ones(1, TOKENS, dtype=torch.long), use_cache=False)
-        except Exception as error:  # noqa: PERF203
+        except Exception as error:
             failure = error
             continue
         built.append(model)
@@ -294,7 +296,7 @@ def _reload(model: PreTrainedModel, ids: Tensor) -> str:
     for kept, cut in cuts.items():
         with tempfile.TemporaryDirectory() as folder:
             cut.save_pretrained(folder)
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = _auto.from_pretrained(
                 folder,
                 dtype=torch.float64,
                 experts_implementation="eager",

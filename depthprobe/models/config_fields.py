@@ -1,4 +1,4 @@
-"""Which configuration fields speak of single blocks, and what they become when blocks are removed."""
+"""Which configuration fields speak of single blocks, and what they become after a cut."""
 
 from __future__ import annotations
 

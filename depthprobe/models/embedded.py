@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BLOCKS = 12
-WIDTH = 64
-HEADS = 4
-INTERMEDIATE = 172
+WIDTH = 32
+HEADS = 2
+INTERMEDIATE = 88
 POSITIONS = 512
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -39,7 +41,9 @@ def embedded_backbone(seed: int = 0) -> LlamaForCausalLM:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs too
-        return LlamaForCausalLM(embedded_config()).float().eval()
+        model: Any = LlamaForCausalLM(embedded_config())  # untyped in transformers
+    found: LlamaForCausalLM = model.float().eval()
+    return found
 
 
 def embedded_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,7 +56,7 @@ def embedded_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     pad, start, end = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=pad,
         bos_token=start,

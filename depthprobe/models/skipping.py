@@ -92,7 +92,7 @@ def _check_skipped(skipped: Iterable[int], depth: int) -> list[int]:
         indices = sorted({operator.index(value) for value in values})
     except TypeError:
         raise BadInput("skip", skipped, allowed) from None
-    if indices and not (0 <= indices[0] and indices[-1] < depth):
+    if indices and (indices[0] < 0 or indices[-1] >= depth):
         raise BadInput("skip", values, allowed)
     return indices
 
@@ -147,7 +147,7 @@ def _count_extra_outputs(model: PreTrainedModel, block: nn.Module) -> int | None
         embeddings: Any = model.get_input_embeddings()
         ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
         try:
-            model.eval()
+            model.eval()  # type: ignore[no-untyped-call]
             with torch.no_grad(), paused_taps():
                 model.base_model(input_ids=ids, use_cache=False)
         finally:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.data.batches import negatives
 from depthprobe.data.prepared import MANIFEST as DATA_MANIFEST
-from depthprobe.data.prepared import Sequences, load_data, prepare_data
+from depthprobe.data.prepared import Sequences, load_data, prepare_data, write_data
 from depthprobe.data.splits import leave_one_out
 from depthprobe.models.backbones import backbone_config, load_backbone
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.revision import backbone_revision
+from depthprobe.study import METHODS as NAMES
 from depthprobe.study import BadInput, Study, differences, study_to_toml
 from depthprobe.sweep import provenance
 from depthprobe.sweep.context import DATA, NEGATIVES, TIMING, Context
@@ -79,7 +83,7 @@ def run_sweep(
         source.source, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
     tasks = plan(study, int(config.get_text_config(decoder=True).num_hidden_layers))
-    _check_folder(folder, study)
+    study = _check_folder(folder, study)
     watcher.message(f"reading {study.data.source}")
     sequences = _data(study, folder)
     leave_one_out(sequences)  # refuses a log in which nobody can be evaluated
@@ -117,15 +121,19 @@ def run_sweep(
     return open_run(folder)
 
 
-def _check_folder(folder: Path, study: Study) -> None:
+def _check_folder(folder: Path, study: Study) -> Study:
+    """The study with the methods that the run has already; refuses any other difference."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+        return study
     if not (folder / STUDY).is_file():
         raise BadInput("output", str(folder), "a new or empty folder, or an earlier run")
-    changed = differences(open_run(folder).study, study)
+    before = open_run(folder).study
+    changed = differences(before, study)
     if changed:
         allowed = f"another folder, or the study it began with ({'; '.join(changed)})"
         raise BadInput("output", str(folder), allowed)
+    methods = {*before.methods, *study.methods}
+    return replace(study, name=before.name, methods=tuple(m for m in NAMES if m in methods))
 
 
 def _check_same_inputs(folder: Path, manifest: dict[str, Any]) -> None:
@@ -155,13 +163,12 @@ def _lay_out(
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / "trials", folder / "shared"):
         remove_leftovers(place)
-    if not (folder / STUDY).exists():
-        with complete_file(folder / STUDY) as temporary:
-            temporary.write_text(study_to_toml(study), encoding="utf-8")
+    with complete_file(folder / STUDY) as temporary:
+        temporary.write_text(study_to_toml(study), encoding="utf-8")
     write_json(folder / MANIFEST, manifest)
     shared = folder / "shared"
     if not (shared / DATA / DATA_MANIFEST).is_file():
-        prepare_data(study.data.source, shared / DATA, name=sequences.name)
+        write_data(sequences, shared / DATA)
     if study.protocol.sampled and not (shared / NEGATIVES).exists():
         drawn = negatives(sequences, leave_one_out(sequences), seed=NEGATIVE_SEED)
         if drawn is not None:
@@ -251,6 +258,7 @@ class _Worker:
 
 def _prepare(folder: str, study: Study, origin: dict[str, Any], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # a worker's own words go to a file: the terminal belongs to the progress
     log = Path(folder, "logs", f"worker-{os.getpid()}.log")
     log.parent.mkdir(exist_ok=True)
@@ -258,6 +266,14 @@ def _prepare(folder: str, study: Study, origin: dict[str, Any], threads: int) ->
     torch.set_num_threads(threads)
     disable_progress_bar()
     _begin(folder, study, origin)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would train on, unseen, beside the next sweep."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _begin(folder: str, study: Study, origin: dict[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -60,11 +60,14 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     )
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        user = after.children_user - before.children_user
+        seconds.append(user + after.children_system - before.children_system)
     assert done.stdout.splitlines()[-1].split() == ["loaded:"]
-    # the fastest of five: the others also time what else the machine was doing
+    # processor time, and the least of five: starting up waits for nothing, so on an idle machine
+    # it is the wall time, and tests that run beside this one don't count
     assert min(seconds) < 0.5

@@ -59,10 +59,8 @@ FREE: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": BLOCKS, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": BLOCKS, "n_heads": 4, "max_seq_len": 64},
     "gptj": GPTJ,
-    "codegen": GPTJ,
     "phi": MODERN,
     "phi3": MODERN | {"pad_token_id": 0},
-    "gemma": MODERN | HEAD,
     "gemma2": MODERN | HEAD | WINDOW | {"query_pre_attn_scalar": 8},
     "gemma3_text": MODERN | HEAD | WINDOW | {"layer_types": PATTERN},
     "olmo2": MODERN,
@@ -93,7 +91,6 @@ FREE: dict[str, dict[str, Any]] = {
     },
     "smollm3": MODERN | {"pad_token_id": 0, "no_rope_layer_interval": 3},
     "granite": MODERN,
-    "glm4": MODERN | HEAD,
     "llama4_text": MODERN
     | HEAD
     | {

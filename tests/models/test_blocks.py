@@ -18,8 +18,6 @@ from depthprobe.models.skipping import after_blocks
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import BadInput
 
-SUBSETS = [(1, 4), (0, 1, 3, 5)]
-
 
 @torch.no_grad()
 def logits(model, ids, **kwargs):
@@ -71,12 +69,12 @@ def test_llama_read_out_is_head_of_norm(make_model, ids):
 
 
 def test_cut_equals_bypassed_blocks(family, make_model, ids, bypass):
-    for kept in SUBSETS:
-        model = make_model(family)
-        bypass(find_blocks(model), set(range(6)) - set(kept))
-        cut = keep_blocks(make_model(family), kept)
-        assert len(find_blocks(cut)) == len(kept)
-        torch.testing.assert_close(logits(cut, ids), logits(model, ids), rtol=0, atol=1e-12)
+    kept = (0, 1, 3, 5)
+    model = make_model(family)
+    bypass(find_blocks(model), set(range(6)) - set(kept))
+    cut = keep_blocks(make_model(family), kept)
+    assert len(find_blocks(cut)) == len(kept)
+    torch.testing.assert_close(logits(cut, ids), logits(model, ids), rtol=0, atol=1e-12)
 
 
 def test_save_and_reload(family, make_model, ids, tmp_path):

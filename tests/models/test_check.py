@@ -97,7 +97,9 @@ def test_refused_cuts_are_told():
 
 
 def test_hybrid_is_told():
-    results = check_backbone(Qwen3NextConfig(num_hidden_layers=8))
+    results = check_backbone(
+        Qwen3NextConfig(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
+    )
     assert failed(results) == {}
     assert any("none of them has attention" in result.detail for result in results)
 

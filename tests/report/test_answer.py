@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,11 @@ from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.answer import Answer, build_answer
 from depthprobe.report.summary import Summary, summarise
 
-Make = Callable[..., object]
+Make = Callable[..., Any]
 
 
-def _answer(run: object) -> Answer:
-    return build_answer(run)  # type: ignore[arg-type]
+def _answer(run: Any) -> Answer:
+    return build_answer(run)
 
 
 def _better_student(method: str, depth: int) -> float:
@@ -24,7 +25,7 @@ def _better_student(method: str, depth: int) -> float:
 
 
 def test_shown(make: Make, tmp_path: Path) -> None:
-    summary = summarise(make(tmp_path, users=400, gain=_better_student))  # type: ignore[arg-type]
+    summary = summarise(make(tmp_path, users=400, gain=_better_student))
     answer = build_answer(summary)
     assert (answer.verdict, answer.method, answer.depth) == ("shown", "distill", 4)
     point = summary.candidates["distill", 4]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,9 +101,9 @@ def test_given_axes_are_drawn_on(summary: Summary) -> None:
     assert accuracy_vs_depth(summary, ax=ax) is ax
 
 
-def test_a_run_is_taken_as_well(make: Callable[..., object], tmp_path: Path) -> None:
+def test_a_run_is_taken_as_well(make: Callable[..., Any], tmp_path: Path) -> None:
     run = make(tmp_path, users=60, seeds=1, methods={"full", "finetune"})
-    assert "fine-tuned" in _series(accuracy_vs_depth(run))  # type: ignore[arg-type]
+    assert "fine-tuned" in _series(accuracy_vs_depth(run))
 
 
 def test_every_figure_reads_as_one_sentence_or_more(summary: Summary) -> None:
@@ -110,8 +111,8 @@ def test_every_figure_reads_as_one_sentence_or_more(summary: Summary) -> None:
         assert entry.reading(summary).endswith(".")
 
 
-def test_without_data_a_figure_has_no_reading(make: Callable[..., object], tmp_path: Path) -> None:
-    summary = summarise(make(tmp_path, users=60, methods={"popularity"}))  # type: ignore[arg-type]
+def test_without_data_a_figure_has_no_reading(make: Callable[..., Any], tmp_path: Path) -> None:
+    summary = summarise(make(tmp_path, users=60, methods={"popularity"}))
     assert [entry.name for entry in FIGURES if entry.reading(summary)] == []
 
 

@@ -14,7 +14,7 @@ import pytest
 from depthprobe.report.html import build_report, inline_svg
 from depthprobe.study import BadInput, study_to_toml
 
-Make = Callable[..., object]
+Make = Callable[..., Any]
 EVIL = "<script>alert(1)</script>"
 
 
@@ -73,21 +73,21 @@ def _read(path: Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def page(run: object) -> Page:
-    path = build_report(run)  # type: ignore[arg-type]
-    assert path == run.path / "report.html"  # type: ignore[attr-defined]
+def page(run: Any) -> Page:
+    path = build_report(run)
+    assert path == run.path / "report.html"
     return _read(path)
 
 
-def test_page_has_every_section_and_figure(page: Page, run: object) -> None:
+def test_page_has_every_section_and_figure(page: Page, run: Any) -> None:
     sections = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
     assert sections == ["depth", "cost", "skip", "methods", "trials", "measured"]
     pictures = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(pictures) == 7
     assert all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in pictures)
-    figures = run.path / "figures"  # type: ignore[attr-defined]
+    figures = run.path / "figures"
     assert len(list(figures.glob("*.svg"))) == len(list(figures.glob("*.png"))) == 7
-    assert {p.name for p in (run.path / "tables").iterdir()} == {  # type: ignore[attr-defined]
+    assert {p.name for p in (run.path / "tables").iterdir()} == {
         f"{name}.{suffix}"
         for name in ("methods", "methods_sampled", "trials")
         for suffix in ("csv", "tex")
@@ -133,20 +133,20 @@ def test_everything_foreign_is_escaped(make: Make, tmp_path: Path) -> None:
     run = make(tmp_path, users=60, seeds=1, methods={"full", "distill", EVIL},
                failing=[("distill", 4, 0)], error=f"ValueError: {EVIL}", dataset=EVIL,
                backbone=EVIL)  # fmt: skip
-    run.manifest["data"]["warnings"] = [EVIL]  # type: ignore[attr-defined]
-    run.manifest["data"]["statistics"] = {EVIL: EVIL}  # type: ignore[attr-defined]
-    run.manifest["command"] = f"depthprobe sweep '{EVIL}'"  # type: ignore[attr-defined]
-    run.manifest["machine"]["cpu"] = EVIL  # type: ignore[attr-defined]
-    page = _read(build_report(run))  # type: ignore[arg-type]
+    run.manifest["data"]["warnings"] = [EVIL]
+    run.manifest["data"]["statistics"] = {EVIL: EVIL}
+    run.manifest["command"] = f"depthprobe sweep '{EVIL}'"
+    run.manifest["machine"]["cpu"] = EVIL
+    page = _read(build_report(run))
     assert "script" not in {tag for tag, _ in page.tags}
     assert page.text.count(EVIL) >= 6  # shown, as text
 
 
 def test_a_foreign_method_name_is_escaped_in_figures(make: Make, tmp_path: Path) -> None:
     run = make(tmp_path, users=60, seeds=1, methods={"full", "finetune"})
-    for frame in (run.trials, run.metrics):  # type: ignore[attr-defined]
+    for frame in (run.trials, run.metrics):
         frame["method"] = frame["method"].replace("finetune", EVIL)
-    page = _read(build_report(run))  # type: ignore[arg-type]
+    page = _read(build_report(run))
     assert "script" not in {tag for tag, _ in page.tags}
 
 
@@ -166,7 +166,7 @@ def test_sections_without_data_are_absent(
     make: Make, tmp_path: Path, options: dict[str, object], expected: list[str]
 ) -> None:
     run = make(tmp_path, users=60, seeds=1, **options)
-    page = _read(build_report(run))  # type: ignore[arg-type]
+    page = _read(build_report(run))
     assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == expected
 
 
@@ -174,7 +174,7 @@ def test_an_older_figure_without_data_now_is_removed(make: Make, tmp_path: Path)
     stale = tmp_path / "figures" / "skip_sensitivity.svg"
     stale.parent.mkdir()
     stale.write_text("old", encoding="utf-8")
-    build_report(make(tmp_path, users=60, seeds=1, methods={"full"}))  # type: ignore[arg-type]
+    build_report(make(tmp_path, users=60, seeds=1, methods={"full"}))
     assert not stale.exists()
 
 
@@ -194,7 +194,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_output_goes_where_it_is_asked(make: Make, tmp_path: Path) -> None:
     run = make(tmp_path / "run", users=60, seeds=1, methods={"full", "distill"})
     target = tmp_path / "elsewhere" / "page.html"
-    assert build_report(run, target) == target  # type: ignore[arg-type]
+    assert build_report(run, target) == target
     assert not (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "figures" / "kept_vs_depth.svg").exists()
     assert [p.name for p in target.parent.iterdir()] == ["page.html"]  # nothing temporary is left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,12 +23,12 @@ def _point(summary: Summary, method: str, depth: int) -> Point:
     return next(p for p in summary.of(method) if p.depth == depth)
 
 
-def _ranks(run: object, trials: tuple[str, ...], protocol: str = FULL) -> pd.Series:
-    users = run.users  # type: ignore[attr-defined]
+def _ranks(run: Any, trials: tuple[str, ...], protocol: str = FULL) -> pd.Series:
+    users = run.users
     return users[users["trial"].isin(trials) & (users["protocol"] == protocol)]["rank"]
 
 
-def test_accuracy_is_the_mean_over_users_and_seeds(run: object, summary: Summary) -> None:
+def test_accuracy_is_the_mean_over_users_and_seeds(run: Any, summary: Summary) -> None:
     for point in summary.points:
         for protocol in (FULL, SAMPLED):
             interval = point.accuracy[protocol, "NDCG@10"]
@@ -35,15 +36,15 @@ def test_accuracy_is_the_mean_over_users_and_seeds(run: object, summary: Summary
             assert interval.low <= interval.value <= interval.high
 
 
-def test_every_planned_point_is_there_once(run: object, summary: Summary) -> None:
-    trials = run.trials  # type: ignore[attr-defined]
+def test_every_planned_point_is_there_once(run: Any, summary: Summary) -> None:
+    trials = run.trials
     done = trials[trials["status"] == "done"]
     assert len(summary.points) == len(done.groupby(["method", "depth", "kept"]))
     assert sum(len(p.trials) for p in summary.points) == len(done)
     assert len(summary.failed) == 1
 
 
-def test_ratio_to_the_teacher_uses_the_seeds_of_both(run: object, summary: Summary) -> None:
+def test_ratio_to_the_teacher_uses_the_seeds_of_both(run: Any, summary: Summary) -> None:
     point = _point(summary, "random-init", 1)  # its seed 1 failed
     assert point.seeds == (0,)
     assert summary.teacher is not None
@@ -52,7 +53,7 @@ def test_ratio_to_the_teacher_uses_the_seeds_of_both(run: object, summary: Summa
     assert point.ratio[FULL, "NDCG@10"].value == pytest.approx(expected)
 
 
-def test_intervals_are_those_of_the_plain_bootstrap(run: object, summary: Summary) -> None:
+def test_intervals_are_those_of_the_plain_bootstrap(run: Any, summary: Summary) -> None:
     point, teacher = _point(summary, "distill", 2), summary.teacher
     assert teacher is not None
     own, theirs = summary.ranks.values(SAMPLED, "HR@5", [point.trials, teacher.trials])
@@ -63,7 +64,7 @@ def test_intervals_are_those_of_the_plain_bootstrap(run: object, summary: Summar
     )
 
 
-def test_popularity_is_compared_with_every_seed(run: object, summary: Summary) -> None:
+def test_popularity_is_compared_with_every_seed(run: Any, summary: Summary) -> None:
     point, teacher = summary.of("popularity")[0], summary.teacher
     assert teacher is not None
     expected = _ndcg(_ranks(run, point.trials)) / _ndcg(_ranks(run, teacher.trials))
@@ -80,11 +81,9 @@ def test_only_users_that_both_ranked_are_compared() -> None:
     assert second.tolist() == [[0.0, 0.0]]
 
 
-def test_times_are_medians_and_a_shared_measurement_counts_once(
-    run: object, summary: Summary
-) -> None:
+def test_times_are_medians_and_a_shared_measurement_counts_once(run: Any, summary: Summary) -> None:
     point = _point(summary, "finetune", 4)
-    record = next(r for r in run.records if r["id"] == point.trials[0])  # type: ignore[attr-defined]
+    record = next(r for r in run.records if r["id"] == point.trials[0])
     timing = record["costs"]["timing"]
     both = np.add(timing["encode"]["seconds"], timing["score"]["seconds"])
     assert point.time["inference"].median == pytest.approx(1e3 * np.median(both))
@@ -99,10 +98,10 @@ def test_no_time_is_made_up(summary: Summary) -> None:
 
 
 def test_failed_seed_leaves_a_comparison_over_the_other(
-    make: Callable[..., object], tmp_path: Path
+    make: Callable[..., Any], tmp_path: Path
 ) -> None:
     run = make(tmp_path, users=150, failing=[("distill", 4, 1)])
-    summary = summarise(run)  # type: ignore[arg-type]
+    summary = summarise(run)
     assert summary.seeds_compared == (0,)
     assert not summary.left_out
     point = _point(summary, "finetune", 4)

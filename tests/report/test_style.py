@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import matplotlib
 import pytest
@@ -64,8 +65,8 @@ def test_methods_differ_in_marker_and_colour() -> None:
 
 
 @pytest.mark.parametrize("style", METHOD_STYLES.values(), ids=list(METHOD_STYLES))
-def test_colours_stand_out_from_paper(style: object) -> None:
-    red, green, blue = matplotlib.colors.to_rgb(style.colour)  # type: ignore[attr-defined]
+def test_colours_stand_out_from_paper(style: Any) -> None:
+    red, green, blue = matplotlib.colors.to_rgb(style.colour)
 
     def linear(channel: float) -> float:
         return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,11 +23,11 @@ from depthprobe.report.tables import (
 
 @pytest.mark.parametrize("protocol", ["full", SAMPLED])
 def test_numbers_equal_a_recomputation_from_ranks(
-    run: object, summary: Summary, protocol: str
+    run: Any, summary: Summary, protocol: str
 ) -> None:
     table = depth_table(summary, protocol=protocol)
     assert table is not None
-    users, trials = run.users, run.trials  # type: ignore[attr-defined]
+    users, trials = run.users, run.trials
     users = users[users["protocol"] == protocol].merge(trials, on="trial")
     for _, row in table.frame.iterrows():
         same = (users["method"] == row["method"]) & (users["kept"] == row["kept"])
@@ -38,10 +39,10 @@ def test_numbers_equal_a_recomputation_from_ranks(
         assert row["MRR"] == pytest.approx((1 / ranks).mean())
 
 
-def test_trials_are_all_there_with_their_errors(run: object, summary: Summary) -> None:
+def test_trials_are_all_there_with_their_errors(run: Any, summary: Summary) -> None:
     table = trial_table(summary)
     assert table is not None
-    trials = run.trials  # type: ignore[attr-defined]
+    trials = run.trials
     assert sorted(table.frame["trial"]) == sorted(trials["trial"])
     failed = [row for row in table.rows if row.state == "failed"]
     assert len(failed) == 1
@@ -60,12 +61,12 @@ def test_rows_go_from_baselines_to_students(summary: Summary) -> None:
     assert distilled == sorted(distilled)
 
 
-def test_a_broken_bound_is_refused(make: Callable[..., object], tmp_path: Path) -> None:
+def test_a_broken_bound_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:
     run = make(tmp_path, users=100, seeds=1, methods={"full"})
-    metrics = run.metrics  # type: ignore[attr-defined]
+    metrics = run.metrics
     metrics.loc[(metrics["metric"] == "HR@1") & (metrics["protocol"] == "full"), "value"] = 0.99
     with pytest.raises(ValueError, match=r"trial full-12.*HR@1"):
-        trial_table(summarise(run))  # type: ignore[arg-type]
+        trial_table(summarise(run))
 
 
 def test_files_hold_every_digit_and_booktabs(summary: Summary, tmp_path: Path) -> None:
@@ -81,18 +82,18 @@ def test_files_hold_every_digit_and_booktabs(summary: Summary, tmp_path: Path) -
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv"] * 3 + [".tex"] * 3
 
 
-def test_latex_is_escaped(make: Callable[..., object], tmp_path: Path) -> None:
+def test_latex_is_escaped(make: Callable[..., Any], tmp_path: Path) -> None:
     assert escape_latex("50 % of a_b & {c}\\") == r"50 \% of a\_b \& \{c\}\textbackslash{}"
     run = make(tmp_path, users=60, seeds=1, methods={"full", "distill"},
                failing=[("distill", 4, 0)], error="50% of $x_1 & more\nline two")  # fmt: skip
-    table = trial_table(summarise(run))  # type: ignore[arg-type]
+    table = trial_table(summarise(run))
     assert table is not None
     text = to_latex(table)
     assert r"50\% of \$x\_1 \& more" in text
     assert "line two" not in text
 
 
-def test_without_ranks_there_is_no_table(make: Callable[..., object], tmp_path: Path) -> None:
-    assert all_tables(make(tmp_path, methods=set())) == {}  # type: ignore[arg-type]
+def test_without_ranks_there_is_no_table(make: Callable[..., Any], tmp_path: Path) -> None:
+    assert all_tables(make(tmp_path, methods=set())) == {}
     run = make(tmp_path, users=60, seeds=1, methods={"full"}, sampled=False)
-    assert set(all_tables(run)) == {"methods", "trials"}  # type: ignore[arg-type]
+    assert set(all_tables(run)) == {"methods", "trials"}

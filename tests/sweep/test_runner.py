@@ -169,6 +169,17 @@ def test_a_changed_study_is_refused_with_the_differences(small_run: Run) -> None
         run_sweep(changed, small_run.path, jobs=0)
 
 
+def test_a_run_grows_by_methods(tiny: Study, tmp_path: Path) -> None:
+    one = run_sweep(replace(tiny, methods=("popularity",)), tmp_path / "run", jobs=0)
+    before = ranks(one, "popularity-s0")
+    watcher = Watcher()
+    both = run_sweep(replace(tiny, methods=("sasrec",)), one.path, jobs=0, progress=watcher)
+    assert watcher.ended == ["sasrec-s0 done"]
+    assert both.study.methods == ("popularity", "sasrec")
+    assert set(both.metrics["trial"]) == {"popularity-s0", "sasrec-s0"}
+    np.testing.assert_array_equal(ranks(both, "popularity-s0"), before)
+
+
 def test_changed_data_are_refused(tiny: Study, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     shutil.copy(tiny.data.source, log)

@@ -83,7 +83,8 @@ def check_backbone(
     Runs on a tiny random copy (float64, same kinds of blocks in the same order, at most 8): blocks
     are found; the model cut to k blocks equals the early read-out bit for bit; a skipped block
     equals one that ran and was undone, and one that was cut out; a cut model reloads with no
-    missing or unexpected keys; steps with a cache equal one pass without.
+    missing or unexpected keys; single steps after a cached prefix, and many tokens at once (what a
+    shared prompt needs), equal one pass without a cache.
 
     Args:
         source: as for :func:`load_backbone`, or a configuration.
@@ -108,7 +109,8 @@ def check_backbone(
         "cut = read-out": _read_out,
         "skip = undo = cut": _skip,
         "save and reload": _reload,
-        "cache": _cache,
+        "cached steps": _cache,
+        "cached prefix": _prefix,
     }
     for name, check in checks.items():
         results.append(_run(name, lambda check=check: check(model, ids)))  # type: ignore[misc]
@@ -291,7 +293,12 @@ def _undone(model: PreTrainedModel, index: int) -> Iterator[None]:
 
 def _reload(model: PreTrainedModel, ids: Tensor) -> str:
     depth = len(find_blocks(model))
-    choices = [tuple(range(max(1, depth // 2))), tuple(range(0, depth, 2)), tuple(range(1, depth))]
+    choices = [
+        tuple(range(max(1, depth // 2))),
+        tuple(range(0, depth, 2)),
+        tuple(range(1, depth)),
+        tuple(range(depth - 1)),
+    ]
     cuts, note = _cuts(model, iter(dict.fromkeys(kept for kept in choices if kept)))
     for kept, cut in cuts.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -312,17 +319,31 @@ def _reload(model: PreTrainedModel, ids: Tensor) -> str:
 
 
 def _cache(model: PreTrainedModel, ids: Tensor) -> str:
+    return _continue(model, ids, 1)
+
+
+def _prefix(model: PreTrainedModel, ids: Tensor) -> str:
+    return _continue(model, ids, TOKENS)
+
+
+def _continue(model: PreTrainedModel, ids: Tensor, tokens: int) -> str:
+    """Continue after a cached prefix, ``tokens`` at once."""
     depth = len(find_blocks(model))
     cuts, note = _cuts(model, iter([tuple(range(depth)), tuple(range(1, depth))]))
+    start = TOKENS // 2
     for kept, variant in cuts.items():
         with torch.no_grad():
-            first = variant(ids[:, : TOKENS // 2], use_cache=True)
+            first = variant(ids[:, :start], use_cache=True)
             cache = getattr(first, "past_key_values", None)
             if cache is None:
                 return "has no key-value cache"
-            rest = variant(ids[:, TOKENS // 2 :], past_key_values=cache, use_cache=True).logits
-        _assert_close(rest, _logits(variant, ids)[:, TOKENS // 2 :], f"cached, {list(kept)}")
-    return f"{len(cuts)} models, a cached step equals an uncached one{note}"
+            rest = [
+                variant(part, past_key_values=cache, use_cache=True).logits
+                for part in torch.split(ids[:, start:], tokens, dim=1)
+            ]
+        expected = _logits(variant, ids)[:, start:]
+        _assert_close(torch.cat(rest, dim=1), expected, f"cached, blocks {list(kept)}")
+    return f"{len(cuts)} models, cached equals uncached{note}"
 
 
 def _assert_close(found: Tensor, expected: Tensor, what: str) -> None:

@@ -28,7 +28,7 @@ METHODS = (
 DEFAULT_METHODS = ("popularity", "sasrec", "full", "early-exit", "skip", "finetune", "distill")
 # settings that change no trial's numbers: a run may be continued with others
 NOT_DECIDING = frozenset({"name", "device", "methods"})
-PROMPT = "Given the user's purchase history, predict the next item:"
+PROMPT = "Purchase history:"
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class Backbone:
 class Recipe:
     """How a model is trained: AdamW, cosine with warm-up, early stopping on validation NDCG@10."""
 
-    epochs: int = 10
+    epochs: int = 6
     batch_size: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -117,7 +117,7 @@ class SasRec:
     blocks: int = 2
     heads: int = 2
     dropout: float = 0.5
-    recipe: Recipe = Recipe(epochs=40, patience=5)
+    recipe: Recipe = Recipe(epochs=16, patience=4, learning_rate=2e-3)
 
     def __post_init__(self) -> None:
         sizes = {"width": self.width, "blocks": self.blocks, "heads": self.heads}
@@ -316,7 +316,9 @@ def differences(old: Study, new: Study) -> list[str]:
     def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, value in table.items():
-            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            out |= (
+                flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            )
         return out
 
     before, after = flat(asdict(old)), flat(asdict(new))

@@ -44,8 +44,8 @@ study.layers, study.methods
 
 # %% [markdown]
 # The methods: `popularity` and `sasrec` are baselines without a language model.
-# `full` is the **teacher**, the trained recommender with all 12 blocks. `early-exit` reads the teacher
-# out after every block, without training. `finetune` trains a **variant** with the first blocks
+# `full` is the **teacher**, the trained recommender with all 12 blocks. `early-exit` reads the
+# teacher out after every block, without training. `finetune` trains a **variant** with the first blocks
 # alone; `distill` trains a **student** that also follows the teacher's states.
 #
 # ## 2. Run it
@@ -139,5 +139,5 @@ print(answer.detail)
 dp.build_report(run)
 
 # %% [markdown]
-# Open the report in a browser. Then take the model home: `depthprobe export RUN TRIAL FOLDER` writes
-# it as an ordinary Hugging Face checkpoint.
+# Open the report in a browser. Then take the model home: `depthprobe export RUN TRIAL FOLDER`
+# writes it as an ordinary Hugging Face checkpoint.

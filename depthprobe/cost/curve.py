@@ -28,8 +28,9 @@ def cost_table(
 ) -> pd.DataFrame:
     """Parameters, FLOPs, time and memory by depth; the whole backbone is the last row.
 
-    Times are medians of interleaved rounds with random weights of the backbone's shape, for 32 users
-    with 30 items each and a catalogue of 10,000; NaN where the weights would not fit the memory.
+    Times are medians of interleaved rounds with random weights of the backbone's shape, for 32
+    users with 30 items each and a catalogue of 10,000; NaN where the weights would not fit the
+    memory.
 
     Raises:
         BadInput: for a backbone that is not there, or depths that it doesn't have.

@@ -5,8 +5,8 @@ What a good model must learn, by the share of interactions that each cause makes
 - **series** (32 %): the next part of a series begun in the last eight interactions. Other items
   stand between the parts, so a model must remember which part came last.
 - **companions** (18 %): every third item has one companion, in another genre, that follows at once.
-- **crossings** (12 %): a genre drawn from a fixed table indexed by the *two* last genres: neither of
-  them alone tells it.
+- **crossings** (12 %): a genre drawn from a fixed table indexed by the *two* last genres:
+  neither of them alone tells it.
 - **taste** (30 %): the user's own mix of genres, which drifts slowly: the recent part of
   a history says more than the early part.
 - **popularity** (8 %): any item at all, by a Zipf law: noise that nobody can foresee.
@@ -43,7 +43,7 @@ DAY = 86_400
 class Process:
     """The generating process; the defaults are the embedded log."""
 
-    users: int = 3000
+    users: int = 2500
     items: int = 1200
     seed: int = 20_405
     series: float = 0.32
@@ -100,7 +100,9 @@ def _catalogue(process: Process, rng: np.random.Generator) -> Catalogue:
     titles: list[str] = []
     used: set[str] = set()
     while len(titles) < size:
-        parts = min(int(rng.choice([1, 2, 3, 4, 6], p=[0.25, 0.2, 0.25, 0.2, 0.1])), size - len(titles))
+        parts = min(
+            int(rng.choice([1, 2, 3, 4, 6], p=[0.25, 0.2, 0.25, 0.2, 0.1])), size - len(titles)
+        )
         kind = int(rng.integers(len(GENRES)))
         name = ""
         while not name or name in used:

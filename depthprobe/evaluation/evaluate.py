@@ -109,7 +109,7 @@ class Ranks:
 
 @torch.inference_mode()
 def evaluate(model: Encoder, asked: Questions, *, device: torch.device) -> dict[str, np.ndarray]:
-    """Rank of every user's target by protocol, each (E,) float64; the model must be in eval mode."""
+    """Rank of every user's target by protocol, each (E,); the model must be in eval mode."""
     ranks = Ranks(len(asked.users))
     items = model.item_matrix()
     for chosen, histories, lengths in asked.batches(BATCH, device):

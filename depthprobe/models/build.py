@@ -51,11 +51,14 @@ def build_recommender(
 
 
 def prompt_tokens(settings: Backbone) -> list[int]:
-    """Token ids of the prompt, with the tokenizer's own start token where it has one."""
+    """Token ids of the prompt, after the start token that a text of this tokenizer begins with."""
     if not settings.prompt:
         return []
     tokenizer = load_tokenizer(settings.source, revision=settings.revision)
-    return list(tokenizer(settings.prompt)["input_ids"])
+    ids = list(tokenizer(settings.prompt)["input_ids"])
+    start = tokenizer.bos_token_id
+    # some tokenizers have a start token and leave it to the caller
+    return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 
 def make_trainable(model: Recommender, settings: Backbone) -> None:
@@ -111,7 +114,9 @@ def merge_lora(model: nn.Module) -> None:
 def save_trained(model: nn.Module, folder: Path) -> None:
     """Write the weights that were trained; the rest comes from the backbone and the item table."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad
+    }
     save_file(trained, folder / WEIGHTS)
 
 

@@ -1,7 +1,7 @@
 """The LLM recommender: prompt, item history, pretrained blocks, dot product with the item table.
 
-SLMRec and E4SRec's model: item embedding -> input adapter -> blocks -> output adapter -> scores. It reads
-the next item out at *every* position of a history, so one pass trains all its targets.
+SLMRec and E4SRec's model: item embedding -> input adapter -> blocks -> output adapter -> scores.
+It reads the next item out at *every* position of a history, so one pass trains all its targets.
 """
 
 from __future__ import annotations

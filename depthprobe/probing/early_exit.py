@@ -1,7 +1,8 @@
 """Early exit: the teacher read out after every block, no training, all depths in one pass.
 
-The state after block k of a causal model is the state of the model cut to its first k blocks, so one
-pass holds every truncated model. The final norm is applied before the read-out, as in a cut model.
+The state after block k of a causal model is the state of the model cut to its first k blocks, so
+one pass holds every truncated model. The final norm is applied before the read-out, as in a cut
+model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def early_exit(
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target at each depth 0..L, by protocol, each (E,).
 
-    Nothing is kept but the last positions of the current batch: memory does not grow with the users.
+    Nothing is kept but the last positions of the current batch, so memory does not grow with the
+    users.
     """
     teacher.eval()
     found = [Ranks(len(asked.users)) for _ in range(teacher.depth + 1)]

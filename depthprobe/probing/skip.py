@@ -1,7 +1,8 @@
 """Skip: each block left out alone, resumed from the state before it.
 
-Up to the block that is left out nothing changes, so a pass needs only the blocks behind it: about L / 2
-passes for all L answers. The prompt's keys and values do change behind the block; they are made once.
+Up to the block that is left out nothing changes, so a pass needs only the blocks behind it: about
+L / 2 passes for all L answers. The prompt's keys and values do change behind the block; they are
+made once.
 """
 
 from __future__ import annotations

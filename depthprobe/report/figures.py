@@ -35,6 +35,7 @@ from depthprobe.sweep.files import complete_file
 Array = NDArray[np.float64]
 SIZE = (4.7, 3.7)  # inches; small, so that the text stays readable on a phone
 READ_ONLY = frozenset({"early-exit", "random-init"})  # may be far below; not what a scale is for
+LOWEST_KEPT = 85.0  # per cent of the teacher: what an early exit may stretch the scale to
 COSTS = {
     "parameters": ("parameters", "parameters in all"),
     "inference": ("inference time", "milliseconds a batch, encoding and scoring"),
@@ -87,7 +88,10 @@ def kept_vs_depth(
         trained = [r for m, rows in ratios.items() if m not in READ_ONLY for r in rows]
         every = np.array(trained or [row for rows in ratios.values() for row in rows])
         floor = 100 * (1 - summary.margin)
-        low, high = min(every[:, 1].min(), floor) - 1.5, max(every[:, 2].max(), 100.0) + 1.5
+        # early exits fall to nothing: only what is still in reach may widen the scale
+        reach = [row[1] for rows in ratios.values() for row in rows if row[1] > LOWEST_KEPT]
+        low = min([every[:, 1].min(), floor, *reach]) - 1.5
+        high = max(every[:, 2].max(), 100.0) + 1.5
         ends: list[tuple[float | None, float, str, str]] = [
             (None, 100.0, "teacher", INK), (None, floor, f"margin {floor:g} %", MUTED)
         ]  # fmt: skip
@@ -140,19 +144,18 @@ def accuracy_vs_cost(
             *_places(front, cost, metric), drawstyle="steps-post", color=INK, linewidth=1,
             alpha=0.4, zorder=1, label="Pareto front",
         )  # fmt: skip
-        for point in summary.of("popularity"):
-            if (value := point.value(metric)) is not None:
-                _band(ax, point, value)
         x, _ = _places(points, cost, metric)
         _cost_axis(ax, x)
-        ax.set_ylim(bottom=0)
+        spans = [p.accuracy[FULL, metric] for p in points]
+        low, high = min(span.low for span in spans), max(span.high for span in spans)
+        # no bars to compare with zero: the scale follows the points, or they would lie on a line
+        ax.set_ylim(max(0.0, low - 0.15 * (high - low)), high + 0.15 * (high - low) or 1.0)
         title, label = COSTS[cost]
         ax.set_xlabel(label)
         ax.set_title(f"{metric} against {title}")
         # every early exit would be a row of numbers; the front and the trained ones are the offer
         named = [p for p in points if p.depth and (p in front or p.method != "early-exit")]
         texts = [(p.cost(cost) or 0.0, mean(p, metric), str(p.depth)) for p in named]
-        spans = [p.accuracy[FULL, metric] for p in points]
         label_points(ax, texts, avoid=[(at, i.low, i.high) for at, i in zip(x, spans, strict=True)])
         ax.legend(
             loc="upper center", bbox_to_anchor=(0.45, -0.19), ncols=3, fontsize=8.5,

@@ -13,8 +13,8 @@ from torch import Tensor
 from depthprobe.data.prepared import Sequences, load_data
 from depthprobe.data.splits import Split, leave_one_out
 from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
-from depthprobe.models.devices import resolve_device
 from depthprobe.models.build import build_recommender, load_trained
+from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Study

@@ -115,9 +115,7 @@ def _pool(
 ) -> ProcessPoolExecutor:
     # spawn: a forked copy of a process that has used torch's threads or CUDA can hang
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=prepare, initargs=arguments
-    )
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare, initargs=arguments)
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:

@@ -156,9 +156,7 @@ def _data(study: Study, folder: Path) -> Sequences:
     return prepare_data(study.data.source)
 
 
-def _lay_out(
-    folder: Path, study: Study, sequences: Sequences, manifest: dict[str, Any]
-) -> None:
+def _lay_out(folder: Path, study: Study, sequences: Sequences, manifest: dict[str, Any]) -> None:
     """Write what trials share; a folder that has it already is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / "trials", folder / "shared"):
@@ -305,9 +303,7 @@ def _work(task: Task) -> float:
     return time.perf_counter() - began
 
 
-def _report(
-    outcome: Outcome, folder: Path, origin: dict[str, Any], watcher: Progress
-) -> None:
+def _report(outcome: Outcome, folder: Path, origin: dict[str, Any], watcher: Progress) -> None:
     task = outcome.task
     if outcome.error is None:
         watcher.done(task.id, "done", outcome.seconds, _score(folder, task))

@@ -75,7 +75,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """Tidy: trial, method, depth, seed, split, protocol, slice, metric, value, interval, users."""
+        """One row a trial, split, protocol and metric: the value, its interval, how many users."""
         path = self.path / TABLES[1]
         return pd.read_parquet(path) if path.exists() else self.compute_metrics()
 
@@ -102,7 +102,9 @@ class Run:
         columns = ["trial", "method", "depth", "seed", "split", "protocol", "slice", "metric"]
         columns += ["value", "ci_low", "ci_high", "users"]
         order = ["trial", "split", "protocol"]
-        return pd.DataFrame(rows, columns=columns).sort_values(order, kind="stable", ignore_index=True)
+        return pd.DataFrame(rows, columns=columns).sort_values(
+            order, kind="stable", ignore_index=True
+        )
 
 
 def _intervals(ranks: pd.DataFrame, resamples: int) -> dict[str, dict[str, Interval]]:
@@ -143,7 +145,9 @@ def open_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file() or not (folder / STUDY).is_file():
-        raise BadInput("run", str(path), f"a folder that sweep wrote ({MANIFEST} and {STUDY} in it)")
+        raise BadInput(
+            "run", str(path), f"a folder that sweep wrote ({MANIFEST} and {STUDY} in it)"
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         content = tomllib.loads((folder / STUDY).read_text(encoding="utf-8"))

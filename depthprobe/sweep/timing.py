@@ -1,7 +1,7 @@
 """Time of every depth on this machine: encoding users, scoring the catalogue, a training step.
 
-Measured once a run and alone, before anything else runs, on freshly initialised models: the time of a
-matrix product does not depend on what it multiplies.
+Measured once a run and alone, before anything else runs, on freshly initialised models: the time
+of a matrix product does not depend on what it multiplies.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def measure(context: Context, trials: list[Trial]) -> dict[str, Any]:
     baseline = context.new_sasrec(0)
     actions["encode:sasrec"] = _encoding(baseline, histories, lengths)
     actions["train:sasrec"] = _step(baseline, lambda: next_item_loss(baseline, batch))
-    times = interleaved(
-        actions, warmup=settings.warmup, rounds=settings.rounds, device=device
-    )
+    times = interleaved(actions, warmup=settings.warmup, rounds=settings.rounds, device=device)
     return {
         "conditions": {
             "device": device.type,

@@ -44,7 +44,9 @@ class TeacherStates:
 
     def at(self, batch: Batch, ends: tuple[int, ...]) -> Tensor:
         """The states after ``ends`` blocks at the batch's real positions, (len(ends), N, D)."""
-        rows = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in batch.chosen])
+        rows = np.concatenate(
+            [np.arange(self.offsets[i], self.offsets[i + 1]) for i in batch.chosen]
+        )
         columns = [self.ends.index(end) for end in ends]
         states = torch.from_numpy(np.asarray(self.states[rows])[:, columns])
         return states.to(batch.inputs.device).float().transpose(0, 1)
@@ -81,7 +83,9 @@ def teacher_states(
             states = torch.stack([tap.states[end][batch.mask] for end in ends], dim=1)  # (N, g, D)
             small = states.half()
             if not torch.isfinite(small).all():
-                raise ValueError(f"a teacher state of {states.abs().max():.3g} does not fit float16")
+                raise ValueError(
+                    f"a teacher state of {states.abs().max():.3g} does not fit float16"
+                )
             rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             out[rows] = small.cpu().numpy()
     out.flush()

@@ -94,7 +94,9 @@ def fit(
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=device.type == "cpu")
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     total = recipe.epochs * -(-len(windows) // recipe.batch_size)
     schedule = LambdaLR(optimizer, lambda step: _cosine(step, total, recipe.warmup))
     prepared, optimizer = accelerator.prepare(model, optimizer)

@@ -16,8 +16,8 @@ FEWEST_ROWS = 32  # below, a matrix product is slow, however large the catalogue
 class _CatalogueCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy whose gradients are made in the forward pass, chunk by chunk.
 
-    Only one chunk of logits exists at a time, and it fits the processor's cache; autograd would keep
-    the whole (positions x items) matrix, and its softmax, for the backward pass.
+    Only one chunk of logits exists at a time, and it fits the processor's cache; autograd would
+    keep the whole (positions x items) matrix, and its softmax, for the backward pass.
     """
 
     @staticmethod

@@ -35,9 +35,7 @@ def asked() -> Questions:
     users = np.repeat(np.arange(40), 8).astype(str)
     items = np.concatenate([rng.permutation(30)[:8] for _ in range(40)]).astype(str)
     sequences = order_log(Log(users=users, items=items))
-    return questions(
-        sequences, leave_one_out(sequences), "test", max_history=3, filter_seen=True
-    )
+    return questions(sequences, leave_one_out(sequences), "test", max_history=3, filter_seen=True)
 
 
 def test_equals_a_loop_over_users(asked: Questions) -> None:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from depthprobe.models.build import load_trained, make_trainable, merge_lora, save_trained
+from depthprobe.models.build import (
+    load_trained,
+    make_trainable,
+    merge_lora,
+    prompt_tokens,
+    save_trained,
+)
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import Backbone
@@ -143,3 +150,11 @@ def test_merged_lora_is_a_plain_model(make_model: Callable[..., PreTrainedModel]
         merge_lora(model)
         torch.testing.assert_close(model(HISTORIES), before, rtol=1e-9, atol=1e-10)
     assert set(model.backbone.state_dict()) == keys
+
+
+def test_prompt_begins_once_with_the_start_token() -> None:
+    settings = Backbone(source="embedded", prompt="Next:")
+    ids = prompt_tokens(settings)
+    assert ids[0] == embedded_tokenizer().bos_token_id
+    assert len(ids) == 1 + len(b"Next:")
+    assert prompt_tokens(Backbone(source="embedded", prompt="")) == []

@@ -44,9 +44,7 @@ def here(tasks: list[Task], folder: Path) -> Iterator[Outcome]:
 
 
 def processes(tasks: list[Task], folder: Path) -> Iterator[Outcome]:
-    return run_in_processes(
-        tasks, work, set(), jobs=2, prepare=prepare, arguments=(str(folder),)
-    )
+    return run_in_processes(tasks, work, set(), jobs=2, prepare=prepare, arguments=(str(folder),))
 
 
 @pytest.mark.parametrize("execute", [here, processes])

@@ -12,9 +12,8 @@ from depthprobe.sweep.files import complete_file, complete_folder, remove_leftov
 def test_a_fault_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError), complete_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    with pytest.raises(ZeroDivisionError), complete_file(path) as temporary:
+        temporary.write_text(str(1 // 0))
     assert path.read_text() == '{\n "a": 1\n}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -31,9 +30,8 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
         with complete_folder(path) as temporary:
             (temporary / name).write_text(name)
     assert [p.name for p in path.iterdir()] == ["two"]
-    with pytest.raises(RuntimeError), complete_folder(path) as temporary:
-        (temporary / "three").write_text("half")
-        raise RuntimeError
+    with pytest.raises(ZeroDivisionError), complete_folder(path) as temporary:
+        (temporary / "three").write_text(str(1 // 0))
     assert [p.name for p in path.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["trial"]
 

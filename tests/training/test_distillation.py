@@ -40,9 +40,7 @@ def test_cached_states_are_the_teachers(
 ) -> None:
     teacher = make_recommender().eval()
     path = tmp_path / "states.npy"
-    stored = teacher_states(
-        teacher, windows, ends=(2, 3, 4), path=path, device=CPU, batch_size=7
-    )
+    stored = teacher_states(teacher, windows, ends=(2, 3, 4), path=path, device=CPU, batch_size=7)
     batch = make_batch(windows, np.array([4, 0, 9]), CPU)
     with torch.no_grad(), tap_blocks(teacher.backbone) as tap:
         teacher(batch.inputs)

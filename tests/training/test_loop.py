@@ -1,4 +1,4 @@
-"""The loop learns, keeps the best weights, is deterministic, and stops at a loss that is no number."""
+"""The loop learns, keeps the best weights, repeats itself, and stops at a loss of NaN."""
 
 from __future__ import annotations
 

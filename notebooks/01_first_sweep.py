@@ -45,8 +45,8 @@ study.layers, study.methods
 # %% [markdown]
 # The methods: `popularity` and `sasrec` are baselines without a language model.
 # `full` is the **teacher**, the trained recommender with all 12 blocks. `early-exit` reads the
-# teacher out after every block, without training. `finetune` trains a **variant** with the first blocks
-# alone; `distill` trains a **student** that also follows the teacher's states.
+# teacher out after every block, without training. `finetune` trains a **variant** with the first
+# blocks alone; `distill` trains a **student** that also follows the teacher's states.
 #
 # ## 2. Run it
 #

@@ -57,4 +57,4 @@ def flops_per_user(model: Recommender, length: int) -> int:
     attention = 4 * length * attended * heads * head_dim * len(blocks)
     n_items, d_item = model.item_matrix().shape
     adapters = 2 * d_item * config.hidden_size * (length + 1)
-    return 2 * matrices * length + attention + adapters + 2 * (n_items - 1) * d_item
+    return int(2 * matrices * length + attention + adapters + 2 * (n_items - 1) * d_item)

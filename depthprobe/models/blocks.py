@@ -122,7 +122,7 @@ def _locate(model: PreTrainedModel) -> tuple[nn.Module, str]:
     paths = _candidates(base, depth)
     if len(paths) > 1:
         # A vision tower may be as deep as the text decoder.
-        base = model.get_decoder()  # type: ignore[no-untyped-call]
+        base = model.get_decoder()
         paths = _candidates(base, depth)
     if len(paths) != 1:
         what = "no list of blocks" if not paths else f"more than one list of blocks ({paths})"

@@ -106,7 +106,7 @@ def merge_lora(model: nn.Module) -> None:
     """Fold low-rank updates into the weights and put the plain layers back, in place."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     for name, layer in layers:
-        layer.merge(safe_merge=True)  # type: ignore[attr-defined]
+        layer.merge(safe_merge=True)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
 

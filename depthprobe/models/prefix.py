@@ -22,18 +22,18 @@ class _SharedLayer(DynamicLayer):
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
+        self._prompt = keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Prompt and new keys and values, (B, H, P + T, d)."""
         users = key_states.shape[0]
-        keys = torch.cat([self.keys.expand(users, -1, -1, -1), key_states], dim=-2)
-        values = torch.cat([self.values.expand(users, -1, -1, -1), value_states], dim=-2)
-        return keys, values
+        keys, values = (part.expand(users, -1, -1, -1) for part in self._prompt)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 def shared_prompt(backbone: nn.Module, embeddings: Tensor) -> Cache:
@@ -45,4 +45,5 @@ def shared_prompt(backbone: nn.Module, embeddings: Tensor) -> Cache:
     """
     filled = DynamicCache()
     backbone(inputs_embeds=embeddings, past_key_values=filled, use_cache=True)
-    return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in filled.layers])
+    layers: list[Any] = filled.layers
+    return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in layers])

@@ -7,7 +7,7 @@ It reads the next item out at *every* position of a history, so one pass trains 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Recommender(nn.Module):
             prompt: token ids of the prompt before the items; empty for none.
         """
         super().__init__()
-        self.backbone: PreTrainedModel = backbone.base_model
+        self.backbone = cast("PreTrainedModel", backbone.base_model)
         width = backbone.config.get_text_config(decoder=True).hidden_size
         self.items = nn.Embedding.from_pretrained(items.clone(), freeze=True, padding_idx=0)
         self.input_adapter = nn.Linear(items.shape[1], width)
@@ -46,10 +46,15 @@ class Recommender(nn.Module):
     @torch.no_grad()
     def _match_scale(self) -> None:
         """Let adapted items start as large as the token embeddings the blocks were trained on."""
-        tokens = self.backbone.get_input_embeddings().weight
+        tokens = self.token_embeddings.weight
         self.input_adapter.bias.zero_()
         adapted = self.input_adapter(self.items.weight[1:])
         self.input_adapter.weight.mul_(tokens.float().std() / adapted.std().clamp_min(1e-8))
+
+    @property
+    def token_embeddings(self) -> nn.Embedding:
+        """The backbone's input embeddings; only the prompt reads them."""
+        return cast("nn.Embedding", self.backbone.get_input_embeddings())
 
     @property
     def depth(self) -> int:
@@ -58,17 +63,19 @@ class Recommender(nn.Module):
 
     def item_matrix(self) -> Tensor:
         """What user vectors are scored against, (I + 1, d_item); row 0 is padding."""
-        return self.items.weight
+        matrix: Tensor = self.items.weight
+        return matrix
 
     def read_out(self, states: Tensor) -> Tensor:
         """Normed states (..., D) to user vectors (..., d_item)."""
-        return self.output_adapter(states)
+        vectors: Tensor = self.output_adapter(states)
+        return vectors
 
     def prepare_prompt(self) -> Cache | None:
         """The prompt's keys and values at the present weights; None without a prompt."""
         if not len(self.prompt):
             return None
-        tokens = self.backbone.get_input_embeddings()(self.prompt)[None]  # (1, P, D)
+        tokens = self.token_embeddings(self.prompt)[None]  # (1, P, D)
         return shared_prompt(self.backbone, tokens)
 
     def inputs(self, histories: Tensor, prompt: Cache | None) -> dict[str, Any]:
@@ -87,7 +94,8 @@ class Recommender(nn.Module):
         """Normed states of every position, (B, T, D); runs the prompt if it is not given."""
         prompt = prompt or self.prepare_prompt()
         out = self.backbone(**self.inputs(histories, prompt))
-        return out.last_hidden_state.to(self.output_adapter.weight.dtype)
+        last: Tensor = out.last_hidden_state
+        return last.to(self.output_adapter.weight.dtype)
 
     def forward(self, histories: Tensor) -> Tensor:
         """User vectors at every position, (B, T) item ids -> (B, T, d_item)."""

@@ -147,7 +147,7 @@ def _count_extra_outputs(model: PreTrainedModel, block: nn.Module) -> int | None
         embeddings: Any = model.get_input_embeddings()
         ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
         try:
-            model.eval()  # type: ignore[no-untyped-call]
+            model.eval()
             with torch.no_grad(), paused_taps():
                 model.base_model(input_ids=ids, use_cache=False)
         finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from depthprobe.cost.parameters import count_parameters, flops_per_user
 from depthprobe.evaluation.evaluate import Encoder, evaluate
@@ -161,7 +162,7 @@ class _SharedPrompt(Encoder):
 
     def __init__(self, model: Recommender) -> None:
         self._model = model
-        self._prompt = None
+        self._prompt: Cache | None = None
 
     def refresh(self) -> _SharedPrompt:
         """Run the prompt at the present weights."""

@@ -7,6 +7,7 @@ of a matrix product does not depend on what it multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,16 +45,14 @@ def measure(context: Context, trials: list[Trial]) -> dict[str, Any]:
         vectors = torch.randn(len(histories), table.shape[1], device=device)
         actions[f"encode:{depth}"] = _encoding(model, histories, lengths)
         actions[f"latency:{depth}"] = _answer(model, histories[:1], lengths[:1])
-        actions[f"train:{depth}"] = _step(model, lambda m=model: next_item_loss(m, batch))
+        actions[f"train:{depth}"] = _step(model, partial(next_item_loss, model, batch))
         if depth in distilled:
             whole = Distiller(model, context.study.distillation).to(device)
             count = int(batch.mask.sum())
             states = torch.randn(len(whole.ends), count, model.input_adapter.out_features)
             states = states.half().to(device)
-            actions[f"distill:{depth}"] = _step(
-                whole, lambda w=whole, s=states: w(batch, s.float())
-            )
-        actions["score"] = lambda v=vectors, m=model: (v @ m.item_matrix().T).topk(10)
+            actions[f"distill:{depth}"] = _step(whole, partial(_distilled, whole, batch, states))
+        actions["score"] = partial(_best, vectors, model.item_matrix())
     baseline = context.new_sasrec(0)
     actions["encode:sasrec"] = _encoding(baseline, histories, lengths)
     actions["train:sasrec"] = _step(baseline, lambda: next_item_loss(baseline, batch))
@@ -88,6 +87,16 @@ def timing_of(trial: Trial, measured: dict[str, Any]) -> dict[str, Any] | None:
     return {
         name: {"seconds": seconds[action]} for name, action in names.items() if action in seconds
     }
+
+
+def _distilled(module: nn.Module, batch: Batch, states: Tensor) -> Tensor:
+    loss: Tensor = module(batch, states.float())
+    return loss
+
+
+@torch.inference_mode()
+def _best(vectors: Tensor, items: Tensor) -> Tensor:
+    return (vectors @ items.T).topk(10).indices
 
 
 def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +135,7 @@ def _answer(model: Recommender, history: Tensor, length: Tensor) -> Callable[[],
     @torch.inference_mode()
     def action() -> object:
         model.eval()
-        return (model.encode(history, length, prompt) @ model.item_matrix().T).topk(10)
+        return _best(model.encode(history, length, prompt), model.item_matrix())
 
     return action
 

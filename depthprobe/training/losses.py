@@ -74,7 +74,7 @@ def catalogue_cross_entropy(vectors: Tensor, items: Tensor, targets: Tensor) -> 
     """
     if not len(vectors):
         raise ValueError("no position to compute a loss on")
-    loss: Tensor = _CatalogueCrossEntropy.apply(vectors, items, targets)
+    loss: Tensor = _CatalogueCrossEntropy.apply(vectors, items, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -85,4 +85,5 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def norm_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """SLMRec's D_norm: ``||h_s - h_t||_2``, (..., N, D) summed over the groups, mean over N."""
-    return torch.linalg.vector_norm(student - teacher, dim=-1).mean(dim=-1).sum()
+    distance: Tensor = torch.linalg.vector_norm(student - teacher, dim=-1)  # (..., N)
+    return distance.mean(dim=-1).sum()

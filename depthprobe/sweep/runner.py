@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,25 +23,15 @@ from depthprobe.models.devices import resolve_device
 from depthprobe.models.revision import backbone_revision
 from depthprobe.study import METHODS as NAMES
 from depthprobe.study import BadInput, Study, differences, study_to_toml
-from depthprobe.sweep import provenance
+from depthprobe.sweep import provenance, worker
 from depthprobe.sweep.context import DATA, NEGATIVES, TIMING, Context
 from depthprobe.sweep.executors import Outcome, run_here, run_in_processes
 from depthprobe.sweep.files import complete_file, remove_leftovers, write_json
-from depthprobe.sweep.methods import METHODS
 from depthprobe.sweep.plan import Task, plan
 from depthprobe.sweep.progress import Progress, Silent
-from depthprobe.sweep.store import (
-    MANIFEST,
-    SCHEMA,
-    STUDY,
-    Run,
-    is_done,
-    open_run,
-    write_failure,
-    write_result,
-    write_tables,
-)
-from depthprobe.sweep.timing import measure, timing_of
+from depthprobe.sweep.records import SCHEMA, is_done, write_failure
+from depthprobe.sweep.store import MANIFEST, STUDY, Run, open_run, write_tables
+from depthprobe.sweep.timing import measure
 
 MOST_JOBS = 4  # by default: each job holds its own copy of the model
 NEGATIVE_SEED = 999
@@ -66,7 +52,8 @@ def run_sweep(
         output: the run's folder, new, empty, or an earlier run of the same study; default
             ``runs/<name>``.
         jobs: trials at the same time, each in a process of its own; 0 runs them in this process.
-            Default: one on a GPU, else one a core, at most four.
+            Default: one on a GPU, else one a core, at most four. Processes are spawned: a script
+            that calls this needs the usual ``if __name__ == "__main__":``.
         command: what the report names as the way to repeat the run.
         progress: is told what happens.
 
@@ -97,13 +84,18 @@ def run_sweep(
     done = {t.id for t in tasks if t not in waiting}
     watcher.plan([task.id for task in waiting])
     if waiting:
-        _measure_once(context, tasks, watcher)
+        _measure_once(context, manifest["backbone"]["blocks"], watcher)
         workers = _jobs(jobs, device, len(waiting))
         threads = max(1, provenance.available_cores() // max(1, workers))
         arguments = (str(folder), study, _provenance(manifest, device, threads), threads)
         outcomes = (
             run_in_processes(
-                waiting, _work, done, jobs=workers, prepare=_prepare, arguments=arguments
+                waiting,
+                worker.work,
+                done,
+                jobs=workers,
+                prepare=worker.prepare,
+                arguments=arguments,
             )
             if workers
             else _here(waiting, done, arguments)
@@ -231,11 +223,11 @@ def _provenance(manifest: dict[str, Any], device: torch.device, threads: int) ->
     }
 
 
-def _measure_once(context: Context, tasks: list[Task], watcher: Progress) -> None:
+def _measure_once(context: Context, blocks: int, watcher: Progress) -> None:
     path = context.shared / TIMING
     if not path.exists():
         watcher.message("timing every depth, alone on the machine")
-        write_json(path, measure(context, [trial for task in tasks for trial in task.trials]))
+        write_json(path, measure(context, blocks))
 
 
 def _jobs(asked: int | None, device: torch.device, tasks: int) -> int:
@@ -244,63 +236,9 @@ def _jobs(asked: int | None, device: torch.device, tasks: int) -> int:
     return 1 if device.type != "cpu" else min(provenance.available_cores(), MOST_JOBS, tasks)
 
 
-# --- inside a worker -----------------------------------------------------------------------------
-
-
-class _Worker:
-    """What one process keeps between its tasks."""
-
-    context: Context
-    provenance: dict[str, Any]
-
-
-def _prepare(folder: str, study: Study, origin: dict[str, Any], threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # a worker's own words go to a file: the terminal belongs to the progress
-    log = Path(folder, "logs", f"worker-{os.getpid()}.log")
-    log.parent.mkdir(exist_ok=True)
-    sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
-    torch.set_num_threads(threads)
-    disable_progress_bar()
-    _begin(folder, study, origin)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would train on, unseen, beside the next sweep."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _begin(folder: str, study: Study, origin: dict[str, Any]) -> None:
-    _Worker.context = Context(Path(folder), study, log=lambda line: print(line, flush=True))
-    _Worker.provenance = origin
-
-
-def _here(waiting: list[Task], done: set[str], arguments: tuple[Any, ...]) -> Any:
-    _begin(*arguments[:3])
-    _Worker.context.log = lambda line: None
-    return run_here(waiting, _work, done)
-
-
-def _work(task: Task) -> float:
-    """Do a task and write its records; returns its seconds."""
-    context = _Worker.context
-    context.log(f"== {task.id}")
-    began = time.perf_counter()
-    measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
-    for result in METHODS[task.method](context, task):
-        write_result(
-            context.trial_folder(result.trial),
-            result,
-            context.test.users,
-            timing=timing_of(result.trial, measured),
-            provenance=_Worker.provenance,
-            validation_users=len(context.validation.users),
-        )
-    return time.perf_counter() - began
+def _here(waiting: list[Task], done: set[str], arguments: tuple[Any, ...]) -> Iterator[Outcome]:
+    worker.begin(*arguments[:3])
+    return run_here(waiting, worker.work, done)
 
 
 def _report(outcome: Outcome, folder: Path, origin: dict[str, Any], watcher: Progress) -> None:

@@ -12,17 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from depthprobe.evaluation.metrics import check_metrics, metrics_from_ranks, per_user_metric
+from depthprobe.evaluation.metrics import check_metrics, per_user_metric
 from depthprobe.evaluation.statistics import Interval, bootstrap_means
-from depthprobe.models.build import save_trained
 from depthprobe.study import BadInput, Study, study_from_dict
-from depthprobe.sweep.context import MODEL
-from depthprobe.sweep.files import complete_file, complete_folder
-from depthprobe.sweep.methods import Result
-from depthprobe.sweep.plan import Trial
+from depthprobe.sweep.files import complete_file
+from depthprobe.sweep.records import USERS, read_record
 
-SCHEMA = 1
-MANIFEST, STUDY, RECORD, USERS = "manifest.json", "study.toml", "record.json", "users.parquet"
+MANIFEST, STUDY = "manifest.json", "study.toml"
 TABLES = ("trials.parquet", "metrics.parquet")
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 
@@ -35,9 +31,9 @@ class Run:
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        """All records, done and failed, in the order of their names."""
-        found = sorted((self.path / "trials").glob(f"*/{RECORD}"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+        """All records, done and failed, in the order of their names; a damaged one is no record."""
+        found = (read_record(path) for path in sorted((self.path / "trials").glob("*")))
+        return [record for record in found if record is not None]
 
     def record(self, trial: str) -> dict[str, Any]:
         """The record of one trial.
@@ -162,88 +158,6 @@ def write_tables(run: Run) -> None:
         with complete_file(run.path / name) as temporary:
             frame.to_parquet(temporary, index=False)
     run.__dict__.pop("metrics", None)
-
-
-def write_result(
-    folder: Path,
-    result: Result,
-    users: np.ndarray,
-    *,
-    timing: dict[str, Any] | None,
-    provenance: dict[str, Any],
-    validation_users: int,
-) -> None:
-    """Write a finished trial, complete or not at all: users, model, and the record last."""
-    trial, fit = result.trial, result.fit
-    training = None
-    validation = None
-    if fit is not None:
-        training = {
-            "epochs": fit.epochs,
-            "steps": fit.steps,
-            "seconds": round(fit.seconds, 3),
-            "best_epoch": fit.best_epoch,
-            "losses": fit.losses,
-            "validation": fit.scores,
-        }
-        validation = {"NDCG@10": fit.best_score, "users": validation_users}
-    record = _record(trial, "done", None, provenance) | {
-        "metrics": {
-            "test": {name: metrics_from_ranks(ranks) for name, ranks in result.ranks.items()}
-        },
-        "validation": validation,
-        "costs": {
-            "parameters": result.parameters,
-            "flops_user": result.flops,
-            "training": training,
-            "timing": timing,
-        },
-    }
-    with complete_folder(folder) as temporary:
-        parts = [
-            pd.DataFrame({"user": users.astype(np.int32), "protocol": name, "rank": ranks})
-            for name, ranks in result.ranks.items()
-        ]
-        pd.concat(parts, ignore_index=True).to_parquet(temporary / USERS, index=False)
-        if result.model is not None:
-            save_trained(result.model, temporary / MODEL)
-        text = json.dumps(record, indent=1, allow_nan=False)
-        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
-
-
-def write_failure(folder: Path, trial: Trial, error: str, provenance: dict[str, Any]) -> None:
-    """Write the record of a trial that failed, with the reason in one line."""
-    record = _record(trial, "failed", " ".join(error.split()), provenance)
-    record |= {"metrics": {}, "validation": None, "costs": None}
-    with complete_folder(folder) as temporary:
-        text = json.dumps(record, indent=1, allow_nan=False)
-        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
-
-
-def is_done(folder: Path) -> bool:
-    """Whether a trial has a record that says it succeeded."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(record.get("status") == "done")
-
-
-def _record(
-    trial: Trial, status: str, error: str | None, provenance: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "id": trial.id,
-        "method": trial.method,
-        "kept": list(trial.kept),
-        "removed": list(trial.removed),
-        "depth": trial.depth,
-        "seed": trial.seed,
-        "status": status,
-        "error": error,
-        "provenance": provenance,
-    }
 
 
 def _trial_row(record: dict[str, Any]) -> dict[str, Any]:

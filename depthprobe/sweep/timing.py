@@ -18,6 +18,7 @@ from depthprobe.cost.timing import interleaved
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.models.build import build_recommender
 from depthprobe.models.recommender import Recommender
+from depthprobe.study import parse_layers
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.plan import Trial
 from depthprobe.training.distillation import Distiller
@@ -26,7 +27,7 @@ from depthprobe.training.loop import Batch, make_batch, next_item_loss
 TRAINED_LIKE_FULL = ("full", "finetune", "heal", "random-init")
 
 
-def measure(context: Context, trials: list[Trial]) -> dict[str, Any]:
+def measure(context: Context, blocks: int) -> dict[str, Any]:
     """Interleaved seconds of each action, and the conditions they hold under.
 
     Actions: ``encode:K``, ``train:K``, ``distill:K`` for K blocks and for ``sasrec``; ``latency:K``
@@ -37,16 +38,15 @@ def measure(context: Context, trials: list[Trial]) -> dict[str, Any]:
     batch = _typical_batch(context, context.study.recipe.batch_size)
     table = torch.randn(context.sequences.n_items + 1, context.study.sasrec.width)
     actions: dict[str, Callable[[], object]] = {}
-    trained = {t.depth for t in trials if t.method in (*TRAINED_LIKE_FULL, "distill")}
-    distilled = {t.depth for t in trials if t.method == "distill"}
-    for depth in sorted(trained):
+    # students too, whether or not this sweep asks for them: a later one may, at another load
+    for depth in sorted({*parse_layers(context.study.layers, blocks), blocks}):
         settings_backbone, kept = context.study.backbone, tuple(range(depth))
         model = build_recommender(settings_backbone, table, kept=kept, seed=0).to(device)
         vectors = torch.randn(len(histories), table.shape[1], device=device)
         actions[f"encode:{depth}"] = _encoding(model, histories, lengths)
         actions[f"latency:{depth}"] = _answer(model, histories[:1], lengths[:1])
         actions[f"train:{depth}"] = _step(model, partial(next_item_loss, model, batch))
-        if depth in distilled:
+        if depth < blocks:
             whole = Distiller(model, context.study.distillation).to(device)
             count = int(batch.mask.sum())
             states = torch.randn(len(whole.ends), count, model.input_adapter.out_features)

@@ -14,7 +14,7 @@ from depthprobe.evaluation.evaluate import evaluate
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.models.exported import load_recommender
 from depthprobe.study import BadInput, Study
-from depthprobe.sweep import runner
+from depthprobe.sweep import worker
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.export import export_trial
 from depthprobe.sweep.plan import Trial
@@ -149,10 +149,12 @@ def test_a_second_sweep_runs_only_what_is_missing(small_run: Run, tmp_path: Path
     shutil.copytree(small_run.path, copy)
     shutil.rmtree(copy / "trials" / "finetune-d01-s1")
     (copy / "trials" / ".tmp-left").mkdir()
+    damaged = copy / "trials" / "popularity-s0" / "record.json"
+    damaged.write_text(damaged.read_text()[:-30])
     watcher = Watcher()
     again = run_sweep(small_run.study, copy, jobs=0, progress=watcher)
-    assert watcher.planned == ["finetune-d01-s1"]
-    assert watcher.ended == ["finetune-d01-s1 done"]
+    assert watcher.planned == ["popularity-s0", "finetune-d01-s1"]
+    assert watcher.ended == ["popularity-s0 done", "finetune-d01-s1 done"]
     assert not (copy / "trials" / ".tmp-left").exists()
     # the same numbers to the bit, by a process that has done other things before
     np.testing.assert_array_equal(
@@ -214,7 +216,7 @@ def test_a_trial_that_fails_is_recorded_and_tried_again(
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setitem(runner.METHODS, "popularity", fail)
+        patch.setitem(worker.METHODS, "popularity", fail)
         run = run_sweep(tiny, tmp_path / "run", jobs=0)
     assert [trial for trial, _ in run.failed] == ["popularity-s0"]
     assert "MemoryError: no room" in run.failed[0][1]

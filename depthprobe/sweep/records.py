@@ -1,0 +1,108 @@
+"""One record a trial: complete, or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from depthprobe.evaluation.metrics import metrics_from_ranks
+from depthprobe.models.build import save_trained
+from depthprobe.sweep.context import MODEL
+from depthprobe.sweep.files import complete_folder
+from depthprobe.sweep.methods import Result
+from depthprobe.sweep.plan import Trial
+
+SCHEMA = 1
+RECORD, USERS = "record.json", "users.parquet"
+
+
+def write_result(
+    folder: Path,
+    result: Result,
+    users: np.ndarray,
+    *,
+    timing: dict[str, Any] | None,
+    provenance: dict[str, Any],
+    validation_users: int,
+) -> None:
+    """Write a finished trial, complete or not at all: users, model, and the record last."""
+    trial, fit = result.trial, result.fit
+    training = None
+    validation = None
+    if fit is not None:
+        training = {
+            "epochs": fit.epochs,
+            "steps": fit.steps,
+            "seconds": round(fit.seconds, 3),
+            "best_epoch": fit.best_epoch,
+            "losses": fit.losses,
+            "validation": fit.scores,
+        }
+        validation = {"NDCG@10": fit.best_score, "users": validation_users}
+    record = _record(trial, "done", None, provenance) | {
+        "metrics": {
+            "test": {name: metrics_from_ranks(ranks) for name, ranks in result.ranks.items()}
+        },
+        "validation": validation,
+        "costs": {
+            "parameters": result.parameters,
+            "flops_user": result.flops,
+            "training": training,
+            "timing": timing,
+        },
+    }
+    with complete_folder(folder) as temporary:
+        parts = [
+            pd.DataFrame({"user": users.astype(np.int32), "protocol": name, "rank": ranks})
+            for name, ranks in result.ranks.items()
+        ]
+        pd.concat(parts, ignore_index=True).to_parquet(temporary / USERS, index=False)
+        if result.model is not None:
+            save_trained(result.model, temporary / MODEL)
+        text = json.dumps(record, indent=1, allow_nan=False)
+        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def write_failure(folder: Path, trial: Trial, error: str, provenance: dict[str, Any]) -> None:
+    """Write the record of a trial that failed, with the reason in one line."""
+    record = _record(trial, "failed", " ".join(error.split()), provenance)
+    record |= {"metrics": {}, "validation": None, "costs": None}
+    with complete_folder(folder) as temporary:
+        text = json.dumps(record, indent=1, allow_nan=False)
+        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a trial has a record that says it succeeded."""
+    record = read_record(folder)
+    return record is not None and record["status"] == "done"
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record in a trial's folder; None if it is absent or damaged, so that it is made anew."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+
+
+def _record(
+    trial: Trial, status: str, error: str | None, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "id": trial.id,
+        "method": trial.method,
+        "kept": list(trial.kept),
+        "removed": list(trial.removed),
+        "depth": trial.depth,
+        "seed": trial.seed,
+        "status": status,
+        "error": error,
+        "provenance": provenance,
+    }

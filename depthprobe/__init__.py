@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from depthprobe.data.prepared import load_data, prepare_data
+    from depthprobe.data.prepared import prepare_data
+    from depthprobe.data.storage import load_data
     from depthprobe.evaluation.metrics import metrics_from_ranks
     from depthprobe.evaluation.ranks import rank_targets
     from depthprobe.models.backbones import load_backbone
@@ -41,7 +42,7 @@ _HOME = {
     "find_blocks": "models.blocks",
     "keep_blocks": "models.blocks",
     "load_backbone": "models.backbones",
-    "load_data": "data.prepared",
+    "load_data": "data.storage",
     "load_recommender": "models.exported",
     "load_study": "study",
     "metrics_from_ranks": "evaluation.metrics",

@@ -11,7 +11,7 @@ from depthprobe.cli.options import check_data, check_writable
 from depthprobe.cli.tables import cell
 
 if TYPE_CHECKING:
-    from depthprobe.data.prepared import Sequences
+    from depthprobe.data.storage import Sequences
 
 app = typer.Typer(help="Readers, filters, statistics of a dataset.", rich_markup_mode=None)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from depthprobe.data.prepared import Sequences
 from depthprobe.data.splits import Split
+from depthprobe.data.storage import Sequences
 
 TABLE_BYTES = 4 * 2**20  # fits a cache: the draws jump about in it
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from depthprobe.data.log import Log
 from depthprobe.study import BadInput
 
 FIELD = "data.source"
@@ -21,20 +21,6 @@ SAMPLE = 1000  # lines that are looked at to tell a log from prose
 _FOREIGN = re.compile(r"[{}\[\]()<>\"'`,;\x00-\x08\x0e-\x1f\x7f]")
 _PLAIN = re.compile(r"[\w:\-./]*\w")  # no full stop, question mark or colon at its end
 _DECIMAL = re.compile(r"[-+]?\d*\.\d+(e[-+]?\d+)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True, eq=False)
-class Log:
-    """Interactions as read: ``users`` and ``items`` str (N,), ``times`` int64 (N,) s or None.
-
-    A user's interactions may lie anywhere; where times tie or are None, earlier rows are older.
-    """
-
-    users: np.ndarray
-    items: np.ndarray
-    times: np.ndarray | None = None
-    titles: dict[str, str] = field(default_factory=dict)
-    name: str = "log"
 
 
 def read_log(source: str | Path) -> Log:

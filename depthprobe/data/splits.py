@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depthprobe.data.prepared import Sequences
+from depthprobe.data.storage import Sequences
 from depthprobe.study import BadInput
 
 # how far a split's target stands from the end of its user's sequence

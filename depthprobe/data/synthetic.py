@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depthprobe.data.readers import Log
+from depthprobe.data.log import Log
 
 GENRES = (
     "Noir", "Saga", "Comedy", "Western", "Mystery", "Romance", "Thriller", "Fable",

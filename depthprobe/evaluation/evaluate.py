@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from depthprobe.data.batches import length_buckets, pad
-from depthprobe.data.prepared import Sequences
 from depthprobe.data.splits import Split
+from depthprobe.data.storage import Sequences
 from depthprobe.evaluation.ranks import rank_users
 
 BATCH = 256

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthprobe.data.prepared import Sequences, load_data
 from depthprobe.data.splits import Split, leave_one_out
+from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
 from depthprobe.models.build import build_recommender, load_trained
 from depthprobe.models.devices import resolve_device

@@ -15,9 +15,10 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.data.batches import negatives
-from depthprobe.data.prepared import MANIFEST as DATA_MANIFEST
-from depthprobe.data.prepared import Sequences, load_data, prepare_data, write_data
+from depthprobe.data.prepared import prepare_data
 from depthprobe.data.splits import leave_one_out
+from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
+from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.models.backbones import backbone_config, load_backbone
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.revision import backbone_revision

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from depthprobe.data import batches as module
 from depthprobe.data.batches import length_buckets, negatives, pad, padding_share
-from depthprobe.data.prepared import Sequences, order_log
-from depthprobe.data.readers import Log
+from depthprobe.data.log import Log
+from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import leave_one_out
+from depthprobe.data.storage import Sequences
 
 
 @given(

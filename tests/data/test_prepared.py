@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from depthprobe.data.prepared import (
-    NO_TIMES,
-    Sequences,
-    load_data,
-    natural_order,
-    order_log,
-    prepare_data,
-)
-from depthprobe.data.readers import Log
+from depthprobe.data.log import Log
+from depthprobe.data.prepared import NO_TIMES, natural_order, order_log, prepare_data
+from depthprobe.data.storage import Sequences, load_data
 from depthprobe.study import BadInput
 
 # users, items, interactions of the public sets, in the folder that DEPTHPROBE_DATA names
@@ -175,7 +169,7 @@ def test_a_failed_write_leaves_the_old_folder(
         raise OSError("disk full")
 
     monkeypatch.setattr("depthprobe.data.prepared.read_log", lambda _: replace(LOG, times=None))
-    monkeypatch.setattr("depthprobe.data.prepared._write_table", fail)
+    monkeypatch.setattr("depthprobe.data.storage._write_table", fail)
     with pytest.raises(OSError, match="disk full"):
         prepare_data("log", tmp_path / "out")
     assert load_data(tmp_path / "out").fingerprint == before

@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from depthprobe.data.prepared import Sequences, order_log
-from depthprobe.data.readers import Log
+from depthprobe.data.log import Log
+from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import Split, leave_one_out
+from depthprobe.data.storage import Sequences
 from depthprobe.study import BadInput
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from depthprobe.data.prepared import Sequences, order_log
+from depthprobe.data.prepared import order_log
+from depthprobe.data.storage import Sequences
 from depthprobe.data.synthetic import Process, embedded_log
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from depthprobe.data.log import Log
 from depthprobe.data.prepared import order_log
-from depthprobe.data.readers import Log
 from depthprobe.data.splits import leave_one_out
 from depthprobe.evaluation.evaluate import Questions, evaluate, mean_ndcg, questions
 from depthprobe.evaluation.ranks import rank_targets

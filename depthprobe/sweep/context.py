@@ -110,8 +110,8 @@ class Context:
 
     @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
     def item_table(self, seed: int) -> Tensor:
-        """The item embeddings that SASRec learnt, (I + 1, d_item)."""
-        return self.sasrec(seed).item_matrix().detach().clone()
+        """The item embeddings that SASRec learnt, (I + 1, d_item), on the CPU."""
+        return self.sasrec(seed).item_matrix().detach().cpu().clone()
 
     def new_recommender(self, trial: Trial) -> Recommender:
         """A recommender with the trial's blocks before its training."""

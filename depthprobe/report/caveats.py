@@ -41,7 +41,7 @@ def _baselines(summary: Summary) -> list[str]:
 
 
 def _pretraining(summary: Summary, chosen: Point | None) -> list[str]:
-    if chosen is None:
+    if chosen is None or summary.run.study.backbone.source == "embedded":
         return []
     control = next((p for p in summary.of("random-init") if p.depth == chosen.depth), None)
     ratio = summary.against(control, chosen) if control is not None else None
@@ -61,7 +61,9 @@ def _data(summary: Summary) -> list[str]:
     if study.data.source == "embedded":
         found.append("The log is the generated default: the numbers say nothing about another log.")
     if study.backbone.source == "embedded":
-        found.append("The backbone is the small embedded one, not a large language model.")
+        found.append(
+            "The backbone is the small embedded one with random weights: pretraining has no part."
+        )
     return found + [f"Data: {_sentence(warning)}" for warning in data.get("warnings", ())]
 
 

@@ -101,7 +101,7 @@ def make_run(
             failed = (method, depth, seed) in set(failing)
             own = np.random.default_rng([seed, zlib.crc32(trial.encode())])
             row = _row(trial, method, depth, kept, removed, seed)
-            record = {"id": trial, "method": method, "costs": {"timing": None}}
+            record = {"schema": 1, "id": trial, "method": method, "costs": {"timing": None}}
             if failed:
                 row |= {"status": "failed", "error": error, "parameters_total": np.nan}
                 record |= {"status": "failed", "costs": None}

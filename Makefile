@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Needs Python 3.11 or newer and the package index, nothing else.
+# make demo | test | lint | notebooks | clean. Needs Python 3.11 or newer and the package index, nothing else.
 SHELL := /bin/sh
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -12,12 +12,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	>/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint notebooks clean
 
 help:
 	@echo "make demo   install and run the embedded study; prints the path of its report"
 	@echo "make test   install and run the tests (ARGS='-k name' selects)"
 	@echo "make lint   ruff, mypy --strict, the direction of imports"
+	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make clean  remove .venv, caches and builds; runs/ stays"
 
 demo: $(VENV)/.runtime
@@ -31,6 +32,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the outputs that are read on the web; the tests run the scripts beside them
+notebooks: $(VENV)/.dev
+	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

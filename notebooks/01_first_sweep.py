@@ -23,8 +23,13 @@
 # rest stays as it is.
 
 # %%
+# %matplotlib inline
+import warnings
+
 import depthprobe as dp
 from depthprobe.study import demo_study, override
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # text bars will do
 
 # %% [markdown]
 # ## 1. The study

@@ -72,7 +72,6 @@ def run_sweep(
     )
     tasks = plan(study, int(config.get_text_config(decoder=True).num_hidden_layers))
     study = _check_folder(folder, study)
-    watcher.message(f"reading {study.data.source}")
     sequences = _data(study, folder)
     leave_one_out(sequences)  # refuses a log in which nobody can be evaluated
     manifest = _manifest(study, sequences, device, command)

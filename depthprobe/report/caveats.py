@@ -13,6 +13,7 @@ def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
     """Sentences, the weightiest first; `chosen` is the point that the answer names."""
     found = [
         *_baselines(summary),
+        *_training(summary),
         *_pretraining(summary, chosen),
         *_data(summary),
         *_times(summary),
@@ -38,6 +39,19 @@ def _baselines(summary: Summary) -> list[str]:
     if summary.teacher is not None and not summary.of("sasrec"):
         found.append("SASRec was not run: whether a language model is needed at all is not tested.")
     return found
+
+
+def _training(summary: Summary) -> list[str]:
+    """A teacher that was cut off is an easy one to match."""
+    last = int(summary.run.study.recipe.epochs)
+    for record in summary.run.records:
+        training = (record.get("costs") or {}).get("training") or {}
+        if record["method"] == "full" and training.get("best_epoch") == last:
+            return [
+                f"The teacher was best at its last epoch ({last}): a longer training may change "
+                "the comparison."
+            ]
+    return []
 
 
 def _pretraining(summary: Summary, chosen: Point | None) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 from depthprobe.evaluation.evaluate import evaluate
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.models.exported import load_recommender
+from depthprobe.report.html import build_report
 from depthprobe.study import BadInput, Study
 from depthprobe.sweep import worker
 from depthprobe.sweep.context import Context
@@ -236,3 +237,12 @@ def test_worker_processes_give_the_same_numbers(
     assert not run.failed
     for trial in ("sasrec-s1", "finetune-d01-s0"):
         np.testing.assert_array_equal(ranks(run, trial), ranks(small_run, trial))
+
+
+def test_the_report_of_a_real_run(small_run: Run) -> None:
+    """The page stands on real records, and says when the teacher ran out of epochs."""
+    page = build_report(small_run).read_text(encoding="utf-8")
+    best = [small_run.record(f"full-d03-s{s}")["costs"]["training"]["best_epoch"] for s in (0, 1)]
+    assert ("was best at its last epoch" in page) == (3 in best)
+    for word in ("random init", "fine-tuned", "distilled", "healed", "SASRec"):
+        assert word in page

@@ -7,7 +7,7 @@ prompt is then the sum over the users, which is what the padded layout computes 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,14 @@ class _SharedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
-        self._prompt = keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Prompt and new keys and values, (B, H, P + T, d)."""
         users = key_states.shape[0]
-        keys, values = (part.expand(users, -1, -1, -1) for part in self._prompt)
+        prompt = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
+        keys, values = (part.expand(users, -1, -1, -1) for part in prompt)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 

@@ -18,10 +18,10 @@ from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Study
-from depthprobe.sweep.plan import Trial
+from depthprobe.sweep.plan import Trial, whole_trial
 
 DATA, NEGATIVES, TIMING, STATES = "data", "negatives.npy", "timing.json", "teacher-states"
-MODEL = "model"
+TRIALS, MODEL = "trials", "model"
 
 
 class Context:
@@ -40,7 +40,7 @@ class Context:
 
     def trial_folder(self, trial: Trial) -> Path:
         """The folder of a trial, complete or absent."""
-        return self.folder / "trials" / trial.id
+        return self.folder / TRIALS / trial.id
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -105,7 +105,7 @@ class Context:
     def sasrec(self, seed: int) -> SASRec:
         """The trained baseline, in eval mode."""
         model = self.new_sasrec(seed)
-        load_trained(model, self.trial_folder(Trial("sasrec", (), seed, 0)) / MODEL)
+        load_trained(model, self.trial_folder(whole_trial("sasrec", seed, 0)) / MODEL)
         return model.eval()
 
     @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
@@ -133,4 +133,4 @@ class Context:
     @lru_cache(maxsize=1)  # noqa: B019
     def teacher(self, seed: int, blocks: int) -> Recommender:
         """The trained teacher; the latest one stays in memory, since many tasks read it."""
-        return self.trained(Trial("full", tuple(range(blocks)), seed, blocks))
+        return self.trained(whole_trial("full", seed, blocks))

@@ -20,7 +20,7 @@ from depthprobe.probing.skip import skip_each
 from depthprobe.study import parse_layers
 from depthprobe.sweep.context import STATES, Context
 from depthprobe.sweep.files import complete_file
-from depthprobe.sweep.plan import Task, Trial
+from depthprobe.sweep.plan import Task, Trial, whole_trial
 from depthprobe.training.distillation import (
     Distiller,
     TeacherStates,
@@ -80,7 +80,7 @@ def fine_tuned(context: Context, task: Task) -> Iterator[Result]:
 def heal(context: Context, task: Task) -> Iterator[Result]:
     """Cut out of the trained teacher, then fine-tuned with the same recipe."""
     (trial,) = task.trials
-    model = context.trained(_teacher_of(trial))
+    model = context.trained(whole_trial("full", trial.seed, trial.blocks))
     keep_blocks(model.backbone, trial.kept)
     yield _train(context, trial, model)
 
@@ -177,10 +177,6 @@ class _SharedPrompt(Encoder):
     def item_matrix(self) -> Tensor:
         """(I + 1, d_item)."""
         return self._model.item_matrix()
-
-
-def _teacher_of(trial: Trial) -> Trial:
-    return Trial("full", tuple(range(trial.blocks)), trial.seed, trial.blocks)
 
 
 def _part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:

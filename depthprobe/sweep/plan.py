@@ -71,7 +71,7 @@ class Task:
     def needs(self) -> tuple[str, ...]:
         """Trials that must be done before."""
         blocks = self.trials[0].blocks
-        return tuple(_whole(name, self.seed, blocks).id for name in NEEDS[self.method])
+        return tuple(whole_trial(name, self.seed, blocks).id for name in NEEDS[self.method])
 
 
 def plan(study: Study, blocks: int) -> list[Task]:
@@ -91,7 +91,7 @@ def plan(study: Study, blocks: int) -> list[Task]:
 
 def _tasks(method: str, seed: int, depths: list[int], blocks: int) -> list[Task]:
     if method in (*BASELINES, "full"):
-        return [Task(method, seed, (_whole(method, seed, blocks),))]
+        return [Task(method, seed, (whole_trial(method, seed, blocks),))]
     if method == "early-exit":
         cut = tuple(Trial(method, tuple(range(d)), seed, blocks) for d in range(1, blocks))
         return [Task(method, seed, cut)] if cut else []
@@ -107,7 +107,8 @@ def _tasks(method: str, seed: int, depths: list[int], blocks: int) -> list[Task]
     return [Task(method, seed, (trial,)) for trial in variants]
 
 
-def _whole(method: str, seed: int, blocks: int) -> Trial:
+def whole_trial(method: str, seed: int, blocks: int) -> Trial:
+    """A baseline's trial, or the one that keeps all blocks."""
     kept = () if method in BASELINES else tuple(range(blocks))
     return Trial(method, kept, seed, blocks)
 

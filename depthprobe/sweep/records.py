@@ -12,7 +12,7 @@ import pandas as pd
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.models.build import save_trained
 from depthprobe.sweep.context import MODEL
-from depthprobe.sweep.files import complete_folder
+from depthprobe.sweep.files import complete_folder, write_json
 from depthprobe.sweep.methods import Result
 from depthprobe.sweep.plan import Trial
 
@@ -63,8 +63,7 @@ def write_result(
         pd.concat(parts, ignore_index=True).to_parquet(temporary / USERS, index=False)
         if result.model is not None:
             save_trained(result.model, temporary / MODEL)
-        text = json.dumps(record, indent=1, allow_nan=False)
-        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_json(temporary / RECORD, record)
 
 
 def write_failure(folder: Path, trial: Trial, error: str, provenance: dict[str, Any]) -> None:
@@ -72,8 +71,7 @@ def write_failure(folder: Path, trial: Trial, error: str, provenance: dict[str, 
     record = _record(trial, "failed", " ".join(error.split()), provenance)
     record |= {"metrics": {}, "validation": None, "costs": None}
     with complete_folder(folder) as temporary:
-        text = json.dumps(record, indent=1, allow_nan=False)
-        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_json(temporary / RECORD, record)
 
 
 def is_done(folder: Path) -> bool:

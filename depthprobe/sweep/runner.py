@@ -25,13 +25,13 @@ from depthprobe.models.revision import backbone_revision
 from depthprobe.study import METHODS as NAMES
 from depthprobe.study import BadInput, Study, differences, study_to_toml
 from depthprobe.sweep import provenance, worker
-from depthprobe.sweep.context import DATA, NEGATIVES, TIMING, Context
+from depthprobe.sweep.context import DATA, NEGATIVES, TIMING, TRIALS, Context
 from depthprobe.sweep.executors import Outcome, run_here, run_in_processes
 from depthprobe.sweep.files import complete_file, remove_leftovers, write_json
 from depthprobe.sweep.plan import Task, plan
 from depthprobe.sweep.progress import Progress, Silent
-from depthprobe.sweep.records import SCHEMA, is_done, write_failure
-from depthprobe.sweep.store import MANIFEST, STUDY, Run, open_run, write_tables
+from depthprobe.sweep.records import SCHEMA, is_done, read_record, write_failure
+from depthprobe.sweep.store import MANIFEST, STUDY, TABLES, Run, open_run, write_tables
 from depthprobe.sweep.timing import measure
 
 MOST_JOBS = 4  # by default: each job holds its own copy of the model
@@ -103,7 +103,7 @@ def run_sweep(
         for outcome in outcomes:
             _report(outcome, folder, arguments[2], watcher)
     run = open_run(folder)
-    if waiting or not (folder / "metrics.parquet").exists():
+    if waiting or not all((folder / name).exists() for name in TABLES):
         write_tables(run)
         timing = context.shared / TIMING
         conditions = json.loads(timing.read_text())["conditions"] if timing.exists() else None
@@ -151,7 +151,7 @@ def _data(study: Study, folder: Path) -> Sequences:
 def _lay_out(folder: Path, study: Study, sequences: Sequences, manifest: dict[str, Any]) -> None:
     """Write what trials share; a folder that has it already is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder / "trials", folder / "shared"):
+    for place in (folder, folder / TRIALS, folder / "shared"):
         remove_leftovers(place)
     with complete_file(folder / STUDY) as temporary:
         temporary.write_text(study_to_toml(study), encoding="utf-8")
@@ -247,13 +247,13 @@ def _report(outcome: Outcome, folder: Path, origin: dict[str, Any], watcher: Pro
         watcher.done(task.id, "done", outcome.seconds, _score(folder, task))
         return
     for trial in task.trials:
-        if not is_done(folder / "trials" / trial.id):
-            write_failure(folder / "trials" / trial.id, trial, outcome.error, origin)
+        if not is_done(folder / TRIALS / trial.id):
+            write_failure(folder / TRIALS / trial.id, trial, outcome.error, origin)
     watcher.done(task.id, "failed", outcome.seconds, outcome.error)
 
 
 def _score(folder: Path, task: Task) -> str:
     if len(task.trials) > 1:
         return f"{len(task.trials)} trials"
-    record = json.loads((folder / "trials" / task.trials[0].id / "record.json").read_text())
-    return f"NDCG@10 {record['metrics']['test']['full']['NDCG@10']:.4f}"
+    record = read_record(folder / TRIALS / task.trials[0].id)
+    return f"NDCG@10 {record['metrics']['test']['full']['NDCG@10']:.4f}" if record else ""

@@ -15,6 +15,7 @@ import pandas as pd
 from depthprobe.evaluation.metrics import check_metrics, per_user_metric
 from depthprobe.evaluation.statistics import Interval, bootstrap_means
 from depthprobe.study import BadInput, Study, study_from_dict
+from depthprobe.sweep.context import TRIALS
 from depthprobe.sweep.files import complete_file
 from depthprobe.sweep.records import USERS, read_record
 
@@ -32,7 +33,7 @@ class Run:
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """All records, done and failed, in the order of their names; a damaged one is no record."""
-        found = (read_record(path) for path in sorted((self.path / "trials").glob("*")))
+        found = (read_record(path) for path in sorted((self.path / TRIALS).glob("*")))
         return [record for record in found if record is not None]
 
     def record(self, trial: str) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class Run:
         frames = []
         for record in self.records:
             if record["status"] == "done":
-                frame = pd.read_parquet(self.path / "trials" / record["id"] / USERS)
+                frame = pd.read_parquet(self.path / TRIALS / record["id"] / USERS)
                 frames.append(frame.assign(trial=record["id"]))
         if not frames:
             return pd.DataFrame(columns=["trial", "user", "protocol", "rank"])

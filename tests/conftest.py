@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -34,6 +36,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def llama_config() -> Callable[..., Any]:
+    """``llama_config(num_hidden_layers=5, ...)``: the configuration of a tiny Llama."""
+
+    def make(**changes: object) -> Any:
+        from transformers import LlamaConfig  # most tests need no transformers
+
+        sizes = {
+            "vocab_size": 11,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+        }
+        return LlamaConfig(**{**sizes, **changes})
+
+    return make
 
 
 @pytest.fixture(autouse=True)

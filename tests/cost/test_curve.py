@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,8 @@ from depthprobe.study import BadInput
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> str:
-    LlamaConfig(
-        vocab_size=11,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    ).save_pretrained(tmp_path)
+def config(tmp_path: Path, llama_config: Callable[..., LlamaConfig]) -> str:
+    llama_config().save_pretrained(tmp_path)
     return str(tmp_path)
 
 

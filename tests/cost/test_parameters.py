@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,20 +18,20 @@ from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Backbone
 
 
-def recommender(blocks: int, prompt: tuple[int, ...] = ()) -> Recommender:
-    config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="eager",
-    )
-    return Recommender(LlamaForCausalLM(config), torch.randn(31, 6), prompt).eval()
+@pytest.fixture
+def recommender(llama_config: Callable[..., LlamaConfig]) -> Callable[[int], Recommender]:
+    """``recommender(blocks)``, without a prompt; eager, which the profiler can count."""
+
+    def make(blocks: int) -> Recommender:
+        config = llama_config(
+            num_hidden_layers=blocks, num_attention_heads=4, attn_implementation="eager"
+        )
+        return Recommender(LlamaForCausalLM(config), torch.randn(31, 6), ()).eval()
+
+    return make
 
 
-def test_parts_by_hand() -> None:
+def test_parts_by_hand(recommender: Callable[[int], Recommender]) -> None:
     model = recommender(3)
     make_trainable(model, Backbone(tuning="full"))
     found = count_parameters(model)
@@ -45,9 +48,7 @@ def test_parts_by_hand() -> None:
     }
 
 
-def test_parts_add_up_for_every_model() -> None:
-    import numpy as np
-
+def test_parts_add_up_for_every_model(recommender: Callable[[int], Recommender]) -> None:
     models = [
         recommender(2),
         SASRec(9, width=8, blocks=2, heads=2, drop=0.0, longest=6),
@@ -60,7 +61,7 @@ def test_parts_add_up_for_every_model() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 7])
-def test_flops_equal_the_profilers(length: int) -> None:
+def test_flops_equal_the_profilers(length: int, recommender: Callable[[int], Recommender]) -> None:
     model = recommender(3)
     history = torch.randint(1, 31, (1, length))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

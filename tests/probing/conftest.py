@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -12,17 +14,11 @@ from depthprobe.models.recommender import Recommender
 
 
 @pytest.fixture(params=[(), (3, 1, 2)], ids=["no prompt", "prompt"])
-def teacher(request: pytest.FixtureRequest) -> Recommender:
+def teacher(
+    request: pytest.FixtureRequest, llama_config: Callable[..., LlamaConfig]
+) -> Recommender:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    config = llama_config(num_hidden_layers=5)
     model = Recommender(LlamaForCausalLM(config), torch.randn(41, 6), request.param).double()
     with torch.no_grad():
         for weight in model.backbone.layers.parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,26 +28,20 @@ def write_log(path: Path, users: int = 60, items: int = 40) -> Path:
     return path
 
 
-def write_backbone(path: Path, blocks: int = 3) -> Path:
+def write_backbone(path: Path, config: LlamaConfig) -> Path:
     """A folder as `save_pretrained` leaves it, tokenizer included."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=blocks,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
     LlamaForCausalLM(config).save_pretrained(path)
     embedded_tokenizer().save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="session")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(
+    tmp_path_factory: pytest.TempPathFactory, llama_config: Callable[..., LlamaConfig]
+) -> Study:
     folder = tmp_path_factory.mktemp("inputs")
+    config = llama_config(num_hidden_layers=3, vocab_size=259)  # the embedded tokenizer's
     few = Recipe(epochs=3, batch_size=16, learning_rate=0.01)
     return Study(
         name="small",
@@ -55,7 +50,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         seeds=2,
         device="cpu",
         data=Data(source=str(write_log(folder / "log.txt")), max_history=10),
-        backbone=Backbone(source=str(write_backbone(folder / "backbone")), prompt="Next:"),
+        backbone=Backbone(source=str(write_backbone(folder / "backbone", config)), prompt="Next:"),
         sasrec=SasRec(width=8, blocks=1, dropout=0.1, recipe=few),
         recipe=few,
         protocol=Protocol(resamples=100),

@@ -13,20 +13,12 @@ from depthprobe.models.recommender import Recommender
 
 
 @pytest.fixture
-def make_recommender() -> Callable[..., Recommender]:
+def make_recommender(llama_config: Callable[..., LlamaConfig]) -> Callable[..., Recommender]:
     """``make_recommender(blocks=4, prompt=(3, 1), seed=0)``: float32, random weights."""
 
     def make(blocks: int = 4, prompt: tuple[int, ...] = (3, 1), seed: int = 0) -> Recommender:
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=11,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=blocks,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
+        config = llama_config(num_hidden_layers=blocks)
         return Recommender(LlamaForCausalLM(config), torch.randn(13, 6), prompt)
 
     return make

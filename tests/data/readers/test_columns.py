@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from depthprobe.data.readers.columns import KNOWN, find_columns, guess_column, simple
+from depthprobe.study import BadInput, Columns
+
+SOURCE = Path("log.csv")
+
+
+def found(header: str, **given: str) -> dict[str, str]:
+    names = header.split(",")
+    places = find_columns(names, Columns(**given), source=SOURCE)
+    return {what: names[place] for what, place in places.items()}
+
+
+def refusal(header: str, **given: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        found(header, **given)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("userId,movieId,rating,timestamp", "userId movieId timestamp rating"),
+        ("USER ID,Item-Id", "USER ID,Item-Id"),
+        (
+            "user_id:token,item_id:token,rating:float,timestamp:float",
+            "user_id:token item_id:token timestamp:float rating:float",
+        ),
+        (
+            "overall,verified,reviewTime,reviewerID,asin,reviewText,summary,unixReviewTime",
+            "reviewerID asin unixReviewTime overall",
+        ),
+        (  # the title is the review's
+            "rating,title,text,images,asin,parent_asin,user_id,timestamp,helpful_vote",
+            "user_id parent_asin timestamp rating",
+        ),
+        (
+            "customer_id,product_id,product_title,star_rating,review_body,review_date",
+            "customer_id product_id review_date star_rating product_title",
+        ),
+        ("review_id,user_id,business_id,stars,date,text", "user_id business_id date stars"),
+        (",user,item,time,title", "user item time title"),
+        ("timestamp,date,uid,iid", "uid iid timestamp"),
+    ],
+)
+def test_public_headers(header: str, expected: str) -> None:
+    places = found(header)
+    split = expected.split("," if "," in expected else " ")
+    assert [places[what] for what in KNOWN if what in places] == split
+
+
+@given(st.sampled_from([(w, n) for w in KNOWN for n in KNOWN[w]]), st.randoms())
+def test_spellings(known: tuple[str, str], random: object) -> None:
+    what, name = known
+    for spelled in (name.upper(), name.replace("_", "-"), name.replace("_", ""), f" {name} "):
+        assert guess_column(["x", spelled, "y"], what, source=SOURCE) == 1
+    assert simple(f"{name}:token_seq") == simple(name)
+    assert simple(f"{name}:other") != simple(name)
+
+
+def test_named_columns_come_first() -> None:
+    header = "user_id,session,item_id,sku,ts,score"
+    assert found(header, user="session", item="sku", time="score") == {
+        "user": "session",
+        "item": "sku",
+        "time": "score",  # which then is not the rating
+    }
+    assert found("user_id:token,item_id:token", user="user_id")["user"] == "user_id:token"
+    assert found("user_id:token,item_id:token", user="user_id:token")["item"] == "item_id:token"
+
+
+def test_a_missing_column_shows_the_nearest() -> None:
+    message = refusal("user_id,item_id,when", time="wehn")
+    assert message.startswith("data.columns.time: 'wehn' ")
+    assert "did you mean when?" in message
+    wide = ",".join(["user_id", "item_id", *(f"x{n}" for n in range(500)), "moment"])
+    message = refusal(wide, time="momnt")
+    assert "did you mean moment?" in message
+    assert len(message) < 400
+
+
+def test_an_unknown_header_is_listed() -> None:
+    message = refusal("Benutzer,Artikel,Zeit")
+    assert "Benutzer, Artikel, Zeit" in message
+    assert "--user-column" in message
+    assert "--item-column" in message
+    assert "the item's" in refusal("user,Artikel\nNummer")
+    assert len(refusal(",".join("spalte" * 9 + str(n) for n in range(500)))) < 1500
+
+
+@pytest.mark.parametrize(
+    ("header", "flag"),
+    [
+        ("user_id,track_id,artist_id", "--item-column"),
+        ("user_id,userId:token,user", "--user-column"),
+        ("user_id,user_id,item", "--user-column"),
+        ("user_id,item_id,rating,rating", "--rating-column"),
+    ],
+)
+def test_columns_of_equal_standing(header: str, flag: str) -> None:
+    assert flag in refusal(header)
+
+
+def test_a_column_serves_one_thing() -> None:
+    assert "both" in refusal("user_id,item_id", user="item_id")
+    assert "both" in refusal("a,b,c", user="a", item="b", time="b")
+    assert "more than once" in refusal("a,a,b", user="a", item="b")

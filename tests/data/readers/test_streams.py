@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from depthprobe.data.readers.streams import head, open_bytes, open_text, read_text, stem
+from depthprobe.study import BadInput
+
+
+def zstd(raw: bytes) -> bytes:
+    packed: bytes = pa.compress(raw, codec="zstd", asbytes=True)
+    return packed
+
+
+PACKERS = {"plain": bytes, "gzip": gzip.compress, "zstd": zstd}
+TEXT = "".join(f"{n} {n * n}\n" for n in range(5000)).encode()
+
+
+def write(folder: Path, raw: bytes, name: str = "log") -> Path:
+    path = folder / name
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
+def test_compression_is_told_by_content(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    for name in ("log.gz", "log.zst", "log.csv"):
+        path = write(tmp_path, pack(TEXT), name)
+        with open_bytes(path) as stream:
+            assert stream.read() == TEXT
+        assert head(path, 100) == TEXT[:100]
+        assert head(path, 10**6) == TEXT
+        assert read_text(path) == TEXT.decode()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gzip", "zstd"])
+def test_members_are_one_stream(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    path = write(tmp_path, pack(TEXT[:777]) + pack(b"") + pack(TEXT[777:]))
+    assert read_text(path) == TEXT.decode()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gzip", "zstd"])
+@given(data=st.data())
+def test_cut_off_anywhere(
+    tmp_path_factory: pytest.TempPathFactory, pack: Callable[[bytes], bytes], data: st.DataObject
+) -> None:
+    raw = pack(TEXT[:999])
+    end = data.draw(st.integers(5, len(raw) - 1))
+    path = write(tmp_path_factory.mktemp("cut"), raw[:end])
+    for read in (read_text, head):
+        with pytest.raises(BadInput, match="it is cut off"):
+            read(path)
+
+
+def test_damaged_gzip(tmp_path: Path) -> None:
+    raw = bytearray(gzip.compress(TEXT))
+    raw[len(raw) // 2] ^= 0xFF
+    for damaged in (bytes(raw), gzip.compress(TEXT) + b"something else"):
+        with pytest.raises(BadInput, match="it is damaged"):
+            read_text(write(tmp_path, damaged))
+
+
+def test_what_cannot_be_opened(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(BadInput, match="a file that can be read"):
+            head(path)
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [(b"\x00", "has a NUL byte"), (b"\xff", "is not UTF-8"), ("é".encode()[:1], "is not UTF-8")],
+)
+@pytest.mark.parametrize("line", [1, 2, 3])
+def test_what_is_no_text(tmp_path: Path, bad: bytes, what: str, line: int) -> None:
+    lines = [b"one", b"two", b"three"]
+    lines[line - 1] += bad
+    path = write(tmp_path, gzip.compress(b"\n".join(lines)))
+    with pytest.raises(BadInput, match=f"line {line} {what}"):
+        read_text(path)
+
+    def read_on() -> None:
+        with open_text(path) as stream:
+            while stream.read(4):
+                pass
+
+    with pytest.raises(BadInput, match=f"line {line} {what}"):
+        read_on()
+
+
+@given(st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"])), st.integers(1))
+def test_text_passes_in_any_blocks(
+    tmp_path_factory: pytest.TempPathFactory, text: str, size: int
+) -> None:
+    size = 1 + size % 9
+    path = write(tmp_path_factory.mktemp("text"), text.encode())
+    with open_text(path) as stream:
+        found = b"".join(iter(lambda: stream.read(size), b""))
+    assert found == text.encode()
+    assert stream.lines == text.count("\n")
+
+
+def test_encodings(tmp_path: Path) -> None:
+    path = write(tmp_path, b"one\nAm\xe9lie\n")
+    assert read_text(path, encoding="iso-8859-1") == "one\nAmélie\n"
+    with pytest.raises(BadInput, match="line 2 is not UTF-8"):
+        read_text(path)
+    assert read_text(write(tmp_path, b"\xef\xbb\xbfid")) == "id"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/sets/Books_5.json.gz", "Books_5"),
+        ("/sets/steam.inter", "steam"),
+        ("/sets/steam-v1.2", "steam-v1.2"),
+        ("/sets/ml-1m/ratings.dat", "ml-1m"),
+        ("/sets/beauty/Reviews.CSV.ZST", "beauty"),
+        ("/sets/ml-100k/u.data", "ml-100k"),
+        ("/sets/.hidden", ".hidden"),
+        ("/data", "data"),
+    ],
+)
+def test_stem(path: str, name: str) -> None:
+    assert stem(Path(path)) == name

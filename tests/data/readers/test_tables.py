@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from depthprobe.data.log import Ids, Log
+from depthprobe.data.readers.json_lines import read_json
+from depthprobe.data.readers.tables import csv_columns, read_csv, read_parquet
+from depthprobe.study import BadInput, Columns
+
+HEADER = "user_id,item_id,rating,timestamp\n"
+
+
+def write(folder: Path, text: str | bytes, name: str = "log.csv") -> Path:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def raw(ids: Ids) -> list[str]:
+    return [ids.names[code] for code in ids.codes]
+
+
+def rows_of(log: Log) -> list[tuple[Any, ...]]:
+    columns = [column.tolist() for column in (log.ratings, log.times) if column is not None]
+    return list(zip(raw(log.users), raw(log.items), *columns, strict=True))
+
+
+def read(folder: Path, text: str | bytes, **named: str) -> list[tuple[Any, ...]]:
+    return rows_of(read_csv(write(folder, text), Columns(**named)))
+
+
+def refusal(folder: Path, text: str | bytes, **named: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        read(folder, text, **named)
+    message = str(caught.value).replace(str(folder), "")
+    assert "\n" not in message
+    assert len(message) < 400
+    return message
+
+
+# ids with what CSV must quote, and what some readers would take for a number or a missing value
+IDS = st.text("ab01\"',;|\té .#", min_size=1, max_size=4).filter(str.strip) | st.sampled_from(
+    ["007", "1.0", "NA", "null", "NaN", "true", "1e5", "2024-01-01"]
+)
+ROWS = st.lists(
+    st.tuples(IDS, IDS, st.sampled_from([1.0, 2.5, 5.0]), st.integers(0, 2 * 10**9)), min_size=1
+)
+
+
+@given(
+    ROWS,
+    st.sampled_from(",;|\t"),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["", "\ufeff", "\n\n"]),
+    st.booleans(),
+)
+def test_what_was_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[Any, ...]],
+    delimiter: str,
+    quoting: Any,
+    end: str,
+    start: str,
+    packed: bool,
+) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator=end)
+    # the review's line breaks and quotes lie in a column that nobody wants
+    writer.writerow(["review", "userId", "rating", "Item_ID", "timestamp"])
+    writer.writerows(['two\nlines, "or"\r\nthree', u, r, i, t] for u, i, r, t in rows)
+    content = (start + text.getvalue()).encode()
+    path = write(tmp_path_factory.mktemp("csv"), gzip.compress(content) if packed else content)
+    log = read_csv(path, Columns())
+    assert rows_of(log) == rows
+    assert len(set(log.users.names)) == len(log.users.names)
+    assert set(log.users.codes.tolist()) == set(range(len(log.users.names)))
+
+
+@given(ROWS)
+def test_formats_agree(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[Any, ...]]
+) -> None:
+    folder = tmp_path_factory.mktemp("formats")
+    names = ["user_id", "item_id", "rating", "timestamp"]
+    table = pa.table(dict(zip(names, zip(*rows, strict=True), strict=True)))
+    pq.write_table(table, folder / "log.parquet")
+    lines = "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+    text = io.StringIO()
+    csv.writer(text).writerows([names, *rows])
+    logs = [
+        read_parquet(folder / "log.parquet", Columns()),
+        read_json(write(folder, lines, "log.json"), Columns()),
+        read_csv(write(folder, text.getvalue()), Columns()),
+    ]
+    assert [rows_of(log) for log in logs] == [rows] * 3
+    assert len({tuple(log.users.names) for log in logs}) == 1
+
+
+def test_a_csv_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("depthprobe.data.readers.tables.BLOCK", 1000)
+    rows = [(f"u{n % 97}", f"i{n * n % 89}", 1.0, n) for n in range(3000)]
+    text = HEADER + "".join(f"{u},{i},{r},{t}\n" for u, i, r, t in rows)
+    assert read(tmp_path, text) == rows
+    assert "line 3002 has no item" in refusal(tmp_path, text + "u1,,1.0,7\n" + text)
+
+
+def test_minimal_tables(tmp_path: Path) -> None:
+    assert read(tmp_path, "user,item\na,b") == [("a", "b")]
+    assert read(tmp_path, "user\titem\r\na\tb,c\r\n\r\n") == [("a", "b,c")]
+    assert read(tmp_path, "user;item;rating\na;b;1\nc;d;2.5\n") == [("a", "b", 1), ("c", "d", 2.5)]
+
+
+def test_decimal_commas_do_not_split(tmp_path: Path) -> None:
+    text = "user;item;rating,\na;b;1,5\nc;d;2,5\n"
+    assert "line 2 has the rating '1,5'" in refusal(tmp_path, text, rating="rating,")
+
+
+def test_times_as_dates(tmp_path: Path) -> None:
+    text = "user,item,date\na,b,2024-05-31 12:00:00.5\na,c,2024-05-31\n"
+    day = dt.datetime(2024, 5, 31, tzinfo=dt.UTC).timestamp()
+    assert read(tmp_path, text) == [("a", "b", day + 43200.5), ("a", "c", day)]
+
+
+def test_columns_by_number(tmp_path: Path) -> None:
+    text = "1\t2\t5\t9\n3\t4\t1\t8\n"
+    named = {"user": "1", "item": "2", "time": "4"}
+    assert read(tmp_path, text, **named) == [("1", "2", 9), ("3", "4", 8)]
+    assert read(tmp_path, text, user="2", item="1") == [("2", "1"), ("4", "3")]
+    assert "data.columns.time: '5'" in refusal(tmp_path, text, user="1", item="2", time="5")
+    assert "name the columns as it does" in refusal(tmp_path, HEADER + "a,b,1,1\n", **named)
+    # a first row that counts is a row: user 1 took item 2
+    assert read(tmp_path, "1,2\na,b\n", user="1", item="2") == [("1", "2"), ("a", "b")]
+    # with a 0 they are names, of a header as pandas writes it
+    assert read(tmp_path, "0,1,2\na,b,c\n", user="0", item="2") == [("a", "c")]
+
+
+def test_the_same_name_twice_where_nobody_wants_it(tmp_path: Path) -> None:
+    assert read(tmp_path, "x,user,x,item\n1,a,2,b\n") == [("a", "b")]
+
+
+def test_other_readers_use_the_columns(tmp_path: Path) -> None:
+    text = 'user_id:token\titem_id:token\tname:token_seq\n1\t"2\tx, "y"\n'
+    path = write(tmp_path, text)
+    found, where = csv_columns(path, wanted=Columns(), delimiter="\t", quoted=False)
+    assert {what: column.to_pylist() for what, column in found.items()} == {
+        "user": ["1"],
+        "item": ['"2'],
+    }
+    assert where(0) == "line 2"
+    doubled = write(tmp_path, "1::1193::5::978300760\n2::661::3::978302109\n")
+    places = Columns(user="1", item="3", time="7")
+    found, _ = csv_columns(doubled, wanted=places, delimiter=":", quoted=False)
+    assert found["time"].to_pylist() == ["978300760", "978302109"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "it is empty"),
+        ("\ufeff \n\n", "it is empty"),
+        (HEADER, "it has none"),
+        ("user\na\n", "its first line has none"),
+        ("user,item;time\na,b;1\n", "split alike at each"),
+        ("Benutzer,Artikel\na,b\n", "Benutzer, Artikel"),
+        ("1,2,5,9\n3,4,1,8\n", "1, 2, 5, 9"),
+        (HEADER + "a,b,1,1\na,b,1\n", "line 3 has 3; expected 4 columns"),
+        (HEADER + "a,b,1,1\n\na,b,1,1,1\n", "line 4 has 5; expected 4 columns"),
+        (HEADER + "a,b,1,1\n" * 3 + "a;b;1;1\n", "line 5 has 1; expected 4 columns"),
+        (HEADER + "a,b,1,1\n,b,1,1\n", "line 3 has no user"),
+        (HEADER + "a,b,1,1\n\n\na,,1,1\n", "line 5 has no item"),
+        (HEADER + "a,b,,1\n", "line 2 has no rating"),
+        (HEADER + "a,b,nan,1\n", "line 2 has no finite rating"),
+        (HEADER + "a,b,inf,1\n", "line 2 has no finite rating"),
+        (HEADER + "a,b,good,1\n", "line 2 has the rating 'good'"),
+        (HEADER + "a,b,1,1\na,b,1,\n", "line 3 has no time"),
+        (HEADER + "a,b,1,1\na,b,1,soon\n", "line 3 has the time 'soon'"),
+        (HEADER + "a,b\x00,1,1\n", "line 2 has a NUL byte"),
+        (HEADER.encode() + b"a,b\xff,1,1\n", "line 2 is not UTF-8"),
+        (HEADER.encode("utf-16"), "line 1"),
+        ('user,item,x\na,b,"c\n\nd"\na,,e\n', "line 5 has no item"),
+        ('user,item,x\na,b,"c\na,b,d\n', "in the row of line 2 a quote isn't closed"),
+        ('user,item,x\na,b,c\na,b,"c\na,b,"d\n', "in the row of line 3 a quote isn't closed"),
+        ('user,item,x\na,"b\nc",d\n', "line 2 has a line break"),
+    ],
+)
+def test_refused(tmp_path: Path, text: str | bytes, what: str) -> None:
+    assert what in refusal(tmp_path, text)
+
+
+def test_a_quote_that_swallows_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("depthprobe.data.readers.tables.BLOCK", 1000)
+    text = 'user,item,x\na,b,"c\n' + "a,b,d\n" * 30000
+    assert "in the row of line 2 a quote isn't closed" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "packed", [gzip.compress, lambda raw: pa.compress(raw, "zstd", asbytes=True)]
+)
+def test_a_cut_off_table_is_never_read_in_part(tmp_path: Path, packed: Any) -> None:
+    content = packed((HEADER + "".join(f"a,b{n},1,{n}\n" for n in range(50000))).encode())
+    assert "it is cut off" in refusal(tmp_path, content[:-9])
+
+
+def parquet(folder: Path, name: str = "log.parquet", **columns: Any) -> Path:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.int32(), pa.int64(), pa.uint8(), pa.float64()]
+    + [pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.int64())],
+    ids=str,
+)
+def test_ids_of_any_type(tmp_path: Path, kind: Any) -> None:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    values = pa.array(["7", "5", "7"]).cast(inner)
+    values = values.dictionary_encode() if inner != kind else values
+    nested = pa.array([{"a": [1]}] * 3)
+    path = parquet(tmp_path, user=values, extra=nested, item=values)
+    log = read_parquet(path, Columns())
+    assert raw(log.users) == raw(log.items) == ["7", "5", "7"]
+    assert log.users.names == ["7", "5"]
+
+
+def test_values_that_no_row_has_are_no_ids(tmp_path: Path) -> None:
+    users = pa.DictionaryArray.from_arrays(pa.array([2, 0], pa.int32()), ["a", "b", "c"])
+    log = read_parquet(parquet(tmp_path, user=users, item=["x", "y"]), Columns())
+    assert log.users.names == ["c", "a"]
+
+
+@pytest.mark.parametrize("name", ["user.id", "user", "a b"])
+def test_a_column_of_any_name(tmp_path: Path, name: str) -> None:
+    path = parquet(tmp_path, **{name: ["a"], "id": ["b"], "item": ["c"]})
+    assert raw(read_parquet(path, Columns(user=name)).users) == ["a"]
+
+
+def test_times_in_parquet(tmp_path: Path) -> None:
+    noon = dt.datetime(2024, 5, 31, 12, tzinfo=dt.UTC)
+    for kind in (pa.timestamp("ms"), pa.timestamp("ns", "Asia/Tokyo")):
+        path = parquet(tmp_path, user=["a"], item=["b"], timestamp=pa.array([noon], kind))
+        assert rows_of(read_parquet(path, Columns())) == [("a", "b", noon.timestamp())]
+
+
+def test_part_files_are_one_table(tmp_path: Path) -> None:
+    folder = tmp_path / "ratings.parquet"
+    parquet(folder, "part-1.parquet", user_id=[3], item_id=["a"], timestamp=[9.5])
+    parquet(folder, "part-0.snappy.parquet", item_id=["b", "a"], user_id=[3.0, 7], timestamp=[1, 2])
+    write(folder, "", "_SUCCESS")
+    write(folder, "x", ".part-0.crc")
+    write(folder, "read me", "README")
+    log = read_parquet(folder, Columns())
+    assert rows_of(log) == [("3", "b", 1.0), ("7", "a", 2.0), ("3", "a", 9.5)]
+    assert log.name == tmp_path.name  # of ratings.parquet, which says nothing
+    parquet(folder, "part-2", user_id=[1, None], item_id=["a", "b"], timestamp=[1, 2])
+    with pytest.raises(BadInput, match="row 2 of part-2 has no user"):
+        read_parquet(folder, Columns())
+    write(folder, "", "part-3.parquet")
+    with pytest.raises(BadInput, match=r"part-3\.parquet.*a whole Parquet file"):
+        read_parquet(folder, Columns())
+
+
+def test_refused_parquet(tmp_path: Path) -> None:
+    def refused(path: Path, what: str) -> None:
+        with pytest.raises(BadInput, match=what) as caught:
+            read_parquet(path, Columns())
+        assert "\n" not in str(caught.value)
+
+    refused(write(tmp_path, "PAR1 and no more"), "a whole Parquet file")
+    whole = parquet(tmp_path, user=["a"] * 99, item=["b"] * 99).read_bytes()
+    refused(write(tmp_path, whole[: len(whole) // 2]), "a whole Parquet file")
+    invalid = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers())
+    refused(parquet(tmp_path, user=["a"], item=["b"], title=invalid), "a whole Parquet file")
+    refused(parquet(tmp_path, user=[{"id": 1}], item=["b"]), "column 'user' has the type struct")
+    refused(parquet(tmp_path, user=["a"], item=[["b"]]), "column 'item' has the type list")
+    refused(parquet(tmp_path, user=[], item=[]), "it has none")
+    refused(parquet(tmp_path, user=[1.5], item=["b"]), "row 1 has the user 1.5")
+    refused(parquet(tmp_path, a=["a"], b=["b"]), "its columns are a, b")
+    (tmp_path / "none").mkdir()
+    refused(tmp_path / "none", "it has none")
+    parquet(tmp_path / "mixed", "0.parquet", user=[1], item=[1])
+    parquet(tmp_path / "mixed", "1.parquet", user=["a"], item=[1])
+    refused(tmp_path / "mixed", "part files of the same columns")

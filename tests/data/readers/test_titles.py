@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from depthprobe.data.log import Log, encode_ids
+from depthprobe.data.readers.titles import companion, read_titles, with_titles
+from depthprobe.study import BadInput, Columns
+
+TITLES = {"B1": 'Soap, "blue"', "B2": "Thé & lemon"}
+
+
+def write(folder: Path, text: str | bytes, name: str = "items") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def metadata(year: int) -> str:
+    """What Amazon's metadata of a year look like."""
+    escaped = {"B1": "Soap, &quot;blue&quot;", "B2": "Th&eacute;  &amp; lemon\n"}
+    key = "parent_asin" if year == 2023 else "asin"
+    lines = [{key: item, "title": title, "price": None} for item, title in escaped.items()]
+    lines.insert(1, {key: "B0", "imUrl": "http://x", "related": {"also_bought": ["B1"]}})
+    return "".join((repr(one) if year == 2014 else json.dumps(one)) + "\n" for one in lines)
+
+
+TEXTS = {
+    "items.tsv": 'item_id\ttitle\nB1\tSoap,  "blue"\n\n B2 \tThé & lemon\r\n',
+    "tsv with more columns": 'price\tname\tid\n1\tSoap, "blue"\tB1\n2\tThé & lemon\tB2\n',
+    "csv": 'asin,price,title\nB1,1,"Soap, ""blue"""\nB2,,"Thé\n & lemon"\n',
+    "semicolons": '\ufeffitemId;Title\nB1;"Soap, ""blue"""\nB2;Thé & lemon\n',
+    "recbole": 'item_id:token\tclass:token\titem_name:token_seq\nB1\tx\tSoap, "blue"\n'
+    "B2\ty\tThé & lemon\n",
+    "movies.dat": 'B1::Soap, "blue"::Drama\nB2::Thé & lemon::Drama\n',
+    "latin movies.dat": 'B1::Soap, "blue"::Drama\nB2::Thé & lemon::Drama\n'.encode("iso-8859-1"),
+    "2014": metadata(2014),
+    "2018": metadata(2018),
+    "2023": metadata(2023),
+}
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("form", TEXTS)
+def test_each_form_gives_the_same_titles(tmp_path: Path, form: str, compress: type[bytes]) -> None:
+    text = TEXTS[form]
+    path = write(tmp_path, compress(text.encode() if isinstance(text, str) else text))
+    assert read_titles(path, Columns()) == TITLES
+    assert read_titles(path, Columns(), wanted={"B2", "other"}) == {"B2": TITLES["B2"]}
+
+
+def test_u_item(tmp_path: Path) -> None:
+    path = write(tmp_path, "1|Amélie (2001)|01-Jan-2001||x|0\n2||||\n".encode("iso-8859-1"))
+    assert read_titles(path, Columns()) == {"1": "Amélie (2001)"}
+
+
+def test_parquet_with_integer_ids(tmp_path: Path) -> None:
+    table = pa.table({"title": ["a", None, "c  c"], "movieId": [3, 1, 2]})
+    pa.parquet.write_table(table, tmp_path / "items")
+    assert read_titles(tmp_path / "items", Columns()) == {"3": "a", "2": "c c"}
+
+
+def test_columns_that_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "id,title,label\nB1,x,Soap\n")
+    assert read_titles(path, Columns(title="label")) == {"B1": "Soap"}
+    # the log's item column need not be called so in the item file
+    assert read_titles(path, Columns(item="product")) == {"B1": "x"}
+    lines = write(tmp_path, '{"asin": "B0"}\n{"asin": "B1", "label": "Soap"}\n', "meta")
+    assert read_titles(lines, Columns(title="label")) == {"B1": "Soap"}
+    with pytest.raises(BadInput, match=r"data\.columns\.title: 'lable' .*did you mean label"):
+        read_titles(path, Columns(title="lable"))
+
+
+def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
+    path = write(tmp_path, metadata(2018) + "{'asin': 'B7', 'title' oops\n")
+    assert read_titles(path, Columns(), wanted={"B1"}) == {"B1": TITLES["B1"]}
+    with pytest.raises(BadInput, match="line 4 is"):
+        read_titles(path, Columns())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it is empty"),
+        ("1\tsoap\n", "its first line has 1, soap; expected a header"),
+        ("item_id\ttitle\n1 soap\n", "line 2 has 1 columns, the header 2"),
+        ("item_id,title\n1,soap, blue\n", "line 2 has 3 columns, the header 2"),
+        ('item_id,title\n1,"soap\n2,tea\n', "can't be read (unexpected end of data)"),
+        ("item_id,colour\n1,blue\n", "none is known as the title's; say --title-column"),
+        ("item_id,title\n1,soap\n 1 ,tea\n", "item '1' has two titles, 'soap', 'tea'"),
+        (b"item_id,title\n1,\xff\n", "line 2 is not UTF-8"),
+        (b"item_id,title\n1,a\x00\n", "line 2 has a NUL byte"),
+        ("1::soap::x\ntea\n", "line 2 has no '::'"),
+        ('{"asin": "1", "title": "soap"}\n{"asin": \n', "line 2 is"),
+        ('{"asin": "1", "title": ["soap"]}\n', "line 1 has no item id, or a title that is no text"),
+        ('{"title": "soap"}\n', "line 1 has no item id"),
+        ('["1", "soap"]\n', "expected a JSON object on each line"),
+        (gzip.compress(metadata(2018).encode())[:-9], "cut off"),
+        (b"PAR1 no more", "a whole Parquet file"),
+    ],
+)
+def test_refuses_in_one_line(tmp_path: Path, text: str | bytes, said: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(BadInput) as caught:
+        read_titles(path, Columns())
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("log", "files", "chosen"),
+    [
+        ("sequences.txt", ["items.tsv", "movies.dat"], "items.tsv"),
+        ("ratings.dat", ["movies.dat", "users.dat"], "movies.dat"),
+        ("ratings.csv", ["movies.csv.zst"], "movies.csv.zst"),
+        ("u.data", ["u.item", "u.user"], "u.item"),
+        ("a.inter", ["a.item", "b.item", "a.user"], "a.item"),
+        ("a.train.inter", ["a.item"], "a.item"),
+        ("a.inter", ["b.item"], None),
+        (
+            "reviews_Beauty_5.json.gz",
+            ["meta_Beauty.json.gz", "meta_Toys.json.gz"],
+            "meta_Beauty.json.gz",
+        ),
+        (
+            "All_Beauty.jsonl",
+            ["meta_Beauty.jsonl", "meta_All_Beauty.jsonl"],
+            "meta_All_Beauty.jsonl",
+        ),
+        ("movies.csv", [], None),
+    ],
+)
+def test_companions(tmp_path: Path, log: str, files: list[str], chosen: str | None) -> None:
+    for name in [log, *files]:
+        write(tmp_path, "", name)
+    assert companion(tmp_path / log) == (None if chosen is None else tmp_path / chosen)
+
+
+def log_with(items: list[str], titles: dict[str, str] | None = None) -> Log:
+    return Log(encode_ids("u" * len(items)), encode_ids(items), titles=titles or {})
+
+
+def test_titles_are_those_of_the_raw_ids(tmp_path: Path) -> None:
+    path = write(tmp_path, "item_id\ttitle\n1\tsoap\n3\ttea\n", "items.tsv")
+    log = with_titles(
+        log_with([" 1", "2", "3"]), tmp_path / "log.csv", items=None, columns=Columns()
+    )
+    assert log.titles == {" 1": "soap", "3": "tea"}
+    own = log_with(["1"], {"1": "own"})
+    assert (
+        with_titles(own, tmp_path / "log.csv", items=None, columns=Columns()).titles == own.titles
+    )
+    told = with_titles(own, tmp_path / "log.csv", items=path, columns=Columns())
+    assert told.titles == {"1": "soap"}
+
+
+def test_an_item_file_that_does_not_help_is_refused(tmp_path: Path) -> None:
+    log, source = log_with(["i1"]), tmp_path / "log.csv"
+    write(tmp_path, "item_id\ttitle\n1\tsoap\n", "items.tsv")
+    with pytest.raises(BadInput, match=r"data\.items: .*no title for any.*, such as 'i1'"):
+        with_titles(log, source, items=None, columns=Columns())
+    with pytest.raises(BadInput, match=r"data\.items: .*there is none"):
+        with_titles(log, source, items=tmp_path / "nowhere.csv", columns=Columns())
+    features = write(tmp_path, "item_id\tcolour\ni1\tblue\n", "items.tsv")
+    with pytest.raises(BadInput, match="none is known as the title's"):
+        with_titles(log, source, items=features, columns=Columns())
+    log = with_titles(log, source, items=None, columns=Columns())
+    assert log.notes == ("items.tsv beside the log has no title column",)

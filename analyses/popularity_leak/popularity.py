@@ -22,7 +22,7 @@ def main(source: str) -> None:
     """Print HR@10 and NDCG@10 of both ways to count, with 95 % intervals over users."""
     sequences = prepare_data(source)
     split = leave_one_out(sequences)
-    asked = questions(sequences, split, "test", max_history=50, filter_seen=True)
+    asked = questions(split, "test", max_history=50, filter_seen=True)
     training = [split.train_history(user) for user in range(sequences.n_users)]
     counted = {"training parts": np.concatenate(training), "all interactions": sequences.items}
     for name, items in counted.items():

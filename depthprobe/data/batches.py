@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from depthprobe.data.splits import Split
 from depthprobe.data.storage import Sequences
 
 TABLE_BYTES = 4 * 2**20  # fits a cache: the draws jump about in it
@@ -63,16 +62,16 @@ def padding_share(lengths: Sequence[int] | np.ndarray, batches: Sequence[np.ndar
 
 
 def negatives(
-    sequences: Sequences, split: Split, *, count: int = 999, seed: int
+    sequences: Sequences, users: np.ndarray, *, count: int = 999, seed: int
 ) -> np.ndarray | None:
-    """Uniform negatives for each evaluated user, without replacement, the same at every call.
+    """Uniform negatives for each of E users, without replacement, the same at every call.
 
     None is an item that the user has ever interacted with, so neither target is among them.
 
     Returns:
         int32 (E, count), values 1..I; None if some user has fewer than ``count`` items left.
     """
-    n_items, offsets, users = sequences.n_items, sequences.offsets, split.users
+    n_items, offsets = sequences.n_items, sequences.offsets
     rng = np.random.default_rng(seed)
     chunk = max(1, TABLE_BYTES // (8 * (n_items + 1)))
     drawn = np.empty((len(users), count), dtype=np.int32)

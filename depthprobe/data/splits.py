@@ -1,61 +1,79 @@
-"""Leave-one-out: a user's last item is the test target, the one before validates, the rest trains.
+"""What trains, what validates, what tests: one question a user, and nothing of it in training.
 
-The leak to avoid: an item that is only a target must not touch training, neither as an input nor
-as a target nor in the baseline's item embeddings. So all training reads go through
-:meth:`Split.train_history`, which ends before both.
+The leak to avoid: an interaction that is only asked about must not touch training, neither as an
+input nor as a target nor in the baseline's item embeddings. So all training reads go through
+:meth:`Split.train_history`, which ends before the first question of its user.
 """
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from depthprobe.data.statistics import as_date
 from depthprobe.data.storage import Sequences
-from depthprobe.study import BadInput
+from depthprobe.study import BadInput, Protocol
 
-# how far a split's target stands from the end of its user's sequence
-FROM_END = {"validation": 2, "test": 1}
+Part = Literal["validation", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The questions of one part: which users, and where in ``items`` their targets stand.
+
+    ``users`` int64 (E,), ascending. ``targets`` int64 (E,): a user's history is all that stands
+    before the target.
+    """
+
+    users: np.ndarray
+    targets: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Who trains on what, and who is evaluated.
+    """Who trains on what, and who is asked what.
 
     ``train_stop`` int64 (U,): user ``u`` trains on ``items[offsets[u]:train_stop[u]]``.
-    ``users`` int64 (E,): the evaluated users, ascending; the others have fewer than 3
-    interactions, and all of theirs train.
+    ``statistics`` count who is asked, and the users and targets unknown to training.
     """
 
     sequences: Sequences
     train_stop: np.ndarray
-    users: np.ndarray
+    validation: Asked
+    test: Asked
+    statistics: dict[str, float | int | str]
+    warnings: tuple[str, ...]
 
     def train_history(self, user: int, max_history: int | None = None) -> np.ndarray:
         """The latest ``max_history`` training items of a user, oldest first, int32."""
         return self._span(user, int(self.train_stop[user]), max_history)
 
-    def targets(self, split: str) -> np.ndarray:
-        """The item to predict for each of ``users``, int32 (E,); ``validation`` or ``test``."""
-        stops = self.sequences.offsets[self.users + 1] - _from_end(split)
-        return np.asarray(self.sequences.items[stops], dtype=np.int32)
-
-    def history(self, split: str, user: int, max_history: int | None = None) -> np.ndarray:
-        """The latest ``max_history`` items before the target, oldest first, int32.
-
-        The history of the test target ends with the validation target.
+    def part(self, part: Part) -> Asked:
+        """The questions of ``validation`` or ``test``.
 
         Raises:
-            ValueError: if the split is unknown or the user (0-based, of all) is not evaluated.
+            ValueError: for any other part.
         """
-        stop = int(self.sequences.offsets[user + 1]) - _from_end(split)
-        if self.train_stop[user] == self.sequences.offsets[user + 1]:
-            raise ValueError(f"user {user} has fewer than 3 interactions and is not evaluated")
-        return self._span(user, stop, max_history)
+        if part not in ("validation", "test"):
+            raise ValueError(f"part is {part!r}, expected one of validation, test")
+        return self.validation if part == "validation" else self.test
 
-    def seen(self, split: str, user: int) -> np.ndarray:
-        """All items before the target, for ``filter_seen``; int32, may repeat."""
-        return self.history(split, user)
+    def targets(self, part: Part) -> np.ndarray:
+        """The item to predict for each user of a part, int32 (E,)."""
+        return np.asarray(self.sequences.items[self.part(part).targets], dtype=np.int32)
+
+    def history(self, part: Part, place: int, max_history: int | None = None) -> np.ndarray:
+        """The latest ``max_history`` items before the target, oldest first, int32.
+
+        Args:
+            place: of the question in its part, 0..E-1.
+        """
+        asked = self.part(part)
+        return self._span(int(asked.users[place]), int(asked.targets[place]), max_history)
 
     def _span(self, user: int, stop: int, max_history: int | None) -> np.ndarray:
         start = int(self.sequences.offsets[user])
@@ -66,8 +84,17 @@ class Split:
         return self.sequences.items[start:stop]
 
 
-def leave_one_out(sequences: Sequences) -> Split:
-    """Split off each user's last two items; users with fewer than 3 only train.
+def make_split(sequences: Sequences, protocol: Protocol) -> Split:
+    """Split as the protocol says.
+
+    Raises:
+        BadInput: if nobody can be asked, or the log lacks what the split needs.
+    """
+    return SPLITS[protocol.split](sequences, protocol)
+
+
+def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
+    """Each user's last item is the test, the one before validates; below 3, all of them train.
 
     Raises:
         BadInput: if nobody has 3 interactions.
@@ -76,14 +103,175 @@ def leave_one_out(sequences: Sequences) -> Split:
     evaluated = np.diff(sequences.offsets) >= 3
     if not evaluated.any():
         raise BadInput("data", sequences.name, "at least one user needs 3 interactions or more")
-    return Split(
-        sequences=sequences,
-        train_stop=np.where(evaluated, stops - 2, stops).astype(np.int64),
-        users=np.flatnonzero(evaluated).astype(np.int64),
+    short = int((~evaluated).sum())
+    warnings = [f"{short:,} of {len(stops):,} users train only: fewer than 3 interactions"]
+    users = np.flatnonzero(evaluated)
+    return _split(
+        sequences,
+        np.where(evaluated, stops - 2, stops),
+        Asked(users, stops[users] - 2),
+        Asked(users, stops[users] - 1),
+        warnings if short else [],
     )
 
 
-def _from_end(split: str) -> int:
-    if split not in FROM_END:
-        raise ValueError(f"split is {split!r}, expected one of {', '.join(FROM_END)}")
-    return FROM_END[split]
+def temporal(sequences: Sequences, protocol: Protocol) -> Split:
+    """Two points in time for all users: what a system in use would have known at each.
+
+    Training ends where validation begins. A user is asked for the first item at or after a point,
+    given everything before it; users without a history before it are cold and are not asked.
+
+    Raises:
+        BadInput: without times, for points that are no dates or quantiles, or if nobody is asked.
+    """
+    if sequences.times is None:
+        raise BadInput("protocol.split", "temporal", "a log with times")
+    begins = [_moment(sequences.times, text) for text in protocol.split_at]
+    if begins[0] >= begins[1]:
+        dates = ", ".join(as_date(begin) for begin in begins)
+        raise _bad_points(protocol, f"validation before test; these begin at {dates}")
+    first = [_first_from(sequences, begin) for begin in begins]
+    starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
+    asked, cold = [], []
+    for place, before in zip(first, (first[1], stops), strict=True):
+        active = place < before
+        users = np.flatnonzero(active & (place > starts))
+        asked.append(Asked(users, place[users]))
+        cold.append(int((active & (place == starts)).sum()))
+    if not (len(asked[0].users) and len(asked[1].users)):
+        raise _bad_points(protocol, "points between which, and after which, known users go on")
+    return _split(
+        sequences,
+        first[0],
+        asked[0],
+        asked[1],
+        [f"{cold[1]:,} users begin after the test does: cold, not asked"] if cold[1] else [],
+        validation_begins=as_date(begins[0]),
+        test_begins=as_date(begins[1]),
+        cold_validation_users=cold[0],
+        cold_test_users=cold[1],
+    )
+
+
+def given(sequences: Sequences, _: Protocol | None = None) -> Split:
+    """As the log came: a user is asked for the first validation and the first test interaction.
+
+    Raises:
+        BadInput: if the log did not come split, or a part asks nobody.
+    """
+    bounds = sequences.given
+    if bounds is None:
+        allowed = "a log of training, validation and test files"
+        raise BadInput("protocol.split", "given", allowed)
+    starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
+    ends = [np.asarray(bounds[:, 0]), np.asarray(bounds[:, 1]), stops]
+    asked = []
+    for before, end, what in zip(ends, ends[1:], ("validation", "test"), strict=False):
+        users = np.flatnonzero((end > before) & (before > starts))
+        if not len(users):
+            raise BadInput(
+                "data.source", sequences.name, f"a user with a history and a {what} item"
+            )
+        asked.append(Asked(users, before[users]))
+    tested = ends[2] - ends[1]
+    warnings = []
+    if (further := int(np.maximum(tested - 1, 0).sum())) > 0:
+        warnings.append(
+            f"{further:,} test interactions are not asked: only the first of each user is"
+        )
+    cold = int(((tested > 0) & (ends[1] == starts)).sum())
+    if cold:
+        warnings.append(f"{cold:,} users are in the test file alone: cold, not asked")
+    if sequences.times is not None:
+        late = _later_than_test(sequences, ends[0], asked[1])
+        if late:
+            warnings.append(f"{late:,} users train on interactions later than their test")
+    return _split(sequences, ends[0], asked[0], asked[1], warnings, cold_test_users=cold)
+
+
+SPLITS: dict[str, Callable[[Sequences, Protocol], Split]] = {
+    "leave-one-out": leave_one_out,
+    "temporal": temporal,
+    "given": given,
+}
+
+
+def _split(
+    sequences: Sequences,
+    train_stop: np.ndarray,
+    validation: Asked,
+    test: Asked,
+    warnings: list[str],
+    **more: int | str,
+) -> Split:
+    """A split with what every kind counts: the questions, and the targets unknown to training."""
+    offsets = np.asarray(sequences.offsets)
+    lengths = train_stop - offsets[:-1]
+    change = np.zeros(sequences.n_interactions + 1, dtype=np.int64)
+    np.add.at(change, offsets[:-1], 1)
+    np.add.at(change, train_stop, -1)
+    trained = np.cumsum(change[:-1]) > 0  # (N,)
+    known = np.zeros(sequences.n_items + 1, dtype=bool)
+    known[sequences.items[trained]] = True
+    if not (lengths > 1).any():
+        raise BadInput("data", sequences.name, "a split that leaves some user two training items")
+    cold_targets = int((~known[sequences.items[test.targets]]).sum())
+    if cold_targets:
+        share = cold_targets / len(test.users)
+        warnings = [
+            *warnings,
+            f"{cold_targets:,} of {len(test.users):,} test targets ({share:.1%}) are items that "
+            "no training interaction holds: they stay in every score",
+        ]
+    statistics: dict[str, float | int | str] = {
+        "training_interactions": int(lengths.sum()),
+        "training_items": int(known.sum()),
+        "validation_users": len(validation.users),
+        "test_users": len(test.users),
+        "cold_test_targets": cold_targets,
+        **more,
+    }
+    return Split(
+        sequences=sequences,
+        train_stop=np.asarray(train_stop, dtype=np.int64),
+        validation=validation,
+        test=test,
+        statistics=statistics,
+        warnings=tuple(warnings),
+    )
+
+
+def _moment(times: np.ndarray, text: str) -> float:
+    """Seconds since 1970 of a date (UTC), or of a quantile of the interactions."""
+    try:
+        share = float(text)
+    except ValueError:
+        try:
+            moment = datetime.datetime.fromisoformat(text)
+        except ValueError:
+            allowed = "a date as 2014-03-01, or a quantile as 0.9"
+            raise BadInput("protocol.split_at", text, allowed) from None
+        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+    if not 0 < share < 1:
+        raise BadInput("protocol.split_at", text, "a quantile between 0 and 1, or a date")
+    return float(np.quantile(times, share))
+
+
+def _first_from(sequences: Sequences, moment: float) -> np.ndarray:
+    """Where each user's interactions at or after a moment begin, int64 (U,)."""
+    late = np.concatenate([[0], np.cumsum(np.asarray(sequences.times) >= moment)])
+    offsets = np.asarray(sequences.offsets)
+    first: np.ndarray = offsets[1:] - (late[offsets[1:]] - late[offsets[:-1]])
+    return first
+
+
+def _later_than_test(sequences: Sequences, train_stop: np.ndarray, test: Asked) -> int:
+    """How many tested users have a last training interaction that is later than their target."""
+    users = test.users[train_stop[test.users] > sequences.offsets[test.users]]
+    targets = test.targets[train_stop[test.users] > sequences.offsets[test.users]]
+    times = np.asarray(sequences.times)
+    return int((times[train_stop[users] - 1] > times[targets]).sum())
+
+
+def _bad_points(protocol: Protocol, allowed: str) -> BadInput:
+    return BadInput("protocol.split_at", ",".join(protocol.split_at), allowed)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from depthprobe.data.cleaning import Step
+from depthprobe.files import complete_folder
 from depthprobe.study import BadInput
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
+
+Table = dict[str, list[str]]  # columns by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,20 +28,27 @@ class Sequences:
     ``offsets`` int64 (U + 1,): user ``u`` has ``items[offsets[u]:offsets[u + 1]]``.
     ``items`` int32 (N,), values 1..I; 0 is padding and never an item.
     ``times`` int64 (N,), seconds, or None.
-    ``item_ids`` str (I,): item ``i`` has the raw id ``item_ids[i - 1]``. ``user_ids`` str (U,).
-    ``titles`` str (I,), empty where unknown, or None when no item has one.
-    ``fingerprint`` is a sha256 of all the above, the same on every machine.
+    ``given`` int64 (U, 2): where a log that came split ends each user's training and validation
+    interactions, as places in ``items``; None for other logs.
+    ``notes`` are what the reader had to decide; ``warnings`` hold them and what else a reader of
+    the results should know. ``cleaning`` is what each step of the cleaning left. ``fingerprint``
+    is a sha256 of arrays, ids and titles, the same on every machine.
+
+    Ids and titles are read when first asked for: opening a log takes milliseconds.
     """
 
     name: str
     offsets: np.ndarray
     items: np.ndarray
     times: np.ndarray | None
-    item_ids: np.ndarray
-    user_ids: np.ndarray
-    titles: np.ndarray | None
+    given: np.ndarray | None
+    n_items: int
+    read_items: Callable[[], Table]
+    read_users: Callable[[], Table]
+    notes: tuple[str, ...]
     warnings: tuple[str, ...]
-    statistics: dict[str, float | int]
+    statistics: dict[str, float | int | str]
+    cleaning: tuple[Step, ...]
     fingerprint: str
 
     @property
@@ -47,14 +57,28 @@ class Sequences:
         return len(self.offsets) - 1
 
     @property
-    def n_items(self) -> int:
-        """Items, I; they are numbered 1..I."""
-        return len(self.item_ids)
-
-    @property
     def n_interactions(self) -> int:
         """Interactions, N."""
         return len(self.items)
+
+    @cached_property
+    def item_ids(self) -> np.ndarray:
+        """Raw ids, str (I,): item ``i`` has ``item_ids[i - 1]``."""
+        return np.array(self._items["item_id"], dtype=np.str_)
+
+    @cached_property
+    def user_ids(self) -> np.ndarray:
+        """Raw ids, str (U,)."""
+        return np.array(self.read_users()["user_id"], dtype=np.str_)
+
+    @property
+    def titles(self) -> list[str] | None:
+        """The title of each item, empty where unknown; None when no item has one."""
+        return self._items.get("title")
+
+    @cached_property
+    def _items(self) -> Table:
+        return self.read_items()
 
     def history(self, user: int) -> np.ndarray:
         """All items of user ``user`` (0-based), oldest first, int32."""
@@ -65,7 +89,8 @@ def load_data(path: str | Path) -> Sequences:
     """Open a prepared folder; the interactions stay on disk, memory-mapped.
 
     Raises:
-        BadInput: if the folder is missing, incomplete, or was written by another version.
+        BadInput: if the folder is missing, incomplete, or was written by another version. Ids and
+            titles are looked at when they are first read.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
@@ -74,35 +99,44 @@ def load_data(path: str | Path) -> Sequences:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["schema"] != SCHEMA:
             raise BadInput("data.source", folder, f"schema {SCHEMA}: prepare the log again")
-        item_table = _read_table(folder / "items.parquet")
+        n_users, n_items = int(manifest["users"]), int(manifest["items"])
         sequences = Sequences(
             name=manifest["name"],
-            offsets=_map(folder / "offsets.npy", np.int64),
-            items=_map(folder / "items.npy", np.int32),
-            times=_map(folder / "times.npy", np.int64) if manifest["times"] else None,
-            item_ids=item_table["item_id"],
-            user_ids=_read_table(folder / "users.parquet")["user_id"],
-            titles=item_table.get("title"),
+            offsets=_map(folder / "offsets.npy", np.int64, 1),
+            items=_map(folder / "items.npy", np.int32, 1),
+            times=_map(folder / "times.npy", np.int64, 1) if manifest["times"] else None,
+            given=_map(folder / "given.npy", np.int64, 2) if manifest["given"] else None,
+            n_items=n_items,
+            read_items=lambda: _read_table(folder / "items.parquet", n_items),
+            read_users=lambda: _read_table(folder / "users.parquet", n_users),
+            notes=tuple(manifest["notes"]),
             warnings=tuple(manifest["warnings"]),
             statistics=manifest["statistics"],
+            cleaning=tuple(Step(**step) for step in manifest["cleaning"]),
             fingerprint=manifest["fingerprint"],
         )
+        there = all((folder / name).is_file() for name in ("items.parquet", "users.parquet"))
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            "data.source", folder, f"a complete prepared folder (damaged: {str(error)[:80]})"
-        ) from error
-    n_users, n_interactions = len(sequences.user_ids), len(sequences.items)
-    offsets, times = sequences.offsets, sequences.times
+        raise _damaged(folder, error) from error
+    if not there:
+        raise _damaged(folder, "the items or the users are missing")
+    n_interactions = sequences.n_interactions
+    offsets, times, given = sequences.offsets, sequences.times, sequences.given
     if (
         len(offsets) != n_users + 1
         or (offsets[0], offsets[-1]) != (0, n_interactions)
         or (times is not None and len(times) != n_interactions)
-        or manifest["statistics"]["interactions"] != n_interactions
+        or (given is not None and given.shape != (n_users, 2))
+        or manifest["interactions"] != n_interactions
     ):
-        raise BadInput("data.source", folder, "a complete prepared folder (the sizes disagree)")
+        raise _damaged(folder, "the sizes disagree")
     return sequences
+
+
+def _damaged(folder: Path, why: object) -> BadInput:
+    return BadInput("data.source", folder, f"a complete prepared folder ({str(why)[:80]})")
 
 
 def check_output(output: Path) -> None:
@@ -118,65 +152,66 @@ def write_data(sequences: Sequences, output: Path) -> None:
     """Write beside ``output``, then rename: a reader never sees half a folder.
 
     Raises:
-        BadInput: if the folder can't be written.
+        BadInput: if the folder can't be written, for want of room or of permission.
     """
+    arrays = {
+        "offsets": sequences.offsets,
+        "items": sequences.items,
+        "times": sequences.times,
+        "given": sequences.given,
+    }
+    columns: Table = {"item_id": sequences.item_ids.tolist()}
+    if sequences.titles is not None:
+        columns["title"] = sequences.titles
+    manifest = {
+        "schema": SCHEMA,
+        "name": sequences.name,
+        "users": sequences.n_users,
+        "items": sequences.n_items,
+        "interactions": sequences.n_interactions,
+        "times": sequences.times is not None,
+        "given": sequences.given is not None,
+        "fingerprint": sequences.fingerprint,
+        "notes": list(sequences.notes),
+        "warnings": list(sequences.warnings),
+        "cleaning": [asdict(step) for step in sequences.cleaning],
+        "statistics": sequences.statistics,
+    }
+    text = json.dumps(manifest, indent=2, allow_nan=False)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        with complete_folder(output) as folder:
+            for name, array in arrays.items():
+                if array is not None:
+                    np.save(folder / f"{name}.npy", array)
+            _write_table(folder / "items.parquet", columns)
+            _write_table(folder / "users.parquet", {"user_id": sequences.user_ids.tolist()})
+            (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise BadInput("output", output, f"a folder that can be written ({error})") from error
-    new, old = temporary / "new", temporary / "old"
-    try:
-        new.mkdir()  # under the user's umask, unlike mkdtemp's folder
-        np.save(new / "offsets.npy", sequences.offsets)
-        np.save(new / "items.npy", sequences.items)
-        if sequences.times is not None:
-            np.save(new / "times.npy", sequences.times)
-        columns = {"item_id": sequences.item_ids}
-        if sequences.titles is not None:
-            columns["title"] = sequences.titles
-        _write_table(new / "items.parquet", columns)
-        _write_table(new / "users.parquet", {"user_id": sequences.user_ids})
-        manifest = {
-            "schema": SCHEMA,
-            "name": sequences.name,
-            "times": sequences.times is not None,
-            "fingerprint": sequences.fingerprint,
-            "warnings": list(sequences.warnings),
-            "statistics": sequences.statistics,
-        }
-        text = json.dumps(manifest, indent=2, allow_nan=False)
-        (new / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        if output.exists():
-            output.rename(old)
-        try:
-            new.rename(output)
-        except OSError:
-            with contextlib.suppress(OSError):
-                old.rename(output)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        allowed = f"a folder that can be written, with room for the log ({str(error)[:80]})"
+        raise BadInput("output", output, allowed) from error
 
 
-def _write_table(path: Path, columns: dict[str, np.ndarray]) -> None:
+def _write_table(path: Path, columns: Table) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    parquet.write_table(
-        pa.table({name: pa.array(values) for name, values in columns.items()}), path
-    )
+    parquet.write_table(pa.table(columns), path)
 
 
-def _read_table(path: Path) -> dict[str, np.ndarray]:
+def _read_table(path: Path, rows: int) -> Table:
     from pyarrow import parquet
 
-    table: Any = parquet.read_table(path)
-    return {name: np.array(table[name].to_pylist(), dtype=np.str_) for name in table.column_names}
+    try:
+        table: Any = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path.parent, f"{path.name}: {error}") from error
+    if table.num_rows != rows:
+        raise _damaged(path.parent, f"{path.name} has {table.num_rows} rows, expected {rows}")
+    return {name: table[name].to_pylist() for name in table.column_names}
 
 
-def _map(path: Path, dtype: type[np.generic]) -> np.ndarray:
+def _map(path: Path, dtype: type[np.generic], dimensions: int) -> np.ndarray:
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.dtype != dtype or array.ndim != 1:
+    if array.dtype != dtype or array.ndim != dimensions:
         raise ValueError(f"{path.name} holds {array.dtype} {array.shape}")
     return array

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depthprobe.data.log import Log
+from depthprobe.data.log import Log, encode_ids
 
 GENRES = (
     "Noir", "Saga", "Comedy", "Western", "Mystery", "Romance", "Thriller", "Fable",
@@ -83,12 +83,12 @@ def embedded_log(process: Process | None = None) -> Log:
         users.extend([user] * len(history))
         items.extend(history)
         times.extend((1_577_836_800 + start + np.cumsum(gaps)).tolist())
-    names = np.array([f"i{k:04d}" for k in range(process.items)])
+    names = [f"i{k:04d}" for k in range(process.items)]
     return Log(
-        users=np.array([f"u{k:05d}" for k in range(process.users)])[users],
-        items=names[items],
+        users=encode_ids(f"u{user:05d}" for user in users),
+        items=encode_ids(names[item] for item in items),
         times=np.array(times, dtype=np.int64),
-        titles=dict(zip(names.tolist(), catalogue.titles, strict=True)),
+        titles=dict(zip(names, catalogue.titles, strict=True)),
         name="embedded",
     )
 

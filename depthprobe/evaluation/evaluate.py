@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from depthprobe.data.batches import length_buckets, pad
-from depthprobe.data.splits import Split
-from depthprobe.data.storage import Sequences
+from depthprobe.data.splits import Part, Split
 from depthprobe.evaluation.ranks import rank_users
 
 BATCH = 256
@@ -64,9 +63,8 @@ class Questions:
 
 
 def questions(
-    sequences: Sequences,
     split: Split,
-    part: str,
+    part: Part,
     *,
     max_history: int,
     filter_seen: bool,
@@ -78,17 +76,17 @@ def questions(
     Args:
         limit: at most so many users, drawn once with a fixed seed so that every model of a study
             answers the same ones.
-        negatives: (E, n) item ids aligned with ``split.users``, for the sampled protocol.
+        negatives: (E, n) item ids aligned with the part's users, for the sampled protocol.
     """
-    chosen = np.arange(len(split.users))
+    users = split.part(part).users
+    chosen = np.arange(len(users))
     if limit is not None and limit < len(chosen):
         chosen = np.sort(np.random.default_rng(0).permutation(len(chosen))[:limit])
-    users = split.users[chosen]
     return Questions(
-        users=users,
-        histories=[split.history(part, int(user), max_history) for user in users],
+        users=users[chosen],
+        histories=[split.history(part, place, max_history) for place in chosen.tolist()],
         targets=split.targets(part)[chosen],
-        seen=[split.seen(part, int(user)) for user in users] if filter_seen else None,
+        seen=[split.history(part, place) for place in chosen.tolist()] if filter_seen else None,
         negatives=None if negatives is None else negatives[chosen],
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthprobe.data.splits import Split, leave_one_out
+from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
 from depthprobe.models.build import build_recommender, load_trained
@@ -21,6 +21,7 @@ from depthprobe.study import Study
 from depthprobe.sweep.plan import Trial, whole_trial
 
 DATA, NEGATIVES, TIMING, STATES = "data", "negatives.npy", "timing.json", "teacher-states"
+ITEM_TABLE = "item-table.npy"
 TRIALS, MODEL = "trials", "model"
 
 
@@ -49,8 +50,8 @@ class Context:
 
     @cached_property
     def split(self) -> Split:
-        """Leave-one-out."""
-        return leave_one_out(self.sequences)
+        """What trains, validates and tests."""
+        return make_split(self.sequences, self.study.protocol)
 
     @cached_property
     def windows(self) -> list[np.ndarray]:
@@ -72,10 +73,9 @@ class Context:
         return self._questions("validation", None, self.study.protocol.validation_users)
 
     def _questions(
-        self, part: str, negatives: np.ndarray | None, limit: int | None = None
+        self, part: Part, negatives: np.ndarray | None, limit: int | None = None
     ) -> Questions:
         return questions(
-            self.sequences,
             self.split,
             part,
             max_history=self.study.data.max_history,
@@ -108,10 +108,24 @@ class Context:
         load_trained(model, self.trial_folder(whole_trial("sasrec", seed, 0)) / MODEL)
         return model.eval()
 
+    @property
+    def item_width(self) -> int:
+        """Width of the item table, d_item."""
+        if self.study.item_table == "sasrec":
+            return self.study.sasrec.width
+        return self._shared_table.shape[1]
+
     @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
     def item_table(self, seed: int) -> Tensor:
-        """The item embeddings that SASRec learnt, (I + 1, d_item), on the CPU."""
-        return self.sasrec(seed).item_matrix().detach().cpu().clone()
+        """The frozen item embeddings, (I + 1, d_item), on the CPU."""
+        if self.study.item_table == "sasrec":
+            return self.sasrec(seed).item_matrix().detach().cpu().clone()
+        return self._shared_table
+
+    @cached_property
+    def _shared_table(self) -> Tensor:
+        """The table that does not depend on the seed."""
+        return torch.from_numpy(np.load(self.shared / ITEM_TABLE))
 
     def new_recommender(self, trial: Trial) -> Recommender:
         """A recommender with the trial's blocks before its training."""

@@ -6,28 +6,30 @@ import datetime
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.data.batches import negatives
 from depthprobe.data.prepared import prepare_data
-from depthprobe.data.splits import leave_one_out
+from depthprobe.data.splits import Split, make_split
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
+from depthprobe.files import complete_file, remove_leftovers, write_json
 from depthprobe.models.backbones import backbone_config, load_backbone
 from depthprobe.models.devices import resolve_device
+from depthprobe.models.item_tables import TEXT, make_table, table_hash
 from depthprobe.models.revision import backbone_revision
 from depthprobe.study import METHODS as NAMES
 from depthprobe.study import BadInput, Study, differences, study_to_toml
 from depthprobe.sweep import provenance, worker
-from depthprobe.sweep.context import DATA, NEGATIVES, TIMING, TRIALS, Context
+from depthprobe.sweep.context import DATA, ITEM_TABLE, NEGATIVES, TIMING, TRIALS, Context
 from depthprobe.sweep.executors import Outcome, run_here, run_in_processes
-from depthprobe.sweep.files import complete_file, remove_leftovers, write_json
 from depthprobe.sweep.plan import Task, plan
 from depthprobe.sweep.progress import Progress, Silent
 from depthprobe.sweep.records import SCHEMA, is_done, read_record, write_failure
@@ -59,8 +61,8 @@ def run_sweep(
         progress: is told what happens.
 
     Raises:
-        BadInput: before anything is written, if the data, the backbone or the depths can't be
-            used, or the folder holds another study.
+        BadInput: before anything is written, if the data, the backbone, the item table or the
+            depths can't be used, or the folder holds another study.
     """
     watcher = progress or Silent()
     disable_progress_bar()  # one bar a loaded model would drown what the watcher says
@@ -73,12 +75,13 @@ def run_sweep(
     tasks = plan(study, int(config.get_text_config(decoder=True).num_hidden_layers))
     study = _check_folder(folder, study)
     sequences = _data(study, folder)
-    leave_one_out(sequences)  # refuses a log in which nobody can be evaluated
-    manifest = _manifest(study, sequences, device, command)
+    split = make_split(sequences, study.protocol)  # refuses a log in which nobody can be asked
+    table = _item_table(study, sequences, folder, device, watcher)
+    manifest = _manifest(study, split, table, device, command)
     _check_same_inputs(folder, manifest)
 
     began = time.perf_counter()
-    _lay_out(folder, study, sequences, manifest)
+    _lay_out(folder, study, split, table, manifest)
     context = Context(folder, study)
     waiting = [t for t in tasks if not all(is_done(context.trial_folder(x)) for x in t.trials)]
     done = {t.id for t in tasks if t not in waiting}
@@ -129,13 +132,17 @@ def _check_folder(folder: Path, study: Study) -> Study:
 
 
 def _check_same_inputs(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse to mix records of other data or other weights under the same names."""
+    """Refuse to mix records of other data, weights or embeddings under the same names."""
     if not (folder / MANIFEST).is_file():
         return
     before = open_run(folder).manifest
-    for part, name in (("data", "fingerprint"), ("backbone", "revision")):
-        if before[part][name] != manifest[part][name]:
-            allowed = f"another folder: the {part} has changed since this run began"
+    for part, name, hashed in (
+        ("data", "data", "fingerprint"),
+        ("backbone", "backbone", "revision"),
+        ("item_table", "item table", "sha256"),
+    ):
+        if before[part][hashed] != manifest[part][hashed]:
+            allowed = f"another folder: the {name} has changed since this run began"
             raise BadInput("output", str(folder), allowed)
     manifest |= {key: before[key] for key in ("created", "wall_seconds", "timing", "command")}
 
@@ -145,10 +152,38 @@ def _data(study: Study, folder: Path) -> Sequences:
     prepared = folder / "shared" / DATA
     if study.data.source == "embedded" and (prepared / DATA_MANIFEST).is_file():
         return load_data(prepared)
-    return prepare_data(study.data.source)
+    data = study.data
+    return prepare_data(
+        data.source,
+        format=data.format,
+        items=data.items,
+        columns=data.columns,
+        cleaning=data.cleaning,
+    )
 
 
-def _lay_out(folder: Path, study: Study, sequences: Sequences, manifest: dict[str, Any]) -> None:
+def _item_table(
+    study: Study, sequences: Sequences, folder: Path, device: torch.device, watcher: Progress
+) -> Tensor | None:
+    """The item table that all trials share, not yet written; None where SASRec makes it."""
+    if study.item_table == "sasrec":
+        return None
+    written = folder / "shared" / ITEM_TABLE
+    if study.item_table == TEXT and written.is_file():
+        return torch.from_numpy(np.load(written))
+    return make_table(
+        study.item_table,
+        study.backbone,
+        sequences.item_ids.tolist(),
+        sequences.titles,
+        device=device,
+        say=watcher.message,
+    )
+
+
+def _lay_out(
+    folder: Path, study: Study, split: Split, table: Tensor | None, manifest: dict[str, Any]
+) -> None:
     """Write what trials share; a folder that has it already is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / TRIALS, folder / "shared"):
@@ -158,9 +193,12 @@ def _lay_out(folder: Path, study: Study, sequences: Sequences, manifest: dict[st
     write_json(folder / MANIFEST, manifest)
     shared = folder / "shared"
     if not (shared / DATA / DATA_MANIFEST).is_file():
-        write_data(sequences, shared / DATA)
+        write_data(split.sequences, shared / DATA)
+    if table is not None and not (shared / ITEM_TABLE).exists():
+        with complete_file(shared / ITEM_TABLE) as temporary:
+            np.save(temporary, table.numpy())
     if study.protocol.sampled and not (shared / NEGATIVES).exists():
-        drawn = negatives(sequences, leave_one_out(sequences), seed=NEGATIVE_SEED)
+        drawn = negatives(split.sequences, split.test.users, seed=NEGATIVE_SEED)
         if drawn is not None:
             with complete_file(shared / NEGATIVES) as temporary:
                 np.save(temporary, drawn)
@@ -168,11 +206,12 @@ def _lay_out(folder: Path, study: Study, sequences: Sequences, manifest: dict[st
 
 def _manifest(
     study: Study,
-    sequences: Sequences,
+    split: Split,
+    table: Tensor | None,
     device: torch.device,
     command: str | None,
 ) -> dict[str, Any]:
-    source = study.backbone
+    source, sequences = study.backbone, split.sequences
     backbone = load_backbone(  # also refuses weights that are missing, before anything is written
         source.source,
         revision=source.revision,
@@ -191,8 +230,10 @@ def _manifest(
             "items": sequences.n_items,
             "interactions": sequences.n_interactions,
             "fingerprint": sequences.fingerprint,
-            "warnings": list(sequences.warnings),
+            "warnings": [*sequences.warnings, *split.warnings],
             "statistics": sequences.statistics,
+            "cleaning": [asdict(step) for step in sequences.cleaning],
+            "split": split.statistics,
         },
         "backbone": {
             "source": source.source,
@@ -201,6 +242,11 @@ def _manifest(
             "width": int(text_config.hidden_size),
             "family": str(text_config.model_type),
             "parameters": sum(p.numel() for p in backbone.parameters()),
+        },
+        "item_table": {
+            "source": study.item_table,
+            "width": study.sasrec.width if table is None else table.shape[1],
+            "sha256": None if table is None else table_hash(table),
         },
         "machine": provenance.machine(device),
         "versions": provenance.versions(),

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,8 +10,8 @@ from hypothesis import strategies as st
 
 from depthprobe.data import batches as module
 from depthprobe.data.batches import length_buckets, negatives, pad, padding_share
-from depthprobe.data.log import Log
-from depthprobe.data.prepared import order_log
+from depthprobe.data.log import Log, encode_ids
+from depthprobe.data.prepared import order_log, prepare_data
 from depthprobe.data.splits import leave_one_out
 from depthprobe.data.storage import Sequences
 
@@ -53,6 +56,27 @@ def test_buckets_save_padding() -> None:
     assert padding_share(lengths, length_buckets(lengths, 80)) <= bucketed
 
 
+def test_an_epoch_goes_on_where_it_stopped() -> None:
+    """The batches are a function of seed and epoch alone: a restart passes over the first ones."""
+    lengths = np.random.default_rng(2).integers(1, 50, size=900)
+    whole = length_buckets(lengths, 32, seed=5, epoch=3)
+    np.random.default_rng(0).random(100)  # whatever was drawn in between
+    rest = length_buckets(lengths.copy(), 32, seed=5, epoch=3)[11:]
+    assert [b.tolist() for b in rest] == [b.tolist() for b in whole[11:]]
+
+
+def test_beauty_is_hardly_padded() -> None:
+    root = os.environ.get("DEPTHPROBE_DATA")
+    if not root:
+        pytest.skip("DEPTHPROBE_DATA is not set: the folder with amazon-beauty")
+    split = leave_one_out(prepare_data(Path(root) / "amazon-beauty"))
+    lengths = [len(split.train_history(u, 51)) for u in range(split.sequences.n_users)]
+    for epoch in range(3):
+        for size in (64, 128, 256):
+            batches = length_buckets(lengths, size, seed=0, epoch=epoch)
+            assert padding_share(lengths, batches) < 0.1
+
+
 def test_padding_share_by_hand() -> None:
     assert padding_share([4, 2, 3], [np.array([0, 1]), np.array([2])]) == pytest.approx(2 / 11)
     assert padding_share([], []) == 0
@@ -80,21 +104,21 @@ def make(users: int, items: int, longest: int) -> Sequences:
     missing = np.setdiff1d(np.arange(items), np.concatenate(rows))
     owner = np.concatenate([owner, len(rows) + np.arange(len(missing))])  # single interactions
     raw = np.concatenate([*rows, missing])
-    return order_log(Log(owner.astype(str), np.char.zfill(raw.astype(str), 6)))
+    return order_log(Log(encode_ids(owner), encode_ids(f"{item:06d}" for item in raw)))
 
 
 # many free items (drawn and thrown away), few (a key for each), exactly as many as asked for
 @pytest.mark.parametrize(("items", "longest", "count"), [(500, 20, 50), (60, 20, 35), (60, 20, 40)])
 def test_negatives_are_distinct_and_never_own(items: int, longest: int, count: int) -> None:
     sequences = make(300, items, longest)
-    split = leave_one_out(sequences)
-    found = negatives(sequences, split, count=count, seed=3)
+    users = leave_one_out(sequences).test.users
+    found = negatives(sequences, users, count=count, seed=3)
     assert found is not None
-    assert found.shape == (len(split.users), count)
+    assert found.shape == (len(users), count)
     assert found.dtype == np.int32
     assert found.min() >= 1
     assert found.max() <= items
-    for place, user in enumerate(split.users):
+    for place, user in enumerate(users):
         assert len(set(found[place].tolist())) == count
         assert not set(found[place].tolist()) & set(sequences.history(user).tolist())
 
@@ -102,14 +126,14 @@ def test_negatives_are_distinct_and_never_own(items: int, longest: int, count: i
 @pytest.mark.parametrize(("items", "count"), [(200, 20), (40, 25)])
 def test_negatives_are_uniform(items: int, count: int) -> None:
     sequences = make(400, items, 8)
-    split = leave_one_out(sequences)
+    users = leave_one_out(sequences).test.users
     drawn = np.zeros(items + 1)
     for seed in range(20):
-        found = negatives(sequences, split, count=count, seed=seed)
+        found = negatives(sequences, users, count=count, seed=seed)
         assert found is not None
         drawn += np.bincount(found.ravel(), minlength=items + 1)
     expected = np.zeros(items + 1)  # count / (free items) for each user who may get the item
-    for user in split.users:
+    for user in users:
         free = np.setdiff1d(np.arange(1, items + 1), sequences.history(user))
         expected[free] += 20 * count / len(free)
     z = (drawn[1:] - expected[1:]) / np.sqrt(expected[1:] * (1 - count / items))
@@ -119,16 +143,16 @@ def test_negatives_are_uniform(items: int, count: int) -> None:
 
 def test_negatives_repeat_by_seed() -> None:
     sequences = make(100, 300, 10)
-    split = leave_one_out(sequences)
-    first = negatives(sequences, split, count=30, seed=1)
-    assert np.array_equal(first, negatives(sequences, split, count=30, seed=1))
-    assert not np.array_equal(first, negatives(sequences, split, count=30, seed=2))
+    users = leave_one_out(sequences).test.users
+    first = negatives(sequences, users, count=30, seed=1)
+    assert np.array_equal(first, negatives(sequences, users, count=30, seed=1))
+    assert not np.array_equal(first, negatives(sequences, users, count=30, seed=2))
 
 
 def test_unlucky_rows_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """With no reserve about half of the rows lack a draw; they must come out right all the same."""
     sequences = make(300, 500, 20)
-    split = leave_one_out(sequences)
+    users = leave_one_out(sequences).test.users
     again: list[int] = []
     by_keys = module._draw_by_keys
 
@@ -138,15 +162,15 @@ def test_unlucky_rows_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "_draw_by_keys", spy)
     monkeypatch.setattr(module.np, "sqrt", lambda _: -2.0)
-    found = negatives(sequences, split, count=50, seed=0)
+    found = negatives(sequences, users, count=50, seed=0)
     assert found is not None
     assert 0 < sum(again) < len(found)
-    for place, user in enumerate(split.users):
+    for place, user in enumerate(users):
         assert len(set(found[place].tolist()) - set(sequences.history(user).tolist())) == 50
 
 
 def test_too_small_a_catalogue() -> None:
     sequences = make(50, 60, 20)
-    split = leave_one_out(sequences)
-    assert negatives(sequences, split, count=41, seed=0) is None
-    assert negatives(sequences, split, seed=0) is None
+    users = leave_one_out(sequences).test.users
+    assert negatives(sequences, users, count=41, seed=0) is None
+    assert negatives(sequences, users, seed=0) is None

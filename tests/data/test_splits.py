@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from depthprobe.data.log import Log
+from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
-from depthprobe.data.splits import Split, leave_one_out
+from depthprobe.data.splits import Part, Split, leave_one_out, make_split
 from depthprobe.data.storage import Sequences
-from depthprobe.study import BadInput
+from depthprobe.study import BadInput, Protocol
+
+DAY = 86_400
 
 
-def make(rows: list[list[int]]) -> Sequences:
-    """Item k has the raw id k, so it is item k if 1..I are all there."""
-    users = [f"{user:04d}" for user, row in enumerate(rows) for _ in row]
-    return order_log(Log(np.array(users), np.array([str(i) for row in rows for i in row])))
+def make(rows: list[list[int]], **columns: Any) -> Sequences:
+    """One row a user; item k has the raw id k, so it is item k if 1..I are all there."""
+    users = encode_ids(f"{user:04d}" for user, row in enumerate(rows) for _ in row)
+    return order_log(Log(users, encode_ids(i for row in rows for i in row), **columns))
 
 
 ROWS = [[1, 2, 3, 4, 5], [2, 1], [3], [5, 4, 3], [1, 1, 2, 1]]
@@ -24,14 +30,14 @@ def split() -> Split:
     return leave_one_out(make(ROWS))
 
 
-def test_hand_worked(split: Split) -> None:
-    assert split.users.tolist() == [0, 3, 4]
+def test_leave_one_out_by_hand(split: Split) -> None:
+    assert split.validation.users.tolist() == split.test.users.tolist() == [0, 3, 4]
     assert split.targets("validation").tolist() == [4, 4, 2]
     assert split.targets("test").tolist() == [5, 3, 1]
     assert split.targets("test").dtype == np.int32
     assert [split.train_history(u, 9).tolist() for u in range(5)] == [
         [1, 2, 3],
-        [2, 1],  # too short to be evaluated: all of it trains
+        [2, 1],  # too short to be asked: all of it trains
         [3],
         [5],
         [1, 1],
@@ -39,57 +45,206 @@ def test_hand_worked(split: Split) -> None:
     assert split.history("validation", 0, 2).tolist() == [2, 3]
     assert split.history("test", 0, 2).tolist() == [3, 4]
     assert split.history("test", 0, 0).tolist() == []
-    assert split.history("test", 3, 99).tolist() == [5, 4]
+    assert split.history("test", 1, 99).tolist() == [5, 4]
+    assert split.history("test", 2).tolist() == [1, 1, 2]
     assert split.train_history(0, 1).tolist() == [3]
-    assert split.seen("validation", 0).tolist() == [1, 2, 3]
-    assert split.seen("test", 4).tolist() == [1, 1, 2]
+    assert split.warnings == ("2 of 5 users train only: fewer than 3 interactions",)
+    assert split.statistics == {
+        "training_interactions": 9,
+        "training_items": 4,
+        "validation_users": 3,
+        "test_users": 3,
+        "cold_test_targets": 0,
+    }
 
 
 def test_each_user_is_cut_without_gap_or_overlap(split: Split) -> None:
-    for place, user in enumerate(split.users):
+    for place, user in enumerate(split.test.users):
         parts = [
             split.train_history(user).tolist(),
             [split.targets("validation")[place]],
             [split.targets("test")[place]],
         ]
         assert sum(parts, []) == ROWS[user]
-        assert split.history("validation", user).tolist() == parts[0]
-        assert split.history("test", user).tolist() == parts[0] + parts[1]
+        assert split.history("validation", place).tolist() == parts[0]
+        assert split.history("test", place).tolist() == parts[0] + parts[1]
 
 
-def test_test_targets_never_train() -> None:
-    """Each user's last item is a marker that nobody has anywhere else; likewise the one before."""
-    draw = np.random.default_rng(0)
-    lengths = draw.integers(1, 12, size=200)
-    rows = [draw.integers(1, 100, size=n).tolist() for n in lengths]
-    rows = [[*row, 1000 + u, 2000 + u] for u, row in enumerate(rows)]
-    sequences = make(rows)
-    split = leave_one_out(sequences)
-    number = {int(raw): place + 1 for place, raw in enumerate(sequences.item_ids.tolist())}
-    tests = {number[2000 + user] for user in range(200)}
-    validations = {number[1000 + user] for user in range(200)}
-    trained = {i for user in range(200) for i in split.train_history(user, 50).tolist()}
-    assert len(trained) > 50
-    assert not trained & (tests | validations)
-    stopped = {
-        i
-        for user in range(200)
-        for i in sequences.items[sequences.offsets[user] : split.train_stop[user]].tolist()
+def test_cold_targets_are_counted_and_stay() -> None:
+    split = leave_one_out(make([[1, 2, 3], [1, 2, 4], [1, 2, 1, 2]]))
+    assert split.statistics["cold_test_targets"] == 2
+    assert split.targets("test").tolist() == [3, 4, 2]
+    assert split.warnings[0].startswith("2 of 3 test targets (66.7%)")
+
+
+TIMED = [
+    ([1, 2, 3, 4], [0, 10, 20, 30]),
+    ([2, 1, 2], [1, 2, 29]),  # nothing in validation
+    ([3, 4], [12, 21]),  # no history before validation: cold there, known at the test
+    ([4, 1], [22, 23]),  # only after the test begins: cold
+    ([1, 2, 3], [3, 11, 13]),  # nothing in test
+]
+
+
+def timed(rows: list[tuple[list[int], list[int]]]) -> Sequences:
+    times = np.array([time for _, row in rows for time in row]) * DAY
+    return make([items for items, _ in rows], times=times)
+
+
+def test_temporal_by_hand() -> None:
+    split = make_split(
+        timed(TIMED), Protocol(split="temporal", split_at=("1970-01-11", "1970-01-21"))
+    )
+    assert [split.train_history(user).tolist() for user in range(5)] == [[1], [2, 1], [], [], [1]]
+    assert split.validation.users.tolist() == [0, 4]
+    assert split.targets("validation").tolist() == [2, 2]
+    assert [split.history("validation", q).tolist() for q in range(2)] == [[1], [1]]
+    assert split.test.users.tolist() == [0, 1, 2]
+    assert split.targets("test").tolist() == [3, 2, 4]
+    assert [split.history("test", q).tolist() for q in range(3)] == [[1, 2], [2, 1], [3]]
+    assert split.statistics == {
+        "training_interactions": 4,
+        "training_items": 2,
+        "validation_users": 2,
+        "test_users": 3,
+        "cold_test_targets": 2,
+        "validation_begins": "1970-01-11",
+        "test_begins": "1970-01-21",
+        "cold_validation_users": 1,
+        "cold_test_users": 1,
     }
-    assert stopped == trained
-    assert set(split.targets("test").tolist()) == tests
-    for user in split.users:
-        assert not set(split.history("validation", user).tolist()) & (tests | validations)
-        assert not set(split.history("test", user).tolist()) & tests
-        assert not set(split.seen("test", user).tolist()) & tests
+    assert split.warnings[0] == "1 users begin after the test does: cold, not asked"
+    quantiles = make_split(timed(TIMED), Protocol(split="temporal", split_at=("0.36", "0.64")))
+    assert quantiles.statistics["test_begins"] == "1970-01-21"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_temporal_asks_what_a_loop_asks(data: st.DataObject) -> None:
+    rows = [
+        (data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)), sorted(times))
+        for times in data.draw(
+            st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=8), min_size=2, max_size=8)
+        )
+        for n in [len(times)]
+    ]
+    sequences = timed(rows)
+    first, second = 10, 25
+    try:
+        split = make_split(
+            sequences, Protocol(split="temporal", split_at=("1970-01-11", "1970-01-26"))
+        )
+    except BadInput:
+        return
+    ids = sequences.item_ids.astype(int)
+    asked: dict[Part, list[tuple[int, list[int], int]]] = {"validation": [], "test": []}
+    bounds: list[tuple[Part, int, int]] = [("validation", first, second), ("test", second, 99)]
+    for user, (items, times) in enumerate(rows):
+        known = [item for item, time in zip(items, times, strict=True) if time < first]
+        assert ids[split.train_history(user) - 1].tolist() == known
+        for part, begin, end in bounds:
+            before = [item for item, time in zip(items, times, strict=True) if time < begin]
+            after = [i for i, t in zip(items, times, strict=True) if begin <= t < end]
+            if before and after:
+                asked[part].append((user, before, after[0]))
+    for part, expected in asked.items():
+        found = [
+            (int(user), ids[split.history(part, q) - 1].tolist(), int(ids[target - 1]))
+            for q, (user, target) in enumerate(
+                zip(split.part(part).users, split.targets(part), strict=True)
+            )
+        ]
+        assert found == expected
+
+
+def test_given_keeps_the_parts_apart() -> None:
+    rows = [[1, 2, 3, 4, 5], [2, 1, 4], [3, 1], [1, 2]]
+    parts = np.array([0, 0, 1, 2, 2, 0, 1, 2, 0, 2, 2, 2], dtype=np.int8)
+    # user 0 trains on something later than its test
+    times = np.array([9, 8, 1, 2, 3, 1, 2, 3, 1, 2, 1, 2])
+    sequences = make(rows, parts=parts, times=times)
+    split = make_split(sequences, Protocol(split="given"))
+    assert [split.train_history(user).tolist() for user in range(4)] == [[2, 1], [2], [3], []]
+    assert split.validation.users.tolist() == [0, 1]
+    assert split.targets("validation").tolist() == [3, 1]
+    assert split.test.users.tolist() == [0, 1, 2]
+    assert split.targets("test").tolist() == [4, 4, 1]
+    assert split.history("test", 0).tolist() == [2, 1, 3]
+    said = " | ".join(split.warnings)
+    assert "2 test interactions are not asked" in said
+    assert "1 users are in the test file alone" in said
+    assert "1 users train on interactions later than their test" in said
+
+
+PROTOCOLS = [
+    Protocol(),
+    Protocol(split="temporal", split_at=("0.5", "0.75")),
+    Protocol(split="given"),
+]
+
+
+def marked(protocol: Protocol) -> Split:
+    """A log in which every asked interaction is a marker item that nobody has anywhere else."""
+    draw = np.random.default_rng(0)
+    n_users, length = 60, 8
+    times = np.tile(np.arange(length), n_users) * DAY
+    rows = draw.integers(1, 40, size=(n_users, length))
+    rows[:20] = np.arange(1, 41).reshape(20, 2).repeat(4, axis=1)  # every item is there
+    begins = {"leave-one-out": (length - 2, length - 1), "temporal": (4, 6), "given": (4, 6)}
+    first, second = begins[protocol.split]
+    rows[:, first:second] = 1000
+    rows[:, second:] = 5000
+    parts = np.tile(np.digitize(np.arange(length), [first, second]), n_users).astype(np.int8)
+    sequences = make(rows.tolist(), times=times, parts=parts)
+    return make_split(sequences, protocol)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.split)
+def test_no_asked_interaction_reaches_training(protocol: Protocol) -> None:
+    split = marked(protocol)
+    ids = split.sequences.item_ids.astype(int)
+    trained = [ids[split.train_history(user) - 1] for user in range(60)]
+    assert sum(map(len, trained)) == split.statistics["training_interactions"] > 200
+    assert not {1000, 5000} & set(np.concatenate(trained).tolist())
+    assert set(ids[split.targets("validation") - 1].tolist()) == {1000}
+    assert set(ids[split.targets("test") - 1].tolist()) == {5000}
+    for q in range(60):
+        assert not {1000, 5000} & set(ids[split.history("validation", q) - 1].tolist())
+        assert 5000 not in ids[split.history("test", q) - 1]
 
 
 def test_bad_questions(split: Split) -> None:
     with pytest.raises(ValueError, match="expected one of validation, test"):
-        split.targets("train")
-    with pytest.raises(ValueError, match="user 1 has fewer than 3"):
-        split.history("test", 1)
+        split.targets("train")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_history is -1"):
         split.train_history(0, -1)
     with pytest.raises(BadInput, match="3 interactions"):
         leave_one_out(make([[1, 2], [3]]))
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        (("0.9", "0.8"), "validation before test"),
+        (("0.5", "0.5"), "validation before test"),
+        (("yesterday", "0.8"), "'yesterday' is not usable; a date as"),
+        (("0.5", "1.5"), "between 0 and 1"),
+        (("2030-01-01", "2031-01-01"), "known users go on"),
+        (("1960-01-01", "1970-01-15"), "known users go on"),
+    ],
+)
+def test_bad_points(points: tuple[str, str], said: str) -> None:
+    with pytest.raises(BadInput, match=said) as caught:
+        make_split(timed(TIMED), Protocol(split="temporal", split_at=points))
+    assert caught.value.field == "protocol.split_at"
+
+
+def test_a_split_that_the_log_does_not_allow() -> None:
+    with pytest.raises(BadInput, match="a log with times"):
+        make_split(make(ROWS), Protocol(split="temporal"))
+    with pytest.raises(BadInput, match="training, validation and test files"):
+        make_split(make(ROWS), Protocol(split="given"))
+    with pytest.raises(BadInput, match="two training items"):
+        leave_one_out(make([[1, 2, 3], [1, 2, 3]]))
+    with pytest.raises(BadInput, match="split_at"):
+        Protocol(split="temporal", split_at=("0.8",))

@@ -28,20 +28,20 @@ def test_size_and_times(sequences: Sequences) -> None:
 def test_same_seed_same_log_and_another_seed_another() -> None:
     small = {"users": 40, "items": 100}
     one, two, other = (embedded_log(Process(seed=seed, **small)) for seed in (1, 1, 2))
-    assert one.items.tolist() == two.items.tolist()
-    assert one.items.tolist() != other.items.tolist()
+    assert one.items.codes.tolist() == two.items.codes.tolist()
+    assert one.items.codes.tolist() != other.items.codes.tolist()
 
 
 def test_every_item_has_a_title_of_its_own(sequences: Sequences) -> None:
     assert sequences.titles is not None
-    assert len(set(sequences.titles.tolist())) == sequences.n_items
+    assert len(set(sequences.titles)) == sequences.n_items
     assert all(sequences.titles)
 
 
 def test_series_continue_far_above_chance(sequences: Sequences) -> None:
     """Part II follows part I within eight steps much more often than it precedes it."""
     assert sequences.titles is not None
-    number = {title: i for i, title in enumerate(sequences.titles.tolist(), start=1)}
+    number = {title: i for i, title in enumerate(sequences.titles, start=1)}
     after = before = 0
     for user in range(sequences.n_users):
         place = {int(item): k for k, item in enumerate(sequences.history(user))}

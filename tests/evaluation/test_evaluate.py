@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from depthprobe.data.log import Log
+from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import leave_one_out
 from depthprobe.evaluation.evaluate import Questions, evaluate, mean_ndcg, questions
@@ -34,8 +34,8 @@ def asked() -> Questions:
     rng = np.random.default_rng(0)
     users = np.repeat(np.arange(40), 8).astype(str)
     items = np.concatenate([rng.permutation(30)[:8] for _ in range(40)]).astype(str)
-    sequences = order_log(Log(users=users, items=items))
-    return questions(sequences, leave_one_out(sequences), "test", max_history=3, filter_seen=True)
+    sequences = order_log(Log(users=encode_ids(users), items=encode_ids(items)))
+    return questions(leave_one_out(sequences), "test", max_history=3, filter_seen=True)
 
 
 def test_equals_a_loop_over_users(asked: Questions) -> None:
@@ -61,12 +61,12 @@ def test_history_is_the_latest_items_before_the_target(asked: Questions) -> None
 
 
 def test_limit_draws_the_same_users_each_time() -> None:
-    users = np.repeat(np.arange(40), 3).astype(str)
-    items = np.tile(np.arange(3), 40).astype(str)
-    sequences = order_log(Log(users=users, items=items))
+    users = np.repeat(np.arange(40), 4).astype(str)
+    items = np.tile(np.arange(4), 40).astype(str)
+    sequences = order_log(Log(users=encode_ids(users), items=encode_ids(items)))
     split = leave_one_out(sequences)
     drawn = [
-        questions(sequences, split, "validation", max_history=3, filter_seen=False, limit=9)
+        questions(split, "validation", max_history=3, filter_seen=False, limit=9)
         for _ in range(2)
     ]
     assert drawn[0].users.tolist() == drawn[1].users.tolist()

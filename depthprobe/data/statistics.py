@@ -1,0 +1,121 @@
+"""What a log looks like, and what in it a reader of its results should know."""
+
+from __future__ import annotations
+
+import datetime
+
+import numpy as np
+
+NO_TIMES = "no times: order is the file's"
+MANY_TIES = 0.05  # above this share of equal neighbours, times are too coarse to order a sequence
+SORTED = 0.9  # a share of rising steps that no order in time reaches: half of them rise by chance
+FEWEST_STEPS = 20  # fewer tell nothing
+LEVELS = {
+    "min": 0.0,
+    "5 %": 0.05,
+    "25 %": 0.25,
+    "median": 0.5,
+    "75 %": 0.75,
+    "95 %": 0.95,
+    "max": 1.0,
+}
+
+
+def statistics(
+    offsets: np.ndarray, items: np.ndarray, times: np.ndarray | None, n_items: int
+) -> dict[str, float | int | str]:
+    """Sizes, shares and the time span of sequences.
+
+    ``repeats`` is the share of interactions whose item the user had taken before; ``shared_times``
+    the share of neighbours in a sequence that have the same time; ``first`` and ``last`` are dates.
+    """
+    lengths = np.diff(offsets)
+    pairs = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths) * (n_items + 1) + items
+    pairs.sort()
+    found: dict[str, float | int | str] = {
+        "users": len(lengths),
+        "items": n_items,
+        "interactions": len(items),
+        "mean_length": float(lengths.mean()),
+        "median_length": float(np.median(lengths)),
+        "max_length": int(lengths.max()),
+        "density": len(items) / (len(lengths) * n_items),
+        "repeats": int((np.diff(pairs) == 0).sum()) / len(items),
+    }
+    if times is not None:
+        found |= {
+            "shared_times": _share(_tied(offsets, times)),
+            "first": as_date(times.min()),
+            "last": as_date(times.max()),
+        }
+    return found
+
+
+def quantiles(counts: np.ndarray) -> dict[str, float]:
+    """Quantiles of lengths or popularities, by name."""
+    values = np.quantile(counts, list(LEVELS.values()))
+    return dict(zip(LEVELS, values.tolist(), strict=True))
+
+
+def order_warnings(
+    offsets: np.ndarray, items: np.ndarray, times: np.ndarray | None, ids: list[str]
+) -> list[str]:
+    """Why the order of the sequences may not be the order of time.
+
+    Args:
+        items: numbers of the items, 1..I in the natural order of ``ids``.
+        times: as precise as they were read.
+        ids: raw ids, I of them.
+    """
+    unordered = _inside(offsets)
+    found = [NO_TIMES]
+    if times is not None:
+        tied = _tied(offsets, times)
+        share = _share(tied)
+        if share <= MANY_TIES:
+            return []
+        unordered = unordered[tied]
+        found = [
+            f"{share:.0%} of neighbours in a sequence have the same time (as day-level times do): "
+            "their order is the file's"
+        ]
+    by_text = np.empty(len(ids) + 1, dtype=np.int64)
+    by_text[np.argsort(ids, kind="stable") + 1] = np.arange(len(ids))
+    for places, what in ((items, "by item id"), (by_text[items], "by the text of the item ids")):
+        steps = places[unordered + 1].astype(np.int64) - places[unordered]
+        steps = steps[steps != 0]
+        rising = float((steps > 0).mean()) if len(steps) >= FEWEST_STEPS else 0.5
+        if not 1 - SORTED < rising < SORTED:
+            return [
+                *found,
+                f"sequences look sorted {what}: {max(rising, 1 - rising):.0%} of their steps go "
+                "one way, so the last item is no later than the others",
+            ]
+    return found
+
+
+def as_date(seconds: float) -> str:
+    """The day of a time in seconds since 1970, UTC; the number itself beyond the calendar."""
+    try:
+        day = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=float(seconds))
+    except OverflowError:
+        return f"{seconds:.4g} s"
+    return day.date().isoformat()
+
+
+def _share(flags: np.ndarray) -> float:
+    return float(flags.mean()) if len(flags) else 0.0
+
+
+def _inside(offsets: np.ndarray) -> np.ndarray:
+    """Rows whose next row is of the same user, ascending."""
+    last = np.zeros(int(offsets[-1]), dtype=bool)
+    last[offsets[1:] - 1] = True
+    return np.flatnonzero(~last)
+
+
+def _tied(offsets: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """For each row of ``_inside``: whether the next row has the same time."""
+    rows = _inside(offsets)
+    tied: np.ndarray = times[rows + 1] == times[rows]
+    return tied

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from depthprobe.data.log import Log, encode_ids
+from depthprobe.data.prepared import order_log
+from depthprobe.data.statistics import NO_TIMES, as_date, quantiles
+from depthprobe.data.storage import Sequences
+
+DAY = 86_400
+
+
+def make(rows: list[list[int]], times: np.ndarray | None = None, prefix: str = "") -> Sequences:
+    users = encode_ids(user for user, row in enumerate(rows) for _ in row)
+    items = encode_ids(f"{prefix}{item}" for row in rows for item in row)
+    return order_log(Log(users, items, times=times))
+
+
+def random_rows(seed: int = 0, n_items: int = 300) -> list[list[int]]:
+    draw = np.random.default_rng(seed)
+    return [draw.permutation(n_items)[: draw.integers(4, 12)].tolist() for _ in range(80)]
+
+
+def said(sequences: Sequences) -> str:
+    return " | ".join(sequences.warnings)
+
+
+def test_by_hand() -> None:
+    times = np.array([0, 1, 1, 5, 2.5, 9, 9.5]) * DAY
+    found = make([[1, 2, 1, 3], [2, 2, 2]], times).statistics
+    assert found == {
+        "users": 2,
+        "items": 3,
+        "interactions": 7,
+        "mean_length": 3.5,
+        "median_length": 3.5,
+        "max_length": 4,
+        "density": pytest.approx(7 / 6),
+        "repeats": pytest.approx(3 / 7),
+        "shared_times": pytest.approx(1 / 5),
+        "first": "1970-01-01",
+        "last": "1970-01-10",
+    }
+    assert "first" not in make([[1, 2], [2, 1]]).statistics
+
+
+def test_quantiles() -> None:
+    found = quantiles(np.arange(101))
+    assert found == {
+        "min": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "max": 100,
+    }  # fmt: skip
+
+
+def test_dates() -> None:
+    assert as_date(951_782_400) == "2000-02-29"
+    assert as_date(1e30).endswith("s")
+
+
+def test_no_times_alone_says_nothing_of_sorting() -> None:
+    assert make(random_rows()).warnings == (NO_TIMES,)
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_sequences_sorted_by_id_are_found(down: bool) -> None:
+    rows = [sorted(row, reverse=down) for row in random_rows()]
+    assert "sorted by item id: 100% of their steps" in said(make(rows))
+    # ids that sort as texts do: 10 before 9
+    rows = [sorted(row, key=str, reverse=down) for row in random_rows()]
+    assert "sorted by the text of the item ids" in said(make(rows))
+
+
+def test_day_level_times_are_found_and_their_ties_looked_at() -> None:
+    rows = [sorted(row) for row in random_rows()]
+    n = sum(map(len, rows))
+    coarse = np.zeros(n, dtype=np.int64)
+    assert "100% of neighbours in a sequence have the same time" in said(make(rows, coarse))
+    assert "sorted by item id" in said(make(rows, coarse))
+    fine = np.arange(n)
+    assert make(rows, fine).warnings == ()  # sorted by true times: ids that rise are no fault
+    few = fine.copy()
+    few[1] = few[0]
+    assert make(rows, few).warnings == ()
+    shuffled = make(random_rows(), coarse)
+    assert "have the same time" in said(shuffled)
+    assert "sorted" not in said(shuffled)
+
+
+def test_times_below_a_second_are_no_ties() -> None:
+    rows = random_rows()
+    n = sum(map(len, rows))
+    sequences = make(rows, np.arange(n) / 1000)
+    assert sequences.warnings == ()
+    assert sequences.times is not None
+    assert set(sequences.times.tolist()) == set(range(n // 1000 + 1))

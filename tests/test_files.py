@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.sweep.files import complete_file, complete_folder, remove_leftovers, write_json
+from depthprobe.files import complete_file, complete_folder, remove_leftovers, write_json
 
 
 def test_a_fault_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import typer
 
+from depthprobe.data.readers.streams import stem
 from depthprobe.study import (
     BadInput,
+    Protocol,
     Study,
     demo_study,
     load_study,
@@ -20,8 +22,6 @@ from depthprobe.study import (
 )
 
 RUN_FILES = ("manifest.json", "study.toml")
-# names that say nothing about the dataset: its folder's name is the better one
-GENERIC = {"data", "dataset", "interactions", "log", "ratings", "reviews", "sequences", "train"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -38,6 +38,9 @@ class StudyFlags:
     epochs: int | None = None
     device: str | None = None
     tuning: str | None = None
+    item_embeddings: str | None = None
+    split: str | None = None
+    split_at: str | None = None
     name: str | None = None
 
 
@@ -65,12 +68,26 @@ def make_study(flags: StudyFlags) -> Study:
         "data.source": flags.data,
         "backbone.source": flags.backbone,
         "backbone.tuning": flags.tuning,
+        "item_table": flags.item_embeddings,
+        "protocol.split": flags.split,
+        "protocol.split_at": None if flags.split_at is None else split_list(flags.split_at),
     }
-    # once through plain values: it checks the flags as a study file's values are checked
-    study = study_from_dict(study_to_dict(override(study, **changes)))
+    study = checked(study, **changes)
+    check_split_at(flags.split_at, study.protocol)
     check_data(study.data.source)
     check_backbone(study.backbone.source)
+    check_item_table(study.item_table)
     return study
+
+
+def checked(study: Study, **changes: object) -> Study:
+    """The study with dotted settings changed; None leaves one as it is.
+
+    Raises:
+        BadInput: for a value that a study file could not have either.
+    """
+    # once through plain values: it checks the flags as a study file's values are checked
+    return study_from_dict(study_to_dict(override(study, **changes)))
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -81,9 +98,7 @@ def split_list(text: str) -> tuple[str, ...]:
 def _study_name(data: str | None, backbone: str | None) -> str:
     parts: list[str] = []
     if data not in {None, "embedded"}:
-        path = Path(str(data)).resolve()
-        is_generic = path.stem.lower() in GENERIC
-        parts.append(path.parent.name if is_generic else path.name if path.is_dir() else path.stem)
+        parts.append(stem(Path(str(data))))
     if backbone not in {None, "embedded"}:
         parts.append(Path(str(backbone)).resolve().name)
     return "-".join(part for part in parts if part) or "embedded"
@@ -95,9 +110,22 @@ def default_output(study: Study) -> Path:
 
 
 def check_data(source: str) -> None:
-    """Refuse a log that does not exist."""
-    if source != "embedded" and not Path(source).exists():
-        raise BadInput("data", source, "a file or folder that exists, or embedded")
+    """Refuse what is neither a path that exists nor the name of a log."""
+    if source == "embedded" or Path(source).exists():
+        return
+
+    from depthprobe.data.public import is_public, public_set
+
+    if not is_public(source):
+        allowed = "a file or folder that exists, a public set (depthprobe data list), or embedded"
+        raise BadInput("data", source, allowed)
+    public_set(source)  # refuses a category that does not exist
+
+
+def check_split_at(text: str | None, protocol: Protocol) -> None:
+    """Refuse points in time that the split would not look at."""
+    if text is not None and protocol.split != "temporal":
+        raise BadInput("split-at", text, "with --split temporal alone")
 
 
 def check_backbone(source: str) -> None:
@@ -108,6 +136,12 @@ def check_backbone(source: str) -> None:
             raise BadInput("backbone", source, "a folder with config.json")
     elif not path.exists() and not HUB_ID.fullmatch(source):
         raise BadInput("backbone", source, "a folder that exists, a Hugging Face id, or embedded")
+
+
+def check_item_table(source: str) -> None:
+    """Refuse a file of item embeddings that does not exist."""
+    if source not in {"sasrec", "text"} and not Path(source).is_file():
+        raise BadInput("item_table", source, "a .npy file that exists, text, or sasrec")
 
 
 def check_settings(**settings: object) -> None:
@@ -121,6 +155,14 @@ def whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """An option's number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number") from None
 
 
 def check_at_least(field: str, value: int | None, low: int) -> None:

@@ -68,7 +68,7 @@ def command(phase: Phase) -> Callable[..., int]:
         ] = None,
         data: Annotated[
             str | None,
-            typer.Option(metavar="D", help="A log, a prepared folder, or embedded."),
+            typer.Option(metavar="D", help="A log, a prepared folder, a public set, or embedded."),
         ] = None,
         backbone: Annotated[
             str | None, typer.Option(metavar="B", help="A folder, a Hugging Face id, or embedded.")
@@ -105,6 +105,20 @@ def command(phase: Phase) -> Callable[..., int]:
             str | None,
             typer.Option(metavar="full|lora|frozen", help="What of the blocks is trained."),
         ] = None,
+        item_embeddings: Annotated[
+            str | None,
+            typer.Option(
+                metavar="FILE.npy|text|sasrec", help="Where the frozen item table comes from."
+            ),
+        ] = None,
+        split: Annotated[
+            str | None,
+            typer.Option(metavar="leave-one-out|temporal|given", help="What trains, what tests."),
+        ] = None,
+        split_at: Annotated[
+            str | None,
+            typer.Option(metavar="V,T", help="Where validation and test begin: dates, quantiles."),
+        ] = None,
         name: Annotated[str | None, typer.Option(metavar="NAME", help="The study's name.")] = None,
     ) -> int:
         flags = StudyFlags(
@@ -117,6 +131,9 @@ def command(phase: Phase) -> Callable[..., int]:
             epochs=epochs,
             device=device,
             tuning=tuning,
+            item_embeddings=item_embeddings,
+            split=split,
+            split_at=split_at,
             name=name,
         )
         if executor not in EXECUTORS:

@@ -1,12 +1,14 @@
-"""A DataFrame as a small table on the terminal."""
+"""Small tables and bars on the terminal."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Console
 
 PIPE_WIDTH = 200  # columns where nobody has a terminal: wide enough to cut nothing
 
@@ -14,21 +16,52 @@ PIPE_WIDTH = 200  # columns where nobody has a terminal: wide enough to cut noth
 def show_frame(frame: pd.DataFrame, *, title: str | None = None) -> None:
     """Print the frame to standard output, numbers right-aligned, missing values as a dash."""
     from pandas.api.types import is_numeric_dtype
+
+    words = [str(name) for name in frame.columns if not is_numeric_dtype(frame[name])]
+    rows = frame.itertuples(index=False, name=None)
+    show_table([str(name) for name in frame.columns], rows, words=words, title=title)
+
+
+def show_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    words: Collection[str] = (),
+    title: str | None = None,
+) -> None:
+    """Print rows to standard output; the columns named in ``words`` are left-aligned."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in frame.columns:
-        numeric = is_numeric_dtype(frame[name])
-        table.add_column(Text(str(name)), justify="right" if numeric else "left")
-    for row in frame.itertuples(index=False, name=None):
+    table = Table(
+        title=Text(title) if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+    )
+    for name in header:
+        table.add_column(Text(name), justify="left" if name in words else "right")
+    for row in rows:
         table.add_row(*(Text(cell(value)) for value in row))
-    console.print(table)
+    print()
+    console().print(table)
+
+
+def console() -> Console:
+    """Standard output: a terminal in its own width, anything else wide enough to cut nothing."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def bar(share: float, *, width: int = 24) -> str:
+    """A bar of up to ``width`` characters, drawn in eighths of one where the output can show it."""
+    if console().options.ascii_only:
+        return "#" * round(width * share)
+    whole, eighths = divmod(round(8 * width * share), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 
 def cell(value: object) -> str:

@@ -55,6 +55,10 @@ def prepare_data(
     if target is not None:
         check_output(target)
     if str(source) != "embedded" and (Path(source) / MANIFEST).is_file():
+        for field, value in (("format", format), ("items", items), ("columns", columns)):
+            if value is not None and value != Columns():
+                allowed = "none for a prepared folder; prepare the log itself again"
+                raise BadInput(f"data.{field}", value, allowed)
         sequences = _prepared_again(load_data(source), name, cleaning or Cleaning())
     else:
         log = read_log(source, format=format, items=items, columns=columns or Columns())

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from depthprobe.report.style import count, significant
 from depthprobe.report.summary import SAMPLED, Summary
+
+SIZES = ("users", "items", "interactions")
+SPLITS = {
+    "leave-one-out": "Leave-one-out: a user's last item is the test, the one before it "
+    "validation; neither is ever trained on.",
+    "temporal": "Temporal: two points in time for all users. Training ends where validation "
+    "begins; a user is asked for the first item at or after a point, given everything before it, "
+    "and users without anything before it are cold and not asked.",
+    "given": "As the log came, in training, validation and test files: a user is asked for the "
+    "first validation and the first test interaction, given everything before it.",
+}
 
 
 def conditions(summary: Summary) -> tuple[str, ...]:
@@ -21,7 +32,7 @@ def conditions(summary: Summary) -> tuple[str, ...]:
         f"{data['items']:,} items" if data.get("items") else "",
         f"backbone {manifest.get('backbone', {}).get('source', '')}",
         f"{seeds} seed{'' if seeds == 1 else 's'}",
-        "leave-one-out, full ranking"
+        f"{_split_name(run.study, data.get('split', {}))}, full ranking"
         + (", seen items left out" if run.study.protocol.filter_seen else ""),
         _machine(machine),
     ]
@@ -34,10 +45,11 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
     study = run.study
     facts = [
         ("data", _data(manifest.get("data", {}))),
-        ("warnings", " ".join(manifest.get("data", {}).get("warnings", ())) or "none"),
+        ("cleaning", _cleaning(manifest.get("data", {}).get("cleaning", ()))),
+        ("warnings", "; ".join(manifest.get("data", {}).get("warnings", ())) or "none"),
         ("backbone", _backbone(manifest.get("backbone", {}), study)),
-        ("split", "Leave-one-out in the order of time: a user's last item is the test, the one "
-                  "before it validation; neither is ever trained on."),
+        ("item embeddings", _item_embeddings(manifest.get("item_table", {}))),
+        ("split", _split(study, manifest.get("data", {}).get("split", {}))),
         ("ranking", "Every item of the catalogue is ranked for every tested user; items seen "
                     f"before are {'left out' if study.protocol.filter_seen else 'ranked too'}. "
                     "A rank is the mean rank over ties, so equal scores earn nothing."),
@@ -62,13 +74,47 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
 def _data(data: Mapping[str, Any]) -> str:
     if not data:
         return ""
-    sizes = [f"{data[key]:,} {key}" for key in ("users", "items", "interactions") if key in data]
+    sizes = [f"{data[key]:,} {key}" for key in SIZES if key in data]
     said = [f"{data.get('name', 'unnamed')}: {', '.join(sizes)}"]
-    if data.get("statistics"):
-        said.append(_pairs(data["statistics"]))
+    rest = {k: v for k, v in data.get("statistics", {}).items() if k not in SIZES}
+    if rest:
+        said.append(_pairs(rest))
     if data.get("fingerprint"):
         said.append(f"fingerprint {str(data['fingerprint'])[:16]}")
     return "; ".join(said)
+
+
+def _cleaning(steps: Sequence[Mapping[str, Any]]) -> str:
+    """What each step left; the first is the log as it was read."""
+    said = [f"{s['step']}: " + ", ".join(f"{s[key]:,} {key}" for key in SIZES) for s in steps]
+    return "; ".join(said) if len(said) > 1 else "none" if said else ""
+
+
+def _split_name(study: Any, split: Mapping[str, Any]) -> str:
+    name = str(study.protocol.split)
+    if "test_begins" not in split:
+        return f"{name} split" if name == "given" else name
+    return f"{name} split at {split['validation_begins']} and {split['test_begins']}"
+
+
+def _split(study: Any, split: Mapping[str, Any]) -> str:
+    """What the split is, where its points lie, who and what is unknown to training."""
+    said = [SPLITS[study.protocol.split]]
+    if "test_begins" in split:
+        begins = split["validation_begins"], split["test_begins"]
+        said.append("Validation begins on {}, the test on {}.".format(*begins))
+    if "training_interactions" in split:
+        said.append(
+            f"Training has {split['training_interactions']:,} interactions of "
+            f"{split['training_items']:,} items. Asked are {split['validation_users']:,} users in "
+            f"validation and {split['test_users']:,} in the test, where "
+            f"{split['cold_test_targets']:,} of the targets are items unknown to training."
+        )
+    if "cold_test_users" in split:
+        before = "cold_validation_users" in split
+        more = f"{split['cold_validation_users']:,} in validation and " if before else ""
+        said.append(f"Cold users: {more}{split['cold_test_users']:,} in the test.")
+    return " ".join(said)
 
 
 def _backbone(backbone: Mapping[str, Any], study: Any) -> str:
@@ -84,6 +130,19 @@ def _backbone(backbone: Mapping[str, Any], study: Any) -> str:
     said += [f"revision {backbone['revision']}"] if backbone.get("revision") else []
     said += [f"tuning {study.backbone.tuning}", f"{study.backbone.dtype}"]
     return ", ".join(part for part in said if part)
+
+
+def _item_embeddings(table: Mapping[str, Any]) -> str:
+    if not table:
+        return ""
+    made = {
+        "sasrec": "learnt by SASRec from the same training data, anew for each seed",
+        "text": "titles through the backbone, mean over the tokens of the last normed states",
+    }.get(table["source"], f"from {table['source']}")
+    said = [made, f"width {table['width']}", "frozen"]
+    if table.get("sha256"):
+        said += ["centred and scaled", "the same for all seeds", table["sha256"]]
+    return ", ".join(said)
 
 
 def _sampled(summary: Summary) -> str:

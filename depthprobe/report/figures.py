@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import NDArray
 
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.files import complete_file
 from depthprobe.report.labels import label_points, label_right
 from depthprobe.report.readings import (
     cost_reading,
@@ -30,7 +31,6 @@ from depthprobe.report.readings import (
 )
 from depthprobe.report.style import INK, MUTED, count, figure_style, method_style, significant
 from depthprobe.report.summary import FULL, HEADLINE, Point, RunLike, Summary, as_summary
-from depthprobe.sweep.files import complete_file
 
 Array = NDArray[np.float64]
 SIZE = (4.7, 3.7)  # inches; small, so that the text stays readable on a phone

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from depthprobe.files import complete_file
 from depthprobe.report.answer import build_answer
 from depthprobe.report.facts import conditions, how_measured
 from depthprobe.report.figures import FIGURES, save_figure
 from depthprobe.report.summary import RunLike, Summary, summarise
 from depthprobe.report.tables import all_tables, save_table
-from depthprobe.sweep.files import complete_file
 
 if TYPE_CHECKING:
     from depthprobe.sweep.store import Run

@@ -11,6 +11,7 @@ import pandas as pd
 
 from depthprobe.evaluation.metrics import check_metrics
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.files import complete_file
 from depthprobe.report.style import (
     NONE,
     accuracy,
@@ -31,7 +32,6 @@ from depthprobe.report.summary import (
     Summary,
     as_summary,
 )
-from depthprobe.sweep.files import complete_file
 
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 TIMES = ("inference", "training")

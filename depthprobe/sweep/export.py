@@ -6,13 +6,13 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from depthprobe.files import complete_folder
 from depthprobe.models.backbones import load_backbone, load_tokenizer
 from depthprobe.models.blocks import keep_blocks
 from depthprobe.models.build import merge_lora
 from depthprobe.models.exported import write_recommender
 from depthprobe.study import BadInput
 from depthprobe.sweep.context import MODEL, Context
-from depthprobe.sweep.files import complete_folder
 from depthprobe.sweep.plan import Trial
 from depthprobe.sweep.store import Run, open_run
 

@@ -12,6 +12,7 @@ from transformers import Cache
 
 from depthprobe.cost.parameters import count_parameters, flops_per_user
 from depthprobe.evaluation.evaluate import Encoder, evaluate
+from depthprobe.files import complete_file
 from depthprobe.models.blocks import keep_blocks
 from depthprobe.models.popularity import Popularity
 from depthprobe.models.recommender import Recommender
@@ -19,7 +20,6 @@ from depthprobe.probing.early_exit import early_exit
 from depthprobe.probing.skip import skip_each
 from depthprobe.study import parse_layers
 from depthprobe.sweep.context import STATES, Context
-from depthprobe.sweep.files import complete_file
 from depthprobe.sweep.plan import Task, Trial, whole_trial
 from depthprobe.training.distillation import (
     Distiller,
@@ -53,7 +53,7 @@ def popularity(context: Context, task: Task) -> Iterator[Result]:
 
 
 def sasrec(context: Context, task: Task) -> Iterator[Result]:
-    """The non-LLM baseline; its item embeddings are the recommenders' item table."""
+    """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
     (trial,) = task.trials
     model = context.new_sasrec(trial.seed)
     recipe = context.study.sasrec.recipe

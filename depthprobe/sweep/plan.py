@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from depthprobe.study import Study, parse_layers
 
-# what must be trained, at the same seed, before a method can run
+# what must be trained, at the same seed, before a method can run; SASRec is no need of a study
+# whose item table comes from elsewhere
 NEEDS: dict[str, tuple[str, ...]] = {
     "popularity": (),
     "sasrec": (),
@@ -61,17 +62,12 @@ class Task:
     method: str
     seed: int
     trials: tuple[Trial, ...]
+    needs: tuple[str, ...] = ()  # trials that must be done before
 
     @property
     def id(self) -> str:
         """The only trial's name, or the method's for a shared pass."""
         return self.trials[0].id if len(self.trials) == 1 else f"{self.method}-s{self.seed}"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Trials that must be done before."""
-        blocks = self.trials[0].blocks
-        return tuple(whole_trial(name, self.seed, blocks).id for name in NEEDS[self.method])
 
 
 def plan(study: Study, blocks: int) -> list[Task]:
@@ -81,30 +77,32 @@ def plan(study: Study, blocks: int) -> list[Task]:
         BadInput: if the study names depths that the backbone does not have.
     """
     depths = [depth for depth in parse_layers(study.layers, blocks) if depth < blocks]
-    wanted = _with_needs(study.methods)
+    unneeded = () if study.item_table == "sasrec" else ("sasrec",)
+    needs = {name: [n for n in needed if n not in unneeded] for name, needed in NEEDS.items()}
+    wanted = _with_needs(study.methods, needs)
     tasks: list[Task] = []
     for method in (name for name in NEEDS if name in wanted):
         for seed in range(1 if method == "popularity" else study.seeds):
-            tasks += _tasks(method, seed, depths, blocks)
+            before = tuple(whole_trial(name, seed, blocks).id for name in needs[method])
+            groups = _trials(method, seed, depths, blocks)
+            tasks += [Task(method, seed, trials, before) for trials in groups if trials]
     return tasks
 
 
-def _tasks(method: str, seed: int, depths: list[int], blocks: int) -> list[Task]:
+def _trials(method: str, seed: int, depths: list[int], blocks: int) -> list[tuple[Trial, ...]]:
+    """The trials of each of a method's tasks."""
     if method in (*BASELINES, "full"):
-        return [Task(method, seed, (whole_trial(method, seed, blocks),))]
+        return [(whole_trial(method, seed, blocks),)]
     if method == "early-exit":
-        cut = tuple(Trial(method, tuple(range(d)), seed, blocks) for d in range(1, blocks))
-        return [Task(method, seed, cut)] if cut else []
+        return [tuple(Trial(method, tuple(range(d)), seed, blocks) for d in range(1, blocks))]
     if method == "skip":
         every = range(blocks)
         without = [tuple(b for b in every if b != out) for out in every if blocks > 1]
-        skips = tuple(Trial(method, kept, seed, blocks) for kept in without)
-        return [Task(method, seed, skips)] if skips else []
+        return [tuple(Trial(method, kept, seed, blocks) for kept in without)]
     if method == "random-init":
         depths = [*depths, blocks]
     # the deepest first: the longest task should not start last
-    variants = [Trial(method, tuple(range(d)), seed, blocks) for d in reversed(depths)]
-    return [Task(method, seed, (trial,)) for trial in variants]
+    return [(Trial(method, tuple(range(d)), seed, blocks),) for d in reversed(depths)]
 
 
 def whole_trial(method: str, seed: int, blocks: int) -> Trial:
@@ -113,8 +111,8 @@ def whole_trial(method: str, seed: int, blocks: int) -> Trial:
     return Trial(method, kept, seed, blocks)
 
 
-def _with_needs(methods: tuple[str, ...]) -> set[str]:
+def _with_needs(methods: tuple[str, ...], needs: dict[str, list[str]]) -> set[str]:
     wanted = set(methods)
-    while more := {need for name in wanted for need in NEEDS[name]} - wanted:
+    while more := {need for name in wanted for need in needs[name]} - wanted:
         wanted |= more
     return wanted

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.metrics import metrics_from_ranks
+from depthprobe.files import complete_folder, write_json
 from depthprobe.models.build import save_trained
 from depthprobe.sweep.context import MODEL
-from depthprobe.sweep.files import complete_folder, write_json
 from depthprobe.sweep.methods import Result
 from depthprobe.sweep.plan import Trial
 

@@ -14,9 +14,9 @@ import pandas as pd
 
 from depthprobe.evaluation.metrics import check_metrics, per_user_metric
 from depthprobe.evaluation.statistics import Interval, bootstrap_means
+from depthprobe.files import complete_file
 from depthprobe.study import BadInput, Study, study_from_dict
 from depthprobe.sweep.context import TRIALS
-from depthprobe.sweep.files import complete_file
 from depthprobe.sweep.records import USERS, read_record
 
 MANIFEST, STUDY = "manifest.json", "study.toml"

@@ -36,7 +36,7 @@ def measure(context: Context, blocks: int) -> dict[str, Any]:
     settings, device = context.study.cost, context.device
     histories, lengths = _typical_users(context, settings.batch_size)
     batch = _typical_batch(context, context.study.recipe.batch_size)
-    table = torch.randn(context.sequences.n_items + 1, context.study.sasrec.width)
+    table = torch.randn(context.sequences.n_items + 1, context.item_width)
     actions: dict[str, Callable[[], object]] = {}
     # students too, whether or not this sweep asks for them: a later one may, at another load
     for depth in sorted({*parse_layers(context.study.layers, blocks), blocks}):

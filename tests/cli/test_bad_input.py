@@ -34,6 +34,14 @@ CASES = {
     "half an epoch": (["sweep", "--epochs", "0.5"], ["--epochs", "'0.5'", "whole number"]),
     "unknown device": (["sweep", "--device", "gpu"], ["device", "'gpu'", "auto, cpu, cuda, mps"]),
     "unknown tuning": (["sweep", "--tuning", "qlora"], ["tuning", "'qlora'", "full, lora, frozen"]),
+    "unknown item table": (
+        ["sweep", "--item-embeddings", "titles"],
+        ["item_table", "'titles'", "sasrec, text, or a .npy file"],
+    ),
+    "missing item table": (
+        ["sweep", "--item-embeddings", "nowhere.npy"],
+        ["item_table", "'nowhere.npy'", "exists"],
+    ),
     "unknown executor": (["sweep", "--executor", "ray"], ["executor", "'ray'", "local"]),
     "negative jobs": (["sweep", "--jobs", "-1"], ["jobs", "-1", "at least 0"]),
     "output is not a run": (["sweep", "--output", "full"], ["output", "'full'", "earlier run"]),

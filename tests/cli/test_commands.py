@@ -192,23 +192,3 @@ def test_check_fails_with_its_tests(
     assert outcome.code == code
     assert outcome.out.splitlines()[0] == "passed  truncation: equal bit for bit"
     assert outcome.out.splitlines()[1].startswith("passed" if passed else "FAILED")
-
-
-def test_data_prepare_writes_and_show_describes(cli: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "log.txt").write_text("u1 a b c\nu2 b c d\n", encoding="utf-8")
-    outcome = cli("data", "prepare", "log.txt", "prepared", "--name", "tiny")
-    assert outcome.code == 0
-    assert outcome.out.splitlines()[-1] == "prepared"
-    shown = cli("data", "show", "prepared").out
-    rows = dict(line.split(maxsplit=1) for line in shown.splitlines())
-    assert (rows["name"], rows["users"], rows["items"]) == ("tiny", "2", "4")
-    assert rows["interactions"] == "6"
-    assert "warning: no times" in shown
-
-
-def test_data_list_has_a_line_a_format(cli: Callable[..., Any]) -> None:
-    from depthprobe.data.readers import FORMATS
-
-    lines = cli("data", "list").out.splitlines()
-    assert [line.split()[0] for line in lines] == list(FORMATS)
-    assert all(len(line.split()) > 1 for line in lines)

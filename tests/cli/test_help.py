@@ -15,7 +15,7 @@ import depthprobe
 
 COMMANDS = {
     "sweep": ["STUDY.toml", "--data", "--backbone", "--layers", "--methods", "--seeds", "--epochs"]
-    + ["--output", "--device", "--executor", "--jobs"],
+    + ["--output", "--device", "--executor", "--jobs", "--item-embeddings"],
     "report": ["RUN", "--output"],
     "cost": ["--backbone", "--layers"],
     "export": ["RUN", "TRIAL", "DIR"],

@@ -31,6 +31,7 @@ def test_flags_override_a_study_file(tmp_path: Path) -> None:
         epochs=2,
         device="cpu",
         tuning="lora",
+        item_embeddings="text",
     )
     study = make_study(flags)
     assert study.name == "depth"
@@ -38,6 +39,7 @@ def test_flags_override_a_study_file(tmp_path: Path) -> None:
     assert study.recipe == replace(Recipe(), epochs=2)
     assert (study.device, study.data.source) == ("cpu", str(log))
     assert (study.backbone.tuning, study.backbone.source) == ("lora", "embedded")
+    assert study.item_table == "text"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.prepared import order_log, prepare_data
 from depthprobe.data.statistics import NO_TIMES
 from depthprobe.data.storage import Sequences, load_data, write_data
-from depthprobe.study import BadInput, Cleaning
+from depthprobe.study import BadInput, Cleaning, Columns
 
 # users, items, interactions of the public sets, in the folder that DEPTHPROBE_DATA names
 PUBLISHED = {
@@ -288,6 +288,10 @@ def test_cleaning_in_two_goes_is_cleaning_in_one(log: Log, tmp_path: Path) -> No
     assert again.fingerprint == once.fingerprint
     assert again.cleaning == once.cleaning
     assert again.warnings == once.warnings
+    with pytest.raises(BadInput, match="none for a prepared folder"):
+        prepare_data(tmp_path / "some", format="csv")
+    with pytest.raises(BadInput, match="none for a prepared folder"):
+        prepare_data(tmp_path / "some", columns=Columns(user="u"))
     renamed = prepare_data(tmp_path / "some", name="other")
     assert (renamed.name, renamed.fingerprint) == ("other", once.fingerprint)
 

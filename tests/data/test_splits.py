@@ -74,7 +74,7 @@ def test_cold_targets_are_counted_and_stay() -> None:
     split = leave_one_out(make([[1, 2, 3], [1, 2, 4], [1, 2, 1, 2]]))
     assert split.statistics["cold_test_targets"] == 2
     assert split.targets("test").tolist() == [3, 4, 2]
-    assert split.warnings[0].startswith("2 of 3 test targets (66.7%)")
+    assert split.warnings[0].startswith("2 of 3 test targets (67 %)")
 
 
 TIMED = [

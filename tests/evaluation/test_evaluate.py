@@ -66,8 +66,7 @@ def test_limit_draws_the_same_users_each_time() -> None:
     sequences = order_log(Log(users=encode_ids(users), items=encode_ids(items)))
     split = leave_one_out(sequences)
     drawn = [
-        questions(split, "validation", max_history=3, filter_seen=False, limit=9)
-        for _ in range(2)
+        questions(split, "validation", max_history=3, filter_seen=False, limit=9) for _ in range(2)
     ]
     assert drawn[0].users.tolist() == drawn[1].users.tolist()
     assert len(set(drawn[0].users.tolist())) == 9

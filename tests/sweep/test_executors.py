@@ -12,8 +12,12 @@ from depthprobe.sweep.executors import Outcome, run_here, run_in_processes
 from depthprobe.sweep.plan import Task, Trial
 
 SASREC, FULL, PROBE = (
-    Task(method, 0, (Trial(method, kept, 0, 2),))
-    for method, kept in (("sasrec", ()), ("full", (0, 1)), ("early-exit", (0,)))
+    Task(method, 0, (Trial(method, kept, 0, 2),), needs)
+    for method, kept, needs in (
+        ("sasrec", (), ()),
+        ("full", (0, 1), ("sasrec-s0",)),
+        ("early-exit", (0,), ("full-d02-s0",)),
+    )
 )
 OTHERS = [Task("popularity", seed, (Trial("popularity", (), seed, 2),)) for seed in range(4)]
 

@@ -36,6 +36,15 @@ def test_needs_are_added() -> None:
     ]
 
 
+@pytest.mark.parametrize("item_table", ["text", "vectors.npy"])
+def test_a_table_from_elsewhere_needs_no_sasrec(item_table: str) -> None:
+    study = Study(layers="2", methods=("distill",), seeds=1, item_table=item_table)
+    full, distill = plan(study, 4)
+    assert (full.id, full.needs) == ("full-d04-s0", ())
+    assert (distill.id, distill.needs) == ("distill-d02-s0", ("full-d04-s0",))
+    assert "sasrec-s0" in ids(replace(study, methods=("distill", "sasrec")), 4)
+
+
 def test_full_depth_is_the_teacher_and_not_a_variant() -> None:
     study = Study(layers="all", methods=("finetune", "random-init"), seeds=1)
     found = ids(study, 3)

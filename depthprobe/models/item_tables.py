@@ -1,0 +1,228 @@
+"""Frozen item tables from outside SASRec: a ``.npy`` file, or titles through the backbone.
+
+Row ``i`` of a table, (I + 1, d) float32, is item ``i``; row 0 is padding and zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from depthprobe.models.backbones import load_backbone, load_tokenizer
+from depthprobe.study import Backbone, BadInput
+
+FIELD, TEXT = "item_table", "text"
+IDS = ".ids.txt"
+LONGEST_TITLE = 64  # tokens, the start token included
+SMALLEST_SPREAD = 1e-6  # of the values' size: below, the items differ by float32's rounding alone
+# a fresh output adapter turns items of this RMS length into scores of a spread near 1: the loss
+# starts close to ln(I), and usual learning rates move it
+ITEM_LENGTH = 1.0
+
+
+def make_table(
+    source: str,
+    settings: Backbone,
+    item_ids: Sequence[str],
+    titles: Sequence[str] | None,
+    *,
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
+) -> Tensor:
+    """The balanced item table of a ``.npy`` file, or of ``"text"``, (I + 1, d) on the CPU.
+
+    Args:
+        settings: the backbone that reads the titles.
+        item_ids: raw ids of items 1..I.
+        titles: of items 1..I, empty where unknown; None where no item has one.
+        device: where the backbone runs.
+        say: is told before the titles are read, which can take minutes.
+
+    Raises:
+        BadInput: if there are no titles, no tokenizer, or the file can't be used.
+    """
+    if source != TEXT:
+        return balanced(read_embeddings(source, item_ids), source)
+    texts = item_texts(item_ids, titles)
+    tokenizer = load_tokenizer(settings.source, revision=settings.revision)
+    backbone = load_backbone(
+        settings.source,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
+    backbone.to(device)  # type: ignore[arg-type]  # it moves in place; its decorator hides the type
+    say(f"embedding the titles of {len(texts):,} items")
+    return balanced(embed_titles(backbone, tokenizer, texts), source)
+
+
+def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
+    """The item table of a ``.npy`` file of floats, (rows, d) -> (I + 1, d) float32.
+
+    ``NAME.ids.txt`` beside ``NAME.npy`` says the raw id of each row, one a line; rows of other
+    items are left out. Without it there is a row an item, in the order of ``item_ids``.
+
+    Args:
+        item_ids: raw ids of items 1..I.
+
+    Raises:
+        BadInput: if the file is not such an array, an item has no row, or a value is not finite.
+    """
+    file = Path(path)
+    values = _open(file)
+    rows = _rows(file, len(values), list(map(str, item_ids)))
+    table = torch.zeros(len(rows) + 1, values.shape[1])
+    with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
+        table[1:] = torch.from_numpy(values[rows].astype(np.float32))
+    finite = table[1:].isfinite().all(dim=1).numpy()
+    if not finite.all():
+        place = int(np.argmin(finite))
+        allowed = f"finite numbers; row {rows[place]} (item {item_ids[place]!r}) has another"
+        raise BadInput(FIELD, file, allowed)
+    return table
+
+
+def item_texts(item_ids: Sequence[str], titles: Sequence[str] | None) -> list[str]:
+    """What stands for each item: its title, or its raw id where it has none.
+
+    Raises:
+        BadInput: if no item has a title.
+    """
+    if titles is None or not any(titles):
+        raise BadInput(FIELD, TEXT, "a log with item titles (data.items names a file with them)")
+    return [title or str(raw) for raw, title in zip(item_ids, titles, strict=True)]
+
+
+def embed_titles(
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch: int = 64,
+) -> Tensor:
+    """Mean of the backbone's last normed states over each title's tokens, (I + 1, D) float32.
+
+    The start token, where the tokenizer has one, is read before the title but not pooled: no title
+    changes its state.
+
+    Args:
+        texts: of items 1..I; each is cut to 64 tokens.
+        batch: titles at once; those of like length go together.
+
+    Raises:
+        BadInput: if the tokenizer finds no token in a text.
+    """
+    start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    longest = LONGEST_TITLE - len(start)
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in texts]
+    for text, found in zip(texts, tokens, strict=True):
+        if not found:
+            raise BadInput(FIELD, TEXT, f"titles that the tokenizer can read; in {text!r} it can't")
+    decoder, device = backbone.base_model, backbone.device
+    width = backbone.config.get_text_config(decoder=True).hidden_size
+    table = torch.zeros(len(texts) + 1, width)
+    order = sorted(range(len(texts)), key=lambda place: len(tokens[place]))
+    for first in range(0, len(order), batch):
+        chosen = order[first : first + batch]
+        lengths = torch.tensor([len(start) + len(tokens[place]) for place in chosen])
+        places = torch.arange(int(lengths.max()))
+        seen = places < lengths[:, None]  # (B, T)
+        padded = torch.zeros(seen.shape, dtype=torch.long)
+        padded[seen] = torch.tensor([t for place in chosen for t in [*start, *tokens[place]]])
+        with torch.inference_mode():
+            states = decoder(
+                input_ids=padded.to(device),
+                attention_mask=seen.long().to(device),
+                use_cache=False,
+            ).last_hidden_state  # (B, T, D)
+            pooled = (seen & (places >= len(start))).to(device)
+            total = (states.float() * pooled[:, :, None]).sum(dim=1)
+            table[torch.tensor(chosen) + 1] = (total / pooled.sum(dim=1, keepdim=True)).cpu()
+    return table
+
+
+def balanced(table: Tensor, source: str) -> Tensor:
+    """The table centred over its items and brought to a common size, (I + 1, d).
+
+    Neither changes what a recommender can learn. A vector common to all items adds the same to all
+    scores of a user, and a bias to the adapted items; a factor is one of the adapters' weights.
+    Both change how fast it learns. Mean-pooled states of a language model point nearly all the
+    same way, so that scores would start equal; embeddings of length 1 and of length 20
+    would learn at different speeds.
+
+    Args:
+        source: what the table was made from, for the message.
+
+    Raises:
+        BadInput: if all items are alike.
+    """
+    items = table[1:].double()
+    centred = items - items.mean(dim=0)
+    spread = float(centred.square().sum(dim=1).mean().sqrt())  # the items' RMS length
+    if not spread > SMALLEST_SPREAD * float(items.square().sum(dim=1).mean().sqrt()):
+        raise BadInput(FIELD, source, "embeddings that differ from item to item")
+    result = torch.zeros_like(table)
+    result[1:] = (centred * (ITEM_LENGTH / spread)).float()
+    return result
+
+
+def table_hash(table: Tensor) -> str:
+    """``sha256:`` of a float32 table's shape and values."""
+    values = table.numpy()
+    digest = hashlib.sha256(repr(values.shape).encode())
+    digest.update(values.astype("<f4", copy=False).tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _open(file: Path) -> np.ndarray:
+    allowed = "a .npy file that holds a matrix of floats, a row an item"
+    try:
+        values: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).partition("\n")[0][:80]
+        raise BadInput(FIELD, file, f"{allowed} ({reason})") from error
+    if not isinstance(values, np.ndarray):  # an archive of arrays under another name
+        raise BadInput(FIELD, file, f"{allowed}, not several in an archive")
+    if values.ndim != 2 or values.shape[1] < 1 or values.dtype.kind != "f":
+        raise BadInput(FIELD, file, f"{allowed}; it holds {values.dtype} {values.shape}")
+    return values
+
+
+def _rows(file: Path, rows: int, item_ids: list[str]) -> np.ndarray:
+    """The row of each item, int64 (I,)."""
+    beside = file.with_suffix(IDS)
+    if not beside.is_file():
+        if rows != len(item_ids):
+            raise BadInput(
+                FIELD,
+                file,
+                f"it has {rows:,} rows, and the log {len(item_ids):,} items after cleaning: a row"
+                f" an item in the natural order of their ids, or {beside.name} beside it with the"
+                " raw id of each row, one a line",
+            )
+        return np.arange(rows)
+    try:
+        lines = beside.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(FIELD, beside, "UTF-8 text that can be read, a raw id a line") from error
+    if len(lines) != rows:
+        allowed = f"{len(lines):,} lines, and {file.name} has {rows:,} rows: the raw id of each"
+        raise BadInput(FIELD, beside, allowed)
+    row: dict[str, int] = {}
+    for place, line in enumerate(lines):
+        first = row.setdefault(line.strip(), place)
+        if first != place:
+            twice = f"{line.strip()!r} is on lines {first + 1} and {place + 1}"
+            raise BadInput(FIELD, beside, f"each id once; {twice}")
+    missing = [raw for raw in item_ids if raw not in row]
+    if missing:
+        some = f"{len(missing):,} of {len(item_ids):,} are not in it, the first is {missing[0]!r}"
+        raise BadInput(FIELD, beside, f"a row for each of the log's items; {some}")
+    return np.array([row[raw] for raw in item_ids], dtype=np.int64)

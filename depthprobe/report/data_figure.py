@@ -1,0 +1,155 @@
+"""The figure of a log: how long histories are, how popular items, when it all happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from depthprobe.data.shape import length_bins, popularity, top_shares
+from depthprobe.data.splits import Split, make_split
+from depthprobe.data.storage import Sequences
+from depthprobe.files import complete_file
+from depthprobe.report.style import INK, MUTED, count, figure_style, percent
+from depthprobe.study import BadInput, Protocol
+
+BARS, HELD_OUT = "#0069a8", "#c2500a"
+PANEL = (3.9, 3.3)  # inches
+TIME_BINS = 48
+
+
+def data_figure(sequences: Sequences, protocol: Protocol | None = None) -> Figure:
+    """Users by history length, interactions by item rank and, for a log with times, over time.
+
+    Over time, what is held out by the split stands apart from what trains, and where a temporal
+    split begins to validate and to test is marked. Without a ``protocol`` the split is the
+    default one, and a log that can't be split so is drawn without.
+
+    Raises:
+        BadInput: if the log can't be split as the protocol says.
+    """
+    try:
+        split = make_split(sequences, protocol or Protocol())
+    except BadInput:
+        if protocol is not None:
+            raise
+        split = None
+    panels = 2 if sequences.times is None else 3
+    with figure_style():
+        layout = ConstrainedLayoutEngine(wspace=0.06)
+        figure = Figure(figsize=(panels * PANEL[0], PANEL[1]), layout=layout)
+        axes = figure.subplots(1, panels)
+        _lengths(axes[0], np.diff(sequences.offsets))
+        _popularity(axes[1], popularity(sequences))
+        if sequences.times is not None:
+            _times(axes[2], np.asarray(sequences.times), split)
+    return figure
+
+
+def save_data_figure(sequences: Sequences, path: Path, *, protocol: Protocol | None = None) -> Path:
+    """Draw the figure into a .png (150 dpi), .svg or .pdf file, whole or not at all.
+
+    Raises:
+        BadInput: if the log can't be split as the protocol says.
+    """
+    kind = path.suffix.lower().lstrip(".")
+    figure = data_figure(sequences, protocol)
+    # without a date the same log gives the same bytes
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with figure_style(), complete_file(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=150, metadata=undated)
+    return path
+
+
+def _lengths(ax: Axes, lengths: np.ndarray) -> None:
+    bins = length_bins(lengths)
+    edges = np.array([bins[0][0] - 0.5, *(high + 0.5 for _, high, _ in bins)])
+    users = [users for _, _, users in bins]
+    ax.bar(edges[:-1], users, np.diff(edges), align="edge", color=BARS, edgecolor="white")
+    ax.set_xscale("log")
+    step = -(-len(bins) // 8)  # more numbers than that would touch
+    ax.xaxis.set_major_locator(FixedLocator([high for _, high, _ in bins][::step]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.grid(visible=False, axis="x")
+    _counts(ax)
+    ax.set_xlabel("interactions of a user, up to")
+    ax.set_title("Users by length of history")
+
+
+def _popularity(ax: Axes, taken: np.ndarray) -> None:
+    falling = np.sort(taken)[::-1]
+    rank = np.arange(1, len(falling) + 1)
+    # a point for every rank would be a file of megabytes: those that a log scale tells apart
+    shown = np.unique(np.geomspace(1, len(rank), 400).round().astype(np.int64)) - 1
+    ax.plot(rank[shown], falling[shown], color=BARS, linewidth=2)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axis.set_minor_formatter(NullFormatter())
+    tenth = next(share for top, _, share in top_shares(taken) if top == 10)
+    ax.text(
+        0.04, 0.06, f"the top 10 % of items\ntake {percent(tenth, 0)} of interactions",
+        transform=ax.transAxes, color=MUTED,
+    )  # fmt: skip
+    ax.set_xlabel("rank of the item")
+    ax.set_title("Interactions of each item")
+
+
+def _times(ax: Axes, times: np.ndarray, split: Split | None) -> None:
+    edges = np.linspace(times.min(), times.max() + 1, TIME_BINS + 1)
+    days = edges.astype("datetime64[s]")
+    trains = np.ones(len(times), dtype=bool) if split is None else _trained(split)
+    every, trained = (np.histogram(part, edges)[0] for part in (times, times[trains]))
+    ax.stairs(trained, days, fill=True, color=BARS, label="training")
+    ax.stairs(every, days, baseline=trained, fill=True, color=HELD_OUT, label="held out")
+    ax.set_ylim(0, 1.12 * every.max())  # room for the words above
+    if split is not None and "test_begins" in split.statistics:
+        # to either side, as the two may lie close together
+        for asked, text, side in (
+            (split.validation, "validation ", "right"),
+            (split.test, " test", "left"),
+        ):
+            begins = times[asked.targets].min().astype("datetime64[s]")
+            ax.axvline(begins, color=INK, linewidth=1.1, linestyle="--")
+            ax.text(
+                begins, 0.98, text, transform=ax.get_xaxis_transform(), ha=side, va="top",
+                color=MUTED,
+            )  # fmt: skip
+    locator = AutoDateLocator(minticks=3, maxticks=6)  # type: ignore[no-untyped-call]
+    ax.xaxis.set_major_locator(locator)
+    dates = ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]
+    ax.xaxis.set_major_formatter(dates)
+    ax.grid(visible=False, axis="x")
+    _counts(ax)
+    if split is not None:
+        # on the left: on the right stands the year or day that the ticks leave out
+        ax.legend(
+            loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, handlelength=1.2, borderpad=0
+        )
+    ax.set_title("Interactions over time")
+
+
+def _trained(split: Split) -> np.ndarray:
+    """Which interactions train, bool (N,)."""
+    offsets = np.asarray(split.sequences.offsets)
+    lengths = np.diff(offsets)
+    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    trained: np.ndarray = places < np.repeat(split.train_stop - offsets[:-1], lengths)
+    return trained
+
+
+def _counts(ax: Axes) -> None:
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+
+
+def _short(value: float) -> str:
+    """1,000, 20 k and 3 M: the round numbers of an axis."""
+    return count(value).replace(".00", "").replace(".0 ", " ")

@@ -1,0 +1,41 @@
+"""Depths as people write them: ``1,2,4``, ``1-12``, ``all``, ``auto``."""
+
+from __future__ import annotations
+
+from depthprobe.study.errors import BadInput
+
+
+def parse_layers(text: str, blocks: int | None) -> tuple[int, ...]:
+    """Depths named by ``1,2,4``, ``1-12`` (both included), ``all`` or ``auto`` (1, 2, 4, ...).
+
+    Args:
+        text: what the user wrote.
+        blocks: the backbone's number of blocks; None checks the spelling alone and returns ().
+
+    Raises:
+        BadInput: for anything that is not a depth between 1 and ``blocks``.
+    """
+    top = "the backbone's number of blocks" if blocks is None else f"{blocks}"
+    allowed = f"depths from 1 to {top}, as 1,2,4 or 1-12 or all"
+    word = text.strip().lower()
+    if word in {"all", "auto"}:
+        if blocks is None:
+            return ()
+        if word == "all":
+            return tuple(range(1, blocks + 1))
+        return tuple(2**k for k in range(blocks.bit_length()) if 2**k < blocks)
+    depths: set[int] = set()
+    for part in word.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not (_is_count(first) and (_is_count(last) if dash else True)):
+            raise BadInput("layers", text, allowed)
+        low, high = int(first), int(last if dash else first)
+        if low < 1 or high < low or (blocks is not None and high > blocks):
+            raise BadInput("layers", text, allowed)
+        if blocks is not None:
+            depths.update(range(low, high + 1))
+    return tuple(sorted(depths))
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 6

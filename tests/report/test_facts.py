@@ -1,0 +1,92 @@
+"""What the report says of the split and of the cleaning is what the run recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depthprobe.report.caveats import caveats
+from depthprobe.report.facts import conditions, how_measured
+from depthprobe.report.summary import Summary, summarise
+from depthprobe.study import override
+
+Make = Callable[..., Any]
+
+COUNTS = {
+    "training_interactions": 12_345, "training_items": 1_990, "validation_users": 410,
+    "test_users": 400, "cold_test_targets": 7,
+}  # fmt: skip
+POINTS = {
+    "validation_begins": "2014-03-01", "test_begins": "2014-05-01", "cold_validation_users": 21,
+    "cold_test_users": 34,
+}  # fmt: skip
+SPLITS = {
+    "leave-one-out": (
+        COUNTS,
+        "leave-one-out, full",
+        ["a user's last item", "400 in the test", " 7 of"],
+    ),
+    "temporal": (
+        COUNTS | POINTS,
+        "temporal split at 2014-03-01 and 2014-05-01, full",
+        ["points in time", "on 2014-03-01, the test on 2014-05-01", "21 in validation", "34 in"],
+    ),
+    "given": (
+        COUNTS | {"cold_test_users": 5},
+        "given split, full",
+        ["As the log came", "12,345 interactions of 1,990 items", "Cold users: 5 in the test"],
+    ),
+}
+
+
+def summary_of(make: Make, folder: Path, name: str, **data: object) -> Summary:
+    run = make(folder, methods=["full", "finetune"], seeds=1, users=60)
+    run.study = override(run.study, **{"protocol.split": name})
+    run.manifest["data"] |= data
+    return summarise(run)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_split_is_the_run_s(make: Make, tmp_path: Path, split: str) -> None:
+    counts, condition, words = SPLITS[split]
+    summary = summary_of(make, tmp_path, split, split=counts)
+    assert any(part.startswith(condition) for part in conditions(summary))
+    said = dict(how_measured(summary))["split"]
+    for word in words:
+        assert word in said
+    assert ("last item" in said) == (split == "leave-one-out")
+
+
+def test_a_run_without_counts_still_says_its_split(make: Make, tmp_path: Path) -> None:
+    said = dict(how_measured(summary_of(make, tmp_path, "leave-one-out")))
+    assert said["split"].startswith("Leave-one-out")
+    assert "Training has" not in said["split"]
+    assert "cleaning" not in said
+
+
+def test_cleaning_statistics_and_warnings(make: Make, tmp_path: Path) -> None:
+    steps = [
+        {"step": "as read", "interactions": 20_000, "users": 500, "items": 3_000},
+        {"step": "5-core", "interactions": 15_000, "users": 412, "items": 2_000},
+    ]
+    data = {
+        "cleaning": steps,
+        "statistics": {"users": 412, "density": 0.0182, "first": "2012-01-01"},
+        "warnings": ["no times: order is the file's", "34 users begin after the test does"],
+    }
+    summary = summary_of(make, tmp_path, "leave-one-out", **data)
+    said = dict(how_measured(summary))
+    assert said["cleaning"] == (
+        "as read: 500 users, 3,000 items, 20,000 interactions; "
+        "5-core: 412 users, 2,000 items, 15,000 interactions"
+    )
+    assert "density 0.0182, first 2012-01-01" in said["data"]
+    assert said["data"].count("users") == 1
+    assert said["warnings"] == "; ".join(data["warnings"])
+    shown = caveats(summary, None)
+    assert {f"Data: {warning}." for warning in data["warnings"]} <= set(shown)
+    unclean = summary_of(make, tmp_path, "leave-one-out", cleaning=steps[:1])
+    assert dict(how_measured(unclean))["cleaning"] == "none"

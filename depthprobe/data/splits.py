@@ -220,8 +220,8 @@ def _split(
         share = cold_targets / len(test.users)
         warnings = [
             *warnings,
-            f"{cold_targets:,} of {len(test.users):,} test targets ({100 * share:.2g} %) are items that "
-            "no training interaction holds: they stay in every score",
+            f"{cold_targets:,} of {len(test.users):,} test targets ({100 * share:.2g} %) are items "
+            "that no training interaction holds: they stay in every score",
         ]
     statistics: dict[str, float | int | str] = {
         "training_interactions": int(lengths.sum()),

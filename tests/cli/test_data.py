@@ -116,7 +116,7 @@ def test_show_counts_and_draws(cli: Cli, log: Path) -> None:
     assert [line for line in outcome.out.splitlines() if line.startswith("warning: ")] == [
         "warning: 4 of 7 items have no title",
         "warning: 2 of 5 users train only: fewer than 3 interactions",
-        "warning: 2 of 3 test targets (66.7%) are items that no training interaction holds: "
+        "warning: 2 of 3 test targets (67 %) are items that no training interaction holds: "
         "they stay in every score",
     ]
 

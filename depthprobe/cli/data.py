@@ -6,11 +6,13 @@ from itertools import groupby
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from depthprobe.cli.options import (
+    SplitKind,
+    SplitPoints,
     check_data,
     check_split_at,
     check_writable,
@@ -19,10 +21,7 @@ from depthprobe.cli.options import (
     split_list,
     whole,
 )
-from depthprobe.study import BadInput, Data, Study
-
-if TYPE_CHECKING:
-    from depthprobe.data.storage import Sequences
+from depthprobe.study import BadInput, Study
 
 PICTURES = (".png", ".svg", ".pdf")
 # what the flags set of a study, whose settings are checked when it is made
@@ -99,8 +98,9 @@ def prepare(
     check_writable("output", output)
 
     from depthprobe.cli.describe import describe
+    from depthprobe.data.prepared import read_data
 
-    describe(read(data, output, name), source=source)
+    describe(read_data(data, output, name=name), source=source)
     print(f"\n{output}")
 
 
@@ -119,14 +119,8 @@ def show(
     repeats: Repeats = None,
     latest: Latest = None,
     core: Core = None,
-    split: Annotated[
-        str | None,
-        typer.Option(metavar="leave-one-out|temporal|given", help="What trains, what tests."),
-    ] = None,
-    split_at: Annotated[
-        str | None,
-        typer.Option(metavar="V,T", help="Where validation and test begin: dates, quantiles."),
-    ] = None,
+    split: SplitKind = None,
+    split_at: SplitPoints = None,
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it as well: .png, .svg or .pdf.")
     ] = None,
@@ -137,8 +131,9 @@ def show(
         check_picture(figure)
 
     from depthprobe.cli.describe import describe
+    from depthprobe.data.prepared import read_data
 
-    sequences = read(study.data)
+    sequences = read_data(study.data)
     protocol = None if split is None else study.protocol
     describe(sequences, source=source, protocol=protocol, charts=True)
     if figure is not None:
@@ -160,21 +155,6 @@ def settings(flags: dict[str, Any]) -> Study:
     check_split_at(points, study.protocol)
     check_data(study.data.source)
     return study
-
-
-def read(data: Data, output: Path | None = None, name: str | None = None) -> Sequences:
-    """The log in order, cleaned; written to ``output`` where there is one."""
-    from depthprobe.data.prepared import prepare_data
-
-    return prepare_data(
-        data.source,
-        output,
-        name=name,
-        format=data.format,
-        items=data.items,
-        columns=data.columns,
-        cleaning=data.cleaning,
-    )
 
 
 def check_picture(path: Path) -> None:

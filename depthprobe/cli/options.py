@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -22,6 +23,14 @@ from depthprobe.study import (
 )
 
 RUN_FILES = ("manifest.json", "study.toml")
+SplitKind = Annotated[
+    str | None,
+    typer.Option(metavar="leave-one-out|temporal|given", help="What trains, what tests."),
+]
+SplitPoints = Annotated[
+    str | None,
+    typer.Option(metavar="V,T", help="Where validation and test begin: dates, quantiles."),
+]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

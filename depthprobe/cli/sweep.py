@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from depthprobe.cli.options import (
+    SplitKind,
+    SplitPoints,
     StudyFlags,
     check_at_least,
     check_output,
@@ -111,14 +113,8 @@ def command(phase: Phase) -> Callable[..., int]:
                 metavar="FILE.npy|text|sasrec", help="Where the frozen item table comes from."
             ),
         ] = None,
-        split: Annotated[
-            str | None,
-            typer.Option(metavar="leave-one-out|temporal|given", help="What trains, what tests."),
-        ] = None,
-        split_at: Annotated[
-            str | None,
-            typer.Option(metavar="V,T", help="Where validation and test begin: dates, quantiles."),
-        ] = None,
+        split: SplitKind = None,
+        split_at: SplitPoints = None,
         name: Annotated[str | None, typer.Option(metavar="NAME", help="The study's name.")] = None,
     ) -> int:
         flags = StudyFlags(

@@ -63,7 +63,8 @@ def download(
                 raise BadInput("download", path.name, f"{wrong}; delete {path} and run again")
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part, size=size, checksum=checksum, progress=progress or (lambda *_: None))
+        report = progress or (lambda *_: None)
+        _persist(lambda: _append(url, part, size=size, checksum=checksum, progress=report))
         if wrong := _difference(part, size, checksum):
             _discard(part)
             raise _RefusedError(wrong)
@@ -79,23 +80,15 @@ def download(
     return path
 
 
-def _fetch(
-    url: str,
-    part: Path,
-    *,
-    size: int | None,
-    checksum: str | None,
-    progress: Callable[[int, int | None], None],
-) -> None:
-    for attempt in range(ATTEMPTS):
+def _persist(attempt: Callable[[], None]) -> None:
+    """Try again, after longer and longer pauses, what was cut off."""
+    for number in range(ATTEMPTS):
         try:
-            if size is None or not part.exists() or part.stat().st_size != size:
-                _append(url, part, size=size, checksum=checksum, progress=progress)
-            return
+            return attempt()
         except _CutError as error:
-            if attempt == ATTEMPTS - 1:
+            if number == ATTEMPTS - 1:
                 raise _RefusedError(str(error)) from error
-            time.sleep(PAUSE * 2**attempt)
+            time.sleep(PAUSE * 2**number)
 
 
 def _append(
@@ -108,6 +101,8 @@ def _append(
 ) -> None:
     """Ask for what the part lacks; start again where the server can't give only that."""
     there = part.stat().st_size if part.exists() else 0
+    if there and there == size:
+        return
     known = _validator(part).read_text(encoding="utf-8") if _validator(part).exists() else ""
     headers = {"User-Agent": f"depthprobe/{__version__}", "Accept-Encoding": "identity"}
     if there and (known or checksum):  # else nothing would tell two versions spliced together

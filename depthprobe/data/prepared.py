@@ -13,9 +13,9 @@ from depthprobe.data.cleaning import clean
 from depthprobe.data.log import Ids, Log
 from depthprobe.data.numbering import number_ids, used_only
 from depthprobe.data.readers.formats import read_log
-from depthprobe.data.statistics import order_warnings, statistics
+from depthprobe.data.statistics import order_warnings, statistics, tied_neighbours
 from depthprobe.data.storage import MANIFEST, Sequences, check_output, load_data, write_data
-from depthprobe.study import BadInput, Cleaning, Columns
+from depthprobe.study import BadInput, Cleaning, Columns, Data
 
 LONGEST_TITLE = 256  # characters
 
@@ -69,6 +69,21 @@ def prepare_data(
     return load_data(target)
 
 
+def read_data(
+    settings: Data, output: str | Path | None = None, *, name: str | None = None
+) -> Sequences:
+    """The log of a study's settings; see :func:`prepare_data`."""
+    return prepare_data(
+        settings.source,
+        output,
+        name=name,
+        format=settings.format,
+        items=settings.items,
+        columns=settings.columns,
+        cleaning=settings.cleaning,
+    )
+
+
 def _prepared_again(sequences: Sequences, name: str | None, rules: Cleaning) -> Sequences:
     if rules == Cleaning():
         return replace(sequences, name=name or sequences.name)
@@ -99,7 +114,8 @@ def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = 
     times = None if precise is None else np.floor(precise).astype(np.int64)
     given = None if log.parts is None else _given(offsets, users, log.parts[order])
     titles, untitled = _titles(log.titles, item_ids)
-    warnings = [*log.notes, *order_warnings(offsets, items, precise, item_ids)]
+    tied = None if precise is None else tied_neighbours(offsets, precise)
+    warnings = [*log.notes, *order_warnings(offsets, items, tied, item_ids)]
     if untitled:
         warnings.append(f"{untitled:,} of {len(item_ids):,} items have no title")
     table = {"item_id": item_ids} | ({} if titles is None else {"title": titles})
@@ -114,7 +130,7 @@ def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = 
         read_users=lambda: {"user_id": user_ids},
         notes=log.notes,
         warnings=tuple(warnings),
-        statistics=statistics(offsets, items, precise, len(item_ids)),
+        statistics=statistics(offsets, items, times, tied, len(item_ids)),
         cleaning=steps,
         fingerprint=_fingerprint(offsets, items, times, given, item_ids, user_ids, titles),
     )

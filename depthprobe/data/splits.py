@@ -48,6 +48,11 @@ class Split:
     statistics: dict[str, float | int | str]
     warnings: tuple[str, ...]
 
+    @property
+    def trained(self) -> np.ndarray:
+        """Which interactions train, bool (N,)."""
+        return _trained(self.sequences, self.train_stop)
+
     def train_history(self, user: int, max_history: int | None = None) -> np.ndarray:
         """The latest ``max_history`` training items of a user, oldest first, int32."""
         return self._span(user, int(self.train_stop[user]), max_history)
@@ -205,14 +210,9 @@ def _split(
     **more: int | str,
 ) -> Split:
     """A split with what every kind counts: the questions, and the targets unknown to training."""
-    offsets = np.asarray(sequences.offsets)
-    lengths = train_stop - offsets[:-1]
-    change = np.zeros(sequences.n_interactions + 1, dtype=np.int64)
-    np.add.at(change, offsets[:-1], 1)
-    np.add.at(change, train_stop, -1)
-    trained = np.cumsum(change[:-1]) > 0  # (N,)
+    lengths = train_stop - np.asarray(sequences.offsets[:-1])
     known = np.zeros(sequences.n_items + 1, dtype=bool)
-    known[sequences.items[trained]] = True
+    known[sequences.items[_trained(sequences, train_stop)]] = True
     if not (lengths > 1).any():
         raise BadInput("data", sequences.name, "a split that leaves some user two training items")
     cold_targets = int((~known[sequences.items[test.targets]]).sum())
@@ -239,6 +239,12 @@ def _split(
         statistics=statistics,
         warnings=tuple(warnings),
     )
+
+
+def _trained(sequences: Sequences, train_stop: np.ndarray) -> np.ndarray:
+    stops = np.repeat(train_stop, np.diff(sequences.offsets))
+    trained: np.ndarray = np.arange(sequences.n_interactions) < stops
+    return trained
 
 
 def _moment(times: np.ndarray, text: str) -> float:

@@ -22,12 +22,16 @@ LEVELS = {
 
 
 def statistics(
-    offsets: np.ndarray, items: np.ndarray, times: np.ndarray | None, n_items: int
+    offsets: np.ndarray,
+    items: np.ndarray,
+    times: np.ndarray | None,
+    tied: np.ndarray | None,
+    n_items: int,
 ) -> dict[str, float | int | str]:
     """Sizes, shares and the time span of sequences.
 
     ``repeats`` is the share of interactions whose item the user had taken before; ``shared_times``
-    the share of neighbours in a sequence that have the same time; ``first`` and ``last`` are dates.
+    the share of ``tied`` neighbours; ``first`` and ``last`` are dates.
     """
     lengths = np.diff(offsets)
     pairs = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths) * (n_items + 1) + items
@@ -42,9 +46,9 @@ def statistics(
         "density": len(items) / (len(lengths) * n_items),
         "repeats": int((np.diff(pairs) == 0).sum()) / len(items),
     }
-    if times is not None:
+    if times is not None and tied is not None:
         found |= {
-            "shared_times": _share(_tied(offsets, times)),
+            "shared_times": _share(tied),
             "first": as_date(times.min()),
             "last": as_date(times.max()),
         }
@@ -58,19 +62,18 @@ def quantiles(counts: np.ndarray) -> dict[str, float]:
 
 
 def order_warnings(
-    offsets: np.ndarray, items: np.ndarray, times: np.ndarray | None, ids: list[str]
+    offsets: np.ndarray, items: np.ndarray, tied: np.ndarray | None, ids: list[str]
 ) -> list[str]:
     """Why the order of the sequences may not be the order of time.
 
     Args:
         items: numbers of the items, 1..I in the natural order of ``ids``.
-        times: as precise as they were read.
+        tied: of :func:`tied_neighbours`; None for a log without times.
         ids: raw ids, I of them.
     """
     unordered = _inside(offsets)
     found = [NO_TIMES]
-    if times is not None:
-        tied = _tied(offsets, times)
+    if tied is not None:
         share = _share(tied)
         if share <= MANY_TIES:
             return []
@@ -94,6 +97,17 @@ def order_warnings(
     return found
 
 
+def tied_neighbours(offsets: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """For each row whose next one is of the same user, whether both have the same time; bool.
+
+    Args:
+        times: as precise as they were read.
+    """
+    rows = _inside(offsets)
+    tied: np.ndarray = times[rows + 1] == times[rows]
+    return tied
+
+
 def as_date(seconds: float) -> str:
     """The day of a time in seconds since 1970, UTC; the number itself beyond the calendar."""
     try:
@@ -112,10 +126,3 @@ def _inside(offsets: np.ndarray) -> np.ndarray:
     last = np.zeros(int(offsets[-1]), dtype=bool)
     last[offsets[1:] - 1] = True
     return np.flatnonzero(~last)
-
-
-def _tied(offsets: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """For each row of ``_inside``: whether the next row has the same time."""
-    rows = _inside(offsets)
-    tied: np.ndarray = times[rows + 1] == times[rows]
-    return tied

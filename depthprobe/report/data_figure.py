@@ -105,7 +105,7 @@ def _popularity(ax: Axes, taken: np.ndarray) -> None:
 def _times(ax: Axes, times: np.ndarray, split: Split | None) -> None:
     edges = np.linspace(times.min(), times.max() + 1, TIME_BINS + 1)
     days = edges.astype("datetime64[s]")
-    trains = np.ones(len(times), dtype=bool) if split is None else _trained(split)
+    trains = np.ones(len(times), dtype=bool) if split is None else split.trained
     every, trained = (np.histogram(part, edges)[0] for part in (times, times[trains]))
     ax.stairs(trained, days, fill=True, color=BARS, label="training")
     ax.stairs(every, days, baseline=trained, fill=True, color=HELD_OUT, label="held out")
@@ -134,15 +134,6 @@ def _times(ax: Axes, times: np.ndarray, split: Split | None) -> None:
             loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, handlelength=1.2, borderpad=0
         )
     ax.set_title("Interactions over time")
-
-
-def _trained(split: Split) -> np.ndarray:
-    """Which interactions train, bool (N,)."""
-    offsets = np.asarray(split.sequences.offsets)
-    lengths = np.diff(offsets)
-    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    trained: np.ndarray = places < np.repeat(split.train_stop - offsets[:-1], lengths)
-    return trained
 
 
 def _counts(ax: Axes) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.data.batches import negatives
-from depthprobe.data.prepared import prepare_data
+from depthprobe.data.prepared import read_data
 from depthprobe.data.splits import Split, make_split
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
@@ -152,14 +152,7 @@ def _data(study: Study, folder: Path) -> Sequences:
     prepared = folder / "shared" / DATA
     if study.data.source == "embedded" and (prepared / DATA_MANIFEST).is_file():
         return load_data(prepared)
-    data = study.data
-    return prepare_data(
-        data.source,
-        format=data.format,
-        items=data.items,
-        columns=data.columns,
-        cleaning=data.cleaning,
-    )
+    return read_data(study.data)
 
 
 def _item_table(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import math
 import operator
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +21,8 @@ from depthprobe.study import BadInput
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 INDEX_ATTRIBUTE = re.compile(r"(layer|block)_?(idx|index|id|number)$")
+# Weights outside the blocks that hold a chunk for each of them (Gemma 3n and 4).
+PER_BLOCK_WEIGHTS = re.compile(r"(^|\.)(embed_tokens_per_layer|per_layer_model_projection)(\.|$)")
 RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp"})
 
 
@@ -54,14 +58,39 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks of a Hugging Face model, in order, found by structure and not by name.
 
-    They are the only ``ModuleList`` under the base model (not inside another candidate) that is
-    as long as the text configuration's ``num_hidden_layers``. Sees through PEFT.
+    They are the only ``ModuleList`` of composite modules under the base model (not inside another
+    candidate) that is as long as the text configuration's ``num_hidden_layers``. Sees through PEFT.
 
     Raises:
         ValueError: if there is no such list, more than one, or the model is no plain decoder.
     """
     owner, name = _locate(unwrap(model))
     return _list_at(owner, name)
+
+
+def find_decoder(model: nn.Module) -> PreTrainedModel:
+    """The decoder without its language-model head: embeddings, blocks, final norm.
+
+    Raises:
+        ValueError: as :func:`find_blocks`.
+    """
+    inner = unwrap(model)
+    if inner.base_model is not inner:
+        return inner.base_model  # type: ignore[return-value]
+    # some classes name a base model that they don't have: the innermost model around the blocks
+    owner, name = _locate(inner)
+    parts = name.split(".")
+    around = [owner.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+    return next(module for module in reversed(around) if isinstance(module, PreTrainedModel))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its token ids, also when accelerate keeps its weights elsewhere."""
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    hook = getattr(embeddings, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return torch.device(execution) if device.type == "meta" and execution is not None else device
 
 
 def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
@@ -92,7 +121,7 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
         return model
     _refuse_unsafe(model, inner, name, chosen)
     new_config = cut_config(inner.config, chosen)
-    renumberings, outside = _compare(inner, new_config, chosen)
+    renumberings, outside, sliced = _compare(inner, new_config, chosen)
 
     parent, _, attribute = name.rpartition(".")
     setattr(owner.get_submodule(parent), attribute, nn.ModuleList(blocks[old] for old in chosen))
@@ -101,6 +130,8 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
         setattr(remaining[item.block].get_submodule(item.module), item.attribute, item.value)
     for path, attribute, value in outside:
         setattr(inner.base_model.get_submodule(path), attribute, value)
+    for path, dim in sliced:
+        _keep_chunks(inner.base_model, path, dim, len(blocks), chosen)
     _replace_config(model, inner.config, new_config)
     return model
 
@@ -137,7 +168,9 @@ def _candidates(base: nn.Module, depth: int | None) -> list[str]:
     found: list[str] = []
     for name, module in base.named_modules():
         nested = any(name.startswith(outer + ".") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not nested:
+        as_long = isinstance(module, nn.ModuleList) and len(module) == depth
+        # a block is made of modules; a list of projections or of rotary tables is none of blocks
+        if as_long and not nested and all(any(part.children()) for part in module):
             found.append(name)
     return found
 
@@ -161,8 +194,17 @@ def _refuse_unsafe(
     family = type(inner).__name__
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
     inside = re.compile(rf"(^|\.){re.escape(name)}\.\d+\.")
-    if any(inside.search(key) for pair in tied.items() for key in pair):
+    owners: dict[int, int] = {}
+    for index, block in enumerate(find_blocks(inner)):
+        for parameter in block.parameters():
+            owners.setdefault(id(parameter), index)
+    shared = any(
+        owners[id(p)] != index for index, b in enumerate(find_blocks(inner)) for p in b.parameters()
+    )
+    if shared or any(inside.search(key) for pair in tied.items() for key in pair):
         raise ValueError(f"{family} cannot be cut: its blocks share weights with each other")
+    if getattr(inner.config, "rescale_every", 0):
+        raise ValueError(f"{family} cannot be cut: it rescales its weights by their block's index")
     for adapter in getattr(model, "peft_config", {}).values():
         if getattr(adapter, "layers_to_transform", None) is not None:
             raise ValueError(
@@ -181,11 +223,11 @@ def _refuse_unsafe(
 
 def _compare(
     inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
-) -> tuple[list[Renumbering], list[tuple[str, str, int]]]:
-    """What must be renumbered; refuses if the new configuration describes different blocks."""
+) -> tuple[list[Renumbering], list[tuple[str, str, int]], list[tuple[str, int]]]:
+    """What must be renumbered, set and sliced; refuses if the blocks would become different."""
     family = type(inner).__name__
-    before = _skeleton(inner, inner.config)
-    after = _skeleton(inner, new_config)
+    before = _skeleton(inner, inner.config, reloaded=False)  # what is in memory
+    after = _skeleton(inner, new_config, reloaded=True)  # what a reload would make
     old_blocks, new_blocks = find_blocks(before), find_blocks(after)
     if len(new_blocks) != len(chosen):
         raise ValueError(f"{family} cannot be cut: the depth in its configuration is not obeyed")
@@ -207,27 +249,56 @@ def _compare(
             renumberings.append(Renumbering(new, path, attribute, becomes))
     prefix = next(path for path, module in before.named_modules() if module is old_blocks)
     stored = before.state_dict().keys() | after.state_dict().keys()
-    outside = []
+    outside, sliced = [], []
     for path, attribute, was, becomes in _differences(before, after, without=prefix):
+        if PER_BLOCK_WEIGHTS.search(path):
+            if attribute == "shape":
+                sliced.append((path, _chunked_dim(was, becomes)))
+            else:
+                outside.append((path, attribute, becomes))
         # A rotary table of a kind of attention that no block has any more may disappear.
-        if attribute == "shape" and (path in stored or (was and becomes)):
+        elif attribute == "shape" and (path in stored or (was and becomes)):
             raise ValueError(
                 f"{family} cannot be cut: the shape of {path} depends on the number of blocks"
             )
-        if isinstance(was, int) and isinstance(becomes, int) and "layer" in attribute:
+        elif isinstance(was, int) and isinstance(becomes, int) and "layer" in attribute:
             outside.append((path, attribute, becomes))
-    return renumberings, outside
+    return renumberings, outside, sliced
+
+
+def _chunked_dim(was: tuple[int, ...], becomes: tuple[int, ...]) -> int:
+    """The one dimension in which two shapes differ."""
+    (dim,) = [dim for dim, (old, new) in enumerate(zip(was, becomes, strict=True)) if old != new]
+    return dim
+
+
+def _keep_chunks(base: nn.Module, path: str, dim: int, depth: int, chosen: tuple[int, ...]) -> None:
+    """Of a weight that holds a chunk a block along ``dim``, keep those of the chosen blocks."""
+    parent, _, name = path.rpartition(".")
+    weight: nn.Parameter = getattr(base.get_submodule(parent), name)
+    chunks = weight.detach().unflatten(dim, (depth, -1))
+    index = torch.tensor(chosen, device=weight.device)
+    kept = chunks.index_select(dim, index).flatten(dim, dim + 1)
+    setattr(base.get_submodule(parent), name, nn.Parameter(kept, weight.requires_grad))
 
 
 def _is_index(attribute: str, was: object, becomes: object) -> bool:
     return type(was) is int and type(becomes) is int and bool(INDEX_ATTRIBUTE.search(attribute))
 
 
-def _skeleton(inner: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """The base model that a configuration describes once saved and read back, without memory."""
+def _skeleton(
+    inner: PreTrainedModel, config: PreTrainedConfig, *, reloaded: bool
+) -> PreTrainedModel:
+    """The base model that a configuration describes, maybe once read back; it holds no memory."""
     kind: Any = type(inner.base_model)
+    saved = copy.deepcopy(config)
     try:
-        saved = type(config).from_dict(json.loads(config.to_json_string()))
+        if reloaded:
+            with tempfile.TemporaryDirectory() as folder:
+                config.save_pretrained(folder)
+                saved = type(config).from_pretrained(folder)
+        # from_pretrained, too, sets what a file can only name
+        saved.get_text_config(decoder=True).dtype = inner.dtype
         with torch.device("meta"):
             skeleton: PreTrainedModel = kind(saved)
     except Exception as error:
@@ -246,8 +317,20 @@ def _differences(
         left, right = old_facts.get(path, {}), new_facts.get(path, {})
         for attribute in sorted(left.keys() | right.keys()):
             was, becomes = left.get(attribute), right.get(attribute)
-            if type(was) is not type(becomes) or was != becomes:
+            if not _same(was, becomes):
                 yield path, attribute, was, becomes
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-12)  # derived anew from the number of blocks
+    return type(one) is type(other) and one == other
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):  # such as which shared module a block's index stands for
+        return all(isinstance(item, int) for pair in value.items() for item in pair)
+    return isinstance(value, bool | int | float | str | None)
 
 
 def _facts(root: nn.Module, without: str | None) -> dict[str, dict[str, Any]]:
@@ -257,7 +340,7 @@ def _facts(root: nn.Module, without: str | None) -> dict[str, dict[str, Any]]:
         facts[path] = {"class": type(module).__name__} | {
             name: value
             for name, value in vars(module).items()
-            if not name.startswith("_") and isinstance(value, bool | int | float | str | None)
+            if not name.startswith("_") and _is_plain(value)
         }
     for path, tensor in [*root.named_parameters(), *root.named_buffers()]:
         facts[path] = {"shape": tuple(tensor.shape)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -26,6 +28,7 @@ PER_BLOCK_LISTS = (
 BLOCK_INDICES = (
     "mlp_only_layers",
     "full_attn_idxs",
+    "attn_layer_indices",
     "moe_layers",
     "hybrid_layer_ids",
     "cross_attention_layers",
@@ -55,12 +58,68 @@ def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfi
     text = new.get_text_config(decoder=True)
     depth = text.num_hidden_layers
     position = {old: index for index, old in enumerate(kept)}
-    heterogeneous = getattr(text, "is_heterogeneous", False)
-    # Read before anything changes: as a property it is derived from the other fields.
-    overrides = text.to_dict().get("per_layer_config") if heterogeneous else None
-    if overrides is not None:
-        text.per_layer_config = None
+    with as_plain_fields(text) as overrides:
+        for name, value in _changes(text, kept, depth, position).items():
+            if not is_computed(text, name):
+                setattr(text, name, value)
+        if not is_computed(text, "num_hidden_layers"):
+            text.num_hidden_layers = len(kept)
+        renumbered = {position[old]: of for old, of in overrides.items() if old in position}
+        overrides.clear()
+        overrides.update(renumbered)
+    return new
 
+
+def block_kinds(config: PreTrainedConfig) -> list[tuple[Any, ...]]:
+    """What the configuration says of each block's kind; equal blocks have equal entries."""
+    text = copy.deepcopy(config.get_text_config(decoder=True))
+    depth = text.num_hidden_layers
+    with as_plain_fields(text) as overrides:
+        found = [getattr(text, name, None) for name in PER_BLOCK_LISTS]
+        lists = [v for v in found if isinstance(v, list | tuple) and len(v) == depth]
+        indices = [getattr(text, name, None) for name in BLOCK_INDICES]
+        chosen = [v for v in indices if isinstance(v, list | tuple)]
+        return [
+            (
+                *(str(values[block]) for values in lists),
+                *(block in values for values in chosen),
+                str(overrides.get(block)),
+            )
+            for block in range(depth)
+        ]
+
+
+@contextmanager
+def as_plain_fields(config: PreTrainedConfig) -> Iterator[dict[int, dict[str, Any]]]:
+    """Within, a configuration whose blocks override single fields is as one without.
+
+    Such a configuration refuses to tell a field that varies from block to block.
+
+    Yields:
+        the overrides by block; what they are on leaving is what the configuration gets.
+    """
+    heterogeneous = getattr(config, "is_heterogeneous", False)
+    # Read before anything changes: as a property it is derived from the other fields.
+    found = config.to_dict()["per_layer_config"] if heterogeneous else {}
+    overrides = {int(block): dict(fields) for block, fields in found.items()}
+    if heterogeneous:
+        config.per_layer_config = None
+    yield overrides
+    if heterogeneous:
+        applied: dict[int | str, dict[str, Any]] = dict(overrides.items())
+        config.per_layer_config = applied
+
+
+def is_computed(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the configuration derives a field from others (a read-only property)."""
+    found = getattr(type(config), config.attribute_map.get(name, name), None)
+    return isinstance(found, property) and found.fset is None
+
+
+def _changes(
+    text: PreTrainedConfig, kept: Sequence[int], depth: int, position: dict[int, int]
+) -> dict[str, Any]:
+    """The fields that a cut changes, and what they become."""
     changes: dict[str, Any] = {}
     for name in PER_BLOCK_LISTS:
         values = getattr(text, name, None)
@@ -78,20 +137,18 @@ def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfi
         value = getattr(text, name, None)
         if isinstance(value, int):
             changes[name] = sum(old >= depth - value for old in kept)
+    if getattr(text, "num_blocks", None) == depth:  # the same number under a second name
+        changes["num_blocks"] = len(kept)
     last_sparse = getattr(text, "moe_layer_end_index", None)
     if isinstance(last_sparse, int) and last_sparse >= 0:
         changes["moe_layer_end_index"] = sum(old <= last_sparse for old in kept) - 1
+    if getattr(text, "scale_depth", None):  # divided by the root of the depth
+        changes["scale_depth"] = text.scale_depth * math.sqrt(len(kept) / depth)
+    if isinstance(getattr(text, "block_types", None), list):  # a pattern, repeated over the blocks
+        changes["block_types"] = [text.block_types[old % len(text.block_types)] for old in kept]
     changes |= _gpt_neo_pattern(changes.get("attention_layers"), text)
     changes |= _sparse_step(text, kept)
-    for name, value in changes.items():
-        _assign(text, name, value)
-    text.num_hidden_layers = len(kept)
-    if overrides is not None:
-        original = {int(old): override for old, override in overrides.items()}
-        text.per_layer_config = {
-            position[old]: override for old, override in original.items() if old in position
-        }
-    return new
+    return changes
 
 
 def _gpt_neo_pattern(attention: list[str] | None, config: PreTrainedConfig) -> dict[str, Any]:
@@ -109,11 +166,3 @@ def _sparse_step(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any
     explicit = getattr(config, "mlp_only_layers", None) or []
     dense = [new for new, old in enumerate(kept) if old in explicit or (old + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-
-
-def _assign(config: PreTrainedConfig, name: str, value: object) -> None:
-    """Set a field unless the configuration computes it from others (a read-only property)."""
-    computed = getattr(type(config), name, None)
-    if isinstance(computed, property) and computed.fset is None:
-        return
-    setattr(config, name, value)

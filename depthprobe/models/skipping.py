@@ -1,63 +1,84 @@
-"""Leave blocks out for a while: their hidden state passes through unchanged, nothing is cut."""
+"""Leave blocks, or their attention or MLP, out for a while: nothing is cut, all is restored."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
-from depthprobe.models.blocks import find_blocks, unwrap
-from depthprobe.models.tap import paused_taps
+from depthprobe.models.blocks import find_blocks, find_decoder, input_device, unwrap
+from depthprobe.models.sublayers import (
+    Branch,
+    Replaced,
+    evaluating,
+    find_sublayers,
+    restore_forward,
+)
+from depthprobe.models.tap import input_state, paused_taps
 from depthprobe.study import BadInput
 
+PARTS = ("block", "attention", "mlp")
+_Plan = list[tuple[nn.Module, Callable[..., Any]]]  # modules and what stands in for them
 # Class of a block -> how many values its forward returns beside the state; None: only the state.
 _extra_outputs: dict[type[nn.Module], int | None] = {}
 
 
 @contextmanager
-def skip_blocks(model: nn.Module, skipped: Iterable[int]) -> Iterator[None]:
-    """Within the context, the blocks ``skipped`` return their hidden state unchanged.
+def skip_blocks(
+    model: nn.Module,
+    skipped: Iterable[int],
+    *,
+    part: Literal["block", "attention", "mlp"] = "block",
+) -> Iterator[None]:
+    """Within the context, the blocks ``skipped``, or one part of each, leave the state unchanged.
 
-    Equal to the model with these blocks removed. The model is restored on leaving, also after an
-    exception; contexts nest (their union is skipped); PEFT, gradients and hooks on the blocks work.
+    Equal to the model with these blocks removed, or with the part's branch of the residual sum left
+    out; what is skipped is not computed. The model is restored on leaving, also after an exception;
+    contexts nest (their union is skipped). Works under PEFT, accelerate, autocast, gradient
+    checkpointing and ``torch.compile`` (which compiles anew), and with hooks on the blocks.
 
-    Caches: a key-value cache works if every pass that filled it skipped the same blocks, prefix
-    included. Positions and masks are derived from the length of single cache layers (usually
-    block 0's), so a skipped block puts a placeholder of one number a token into its layer instead
-    of leaving it empty. A cache that another set of blocks has filled is refused; a recurrent
-    block has no length to keep, so it is skipped in the first pass over a cache only.
+    Caches: a key-value cache works if every pass that filled it skipped the same, prefix included.
+    Positions and masks are derived from the length of single cache layers (usually block 0's), so
+    a skipped block or attention puts a placeholder of one number a token into its layer instead of
+    leaving it empty. A cache that was filled otherwise is refused; a recurrent block has no length
+    to keep, so it is skipped in the first pass over a cache only.
 
     Args:
         model: a Hugging Face decoder.
         skipped: block indices, 0-based; may be empty.
+        part: the whole ``block``; or its ``attention``: what lets a position see others, also a
+            convolution or a recurrence; or its ``mlp``: what does not, also a mixture of experts.
 
     Raises:
-        BadInput: if an index is not a block's.
-        ValueError: if a later block reads the keys and values of a skipped one; inside the
-            context, if the cache was not made under the same skip.
+        BadInput: if an index is not a block's, or there is no such part.
+        ValueError: if a later block reads the keys and values of a skipped one, if a block has no
+            such part or is no sum of parts; inside the context, if the cache was not made under
+            the same skip.
     """
     blocks = find_blocks(model)
     indices = _check_skipped(skipped, len(blocks))
+    if part not in PARTS:
+        raise BadInput("part", part, ", ".join(PARTS))
+    if part == "block":
+        plan = _whole_blocks(model, blocks, indices)
+    else:
+        plan = _branches(model, blocks, indices, part)
     replaced: list[tuple[nn.Module, Any]] = []
     try:
-        for index in indices:
-            block = blocks[index]
-            extra = _count_extra_outputs(unwrap(model), block)
-            replaced.append((block, vars(block).get("forward")))
-            vars(block)["forward"] = _pass_through(index, extra)
+        for module, stand_in in plan:
+            before = vars(module).get("forward")
+            replaced.append((module, before))
+            vars(module)["forward"] = Replaced(stand_in, before)
         yield
     finally:
-        for block, forward in reversed(replaced):
-            if forward is None:
-                del vars(block)["forward"]
-            else:
-                vars(block)["forward"] = forward
+        for module, before in reversed(replaced):
+            restore_forward(module, before)
 
 
 def after_blocks(model: nn.Module, state: Tensor) -> Tensor:
@@ -81,7 +102,7 @@ def after_blocks(model: nn.Module, state: Tensor) -> Tensor:
     with paused_taps(), skip_blocks(inner, range(len(blocks))):
         extra = _count_extra_outputs(inner, blocks[last])
         vars(blocks[last])["forward"] = lambda *_, **__: _as_output(state, extra)
-        result: Tensor = inner.base_model(input_ids=ids, use_cache=False)[0]
+        result: Tensor = find_decoder(inner)(input_ids=ids, use_cache=False)[0]
     return result
 
 
@@ -97,13 +118,49 @@ def _check_skipped(skipped: Iterable[int], depth: int) -> list[int]:
     return indices
 
 
+def _whole_blocks(model: nn.Module, blocks: nn.ModuleList, indices: list[int]) -> _Plan:
+    plan = []
+    for index in indices:
+        if not set(range(index + 1, len(blocks))) <= set(indices):
+            _refuse_shared(blocks[index])
+        extra = _count_extra_outputs(unwrap(model), blocks[index])
+        plan.append((blocks[index], _pass_through(index, extra)))
+    return plan
+
+
+def _branches(model: nn.Module, blocks: nn.ModuleList, indices: list[int], part: str) -> _Plan:
+    plan = []
+    sublayers = find_sublayers(model, indices) if indices else []
+    for index, found in zip(indices, sublayers, strict=True):
+        chosen = [branch for branch in found if branch.mixes == (part == "attention")]
+        if not chosen:
+            raise ValueError(f"block {index} has no {part} to skip")
+        if part == "attention":
+            _refuse_shared(blocks[index])
+        for place, branch in enumerate(chosen):
+            module = blocks[index].get_submodule(branch.path)
+            # all mixers of a block share one layer of the cache, which grows once a pass
+            plan.append((module, _nothing(branch, index if place == 0 else None)))
+    return plan
+
+
 def _pass_through(index: int, extra: int | None) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        state: Tensor = args[0] if args else kwargs["hidden_states"]
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Cache):
-                _keep_length(value, index, state)
+        state: Tensor = input_state(args, kwargs)
+        _keep_length(args, kwargs, index, state)
         return _as_output(state, extra)
+
+    return forward
+
+
+def _nothing(branch: Branch, index: int | None) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        state: Tensor = input_state(args, kwargs)
+        if index is not None:
+            _keep_length(args, kwargs, index, state)
+        positions = (-1,) if branch.flat else state.shape[:-1]
+        zeros = state.new_zeros(*state.shape[:-1], branch.width, dtype=branch.dtype)
+        return _as_output(zeros.view(*positions, branch.width), branch.extra)
 
     return forward
 
@@ -112,8 +169,14 @@ def _as_output(state: Tensor, extra: int | None) -> Any:
     return state if extra is None else (state, *[None] * extra)
 
 
-def _keep_length(cache: Cache, index: int, state: Tensor) -> None:
-    """Let the cache layer of a skipped block grow by the tokens of this pass."""
+def _keep_length(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, state: Tensor) -> None:
+    """Let the cache layer of a skipped block, if there is a cache, grow by this pass's tokens."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            _grow(value, index, state)
+
+
+def _grow(cache: Cache, index: int, state: Tensor) -> None:
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
     if isinstance(layer, DummyLayer):
         return
@@ -134,26 +197,25 @@ def _keep_length(cache: Cache, index: int, state: Tensor) -> None:
     cache.update(placeholder, placeholder, index)
 
 
-def _count_extra_outputs(model: PreTrainedModel, block: nn.Module) -> int | None:
-    """Whether blocks of this class return a tuple, learnt from one pass over one token."""
+def _refuse_shared(block: nn.Module) -> None:
     for module in block.modules():
         if getattr(module, "store_full_length_kv", False):
             raise ValueError("cannot skip a block whose keys and values later blocks read")
+
+
+def _count_extra_outputs(model: PreTrainedModel, block: nn.Module) -> int | None:
+    """Whether blocks of this class return a tuple, learnt from one pass over one token."""
     kind = type(block)
     if kind not in _extra_outputs:
         seen: list[Any] = []
         handle = block.register_forward_hook(lambda _, __, output: seen.append(output))
-        modes = [(module, module.training) for module in model.modules()]
-        embeddings: Any = model.get_input_embeddings()
-        ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
         try:
-            model.eval()
-            with torch.no_grad(), paused_taps():
+            with torch.no_grad(), paused_taps(), evaluating(model):
                 model.base_model(input_ids=ids, use_cache=False)
         finally:
             handle.remove()
-            for module, training in modes:
-                module.training = training
         (output,) = seen
-        _extra_outputs[kind] = len(output) - 1 if isinstance(output, tuple) else None
+        several = isinstance(output, tuple | list)
+        _extra_outputs[kind] = len(output) - 1 if several else None
     return _extra_outputs[kind]

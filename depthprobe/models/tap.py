@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from depthprobe.models.blocks import find_blocks
 
@@ -18,81 +20,128 @@ class BlockTap:
     """What a tapped forward pass left: ``states[k]`` is the state after ``k`` blocks.
 
     Nothing is detached: a loss on a state trains the blocks before it.
+
+    Attributes:
+        positions: (B,) long, or None: the one position of each row that is kept, (B, D) in place
+            of (B, T, D); may be set anew before each pass.
     """
 
-    def __init__(self, n_blocks: int, select: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(
+        self,
+        n_blocks: int,
+        dtype: torch.dtype | None,
+        consume: Callable[[int, Tensor], None] | None,
+    ) -> None:
         """Use :func:`tap_blocks`."""
-        self._select = select
+        self.positions: Tensor | None = None
+        self._dtype = dtype
+        self._consume = consume
+        self._ran = [False] * (n_blocks + 1)
         self._states: list[Tensor | None] = [None] * (n_blocks + 1)
 
     @property
     def states(self) -> list[Tensor]:
-        """The L + 1 selected states of the latest forward pass, h_0 (the input) to h_L.
+        """The L + 1 states of the latest forward pass, h_0 (the input) to h_L.
 
         h_L is the output of the last block, before the final norm. The list stays as it is when
         the model runs again.
 
         Raises:
-            RuntimeError: if no forward pass has run, or if a block did not run in it.
+            RuntimeError: if no forward pass has run, if a block did not run in it, or if the
+                states went to a consumer.
         """
-        if all(state is None for state in self._states):
+        if self._consume is not None:
+            raise RuntimeError("no states: they were handed to the tap's consumer")
+        if not any(self._ran):
             raise RuntimeError("no states: the model has not run since the tap was set or cleared")
-        complete = [state for state in self._states if state is not None]
-        if len(complete) != len(self._states):
-            absent = [index - 1 for index, state in enumerate(self._states) if state is None]
-            raise RuntimeError(
-                f"{len(complete)} states instead of {len(self._states)}: blocks {absent} did not"
-                " run in the latest forward pass"
-            )
-        return complete
+        self.check_complete()
+        return [state for state in self._states if state is not None]
 
     def clear(self) -> None:
         """Forget the states (and free the graph they hold)."""
+        self._ran = [False] * len(self._ran)
         self._states = [None] * len(self._states)
 
+    def check_complete(self) -> None:
+        """Refuse a pass in which a block did not run; a tap that saw no pass is complete.
+
+        Raises:
+            RuntimeError: naming the blocks.
+        """
+        absent = [index - 1 for index, ran in enumerate(self._ran) if not ran]
+        if absent and any(self._ran):
+            raise RuntimeError(
+                f"{sum(self._ran)} states instead of {len(self._ran)}: blocks {absent} did not"
+                " run in the latest forward pass"
+            )
+
     def record(self, index: int, state: Tensor) -> None:
-        """Store the state after ``index`` blocks; 0 starts a new forward pass."""
+        """Take the state after ``index`` blocks; 0 starts a new forward pass."""
         if index == 0:
+            if self._consume is not None:
+                self.check_complete()
             self.clear()
-        self._states[index] = state if self._select is None else self._select(state)
+        if self.positions is not None:
+            rows = torch.arange(state.shape[-3], device=state.device)
+            state = state[..., rows, self.positions.to(state.device), :]
+        if self._dtype is not None:
+            state = state.to(self._dtype)
+        self._ran[index] = True
+        if self._consume is None:
+            self._states[index] = state
+        else:
+            self._consume(index, state)
 
 
 @contextmanager
 def tap_blocks(
-    model: nn.Module, select: Callable[[Tensor], Tensor] | None = None
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    consume: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[BlockTap]:
     """Record the state before the first and after every block during each forward pass.
 
     Own hooks on the blocks, since ``output_hidden_states`` returns a wrong number after a cut and
     puts the final norm into its last entry. Blocks left out by ``skip_blocks`` are recorded too:
-    their state is the one before them.
+    their state is the one before them. A model under ``torch.compile`` runs uncompiled inside,
+    because compiled code would pass the hooks by.
 
     Args:
         model: a Hugging Face decoder, also under PEFT.
-        select: applied to each state (B, T, D) as it is produced, for example to keep only the
-            last position, so that memory stays small. Default: the state as it is.
+        dtype: of the recorded states; None: as they are. Similarities want float32, as bfloat16
+            rounds the difference of neighbouring states away.
+        consume: takes ``(k, state)`` as each state is produced, in order; nothing is stored then,
+            so memory does not grow with the depth.
 
     Yields:
-        the :class:`BlockTap`; read its ``states`` after the forward pass.
+        the :class:`BlockTap`: set its ``positions`` before a forward pass, read its ``states``
+        after.
+
+    Raises:
+        RuntimeError: on leaving, with a ``consume``, if a block did not run in the latest pass.
     """
     blocks = find_blocks(model)
-    tap = BlockTap(len(blocks), select)
+    tap = BlockTap(len(blocks), dtype, consume)
 
     def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not _paused.get():
-            tap.record(0, args[0] if args else kwargs["hidden_states"])
+            tap.record(0, input_state(args, kwargs))
 
     def after(index: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if not _paused.get():
-                tap.record(index + 1, output[0] if isinstance(output, tuple) else output)
+                tap.record(index + 1, first_tensor(output))
 
         return hook
 
     handles = [blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
     handles += [block.register_forward_hook(after(index)) for index, block in enumerate(blocks)]
     try:
-        yield tap
+        with torch.compiler.set_stance("force_eager"):
+            yield tap
+        if consume is not None:
+            tap.check_complete()
     finally:
         for handle in handles:
             handle.remove()
@@ -106,3 +155,77 @@ def paused_taps() -> Iterator[None]:
         yield
     finally:
         _paused.reset(token)
+
+
+class BlockCalls:
+    """How each block was called in the latest forward pass: its state and everything else."""
+
+    def __init__(self, n_blocks: int) -> None:
+        """Use :func:`record_calls`."""
+        self.states: list[Tensor] = [torch.empty(0)] * n_blocks
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = [None] * n_blocks
+
+    def record(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep a block's call."""
+        self.states[index] = input_state(args, kwargs)
+        self._calls[index] = (args, kwargs)
+
+    def repeat(
+        self, block: nn.Module, index: int, state: Tensor, cache: Cache | None = None
+    ) -> Any:
+        """Call a block as the ``index``-th was called, on another state and another cache.
+
+        Raises:
+            ValueError: if that block did not run.
+        """
+        call = self._calls[index]
+        if call is None:
+            raise ValueError(f"block {index} does not run on text alone")
+        args = [cache if isinstance(v, Cache) else v for v in call[0]]
+        kwargs = {k: cache if isinstance(v, Cache) else v for k, v in call[1].items()}
+        if args:
+            args[0] = state
+        else:
+            kwargs["hidden_states"] = state
+        return block(*args, **kwargs)
+
+
+@contextmanager
+def record_calls(blocks: nn.ModuleList) -> Iterator[BlockCalls]:
+    """Record how each block is called during each forward pass, to call it so again.
+
+    Yields:
+        the :class:`BlockCalls`, complete after a forward pass.
+    """
+    calls = BlockCalls(len(blocks))
+
+    def hook(index: int) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.record(index, args, kwargs)
+
+        return before
+
+    handles = [
+        block.register_forward_pre_hook(hook(index), with_kwargs=True)
+        for index, block in enumerate(blocks)
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The state that a module was called with."""
+    if args:
+        return args[0]
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    tensors = (v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point())
+    return next(tensors, None)
+
+
+def first_tensor(output: Any) -> Any:
+    """The state in what a module returned."""
+    return output[0] if isinstance(output, tuple | list) and output else output

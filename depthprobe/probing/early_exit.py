@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from depthprobe.evaluation.evaluate import BATCH, Questions, Ranks
-from depthprobe.models.recommender import Recommender, last_positions
+from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks
 from depthprobe.models.tap import tap_blocks
 
@@ -30,9 +30,9 @@ def early_exit(
     items, prompt = teacher.item_matrix(), teacher.prepare_prompt()
     with tap_blocks(teacher.backbone) as tap:
         for chosen, histories, lengths in asked.batches(BATCH, device):
+            tap.positions = lengths - 1 + teacher.lead
             teacher.states(histories, prompt)
-            last = torch.stack([last_positions(state, lengths) for state in tap.states])
-            normed = after_blocks(teacher.backbone, last)  # (L + 1, B, D)
+            normed = after_blocks(teacher.backbone, torch.stack(tap.states))  # (L + 1, B, D)
             for depth, vectors in enumerate(teacher.read_out(normed.to(items.dtype))):
                 found[depth].put(chosen, asked.rank(chosen, vectors, items))
     return [ranks.values for ranks in found]

@@ -7,10 +7,6 @@ made once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,46 +16,14 @@ from depthprobe.evaluation.evaluate import BATCH, Questions, Ranks
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender, last_positions
 from depthprobe.models.skipping import after_blocks, skip_blocks
+from depthprobe.models.tap import BlockCalls, first_tensor, record_calls
 
 
-class _Calls:
-    """How each block was called in the latest forward pass: its state and everything else."""
-
-    def __init__(self, n_blocks: int) -> None:
-        self.states: list[Tensor] = [torch.empty(0)] * n_blocks
-        self.rest: list[dict[str, Any]] = [{}] * n_blocks
-
-
-@contextmanager
-def _record_calls(blocks: nn.ModuleList) -> Iterator[_Calls]:
-    calls = _Calls(len(blocks))
-
-    def hook(index: int) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(args) != 1:
-                raise RuntimeError("this architecture passes more than the state by position")
-            calls.states[index], calls.rest[index] = args[0], kwargs
-
-        return before
-
-    handles = [
-        block.register_forward_pre_hook(hook(index), with_kwargs=True)
-        for index, block in enumerate(blocks)
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _resume(blocks: nn.ModuleList, calls: _Calls, skipped: int, prompt: Cache | None) -> Tensor:
+def _resume(blocks: nn.ModuleList, calls: BlockCalls, skipped: int, prompt: Cache | None) -> Tensor:
     """The state after the last block when ``skipped`` is left out, (B, T, D)."""
     state = calls.states[skipped]
     for index in range(skipped + 1, len(blocks)):
-        kwargs = {k: prompt if isinstance(v, Cache) else v for k, v in calls.rest[index].items()}
-        out = blocks[index](state, **kwargs)
-        state = out[0] if isinstance(out, tuple) else out
+        state = first_tensor(calls.repeat(blocks[index], index, state, prompt))
     return state
 
 
@@ -77,11 +41,13 @@ def skip_each(
         with skip_blocks(teacher.backbone, {index}):
             prompts.append(teacher.prepare_prompt())
     for chosen, histories, lengths in asked.batches(BATCH, device):
-        with _record_calls(blocks) as calls:
+        with record_calls(blocks) as calls:
             teacher.states(histories, prompt)
         last = torch.stack(
             [
-                last_positions(_resume(blocks, calls, index, prompts[index]), lengths)
+                last_positions(
+                    _resume(blocks, calls, index, prompts[index]), lengths + teacher.lead
+                )
                 for index in range(len(blocks))
             ]
         )

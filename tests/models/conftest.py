@@ -70,6 +70,19 @@ FREE: dict[str, dict[str, Any]] = {
     "cohere": MODERN,
     "cohere2": MODERN | HEAD | WINDOW | {"layer_types": PATTERN},
     "mixtral": MODERN | {"num_local_experts": 4},
+    "gemma": MODERN | HEAD,
+    "olmo": MODERN,
+    "olmoe": MODERN | EXPERTS,
+    "granitemoe": MODERN | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4": MODERN | HEAD | {"pad_token_id": 0},
+    "nemotron": MODERN | HEAD,
+    "helium": MODERN | HEAD,
+    "apertus": MODERN,
+    "ernie4_5": MODERN | HEAD,
+    "gpt_oss": MODERN | HEAD | WINDOW | {"num_local_experts": 4, "layer_types": PATTERN},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64},
+    "codegen": GPTJ,
+    "biogpt": OLD | {"intermediate_size": 48, "max_position_embeddings": 64},
     "qwen2_moe": MODERN
     | EXPERTS
     | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
@@ -118,6 +131,9 @@ BOUND: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 16,
         "layer_types": (["linear_attention"] * 2 + ["full_attention"]) * 2,
     },
+    "mamba": {"hidden_size": 32, "num_hidden_layers": BLOCKS, "state_size": 4},
+    "lfm2": MODERN | {"layer_types": ["conv", "conv", "full_attention"] * 2, "block_ff_dim": 48},
+    "bert": OLD | {"intermediate_size": 48, "is_decoder": True},
     "jamba": MODERN
     | {
         "num_experts": 4,

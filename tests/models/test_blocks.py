@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForCausalLM, LlamaConfig
 from transformers import LlamaForCausalLM as Llama
 
-from depthprobe.models.blocks import find_blocks, keep_blocks
+from depthprobe.models.blocks import find_blocks, find_decoder, keep_blocks
 from depthprobe.models.skipping import after_blocks
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import BadInput
@@ -56,7 +56,7 @@ def test_truncated_equals_early_read_out_bit_for_bit(family, make_model, ids):
         model(ids, use_cache=False)
     for depth in (1, 4):
         cut = keep_blocks(make_model(family), range(depth))
-        expected = cut.base_model(ids, use_cache=False)[0]
+        expected = find_decoder(cut)(ids, use_cache=False)[0]
         assert torch.equal(after_blocks(model, tap.states[depth]), expected), depth
 
 
@@ -258,6 +258,8 @@ def test_find_blocks_errors():
     with pytest.raises(ValueError, match="no list of blocks.*num_hidden_layers=3"):
         find_blocks(model)
     model.config.num_hidden_layers = 2
-    model.model.twin = nn.ModuleList([nn.Identity(), nn.Identity()])
+    model.model.tables = nn.ModuleList([nn.Linear(2, 2), nn.Identity()])
+    assert find_blocks(model) is model.model.layers  # bare projections are no blocks
+    model.model.twin = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
     with pytest.raises(ValueError, match="more than one"):
         find_blocks(model)

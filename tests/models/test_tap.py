@@ -50,26 +50,85 @@ def test_right_count_after_a_cut(make_model, ids):
     assert len(tap.states) == 3
 
 
-def test_select_is_applied_as_produced(make_model, ids):
-    shapes = []
-
-    def last(state):
-        shapes.append(tuple(state.shape))
-        return state[:, -1]
-
-    model = make_model("gpt2")
-    with tap_blocks(model, last) as tap:
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "gemma3n_text"])
+def test_only_the_chosen_positions_are_kept(name, make_model, ids):
+    model = make_model(name)
+    positions = torch.tensor([8, 3])
+    with tap_blocks(model) as everything, tap_blocks(model) as tap:
+        tap.positions = positions
         model(ids)
-    assert shapes == [(2, 9, 32)] * 7
-    with tap_blocks(model) as everything:
+        for kept, state in zip(tap.states, everything.states, strict=True):
+            assert torch.equal(kept, state[..., [0, 1], positions, :])
+        assert tap.states[0].shape[-2:] == (2, 32)
+        tap.positions = None
         model(ids)
-    for selected, state in zip(tap.states, everything.states, strict=True):
-        assert torch.equal(selected, state[:, -1])
+        assert torch.equal(tap.states[3], everything.states[3])
+
+
+@torch.no_grad()
+def test_states_in_float32(make_model, ids):
+    model = make_model("llama").bfloat16()
+    with tap_blocks(model, dtype=torch.float32) as tap, tap_blocks(model) as raw:
+        model(ids)
+        assert all(state.dtype == torch.float32 for state in tap.states)
+        assert all(state.dtype == torch.bfloat16 for state in raw.states)
+        assert torch.equal(tap.states[6], raw.states[6].float())
+
+
+@torch.no_grad()
+def test_a_consumer_gets_each_state_in_order_and_nothing_is_stored(make_model, ids):
+    model, taken = make_model("llama"), []
+    with (
+        tap_blocks(model) as stored,
+        tap_blocks(model, consume=lambda k, state: taken.append((k, state))) as tap,
+    ):
+        model(ids)
+        model(ids[:, :4])
+        assert [k for k, _ in taken] == [*range(7), *range(7)]
+        assert all(
+            torch.equal(state, kept)
+            for (_, state), kept in zip(taken[7:], stored.states, strict=True)
+        )
+        with pytest.raises(RuntimeError, match="handed to the tap's consumer"):
+            _ = tap.states
+
+
+@torch.no_grad()
+def test_a_consumer_that_missed_a_block_is_told(make_model, ids):
+    def run(model, depths):
+        with tap_blocks(model, consume=lambda *_: None):
+            for depth in depths:
+                model.config.num_hidden_layers = depth  # Llama obeys this one without being cut
+                model(ids)
+                passes.append(depth)
+
+    passes = []
+    with pytest.raises(RuntimeError, match=r"blocks \[4, 5\] did not"):
+        run(make_model("llama"), [6, 4])
+    assert passes == [6, 4]  # told on leaving
+    with pytest.raises(RuntimeError, match=r"blocks \[4, 5\] did not"):
+        run(make_model("llama"), [4, 6])
+    assert passes == [6, 4, 4]  # or when the next pass begins
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_tapped(make_model, ids):
+    model = make_model("llama")
+    with tap_blocks(model) as tap:
+        model(ids)
+        expected = tap.states
+    compiled = torch.compile(model, backend="eager")
+    compiled(ids)
+    with tap_blocks(compiled) as tap:
+        compiled(ids)
+        assert all(torch.equal(a, b) for a, b in zip(tap.states, expected, strict=True))
 
 
 def test_gradients_flow_to_the_blocks_before(make_model, ids):
     model = make_model("llama")
-    with tap_blocks(model, lambda state: state[:, -1]) as tap:
+    with tap_blocks(model) as tap:
+        tap.positions = torch.tensor([8, 8])
         model(ids)
     tap.states[2].square().sum().backward()
     reached = [block.mlp.up_proj.weight.grad is not None for block in find_blocks(model)]
@@ -90,10 +149,9 @@ def test_with_gradient_checkpointing_each_block_counts_once(make_model, ids):
     model = make_model("llama").train()
     model.gradient_checkpointing_enable()
     calls = []
-    with tap_blocks(model, lambda state: calls.append(1) or state) as tap:
+    with tap_blocks(model, consume=lambda *call: calls.append(call)):
         model(ids, labels=ids, use_cache=False).loss.backward()
     assert len(calls) == 7
-    assert len(tap.states) == 7
 
 
 def test_reset_at_the_next_forward_keeps_what_was_taken(make_model, ids):
@@ -131,7 +189,8 @@ def test_hooks_are_removed_also_after_an_exception(make_model, ids):
 
 def test_skipped_blocks_repeat_their_input_and_taps_nest(make_model, ids):
     model = make_model("bloom")
-    with tap_blocks(model) as tap, tap_blocks(model, lambda s: s[:, 0]) as inner:
+    with tap_blocks(model) as tap, tap_blocks(model) as inner:
+        inner.positions = torch.tensor([0, 0])
         with skip_blocks(model, {2}):
             model(ids)
         assert torch.equal(tap.states[2], tap.states[3])

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from depthprobe.evaluation.metrics import metrics_from_ranks
     from depthprobe.evaluation.ranks import rank_targets
     from depthprobe.models.backbones import load_backbone
-    from depthprobe.models.blocks import find_blocks, keep_blocks
+    from depthprobe.models.blocks import find_blocks
+    from depthprobe.models.cutting import keep_blocks
     from depthprobe.models.exported import load_recommender
     from depthprobe.models.skipping import skip_blocks
     from depthprobe.report.html import build_report
@@ -40,7 +41,7 @@ __all__ = [
 _HOME = {
     "build_report": "report.html",
     "find_blocks": "models.blocks",
-    "keep_blocks": "models.blocks",
+    "keep_blocks": "models.cutting",
     "load_backbone": "models.backbones",
     "load_data": "data.storage",
     "load_recommender": "models.exported",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from depthprobe.cost.parameters import count_parameters, flops_per_user
 from depthprobe.cost.timing import interleaved
 from depthprobe.models.backbones import backbone_config, load_backbone
-from depthprobe.models.blocks import keep_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import parse_layers

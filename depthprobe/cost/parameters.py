@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
@@ -51,10 +52,19 @@ def flops_per_user(model: Recommender, length: int) -> int:
     blocks = find_blocks(model.backbone)
     matrices = sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
     config = model.backbone.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    varied = getattr(config, "is_heterogeneous", False)
+    settings = config.per_layer_config if varied else [config] * len(blocks)
+    computed = length + model.lead  # positions a user
     attended = length + len(model.prompt)
-    attention = 4 * length * attended * heads * head_dim * len(blocks)
+    attention = sum(4 * computed * attended * _attention_width(block) for block in settings)
     n_items, d_item = model.item_matrix().shape
     adapters = 2 * d_item * config.hidden_size * (length + 1)
-    return int(2 * matrices * length + attention + adapters + 2 * (n_items - 1) * d_item)
+    return int(2 * matrices * computed + attention + adapters + 2 * (n_items - 1) * d_item)
+
+
+def _attention_width(config: PreTrainedConfig) -> int:
+    """Heads times their size; 0 where there is no attention."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
+    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,53 +16,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from depthprobe.models.backbones import backbone_config
-from depthprobe.models.blocks import find_blocks, keep_blocks
-from depthprobe.models.config_fields import cut_config
+from depthprobe.models.blocks import find_blocks, find_decoder
+from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks, skip_blocks
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.sublayers import Branch, find_sublayers
+from depthprobe.models.tap import first_tensor, input_state, tap_blocks
+from depthprobe.models.tiny import DEPTH, TOKENS, tiny_model
 
-DEPTH = 8  # enough for one period of the usual patterns of block kinds
-TOKENS = 9  # longer than the shrunk attention windows
-# What a field may be at most in the tiny copy. Absent fields stay absent.
-CONTENT = {
-    "vocab_size": 128,
-    "vocab_size_per_layer_input": 128,
-    "max_position_embeddings": 128,
-    "sliding_window": 4,
-    "attention_chunk_size": 4,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "intermediate_size_mlp": 48,
-    "ffn_dim": 48,
-    "ffn_hidden_size": 48,
-    "n_inner": 48,
-    "n_group": 1,
-    "topk_group": 1,
-}
-WIDTH = {
-    "hidden_size": 32,
-    "word_embed_proj_dim": 16,
-    "num_attention_heads": 4,
-    "head_dim": 8,
-    "rotary_dim": 4,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "hidden_size_per_layer_input": 8,
-    "laurel_rank": 4,
-}
-LARGEST = 50_000_000  # parameters of a copy whose width could not be shrunk
+# Without these a shallower model can't be trusted; the others tell what else the family can do.
+REQUIRED = frozenset({"blocks", "tiny copy", "causal", "cut", "skip", "reload", "cache"})
+PROMPT, ITEMS, D_ITEM = (5, 6, 7), 11, 4  # of the recommender that is tried
 
 _auto: Any = AutoModelForCausalLM  # untyped in transformers
 
@@ -74,21 +39,38 @@ class CheckResult:
     passed: bool
     detail: str
 
+    @property
+    def required(self) -> bool:
+        """Whether a cut model can't be trusted without it."""
+        return self.name in REQUIRED
+
 
 def check_backbone(
-    source: str | os.PathLike[str] | PreTrainedConfig, *, revision: str | None = None
+    source: str | os.PathLike[str] | PreTrainedConfig,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    depth: int = DEPTH,
 ) -> list[CheckResult]:
     """Test in seconds, without its weights, whether an architecture can be cut safely.
 
-    Runs on a tiny random copy (float64, same kinds of blocks in the same order, at most 8): blocks
-    are found; the model cut to k blocks equals the early read-out bit for bit; a skipped block
-    equals one that ran and was undone, and one that was cut out; a cut model reloads with no
-    missing or unexpected keys; single steps after a cached prefix, and many tokens at once (what a
-    shared prompt needs), equal one pass without a cache.
+    The blocks of the real configuration are found on the meta device, which holds no numbers. The
+    rest runs on a tiny random copy (float64, the same kinds of blocks in the same order):
+
+    - ``causal``: what comes later changes nothing before it;
+    - ``cut``: the model cut to k blocks equals the early read-out bit for bit;
+    - ``skip``: a skipped block equals one that ran and was undone, and one that was cut out;
+    - ``parts``: a skipped attention or MLP equals one that ran and was silenced, both together
+      equal the skipped block;
+    - ``reload``: a cut model reloads into stock transformers without missing or unexpected keys;
+    - ``cache``: single steps after a cached beginning equal one pass without a cache;
+    - ``recommender``: a recommender on it runs, and equals one whose prompt is part of every row.
 
     Args:
         source: as for :func:`load_backbone`, or a configuration.
         revision: of a hub id.
+        trust_remote_code: run Python code from the hub; only with a ``revision``.
+        depth: blocks of the tiny copy at most.
 
     Raises:
         BadInput: if there is no such backbone.
@@ -96,74 +78,21 @@ def check_backbone(
     if isinstance(source, PreTrainedConfig):
         config = source
     else:
-        config = backbone_config(source, revision=revision)
+        config = backbone_config(source, revision=revision, trust_remote_code=trust_remote_code)
     results = [_run("blocks", lambda: _blocks(config))]
     built: list[PreTrainedModel] = []
     if results[0].passed:
-        results.append(_run("tiny copy", lambda: _build(config, built)))
+        results.append(_run("tiny copy", lambda: _copy(config, depth, built)))
     if not built:
         return results
     model = built[0]
     ids = torch.arange(3, 3 + 2 * TOKENS).reshape(2, TOKENS)
-    checks: dict[str, Callable[[PreTrainedModel, Tensor], str]] = {
-        "cut = read-out": _read_out,
-        "skip = undo = cut": _skip,
-        "save and reload": _reload,
-        "cached steps": _cache,
-        "cached prefix": _prefix,
-    }
-    for name, check in checks.items():
-        results.append(_run(name, lambda check=check: check(model, ids)))  # type: ignore[misc]
-    return results
+    return results + [_run(name, lambda c=check: c(model, ids)) for name, check in _CHECKS.items()]  # type: ignore[misc]
 
 
-def tiny_config(config: PreTrainedConfig, *, width: bool = True) -> PreTrainedConfig:
-    """A copy with few, narrow blocks of the same kinds in the same order.
-
-    Args:
-        config: any decoder's.
-        width: whether to shrink the hidden size and the heads too.
-    """
-    depth = config.get_text_config(decoder=True).num_hidden_layers
-    tiny = cut_config(config, range(min(depth, DEPTH)))
-    text = tiny.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None)
-    key_heads = getattr(text, "num_key_value_heads", None)
-    for name, most in (CONTENT | (WIDTH if width else {})).items():
-        value = getattr(text, name, None)
-        if isinstance(value, list):
-            setattr(text, name, [min(item, most) for item in value])
-        elif isinstance(value, int) and not isinstance(value, bool) and not _computed(text, name):
-            setattr(text, name, min(value, most))
-    rotary = getattr(text, "qk_rope_head_dim", None)
-    if width and rotary and hasattr(text, "head_dim") and not _computed(text, "head_dim"):
-        text.head_dim = rotary  # multi-head latent attention: what the rotary table is made for
-    if width and heads and key_heads and not _computed(text, "num_key_value_heads"):
-        few = text.num_attention_heads
-        text.num_key_value_heads = (
-            few if key_heads == heads else (1 if key_heads == 1 else few // 2)
-        )
-    for name, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
-        setattr(text, name, value)
-    if isinstance(getattr(text, "rope_parameters", None), dict):
-        text.rope_parameters = _plain_rope(text.rope_parameters)
-    return tiny
-
-
-def _computed(config: PreTrainedConfig, name: str) -> bool:
-    found = getattr(type(config), name, None)
-    return isinstance(found, property) and found.fset is None
-
-
-def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Without the per-frequency scaling tables, which belong to one head size."""
-    kept = ("rope_theta", "partial_rotary_factor")
-    if "rope_type" in rope or not any(isinstance(value, dict) for value in rope.values()):
-        return {"rope_type": "default"} | {name: rope[name] for name in kept if name in rope}
-    return {
-        kind: _plain_rope(value) if isinstance(value, dict) else value
-        for kind, value in rope.items()
-    }
+def can_be_cut(results: list[CheckResult]) -> bool:
+    """Whether everything that a cut needs passed."""
+    return REQUIRED.issubset(result.name for result in results if result.passed)
 
 
 def _run(name: str, check: Callable[[], str]) -> CheckResult:
@@ -184,39 +113,27 @@ def _blocks(config: PreTrainedConfig) -> str:
     return f"{len(blocks)} blocks ({', '.join(kinds)}) in {type(model).__name__}"
 
 
-def _build(config: PreTrainedConfig, built: list[PreTrainedModel]) -> str:
-    """The narrowest copy that can be built and run; appended to ``built``."""
-    failure: Exception | None = None
-    for width in (True, False):
-        try:
-            tiny = tiny_config(config, width=width)
-            with torch.device("meta"):
-                size = _auto.from_config(copy.deepcopy(tiny)).num_parameters()
-            if size > LARGEST:
-                raise ValueError(f"cannot be made small ({size:,} parameters): {failure}")
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)
-                # The fused experts have no float64.
-                model = _auto.from_config(
-                    tiny, dtype=torch.float64, experts_implementation="eager"
-                ).eval()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    # Fresh weights are so small that a wrong mask would change almost nothing.
-                    parameter.mul_(5 if parameter.dim() > 1 else 1)
-                model(torch.ones(1, TOKENS, dtype=torch.long), use_cache=False)
-        except Exception as error:
-            failure = error
-            continue
-        built.append(model)
-        return f"{len(find_blocks(model))} blocks, {size:,} parameters"
-    raise ValueError(f"cannot be built small: {failure}")
+def _copy(config: PreTrainedConfig, depth: int, built: list[PreTrainedModel]) -> str:
+    model = tiny_model(config, depth=depth)
+    built.append(model)
+    return f"{len(find_blocks(model))} blocks, {model.num_parameters():,} parameters"
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     result: Tensor = model(ids, use_cache=False).logits
     return result
+
+
+def _causal(model: PreTrainedModel, ids: Tensor) -> str:
+    start = TOKENS // 2
+    other = ids.clone()
+    other[:, start:] = ids[:, start:].flip(1) + 1
+    before, after = _logits(model, ids), _logits(model, other)
+    _assert_close(after[:, :start], before[:, :start], "changing later tokens: earlier ones are")
+    if torch.equal(after[:, start:], before[:, start:]):
+        raise AssertionError("the tokens change nothing")
+    return "earlier positions do not see later ones"
 
 
 def _cuts(
@@ -244,16 +161,16 @@ def _all_but_one(depth: int) -> Iterator[tuple[int, ...]]:
     return (tuple(i for i in range(depth) if i != left_out) for left_out in range(depth))
 
 
-def _read_out(model: PreTrainedModel, ids: Tensor) -> str:
+def _cut(model: PreTrainedModel, ids: Tensor) -> str:
     depth = len(find_blocks(model))
     cuts, note = _cuts(model, _prefixes(depth))
     with torch.no_grad(), tap_blocks(model) as tap:
         model(ids, use_cache=False)
         for kept, cut in cuts.items():
-            expected = cut.base_model(ids, use_cache=False)[0]
+            expected = find_decoder(cut)(ids, use_cache=False)[0]
             if not torch.equal(after_blocks(model, tap.states[len(kept)]), expected):
                 raise AssertionError(f"the model cut to {len(kept)} blocks differs from read-out")
-    return f"{len(cuts)} depths, bit for bit{note}"
+    return f"{len(cuts)} depths equal the read-out bit for bit{note}"
 
 
 def _skip(model: PreTrainedModel, ids: Tensor) -> str:
@@ -267,28 +184,73 @@ def _skip(model: PreTrainedModel, ids: Tensor) -> str:
         except ValueError as error:
             note += f"; block {left_out} not skippable: {error}"
             continue
-        with _undone(model, left_out):
-            _assert_close(skipped, _logits(model, ids), f"skipping block {left_out}")
+        with _changed(find_blocks(model)[left_out], _undo):
+            _assert_close(skipped, _logits(model, ids), f"skipping block {left_out}: it is")
         if kept in cuts and not torch.equal(skipped, _logits(cuts[kept], ids)):
             raise AssertionError(f"skipping block {left_out} differs from cutting it out")
     if not torch.equal(_logits(model, ids), whole):
         raise AssertionError("the model is not restored after skipping")
-    return f"{depth} blocks{note}"
+    return f"{depth} blocks equal undoing and cutting them{note}"
+
+
+def _parts(model: PreTrainedModel, ids: Tensor) -> str:
+    blocks = find_blocks(model)
+    sublayers = find_sublayers(model)
+    kinds: dict[str, set[str]] = {"attention": set(), "mlp": set()}
+    for index, (block, branches) in enumerate(zip(blocks, sublayers, strict=True)):
+        for part, names in kinds.items():
+            chosen = [branch for branch in branches if branch.mixes == (part == "attention")]
+            if chosen:
+                names.add(" + ".join(branch.path for branch in chosen))
+                _one_part(model, block, index, part, chosen, ids)
+    if all(_has_both(branches) for branches in sublayers):
+        every = range(len(blocks))
+        with skip_blocks(model, every, part="attention"), skip_blocks(model, every, part="mlp"):
+            parts = _logits(model, ids)
+        with skip_blocks(model, every):
+            _assert_close(parts, _logits(model, ids), "skipping all parts: the blocks are")
+    return "; ".join(f"{part}: {' or '.join(sorted(n)) or 'none'}" for part, n in kinds.items())
+
+
+def _has_both(branches: list[Branch]) -> bool:
+    return {branch.mixes for branch in branches} == {True, False}
+
+
+def _one_part(
+    model: PreTrainedModel,
+    block: nn.Module,
+    index: int,
+    part: Any,
+    chosen: list[Branch],
+    ids: Tensor,
+) -> None:
+    with skip_blocks(model, {index}, part=part):
+        skipped = _logits(model, ids)
+    with _changed(block.get_submodule(chosen[0].path), _silence):
+        if len(chosen) == 1:
+            _assert_close(skipped, _logits(model, ids), f"skipping {part} of block {index}: it is")
+    if torch.equal(skipped, _logits(model, ids)):
+        raise AssertionError(f"skipping {part} of block {index} changes nothing")
 
 
 @contextmanager
-def _undone(model: PreTrainedModel, index: int) -> Iterator[None]:
-    """The block runs, and its output is replaced by its input: an oracle for skipping."""
-
-    def undo(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        state = args[0] if args else kwargs["hidden_states"]
-        return (state, *output[1:]) if isinstance(output, tuple) else state
-
-    handle = find_blocks(model)[index].register_forward_hook(undo, with_kwargs=True)
+def _changed(module: nn.Module, change: Callable[..., Any]) -> Iterator[None]:
+    """The module runs, and its output is changed: an oracle for skipping it."""
+    handle = module.register_forward_hook(change, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _undo(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    state = input_state(args, kwargs)
+    return (state, *output[1:]) if isinstance(output, tuple | list) else state
+
+
+def _silence(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+    zero = torch.zeros_like(first_tensor(output))
+    return (zero, *output[1:]) if isinstance(output, tuple | list) else zero
 
 
 def _reload(model: PreTrainedModel, ids: Tensor) -> str:
@@ -305,7 +267,7 @@ def _reload(model: PreTrainedModel, ids: Tensor) -> str:
             cut.save_pretrained(folder)
             loaded, info = _auto.from_pretrained(
                 folder,
-                dtype=torch.float64,
+                dtype=model.dtype,
                 experts_implementation="eager",
                 output_loading_info=True,
             )
@@ -314,40 +276,71 @@ def _reload(model: PreTrainedModel, ids: Tensor) -> str:
                     raise AssertionError(
                         f"{what} {sorted(info[what])[:3]} with blocks {list(kept)}"
                     )
-            _assert_close(_logits(loaded.eval(), ids), _logits(cut, ids), f"reloaded {list(kept)}")
+            _assert_close(_logits(loaded.eval(), ids), _logits(cut, ids), f"reloaded {list(kept)}:")
     return f"{len(cuts)} cuts, no missing or unexpected keys{note}"
 
 
 def _cache(model: PreTrainedModel, ids: Tensor) -> str:
-    return _continue(model, ids, 1)
-
-
-def _prefix(model: PreTrainedModel, ids: Tensor) -> str:
-    return _continue(model, ids, TOKENS)
-
-
-def _continue(model: PreTrainedModel, ids: Tensor, tokens: int) -> str:
-    """Continue after a cached prefix, ``tokens`` at once."""
     depth = len(find_blocks(model))
     cuts, note = _cuts(model, iter([tuple(range(depth)), tuple(range(1, depth))]))
     start = TOKENS // 2
+    positions = torch.arange(TOKENS)[None]
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+
+    def at(places: slice) -> dict[str, Tensor]:
+        # as generate does: some families count from zero at each step if nobody tells them
+        given = {"position_ids": positions[:, places].expand(len(ids), -1)} if takes else {}
+        return {"input_ids": ids[:, places]} | given
+
     for kept, variant in cuts.items():
         with torch.no_grad():
-            first = variant(ids[:, :start], use_cache=True)
-            cache = getattr(first, "past_key_values", None)
-            if cache is None:
-                return "has no key-value cache"
+            expected = variant(**at(slice(None)), use_cache=False).logits[:, start:]
+            first = variant(**at(slice(start)), use_cache=True)
+            name = next((n for n in ("past_key_values", "cache_params") if n in first), None)
+            if name is None:
+                return "has no cache: every step is a whole pass"
             rest = [
-                variant(part, past_key_values=cache, use_cache=True).logits
-                for part in torch.split(ids[:, start:], tokens, dim=1)
+                variant(**at(slice(t, t + 1)), **{name: first[name]}, use_cache=True).logits
+                for t in range(start, TOKENS)
             ]
-        expected = _logits(variant, ids)[:, start:]
-        _assert_close(torch.cat(rest, dim=1), expected, f"cached, blocks {list(kept)}")
-    return f"{len(cuts)} models, cached equals uncached{note}"
+        which = "uncut" if len(kept) == depth else f"cut to blocks {list(kept)}"
+        _assert_close(torch.cat(rest, dim=1), expected, f"{which}, step by step:")
+    return f"{len(cuts)} models, step by step equal to one pass{note}"
+
+
+def _recommender(model: PreTrainedModel, ids: Tensor) -> str:
+    depth = len(find_blocks(model))
+    cuts, note = _cuts(model, iter([tuple(range(depth)), tuple(range(1, depth))]))
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randn(ITEMS + 1, D_ITEM, generator=generator)
+    histories = torch.randint(1, ITEMS + 1, ids.shape, generator=generator)
+    for kept, variant in cuts.items():
+        with torch.random.fork_rng(devices=[]):
+            tried = Recommender(variant, items, PROMPT).to(model.dtype).eval()
+        tokens = tried.token_embeddings(tried.prompt).expand(len(ids), -1, -1)
+        whole = torch.cat([tokens, tried.input_adapter(tried.items(histories))], dim=1)
+        with torch.no_grad():
+            positions = torch.arange(whole.shape[1])[None]
+            every = tried.backbone(inputs_embeds=whole, position_ids=positions, use_cache=False)[0]
+            found = tried.states(histories)
+        what = "uncut" if len(kept) == depth else f"cut to blocks {list(kept)}"
+        _assert_close(found, every[:, len(PROMPT) :], f"{what}, its prompt shared:")
+    return f"runs; its prompt is computed once a {'user' if tried.lead else 'batch'}{note}"
 
 
 def _assert_close(found: Tensor, expected: Tensor, what: str) -> None:
     # Relative to the logits' spread: some norms and recurrences run in float32 whatever the dtype.
     error = (found - expected).abs().max() / expected.std()
     if not error <= 1e-3:
-        raise AssertionError(f"{what}: off by {error:.1e} of the logits' spread")
+        raise AssertionError(f"{what} off by {error:.1e} of the spread")
+
+
+_CHECKS: dict[str, Callable[[PreTrainedModel, Tensor], str]] = {
+    "causal": _causal,
+    "cut": _cut,
+    "skip": _skip,
+    "parts": _parts,
+    "reload": _reload,
+    "cache": _cache,
+    "recommender": _recommender,
+}

@@ -11,7 +11,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from depthprobe.models.blocks import input_device
+from depthprobe.models.sublayers import evaluating
+from depthprobe.models.tap import paused_taps
+
+SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class _SharedLayer(DynamicLayer):
@@ -44,6 +56,33 @@ def shared_prompt(backbone: nn.Module, embeddings: Tensor) -> Cache:
         embeddings: the prompt's token embeddings, (1, P, D).
     """
     filled = DynamicCache()
-    backbone(inputs_embeds=embeddings, past_key_values=filled, use_cache=True)
+    positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+    backbone(
+        inputs_embeds=embeddings, position_ids=positions, past_key_values=filled, use_cache=True
+    )
     layers: list[Any] = filled.layers
     return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in layers])
+
+
+def can_share_prompt(decoder: PreTrainedModel) -> bool:
+    """Whether all that a decoder remembers of a prompt is keys and values, one pair a block.
+
+    A recurrence or a convolution keeps a state that every user changes, some families have caches
+    of their own, and some ignore the cache they are given. Found out with one pass over one token;
+    the model's random state, mode and taps stay as they are.
+    """
+    config = decoder.config.get_text_config(decoder=True)
+    if any(type(layer) not in SHAREABLE for layer in DynamicCache(config=config).layers):
+        return False
+    filled = DynamicCache()
+    embeddings: Any = decoder.get_input_embeddings()
+    width, device = embeddings.weight.shape[1], input_device(decoder)
+    token = torch.zeros(1, 1, width, dtype=decoder.dtype, device=device)
+    with torch.no_grad(), evaluating(decoder), paused_taps():
+        try:
+            decoder(inputs_embeds=token, past_key_values=filled, use_cache=True)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return False  # it has no such cache
+    layers: list[Any] = filled.layers
+    lengths = [layer.get_seq_length() for layer in layers if layer.is_initialized]
+    return lengths == [1] * config.num_hidden_layers

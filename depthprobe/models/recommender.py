@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from depthprobe.models.blocks import find_blocks
-from depthprobe.models.prefix import shared_prompt
+from depthprobe.models.blocks import find_blocks, find_decoder
+from depthprobe.models.prefix import can_share_prompt, shared_prompt
 
 
 class Recommender(nn.Module):
@@ -35,12 +35,16 @@ class Recommender(nn.Module):
             prompt: token ids of the prompt before the items; empty for none.
         """
         super().__init__()
-        self.backbone = cast("PreTrainedModel", backbone.base_model)
-        width = backbone.config.get_text_config(decoder=True).hidden_size
+        self.backbone = find_decoder(backbone)
         self.items = nn.Embedding.from_pretrained(items.clone(), freeze=True, padding_idx=0)
-        self.input_adapter = nn.Linear(items.shape[1], width)
-        self.output_adapter = nn.Linear(width, items.shape[1])
+        self.input_adapter = nn.Linear(items.shape[1], self.token_embeddings.weight.shape[1])
+        self.output_adapter = nn.Linear(_output_width(backbone), items.shape[1])
         self.register_buffer("prompt", torch.tensor(list(prompt), dtype=torch.long))
+        #: positions before the first item in every row of a pass: the prompt, where the backbone
+        #: remembers it in a form that can't be shared; 0 elsewhere
+        self.lead = len(self.prompt)
+        if self.lead and can_share_prompt(self.backbone):
+            self.lead = 0
         self._match_scale()
 
     @torch.no_grad()
@@ -55,6 +59,11 @@ class Recommender(nn.Module):
     def token_embeddings(self) -> nn.Embedding:
         """The backbone's input embeddings; only the prompt reads them."""
         return cast("nn.Embedding", self.backbone.get_input_embeddings())
+
+    @property
+    def width(self) -> int:
+        """D, the width of the states between blocks."""
+        return int(self.backbone.config.get_text_config(decoder=True).hidden_size)
 
     @property
     def depth(self) -> int:
@@ -72,17 +81,20 @@ class Recommender(nn.Module):
         return vectors
 
     def prepare_prompt(self) -> Cache | None:
-        """The prompt's keys and values at the present weights; None without a prompt."""
-        if not len(self.prompt):
+        """The prompt's keys and values at the present weights; None where none are shared."""
+        if not len(self.prompt) or self.lead:
             return None
         tokens = self.token_embeddings(self.prompt)[None]  # (1, P, D)
         return shared_prompt(self.backbone, tokens)
 
     def inputs(self, histories: Tensor, prompt: Cache | None) -> dict[str, Any]:
-        """Arguments of the backbone for histories (B, T) after a prompt that is already run."""
+        """Arguments of the backbone for histories (B, T); ``prompt`` is what has already run."""
         embeddings = self.input_adapter(self.items(histories))  # (B, T, D)
-        first = len(self.prompt)
-        positions = torch.arange(first, first + histories.shape[1], device=histories.device)
+        if self.lead:
+            tokens = self.token_embeddings(self.prompt).expand(len(histories), -1, -1)
+            embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)  # (B, P+T, D)
+        first = len(self.prompt) - self.lead
+        positions = torch.arange(first, first + embeddings.shape[1], device=histories.device)
         return {
             "inputs_embeds": embeddings.to(self.backbone.dtype),
             "position_ids": positions[None],
@@ -94,7 +106,7 @@ class Recommender(nn.Module):
         """Normed states of every position, (B, T, D); runs the prompt if it is not given."""
         prompt = prompt or self.prepare_prompt()
         out = self.backbone(**self.inputs(histories, prompt))
-        last: Tensor = out.last_hidden_state
+        last: Tensor = out.last_hidden_state[:, self.lead :]
         return last.to(self.output_adapter.weight.dtype)
 
     def forward(self, histories: Tensor) -> Tensor:
@@ -104,6 +116,14 @@ class Recommender(nn.Module):
     def encode(self, histories: Tensor, lengths: Tensor, prompt: Cache | None = None) -> Tensor:
         """User vectors after the last item, (B, T) and (B,) -> (B, d_item)."""
         return self.read_out(last_positions(self.states(histories, prompt), lengths))
+
+
+def _output_width(backbone: PreTrainedModel) -> int:
+    """The width of a decoder's last hidden state: what the head that reads it expects."""
+    head: Any = backbone.get_output_embeddings()
+    if head is not None and any(child is head for child in backbone.children()):
+        return int(head.weight.shape[1])  # not the hidden size where a projection follows (OPT)
+    return int(backbone.config.get_text_config(decoder=True).hidden_size)
 
 
 def last_positions(states: Tensor, lengths: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import Cache
 from depthprobe.cost.parameters import count_parameters, flops_per_user
 from depthprobe.evaluation.evaluate import Encoder, evaluate
 from depthprobe.files import complete_file
-from depthprobe.models.blocks import keep_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.popularity import Popularity
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.early_exit import early_exit

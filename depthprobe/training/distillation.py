@@ -73,14 +73,15 @@ def teacher_states(
     teacher.eval()
     lengths = np.array([len(window) - 1 for window in windows])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    width = teacher.input_adapter.out_features
+    width = teacher.width
     shape = (int(offsets[-1]), len(ends), width)
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     with tap_blocks(teacher.backbone) as tap:
         for chosen in length_buckets(lengths, batch_size):
             batch = make_batch(windows, chosen, device)
             teacher.states(batch.inputs)
-            states = torch.stack([tap.states[end][batch.mask] for end in ends], dim=1)  # (N, g, D)
+            after = [tap.states[end][:, teacher.lead :] for end in ends]  # g of (B, T, D)
+            states = torch.stack([state[batch.mask] for state in after], dim=1)  # (N, g, D)
             small = states.half()
             if not torch.isfinite(small).all():
                 raise ValueError(
@@ -101,7 +102,7 @@ class Distiller(nn.Module):
         self.settings = settings
         self.ends = group_ends(student.depth, min(settings.groups, student.depth))
         d_item = student.item_matrix().shape[1]
-        width = student.input_adapter.out_features
+        width = student.width
         self.adapters = nn.ModuleList(nn.Linear(width, d_item) for _ in self.ends[:-1])
 
     def forward(self, batch: Batch, teacher: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class Distiller(nn.Module):
         student, weights = self.student, self.settings
         with tap_blocks(student.backbone) as tap:
             vectors = student(batch.inputs)[batch.mask]
-            grouped = [tap.states[end] for end in self.ends]  # groups of (B, T, D)
+            grouped = [tap.states[end][:, student.lead :] for end in self.ends]  # (B, T, D) each
         items = student.item_matrix()
         states = torch.stack([state[batch.mask] for state in grouped]).float()  # (groups, N, D)
         loss = catalogue_cross_entropy(vectors, items, batch.targets[batch.mask])

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, StaticCache
 
 from depthprobe.models import skipping
-from depthprobe.models.blocks import find_blocks, keep_blocks
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import BadInput

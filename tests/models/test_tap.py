@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from depthprobe.models.blocks import find_blocks, keep_blocks
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.tap import tap_blocks
 

@@ -8,7 +8,8 @@ from accelerate import Accelerator, cpu_offload
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from depthprobe.models import skipping
-from depthprobe.models.blocks import find_blocks, keep_blocks
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.sublayers import find_sublayers
 from depthprobe.models.tap import tap_blocks

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from depthprobe.evaluation.evaluate import Questions, evaluate
-from depthprobe.models.blocks import keep_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.early_exit import early_exit
 

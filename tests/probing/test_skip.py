@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from depthprobe.evaluation.evaluate import Questions, evaluate
-from depthprobe.models.blocks import find_blocks, keep_blocks
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.skip import skip_each
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.models.blocks import keep_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender, last_positions
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import Distillation

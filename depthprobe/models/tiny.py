@@ -1,0 +1,214 @@
+"""Tiny copies of an architecture: few, narrow, random blocks of the same kinds, in order."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from depthprobe.models.config_fields import as_plain_fields, block_kinds, cut_config, is_computed
+
+DEPTH = 8  # enough for one period of the usual patterns of block kinds
+TOKENS = 9  # longer than the shrunk attention windows
+LARGEST = 50_000_000  # parameters of a copy whose width could not be shrunk
+# What a field may be at most in the tiny copy. Absent fields stay absent.
+CONTENT = {
+    "vocab_size": 128,
+    "vocab_size_per_layer_input": 128,
+    "max_position_embeddings": 128,
+    "sliding_window": 4,
+    "attention_chunk_size": 4,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "intermediate_size_mlp": 48,
+    "ffn_dim": 48,
+    "ffn_hidden_size": 48,
+    "n_inner": 48,
+    "dim_ff": 48,
+    "n_group": 1,
+    "topk_group": 1,
+    "rel_extent": 16,
+}
+WIDTH = {
+    "hidden_size": 32,
+    "embedding_dim": 32,
+    "embedding_size": 32,
+    "word_embed_proj_dim": 16,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "dim_head": 8,
+    "rotary_dim": 4,
+    "attention_head_dim": 16,
+    "kv_channels": 8,
+    "adapter_rank": 8,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "o_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "qk_head_dim": 8,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    # state-space layers: twice the width is as many heads as fit
+    "state_size": 8,
+    "ssm_state_size": 8,
+    "mamba_d_state": 8,
+    "mamba_d_ssm": 64,
+    "mamba_d_head": 8,
+    "mamba_head_dim": 8,
+    "mamba_headdim": 8,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "n_mamba_heads": 8,
+    "mamba_dt_rank": 4,
+    "time_step_rank": 4,
+    "n_groups": 2,
+    "mamba_n_groups": 2,
+    "lru_width": 32,
+    "chunk_size": 4,
+    "mamba_chunk_size": 4,
+}
+STATE_SPACE_HEADS = 8
+OTHER = {"num_hidden_layers": 1, "depth": 1, "kv_n_heads": 2}  # parts beside the text's blocks
+
+_auto: Any = AutoModelForCausalLM  # untyped in transformers
+
+
+def tiny_model(config: PreTrainedConfig, *, depth: int = DEPTH) -> PreTrainedModel:
+    """A random model of the narrowest copy that can be built and run, in evaluation mode.
+
+    In float64, or in float32 where a family can't compute in float64. Its weights are five times as
+    large as fresh ones, which are so small that a wrong mask would change almost nothing. The
+    caller's random state stays as it is.
+
+    Raises:
+        ValueError: if no small copy can be built and run on text.
+    """
+    failure: Exception | None = None
+    for width in (True, False):
+        for dtype in (torch.float64, torch.float32):
+            try:
+                return _build(tiny_config(config, width=width, depth=depth), dtype)
+            except Exception as error:  # the next may do; else the reason is told
+                failure = failure or error
+    lines = str(failure).strip().splitlines()
+    reason = lines[0] if lines else type(failure).__name__
+    raise ValueError(f"no small copy can be built and run on text: {reason}") from failure
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        size = _auto.from_config(copy.deepcopy(config)).num_parameters()
+    if size > LARGEST:
+        raise ValueError(f"it would have {size:,} parameters")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        # The fused experts have no float64.
+        model: PreTrainedModel = _auto.from_config(
+            config, dtype=dtype, experts_implementation="eager"
+        ).eval()
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+        model(torch.ones(1, TOKENS, dtype=torch.long), use_cache=False)
+    return model
+
+
+def tiny_config(
+    config: PreTrainedConfig, *, width: bool = True, depth: int = DEPTH
+) -> PreTrainedConfig:
+    """A copy with few, narrow blocks of the same kinds in the same order.
+
+    Args:
+        config: any decoder's; where it holds other models too (a vision tower), those shrink.
+        width: whether to shrink the hidden size and the heads too.
+        depth: how many blocks at most: the first ones, and the first of each kind.
+    """
+    tiny = cut_config(config, _representative(config, depth))
+    text = tiny.get_text_config(decoder=True)
+    for name in getattr(tiny, "sub_configs", None) or {}:
+        other = getattr(tiny, name, None)
+        if isinstance(other, PreTrainedConfig) and other is not text:
+            _cap(other, CONTENT | WIDTH | OTHER)
+    caps = CONTENT | (WIDTH if width else {})
+    with as_plain_fields(text) as overrides:
+        _shrink(text, caps, width=width)
+        for fields in overrides.values():
+            fields.update({k: min(v, caps.get(k, v)) for k, v in fields.items() if type(v) is int})
+    return tiny
+
+
+def _representative(config: PreTrainedConfig, depth: int) -> list[int]:
+    """The first blocks, the first of each kind that is not among them, and the last."""
+    kinds = block_kinds(config)
+    firsts = {kind: place for place, kind in reversed(list(enumerate(kinds)))}
+    late = sorted({*(p for p in firsts.values() if p >= depth - 1), len(kinds) - 1})[-depth:]
+    return [place for place in range(len(kinds)) if place < depth - len(late) or place in late]
+
+
+def _shrink(text: PreTrainedConfig, caps: dict[str, int], *, width: bool) -> None:
+    heads = getattr(text, "num_attention_heads", None)
+    key_heads = getattr(text, "num_key_value_heads", None)
+    inner, outer = getattr(text, "attention_hidden_size", None), text.hidden_size
+    _cap(text, caps)
+    if width and inner and not is_computed(text, "attention_hidden_size"):
+        text.attention_hidden_size = inner * text.hidden_size // outer
+    rotary = getattr(text, "qk_rope_head_dim", None)
+    if width and rotary and hasattr(text, "head_dim") and not is_computed(text, "head_dim"):
+        text.head_dim = rotary  # multi-head latent attention: what the rotary table is made for
+    if width and heads and key_heads and not is_computed(text, "num_key_value_heads"):
+        few = text.num_attention_heads
+        text.num_key_value_heads = (
+            few if key_heads == heads else (1 if key_heads == 1 else few // 2)
+        )
+    if width and hasattr(text, "expand") and hasattr(text, "num_heads"):
+        text.num_heads = STATE_SPACE_HEADS
+    for name, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
+        setattr(text, name, value)
+    if isinstance(getattr(text, "rope_parameters", None), dict):
+        text.rope_parameters = _plain_rope(text.rope_parameters)
+
+
+def _cap(config: PreTrainedConfig, caps: dict[str, int]) -> None:
+    for name, most in caps.items():
+        value = getattr(config, name, None)
+        if isinstance(value, list) and all(type(item) is int for item in value):
+            setattr(config, name, [min(item, most) for item in value])
+        elif type(value) is int and not is_computed(config, name):
+            setattr(config, name, min(value, most))
+
+
+def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Without the per-frequency scaling tables, which belong to one head size."""
+    kept = (
+        "rope_theta",
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+        "llama_4_scaling_beta",
+    )
+    if "rope_type" in rope or not any(isinstance(value, dict) for value in rope.values()):
+        return {"rope_type": "default"} | {name: rope[name] for name in kept if name in rope}
+    return {
+        kind: _plain_rope(value) if isinstance(value, dict) else value
+        for kind, value in rope.items()
+    }

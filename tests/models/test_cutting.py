@@ -1,0 +1,350 @@
+"""Cutting blocks out of tiny models of many families, against independent oracles."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers import LlamaForCausalLM as Llama
+
+from depthprobe.models import cutting
+from depthprobe.models.blocks import find_blocks, find_decoder
+from depthprobe.models.config_fields import cut_config
+from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.skipping import after_blocks, skip_blocks
+from depthprobe.models.support import family_config
+from depthprobe.models.tap import tap_blocks
+from depthprobe.models.tiny import tiny_model
+from depthprobe.study import BadInput
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+@torch.no_grad()
+def cached(model, ids, split=6):
+    first = model(ids[:, :split], use_cache=True)
+    cache = first.past_key_values
+    steps = [first.logits]
+    for at in range(split, ids.shape[1]):
+        steps.append(model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(steps, dim=1)
+
+
+@torch.no_grad()
+def test_truncated_equals_early_read_out_bit_for_bit(family, make_model, ids):
+    model = make_model(family)
+    with tap_blocks(model) as tap:
+        model(ids, use_cache=False)
+    for depth in (1, 4):
+        cut = keep_blocks(make_model(family), range(depth))
+        expected = find_decoder(cut)(ids, use_cache=False)[0]
+        assert torch.equal(after_blocks(model, tap.states[depth]), expected), depth
+
+
+def test_llama_read_out_is_head_of_norm(make_model, ids):
+    model = make_model("llama")
+    with torch.no_grad(), tap_blocks(model) as tap:
+        model(ids, use_cache=False)
+        read_out = model.lm_head(model.model.norm(tap.states[2]))
+    assert torch.equal(read_out, logits(keep_blocks(model, [0, 1]), ids))
+
+
+def test_cut_equals_bypassed_blocks(family, make_model, ids, bypass):
+    kept = (0, 1, 3, 5)
+    model = make_model(family)
+    bypass(find_blocks(model), set(range(6)) - set(kept))
+    cut = keep_blocks(make_model(family), kept)
+    assert len(find_blocks(cut)) == len(kept)
+    torch.testing.assert_close(logits(cut, ids), logits(model, ids), rtol=0, atol=1e-12)
+
+
+def test_save_and_reload(family, make_model, ids, tmp_path):
+    cut = keep_blocks(make_model(family), (0, 3, 4))
+    cut.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.float64,
+        output_loading_info=True,
+        experts_implementation="eager",
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    for name, tensor in cut.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    # Not bit for bit: loaded tensors are aligned differently, some position tables are float32.
+    torch.testing.assert_close(logits(loaded.eval(), ids), logits(cut, ids), rtol=0, atol=1e-6)
+    # One more cut of what was reloaded: the configuration on disk is the whole truth.
+    torch.testing.assert_close(
+        logits(keep_blocks(loaded, [1]), ids), logits(keep_blocks(cut, [1]), ids), rtol=0, atol=1e-6
+    )
+
+
+def test_cached_steps_equal_one_pass(family, make_model, ids):
+    cut = keep_blocks(make_model(family), (1, 2, 4))
+    torch.testing.assert_close(cached(cut, ids), logits(cut, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family_name", ["llama", "gpt2", "gemma3_text", "falcon", "qwen3_moe"])
+def test_generate_with_and_without_cache(family_name, make_model, ids):
+    cut = keep_blocks(make_model(family_name), (1, 2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with_cache = cut.generate(ids, use_cache=True, **options)
+    assert with_cache.shape == (2, 15)
+    assert torch.equal(with_cache, cut.generate(ids, use_cache=False, **options))
+
+
+def test_per_block_fields_are_cut_by_name(make_model):
+    config = keep_blocks(make_model("gemma3_text"), (0, 2, 5)).config
+    assert config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    config = keep_blocks(make_model("qwen3_moe"), (1, 3, 4)).config
+    assert config.mlp_only_layers == [1]
+    config = keep_blocks(make_model("deepseek_v3"), (1, 3, 4)).config
+    assert config.first_k_dense_replace == 1
+    config = keep_blocks(make_model("smollm3"), (1, 2, 5)).config
+    assert config.no_rope_layers == [1, 0, 0]
+    config = keep_blocks(make_model("qwen2_moe"), (0, 3, 5)).config
+    assert (config.decoder_sparse_step, config.mlp_only_layers) == (1, [0])
+
+
+def test_list_of_matching_length_that_is_not_per_block_is_left_alone(make_model):
+    model = make_model("llama")
+    model.config.some_scales = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert len(keep_blocks(model, [0, 1]).config.some_scales) == 6
+
+
+def test_original_config_and_its_other_users_are_unchanged(make_model, ids):
+    teacher = make_model("llama")
+    student = Llama(teacher.config).double().eval()
+    before = logits(teacher, ids)
+    keep_blocks(student, [0, 2])
+    assert teacher.config.num_hidden_layers == 6
+    assert student.config.num_hidden_layers == 2
+    assert student.model.config is student.config
+    assert find_blocks(student)[1].self_attn.config is student.config
+    assert torch.equal(logits(teacher, ids), before)
+
+
+def test_indices_are_renumbered(make_model):
+    cut = keep_blocks(make_model("llama"), (1, 4, 5))
+    assert [block.self_attn.layer_idx for block in find_blocks(cut)] == [0, 1, 2]
+
+
+def test_base_model_alone(make_model, ids, tmp_path):
+    whole = make_model("qwen3")
+    base = copy.deepcopy(whole.model)
+    with torch.no_grad():
+        expected = keep_blocks(whole, (0, 4)).model(ids, use_cache=False)[0]
+        assert keep_blocks(base, (0, 4)) is base
+        assert torch.equal(base(ids, use_cache=False)[0], expected)
+    base.save_pretrained(tmp_path)
+    _, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_under_peft(make_model, ids, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(make_model("llama"), lora).double().eval()
+    reference = copy.deepcopy(model).merge_and_unload()
+    assert find_blocks(model) is model.get_base_model().model.layers
+    assert keep_blocks(model, (0, 2, 3)) is model
+    expected = logits(keep_blocks(reference, (0, 2, 3)), ids)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-12)
+    assert model.config.num_hidden_layers == 3
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_layers_to_transform_is_refused(make_model, ids):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[4, 5])
+    model = get_peft_model(make_model("llama"), lora)
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        keep_blocks(model, (0, 2))
+    assert len(find_blocks(model)) == 6
+
+
+def test_gradients_reach_every_kept_block(make_model, ids):
+    cut = keep_blocks(make_model("llama"), (0, 5))
+    cut(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in cut.parameters())
+
+
+def test_all_blocks_kept_changes_nothing(make_model):
+    model = make_model("llama")
+    blocks, config = find_blocks(model), model.config
+    assert keep_blocks(model, range(6)) is model
+    assert find_blocks(model) is blocks
+    assert model.config is config
+
+
+@pytest.mark.parametrize("kept", [[], [6], [-1], [1, 0], [2, 2], ["0"], [0.0], None, 3], ids=repr)
+def test_bad_kept(kept, make_model):
+    model = make_model("llama")
+    with pytest.raises(BadInput, match="kept.*from 0 to 5"):
+        keep_blocks(model, kept)
+    assert len(find_blocks(model)) == 6
+
+
+def test_numpy_indices(make_model):
+    assert len(find_blocks(keep_blocks(make_model("llama"), np.array([0, 3])))) == 2
+
+
+def test_refuses_hybrid_without_attention(make_model, ids):
+    model = make_model("qwen3_next")
+    before = logits(model, ids)
+    with pytest.raises(ValueError, match="none of them has attention"):
+        keep_blocks(model, (0, 1, 3))
+    assert len(find_blocks(model)) == model.config.num_hidden_layers == 6
+    assert torch.equal(logits(model, ids), before)
+    cut = keep_blocks(model, (0, 2, 3))
+    assert cut.config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
+    torch.testing.assert_close(cached(cut, ids), logits(cut, ids), rtol=0, atol=1e-4)
+
+
+def test_refuses_what_the_configuration_cannot_say(make_model):
+    with pytest.raises(ValueError, match="block 2 would become block 0 with attn scaling"):
+        keep_blocks(make_model("gpt2_scaled"), (2, 3))
+    assert len(find_blocks(keep_blocks(make_model("gpt2_scaled"), (0, 1)))) == 2
+    with pytest.raises(ValueError, match="class"):
+        keep_blocks(make_model("jamba"), (0, 2, 3, 4))
+    assert len(find_blocks(keep_blocks(make_model("jamba"), (0, 1, 2, 3)))) == 4
+
+
+def test_refuses_when_other_weights_depend_on_depth(make_model):
+    with pytest.raises(ValueError, match="cannot be cut"):
+        keep_blocks(make_model("gemma3n_text"), (0, 1, 2, 4, 5))
+
+
+def test_what_is_removed_is_freed(make_model):
+    model = make_model("llama")
+    removed = [weakref.ref(p) for i in (1, 4) for p in find_blocks(model)[i].parameters()]
+    before = sum(p.numel() for p in model.parameters())
+    per_block = sum(p.numel() for p in find_blocks(model)[0].parameters())
+    keep_blocks(model, (0, 2, 3, 5))
+    gc.collect()
+    assert removed
+    assert all(reference() is None for reference in removed)
+    assert sum(p.numel() for p in model.parameters()) == before - 2 * per_block
+
+
+def test_embeddings_that_hold_a_chunk_a_block_are_cut(make_model, ids, tmp_path):
+    model = make_model("gemma3n_text")
+    chunks = model.model.embed_tokens_per_layer.weight.detach().unflatten(1, (6, 8)).clone()
+    rows = model.model.per_layer_model_projection.weight.detach().unflatten(0, (6, 8)).clone()
+    kept = (0, 2, 3, 4, 5)  # block 1's keys and values nobody else reads
+    with skip_blocks(model, {1}):
+        expected = logits(model, ids)
+    cut = keep_blocks(model, kept)
+    assert torch.equal(cut.model.embed_tokens_per_layer.weight, chunks[:, kept].flatten(1))
+    assert torch.equal(cut.model.per_layer_model_projection.weight, rows[kept, :].flatten(0, 1))
+    assert cut.model.embed_tokens_per_layer.embedding_dim == 40
+    assert cut.model.per_layer_model_projection.out_features == 40
+    torch.testing.assert_close(logits(cut, ids), expected, rtol=0, atol=1e-12)
+    cut.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits(loaded.eval(), ids), expected, rtol=0, atol=1e-6)
+
+
+def test_producers_of_shared_keys_stay(make_model):
+    # of gemma3n_text's blocks, 4 and 5 read the keys of the last sliding and full ones, 3 and 2
+    for kept, reason in (((0, 1, 2, 4, 5), "store_full_length_kv"), ((0, 1, 3, 5), "different")):
+        model = make_model("gemma3n_text")
+        with pytest.raises(ValueError, match=reason):
+            keep_blocks(model, kept)
+        assert len(find_blocks(model)) == 6
+    cut = keep_blocks(make_model("gemma3n_text"), (0, 1, 3, 4))  # with its only reader, block 2 may
+    assert cut.config.num_kv_shared_layers == 1
+
+
+def tiny(name, depth=6, **changes):
+    config = family_config(name)
+    for field, value in changes.items():
+        setattr(config, field, value)
+    return tiny_model(config, depth=depth)
+
+
+def test_residuals_scaled_by_the_depth_keep_their_scale(ids, tmp_path):
+    model = tiny("minicpm3")
+    scale = find_blocks(model)[0].residual_scale
+    with skip_blocks(model, {1, 4}):
+        expected = logits(model, ids)
+    cut = keep_blocks(model, (0, 2, 3, 5))
+    cut.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert find_blocks(loaded)[0].residual_scale == pytest.approx(scale, rel=1e-12)
+    torch.testing.assert_close(logits(loaded, ids), expected, rtol=0, atol=1e-6)
+
+
+def test_a_last_block_that_must_be_of_one_kind(ids):
+    model = tiny("gemma4_text")
+    kinds = model.config.layer_types
+    assert kinds == ["sliding_attention"] * 4 + ["full_attention"] * 2
+    with pytest.raises(ValueError, match="block 3 would become block 3 with self_attn"):
+        keep_blocks(model, range(4))
+    with skip_blocks(model, {0, 3}):
+        expected = logits(model, ids)
+    cut = keep_blocks(model, (1, 2, 4, 5))
+    assert [block.self_attn.head_dim for block in find_blocks(cut)] == [8] * 4
+    torch.testing.assert_close(logits(cut, ids), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "reason"),
+    [
+        ("rwkv", (0, 1), "rescales its weights"),
+        ("zamba2", (1, 2, 3, 4, 5), "layer_dic"),
+        ("minimax", (1, 2, 3), "num_hidden_layers = 3"),
+        ("diffllama", (2, 3), "lambda_init"),
+        ("mamba2", (), "at least one"),
+    ],
+)
+def test_families_whose_blocks_know_their_place(name, kept, reason):
+    model = tiny(name)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises((ValueError, BadInput), match=reason):
+        keep_blocks(model, kept)
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_blocks_that_share_weights_are_refused(make_model):
+    model = make_model("llama")
+    find_blocks(model)[4].mlp.up_proj.weight = find_blocks(model)[1].mlp.up_proj.weight
+    with pytest.raises(ValueError, match="its blocks share weights"):
+        keep_blocks(model, (0, 1))
+    assert len(find_blocks(model)) == 6
+
+
+def test_infinite_settings_survive(ids):
+    cut = keep_blocks(tiny("mamba2"), (1, 3))  # its time steps are bounded by infinity
+    assert len(find_blocks(cut)) == 2
+    assert logits(cut, ids).isfinite().all()
+
+
+def test_a_config_that_comes_back_as_another_is_refused(make_model, monkeypatch):
+    def forgetful(config, kept):
+        new = cut_config(config, kept)
+        new.layer_types = new.layer_types[::-1]
+        return new
+
+    monkeypatch.setattr(cutting, "cut_config", forgetful)
+    model = make_model("gemma3_text")
+    with pytest.raises(ValueError, match="sliding"):
+        keep_blocks(model, (0, 1, 2, 3))
+    assert len(find_blocks(model)) == 6

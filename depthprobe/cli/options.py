@@ -41,6 +41,7 @@ class StudyFlags:
     study: Path | None = None
     data: str | None = None
     backbone: str | None = None
+    revision: str | None = None
     layers: str | None = None
     methods: str | None = None
     seeds: int | None = None
@@ -76,6 +77,7 @@ def make_study(flags: StudyFlags) -> Study:
         "recipe.epochs": flags.epochs,
         "data.source": flags.data,
         "backbone.source": flags.backbone,
+        "backbone.revision": flags.revision,
         "backbone.tuning": flags.tuning,
         "item_table": flags.item_embeddings,
         "protocol.split": flags.split,
@@ -85,6 +87,7 @@ def make_study(flags: StudyFlags) -> Study:
     check_split_at(flags.split_at, study.protocol)
     check_data(study.data.source)
     check_backbone(study.backbone.source)
+    check_revision(flags.revision, study.backbone.source)
     check_item_table(study.item_table)
     return study
 
@@ -145,6 +148,14 @@ def check_backbone(source: str) -> None:
             raise BadInput("backbone", source, "a folder with config.json")
     elif not path.exists() and not HUB_ID.fullmatch(source):
         raise BadInput("backbone", source, "a folder that exists, a Hugging Face id, or embedded")
+
+
+def check_revision(revision: str | None, source: str) -> None:
+    """Refuse a revision of what has none, and one without a name."""
+    if revision is not None and not revision.strip():
+        raise BadInput("revision", revision, "a branch, tag or commit")
+    if revision is not None and (source == "embedded" or Path(source).exists()):
+        raise BadInput("revision", revision, f"with a Hugging Face id; {source} has no revisions")
 
 
 def check_item_table(source: str) -> None:

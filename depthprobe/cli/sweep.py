@@ -75,6 +75,10 @@ def command(phase: Phase) -> Callable[..., int]:
         backbone: Annotated[
             str | None, typer.Option(metavar="B", help="A folder, a Hugging Face id, or embedded.")
         ] = None,
+        revision: Annotated[
+            str | None,
+            typer.Option(metavar="REV", help="The branch, tag or commit of a Hugging Face id."),
+        ] = None,
         layers: Annotated[
             str | None, typer.Option(metavar="DEPTHS", help="Depths: 1,2,4 or 1-12 or all or auto.")
         ] = None,
@@ -121,6 +125,7 @@ def command(phase: Phase) -> Callable[..., int]:
             study=study,
             data=data,
             backbone=backbone,
+            revision=revision,
             layers=layers,
             methods=methods,
             seeds=seeds,

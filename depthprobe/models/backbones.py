@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import socket
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub.constants import ENDPOINT as HUB_ENDPOINT
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,19 +17,30 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from depthprobe.models.checkpoints import check_keys, check_weights
 from depthprobe.models.embedded import embedded_backbone, embedded_config, embedded_tokenizer
-from depthprobe.study import BadInput
-
-EMBEDDED = "embedded"
-DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# Recomputed by the model: old checkpoints stored them.
-HARMLESS = re.compile(
-    r"(^|\.)(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|attn\.bias|attention\.bias)$"
+from depthprobe.models.precision import (
+    check_attention,
+    check_dtype,
+    mark_quantized,
+    placement,
+    plain_weights,
+    quantization,
 )
-ALLOWED = f'"{EMBEDDED}", a folder with config.json and safetensors weights, or a hub model id'
-FAILURES = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+from depthprobe.models.sources import (
+    ALLOWED,
+    EMBEDDED,
+    FAILURES,
+    cannot,
+    folder_of,
+    is_folder,
+    location,
+    offline,
+    resolve_revision,
+)
+from depthprobe.study import ATTENTIONS, Backbone, BadInput
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def load_backbone(
@@ -43,6 +48,8 @@ def load_backbone(
     *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
+    attention: str | None = None,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
     random_init: int | None = None,
 ) -> PreTrainedModel:
@@ -50,40 +57,103 @@ def load_backbone(
 
     Args:
         path_or_id: "embedded", a folder, or a hub model id.
-        revision: of a hub id: branch, tag or commit.
+        revision: of a hub id: branch, tag or commit. All files come from the commit that it points
+            to now.
         dtype: "auto" follows the checkpoint; else a torch dtype or its name.
+        attention: None or "auto" follows transformers; else "eager", "sdpa", "flash_attention_2",
+            "flash_attention_3" or "flex_attention".
+        quantize: None or "none"; "8bit" or "4bit" stores the linear maps in fewer bits, which
+            needs bitsandbytes and a CUDA GPU. Such a model is on the GPU already.
         trust_remote_code: run Python code from the hub; only with a ``revision``.
         random_init: a seed: the same architecture with fresh weights, from the configuration
             alone; the caller's random state is left as it is.
 
     Raises:
         BadInput: if there is no such backbone, its weights are absent, pickled or unreadable, or
-            they do not fit the model: missing, unexpected or mismatched keys.
+            they do not fit the model: missing, unexpected or mismatched keys; if ``dtype``,
+            ``attention`` or ``quantize`` can't be used, here or with this backbone.
     """
-    kind = _check_dtype(dtype)
+    kind, chosen = check_dtype(dtype), check_attention(attention)
+    fewer_bits = quantize not in {None, "none"}
+    if fewer_bits and (random_init is not None or str(path_or_id) == EMBEDDED):
+        raise BadInput("quantize", quantize, "pretrained weights: random ones can't be quantised")
+    packed = quantization(quantize)
     if str(path_or_id) == EMBEDDED:
-        return _ready(embedded_backbone(random_init or 0), kind)
-    config = backbone_config(path_or_id, revision=revision, trust_remote_code=trust_remote_code)
+        return _embedded(random_init or 0, kind, chosen)
+    _check_trust(path_or_id, revision, trust_remote_code)
+    commit = resolve_revision(path_or_id, revision)
+    config = backbone_config(path_or_id, revision=commit, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if chosen is not None:
+        options["attn_implementation"] = chosen
+    else:
+        for written in _attentions(config):
+            check_attention(written)
     if random_init is not None:
-        return _from_config(path_or_id, config, kind, random_init, trust_remote_code)
+        return _from_config(path_or_id, config, kind, random_init, options)
     if is_folder(path_or_id):
-        _check_weights(_folder(path_or_id))
+        check_weights(folder_of(path_or_id))
+    if packed is not None:
+        if getattr(config, "quantization_config", None):
+            raise BadInput("quantize", quantize, "a checkpoint that is not quantised already")
+        options |= {"quantization_config": packed, "device_map": placement()}
     auto: Any = AutoModelForCausalLM  # untyped in transformers
     try:
         model, loaded = auto.from_pretrained(
-            _location(path_or_id),
+            location(path_or_id),
             config=config,
-            revision=revision or "main",
+            revision=commit or "main",
             dtype=kind,
-            trust_remote_code=trust_remote_code,
-            local_files_only=_offline(path_or_id),
+            local_files_only=offline(path_or_id),
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except FAILURES as error:
-        raise _cannot("loaded", path_or_id, error) from error
-    _check_keys(path_or_id, loaded)
+        raise cannot("loaded", path_or_id, error) from error
+    check_keys(path_or_id, loaded)
+    if packed is not None:
+        mark_quantized(model)
     return _ready(model)
+
+
+def pretrained(
+    settings: Backbone, *, random_init: int | None = None, plain: bool = False
+) -> PreTrainedModel:
+    """The backbone that a study's settings describe, whole.
+
+    Args:
+        random_init: as for :func:`load_backbone`.
+        plain: with ordinary weights, of the same values where they are quantised.
+    """
+    model = load_backbone(
+        settings.source,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        quantize=settings.quantize,
+        trust_remote_code=settings.trust_remote_code,
+        random_init=random_init,
+    )
+    return plain_weights(model) if plain else model
+
+
+def pretrained_config(settings: Backbone) -> PreTrainedConfig:
+    """The configuration of the backbone that a study's settings describe; no weights are read."""
+    return backbone_config(
+        settings.source,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def pretrained_tokenizer(settings: Backbone) -> PreTrainedTokenizerBase:
+    """The tokenizer of the backbone that a study's settings describe."""
+    return load_tokenizer(
+        settings.source,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 def backbone_config(
@@ -104,8 +174,9 @@ def backbone_config(
     """
     if str(path_or_id) == EMBEDDED:
         return embedded_config()
+    _check_trust(path_or_id, revision, trust_remote_code)
     if is_folder(path_or_id):
-        path = _folder(path_or_id)
+        path = folder_of(path_or_id)
         if not path.exists():
             raise BadInput("backbone", str(path_or_id), f"no such folder: expected {ALLOWED}")
         file = path / "config.json" if path.is_dir() else path
@@ -116,25 +187,38 @@ def backbone_config(
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            raise _cannot("read: its configuration is not JSON", path_or_id, error) from error
-    elif trust_remote_code and revision is None:
-        raise BadInput("revision", None, "a commit or tag, required by trust_remote_code")
+            raise cannot("read: its configuration is not JSON", path_or_id, error) from error
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            _location(path_or_id),
+            location(path_or_id),
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
-            local_files_only=_offline(path_or_id),
+            local_files_only=offline(path_or_id),
         )
     except FAILURES as error:
-        raise _cannot("found", path_or_id, error) from error
+        raise cannot("found", path_or_id, error) from error
+    for written in _attentions(config):
+        if written not in ATTENTIONS:
+            allowed = f"a configuration without attention {written!r}: a kernel to download and run"
+            raise BadInput("backbone", str(path_or_id), allowed)
     return config
 
 
+def _attentions(config: PreTrainedConfig) -> Iterator[str]:
+    """What the configuration and its parts say that their attention should be."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        written = getattr(part, "_attn_implementation", None)
+        if isinstance(written, str):
+            yield written
+
+
 def load_tokenizer(
-    path_or_id: str | os.PathLike[str], *, revision: str | None = None
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone.
+    """The tokenizer of a backbone; arguments as for :func:`load_backbone`.
 
     Raises:
         BadInput: if there is none.
@@ -142,7 +226,7 @@ def load_tokenizer(
     if str(path_or_id) == EMBEDDED:
         return embedded_tokenizer()
     if is_folder(path_or_id):
-        folder = _folder(path_or_id)
+        folder = folder_of(path_or_id)
         if not folder.is_dir():
             raise BadInput("backbone", str(path_or_id), f"no such folder: expected {ALLOWED}")
         # Without any of these the library makes up an empty tokenizer.
@@ -150,86 +234,31 @@ def load_tokenizer(
             raise BadInput("backbone", str(path_or_id), "no tokenizer in it (tokenizer.json)")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            _location(path_or_id),
+            location(path_or_id),
             revision=revision or "main",
-            local_files_only=_offline(path_or_id),
+            trust_remote_code=trust_remote_code,
+            local_files_only=offline(path_or_id),
         )
     except FAILURES as error:
-        raise _cannot("given a tokenizer", path_or_id, error) from error
+        raise cannot("given a tokenizer", path_or_id, error) from error
     return tokenizer
 
 
-def is_folder(path_or_id: str | os.PathLike[str]) -> bool:
-    """Whether this names a place on disk rather than a model on the hub."""
-    text = os.fspath(path_or_id)
-    return (
-        not isinstance(path_or_id, str)
-        or text.startswith((".", "~", os.sep))
-        or text.count(os.sep) > 1
-        or os.path.exists(text)
-    )
+def _check_trust(
+    path_or_id: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
+) -> None:
+    if trust_remote_code and revision is None and not is_folder(path_or_id):
+        raise BadInput("revision", None, "a commit or tag, required by trust_remote_code")
 
 
-def _offline(path_or_id: str | os.PathLike[str]) -> bool:
-    """Whether only local files can serve; without a name server the hub client retries for 30 s."""
-    if is_folder(path_or_id):
-        return True
-    if getproxies():
-        return False
-    try:
-        socket.getaddrinfo(urlsplit(HUB_ENDPOINT).hostname, 443)
-    except OSError:
-        return True
-    return False
-
-
-def _folder(path_or_id: str | os.PathLike[str]) -> Path:
-    return Path(path_or_id).expanduser()
-
-
-def _location(path_or_id: str | os.PathLike[str]) -> str:
-    return str(_folder(path_or_id)) if is_folder(path_or_id) else os.fspath(path_or_id)
-
-
-def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    if dtype not in DTYPES:
-        raise BadInput("dtype", dtype, ", ".join(DTYPES))
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
-def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLED]
-    if pickled:
-        raise BadInput(
-            "backbone",
-            str(folder),
-            f"only pickled weights in it ({pickled[0]}), which can run code when loaded:"
-            " convert them with save_pretrained to safetensors",
-        )
-    raise BadInput("backbone", str(folder), f"no weights (*.safetensors) in it: {ALLOWED}")
-
-
-def _check_keys(path_or_id: str | os.PathLike[str], loaded: dict[str, Any]) -> None:
-    unexpected = [key for key in loaded["unexpected_keys"] if not HARMLESS.search(key)]
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]]
-    for what, keys in (
-        ("missing", list(loaded["missing_keys"])),
-        ("unexpected", unexpected),
-        ("of another shape than the configuration says", mismatched),
-    ):
-        if keys:
-            shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-            raise BadInput(
-                "backbone",
-                str(path_or_id),
-                f"{len(keys)} of its weights are {what} ({shown}):"
-                " the checkpoint must fit its configuration",
-            )
+def _embedded(seed: int, dtype: str | torch.dtype, attention: str | None) -> PreTrainedModel:
+    model = _ready(embedded_backbone(seed), dtype)
+    if attention is not None:
+        try:
+            model.set_attn_implementation(attention)
+        except FAILURES as error:
+            raise cannot(f"run with attention {attention}", EMBEDDED, error) from error
+    return model
 
 
 def _from_config(
@@ -237,25 +266,19 @@ def _from_config(
     config: PreTrainedConfig,
     dtype: str | torch.dtype,
     seed: int,
-    trust_remote_code: bool,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM
     chosen = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.float32)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs
-            model = auto.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+            model = auto.from_config(config, dtype=chosen, **options)
     except FAILURES as error:
-        raise _cannot("built", path_or_id, error) from error
+        raise cannot("built", path_or_id, error) from error
     return _ready(model)
 
 
 def _ready(model: Any, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     found: PreTrainedModel = model.eval() if dtype == "auto" else model.to(dtype=dtype).eval()
     return found
-
-
-def _cannot(what: str, path_or_id: str | os.PathLike[str], error: Exception) -> BadInput:
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
-    return BadInput("backbone", str(path_or_id), f"cannot be {what} ({reason}): {ALLOWED}")

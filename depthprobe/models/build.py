@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from depthprobe.models.backbones import load_backbone, load_tokenizer
-from depthprobe.models.blocks import find_blocks, keep_blocks
+from depthprobe.models.backbones import pretrained, pretrained_tokenizer
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import Backbone
 
@@ -35,17 +36,25 @@ def build_recommender(
         seed: initialises the adapters, and the backbone where that is random.
         random_init: the control: the same architecture without its pretraining.
     """
-    backbone = load_backbone(
-        settings.source,
-        revision=settings.revision,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        random_init=seed if random_init else None,
-    )
+    backbone = pretrained(settings, random_init=seed if random_init else None)
     if kept is not None:
         keep_blocks(backbone, kept)
+    return around(backbone, settings, items, seed=seed)
+
+
+def around(
+    backbone: PreTrainedModel, settings: Backbone, items: Tensor, *, seed: int
+) -> Recommender:
+    """A recommender around a backbone, whose blocks it uses in place; fresh adapters.
+
+    Args:
+        items: item table, (I + 1, d_item).
+        seed: initialises the adapters.
+    """
+    place, prompt = backbone.device, prompt_tokens(settings)
     torch.manual_seed(seed)
-    model = Recommender(backbone, items, prompt_tokens(settings))
+    with torch.device(place):  # quantised weights are on the GPU from the start
+        model = Recommender(backbone, items.to(place), prompt)
     make_trainable(model, settings)
     return model
 
@@ -54,7 +63,7 @@ def prompt_tokens(settings: Backbone) -> list[int]:
     """Token ids of the prompt, after the start token that a text of this tokenizer begins with."""
     if not settings.prompt:
         return []
-    tokenizer = load_tokenizer(settings.source, revision=settings.revision)
+    tokenizer = pretrained_tokenizer(settings)
     ids = list(tokenizer(settings.prompt)["input_ids"])
     start = tokenizer.bos_token_id
     # some tokenizers have a start token and leave it to the caller

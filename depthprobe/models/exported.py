@@ -7,23 +7,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprobe.models.backbones import load_backbone
+from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import BadInput
 
 PARTS, CARD = "recommender.safetensors", "recommender.json"
 SCHEMA = 1
-BATCH = 256
+BATCH = 256  # users encoded at once
+SCORE_BYTES = 64 * 2**20  # of scores at once, however large the catalogue is; one user's at least
+ITEMS = "items"
+ADAPTERS = tuple(
+    f"{name}_adapter.{part}" for name in ("input", "output") for part in ("weight", "bias")
+)
+# everywhere, and of the same result on the same device; other kernels are the server's choice
+KEPT_ATTENTIONS = ("eager", "sdpa")
 
 
 class Recommendation(NamedTuple):
@@ -44,13 +55,20 @@ class ExportedRecommender:
     max_history: int
     filter_seen: bool
 
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """Raw item id -> row of the item table, 1 to I."""
+        return {raw: number for number, raw in enumerate(self.item_ids, start=1)}
+
     @torch.inference_mode()
     def recommend(
         self, histories: Sequence[Sequence[str]], top: int = 10
     ) -> list[list[Recommendation]]:
         """The ``top`` best items of each history (raw item ids, oldest first), best first.
 
-        Items of the history are left out where the model was evaluated that way.
+        Items of the history are left out where the model was evaluated that way; on ties the item
+        that comes first in the catalogue is first. At most 256 users are encoded at a time and
+        64 MiB of scores exist at a time: hand on a large file in parts of some thousand lines.
 
         Raises:
             BadInput: for an empty history, an item that the catalogue doesn't hold, or a ``top``
@@ -58,41 +76,60 @@ class ExportedRecommender:
         """
         if not 1 <= top <= len(self.item_ids):
             raise BadInput("top", top, f"a whole number from 1 to {len(self.item_ids)}")
-        numbers = {raw: number for number, raw in enumerate(self.item_ids, start=1)}
-        known = [self._numbered(history, numbers) for history in histories]
+        known = [self._numbered(history) for history in histories]
         prompt = self.model.prepare_prompt()
-        found: list[list[Recommendation]] = []
-        for start in range(0, len(known), BATCH):
-            part = known[start : start + BATCH]
-            recent = [history[-self.max_history :] for history in part]
-            lengths = torch.tensor([len(history) for history in recent])
-            padded = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)
-            for row, history in enumerate(recent):
-                padded[row, : len(history)] = torch.from_numpy(history)
-            vectors = self.model.encode(padded, lengths, prompt)
-            scores = vectors @ self.model.item_matrix().T  # (B, I + 1)
-            scores[:, 0] = -torch.inf
-            if self.filter_seen:
-                for row, history in enumerate(part):
-                    scores[row, torch.from_numpy(history)] = -torch.inf
-            best = scores.topk(top, dim=1)
-            found += [
-                [self._named(i, s) for i, s in zip(items, values, strict=True) if s > -torch.inf]
-                for items, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            ]
+        found: list[list[Recommendation]] = [[] for _ in known]
+        # users of like length together: less padding is computed
+        order = sorted(range(len(known)), key=lambda place: len(known[place]))
+        for start in range(0, len(order), BATCH):
+            places = order[start : start + BATCH]
+            vectors = self.model.encode(*self._padded([known[p] for p in places]), prompt)
+            size = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))
+            for first in range(0, len(places), size):
+                part = places[first : first + size]
+                best = self._best(vectors[first : first + size], [known[p] for p in part], top)
+                for place, items, scores in zip(part, *best, strict=True):
+                    found[place] = self._named(items, scores)
         return found
 
-    def _numbered(self, history: Sequence[str], numbers: dict[str, int]) -> np.ndarray:
+    def _numbered(self, history: Sequence[str]) -> np.ndarray:
         if not len(history):
             raise BadInput("history", "", "at least one item id a user")
         for raw in history:
-            if str(raw) not in numbers:
-                raise BadInput("history", raw, f"an item id of the {len(numbers)} in the catalogue")
-        return np.array([numbers[str(raw)] for raw in history], dtype=np.int64)
+            if str(raw) not in self.numbers:
+                allowed = f"an item id of the {len(self.numbers)} in the catalogue"
+                raise BadInput("history", raw, allowed)
+        return np.array([self.numbers[str(raw)] for raw in history], dtype=np.int64)
 
-    def _named(self, number: int, score: float) -> Recommendation:
-        title = self.titles[number - 1] if self.titles else None
-        return Recommendation(self.item_ids[number - 1], title or None, score)
+    def _padded(self, histories: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Right-padded latest items (B, T) and lengths (B,), on the model's device."""
+        recent = [torch.from_numpy(history[-self.max_history :]) for history in histories]
+        padded = torch.nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, T)
+        device = self.model.item_matrix().device
+        return padded.to(device), torch.tensor([len(h) for h in recent], device=device)
+
+    def _best(
+        self, vectors: Tensor, histories: list[np.ndarray], top: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Items 1..I and scores, the best ``top`` of each user; excluded ones have -inf."""
+        scores = vectors @ self.model.item_matrix().T  # (B, I + 1)
+        scores[:, 0] = -torch.inf
+        if self.filter_seen:
+            for row, history in enumerate(histories):
+                scores[row, torch.from_numpy(history).to(scores.device)] = -torch.inf
+        columns = scores.topk(top, dim=1).indices.sort(dim=1).values  # by item ...
+        values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+        return columns.gather(1, order).tolist(), values.tolist()  # ... then by score
+
+    def _named(self, numbers: list[int], scores: list[float]) -> list[Recommendation]:
+        titles = self.titles
+        return [
+            Recommendation(
+                self.item_ids[number - 1], (titles[number - 1] or None) if titles else None, score
+            )
+            for number, score in zip(numbers, scores, strict=True)
+            if score > -torch.inf
+        ]
 
 
 def write_recommender(
@@ -104,55 +141,113 @@ def write_recommender(
     titles: list[str] | None,
     max_history: int,
     filter_seen: bool,
+    attention: str = "auto",
 ) -> None:
     """Write a trained recommender; see the module for the layout.
 
     Args:
         backbone: the causal language model of the same depth, with the trained weights.
+        attention: how it was evaluated.
     """
     backbone.save_pretrained(folder)
-    parts = {
-        "items": model.items.weight,
-        "input_adapter.weight": model.input_adapter.weight,
-        "input_adapter.bias": model.input_adapter.bias,
-        "output_adapter.weight": model.output_adapter.weight,
-        "output_adapter.bias": model.output_adapter.bias,
-    }
+    weights = dict(model.named_parameters())
+    parts = {ITEMS: model.items.weight, **{name: weights[name] for name in ADAPTERS}}
     save_file({name: p.detach().cpu().contiguous() for name, p in parts.items()}, folder / PARTS)
     card = {
         "schema": SCHEMA,
         "prompt": model.prompt.tolist(),
         "max_history": max_history,
         "filter_seen": filter_seen,
+        "attention": attention if attention in KEPT_ATTENTIONS else "auto",
         "item_ids": item_ids,
         "titles": titles,
     }
     (folder / CARD).write_text(json.dumps(card, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def load_recommender(folder: str | Path) -> ExportedRecommender:
+def load_recommender(
+    folder: str | Path, device: str = "cpu", *, trust_remote_code: bool = False
+) -> ExportedRecommender:
     """Open what ``depthprobe export`` wrote; needs nothing of the run it came from.
 
+    Args:
+        folder: what was exported.
+        device: "cpu", "cuda", "mps", or "auto".
+        trust_remote_code: run the Python code of a backbone that came with its own.
+
     Raises:
-        BadInput: if the folder is not an exported recommender, or is damaged.
+        BadInput: if the folder is not an exported recommender, or is damaged; if the device is
+            not here.
     """
     path = Path(folder)
     if not (path / CARD).is_file() or not (path / PARTS).is_file():
         raise BadInput("recommender", str(folder), f"a folder that export wrote ({CARD} in it)")
+    place = resolve_device(device)
     try:
-        card: dict[str, Any] = json.loads((path / CARD).read_text(encoding="utf-8"))
+        card = _read_card(path / CARD)
         parts = load_file(path / PARTS)
-        model = Recommender(load_backbone(path), parts.pop("items"), card["prompt"])
-        for name, weight in parts.items():
-            model.get_parameter(name).data.copy_(weight)
-        return ExportedRecommender(
-            model=model.eval(),
-            item_ids=card["item_ids"],
-            titles=card["titles"],
-            max_history=card["max_history"],
-            filter_seen=card["filter_seen"],
+        if not all(torch.isfinite(part).all() for part in parts.values()):
+            raise ValueError(f"{PARTS} holds numbers that are not finite")
+        items = parts.pop(ITEMS)
+        if items.ndim != 2 or len(items) != len(card["item_ids"]) + 1:
+            rows = f"{tuple(items.shape)} for {len(card['item_ids'])} items"
+            raise ValueError(f"{PARTS}: the item table is {rows}")
+        backbone = load_backbone(
+            path, attention=card["attention"], trust_remote_code=trust_remote_code
         )
+        model = Recommender(backbone, items, card["prompt"])
+        _fill(model, parts)
     except BadInput:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise BadInput("recommender", str(folder), f"a whole export (damaged: {error})") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+        allowed = f"a whole export (damaged: {reason.partition(chr(10))[0]})"
+        raise BadInput("recommender", str(folder), allowed) from None
+    return ExportedRecommender(
+        model=model.to(place).eval(),
+        item_ids=card["item_ids"],
+        titles=card["titles"],
+        max_history=card["max_history"],
+        filter_seen=card["filter_seen"],
+    )
+
+
+def _read_card(file: Path) -> dict[str, Any]:
+    """The recommender's description, each field of its type."""
+    card = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(card, dict) or card.get("schema") != SCHEMA:
+        raise ValueError(f"{CARD} is not of schema {SCHEMA}")
+    items, titles = card["item_ids"], card["titles"]
+    sound = {
+        "item_ids": _list_of(str, items) and len(set(items)) == len(items) > 0,
+        "titles": titles is None or (_list_of(str, titles) and len(titles) == len(items)),
+        "prompt": _list_of(int, card["prompt"]) and min([0, *card["prompt"]]) == 0,
+        "max_history": isinstance(card["max_history"], int) and card["max_history"] > 0,
+        "filter_seen": isinstance(card["filter_seen"], bool),
+        "attention": card.setdefault("attention", "auto") in ("auto", *KEPT_ATTENTIONS),
+    }
+    for name, good in sound.items():
+        if not good:
+            raise ValueError(f"{CARD}: its {name} can't be used")
+    return card
+
+
+def _list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(type(one) is kind for one in value)
+
+
+@torch.no_grad()
+def _fill(model: Recommender, parts: dict[str, Tensor]) -> None:
+    """Put the adapters' weights in; a name or a shape that differs is a ValueError."""
+    if parts.keys() != set(ADAPTERS):
+        odd = sorted(parts.keys() ^ set(ADAPTERS))
+        raise ValueError(f"{PARTS}: {', '.join(odd[:3])} missing or unexpected")
+    tokens = model.token_embeddings.num_embeddings
+    if len(model.prompt) and int(model.prompt.max()) >= tokens:
+        raise ValueError(f"{CARD}: its prompt has a token beyond the {tokens} of the backbone")
+    for name in ADAPTERS:
+        weight = model.get_parameter(name)
+        if parts[name].shape != weight.shape:
+            shapes = f"{tuple(parts[name].shape)}, expected {tuple(weight.shape)}"
+            raise ValueError(f"{PARTS}: {name} is {shapes}")
+        weight.copy_(parts[name])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from depthprobe.models.backbones import load_backbone, load_tokenizer
+from depthprobe.models.backbones import pretrained, pretrained_tokenizer
 from depthprobe.study import Backbone, BadInput
 
 FIELD, TEXT = "item_table", "text"
@@ -50,15 +50,10 @@ def make_table(
     if source != TEXT:
         return balanced(read_embeddings(source, item_ids), source)
     texts = item_texts(item_ids, titles)
-    tokenizer = load_tokenizer(settings.source, revision=settings.revision)
-    backbone = load_backbone(
-        settings.source,
-        revision=settings.revision,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
-    backbone.to(device)  # type: ignore[arg-type]  # it moves in place; its decorator hides the type
+    tokenizer = pretrained_tokenizer(settings)
+    backbone = pretrained(settings)
+    if settings.quantize == "none":  # else it is on the device, and packed weights should not move
+        backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
     say(f"embedding the titles of {len(texts):,} items")
     return balanced(embed_titles(backbone, tokenizer, texts), source)
 

@@ -3,10 +3,12 @@
 from depthprobe.study.errors import BadInput
 from depthprobe.study.layers import parse_layers
 from depthprobe.study.settings import (
+    ATTENTIONS,
     DEFAULT_METHODS,
     METHODS,
     NOT_DECIDING,
     PROMPT,
+    QUANTIZATIONS,
     Backbone,
     Cleaning,
     Columns,
@@ -29,10 +31,12 @@ from depthprobe.study.toml import (
 )
 
 __all__ = [
+    "ATTENTIONS",
     "DEFAULT_METHODS",
     "METHODS",
     "NOT_DECIDING",
     "PROMPT",
+    "QUANTIZATIONS",
     "Backbone",
     "BadInput",
     "Cleaning",

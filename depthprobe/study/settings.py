@@ -26,12 +26,20 @@ DEFAULT_METHODS = ("popularity", "sasrec", "full", "early-exit", "skip", "finetu
 # settings that change no trial's numbers: a run may be continued with others
 NOT_DECIDING = frozenset({"name", "device", "methods"})
 PROMPT = "Purchase history:"
+# the library's own; any other name would be that of a kernel, that is code, to fetch from a hub
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+QUANTIZATIONS = ("none", "8bit", "4bit")
 
 
 def _at_least(owner: str, values: Mapping[str, float], low: float) -> None:
     for name, value in values.items():
         if not value >= low or value == float("inf"):
             raise BadInput(f"{owner}.{name}", value, f"a number of at least {low:g}")
+
+
+def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise BadInput(field, value, f"one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +76,7 @@ class Cleaning:
     core: int = 1
 
     def __post_init__(self) -> None:
-        if self.repeats not in {"keep", "first", "last"}:
-            raise BadInput("data.cleaning.repeats", self.repeats, "one of keep, first, last")
+        _one_of("data.cleaning.repeats", self.repeats, ("keep", "first", "last"))
         if self.min_rating is not None and not abs(self.min_rating) < float("inf"):
             raise BadInput("data.cleaning.min_rating", self.min_rating, "a number")
         _at_least("data.cleaning", {"core": self.core}, 1)
@@ -100,6 +107,8 @@ class Data:
 class Backbone:
     """The pretrained decoder, what of it is trained, and the prompt before the items.
 
+    ``dtype`` auto and ``attention`` auto follow the checkpoint and transformers. ``quantize``
+    stores the weights of the blocks in fewer bits, on a GPU and with bitsandbytes alone.
     ``tuning`` trains every weight of the blocks (``full``), low-rank updates of the MLP
     projections (``lora``, as SLMRec does), or the adapters alone (``frozen``).
     """
@@ -107,13 +116,22 @@ class Backbone:
     source: str = "embedded"
     revision: str | None = None
     trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    attention: str = "auto"
+    quantize: Literal["none", "8bit", "4bit"] = "none"
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: int = 16
     prompt: str = PROMPT
 
     def __post_init__(self) -> None:
         _at_least("backbone", {"lora_rank": self.lora_rank}, 1)
+        _one_of("backbone.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("backbone.attention", self.attention, ATTENTIONS)
+        _one_of("backbone.quantize", self.quantize, QUANTIZATIONS)
+        _one_of("backbone.tuning", self.tuning, ("full", "lora", "frozen"))
+        if self.quantize != "none" and self.tuning == "full":
+            allowed = "tuning = lora or frozen beside it: quantised weights can't be trained"
+            raise BadInput("backbone.quantize", self.quantize, allowed)
         if self.trust_remote_code and not self.revision:
             raise BadInput("backbone.revision", None, "remote code needs a pinned revision")
 
@@ -251,6 +269,16 @@ class Study:
         if len(set(self.methods)) != len(self.methods):
             raise BadInput("methods", ",".join(self.methods), "each method once")
         parse_layers(self.layers, None)
+        if self.backbone.quantize != "none":
+            self._check_quantized()
+
+    def _check_quantized(self) -> None:
+        chosen = self.backbone.quantize
+        if self.device not in {"auto", "cuda"}:
+            raise BadInput("backbone.quantize", chosen, f"device = cuda, not {self.device}")
+        if "random-init" in self.methods:
+            allowed = "methods without random-init: nothing pretrained is left to quantise"
+            raise BadInput("backbone.quantize", chosen, allowed)
 
     def digest(self) -> str:
         """Hash of everything that decides the numbers of a trial."""

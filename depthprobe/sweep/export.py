@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.files import complete_folder
-from depthprobe.models.backbones import load_backbone, load_tokenizer
-from depthprobe.models.blocks import keep_blocks
-from depthprobe.models.build import merge_lora
+from depthprobe.models.backbones import pretrained, pretrained_tokenizer
+from depthprobe.models.build import around, load_trained, merge_lora
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.exported import write_recommender
-from depthprobe.study import BadInput
+from depthprobe.models.recommender import Recommender
+from depthprobe.models.revision import pinned
+from depthprobe.study import Backbone, BadInput
 from depthprobe.sweep.context import MODEL, Context
-from depthprobe.sweep.plan import Trial
-from depthprobe.sweep.store import Run, open_run
+from depthprobe.sweep.model_card import model_card
+from depthprobe.sweep.plan import BASELINES, Trial, whole_trial
+from depthprobe.sweep.store import open_run
 
-WITHOUT_MODEL = ("popularity", "sasrec", "early-exit", "skip")
+CUT_FROM_TEACHER = (
+    "early-exit",
+    "skip",
+)  # trials without training: their weights are the teacher's
 
 
 def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     """Write a trial's model to ``folder``: the cut backbone, LoRA merged, and the recommender.
 
+    An early exit is the teacher's first blocks, a skip the teacher without one. Quantised weights
+    become ordinary ones of the same values.
+
     Raises:
-        BadInput: if the run has no such trial, the trial has no model of its own or failed, or
-            the folder is not empty.
+        BadInput: if the run has no such trial, the trial is of a baseline or failed, its model is
+            not in the run any more, or the folder is not empty.
     """
     disable_progress_bar()
     run = open_run(run_path)
@@ -32,67 +44,63 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     target = Path(folder)
     if record["status"] != "done":
         raise BadInput("trial", trial, f"a trial that is done (it failed: {record['error']})")
-    if record["method"] in WITHOUT_MODEL:
-        allowed = f"a trained recommender; {record['method']} leaves none to export"
+    if record["method"] in BASELINES:
+        allowed = f"a recommender with a backbone; {record['method']} has none to export"
         raise BadInput("trial", trial, allowed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
-    blocks = int(run.manifest["backbone"]["blocks"])
+    recorded = run.manifest["backbone"]
+    study = replace(run.study, backbone=pinned(run.study.backbone, recorded["revision"]))
+    context, blocks = Context(run.path, study), int(recorded["blocks"])
     what = Trial(record["method"], tuple(record["kept"]), int(record["seed"]), blocks)
-    context = Context(run.path, run.study)
-    if not (context.trial_folder(what) / MODEL).is_dir():
-        raise BadInput("trial", trial, "a trial whose model is still in the run's folder")
-    model = context.trained(what)
-    merge_lora(model)
-    settings = run.study.backbone
-    whole = load_backbone(
-        settings.source,
-        revision=settings.revision,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    keep_blocks(whole, what.kept)
-    whole.base_model.load_state_dict(model.backbone.state_dict())
+    model, backbone = _rebuild(context, what)
     sequences = context.sequences
     with complete_folder(target) as temporary:
         write_recommender(
             temporary,
-            model.cpu(),
-            whole,
+            model,
+            backbone,
             item_ids=[str(raw) for raw in sequences.item_ids],
             titles=None if sequences.titles is None else [str(t) for t in sequences.titles],
-            max_history=run.study.data.max_history,
-            filter_seen=run.study.protocol.filter_seen,
+            max_history=study.data.max_history,
+            filter_seen=study.protocol.filter_seen,
+            attention=study.backbone.attention,
         )
-        load_tokenizer(settings.source, revision=settings.revision).save_pretrained(temporary)
-        (temporary / "README.md").write_text(_card(run, record), encoding="utf-8")
+        _save_tokenizer(study.backbone, temporary)
+        (temporary / "README.md").write_text(model_card(run, record), encoding="utf-8")
     return target
 
 
-def _card(run: Run, record: dict[str, object]) -> str:
-    """The model card: what it is, how good, where from."""
-    found = run.metrics
-    chosen = found[(found["trial"] == record["id"]) & (found["split"] == "test")]
-    lines = [
-        f"- {row.metric} ({row.protocol}): {row.value:.4f} [{row.ci_low:.4f}, {row.ci_high:.4f}]"
-        for row in chosen.itertuples()
-    ]
-    data, backbone = run.manifest["data"], run.manifest["backbone"]
-    kept = f"blocks {record['kept']} of {backbone['blocks']}"
-    return "\n".join(
-        [
-            f"# {record['id']}",
-            "",
-            f"A sequential recommender: {kept} of `{backbone['source']}`"
-            f" ({backbone['revision']}), method `{record['method']}`, seed {record['seed']}.",
-            "",
-            f"Test users of {data['name']} ({data['users']} users, {data['items']} items),"
-            " value and 95 % interval over users:",
-            "",
-            *lines,
-            "",
-            "Read it with `depthprobe.load_recommender(folder)`; the backbone alone with"
-            " `AutoModelForCausalLM.from_pretrained(folder)`.",
-            "",
-        ]
-    )
+def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedModel]:
+    """The trial's recommender, and the causal language model whose blocks it uses."""
+    settings, source = context.study.backbone, trial
+    if trial.method in CUT_FROM_TEACHER:
+        source = whole_trial("full", trial.seed, trial.blocks)
+    weights = context.trial_folder(source) / MODEL
+    if not weights.is_dir():
+        allowed = f"a trial whose model is still in the run's folder ({weights} is not)"
+        raise BadInput("trial", trial.id, allowed)
+    # where nothing was pretrained, the head is fresh too: it is not the pretrained model's
+    fresh = trial.seed if trial.method == "random-init" else None
+    backbone = pretrained(settings, random_init=fresh, plain=True)
+    keep_blocks(backbone, source.kept)
+    model = around(backbone, settings, context.item_table(trial.seed), seed=trial.seed)
+    load_trained(model, weights)
+    merge_lora(model)
+    keep_blocks(backbone, _places(source.kept, trial.kept))
+    return model.eval(), backbone
+
+
+def _places(kept: tuple[int, ...], chosen: tuple[int, ...]) -> list[int]:
+    """Where the chosen blocks are among those that are kept."""
+    return [kept.index(block) for block in chosen]
+
+
+def _save_tokenizer(settings: Backbone, folder: Path) -> None:
+    try:
+        tokenizer: Any = pretrained_tokenizer(settings)
+    except BadInput:
+        if settings.prompt:
+            raise
+        return  # nothing was read with it
+    tokenizer.save_pretrained(folder)

@@ -21,10 +21,10 @@ from depthprobe.data.splits import Split, make_split
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.files import complete_file, remove_leftovers, write_json
-from depthprobe.models.backbones import backbone_config, load_backbone
+from depthprobe.models.backbones import pretrained_config
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
-from depthprobe.models.revision import backbone_revision
+from depthprobe.models.revision import backbone_revision, describe, pinned, pinned_now
 from depthprobe.study import METHODS as NAMES
 from depthprobe.study import BadInput, Study, differences, study_to_toml
 from depthprobe.sweep import provenance, worker
@@ -50,6 +50,9 @@ def run_sweep(
 ) -> Run:
     """Run every trial of a study that is not done yet, and return the run.
 
+    A branch or tag of the hub is looked up once, when a run begins: all its trials, whenever they
+    run, load the commit that it pointed to then.
+
     Args:
         study: what to run.
         output: the run's folder, new, empty, or an earlier run of the same study; default
@@ -68,21 +71,25 @@ def run_sweep(
     disable_progress_bar()  # one bar a loaded model would drown what the watcher says
     folder = Path(output) if output is not None else Path("runs") / study.name
     device = resolve_device(study.device)
-    source = study.backbone
-    config = backbone_config(
-        source.source, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
-    tasks = plan(study, int(config.get_text_config(decoder=True).num_hidden_layers))
-    study = _check_folder(folder, study)
+    asked, study = study, _check_folder(folder, study)
+    before = _before(folder)
+    recorded = None if before is None else before["backbone"]["revision"]
+    backbone = pinned_now(pinned(study.backbone, recorded))
+    config = pretrained_config(backbone)
+    tasks = plan(asked, int(config.get_text_config(decoder=True).num_hidden_layers))
     sequences = _data(study, folder)
     split = make_split(sequences, study.protocol)  # refuses a log in which nobody can be asked
-    table = _item_table(study, sequences, folder, device, watcher)
+    working = replace(study, backbone=backbone)  # the study, but for the name of the commit
+    table = _item_table(working, sequences, folder, device, watcher)
     manifest = _manifest(study, split, table, device, command)
-    _check_same_inputs(folder, manifest)
+    revision = backbone_revision(backbone)
+    _check_same_inputs(folder, before, manifest, revision)
+    if before is None:  # else nothing may be left to do, and loading takes long
+        manifest["backbone"] = describe(backbone, revision)
 
     began = time.perf_counter()
     _lay_out(folder, study, split, table, manifest)
-    context = Context(folder, study)
+    context = Context(folder, working)
     waiting = [t for t in tasks if not all(is_done(context.trial_folder(x)) for x in t.trials)]
     done = {t.id for t in tasks if t not in waiting}
     watcher.plan([task.id for task in waiting])
@@ -90,7 +97,7 @@ def run_sweep(
         _measure_once(context, manifest["backbone"]["blocks"], watcher)
         workers = _jobs(jobs, device, len(waiting))
         threads = max(1, provenance.available_cores() // max(1, workers))
-        arguments = (str(folder), study, _provenance(manifest, device, threads), threads)
+        arguments = (str(folder), working, _provenance(manifest, device, threads), threads)
         outcomes = (
             run_in_processes(
                 waiting,
@@ -131,20 +138,27 @@ def _check_folder(folder: Path, study: Study) -> Study:
     return replace(study, name=before.name, methods=tuple(m for m in NAMES if m in methods))
 
 
-def _check_same_inputs(folder: Path, manifest: dict[str, Any]) -> None:
+def _before(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the run that is continued; None where a run begins."""
+    return open_run(folder).manifest if (folder / MANIFEST).is_file() else None
+
+
+def _check_same_inputs(
+    folder: Path, before: dict[str, Any] | None, manifest: dict[str, Any], revision: str
+) -> None:
     """Refuse to mix records of other data, weights or embeddings under the same names."""
-    if not (folder / MANIFEST).is_file():
+    if before is None:
         return
-    before = open_run(folder).manifest
-    for part, name, hashed in (
-        ("data", "data", "fingerprint"),
-        ("backbone", "backbone", "revision"),
-        ("item_table", "item table", "sha256"),
+    for name, was, now in (
+        ("data", before["data"]["fingerprint"], manifest["data"]["fingerprint"]),
+        ("backbone", before["backbone"]["revision"], revision),
+        ("item table", before["item_table"]["sha256"], manifest["item_table"]["sha256"]),
     ):
-        if before[part][hashed] != manifest[part][hashed]:
+        if was != now:
             allowed = f"another folder: the {name} has changed since this run began"
             raise BadInput("output", str(folder), allowed)
-    manifest |= {key: before[key] for key in ("created", "wall_seconds", "timing", "command")}
+    kept = ("created", "wall_seconds", "timing", "command", "backbone")
+    manifest |= {key: before[key] for key in kept}
 
 
 def _data(study: Study, folder: Path) -> Sequences:
@@ -204,14 +218,7 @@ def _manifest(
     device: torch.device,
     command: str | None,
 ) -> dict[str, Any]:
-    source, sequences = study.backbone, split.sequences
-    backbone = load_backbone(  # also refuses weights that are missing, before anything is written
-        source.source,
-        revision=source.revision,
-        dtype=source.dtype,
-        trust_remote_code=source.trust_remote_code,
-    )
-    text_config = backbone.config.get_text_config(decoder=True)
+    sequences = split.sequences
     return {
         "schema": SCHEMA,
         "study_hash": study.digest(),
@@ -227,14 +234,6 @@ def _manifest(
             "statistics": sequences.statistics,
             "cleaning": [asdict(step) for step in sequences.cleaning],
             "split": split.statistics,
-        },
-        "backbone": {
-            "source": source.source,
-            "revision": backbone_revision(source.source, backbone),
-            "blocks": int(text_config.num_hidden_layers),
-            "width": int(text_config.hidden_size),
-            "family": str(text_config.model_type),
-            "parameters": sum(p.numel() for p in backbone.parameters()),
         },
         "item_table": {
             "source": study.item_table,

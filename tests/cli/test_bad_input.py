@@ -68,6 +68,37 @@ CASES = {
         ["history", "users.txt, line 2", "item"],
     ),
     "recommend none": (["recommend", "full", "--history", "x", "--top", "0"], ["top", "0"]),
+    "recommend from no file": (["recommend", "full", "--history", "x"], ["history", "'x'"]),
+    "recommend from a folder": (["recommend", "full", "--history", "full"], ["history", "'full'"]),
+    "recommend from no text": (
+        ["recommend", "full", "--history", "latin.txt"],
+        ["history", "latin.txt, line 2", "UTF-8"],
+    ),
+    "recommend on bad device": (
+        ["recommend", "full", "--history", "h", "--device", "tpu"],
+        ["device", "'tpu'", "auto, cpu, cuda, mps"],
+    ),
+    "recommend into a folder": (
+        ["recommend", "full", "--history", "h", "--output", "begun"],
+        ["output", "'begun'", "a file"],
+    ),
+    "recommend below a file": (
+        ["recommend", "full", "--history", "h", "--output", "empty.txt/out.tsv"],
+        ["output", "a folder"],
+    ),
+    "recommend from another folder": (
+        ["recommend", "full", "--history", "good.txt"],
+        ["recommender", "'full'", "recommender.json"],
+    ),
+    "revision of the embedded": (["sweep", "--revision", "v1"], ["revision", "'v1'", "embedded"]),
+    "revision of a folder": (
+        ["sweep", "--backbone", "model", "--revision", "v1"],
+        ["revision", "'v1'", "model has no revisions"],
+    ),
+    "no revision": (
+        ["sweep", "--backbone", "org/model", "--revision", ""],
+        ["revision", "''", "branch, tag or commit"],
+    ),
     "show missing data": (["data", "show", "nowhere"], ["data", "'nowhere'", "exists"]),
     "check missing backbone": (["check", "--backbone", "a/b/c"], ["backbone", "'a/b/c'"]),
 }
@@ -82,6 +113,10 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "begun" / "study.toml").write_text("", encoding="utf-8")
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     (tmp_path / "users.txt").write_text("u1 a b\nu2\n", encoding="utf-8")
+    (tmp_path / "good.txt").write_text("u1 a b\n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes(b"u1 a b\nu2 caf\xe9\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
     return tmp_path
 
 

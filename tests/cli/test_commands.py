@@ -147,30 +147,6 @@ def test_cost_prints_the_table(cli: Callable[..., Any], stub: Stub) -> None:
     assert rows[-2:] == [["1", "1,234,567", "0.1235"], ["2", "2,000,000", "-"]]
 
 
-def test_recommend_reads_histories_and_prints_rows(
-    cli: Callable[..., Any], stub: Stub, tmp_path: Path
-) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "history.txt").write_text("u1 a b\n\nu2 c\n", encoding="utf-8")
-
-    def recommend(
-        histories: list[list[str]], top: int
-    ) -> list[list[tuple[str, str | None, float]]]:
-        assert (histories, top) == ([["a", "b"], ["c"]], 2)
-        return [[("x", "A\ttitle", 1.5), ("y", None, -0.25)], [("z", "Zed", 0.0)]]
-
-    model = SimpleNamespace(recommend=recommend)
-    stub("depthprobe.models.exported", load_recommender=lambda folder: model)
-    outcome = cli("recommend", "model", "--history", "history.txt", "--top", "2")
-    assert outcome.out.splitlines() == [
-        "user\trank\titem\tscore\ttitle",
-        "u1\t1\tx\t1.5000\tA title",
-        "u1\t2\ty\t-0.2500\t",
-        "u2\t1\tz\t0.0000\tZed",
-    ]
-
-
 def test_export_passes_the_trial_on(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "run" / "trials" / "full-s0").mkdir(parents=True)
     (tmp_path / "run" / "manifest.json").write_text("{}", encoding="utf-8")
@@ -184,11 +160,16 @@ def test_check_fails_with_its_tests(
     cli: Callable[..., Any], stub: Stub, passed: bool, code: int
 ) -> None:
     answers = [
-        SimpleNamespace(name="truncation", passed=True, detail="equal bit for bit"),
-        SimpleNamespace(name="skip", passed=passed, detail="largest difference 0"),
+        SimpleNamespace(name="truncation", passed=True, required=True, detail="equal bit for bit"),
+        SimpleNamespace(name="skip", passed=passed, required=True, detail="largest difference 0"),
     ]
-    stub("depthprobe.models.check", check_backbone=lambda source: answers)
+    stub(
+        "depthprobe.models.check",
+        check_backbone=lambda source, **_: answers,
+        can_be_cut=lambda found: all(answer.passed for answer in found),
+    )
     outcome = cli("check", "--backbone", "embedded")
     assert outcome.code == code
-    assert outcome.out.splitlines()[0] == "passed  truncation: equal bit for bit"
-    assert outcome.out.splitlines()[1].startswith("passed" if passed else "FAILED")
+    rows = {words[0]: words[1:] for line in outcome.out.splitlines() if (words := line.split())}
+    assert rows["truncation"] == ["passed", "equal", "bit", "for", "bit"]
+    assert rows["skip"][0] == ("passed" if passed else "FAILED")

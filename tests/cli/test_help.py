@@ -15,11 +15,11 @@ import depthprobe
 
 COMMANDS = {
     "sweep": ["STUDY.toml", "--data", "--backbone", "--layers", "--methods", "--seeds", "--epochs"]
-    + ["--output", "--device", "--executor", "--jobs", "--item-embeddings"],
+    + ["--output", "--device", "--executor", "--jobs", "--item-embeddings", "--revision"],
     "report": ["RUN", "--output"],
     "cost": ["--backbone", "--layers"],
     "export": ["RUN", "TRIAL", "DIR"],
-    "recommend": ["DIR", "--history", "--top"],
+    "recommend": ["DIR", "--history", "--top", "--device", "--skip-unknown", "--output"],
     "data": ["prepare", "show", "list"],
     "check": ["--backbone"],
 }

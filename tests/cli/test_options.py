@@ -42,6 +42,19 @@ def test_flags_override_a_study_file(tmp_path: Path) -> None:
     assert study.item_table == "text"
 
 
+def test_a_revision_is_that_of_a_hub_id(tmp_path: Path) -> None:
+    study = make_study(StudyFlags(backbone="org/model", revision="v1"))
+    assert (study.backbone.source, study.backbone.revision) == ("org/model", "v1")
+    path = tmp_path / "depth.toml"
+    path.write_text('[backbone]\nsource = "org/model"\nrevision = "v1"\n', encoding="utf-8")
+    assert make_study(StudyFlags(study=path)).backbone.revision == "v1"
+    assert make_study(StudyFlags(study=path, revision="v2")).backbone.revision == "v2"
+    for other in ({"backbone": str(tmp_path)}, {"backbone": "embedded"}, {}):
+        (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+        with pytest.raises(BadInput, match="revision: 'v1'"):
+            make_study(StudyFlags(revision="v1", **other))
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [

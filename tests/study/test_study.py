@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from depthprobe.study import (
     METHODS,
+    Backbone,
     BadInput,
     Data,
     Recipe,
@@ -59,6 +61,18 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ('layers = "0"', ["layers", "'0'", "from 1"]),
         ("layers = 4", ["layers", "4", "str"]),
         ('[backbone]\ntuning = "qlora"', ["backbone.tuning", "'qlora'", "full, lora, frozen"]),
+        ('[backbone]\ndtype = "int8"', ["backbone.dtype", "'int8'", "auto, float32, bfloat16"]),
+        ('[backbone]\nattention = "a/b"', ["backbone.attention", "'a/b'", "eager, sdpa"]),
+        ('[backbone]\nquantize = "2bit"', ["backbone.quantize", "'2bit'", "none, 8bit, 4bit"]),
+        ('[backbone]\nquantize = "4bit"', ["backbone.quantize", "lora or frozen", "trained"]),
+        (
+            'device = "cpu"\n[backbone]\nquantize = "8bit"\ntuning = "lora"',
+            ["backbone.quantize", "'8bit'", "device = cuda, not cpu"],
+        ),
+        (
+            'methods = ["random-init"]\n[backbone]\nquantize = "8bit"\ntuning = "frozen"',
+            ["backbone.quantize", "'8bit'", "without random-init"],
+        ),
         ("[recipe]\nlearning_rate = nan", ["recipe.learning_rate", "nan"]),
         ("[recipe]\nweight_decay = nan", ["recipe.weight_decay", "nan"]),
         ("[recipe]\nwarmup = 1.0", ["recipe.warmup", "1.0"]),
@@ -141,9 +155,39 @@ def test_the_hash_changes_with_what_decides_the_numbers_alone() -> None:
         override(study, **{"data.source": "log.txt"}),
         override(study, **{"recipe.epochs": 3}),
         override(study, **{"backbone.prompt": "Next:"}),
+        override(study, **{"backbone.attention": "eager"}),
+        override(study, **{"backbone.dtype": "auto"}),
         override(study, **{"protocol.filter_seen": False}),
     ]
     assert len({study.digest(), *(other.digest() for other in changed)}) == len(changed) + 1
+
+
+def test_how_a_backbone_is_loaded(tmp_path: Path) -> None:
+    text = '[backbone]\ndtype = "auto"\nattention = "sdpa"\nquantize = "4bit"\ntuning = "lora"\n'
+    found = load_study(write(tmp_path, text)).backbone
+    assert found == Backbone(dtype="auto", attention="sdpa", quantize="4bit", tuning="lora")
+    assert (Backbone().dtype, Backbone().attention, Backbone().quantize) == (
+        "float32",
+        "auto",
+        "none",
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "float16"},
+        {"attention": "kernels-community/flash-attn2"},
+        {"attention": None},
+        {"quantize": "int4"},
+        {"quantize": "4bit"},
+        {"tuning": "qlora"},
+    ],
+)
+def test_a_backbone_is_checked_where_it_is_made(settings: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"^backbone\.") as caught:
+        Backbone(**settings)
+    assert "\n" not in str(caught.value)
 
 
 def test_override_skips_none_and_reaches_into_sections() -> None:

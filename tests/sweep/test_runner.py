@@ -138,7 +138,7 @@ def test_an_export_stands_alone_and_ranks_the_same(small_run: Run, tmp_path: Pat
             loaded.recommend(bad)
 
 
-@pytest.mark.parametrize("trial", ["sasrec-s0", "early-exit-d01-s0", "nothing"])
+@pytest.mark.parametrize("trial", ["sasrec-s0", "nothing"])
 def test_what_has_no_model_is_not_exported(trial: str, small_run: Run, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="trial"):
         export_trial(small_run.path, trial, tmp_path / "model")

@@ -1,0 +1,121 @@
+"""How a backbone computes: the dtype of its weights, its attention, weights of 8 or 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.import_utils import (
+    is_bitsandbytes_available,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+)
+
+from depthprobe.study import ATTENTIONS, QUANTIZATIONS, BadInput
+
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+# what transformers says on a quantised model; accelerate and peft ask for it
+MARKS = (
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "quantization_method",
+    "hf_quantizer",
+)
+
+
+def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """``"auto"``, or the torch dtype of a name.
+
+    Raises:
+        BadInput: for another name.
+    """
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise BadInput("dtype", dtype, ", ".join(DTYPES))
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def check_attention(attention: str | None) -> str | None:
+    """What transformers is asked for; None leaves it the choice.
+
+    Raises:
+        BadInput: for what is not one of transformers' own implementations (it would take another
+            name for that of a kernel to download), or a package that is absent (it would download
+            a kernel in its place).
+    """
+    if attention is None or attention == "auto":
+        return None
+    if attention not in ATTENTIONS:
+        raise BadInput("attention", attention, f"one of {', '.join(ATTENTIONS)}")
+    found = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+    }
+    if attention in found and not found[attention]():
+        allowed = "the package flash-attn installed and a CUDA GPU, or eager, sdpa, flex_attention"
+        raise BadInput("attention", attention, allowed)
+    return attention
+
+
+def can_quantize() -> bool:
+    """Whether bitsandbytes and a CUDA GPU are here."""
+    return is_bitsandbytes_available() and torch.cuda.is_available()
+
+
+def quantization(quantize: str | None) -> BitsAndBytesConfig | None:
+    """How bitsandbytes stores the weights of linear maps; None leaves them as they are.
+
+    8 bits: LLM.int8 (arXiv 2208.07339). 4 bits: NF4, computed in bfloat16 (arXiv 2305.14314).
+
+    Raises:
+        BadInput: for another value, or where bitsandbytes or a CUDA GPU is absent.
+    """
+    if quantize is None or quantize == "none":
+        return None
+    if quantize not in QUANTIZATIONS:
+        raise BadInput("quantize", quantize, f"one of {', '.join(QUANTIZATIONS)}")
+    if not can_quantize():
+        allowed = "bitsandbytes (pip install 'depthprobe[quantize]') and a CUDA GPU"
+        raise BadInput("quantize", quantize, allowed)
+    make: Any = BitsAndBytesConfig  # untyped in transformers
+    config: BitsAndBytesConfig = (
+        make(load_in_8bit=True)
+        if quantize == "8bit"
+        else make(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    )
+    return config
+
+
+def placement() -> dict[str, int]:
+    """Where quantised weights are loaded: whole, on the GPU that ``cuda`` means here."""
+    return {"": torch.cuda.current_device()}
+
+
+def mark_quantized(model: PreTrainedModel) -> None:
+    """Say on the base model too that its weights are quantised, as transformers does on the model.
+
+    A recommender holds the base model alone; without the mark, LoRA would treat packed bytes as
+    weights.
+    """
+    for name in MARKS:
+        if hasattr(model, name):
+            setattr(model.base_model, name, getattr(model, name))
+
+
+def plain_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with quantised weights turned back into ordinary ones of the same values."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    base = model.base_model
+    plain: PreTrainedModel = model.dequantize(dtype=model.dtype)
+    for name in MARKS:
+        vars(base).pop(name, None)
+    return plain

@@ -1,0 +1,32 @@
+"""Recommenders from settings: parts where the backbone is, the same parts for the same seed."""
+
+from __future__ import annotations
+
+import torch
+
+from depthprobe.models.build import around, build_recommender
+from depthprobe.models.embedded import embedded_backbone
+from depthprobe.study import Backbone
+
+
+def test_the_parts_are_where_the_backbone_is():
+    """A quantised backbone is on a GPU before its recommender is made; the meta device is here."""
+    backbone = embedded_backbone().to("meta")
+    settings = Backbone(prompt="", tuning="frozen")
+    model = around(backbone, settings, torch.randn(5, 3), seed=0)
+    assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert torch.empty(1).device.type == "cpu"
+
+
+def test_a_seed_decides_the_adapters_and_a_random_backbone_alone():
+    items = torch.randn(5, 3)
+    first, again = (build_recommender(Backbone(), items, kept=(0, 3), seed=1) for _ in range(2))
+    other = build_recommender(Backbone(), items, kept=(0, 3), seed=2)
+    control = build_recommender(Backbone(), items, kept=(0, 3), seed=1, random_init=True)
+    assert first.depth == 2
+    weights = [model.input_adapter.weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    inside = [m.backbone.layers[1].mlp.up_proj.weight for m in (first, other, control)]
+    assert torch.equal(inside[0], inside[1])
+    assert not torch.equal(inside[0], inside[2])

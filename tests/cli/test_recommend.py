@@ -1,0 +1,177 @@
+"""`recommend`: any number of users in the order of the file, all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from depthprobe.cli import recommend as command
+from depthprobe.models.exported import load_recommender, write_recommender
+from depthprobe.models.recommender import Recommender
+
+ITEMS = 12
+IDS = [f"i{number}" for number in range(1, ITEMS + 1)]
+TITLES = ["A\ttitle\nof two lines", *(f"Title {number}" for number in range(2, ITEMS)), ""]
+HEADER = "user\trank\titem\tscore\ttitle"
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, llama_config: Callable[..., LlamaConfig]
+) -> Path:
+    torch.manual_seed(0)
+    backbone = LlamaForCausalLM(llama_config(num_hidden_layers=1)).eval()
+    model = Recommender(backbone, torch.randn(ITEMS + 1, 4), [1]).eval()
+    path = tmp_path_factory.mktemp("exports") / "model"
+    write_recommender(
+        path, model, backbone, item_ids=IDS, titles=TITLES, max_history=5, filter_seen=True
+    )
+    return path
+
+
+@pytest.fixture
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twenty users, read three at a time."""
+    monkeypatch.setattr(command, "USERS", 3)
+    path = tmp_path / "users.txt"
+    lines = [f"u{n} " + " ".join(IDS[n % 5 : n % 5 + 1 + n % 7]) for n in range(20)]
+    path.write_text("\ufeff" + "\r\n\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def check(text: str, folder: Path, users: Path, top: int) -> None:
+    """The rows of each user asked alone; scores differ in rounding with who is asked together."""
+    header, *rows = text.splitlines()
+    assert header == HEADER
+    loaded = load_recommender(folder)
+    for line in filter(None, users.read_text(encoding="utf-8-sig").splitlines()):
+        user, *items = line.split()
+        (answer,) = loaded.recommend([items], top=top)
+        for rank, found in enumerate(answer, start=1):
+            *cells, score, title = rows.pop(0).split("\t")
+            assert cells == [user, str(rank), found.item]
+            assert float(score) == pytest.approx(found.score, abs=1e-3)
+            assert title == " ".join((found.title or "").split())
+    assert rows == []
+
+
+def test_users_are_answered_in_their_order(cli: Cli, folder: Path, users: Path) -> None:
+    outcome = cli("recommend", folder, "--history", users, "--top", "4", "--device", "cpu")
+    assert (outcome.code, outcome.err) == (0, "")
+    check(outcome.out, folder, users, 4)
+    assert outcome.out.count("\n") == 1 + 20 * 4
+
+
+def test_a_file_is_written_whole(cli: Cli, folder: Path, users: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "answers.tsv"
+    outcome = cli("recommend", folder, "--history", users, "--output", target, "--top", "2")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    check(target.read_text(encoding="utf-8"), folder, users, 2)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_failure_on_the_way_leaves_no_file(
+    cli: Cli, folder: Path, users: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out.tsv"
+    target.write_text("before\n", encoding="utf-8")
+
+    def answers(*_: object, **__: object) -> Iterator[str]:
+        yield "u0\n"
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(command, "answers", answers)
+    outcome = cli("recommend", folder, "--history", users, "--output", target)
+    assert outcome.code == 1
+    assert "no room" in outcome.err
+    assert target.read_text(encoding="utf-8") == "before\n"
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_an_unknown_item_in_the_last_line_prints_nothing(
+    cli: Cli, folder: Path, users: Path, tmp_path: Path
+) -> None:
+    with users.open("a", encoding="utf-8") as file:
+        file.write("late i1 nowhere i2\n")
+    number = len(users.read_text(encoding="utf-8").splitlines())
+    target = tmp_path / "out.tsv"
+    for more in ((), ("--output", target)):
+        outcome = cli("recommend", folder, "--history", users, *more)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert outcome.err.count("\n") == 1
+        for word in (
+            "history: 'nowhere'",
+            f"{users}, line {number}",
+            "12 in the",
+            "--skip-unknown",
+        ):
+            assert word in outcome.err
+        assert not target.exists()
+
+
+def test_unknown_items_are_left_out_and_counted(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    history = tmp_path / "users.txt"
+    history.write_text("a i1 x i2\nb x y\nc i3\nd z\n", encoding="utf-8")
+    outcome = cli("recommend", folder, "--history", history, "--skip-unknown", "--top", "1")
+    assert outcome.code == 0
+    answers = load_recommender(folder).recommend([["i1", "i2"], ["i3"]], top=1)
+    rows = [line.split("\t")[:3] for line in outcome.out.splitlines()[1:]]
+    assert rows == [[user, "1", answer[0].item] for user, answer in zip("ac", answers, strict=True)]
+    assert outcome.err == "left out: 4 items outside the catalogue, 2 users with no other\n"
+    history.write_text("c i3\n", encoding="utf-8")
+    assert cli("recommend", folder, "--history", history, "--skip-unknown").err == ""
+
+
+def test_nobody_with_a_known_item(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    history = tmp_path / "users.txt"
+    history.write_text("b x y\n", encoding="utf-8")
+    outcome = cli("recommend", folder, "--history", history, "--skip-unknown")
+    assert (outcome.code, outcome.out) == (0, HEADER + "\n")
+    assert outcome.err == "left out: 2 items outside the catalogue, 1 user with no other\n"
+
+
+def test_a_pipe_is_read_once(cli: Cli, folder: Path, users: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    content = users.read_bytes()
+    writer = threading.Thread(target=lambda: pipe.write_bytes(content))
+    writer.start()
+    outcome = cli("recommend", folder, "--history", pipe, "--top", "2")
+    writer.join()
+    check(outcome.out, folder, users, 2)
+
+
+def test_only_some_users_are_in_memory(
+    cli: Cli, folder: Path, users: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import depthprobe.models.exported as exported
+
+    sizes = []
+    answer = exported.ExportedRecommender.recommend
+
+    def watch(self: Any, histories: list[list[str]], top: int) -> Any:
+        sizes.append(len(histories))
+        return answer(self, histories, top)
+
+    monkeypatch.setattr(exported.ExportedRecommender, "recommend", watch)
+    cli("recommend", folder, "--history", users)
+    assert sizes == [3] * 6 + [2]
+
+
+def test_more_than_the_catalogue(cli: Cli, folder: Path, users: Path) -> None:
+    outcome = cli("recommend", folder, "--history", users, "--top", "13")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "top: 13 is not usable; at most the 12 items" in outcome.err
+
+
+def test_an_id_can_not_end_its_column() -> None:
+    (line,) = command._rows("u", [("an\tid\n", None, -0.25)]).splitlines()
+    assert line.split("\t") == ["u", "1", "an id ", "-0.2500", ""]

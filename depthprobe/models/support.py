@@ -159,7 +159,7 @@ def support_table(found: Sequence[Family]) -> str:
         marks = [family.mark(name) for name in shown]
         cells = [f"`{family.name}`", family.architecture, *marks, _short(family.reason)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Families that cannot be cut", "", "| family | model | why |", "|---|---|---|"]
+    lines += ["", "## The rest, each with the first reason", "", "| family | model | why |", "|---|---|---|"]
     for family in found:
         if not family.can_be_cut:
             lines.append(f"| `{family.name}` | {family.architecture} | {_short(family.reason)} |")

@@ -100,6 +100,20 @@ CASES = {
         ["revision", "''", "branch, tag or commit"],
     ),
     "show missing data": (["data", "show", "nowhere"], ["data", "'nowhere'", "exists"]),
+    "check of nothing": (["check"], ["backbone", "--all"]),
+    "check of one and all": (["check", "--all", "--backbone", "embedded"], ["'embedded'", "--all"]),
+    "check of one into a page": (
+        ["check", "--backbone", "embedded", "--output", "page.md"],
+        ["output", "'page.md'", "--all"],
+    ),
+    "check page is a folder": (
+        ["check", "--all", "--output", "full"],
+        ["output", "'full'", "file"],
+    ),
+    "check trusts a branch": (
+        ["check", "--backbone", "a/b", "--trust-remote-code"],
+        ["revision", "commit or tag"],
+    ),
     "check missing backbone": (["check", "--backbone", "a/b/c"], ["backbone", "'a/b/c'"]),
 }
 

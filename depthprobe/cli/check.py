@@ -27,7 +27,7 @@ def check(
         str | None, typer.Option(metavar="REV", help="The revision of a Hugging Face id.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the id's own code; needs --revision.")
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code; an id's needs --revision.")
     ] = False,
     every: Annotated[
         bool, typer.Option("--all", help="Every decoder family of transformers, in minutes.")
@@ -50,8 +50,6 @@ def check(
     if output is not None:
         raise BadInput("output", output, "with --all alone")
     refuse_unusable(backbone)
-    if trust_remote_code and revision is None:
-        raise BadInput("revision", None, "a commit or tag, required by --trust-remote-code")
 
     from depthprobe.models.check import can_be_cut, check_backbone
 

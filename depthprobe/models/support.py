@@ -18,10 +18,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from depthprobe.models.check import CheckResult, can_be_cut, check_backbone
+from depthprobe.models.proofs import PROOFS
 
 TIMEOUT = 120.0  # seconds a family may take
 PREFERRED = "forkserver"  # imports once; a family's process is a fork of a quiet one
-CHECKS = ("causal", "cut", "skip", "parts", "reload", "cache", "recommender")
+CHECKS = tuple(PROOFS)
 # What the defaults of a configuration class lack to describe a model that runs, or that shows its
 # kinds of blocks. Everything else is what the class says.
 COMPLETED: dict[str, dict[str, Any]] = {
@@ -159,7 +160,8 @@ def support_table(found: Sequence[Family]) -> str:
         marks = [family.mark(name) for name in shown]
         cells = [f"`{family.name}`", family.architecture, *marks, _short(family.reason)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## The rest, each with the first reason", "", "| family | model | why |", "|---|---|---|"]
+    lines += ["", "## The rest, each with the first reason", ""]
+    lines += ["| family | model | why |", "|---|---|---|"]
     for family in found:
         if not family.can_be_cut:
             lines.append(f"| `{family.name}` | {family.architecture} | {_short(family.reason)} |")

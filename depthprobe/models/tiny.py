@@ -119,19 +119,25 @@ def tiny_model(config: PreTrainedConfig, *, depth: int = DEPTH) -> PreTrainedMod
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
-        size = _auto.from_config(copy.deepcopy(config)).num_parameters()
+        trusted = brings_code(config)
+        size = _auto.from_config(copy.deepcopy(config), trust_remote_code=trusted).num_parameters()
     if size > LARGEST:
         raise ValueError(f"it would have {size:,} parameters")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         # The fused experts have no float64.
         model: PreTrainedModel = _auto.from_config(
-            config, dtype=dtype, experts_implementation="eager"
+            config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted
         ).eval()
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() > 1 else 1)
         model(torch.ones(1, TOKENS, dtype=torch.long), use_cache=False)
     return model
+
+
+def brings_code(config: PreTrainedConfig) -> bool:
+    """Whether a configuration's class is a model's own code, which who loaded it has trusted."""
+    return type(config).__module__.startswith("transformers_modules.")
 
 
 def tiny_config(

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from depthprobe.models import check, skipping
+from depthprobe.models import proofs, skipping
 from depthprobe.models.check import CheckResult, can_be_cut, check_backbone
 from depthprobe.study import BadInput
 
@@ -126,20 +126,20 @@ def test_a_config_that_is_not_cut_is_caught(monkeypatch):
         cut.config.layer_types = list(reversed(cut.config.layer_types))
         return cut
 
-    check_keep = check.keep_blocks
-    monkeypatch.setattr(check, "keep_blocks", forgetful)
+    check_keep = proofs.keep_blocks
+    monkeypatch.setattr(proofs, "keep_blocks", forgetful)
     assert failed(check_backbone(REAL["gemma3"], depth=DEPTH))
 
 
 def test_blocks_that_share_a_cache_index_are_caught(monkeypatch):
     def clumsy(model, kept):
         cut = check_keep(model, kept)
-        for block in check.find_blocks(cut):
+        for block in proofs.find_blocks(cut):
             block.self_attn.layer_idx = 0
         return cut
 
-    check_keep = check.keep_blocks
-    monkeypatch.setattr(check, "keep_blocks", clumsy)
+    check_keep = proofs.keep_blocks
+    monkeypatch.setattr(proofs, "keep_blocks", clumsy)
     results = check_backbone(Qwen2Config(), depth=DEPTH)
     assert failed(results).keys() == {"cache"}
     # a recommender notices that such a cache can't be shared
@@ -175,8 +175,8 @@ def test_a_prompt_at_other_positions_is_caught(monkeypatch):
         kwargs = inputs(self, histories, prompt)
         return kwargs | {"position_ids": kwargs["position_ids"] + 5}
 
-    inputs = check.Recommender.inputs
-    monkeypatch.setattr(check.Recommender, "inputs", shifted)
+    inputs = proofs.Recommender.inputs
+    monkeypatch.setattr(proofs.Recommender, "inputs", shifted)
     assert failed(check_backbone(GPT2Config(), depth=DEPTH)).keys() == {"recommender"}
 
 
@@ -200,3 +200,28 @@ def test_seven_billion_parameters_take_no_memory():
     )
     mebibytes = int(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
     assert mebibytes < 1000  # its weights are 13 GiB in half precision
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_an_architecture_that_brings_its_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # nobody is asked
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "own_llama", "num_hidden_layers": 6, "auto_map":'
+        ' {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}}'
+    )
+    with pytest.raises(BadInput, match="backbone"):
+        check_backbone(tmp_path)
+    results = check_backbone(tmp_path, trust_remote_code=True, depth=DEPTH)
+    assert failed(results) == {}
+    assert "OwnForCausalLM" in results[0].detail

@@ -27,7 +27,10 @@ def check(
         str | None, typer.Option(metavar="REV", help="The revision of a Hugging Face id.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own code; an id's needs --revision.")
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run the model's own code; an id's needs --revision."
+        ),
     ] = False,
     every: Annotated[
         bool, typer.Option("--all", help="Every decoder family of transformers, in minutes.")

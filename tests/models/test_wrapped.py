@@ -24,8 +24,13 @@ def logits(model, ids):
 
 @pytest.fixture
 def _fresh_accelerate():
-    """Its state is one a process: it must not reach the other tests."""
+    """Its state is one a process: none comes in from other tests, none goes out to them."""
+    _forget_accelerate()
     yield
+    _forget_accelerate()
+
+
+def _forget_accelerate():
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 

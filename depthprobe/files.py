@@ -40,6 +40,8 @@ def complete_folder(path: Path) -> Iterator[Path]:
     try:
         new.mkdir()  # under the user's umask, unlike mkdtemp's folder
         yield new
+        for file in new.rglob("*"):  # safetensors' own are its owner's alone: no server could read
+            file.chmod(0o755 if file.is_dir() else 0o644)
         if path.exists():
             path.rename(old)
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from depthprobe.files import complete_file, complete_folder, remove_leftovers, write_json
 
@@ -34,6 +36,15 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
         (temporary / "three").write_text(str(1 // 0))
     assert [p.name for p in path.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["trial"]
+
+
+def test_others_may_read_what_a_library_wrote_for_its_owner_alone(tmp_path: Path) -> None:
+    with complete_folder(tmp_path / "model") as temporary:
+        (temporary / "part").mkdir()
+        save_file({"a": torch.zeros(1)}, temporary / "part" / "a.safetensors")
+        (temporary / "part" / "a.safetensors").chmod(0o600)
+    assert (tmp_path / "model" / "part" / "a.safetensors").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "model" / "part").stat().st_mode & 0o777 == 0o755
 
 
 def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:

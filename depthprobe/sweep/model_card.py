@@ -98,16 +98,22 @@ def _accuracy(run: Run, record: dict[str, Any]) -> list[str]:
         for row in chosen.itertuples()
     ]
     filtered = "left out" if run.study.protocol.filter_seen else "ranked too"
+    protocols = [_protocol(name) for name in chosen["protocol"].unique()]
     return [
         f"Test users of {_code(data['name'])} ({data['users']:,} users, {data['items']:,} items,"
         f" {data['interactions']:,} interactions), {run.study.protocol.split} split; a user's seen"
-        f" items are {filtered}. Protocol `full` ranks the whole catalogue, `sampled-999` the"
-        " target among 999 others.",
+        f" items are {filtered}. {' '.join(protocols)}",
         "",
         "| metric | protocol | value | 95 % interval over users | users |",
         "|---|---|---:|---|---:|",
         *rows,
     ]
+
+
+def _protocol(name: str) -> str:
+    others = name.removeprefix("sampled-")
+    ranked = "the whole catalogue" if name == "full" else f"the target among {others} others"
+    return f"Protocol `{name}` ranks {ranked}."
 
 
 def _interval(row: Any) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,6 +194,25 @@ def enlarge(model: PreTrainedModel) -> PreTrainedModel:
 def make_model() -> Callable[..., Any]:
     """``make_model(family, seed=0)``: a fresh copy of the tiny model."""
     return lambda family, seed=0: copy.deepcopy(_build(family, seed))
+
+
+@pytest.fixture
+def saved(make_model: Callable[..., Any], tmp_path: Path) -> Path:
+    """A checkpoint of Qwen 3 in a folder, float32."""
+    folder = tmp_path / "saved"
+    make_model("qwen3").float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """``edit_config(folder, field=value)``: a configuration as somebody else wrote it."""
+
+    def edit(folder: Path, **changes: Any) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return edit
 
 
 @pytest.fixture

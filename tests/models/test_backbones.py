@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,19 +16,11 @@ from depthprobe.models.backbones import (
     backbone_config,
     load_backbone,
     load_tokenizer,
-    pretrained,
 )
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.embedded import embedded_backbone, embedded_config, embedded_tokenizer
 from depthprobe.models.sources import is_folder
-from depthprobe.study import Backbone, BadInput
-
-
-@pytest.fixture
-def saved(make_model, tmp_path) -> Path:
-    folder = tmp_path / "saved"
-    make_model("qwen3").float().save_pretrained(folder)
-    return folder
+from depthprobe.study import BadInput
 
 
 @pytest.fixture
@@ -271,7 +261,7 @@ def test_attention_of_another_name_would_be_a_download(saved, name):
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
-def test_flash_attention_needs_its_package(saved, monkeypatch, name):
+def test_flash_attention_needs_its_package(saved, monkeypatch, name, edit_config):
     """Without it transformers would fetch a kernel from the hub."""
     monkeypatch.setattr("depthprobe.models.precision.is_flash_attn_2_available", lambda: False)
     monkeypatch.setattr("depthprobe.models.precision.is_flash_attn_3_available", lambda: False)
@@ -284,152 +274,9 @@ def test_flash_attention_needs_its_package(saved, monkeypatch, name):
     assert load_backbone(saved, attention="eager").config._attn_implementation == "eager"
 
 
-def test_a_configuration_that_names_a_kernel_is_refused(saved):
+def test_a_configuration_that_names_a_kernel_is_refused(saved, edit_config):
     edit_config(saved, attn_implementation="someone/kernel")
     for load in (load_backbone, backbone_config):
         with pytest.raises(BadInput, match="'someone/kernel'.*a kernel to download") as caught:
             load(saved)
         assert "\n" not in str(caught.value)
-
-
-def edit_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-CODE = """
-from pathlib import Path
-Path({marker!r}).write_text("ran")
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-class PlantedConfig(LlamaConfig):
-    model_type = "planted"
-class PlantedModel(LlamaForCausalLM):
-    config_class = PlantedConfig
-class PlantedTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-MAP = {"AutoConfig": "code.PlantedConfig", "AutoModelForCausalLM": "code.PlantedModel"}
-
-
-@pytest.fixture
-def planted(saved, tmp_path, monkeypatch):
-    """A folder whose files name Python code beside them; the code leaves a marker where it runs."""
-    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked on the terminal"))
-    monkeypatch.setattr(sys, "stdin", None)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
-    marker = tmp_path / "marker"
-    (saved / "code.py").write_text(CODE.format(marker=str(marker)))
-    edit_config(saved, auto_map=MAP)
-    return saved, marker
-
-
-def test_code_in_a_folder_is_not_run_and_nobody_is_asked(planted):
-    folder, marker = planted
-    edit_config(folder, model_type="planted")
-    for load in (load_backbone, backbone_config):
-        with pytest.raises(BadInput, match="contains custom code") as caught:
-            load(folder)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match="contains custom code"):
-        load_backbone(folder, random_init=0)
-    assert not marker.exists()
-
-
-def test_code_for_a_family_that_transformers_has_is_left_aside(planted):
-    folder, marker = planted
-    assert type(load_backbone(folder)).__name__ == "Qwen3ForCausalLM"
-    assert type(load_backbone(folder, random_init=0)).__name__ == "Qwen3ForCausalLM"
-    assert not marker.exists()
-
-
-def test_code_of_a_tokenizer_is_not_run_and_nobody_is_asked(planted):
-    folder, marker = planted
-    edit_config(folder, model_type="planted")
-    embedded_tokenizer().save_pretrained(folder)
-    written = json.loads((folder / "tokenizer_config.json").read_text())
-    written |= {
-        "tokenizer_class": "PlantedTokenizer",
-        "auto_map": {"AutoTokenizer": [None, "code.PlantedTokenizer"]},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(written))
-    try:
-        load_tokenizer(folder)
-    except BadInput as error:
-        assert "\n" not in str(error)  # noqa: PT017 - refusing and leaving aside are both right
-    assert not marker.exists()
-
-
-def test_code_is_run_where_it_is_trusted(planted):
-    """The planted code works: what keeps it from running is the missing trust."""
-    folder, marker = planted
-    edit_config(folder, model_type="planted")
-    config = backbone_config(folder, trust_remote_code=True)
-    assert type(config).__name__ == "PlantedConfig"
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-@pytest.mark.parametrize(("package", "gpu"), [(False, False), (True, False), (False, True)])
-def test_quantising_needs_the_package_and_a_gpu(saved, monkeypatch, quantize, package, gpu):
-    here = "depthprobe.models.precision"
-    monkeypatch.setattr(f"{here}.is_bitsandbytes_available", lambda: package)
-    monkeypatch.setattr(f"{here}.torch.cuda.is_available", lambda: gpu)
-    with pytest.raises(
-        BadInput, match=r"pip install 'depthprobe\[quantize\]'.* CUDA GPU"
-    ) as caught:
-        load_backbone(saved, quantize=quantize)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_can_not_be_quantised(saved, monkeypatch):
-    with pytest.raises(BadInput, match="quantize: '2bit'.*one of none, 8bit, 4bit"):
-        load_backbone(saved, quantize="2bit")
-    for source, seed in ((saved, 0), ("embedded", None), ("embedded", 0)):
-        with pytest.raises(BadInput, match="quantize.*random ones"):
-            load_backbone(source, quantize="4bit", random_init=seed)
-    pretend_a_gpu(monkeypatch)
-    edit_config(saved, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(BadInput, match="not quantised already"):
-        load_backbone(saved, quantize="4bit")
-    load_backbone("embedded", quantize="none")
-
-
-def pretend_a_gpu(monkeypatch):
-    here = "depthprobe.models.precision"
-    monkeypatch.setattr(f"{here}.is_bitsandbytes_available", lambda: True)
-    monkeypatch.setattr(f"{here}.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(f"{here}.torch.cuda.current_device", lambda: 1)
-
-
-@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-def test_what_transformers_is_asked_for(saved, monkeypatch, quantize):
-    pretend_a_gpu(monkeypatch)
-    model = load_backbone(saved)
-    model.is_loaded_in_4bit = quantize == "4bit"
-    seen = {}
-
-    def from_pretrained(source, **arguments):
-        seen.update(arguments, source=source)
-        nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-        return model, nothing
-
-    monkeypatch.setattr(
-        "depthprobe.models.backbones.AutoModelForCausalLM.from_pretrained", from_pretrained
-    )
-    settings = Backbone(
-        source=str(saved), dtype="bfloat16", attention="eager", quantize=quantize, tuning="lora"
-    )
-    assert pretrained(settings) is model
-    # the base model is what a recommender holds, and what peft asks
-    assert model.base_model.is_loaded_in_4bit == (quantize == "4bit")
-    packed = seen["quantization_config"]
-    assert (packed.load_in_8bit, packed.load_in_4bit) == (quantize == "8bit", quantize == "4bit")
-    if quantize == "4bit":
-        assert packed.bnb_4bit_quant_type == "nf4"
-        assert packed.bnb_4bit_compute_dtype == torch.bfloat16
-    assert seen["device_map"] == {"": 1}
-    assert seen["attn_implementation"] == "eager"
-    assert seen["dtype"] == torch.bfloat16
-    assert seen["use_safetensors"] is True
-    assert seen["trust_remote_code"] is False
-    assert pretrained(Backbone(source=str(saved))) is model

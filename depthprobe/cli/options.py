@@ -12,6 +12,7 @@ import typer
 
 from depthprobe.data.readers.streams import stem
 from depthprobe.study import (
+    ITEM_TABLES,
     BadInput,
     Protocol,
     Study,
@@ -160,8 +161,8 @@ def check_revision(revision: str | None, source: str) -> None:
 
 def check_item_table(source: str) -> None:
     """Refuse a file of item embeddings that does not exist."""
-    if source not in {"sasrec", "text"} and not Path(source).is_file():
-        raise BadInput("item_table", source, "a .npy file that exists, text, or sasrec")
+    if source not in ITEM_TABLES and not Path(source).is_file():
+        raise BadInput("item_table", source, "a .npy file that exists, text, learned, or sasrec")
 
 
 def check_settings(**settings: object) -> None:

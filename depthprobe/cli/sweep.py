@@ -114,7 +114,7 @@ def command(phase: Phase) -> Callable[..., int]:
         item_embeddings: Annotated[
             str | None,
             typer.Option(
-                metavar="FILE.npy|text|sasrec", help="Where the frozen item table comes from."
+                metavar="FILE.npy|text|learned|sasrec", help="Where the item table comes from."
             ),
         ] = None,
         split: SplitKind = None,
@@ -167,8 +167,15 @@ def execute(study: Study, folder: Path, *, jobs: int | None, line: str) -> int:
     with watch(sys.stderr) as progress:
         from depthprobe.report.html import build_report
         from depthprobe.sweep.runner import run_sweep
+        from depthprobe.sweep.team import find_team
 
-        run = run_sweep(study, folder, jobs=jobs, command=line, progress=progress)
+        team = find_team(study.device)
+        run = run_sweep(
+            study, folder, jobs=jobs, command=line, progress=progress if team.writes else None
+        )
+        team.leave()
+        if not team.writes:
+            return 1 if run.failed else 0
         progress.message("writing the report")
         page = build_report(run)
     show_frame(results(run), title="Test users, the whole catalogue ranked; means over trials")

@@ -12,8 +12,8 @@ from depthprobe.models.recommender import Recommender
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of weights: blocks, token_embeddings, adapters, item_table, total, trainable.
 
-    Adapters are everything of a recommender that is none of the other three, the final norm
-    included. Weights that two modules share count once.
+    Adapters are everything of a recommender that is none of the other three: a linear head and the
+    final norm included. Weights that two modules share count once.
     """
     total = {id(p): p.numel() for p in model.parameters()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -54,12 +54,15 @@ def flops_per_user(model: Recommender, length: int) -> int:
     config = model.backbone.config.get_text_config(decoder=True)
     varied = getattr(config, "is_heterogeneous", False)
     settings = config.per_layer_config if varied else [config] * len(blocks)
-    computed = length + model.lead  # positions a user
-    attended = length + len(model.prompt)
+    behind = len(model.suffix)
+    computed = length + behind + model.lead  # positions a user
+    attended = length + behind + len(model.prompt)
     attention = sum(4 * computed * attended * _attention_width(block) for block in settings)
-    n_items, d_item = model.item_matrix().shape
-    adapters = 2 * d_item * config.hidden_size * (length + 1)
-    return int(2 * matrices * computed + attention + adapters + 2 * (n_items - 1) * d_item)
+    adapters = length * model.input_adapter.weight.numel()
+    if model.output_adapter is not None:
+        adapters += model.output_adapter.weight.numel()
+    scores = (len(model.items.weight) - 1) * model.item_matrix().shape[1]
+    return int(2 * matrices * computed + attention + 2 * adapters + 2 * scores)
 
 
 def _attention_width(config: PreTrainedConfig) -> int:

@@ -27,36 +27,57 @@ def build_recommender(
     kept: tuple[int, ...] | None = None,
     seed: int,
     random_init: bool = False,
+    train_items: bool = False,
 ) -> Recommender:
     """A recommender before its training: backbone loaded, cut, made trainable; fresh adapters.
 
     Args:
-        items: item table, (I + 1, d_item), row 0 padding; frozen in the recommender.
+        items: item table, (I + 1, d_item), row 0 padding.
         kept: blocks that stay; None keeps all.
         seed: initialises the adapters, and the backbone where that is random.
         random_init: the control: the same architecture without its pretraining.
+        train_items: whether the item table is trained too.
     """
     backbone = pretrained(settings, random_init=seed if random_init else None)
     if kept is not None:
         keep_blocks(backbone, kept)
-    return around(backbone, settings, items, seed=seed)
+    return around(backbone, settings, items, seed=seed, train_items=train_items)
 
 
 def around(
-    backbone: PreTrainedModel, settings: Backbone, items: Tensor, *, seed: int
+    backbone: PreTrainedModel,
+    settings: Backbone,
+    items: Tensor,
+    *,
+    seed: int,
+    train_items: bool = False,
 ) -> Recommender:
     """A recommender around a backbone, whose blocks it uses in place; fresh adapters.
 
     Args:
         items: item table, (I + 1, d_item).
         seed: initialises the adapters.
+        train_items: whether the item table is trained too.
     """
-    place, prompt = backbone.device, prompt_tokens(settings)
+    place, prompt, suffix = backbone.device, prompt_tokens(settings), suffix_tokens(settings)
     torch.manual_seed(seed)
     with torch.device(place):  # quantised weights are on the GPU from the start
-        model = Recommender(backbone, items.to(place), prompt)
+        model = Recommender(backbone, items.to(place), prompt, suffix=suffix, head=settings.head)
     make_trainable(model, settings)
+    model.items.requires_grad_(train_items)
+    model.checkpoint_blocks(settings.checkpointing)
     return model
+
+
+def learned_table(items: int, width: int, *, seed: int) -> Tensor:
+    """A random item table to train, (items + 1, width) float32 of unit length a row; row 0 is 0.
+
+    A fresh output adapter turns rows of this length into scores of a spread near 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(items + 1, width, generator=generator).mul_(width**-0.5)
+    table[0] = 0
+    return table
 
 
 def prompt_tokens(settings: Backbone) -> list[int]:
@@ -70,10 +91,18 @@ def prompt_tokens(settings: Backbone) -> list[int]:
     return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 
+def suffix_tokens(settings: Backbone) -> list[int]:
+    """Token ids of what follows the items; no start token, as nothing starts there."""
+    if not settings.suffix:
+        return []
+    tokenizer = pretrained_tokenizer(settings)
+    return list(tokenizer(settings.suffix, add_special_tokens=False)["input_ids"])
+
+
 def make_trainable(model: Recommender, settings: Backbone) -> None:
     """Mark what is trained: the adapters, and of the backbone what ``tuning`` says.
 
-    Token embeddings stay as they are: only the prompt reads them.
+    Token embeddings stay as they are: only prompt and suffix read them.
     """
     backbone: PreTrainedModel = model.backbone
     backbone.requires_grad_(False)

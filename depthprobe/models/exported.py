@@ -1,7 +1,7 @@
 """A recommender outside its run: a plain Hugging Face checkpoint with the recommender's parts.
 
 ``FOLDER/config.json, model.safetensors, tokenizer``: the cut backbone, as transformers reads it.
-``FOLDER/recommender.safetensors, recommender.json``: adapters, item table, item ids, prompt.
+``FOLDER/recommender.safetensors, recommender.json``: adapters, item table, head, item ids, prompt.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ SCHEMA = 1
 BATCH = 256  # users encoded at once
 SCORE_BYTES = 64 * 2**20  # of scores at once, however large the catalogue is; one user's at least
 ITEMS = "items"
-ADAPTERS = tuple(
-    f"{name}_adapter.{part}" for name in ("input", "output") for part in ("weight", "bias")
-)
+OWN = ("input_adapter.", "output_adapter.", "head.")  # the recommender's parts, by their names
+HEADS = ("dot", "linear")
 # everywhere, and of the same result on the same device; other kernels are the server's choice
 KEPT_ATTENTIONS = ("eager", "sdpa")
 
@@ -150,12 +149,13 @@ def write_recommender(
         attention: how it was evaluated.
     """
     backbone.save_pretrained(folder)
-    weights = dict(model.named_parameters())
-    parts = {ITEMS: model.items.weight, **{name: weights[name] for name in ADAPTERS}}
+    parts = {ITEMS: model.items.weight, **_own_weights(model)}
     save_file({name: p.detach().cpu().contiguous() for name, p in parts.items()}, folder / PARTS)
     card = {
         "schema": SCHEMA,
         "prompt": model.prompt.tolist(),
+        "suffix": model.suffix.tolist(),
+        "head": "dot" if model.head is None else "linear",
         "max_history": max_history,
         "filter_seen": filter_seen,
         "attention": attention if attention in KEPT_ATTENTIONS else "auto",
@@ -195,7 +195,9 @@ def load_recommender(
         backbone = load_backbone(
             path, attention=card["attention"], trust_remote_code=trust_remote_code
         )
-        model = Recommender(backbone, items, card["prompt"])
+        model = Recommender(
+            backbone, items, card["prompt"], suffix=card["suffix"], head=card["head"]
+        )
         _fill(model, parts)
     except BadInput:
         raise
@@ -221,7 +223,9 @@ def _read_card(file: Path) -> dict[str, Any]:
     sound = {
         "item_ids": _list_of(str, items) and len(set(items)) == len(items) > 0,
         "titles": titles is None or (_list_of(str, titles) and len(titles) == len(items)),
-        "prompt": _list_of(int, card["prompt"]) and min([0, *card["prompt"]]) == 0,
+        "prompt": _tokens(card["prompt"]),
+        "suffix": _tokens(card.setdefault("suffix", [])),
+        "head": card.setdefault("head", "dot") in HEADS,
         "max_history": isinstance(card["max_history"], int) and card["max_history"] > 0,
         "filter_seen": isinstance(card["filter_seen"], bool),
         "attention": card.setdefault("attention", "auto") in ("auto", *KEPT_ATTENTIONS),
@@ -236,17 +240,27 @@ def _list_of(kind: type, value: object) -> bool:
     return isinstance(value, list) and all(type(one) is kind for one in value)
 
 
+def _tokens(value: object) -> bool:
+    return isinstance(value, list) and _list_of(int, value) and min([0, *value]) == 0
+
+
+def _own_weights(model: Recommender) -> dict[str, Tensor]:
+    """Adapters and head by name: what is neither the backbone's nor the item table."""
+    return {name: p for name, p in model.named_parameters() if name.startswith(OWN)}
+
+
 @torch.no_grad()
 def _fill(model: Recommender, parts: dict[str, Tensor]) -> None:
-    """Put the adapters' weights in; a name or a shape that differs is a ValueError."""
-    if parts.keys() != set(ADAPTERS):
-        odd = sorted(parts.keys() ^ set(ADAPTERS))
+    """Put the recommender's own weights in; a name or a shape that differs is a ValueError."""
+    weights = _own_weights(model)
+    if parts.keys() != weights.keys():
+        odd = sorted(parts.keys() ^ weights.keys())
         raise ValueError(f"{PARTS}: {', '.join(odd[:3])} missing or unexpected")
     tokens = model.token_embeddings.num_embeddings
-    if len(model.prompt) and int(model.prompt.max()) >= tokens:
-        raise ValueError(f"{CARD}: its prompt has a token beyond the {tokens} of the backbone")
-    for name in ADAPTERS:
-        weight = model.get_parameter(name)
+    for name in ("prompt", "suffix"):
+        if max([0, *model.get_buffer(name).tolist()]) >= tokens:
+            raise ValueError(f"{CARD}: its {name} has a token beyond the {tokens} of the backbone")
+    for name, weight in weights.items():
         if parts[name].shape != weight.shape:
             shapes = f"{tuple(parts[name].shape)}, expected {tuple(weight.shape)}"
             raise ValueError(f"{PARTS}: {name} is {shapes}")

@@ -3,6 +3,10 @@
 The prompt is the same for all users and a causal model's keys and values of it don't depend on what
 follows, so they are computed at batch size 1 and broadcast. The gradient of the shared
 prompt is then the sum over the users, which is what the padded layout computes too.
+
+One thing differs in training: where a backbone has dropout (GPT-2's is 0.1), a pass draws one mask
+for the prompt, and all its users share it; repeated prompts draw one each. Both leave the mean as
+it is; the shared masks leave the users of a batch a little less independent.
 """
 
 from __future__ import annotations
@@ -24,6 +28,26 @@ from depthprobe.models.sublayers import evaluating
 from depthprobe.models.tap import paused_taps
 
 SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class _Recorder(DynamicLayer):
+    """Keeps the first keys and values it sees, (1, H, P, d), and looks empty for ever.
+
+    So a block does the same when checkpointing runs it a second time.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values as they are."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """0 positions."""
+        return 0
 
 
 class _SharedLayer(DynamicLayer):
@@ -48,20 +72,48 @@ class _SharedLayer(DynamicLayer):
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
-def shared_prompt(backbone: nn.Module, embeddings: Tensor) -> Cache:
+def shared_prompt(backbone: nn.Module, embeddings: Tensor, *, first: int = 0) -> Cache:
     """Run the prompt once; returns a cache that any number of users can be appended to.
 
     Args:
         backbone: a causal decoder without its language-model head.
         embeddings: the prompt's token embeddings, (1, P, D).
+        first: the position id of the first token.
     """
-    filled = DynamicCache()
-    positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+    filled = Cache(layer_class_to_replicate=_Recorder)
+    positions = first + torch.arange(embeddings.shape[1], device=embeddings.device)[None]
     backbone(
         inputs_embeds=embeddings, position_ids=positions, past_key_values=filled, use_cache=True
     )
     layers: list[Any] = filled.layers
     return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in layers])
+
+
+def first_position(decoder: PreTrainedModel) -> int:
+    """The position id that a decoder gives to the first token of a text, if none is given to it.
+
+    0, but where a table of learned positions has a row for padding: the one after it (RoBERTa's).
+    """
+    config = decoder.config.get_text_config(decoder=True)
+    tables = sum(isinstance(module, nn.Embedding) for module in decoder.modules())
+    device = input_device(decoder)
+    if tables < 2 or config.pad_token_id is None or device.type == "meta":
+        return 0
+    embeddings: Any = decoder.get_input_embeddings()
+    width = embeddings.weight.shape[1]
+    token = torch.ones(1, 1, width, dtype=decoder.dtype, device=device)
+    starts = [None, torch.tensor([[0]]), torch.tensor([[config.pad_token_id + 1]])]
+    with torch.no_grad(), evaluating(decoder), paused_taps():
+        own, zero, behind = (
+            decoder(
+                inputs_embeds=token,
+                position_ids=None if start is None else start.to(device),
+                use_cache=False,
+            )[0]
+            for start in starts
+        )
+    same = torch.equal(own, behind) and not torch.equal(own, zero)
+    return int(config.pad_token_id) + 1 if same else 0
 
 
 def can_share_prompt(decoder: PreTrainedModel) -> bool:

@@ -254,7 +254,7 @@ def recommender(model: PreTrainedModel, ids: Tensor) -> str:
         with torch.no_grad():
             positions = torch.arange(whole.shape[1])[None]
             every = tried.backbone(inputs_embeds=whole, position_ids=positions, use_cache=False)[0]
-            found = tried.states(histories)
+            found = tried.states(histories)[:, tried.lead :]
         what = "uncut" if len(kept) == depth else f"cut to blocks {list(kept)}"
         _assert_close(found, every[:, len(PROMPT) :], f"{what}, its prompt shared:")
     return f"runs; its prompt is computed once a {'user' if tried.lead else 'batch'}{note}"

@@ -1,20 +1,24 @@
-"""The LLM recommender: prompt, item history, pretrained blocks, dot product with the item table.
+"""The LLM recommender: prompt, item history, pretrained blocks, scores of the items.
 
-SLMRec and E4SRec's model: item embedding -> input adapter -> blocks -> output adapter -> scores.
-It reads the next item out at *every* position of a history, so one pass trains all its targets.
+SLMRec's model: item embedding -> input adapter -> blocks -> output adapter -> dot product with the
+item table; or E4SRec's: a linear map from the last state to the items. It reads the next item out
+at *every* position of a history, so one pass trains all its targets; or, after a suffix of tokens,
+once a user, which is the layout of both papers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from depthprobe.models.blocks import find_blocks, find_decoder
-from depthprobe.models.prefix import can_share_prompt, shared_prompt
+from depthprobe.models.checkpointing import checkpointed_blocks, take_over
+from depthprobe.models.prefix import can_share_prompt, first_position, shared_prompt
 
 
 class Recommender(nn.Module):
@@ -25,26 +29,44 @@ class Recommender(nn.Module):
     """
 
     prompt: Tensor
+    suffix: Tensor
 
-    def __init__(self, backbone: PreTrainedModel, items: Tensor, prompt: Sequence[int]) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        items: Tensor,
+        prompt: Sequence[int],
+        *,
+        suffix: Sequence[int] = (),
+        head: Literal["dot", "linear"] = "dot",
+    ) -> None:
         """Wrap a backbone; the adapters are initialised from torch's global generator.
 
         Args:
             backbone: a causal language model or its base model; the blocks are used in place.
-            items: item table, (I + 1, d_item); row 0 is padding. It is kept frozen.
+            items: item table, (I + 1, d_item); row 0 is padding. It is frozen at first.
             prompt: token ids of the prompt before the items; empty for none.
+            suffix: token ids after the last item; with any, users are read out once, after them.
+            head: scores by the dot product with the item table, through an adapter, or by a linear
+                map from the state to the items, (I + 1, D).
         """
         super().__init__()
         self.backbone = find_decoder(backbone)
         self.items = nn.Embedding.from_pretrained(items.clone(), freeze=True, padding_idx=0)
         self.input_adapter = nn.Linear(items.shape[1], self.token_embeddings.weight.shape[1])
-        self.output_adapter = nn.Linear(_output_width(backbone), items.shape[1])
+        width = _output_width(backbone)
+        self.output_adapter = nn.Linear(width, items.shape[1]) if head == "dot" else None
+        self.head = nn.Linear(width, len(items), bias=False) if head == "linear" else None
         self.register_buffer("prompt", torch.tensor(list(prompt), dtype=torch.long))
+        self.register_buffer("suffix", torch.tensor(list(suffix), dtype=torch.long))
         #: positions before the first item in every row of a pass: the prompt, where the backbone
         #: remembers it in a form that can't be shared; 0 elsewhere
         self.lead = len(self.prompt)
         if self.lead and can_share_prompt(self.backbone):
             self.lead = 0
+        self.first = first_position(self.backbone)  # position id of the first token
+        #: whether training computes the blocks again in the backward pass, to save memory
+        self.checkpointing = False
         self._match_scale()
 
     @torch.no_grad()
@@ -70,30 +92,66 @@ class Recommender(nn.Module):
         """Number of blocks."""
         return len(find_blocks(self.backbone))
 
+    @property
+    def prompt_mode(self) -> Literal["shared", "repeated", "none"]:
+        """How the prompt is computed: once a pass for all users, once a user, or there is none."""
+        if not len(self.prompt):
+            return "none"
+        return "repeated" if self.lead else "shared"
+
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        """Train with what enters each block alone in memory, and compute the blocks twice.
+
+        The same loss and gradients. Use it in place of the backbone's own method, whose blocks drop
+        the shared prompt; where that was called all the same, this takes its place.
+        """
+        self.checkpointing = on
+
+    def _saving(self) -> AbstractContextManager[None]:
+        """The context in which the backbone runs."""
+        if not self.backbone.training:
+            return nullcontext()
+        if take_over(self.backbone):
+            self.checkpointing = True
+        wanted = self.checkpointing and torch.is_grad_enabled()
+        return checkpointed_blocks(self.backbone) if wanted else nullcontext()
+
     def item_matrix(self) -> Tensor:
-        """What user vectors are scored against, (I + 1, d_item); row 0 is padding."""
-        matrix: Tensor = self.items.weight
+        """What user vectors are scored against, (I + 1, d); row 0 is padding."""
+        matrix: Tensor = self.items.weight if self.head is None else self.head.weight
         return matrix
 
     def read_out(self, states: Tensor) -> Tensor:
-        """Normed states (..., D) to user vectors (..., d_item)."""
-        vectors: Tensor = self.output_adapter(states)
+        """Normed states (..., D) to user vectors (..., d): d_item, or D with a linear head."""
+        vectors: Tensor = states if self.output_adapter is None else self.output_adapter(states)
         return vectors
+
+    def last_place(self, lengths: Tensor) -> Tensor:
+        """Where, in a block's output, users with so many items are read out, (B,) -> (B,)."""
+        return lengths - 1 + self.lead + len(self.suffix)
 
     def prepare_prompt(self) -> Cache | None:
         """The prompt's keys and values at the present weights; None where none are shared."""
         if not len(self.prompt) or self.lead:
             return None
         tokens = self.token_embeddings(self.prompt)[None]  # (1, P, D)
-        return shared_prompt(self.backbone, tokens)
+        with self._saving():
+            return shared_prompt(self.backbone, tokens, first=self.first)
 
-    def inputs(self, histories: Tensor, prompt: Cache | None) -> dict[str, Any]:
+    def inputs(
+        self, histories: Tensor, lengths: Tensor | None, prompt: Cache | None
+    ) -> dict[str, Any]:
         """Arguments of the backbone for histories (B, T); ``prompt`` is what has already run."""
         embeddings = self.input_adapter(self.items(histories))  # (B, T, D)
+        if len(self.suffix):
+            if lengths is None:
+                raise ValueError("a recommender with a suffix reads users out once, after it")
+            tokens = self.token_embeddings(self.suffix).to(embeddings.dtype)
+            embeddings = _insert(embeddings, tokens, lengths)  # (B, T+S, D)
         if self.lead:
             tokens = self.token_embeddings(self.prompt).expand(len(histories), -1, -1)
             embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)  # (B, P+T, D)
-        first = len(self.prompt) - self.lead
+        first = self.first + len(self.prompt) - self.lead
         positions = torch.arange(first, first + embeddings.shape[1], device=histories.device)
         return {
             "inputs_embeds": embeddings.to(self.backbone.dtype),
@@ -102,20 +160,32 @@ class Recommender(nn.Module):
             "use_cache": False,
         }
 
-    def states(self, histories: Tensor, prompt: Cache | None = None) -> Tensor:
-        """Normed states of every position, (B, T, D); runs the prompt if it is not given."""
-        prompt = prompt or self.prepare_prompt()
-        out = self.backbone(**self.inputs(histories, prompt))
-        last: Tensor = out.last_hidden_state[:, self.lead :]
-        return last.to(self.output_adapter.weight.dtype)
+    def states(
+        self, histories: Tensor, lengths: Tensor | None = None, prompt: Cache | None = None
+    ) -> Tensor:
+        """Normed states of every position, (B, lead + T + S, D), S positions for the suffix.
 
-    def forward(self, histories: Tensor) -> Tensor:
-        """User vectors at every position, (B, T) item ids -> (B, T, d_item)."""
-        return self.read_out(self.states(histories))
+        Args:
+            histories: (B, T) item ids, right-padded with 0.
+            lengths: (B,); needed where the suffix follows the last item.
+            prompt: what ``prepare_prompt`` made; it is run if it is not given.
+        """
+        prompt = prompt or self.prepare_prompt()
+        with self._saving():
+            out = self.backbone(**self.inputs(histories, lengths, prompt))
+        last: Tensor = out.last_hidden_state
+        return last.to(self.input_adapter.weight.dtype)
+
+    def forward(self, histories: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """User vectors (B, T, d) at every position; (B, d) after the last one where lengths say."""
+        if lengths is not None:
+            return self.encode(histories, lengths)
+        return self.read_out(self.states(histories)[:, self.lead :])
 
     def encode(self, histories: Tensor, lengths: Tensor, prompt: Cache | None = None) -> Tensor:
-        """User vectors after the last item, (B, T) and (B,) -> (B, d_item)."""
-        return self.read_out(last_positions(self.states(histories, prompt), lengths))
+        """User vectors after the last item and the suffix, (B, T) and (B,) -> (B, d)."""
+        states = self.states(histories, lengths, prompt)
+        return self.read_out(states_at(states, self.last_place(lengths)))
 
 
 def _output_width(backbone: PreTrainedModel) -> int:
@@ -126,7 +196,18 @@ def _output_width(backbone: PreTrainedModel) -> int:
     return int(backbone.config.get_text_config(decoder=True).hidden_size)
 
 
-def last_positions(states: Tensor, lengths: Tensor) -> Tensor:
-    """The state of each user's last item, (B, T, D) and (B,) -> (B, D)."""
+def _insert(embeddings: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Tokens (S, D) right behind the items of each row: (B, T, D) and (B,) -> (B, T + S, D).
+
+    The padding moves behind them, where a causal model does not see it.
+    """
+    longer = torch.cat([embeddings, tokens.expand(len(embeddings), -1, -1)], dim=1)
+    place = torch.arange(longer.shape[1], device=lengths.device) - lengths[:, None]  # (B, T + S)
+    inside = (place >= 0) & (place < len(tokens))
+    return torch.where(inside[..., None], tokens[place.clamp(0, len(tokens) - 1)], longer)
+
+
+def states_at(states: Tensor, places: Tensor) -> Tensor:
+    """The state of each user at one place, (B, T, D) and (B,) -> (B, D)."""
     rows = torch.arange(states.shape[0], device=states.device)
-    return states[rows, lengths - 1]
+    return states[rows, places]

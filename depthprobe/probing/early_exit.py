@@ -30,8 +30,8 @@ def early_exit(
     items, prompt = teacher.item_matrix(), teacher.prepare_prompt()
     with tap_blocks(teacher.backbone) as tap:
         for chosen, histories, lengths in asked.batches(BATCH, device):
-            tap.positions = lengths - 1 + teacher.lead
-            teacher.states(histories, prompt)
+            tap.positions = teacher.last_place(lengths)
+            teacher.states(histories, lengths, prompt)
             normed = after_blocks(teacher.backbone, torch.stack(tap.states))  # (L + 1, B, D)
             for depth, vectors in enumerate(teacher.read_out(normed.to(items.dtype))):
                 found[depth].put(chosen, asked.rank(chosen, vectors, items))

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from depthprobe.evaluation.evaluate import BATCH, Questions, Ranks
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.recommender import Recommender, last_positions
+from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.tap import BlockCalls, first_tensor, record_calls
 
@@ -42,12 +42,11 @@ def skip_each(
             prompts.append(teacher.prepare_prompt())
     for chosen, histories, lengths in asked.batches(BATCH, device):
         with record_calls(blocks) as calls:
-            teacher.states(histories, prompt)
+            teacher.states(histories, lengths, prompt)
+        place = teacher.last_place(lengths)
         last = torch.stack(
             [
-                last_positions(
-                    _resume(blocks, calls, index, prompts[index]), lengths + teacher.lead
-                )
+                states_at(_resume(blocks, calls, index, prompts[index]), place)
                 for index in range(len(blocks))
             ]
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from depthprobe.report.style import count, significant
 from depthprobe.report.summary import SAMPLED, Summary
+from depthprobe.study import Study
 
 SIZES = ("users", "items", "interactions")
 SPLITS = {
@@ -49,6 +50,7 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
         ("warnings", "; ".join(manifest.get("data", {}).get("warnings", ())) or "none"),
         ("backbone", _backbone(manifest.get("backbone", {}), study)),
         ("item embeddings", _item_embeddings(manifest.get("item_table", {}))),
+        ("training", _training(study)),
         ("split", _split(study, manifest.get("data", {}).get("split", {}))),
         ("ranking", "Every item of the catalogue is ranked for every tested user; items seen "
                     f"before are {'left out' if study.protocol.filter_seen else 'ranked too'}. "
@@ -138,10 +140,27 @@ def _item_embeddings(table: Mapping[str, Any]) -> str:
     made = {
         "sasrec": "learnt by SASRec from the same training data, anew for each seed",
         "text": "titles through the backbone, mean over the tokens of the last normed states",
+        "learned": "random at first, anew for each seed",
     }.get(table["source"], f"from {table['source']}")
-    said = [made, f"width {table['width']}", "frozen"]
+    trained = "trained with the recommender" if table.get("trained") else "frozen"
+    said = [made, f"width {table['width']}", trained]
     if table.get("sha256"):
         said += ["centred and scaled", "the same for all seeds", table["sha256"]]
+    return ", ".join(said)
+
+
+def _training(study: Study) -> str:
+    """What the trials minimise; nothing of epochs or rates, which the study file holds."""
+    recipe, backbone = study.recipe, study.backbone
+    where = {"every": "at every position of a history", "last": "at its last position alone"}
+    loss = {
+        "full": "cross-entropy over the whole catalogue",
+        "sampled-softmax": f"softmax over {recipe.negatives} random items",
+        "gbce": f"gBCE with {recipe.negatives} random items, t = {recipe.gbce_t:g}",
+    }
+    said = [f"the next item {where[recipe.objective]}", loss[recipe.loss], recipe.precision]
+    if backbone.head == "linear":
+        said.append("a linear head over the items")
     return ", ".join(said)
 
 

@@ -5,6 +5,7 @@ from depthprobe.study.layers import parse_layers
 from depthprobe.study.settings import (
     ATTENTIONS,
     DEFAULT_METHODS,
+    ITEM_TABLES,
     METHODS,
     NOT_DECIDING,
     PROMPT,
@@ -33,6 +34,7 @@ from depthprobe.study.toml import (
 __all__ = [
     "ATTENTIONS",
     "DEFAULT_METHODS",
+    "ITEM_TABLES",
     "METHODS",
     "NOT_DECIDING",
     "PROMPT",

@@ -28,6 +28,7 @@ NOT_DECIDING = frozenset({"name", "device", "methods"})
 PROMPT = "Purchase history:"
 # the library's own; any other name would be that of a kernel, that is code, to fetch from a hub
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ITEM_TABLES = ("sasrec", "text", "learned")
 QUANTIZATIONS = ("none", "8bit", "4bit")
 
 
@@ -111,6 +112,10 @@ class Backbone:
     stores the weights of the blocks in fewer bits, on a GPU and with bitsandbytes alone.
     ``tuning`` trains every weight of the blocks (``full``), low-rank updates of the MLP
     projections (``lora``, as SLMRec does), or the adapters alone (``frozen``).
+    ``suffix`` follows the items, as SLMRec's response prompt does, and needs the objective
+    ``last``. ``head`` scores by the dot product with the item table (SLMRec), or by a linear map
+    from the last state to the items (E4SRec). ``checkpointing`` computes the blocks again in the
+    backward pass in place of keeping their activations.
     """
 
     source: str = "embedded"
@@ -122,6 +127,9 @@ class Backbone:
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: int = 16
     prompt: str = PROMPT
+    suffix: str = ""
+    head: Literal["dot", "linear"] = "dot"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         _at_least("backbone", {"lora_rank": self.lora_rank}, 1)
@@ -129,6 +137,7 @@ class Backbone:
         _one_of("backbone.attention", self.attention, ATTENTIONS)
         _one_of("backbone.quantize", self.quantize, QUANTIZATIONS)
         _one_of("backbone.tuning", self.tuning, ("full", "lora", "frozen"))
+        _one_of("backbone.head", self.head, ("dot", "linear"))
         if self.quantize != "none" and self.tuning == "full":
             allowed = "tuning = lora or frozen beside it: quantised weights can't be trained"
             raise BadInput("backbone.quantize", self.quantize, allowed)
@@ -138,7 +147,15 @@ class Backbone:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained: AdamW, cosine with warm-up, early stopping on validation NDCG@10."""
+    """How a model is trained: AdamW, cosine with warm-up, early stopping on validation NDCG@10.
+
+    ``objective``: the next item at ``every`` position of a history, or at its ``last`` alone (one
+    target a user, SLMRec's). ``loss``: cross-entropy over the whole catalogue (``full``), over the
+    target and ``negatives`` random items (``sampled-softmax``), or gSASRec's binary one with its
+    calibration ``gbce_t`` (``gbce``). ``accumulation`` computes a batch in so many parts, which
+    changes its memory and not its result. ``precision`` is what the training computes in, beside
+    weights that stay in their own.
+    """
 
     epochs: int = 6
     batch_size: int = 128
@@ -147,17 +164,38 @@ class Recipe:
     warmup: float = 0.1
     clip: float = 1.0
     patience: int = 3
+    objective: Literal["every", "last"] = "every"
+    loss: Literal["full", "sampled-softmax", "gbce"] = "full"
+    negatives: int = 256
+    gbce_t: float = 0.75
+    accumulation: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        whole = {"epochs": self.epochs, "batch_size": self.batch_size, "patience": self.patience}
+        whole = {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "patience": self.patience,
+            "negatives": self.negatives,
+            "accumulation": self.accumulation,
+        }
         _at_least("recipe", whole, 1)
         _at_least("recipe", {"weight_decay": self.weight_decay, "warmup": self.warmup}, 0)
+        _one_of("recipe.objective", self.objective, ("every", "last"))
+        _one_of("recipe.loss", self.loss, ("full", "sampled-softmax", "gbce"))
+        _one_of("recipe.precision", self.precision, ("float32", "bfloat16"))
         if not 0 < self.learning_rate < 10:
             raise BadInput("recipe.learning_rate", self.learning_rate, "a number in (0, 10)")
         if not self.warmup < 1:
             raise BadInput("recipe.warmup", self.warmup, "a share of the steps, in [0, 1)")
         if not self.clip > 0:
             raise BadInput("recipe.clip", self.clip, "a number above 0")
+        if not 0 <= self.gbce_t <= 1:
+            raise BadInput("recipe.gbce_t", self.gbce_t, "a number in [0, 1]")
+        if self.accumulation > self.batch_size:
+            allowed = f"at most batch_size ({self.batch_size})"
+            raise BadInput("recipe.accumulation", self.accumulation, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +276,9 @@ class Cost:
 class Study:
     """One question: which depths of which backbone, on which log, by which methods.
 
-    ``item_table`` is where the frozen item embeddings come from: ``sasrec`` (trained first),
-    ``text`` (titles through the backbone), or a ``.npy`` file with a row an item.
+    ``item_table`` is where the item embeddings come from: ``sasrec`` (trained first), ``text``
+    (titles through the backbone), a ``.npy`` file with a row an item, or ``learned`` (random ones,
+    ``item_width`` wide, trained with the recommender). ``train_items`` trains the others too.
     """
 
     name: str = "study"
@@ -248,6 +287,8 @@ class Study:
     seeds: int = 2
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     item_table: str = "sasrec"
+    item_width: int = 64
+    train_items: bool = False
     data: Data = Data()
     backbone: Backbone = Backbone()
     sasrec: SasRec = SasRec()
@@ -259,8 +300,14 @@ class Study:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise BadInput("seeds", self.seeds, "a whole number of at least 1")
-        if self.item_table not in {"sasrec", "text"} and not self.item_table.endswith(".npy"):
-            raise BadInput("item_table", self.item_table, "sasrec, text, or a .npy file")
+        named = self.item_table in ITEM_TABLES
+        if not named and not self.item_table.endswith(".npy"):
+            raise BadInput("item_table", self.item_table, "sasrec, text, learned, or a .npy file")
+        if self.item_width < 1:
+            raise BadInput("item_width", self.item_width, "a whole number of at least 1")
+        if self.backbone.suffix and self.recipe.objective != "last":
+            allowed = "with recipe.objective = last alone: it follows the last item"
+            raise BadInput("backbone.suffix", self.backbone.suffix, allowed)
         if not self.methods:
             raise BadInput("methods", "", f"at least one of {', '.join(METHODS)}")
         for name in self.methods:
@@ -271,6 +318,11 @@ class Study:
         parse_layers(self.layers, None)
         if self.backbone.quantize != "none":
             self._check_quantized()
+
+    @property
+    def trains_items(self) -> bool:
+        """Whether the item table is trained with the recommender."""
+        return self.train_items or self.item_table == "learned"
 
     def _check_quantized(self) -> None:
         chosen = self.backbone.quantize

@@ -13,7 +13,7 @@ from torch import Tensor
 from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
-from depthprobe.models.build import build_recommender, load_trained
+from depthprobe.models.build import build_recommender, learned_table, load_trained
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
@@ -21,8 +21,8 @@ from depthprobe.study import Study
 from depthprobe.sweep.plan import Trial, whole_trial
 
 DATA, NEGATIVES, TIMING, STATES = "data", "negatives.npy", "timing.json", "teacher-states"
-ITEM_TABLE = "item-table.npy"
-TRIALS, MODEL = "trials", "model"
+ITEM_TABLE, LEARNED = "item-table.npy", "learned"
+TRIALS, MODEL, CHECKPOINTS = "trials", "model", "checkpoints"
 
 
 class Context:
@@ -42,6 +42,10 @@ class Context:
     def trial_folder(self, trial: Trial) -> Path:
         """The folder of a trial, complete or absent."""
         return self.folder / TRIALS / trial.id
+
+    def checkpoint(self, trial: Trial) -> Path:
+        """The file from which a training that was killed goes on; gone once the trial is done."""
+        return self.folder / CHECKPOINTS / f"{trial.id}.safetensors"
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -113,13 +117,17 @@ class Context:
         """Width of the item table, d_item."""
         if self.study.item_table == "sasrec":
             return self.study.sasrec.width
+        if self.study.item_table == LEARNED:
+            return self.study.item_width
         return self._shared_table.shape[1]
 
     @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
     def item_table(self, seed: int) -> Tensor:
-        """The frozen item embeddings, (I + 1, d_item), on the CPU."""
+        """The item embeddings before a recommender's training, (I + 1, d_item), on the CPU."""
         if self.study.item_table == "sasrec":
             return self.sasrec(seed).item_matrix().detach().cpu().clone()
+        if self.study.item_table == LEARNED:
+            return learned_table(self.sequences.n_items, self.study.item_width, seed=seed)
         return self._shared_table
 
     @cached_property
@@ -135,6 +143,7 @@ class Context:
             kept=trial.kept,
             seed=trial.seed,
             random_init=trial.method == "random-init",
+            train_items=self.study.trains_items,
         )
         return model.to(self.device)
 

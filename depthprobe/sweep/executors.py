@@ -25,8 +25,14 @@ class Outcome:
 Work = Callable[[Task], float]
 
 
-def run_here(tasks: Iterable[Task], work: Work, done: set[str]) -> Iterator[Outcome]:
-    """One task after the other in this process; a fault ends its task alone."""
+def run_here(
+    tasks: Iterable[Task], work: Work, done: set[str], *, caught: type[Exception] = Exception
+) -> Iterator[Outcome]:
+    """One task after the other in this process; a fault ends its task alone.
+
+    Args:
+        caught: the faults that end their task alone; any other ends the sweep.
+    """
     for task in tasks:
         missing = [need for need in task.needs if need not in done]
         if missing:
@@ -34,7 +40,7 @@ def run_here(tasks: Iterable[Task], work: Work, done: set[str]) -> Iterator[Outc
             continue
         try:
             seconds = work(task)
-        except Exception as error:  # whatever it was, the other tasks go on
+        except caught as error:  # by default whatever it was: the other tasks go on
             yield Outcome(task, describe(error), 0.0)
         else:
             done.add(task.id)

@@ -84,7 +84,13 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
     fresh = trial.seed if trial.method == "random-init" else None
     backbone = pretrained(settings, random_init=fresh, plain=True)
     keep_blocks(backbone, source.kept)
-    model = around(backbone, settings, context.item_table(trial.seed), seed=trial.seed)
+    model = around(
+        backbone,
+        settings,
+        context.item_table(trial.seed),
+        seed=trial.seed,
+        train_items=context.study.trains_items,
+    )
     load_trained(model, weights)
     merge_lora(model)
     keep_blocks(backbone, _places(source.kept, trial.kept))
@@ -100,7 +106,7 @@ def _save_tokenizer(settings: Backbone, folder: Path) -> None:
     try:
         tokenizer: Any = pretrained_tokenizer(settings)
     except BadInput:
-        if settings.prompt:
+        if settings.prompt or settings.suffix:
             raise
         return  # nothing was read with it
     tokenizer.save_pretrained(folder)

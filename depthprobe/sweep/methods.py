@@ -24,10 +24,12 @@ from depthprobe.sweep.plan import Task, Trial, whole_trial
 from depthprobe.training.distillation import (
     Distiller,
     TeacherStates,
+    asked,
     group_ends,
     teacher_states,
 )
-from depthprobe.training.loop import Batch, Fit, fit, next_item_loss
+from depthprobe.training.loop import Fit, fit
+from depthprobe.training.objectives import NextItem
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Result:
     flops: int | None = None
     fit: Fit | None = None
     model: nn.Module | None = None
+
+    @property
+    def prompt(self) -> str | None:
+        """``shared``, ``repeated`` or ``none``; None for what has no model of its own."""
+        return self.model.prompt_mode if isinstance(self.model, Recommender) else None
 
 
 def popularity(context: Context, task: Task) -> Iterator[Result]:
@@ -58,14 +65,14 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
     model = context.new_sasrec(trial.seed)
     recipe = context.study.sasrec.recipe
     done = fit(
-        model,
+        NextItem(model, recipe),
         context.windows,
         recipe=recipe,
-        loss=next_item_loss,
         validate=lambda: context.validate(model),
         seed=trial.seed,
         device=context.device,
         log=context.log,
+        checkpoint=context.checkpoint(trial),
     )
     ranks = evaluate(model, context.test, device=context.device)
     yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
@@ -91,14 +98,9 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
     states = _teacher_states(context, trial)
     student = context.new_recommender(trial)
     torch.manual_seed(trial.seed)
-    model = Distiller(student, context.study.distillation).to(context.device)
-    ends = group_ends(trial.blocks, len(model.ends))
-
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        value: Tensor = module(batch, states.at(batch, ends))
-        return value
-
-    yield _train(context, trial, student, whole=model, loss=loss)
+    study = context.study
+    distiller = Distiller(student, study.distillation, study.recipe, states).to(context.device)
+    yield _train(context, trial, student, objective=distiller)
 
 
 def early_exits(context: Context, task: Task) -> Iterator[Result]:
@@ -136,20 +138,19 @@ def _train(
     trial: Trial,
     model: Recommender,
     *,
-    whole: nn.Module | None = None,
-    loss: Callable[[nn.Module, Batch], Tensor] = next_item_loss,
+    objective: nn.Module | None = None,
 ) -> Result:
-    """Train a recommender, alone or inside the module that holds its training's extras."""
-    encoder = _SharedPrompt(model)
+    """Train a recommender on the next item, or on an objective that holds it."""
+    encoder, recipe = _SharedPrompt(model), context.study.recipe
     done = fit(
-        whole or model,
+        objective or NextItem(model, recipe),
         context.windows,
-        recipe=context.study.recipe,
-        loss=loss,
+        recipe=recipe,
         validate=lambda: context.validate(encoder.refresh()),
         seed=trial.seed,
         device=context.device,
         log=context.log,
+        checkpoint=context.checkpoint(trial),
     )
     ranks = evaluate(encoder.refresh(), context.test, device=context.device)
     length = int(np.median([len(history) for history in context.test.histories]))
@@ -201,6 +202,13 @@ def _teacher_states(context: Context, trial: Trial) -> TeacherStates:
     if not path.exists():
         teacher = context.teacher(trial.seed, trial.blocks)
         with complete_file(path) as temporary:
-            teacher_states(teacher, windows, ends=ends, path=temporary, device=context.device)
-    lengths = np.array([len(window) - 1 for window in windows])
-    return TeacherStates(np.load(path, mmap_mode="r"), lengths, ends)
+            teacher_states(
+                teacher,
+                windows,
+                ends=ends,
+                objective=study.recipe.objective,
+                path=temporary,
+                device=context.device,
+            )
+    counts = asked(windows, study.recipe.objective)
+    return TeacherStates(np.load(path, mmap_mode="r"), counts, ends)

@@ -38,6 +38,8 @@ def write_result(
             "epochs": fit.epochs,
             "steps": fit.steps,
             "seconds": round(fit.seconds, 3),
+            "processes": fit.processes,
+            "resumed_at": fit.resumed_at,
             "best_epoch": fit.best_epoch,
             "losses": fit.losses,
             "validation": fit.scores,
@@ -51,6 +53,7 @@ def write_result(
         "costs": {
             "parameters": result.parameters,
             "flops_user": result.flops,
+            "prompt": result.prompt,
             "training": training,
             "timing": timing,
         },

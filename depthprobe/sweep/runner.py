@@ -28,13 +28,15 @@ from depthprobe.models.revision import backbone_revision, describe, pinned, pinn
 from depthprobe.study import METHODS as NAMES
 from depthprobe.study import BadInput, Study, differences, study_to_toml
 from depthprobe.sweep import provenance, worker
-from depthprobe.sweep.context import DATA, ITEM_TABLE, NEGATIVES, TIMING, TRIALS, Context
+from depthprobe.sweep.context import DATA, ITEM_TABLE, LEARNED, NEGATIVES, TIMING, TRIALS, Context
 from depthprobe.sweep.executors import Outcome, run_here, run_in_processes
 from depthprobe.sweep.plan import Task, plan
 from depthprobe.sweep.progress import Progress, Silent
 from depthprobe.sweep.records import SCHEMA, is_done, read_record, write_failure
 from depthprobe.sweep.store import MANIFEST, STUDY, TABLES, Run, open_run, write_tables
-from depthprobe.sweep.timing import measure
+from depthprobe.sweep.team import Team, find_team
+from depthprobe.sweep.timing import covers, measure
+from depthprobe.training.loop import DivergedError
 
 MOST_JOBS = 4  # by default: each job holds its own copy of the model
 NEGATIVE_SEED = 999
@@ -51,7 +53,8 @@ def run_sweep(
     """Run every trial of a study that is not done yet, and return the run.
 
     A branch or tag of the hub is looked up once, when a run begins: all its trials, whenever they
-    run, load the commit that it pointed to then.
+    run, load the commit that it pointed to then. Under ``accelerate launch`` every process calls
+    this; they train each trial together, and the first one writes.
 
     Args:
         study: what to run.
@@ -67,7 +70,8 @@ def run_sweep(
         BadInput: before anything is written, if the data, the backbone, the item table or the
             depths can't be used, or the folder holds another study.
     """
-    watcher = progress or Silent()
+    team = find_team(study.device)
+    watcher = (progress if team.writes else None) or Silent()
     disable_progress_bar()  # one bar a loaded model would drown what the watcher says
     folder = Path(output) if output is not None else Path("runs") / study.name
     device = resolve_device(study.device)
@@ -88,14 +92,19 @@ def run_sweep(
         manifest["backbone"] = describe(backbone, revision)
 
     began = time.perf_counter()
-    _lay_out(folder, study, split, table, manifest)
+    team.wait()  # all have read the folder as it was
+    if team.writes:
+        _lay_out(folder, study, split, table, manifest)
+    team.wait()
     context = Context(folder, working)
     waiting = [t for t in tasks if not all(is_done(context.trial_folder(x)) for x in t.trials)]
     done = {t.id for t in tasks if t not in waiting}
     watcher.plan([task.id for task in waiting])
     if waiting:
-        _measure_once(context, manifest["backbone"]["blocks"], watcher)
-        workers = _jobs(jobs, device, len(waiting))
+        if team.writes:
+            _measure_once(context, manifest["backbone"]["blocks"], watcher)
+        team.wait()
+        workers = 0 if team.processes > 1 else _jobs(jobs, device, len(waiting))
         threads = max(1, provenance.available_cores() // max(1, workers))
         arguments = (str(folder), working, _provenance(manifest, device, threads), threads)
         outcomes = (
@@ -108,11 +117,15 @@ def run_sweep(
                 arguments=arguments,
             )
             if workers
-            else _here(waiting, done, arguments)
+            else _here(waiting, done, arguments, team)
         )
         for outcome in outcomes:
-            _report(outcome, folder, arguments[2], watcher)
+            if team.writes:
+                _report(outcome, folder, arguments[2], watcher)
+            team.wait()
     run = open_run(folder)
+    if not team.writes:
+        return run
     if waiting or not all((folder / name).exists() for name in TABLES):
         write_tables(run)
         timing = context.shared / TIMING
@@ -172,8 +185,8 @@ def _data(study: Study, folder: Path) -> Sequences:
 def _item_table(
     study: Study, sequences: Sequences, folder: Path, device: torch.device, watcher: Progress
 ) -> Tensor | None:
-    """The item table that all trials share, not yet written; None where SASRec makes it."""
-    if study.item_table == "sasrec":
+    """The item table that all trials share, not yet written; None where each seed has its own."""
+    if study.item_table in {"sasrec", LEARNED}:
         return None
     written = folder / "shared" / ITEM_TABLE
     if study.item_table == TEXT and written.is_file():
@@ -237,7 +250,8 @@ def _manifest(
         },
         "item_table": {
             "source": study.item_table,
-            "width": study.sasrec.width if table is None else table.shape[1],
+            "width": _table_width(study) if table is None else table.shape[1],
+            "trained": study.trains_items,
             "sha256": None if table is None else table_hash(table),
         },
         "machine": provenance.machine(device),
@@ -246,6 +260,10 @@ def _manifest(
         "timing": None,
         "wall_seconds": 0.0,
     }
+
+
+def _table_width(study: Study) -> int:
+    return study.sasrec.width if study.item_table == "sasrec" else study.item_width
 
 
 def _provenance(manifest: dict[str, Any], device: torch.device, threads: int) -> dict[str, Any]:
@@ -263,7 +281,8 @@ def _provenance(manifest: dict[str, Any], device: torch.device, threads: int) ->
 
 def _measure_once(context: Context, blocks: int, watcher: Progress) -> None:
     path = context.shared / TIMING
-    if not path.exists():
+    # a sweep of the baselines alone has left no depth's times to one that goes on with more
+    if not path.exists() or not covers(json.loads(path.read_text()), context, blocks):
         watcher.message("timing every depth, alone on the machine")
         write_json(path, measure(context, blocks))
 
@@ -274,9 +293,14 @@ def _jobs(asked: int | None, device: torch.device, tasks: int) -> int:
     return 1 if device.type != "cpu" else min(provenance.available_cores(), MOST_JOBS, tasks)
 
 
-def _here(waiting: list[Task], done: set[str], arguments: tuple[Any, ...]) -> Iterator[Outcome]:
-    worker.begin(*arguments[:3])
-    return run_here(waiting, worker.work, done)
+def _here(
+    waiting: list[Task], done: set[str], arguments: tuple[Any, ...], team: Team
+) -> Iterator[Outcome]:
+    worker.begin(*arguments[:3], writes=team.writes)
+    # all processes of a team see a training diverge; after any other fault of one of them, the
+    # others would wait for it for ever
+    caught = Exception if team.processes == 1 else DivergedError
+    return run_here(waiting, worker.work, done, caught=caught)
 
 
 def _report(outcome: Outcome, folder: Path, origin: dict[str, Any], watcher: Progress) -> None:

@@ -18,11 +18,12 @@ from depthprobe.cost.timing import interleaved
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.models.build import build_recommender
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import parse_layers
+from depthprobe.study import Recipe, Study, parse_layers
 from depthprobe.sweep.context import Context
-from depthprobe.sweep.plan import Trial
-from depthprobe.training.distillation import Distiller
-from depthprobe.training.loop import Batch, make_batch, next_item_loss
+from depthprobe.sweep.plan import BASELINES, Trial
+from depthprobe.training.distillation import Distiller, TeacherStates, group_ends
+from depthprobe.training.distributed import FUSED
+from depthprobe.training.objectives import Batch, NextItem, make_batch
 
 TRAINED_LIKE_FULL = ("full", "finetune", "heal", "random-init")
 
@@ -32,35 +33,37 @@ def measure(context: Context, blocks: int) -> dict[str, Any]:
 
     Actions: ``encode:K``, ``train:K``, ``distill:K`` for K blocks and for ``sasrec``; ``latency:K``
     is one user from history to top 10; ``score`` is the catalogue for a batch of user vectors.
+    A sweep of the baselines alone measures no depth: on a large backbone that takes longer.
     """
     settings, device = context.study.cost, context.device
     histories, lengths = _typical_users(context, settings.batch_size)
-    batch = _typical_batch(context, context.study.recipe.batch_size)
+    recipe = context.study.recipe
+    batch = _typical_batch(context, recipe)
     table = torch.randn(context.sequences.n_items + 1, context.item_width)
     actions: dict[str, Callable[[], object]] = {}
     # students too, whether or not this sweep asks for them: a later one may, at another load
-    for depth in sorted({*parse_layers(context.study.layers, blocks), blocks}):
+    for depth in _depths(context, blocks):
         settings_backbone, kept = context.study.backbone, tuple(range(depth))
         model = build_recommender(settings_backbone, table, kept=kept, seed=0).to(device)
-        vectors = torch.randn(len(histories), table.shape[1], device=device)
         actions[f"encode:{depth}"] = _encoding(model, histories, lengths)
         actions[f"latency:{depth}"] = _answer(model, histories[:1], lengths[:1])
-        actions[f"train:{depth}"] = _step(model, partial(next_item_loss, model, batch))
+        actions[f"train:{depth}"] = _step(NextItem(model, recipe), batch, recipe)
         if depth < blocks:
-            whole = Distiller(model, context.study.distillation).to(device)
-            count = int(batch.mask.sum())
-            states = torch.randn(len(whole.ends), count, model.input_adapter.out_features)
-            states = states.half().to(device)
-            actions[f"distill:{depth}"] = _step(whole, partial(_distilled, whole, batch, states))
-        actions["score"] = partial(_best, vectors, model.item_matrix())
+            teacher = _some_states(batch, context.study, depth, blocks, model.width)
+            distiller = Distiller(model, context.study.distillation, recipe, teacher).to(device)
+            actions[f"distill:{depth}"] = _step(distiller, batch, recipe)
+        actions["score"] = _scoring(model.item_matrix(), len(histories))
     baseline = context.new_sasrec(0)
+    actions.setdefault("score", _scoring(baseline.item_matrix(), len(histories)))
     actions["encode:sasrec"] = _encoding(baseline, histories, lengths)
-    actions["train:sasrec"] = _step(baseline, lambda: next_item_loss(baseline, batch))
+    own = context.study.sasrec.recipe
+    actions["train:sasrec"] = _step(NextItem(baseline, own), _typical_batch(context, own), own)
     times = interleaved(actions, warmup=settings.warmup, rounds=settings.rounds, device=device)
     return {
         "conditions": {
             "device": device.type,
             "dtype": context.study.backbone.dtype,
+            "precision": recipe.precision,
             "batch": len(histories),
             "length": histories.shape[1],
             "train_batch": len(batch.inputs),
@@ -89,9 +92,27 @@ def timing_of(trial: Trial, measured: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _distilled(module: nn.Module, batch: Batch, states: Tensor) -> Tensor:
-    loss: Tensor = module(batch, states.float())
-    return loss
+def _some_states(batch: Batch, study: Study, depth: int, blocks: int, width: int) -> TeacherStates:
+    """Random states in place of a teacher's, for the windows of the batch."""
+    ends = group_ends(blocks, min(study.distillation.groups, depth))
+    states = torch.randn(batch.count, len(ends), width).half().numpy()
+    return TeacherStates(states, batch.mask.sum(dim=1).cpu().numpy(), ends)
+
+
+def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
+    """Whether the times hold all depths that the study's methods need."""
+    return all(f"encode:{depth}" in measured["seconds"] for depth in _depths(context, blocks))
+
+
+def _depths(context: Context, blocks: int) -> list[int]:
+    if set(context.study.methods) <= set(BASELINES):
+        return []
+    return sorted({*parse_layers(context.study.layers, blocks), blocks})
+
+
+def _scoring(items: Tensor, users: int) -> Callable[[], object]:
+    vectors = torch.randn(users, items.shape[1], device=items.device)
+    return partial(_best, vectors, items)
 
 
 @torch.inference_mode()
@@ -108,9 +129,11 @@ def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
     return padded.to(context.device), lengths.to(context.device)
 
 
-def _typical_batch(context: Context, size: int) -> Batch:
-    windows = context.windows
-    return make_batch(windows, _middle([len(w) for w in windows], size), context.device)
+def _typical_batch(context: Context, recipe: Recipe) -> Batch:
+    """A batch of windows of about the median length, numbered from 0."""
+    chosen = _middle([len(window) for window in context.windows], recipe.batch_size)
+    windows = [context.windows[i] for i in chosen]
+    return make_batch(windows, np.arange(len(windows)), context.device, recipe.objective)
 
 
 def _middle(lengths: list[int], size: int) -> np.ndarray:
@@ -140,13 +163,16 @@ def _answer(model: Recommender, history: Tensor, length: Tensor) -> Callable[[],
     return action
 
 
-def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], object]:
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-6)
+def _step(objective: nn.Module, batch: Batch, recipe: Recipe) -> Callable[[], object]:
+    weights = [p for p in objective.parameters() if p.requires_grad]
+    place = weights[0].device.type
+    optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=place in FUSED or None)
 
     def action() -> None:
-        model.train()
-        loss().backward()
+        objective.train()
+        with torch.autocast(place, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            loss = objective(batch)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,19 @@ from depthprobe.sweep.records import write_result
 from depthprobe.sweep.timing import timing_of
 
 
+def _forget(checkpoint: Path) -> None:
+    """Delete the checkpoint of a trial that has its record; the last one takes the folder along."""
+    checkpoint.unlink(missing_ok=True)
+    with suppress(OSError):
+        checkpoint.parent.rmdir()
+
+
 class _Worker:
     """What one process keeps between its tasks."""
 
     context: Context
     provenance: dict[str, Any]
+    writes: bool
 
 
 def prepare(folder: str, study: Study, origin: dict[str, Any], threads: int) -> None:
@@ -58,8 +67,15 @@ def begin(
     origin: dict[str, Any],
     *,
     log: Callable[[str], None] = lambda line: None,
+    writes: bool = True,
 ) -> None:
-    """Make this process ready for tasks of a run; ``origin`` is the provenance of its records."""
+    """Make this process ready for tasks of a run.
+
+    Args:
+        origin: the provenance of its records.
+        writes: whether it writes them; of several processes that train together one does.
+    """
+    _Worker.writes = writes
     _Worker.context = Context(Path(folder), study, log=log)
     _Worker.provenance = origin
 
@@ -71,6 +87,8 @@ def work(task: Task) -> float:
     began = time.perf_counter()
     measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
     for result in METHODS[task.method](context, task):
+        if not _Worker.writes:
+            continue
         write_result(
             context.trial_folder(result.trial),
             result,
@@ -79,4 +97,5 @@ def work(task: Task) -> float:
             provenance=_Worker.provenance,
             validation_users=len(context.validation.users),
         )
+        _forget(context.checkpoint(result.trial))
     return time.perf_counter() - began

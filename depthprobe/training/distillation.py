@@ -2,8 +2,8 @@
 
 Teacher and student are cut into the same number of groups of blocks. After each group the student's
 state is pulled to the teacher's (D_cos, D_norm), and inner groups learn to recommend by themselves
-through adapters of their own (L_ms). The paper compares the state of the last token; here every
-position of a history is the last token of its beginning, so all of them are compared.
+through adapters of their own (L_ms). The paper compares the state of the last token. With the
+objective ``every`` each position of a history is the last of its beginning, and all are compared.
 The teacher's states don't change while the student learns: they are computed once.
 """
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from depthprobe.data.batches import length_buckets
-from depthprobe.models.recommender import Recommender, last_positions
+from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.tap import tap_blocks
-from depthprobe.study import Distillation
-from depthprobe.training.loop import Batch, make_batch
-from depthprobe.training.losses import catalogue_cross_entropy, cosine_loss, norm_loss
+from depthprobe.study import Distillation, Recipe
+from depthprobe.training.losses import catalogue_loss, cosine_loss, norm_loss
+from depthprobe.training.objectives import Batch, Objective, asked_vectors, make_batch
 
 
 def group_ends(depth: int, groups: int) -> tuple[int, ...]:
@@ -35,15 +35,18 @@ def group_ends(depth: int, groups: int) -> tuple[int, ...]:
 
 
 class TeacherStates:
-    """The teacher's states after some of its blocks, at every position of every training window."""
+    """The teacher's states after some of its blocks, wherever a training window is asked."""
 
-    def __init__(self, states: np.ndarray, lengths: np.ndarray, ends: tuple[int, ...]) -> None:
-        """Wrap states (N, len(ends), D) of windows with ``lengths`` positions each, in order."""
+    def __init__(self, states: np.ndarray, counts: np.ndarray, ends: tuple[int, ...]) -> None:
+        """Wrap states (N, len(ends), D) of windows with ``counts`` asked positions, in order.
+
+        The last of ``ends`` is the teacher's depth.
+        """
         self.states, self.ends = states, ends
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
 
     def at(self, batch: Batch, ends: tuple[int, ...]) -> Tensor:
-        """The states after ``ends`` blocks at the batch's real positions, (len(ends), N, D)."""
+        """The states after ``ends`` blocks at the batch's asked positions, (len(ends), N, D)."""
         rows = np.concatenate(
             [np.arange(self.offsets[i], self.offsets[i + 1]) for i in batch.chosen]
         )
@@ -58,6 +61,7 @@ def teacher_states(
     windows: list[np.ndarray],
     *,
     ends: tuple[int, ...],
+    objective: Objective,
     path: Path,
     device: torch.device,
     batch_size: int = 256,
@@ -71,17 +75,17 @@ def teacher_states(
         ValueError: if a state does not fit float16.
     """
     teacher.eval()
-    lengths = np.array([len(window) - 1 for window in windows])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    lengths, counts = np.array([len(window) - 1 for window in windows]), asked(windows, objective)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
     width = teacher.width
     shape = (int(offsets[-1]), len(ends), width)
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     with tap_blocks(teacher.backbone) as tap:
         for chosen in length_buckets(lengths, batch_size):
-            batch = make_batch(windows, chosen, device)
-            teacher.states(batch.inputs)
-            after = [tap.states[end][:, teacher.lead :] for end in ends]  # g of (B, T, D)
-            states = torch.stack([state[batch.mask] for state in after], dim=1)  # (N, g, D)
+            batch = make_batch(windows, chosen, device, objective)
+            teacher.states(batch.inputs, batch.lengths)
+            after = [_asked_states(teacher, tap.states[end], batch, objective) for end in ends]
+            states = torch.stack(after, dim=1)  # (N, g, D)
             small = states.half()
             if not torch.isfinite(small).all():
                 raise ValueError(
@@ -90,42 +94,56 @@ def teacher_states(
             rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             out[rows] = small.cpu().numpy()
     out.flush()
-    return TeacherStates(out, lengths, ends)
+    return TeacherStates(out, counts, ends)
+
+
+def asked(windows: list[np.ndarray], objective: Objective) -> np.ndarray:
+    """How many positions of each window are asked for the next item, (windows,)."""
+    return np.array([1 if objective == "last" else len(window) - 1 for window in windows])
+
+
+def _asked_states(model: Recommender, states: Tensor, batch: Batch, objective: Objective) -> Tensor:
+    """A block's output where the batch asks for the next item, (N, D)."""
+    if objective == "last":
+        return states_at(states, model.last_place(batch.lengths))
+    return states[:, model.lead :][batch.mask]
 
 
 class Distiller(nn.Module):
-    """A student with the adapters that only its training needs."""
+    """A student with its losses, and the adapters that only its training needs."""
 
-    def __init__(self, student: Recommender, settings: Distillation) -> None:
+    def __init__(
+        self, student: Recommender, settings: Distillation, recipe: Recipe, teacher: TeacherStates
+    ) -> None:
         super().__init__()
-        self.student = student
-        self.settings = settings
+        self.student, self.teacher = student, teacher
+        self.settings, self.recipe = settings, recipe
         self.ends = group_ends(student.depth, min(settings.groups, student.depth))
+        #: after which of the teacher's blocks its groups end
+        self.teacher_ends = group_ends(teacher.ends[-1], len(self.ends))
         d_item = student.item_matrix().shape[1]
         width = student.width
         self.adapters = nn.ModuleList(nn.Linear(width, d_item) for _ in self.ends[:-1])
 
-    def forward(self, batch: Batch, teacher: Tensor) -> Tensor:
-        """``CE + cosine * D_cos + norm * D_norm + supervision * L_ms``.
-
-        Args:
-            batch: training windows.
-            teacher: the teacher's states at the batch's real positions, (groups, N, D).
-        """
-        student, weights = self.student, self.settings
+    def forward(self, batch: Batch) -> Tensor:
+        """``CE + cosine * D_cos + norm * D_norm + supervision * L_ms`` of a batch, a scalar."""
+        student, weights, recipe = self.student, self.settings, self.recipe
         with tap_blocks(student.backbone) as tap:
-            vectors = student(batch.inputs)[batch.mask]
-            grouped = [tap.states[end][:, student.lead :] for end in self.ends]  # (B, T, D) each
-        items = student.item_matrix()
-        states = torch.stack([state[batch.mask] for state in grouped]).float()  # (groups, N, D)
-        loss = catalogue_cross_entropy(vectors, items, batch.targets[batch.mask])
+            vectors = asked_vectors(student, batch, recipe)
+            grouped = [tap.states[end] for end in self.ends]  # (B, lead + T + S, D) each
+        items, teacher = student.item_matrix(), self.teacher.at(batch, self.teacher_ends)
+        states = torch.stack(
+            [_asked_states(student, state, batch, recipe.objective) for state in grouped]
+        ).float()  # (groups, N, D)
+        loss = catalogue_loss(vectors, items, batch.targets[batch.mask], recipe=recipe)
         loss = loss + weights.cosine * cosine_loss(states, teacher)
         loss = loss + weights.norm * norm_loss(states, teacher)
         if weights.supervision and len(self.adapters):
-            lengths = batch.mask.sum(dim=1)
-            rows = torch.arange(len(lengths), device=lengths.device)
-            last = batch.targets[rows, lengths - 1]  # (B,) as in the paper: one target a user
+            rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
+            last = batch.targets[rows, batch.lengths - 1]  # (B,) as in the paper: one target a user
+            places = student.last_place(batch.lengths)
             for adapter, state in zip(self.adapters, grouped[:-1], strict=True):
-                guess = adapter(last_positions(state, lengths).float())
-                loss = loss + weights.supervision * catalogue_cross_entropy(guess, items, last)
+                guess = adapter(states_at(state, places).float())
+                part = catalogue_loss(guess, items, last, recipe=recipe)
+                loss = loss + weights.supervision * part
         return loss

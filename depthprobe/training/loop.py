@@ -1,139 +1,196 @@
-"""One training loop for everything that is trained, on accelerate.
+"""One training loop for everything that is trained, on accelerate, in one process or several.
 
 AdamW, cosine schedule with warm-up, gradient clipping, early stopping on validation NDCG@10, best
-weights kept. A loss that is not a number stops the training and names the step.
+weights kept. A loss that is not a number stops the training and names the step. What is random at
+a step depends on the seed, the step and the process alone, so a training that was killed goes on
+from its checkpoint to the same numbers.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from depthprobe.data.batches import length_buckets, pad
+from depthprobe.data.batches import length_buckets
 from depthprobe.study import Recipe
-from depthprobe.training.losses import catalogue_cross_entropy
+from depthprobe.training.checkpoint import (
+    Checkpoint,
+    Fit,
+    Progress,
+    identity,
+    restore_moments,
+    restore_weights,
+)
+from depthprobe.training.distributed import Trained, spread, start, whole
+from depthprobe.training.steps import DivergedError, Watch, gradients
 
-
-class DivergedError(RuntimeError):
-    """The loss is not a finite number."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Training windows: the next item is asked at every position."""
-
-    chosen: np.ndarray  # (B,) indices of the windows
-    inputs: Tensor  # (B, T) item ids, right-padded with 0
-    targets: Tensor  # (B, T) the item after each position, 0 on padding
-    mask: Tensor  # (B, T) where there is a target
-
-
-@dataclass
-class Fit:
-    """What a training left: where it stopped, how it went, how long it took."""
-
-    epochs: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    best_epoch: int = 0
-    best_score: float = float("nan")
-    losses: list[float] = field(default_factory=list)  # mean a epoch
-    scores: list[float] = field(default_factory=list)  # validation NDCG@10 a epoch
-
-
-LossFunction = Callable[[nn.Module, Batch], Tensor]
-
-
-def make_batch(windows: list[np.ndarray], chosen: np.ndarray, device: torch.device) -> Batch:
-    """Inputs and targets of the chosen windows: all items but the last, all but the first."""
-    whole = torch.from_numpy(pad([windows[i] for i in chosen])).to(device)
-    targets = whole[:, 1:]
-    return Batch(chosen, whole[:, :-1], targets, targets > 0)
-
-
-def next_item_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Full-catalogue cross-entropy of the next item, mean over all positions of the batch."""
-    vectors = model(batch.inputs)[batch.mask]  # (N, d)
-    items: Tensor = model.item_matrix()  # type: ignore[operator]
-    return catalogue_cross_entropy(vectors, items, batch.targets[batch.mask])
+__all__ = ["DivergedError", "Fit", "fit"]
 
 
 def fit(
-    model: nn.Module,
+    objective: nn.Module,
     windows: list[np.ndarray],
     *,
     recipe: Recipe,
-    loss: LossFunction,
     validate: Callable[[], float],
     seed: int,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
+    checkpoint: Path | None = None,
+    every: float = 60.0,
 ) -> Fit:
-    """Train in place and leave the best weights in the model, in eval mode.
+    """Train in place and leave the best weights there, in eval mode.
+
+    Under ``accelerate launch`` every process calls this with the same arguments. A step then takes
+    ``batch_size`` windows a process, and equals a step of one process on all of them.
 
     Args:
+        objective: the model with its loss: batches in, the mean over their targets out.
         windows: one array of item ids a user, at least two items each.
-        validate: the score to maximise, called after each epoch with the model in eval mode.
+        validate: the score to maximise, called after each epoch with the objective in eval mode;
+            in every process, and the first one's score counts.
         seed: decides batch order and dropout.
+        log: is told of each epoch, in the first process.
+        checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds.
+            It stays when the training ends, as one that has ended, until the caller deletes it:
+            so nothing is lost if the process dies before its result is saved.
 
     Raises:
-        DivergedError: if the loss is not finite; the message names the step.
+        DivergedError: if the loss or its gradient is not finite; the message names the step, and
+            the weights are those before it.
+        ValueError: if the checkpoint is of another training.
+        BadInput: for a way of sharding that would train wrongly.
     """
-    lengths = np.array([len(window) for window in windows])
-    if not len(windows) or lengths.min() < 2:
+    sizes = np.array([len(window) for window in windows])
+    if not len(windows) or sizes.min() < 2:
         raise ValueError("every training window needs at least two items")
-    # the state is a process-wide singleton that would leak from the training before
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
-    total = recipe.epochs * -(-len(windows) // recipe.batch_size)
-    schedule = LambdaLR(optimizer, lambda step: _cosine(step, total, recipe.warmup))
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    torch.manual_seed(seed)
-    result, best = Fit(), [p.detach().clone() for p in weights]
     began = time.perf_counter()
-    for epoch in range(recipe.epochs):
-        model.train()
-        losses: list[float] = []
-        for chosen in length_buckets(lengths, recipe.batch_size, seed=seed, epoch=epoch):
-            value = loss(prepared, make_batch(windows, chosen, device))
-            accelerator.backward(value)
-            accelerator.clip_grad_norm_(weights, recipe.clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(value.item())
-            result.steps += 1
-            if not np.isfinite(losses[-1]):
-                raise DivergedError(f"the loss is {losses[-1]} at step {result.steps}")
-        model.eval()
-        score = validate()
-        result.epochs = epoch + 1
-        result.losses.append(float(np.mean(losses)))
-        result.scores.append(score)
-        log(f"epoch {epoch + 1}/{recipe.epochs}  loss {result.losses[-1]:.4f}  ndcg@10 {score:.4f}")
-        if not score <= result.best_score:  # also true for the first score
-            result.best_score, result.best_epoch = score, epoch + 1
-            best = [p.detach().clone() for p in weights]
-        elif epoch + 1 - result.best_epoch >= recipe.patience:
-            break
-    with torch.no_grad():
-        for weight, value in zip(weights, best, strict=True):
-            weight.copy_(value)
-    model.eval()
-    result.seconds = time.perf_counter() - began
+    accelerator = start(recipe, device)
+    processes = int(accelerator.num_processes)
+    say = log if accelerator.is_main_process else lambda line: None
+    progress, best = Progress(Fit(processes=processes)), dict[str, Tensor]()
+    store = saved = None
+    if checkpoint is not None:
+        origin = identity(objective, windows, recipe=recipe, seed=seed, processes=processes)
+        store = Checkpoint(checkpoint, origin, every=every)
+        saved = store.read()
+    if saved is not None:
+        progress, best = saved.progress, saved.part("best")
+        restore_weights(objective, saved.part("weights"))
+        progress.fit.resumed_at.append(progress.fit.steps)
+        say(f"going on from step {progress.fit.steps}")
+    result, before = progress.fit, progress.fit.seconds
+    trained = spread(accelerator, objective, recipe)
+    trained.check_together(result.steps)
+    if saved is not None:
+        restore_moments(trained, saved)
+
+    def save() -> None:
+        result.seconds = before + time.perf_counter() - began
+        if store is not None:
+            store.write(trained, progress, best)
+
+    with _compiled(trained.inner, recipe.compile):
+        while not progress.ended:
+            _train_epoch(trained, windows, progress, recipe, seed=seed, store=store, save=save)
+            trained.publish()
+            objective.eval()
+            with torch.compiler.set_stance("force_eager"):  # lengths of all kinds, once an epoch
+                score = trained.agree(validate())
+            progress.end_epoch(score)
+            loss = result.losses[-1]
+            say(f"epoch {result.epochs}/{recipe.epochs}  loss {loss:.4f}  ndcg@10 {score:.4f}")
+            if result.best_epoch == result.epochs:
+                best = _on_cpu(objective)
+            waited = result.epochs - result.best_epoch
+            progress.ended = result.epochs == recipe.epochs or waited >= recipe.patience
+    restore_weights(objective, best)
+    objective.eval()
+    if store is not None and store.is_due():
+        save()
+    result.seconds = before + time.perf_counter() - began
     return result
+
+
+def _train_epoch(
+    trained: Trained,
+    windows: list[np.ndarray],
+    progress: Progress,
+    recipe: Recipe,
+    *,
+    seed: int,
+    store: Checkpoint | None,
+    save: Callable[[], None],
+) -> None:
+    """What is left of the running epoch, with a checkpoint where one is due."""
+    fit, optimizer = progress.fit, trained.optimizer
+    weights = list(trained.weights.values())
+    size = recipe.batch_size * trained.processes
+    sizes = [len(window) for window in windows]
+    batches = length_buckets(sizes, size, seed=seed, epoch=fit.epochs)
+    watch = Watch(trained, progress)
+    trained.called.train()
+    for chosen in batches[progress.done :]:
+        rate = recipe.learning_rate * _cosine(
+            fit.steps, recipe.epochs * len(batches), recipe.warmup
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(_seed_of(seed, fit.steps, trained.rank))
+        loss = gradients(trained, windows, chosen, recipe)
+        norm = whole(torch.nn.utils.clip_grad_norm_(weights, recipe.clip))
+        fit.steps += 1
+        progress.done += 1
+        watch.add(loss, norm)
+        due = False
+        if watch.is_full or progress.done == len(batches):
+            due = watch.look(store is not None and store.is_due())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if due:
+            save()
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    """What a step's dropout and negatives are drawn from, in one of the processes."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+
+
+def _on_cpu(objective: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trained weights, where a GPU has better use for its memory."""
+    return {
+        name: weight.detach().to("cpu", copy=True)
+        for name, weight in objective.named_parameters()
+        if weight.requires_grad
+    }
+
+
+@contextmanager
+def _compiled(objective: nn.Module, wanted: bool) -> Iterator[None]:
+    """The models in an objective compiled inside, and as they were after.
+
+    Not the loss: each batch has another number of targets, and it would be compiled for each. In
+    place, so that the weights keep their names. A model whose states are tapped, as a student's
+    are, runs uncompiled (see ``tap_blocks``).
+    """
+    models = [m for m in objective.children() if not isinstance(m, nn.ModuleList)]
+    if not wanted:
+        yield
+        return
+    try:
+        for model in models:
+            model.compile(dynamic=True)  # a batch is as long as its longest history
+        yield
+    finally:
+        for model in models:
+            model._compiled_call_impl = None
+        torch.compiler.reset()  # its limit of recompilations holds for all trainings of a process
 
 
 def _cosine(step: int, total: int, warmup: float) -> float:

@@ -36,7 +36,7 @@ CASES = {
     "unknown tuning": (["sweep", "--tuning", "qlora"], ["tuning", "'qlora'", "full, lora, frozen"]),
     "unknown item table": (
         ["sweep", "--item-embeddings", "titles"],
-        ["item_table", "'titles'", "sasrec, text, or a .npy file"],
+        ["item_table", "'titles'", "sasrec, text, learned, or a .npy file"],
     ),
     "missing item table": (
         ["sweep", "--item-embeddings", "nowhere.npy"],

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.models import exported
 from depthprobe.models.exported import (
-    ADAPTERS,
     CARD,
     PARTS,
     ExportedRecommender,
@@ -29,6 +28,7 @@ from depthprobe.study import BadInput
 ITEMS, WIDTH = 30, 6
 IDS = [f"i{number}" for number in range(1, ITEMS + 1)]
 TITLES = ["", *(f"Title {number}" for number in range(2, ITEMS + 1))]
+ADAPTERS = [f"{name}_adapter.{part}" for name in ("input", "output") for part in ("weight", "bias")]
 Write = Callable[..., Path]
 
 
@@ -248,6 +248,10 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "prompt below the tokens": edit_card(prompt=[-1]),
     "no history": edit_card(max_history=0),
     "filter in words": edit_card(filter_seen="yes"),
+    "suffix is text": edit_card(suffix="Next:"),
+    "suffix beyond the tokens": edit_card(suffix=[10**6]),
+    "a head of another kind": edit_card(head="tree"),
+    "a head that is not there": edit_card(head="linear"),
     "a kernel": edit_card(attention="someone/kernel"),
     "no item table": edit_parts(lambda parts: parts.pop("items")),
     **{f"no {name}": edit_parts(lambda p, name=name: p.pop(name)) for name in ADAPTERS},

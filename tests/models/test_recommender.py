@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprobe.models.build import (
+    learned_table,
     load_trained,
     make_trainable,
     merge_lora,
@@ -158,3 +159,37 @@ def test_prompt_begins_once_with_the_start_token() -> None:
     assert ids[0] == embedded_tokenizer().bos_token_id
     assert len(ids) == 1 + len(b"Next:")
     assert prompt_tokens(Backbone(source="embedded", prompt="")) == []
+
+
+def test_a_linear_head_scores_every_item(make_model: Callable[..., PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    model = Recommender(make_model("llama"), torch.randn(9, 6), PROMPT, head="linear").double()
+    assert model.output_adapter is None
+    scores = model.eval().encode(HISTORIES, LENGTHS) @ model.item_matrix().T
+    tokens = model.backbone.get_input_embeddings()(model.prompt)
+    whole = torch.cat([tokens, model.input_adapter(model.items(HISTORIES[0]))])[None]
+    state = model.backbone(inputs_embeds=whole, use_cache=False).last_hidden_state[0, -1]
+    assert model.head is not None
+    torch.testing.assert_close(scores[0], model.head(state))
+    assert scores.shape == (3, 9)
+
+
+def test_suffix_follows_the_last_item(make_model: Callable[..., PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    model = Recommender(make_model("llama"), torch.randn(9, 6), PROMPT, suffix=(2, 7, 1)).double()
+    vectors = model.eval().encode(HISTORIES, LENGTHS)
+    assert torch.equal(model(HISTORIES, LENGTHS), vectors)
+    table = model.backbone.get_input_embeddings()
+    for row, length in enumerate(LENGTHS.tolist()):
+        items = model.input_adapter(model.items(HISTORIES[row, :length]))
+        whole = torch.cat([table(model.prompt), items, table(model.suffix)])[None]
+        state = model.backbone(inputs_embeds=whole, use_cache=False).last_hidden_state[0, -1]
+        torch.testing.assert_close(vectors[row], model.output_adapter(state))
+
+
+def test_a_learned_table_is_seeded_and_of_unit_length() -> None:
+    table, again = learned_table(50, 16, seed=3), learned_table(50, 16, seed=3)
+    assert torch.equal(table, again)
+    assert not torch.equal(table, learned_table(50, 16, seed=4))
+    assert not table[0].any()
+    assert table[1:].norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import depthprobe as dp
 from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.exported import ExportedRecommender
-from depthprobe.study import BadInput, Study
+from depthprobe.study import BadInput, Recipe, Study
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.export import export_trial
 from depthprobe.sweep.runner import run_sweep
@@ -24,12 +24,19 @@ from depthprobe.sweep.store import Run
 
 RunOf = Callable[[str], Run]
 PROBED = ("full", "early-exit", "skip", "finetune")
+LAST = Recipe(epochs=2, batch_size=16, learning_rate=0.01, objective="last")
 # what differs from the small study
 RUNS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "lora": ({"methods": (*PROBED, "heal")}, {"tuning": "lora", "lora_rank": 4}),
     "bfloat16": ({"methods": PROBED}, {"dtype": "bfloat16"}),
     "frozen": ({"methods": ("full", "finetune")}, {"tuning": "frozen", "prompt": ""}),
     "eager": ({"methods": ("full",)}, {"attention": "eager"}),
+    "suffix": ({"methods": (*PROBED, "distill"), "recipe": LAST}, {"suffix": "=>"}),
+    "linear": (
+        {"methods": (*PROBED, "distill"), "item_table": "learned", "item_width": 12},
+        {"head": "linear"},
+    ),
+    "items trained": ({"methods": ("full", "heal"), "train_items": True}, {}),
 }
 TRIALS = [
     ("small", "full-d03-s1"),
@@ -53,6 +60,15 @@ TRIALS = [
     ("bfloat16", "skip-b00-s0"),
     ("frozen", "finetune-d02-s0"),
     ("eager", "full-d03-s0"),
+    ("suffix", "full-d03-s0"),
+    ("suffix", "early-exit-d02-s0"),
+    ("suffix", "skip-b01-s0"),
+    ("suffix", "distill-d01-s0"),
+    ("linear", "full-d03-s0"),
+    ("linear", "skip-b00-s0"),
+    ("linear", "distill-d02-s0"),
+    ("items trained", "full-d03-s0"),
+    ("items trained", "heal-d01-s0"),
 ]
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from depthprobe.models.exported import load_recommender
 from depthprobe.report.html import build_report
 from depthprobe.study import BadInput, Study
 from depthprobe.sweep import worker
-from depthprobe.sweep.context import Context
+from depthprobe.sweep.context import TIMING, Context
 from depthprobe.sweep.export import export_trial
 from depthprobe.sweep.plan import Trial
 from depthprobe.sweep.runner import run_sweep
 from depthprobe.sweep.store import Run, open_run
+from depthprobe.training.checkpoint import Checkpoint, Progress
+from depthprobe.training.distributed import Trained
 
 
 class Watcher:
@@ -121,6 +124,17 @@ def test_costs_grow_with_depth(small_run: Run) -> None:
         assert (sizes[name] > 0).all()
     raw = small_run.record("full-d03-s0")["costs"]["timing"]["encode"]["seconds"]
     assert len(raw) == small_run.study.cost.rounds
+
+
+def test_the_baselines_alone_wait_for_no_depths_times_and_later_methods_get_them(
+    tiny: Study, tmp_path: Path
+) -> None:
+    folder, tiny = tmp_path / "run", replace(tiny, layers="1")
+    run_sweep(tiny, folder, jobs=0)
+    measured = json.loads((folder / "shared" / TIMING).read_text())["seconds"]
+    assert measured.keys() == {"score", "encode:sasrec", "train:sasrec"}
+    run = run_sweep(replace(tiny, methods=("finetune",)), folder, jobs=0)
+    assert run.record("finetune-d01-s0")["costs"]["timing"]["encode"]["seconds"]
 
 
 def test_an_export_stands_alone_and_ranks_the_same(small_run: Run, tmp_path: Path) -> None:
@@ -246,3 +260,29 @@ def test_the_report_of_a_real_run(small_run: Run) -> None:
     assert ("was best at its last epoch" in page) == (3 in best)
     for word in ("random init", "fine-tuned", "distilled", "healed", "SASRec"):
         assert word in page
+
+
+def test_a_sweep_cut_short_goes_on_in_the_middle_of_a_training(
+    tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_sweep(tiny, tmp_path / "whole", jobs=0)
+    steps = whole.record("sasrec-s0")["costs"]["training"]["steps"]
+    write = Checkpoint.write
+
+    def write_and_die(self: Checkpoint, trained: Trained, progress: Progress, best: Any) -> None:
+        write(self, trained, progress, best)
+        if progress.fit.steps == steps - 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "is_due", lambda self: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "write", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(tiny, tmp_path / "cut", jobs=0)
+    assert (tmp_path / "cut" / "checkpoints" / "sasrec-s0.safetensors").is_file()
+    again = run_sweep(tiny, tmp_path / "cut", jobs=0)
+    trained = again.record("sasrec-s0")["costs"]["training"]
+    assert trained["resumed_at"] == [steps - 2]
+    assert trained["losses"] == whole.record("sasrec-s0")["costs"]["training"]["losses"]
+    assert again.users.equals(whole.users)
+    assert not (tmp_path / "cut" / "checkpoints").exists()

@@ -14,12 +14,17 @@ from depthprobe.models.recommender import Recommender
 
 @pytest.fixture
 def make_recommender(llama_config: Callable[..., LlamaConfig]) -> Callable[..., Recommender]:
-    """``make_recommender(blocks=4, prompt=(3, 1), seed=0)``: float32, random weights."""
+    """``make_recommender(blocks=4, prompt=(3, 1), suffix=(), seed=0)``: float32, random weights."""
 
-    def make(blocks: int = 4, prompt: tuple[int, ...] = (3, 1), seed: int = 0) -> Recommender:
+    def make(
+        blocks: int = 4,
+        prompt: tuple[int, ...] = (3, 1),
+        suffix: tuple[int, ...] = (),
+        seed: int = 0,
+    ) -> Recommender:
         torch.manual_seed(seed)
         config = llama_config(num_hidden_layers=blocks)
-        return Recommender(LlamaForCausalLM(config), torch.randn(13, 6), prompt)
+        return Recommender(LlamaForCausalLM(config), torch.randn(13, 6), prompt, suffix=suffix)
 
     return make
 

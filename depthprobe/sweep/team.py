@@ -1,0 +1,53 @@
+"""The processes that run a sweep together, as ``accelerate launch -m depthprobe`` starts them.
+
+All of them read, plan and train; the first one alone writes, shows progress, and measures time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Team:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Go on when all processes have come here, and see what the first one has written."""
+        if self.processes > 1:
+            torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """End the group of processes, when nothing is left to do together."""
+        if self.processes > 1:
+            torch.distributed.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether a launcher started several processes to work together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def find_team(device: str) -> Team:
+    """The team that the launcher made; alone without one.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``: where they will train.
+    """
+    if not launched():
+        return Team()
+    from depthprobe.training.distributed import join
+
+    state = join(device)
+    return Team(int(state.process_index), int(state.num_processes))

@@ -1,0 +1,103 @@
+"""A step of training: the gradients of a batch, and a watch over losses that are no numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from depthprobe.study import Recipe
+from depthprobe.training.checkpoint import Progress
+from depthprobe.training.distributed import Trained, share
+from depthprobe.training.objectives import make_batch
+
+# steps whose losses are read together on a GPU, which stands still while it is read
+TOGETHER = 16
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient is not a finite number."""
+
+
+def gradients(
+    trained: Trained, windows: list[np.ndarray], chosen: np.ndarray, recipe: Recipe
+) -> Tensor:
+    """Leave the gradients of a batch's loss; returns this process's part of the loss, a scalar.
+
+    The batch is the same in all processes; each computes its share of it, in parts. A mean loss
+    counts by how many of the batch's targets it is a mean of, so the gradients don't depend on how
+    the batch is divided. DDP and FSDP average over the processes, which is undone.
+    """
+    own = share(chosen, trained.rank, trained.processes)
+    total = sum(_asked(windows[index], recipe) for index in chosen)
+    counts = len(own) > 0
+    if not counts:  # nothing to do, but the others wait for gradients of this process too
+        own = chosen[:1]
+    parts = np.array_split(own, min(recipe.accumulation, len(own)))
+    losses = []
+    for place, part in enumerate(parts, start=1):
+        batch = make_batch(windows, part, trained.accelerator.device, recipe.objective)
+        fraction = counts * batch.count / total
+        with trained.apart(place < len(parts)):
+            with trained.accelerator.autocast():
+                loss = trained.called(batch)
+            trained.accelerator.backward(loss * (fraction * trained.processes))
+        losses.append(loss.detach() * fraction)
+    return torch.stack(losses).sum()
+
+
+def _asked(window: np.ndarray, recipe: Recipe) -> int:
+    """How many targets a window has."""
+    return 1 if recipe.objective == "last" else len(window) - 1
+
+
+class Watch:
+    """Looks for steps that are not finite: at each before its update, or at some together.
+
+    A look makes a GPU wait for the host, and processes for each other. Between looks the device
+    itself lets no update through from the first bad step on, by the way that loss scaling skips
+    one; so the weights are those before that step when the look names it.
+    """
+
+    def __init__(self, trained: Trained, progress: Progress) -> None:
+        self.trained, self.progress = trained, progress
+        # shards know no such way, nor does AdamW but in its fused form
+        alike = trained.inner is trained.objective
+        on_gpu = trained.accelerator.device.type == "cuda"
+        self.together = TOGETHER if alike and on_gpu else 1
+        self._unseen: list[Tensor] = []  # (2,) a step: its loss, its gradient's norm
+        self._bad: Tensor | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to look."""
+        return len(self._unseen) >= self.together
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """Take a step's loss and the norm of its gradient, before its update."""
+        numbers = torch.stack([loss, norm.to(loss.dtype)])
+        self._unseen.append(numbers)
+        if self.together > 1:
+            bad = (~torch.isfinite(numbers).all()).float()
+            self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+            self.trained.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+
+    def look(self, due: bool) -> bool:
+        """Add the losses to the epoch's; returns what the first process passed as ``due``.
+
+        Raises:
+            DivergedError: in all processes, for the first step that was not finite in one of them.
+        """
+        clock = self._unseen[0].new_tensor([float(due and self.trained.rank == 0), 0.0])
+        table = self.trained.total(torch.stack([*self._unseen, clock]))
+        *steps, (told, _) = table.tolist()
+        for step, (loss, norm) in enumerate(steps, start=self.progress.fit.steps + 1 - len(steps)):
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is {loss} at step {step}")
+            if not math.isfinite(norm):
+                raise DivergedError(f"the loss is {loss}, its gradient {norm}, at step {step}")
+            self.progress.lost += loss
+        self._unseen.clear()
+        return bool(told)

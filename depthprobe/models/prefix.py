@@ -1,12 +1,12 @@
 """The prompt computed once and shared by every user of a batch, with gradients.
 
 The prompt is the same for all users and a causal model's keys and values of it don't depend on what
-follows, so they are computed at batch size 1 and broadcast. The gradient of the shared
-prompt is then the sum over the users, which is what the padded layout computes too.
+follows, so they are computed at batch size 1 and broadcast. The gradient of the shared prompt is
+then the sum over the users, which is what the padded layout computes too.
 
 One thing differs in training: where a backbone has dropout (GPT-2's is 0.1), a pass draws one mask
-for the prompt, and all its users share it; repeated prompts draw one each. Both leave the mean as
-it is; the shared masks leave the users of a batch a little less independent.
+for the prompt, the same for all its users; repeated prompts draw one each. The expected gradient is
+the same, its variance larger.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class _Recorder(DynamicLayer):
-    """Keeps the first keys and values it sees, (1, H, P, d), and looks empty for ever.
+    """Keeps the first keys and values it is given, (1, H, P, d), and says it is empty.
 
     So a block does the same when checkpointing runs it a second time.
     """
@@ -46,7 +46,7 @@ class _Recorder(DynamicLayer):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """0 positions."""
+        """0, before and after."""
         return 0
 
 

@@ -252,7 +252,7 @@ def recommender(model: PreTrainedModel, ids: Tensor) -> str:
         tokens = tried.token_embeddings(tried.prompt).expand(len(ids), -1, -1)
         whole = torch.cat([tokens, tried.input_adapter(tried.items(histories))], dim=1)
         with torch.no_grad():
-            positions = torch.arange(whole.shape[1])[None]
+            positions = tried.first + torch.arange(whole.shape[1])[None]
             every = tried.backbone(inputs_embeds=whole, position_ids=positions, use_cache=False)[0]
             found = tried.states(histories)[:, tried.lead :]
         what = "uncut" if len(kept) == depth else f"cut to blocks {list(kept)}"

@@ -284,7 +284,7 @@ def test_the_librarys_checkpointing_is_replaced(
     def switch(model: Recommender) -> None:
         enable = "activation_checkpointing_enable"
         if not hasattr(model.backbone, enable):
-            enable = "gradient_checkpointing_enable"  # its name until transformers 5.20
+            enable = "gradient_checkpointing_enable"  # an older name
         getattr(model.backbone, enable)(kind)
 
     assert_checkpointing_changes_nothing(make_model(name), SUFFIX, switch)

@@ -9,7 +9,6 @@ round that is not counted.
 
 from __future__ import annotations
 
-import platform
 import resource
 import statistics
 import subprocess
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import psutil
 import torch
@@ -27,6 +25,7 @@ from torch.nn import functional
 
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
+from depthprobe.sweep import provenance
 from depthprobe.training.losses import catalogue_loss
 
 MILLION, BEAUTY = 1_000_000, 12_101
@@ -49,7 +48,7 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 def main() -> None:
     """Measure memory, then time, then what the choice of negatives does to the gradient."""
     torch.set_num_threads(1)
-    print(f"{processor()}, torch {torch.__version__}\n")
+    print(f"{provenance.machine(torch.device('cpu'))['cpu']}, torch {torch.__version__}\n")
     show_steps()
     show_times(BEAUTY, torch_rows=256, rounds=15)
     show_times(MILLION, torch_rows=32, rounds=5)
@@ -170,14 +169,6 @@ def shared(vectors: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     scores = scores + torch.log(torch.tensor((n_items - 1) / negatives))
     scores = scores.masked_fill(ids == targets[:, None], -torch.inf)
     return functional.cross_entropy(torch.cat([wanted, scores], dim=1), torch.zeros_like(targets))
-
-
-def processor() -> str:
-    """Its name, where the system tells."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

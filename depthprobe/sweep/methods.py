@@ -24,12 +24,11 @@ from depthprobe.sweep.plan import Task, Trial, whole_trial
 from depthprobe.training.distillation import (
     Distiller,
     TeacherStates,
-    asked,
     group_ends,
     teacher_states,
 )
 from depthprobe.training.loop import Fit, fit
-from depthprobe.training.objectives import NextItem
+from depthprobe.training.objectives import NextItem, asked
 
 
 @dataclass(frozen=True)

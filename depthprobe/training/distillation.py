@@ -20,7 +20,7 @@ from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import Distillation, Recipe
 from depthprobe.training.losses import catalogue_loss, cosine_loss, norm_loss
-from depthprobe.training.objectives import Batch, Objective, asked_vectors, make_batch
+from depthprobe.training.objectives import Batch, Objective, asked, asked_vectors, make_batch
 
 
 def group_ends(depth: int, groups: int) -> tuple[int, ...]:
@@ -95,11 +95,6 @@ def teacher_states(
             out[rows] = small.cpu().numpy()
     out.flush()
     return TeacherStates(out, counts, ends)
-
-
-def asked(windows: list[np.ndarray], objective: Objective) -> np.ndarray:
-    """How many positions of each window are asked for the next item, (windows,)."""
-    return np.array([1 if objective == "last" else len(window) - 1 for window in windows])
 
 
 def _asked_states(model: Recommender, states: Tensor, batch: Batch, objective: Objective) -> Tensor:

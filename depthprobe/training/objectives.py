@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,11 +46,14 @@ def make_batch(
     lengths = torch.from_numpy(sizes).to(device)
     targets = whole[:, 1:]
     places = torch.arange(targets.shape[1], device=device)
-    if objective == "last":
-        mask, count = places == lengths[:, None] - 1, len(parts)
-    else:
-        mask, count = places < lengths[:, None], int(sizes.sum())
-    return Batch(chosen, whole[:, :-1], lengths, targets, mask, count)
+    ends = lengths[:, None]
+    mask = places == ends - 1 if objective == "last" else places < ends
+    return Batch(chosen, whole[:, :-1], lengths, targets, mask, int(asked(parts, objective).sum()))
+
+
+def asked(windows: Sequence[np.ndarray], objective: Objective) -> np.ndarray:
+    """How many positions of each window are asked for the next item, (windows,)."""
+    return np.array([1 if objective == "last" else len(window) - 1 for window in windows])
 
 
 class NextItem(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from depthprobe.study import Recipe
 from depthprobe.training.checkpoint import Progress
 from depthprobe.training.distributed import Trained, share
-from depthprobe.training.objectives import make_batch
+from depthprobe.training.objectives import asked, make_batch
 
 # steps whose losses are read together on a GPU, which stands still while it is read
 TOGETHER = 16
@@ -31,7 +31,7 @@ def gradients(
     the batch is divided. DDP and FSDP average over the processes, which is undone.
     """
     own = share(chosen, trained.rank, trained.processes)
-    total = sum(_asked(windows[index], recipe) for index in chosen)
+    total = asked([windows[index] for index in chosen], recipe.objective).sum()
     counts = len(own) > 0
     if not counts:  # nothing to do, but the others wait for gradients of this process too
         own = chosen[:1]
@@ -46,11 +46,6 @@ def gradients(
             trained.accelerator.backward(loss * (fraction * trained.processes))
         losses.append(loss.detach() * fraction)
     return torch.stack(losses).sum()
-
-
-def _asked(window: np.ndarray, recipe: Recipe) -> int:
-    """How many targets a window has."""
-    return 1 if recipe.objective == "last" else len(window) - 1
 
 
 class Watch:

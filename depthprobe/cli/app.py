@@ -67,7 +67,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         # loading bars of other libraries would run through the sweep's own progress
         os.environ.setdefault("TQDM_DISABLE", "1")
-    sys.exit(_run([word for word in arguments if word != "--debug"] or ["--help"], debug))
+    _exit(_run([word for word in arguments if word != "--debug"] or ["--help"], debug))
+
+
+def _exit(code: int) -> NoReturn:
+    """Exit; in one of several processes that a launcher started, at once.
+
+    A thread of gloo's that still holds a tensor when the interpreter ends aborts the process, and
+    the launcher then calls a finished sweep failed (pytorch issue 190489). Under FSDP such threads
+    outlive the group of processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str], debug: bool) -> int:

@@ -11,6 +11,7 @@ the same, its variance larger.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -80,13 +81,28 @@ def shared_prompt(backbone: nn.Module, embeddings: Tensor, *, first: int = 0) ->
         embeddings: the prompt's token embeddings, (1, P, D).
         first: the position id of the first token.
     """
-    filled = Cache(layer_class_to_replicate=_Recorder)
+    filled = recording_cache()
     positions = first + torch.arange(embeddings.shape[1], device=embeddings.device)[None]
     backbone(
         inputs_embeds=embeddings, position_ids=positions, past_key_values=filled, use_cache=True
     )
-    layers: list[Any] = filled.layers
-    return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in layers])
+    return sharing_cache(filled)
+
+
+def recording_cache() -> Cache:
+    """A cache that keeps what a pass over a prompt puts into it, however often that is repeated."""
+    return Cache(layer_class_to_replicate=_Recorder)
+
+
+def sharing_cache(recorded: Cache, order: Iterable[int] | None = None) -> Cache:
+    """What a recording cache has kept, for any number of users, each time as if for the first.
+
+    Args:
+        order: which of its blocks each block reads; None: its own.
+    """
+    layers: list[Any] = recorded.layers
+    chosen = layers if order is None else [layers[index] for index in order]
+    return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in chosen])
 
 
 def first_position(decoder: PreTrainedModel) -> int:

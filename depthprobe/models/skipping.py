@@ -24,7 +24,7 @@ from depthprobe.models.tap import input_state, paused_taps
 from depthprobe.study import BadInput
 
 PARTS = ("block", "attention", "mlp")
-_Plan = list[tuple[nn.Module, Callable[..., Any]]]  # modules and what stands in for them
+Plan = list[tuple[nn.Module, Callable[..., Any]]]  # modules and what stands in for their forward
 # Class of a block -> how many values its forward returns beside the state; None: only the state.
 _extra_outputs: dict[type[nn.Module], int | None] = {}
 
@@ -61,14 +61,32 @@ def skip_blocks(
             such part or is no sum of parts; inside the context, if the cache was not made under
             the same skip.
     """
+    with standing_in(plan_skip(model, skipped, part=part)):
+        yield
+
+
+def plan_skip(
+    model: nn.Module,
+    skipped: Iterable[int],
+    *,
+    part: Literal["block", "attention", "mlp"] = "block",
+) -> Plan:
+    """What :func:`skip_blocks` does, to be done again and again with :func:`standing_in`.
+
+    Arguments and what is raised as there. Holds as long as the model's modules are the same.
+    """
     blocks = find_blocks(model)
     indices = _check_skipped(skipped, len(blocks))
     if part not in PARTS:
         raise BadInput("part", part, ", ".join(PARTS))
     if part == "block":
-        plan = _whole_blocks(model, blocks, indices)
-    else:
-        plan = _branches(model, blocks, indices, part)
+        return _whole_blocks(model, blocks, indices)
+    return _branches(model, blocks, indices, part)
+
+
+@contextmanager
+def standing_in(plan: Plan) -> Iterator[None]:
+    """Within the context, each planned stand-in takes the place of its module's forward."""
     replaced: list[tuple[nn.Module, Any]] = []
     try:
         for module, stand_in in plan:
@@ -118,17 +136,17 @@ def _check_skipped(skipped: Iterable[int], depth: int) -> list[int]:
     return indices
 
 
-def _whole_blocks(model: nn.Module, blocks: nn.ModuleList, indices: list[int]) -> _Plan:
+def _whole_blocks(model: nn.Module, blocks: nn.ModuleList, indices: list[int]) -> Plan:
     plan = []
     for index in indices:
         if not set(range(index + 1, len(blocks))) <= set(indices):
-            _refuse_shared(blocks[index])
+            refuse_shared(blocks[index])
         extra = _count_extra_outputs(unwrap(model), blocks[index])
         plan.append((blocks[index], _pass_through(index, extra)))
     return plan
 
 
-def _branches(model: nn.Module, blocks: nn.ModuleList, indices: list[int], part: str) -> _Plan:
+def _branches(model: nn.Module, blocks: nn.ModuleList, indices: list[int], part: str) -> Plan:
     plan = []
     sublayers = find_sublayers(model, indices) if indices else []
     for index, found in zip(indices, sublayers, strict=True):
@@ -136,7 +154,7 @@ def _branches(model: nn.Module, blocks: nn.ModuleList, indices: list[int], part:
         if not chosen:
             raise ValueError(f"block {index} has no {part} to skip")
         if part == "attention":
-            _refuse_shared(blocks[index])
+            refuse_shared(blocks[index])
         for place, branch in enumerate(chosen):
             module = blocks[index].get_submodule(branch.path)
             # all mixers of a block share one layer of the cache, which grows once a pass
@@ -197,7 +215,12 @@ def _grow(cache: Cache, index: int, state: Tensor) -> None:
     cache.update(placeholder, placeholder, index)
 
 
-def _refuse_shared(block: nn.Module) -> None:
+def refuse_shared(block: nn.Module) -> None:
+    """Refuse to leave out a block whose keys and values later ones read.
+
+    Raises:
+        ValueError: if it is one.
+    """
     for module in block.modules():
         if getattr(module, "store_full_length_kv", False):
             raise ValueError("cannot skip a block whose keys and values later blocks read")

@@ -1,38 +1,56 @@
 """Early exit: the teacher read out after every block, no training, all depths in one pass.
 
 The state after block k of a causal model is the state of the model cut to its first k blocks, so
-one pass holds every truncated model. The final norm is applied before the read-out, as in a cut
-model.
+one pass holds every truncated model.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from depthprobe.evaluation.evaluate import BATCH, Questions, Ranks
-from depthprobe.models.recommender import Recommender
-from depthprobe.models.skipping import after_blocks
-from depthprobe.models.tap import tap_blocks
+from depthprobe.evaluation.evaluate import Questions, Ranks
+from depthprobe.probing.passes import Probed, normed, passes, vectors_of
 
 
 @torch.inference_mode()
 def early_exit(
-    teacher: Recommender, asked: Questions, *, device: torch.device
+    model: Probed, asked: Questions, *, device: torch.device, norm: bool = True
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target at each depth 0..L, by protocol, each (E,).
 
     Nothing is kept but the last positions of the current batch, so memory does not grow with the
     users.
+
+    Args:
+        model: in evaluation mode.
+        norm: apply the final norm before the read-out, as a cut model does. Without it, SLMRec's
+            reading, the whole depth alone is the model's own.
+
+    Raises:
+        ValueError: without the norm, for a backbone whose final states have another width.
     """
-    teacher.eval()
-    found = [Ranks(len(asked.users)) for _ in range(teacher.depth + 1)]
-    items, prompt = teacher.item_matrix(), teacher.prepare_prompt()
-    with tap_blocks(teacher.backbone) as tap:
-        for chosen, histories, lengths in asked.batches(BATCH, device):
-            tap.positions = teacher.last_place(lengths)
-            teacher.states(histories, lengths, prompt)
-            normed = after_blocks(teacher.backbone, torch.stack(tap.states))  # (L + 1, B, D)
-            for depth, vectors in enumerate(teacher.read_out(normed.to(items.dtype))):
-                found[depth].put(chosen, asked.rank(chosen, vectors, items))
+    items = model.item_matrix()
+    found: list[Ranks] = []
+    for batch in passes(model, asked, device=device):
+        if norm:
+            vectors = vectors_of(model, batch.states)  # (L + 1, B, d)
+        else:
+            own = vectors_of(model, batch.states[-1:])  # (1, B, d)
+            vectors = torch.cat([_read_as_they_are(model, batch.states[:-1]), own])
+        found = found or [Ranks(len(asked.users)) for _ in vectors]
+        for ranks, each in zip(found, vectors, strict=True):
+            ranks.put(batch.chosen, asked.rank(batch.chosen, each, items))
     return [ranks.values for ranks in found]
+
+
+def _read_as_they_are(model: Probed, states: Tensor) -> Tensor:
+    """(K, B, D) to user vectors (K, B, d), past the final norm."""
+    width = normed(model, states[:1]).shape[-1]
+    if width != states.shape[-1]:
+        raise ValueError(
+            f"states {states.shape[-1]} wide can't be read out without the final norm: what"
+            f" follows the blocks makes them {width} wide"
+        )
+    return model.read_out(states.to(model.item_matrix().dtype))

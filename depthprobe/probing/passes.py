@@ -1,0 +1,119 @@
+"""One pass over the users: what a recommender must offer to be probed, and its states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from depthprobe.evaluation.evaluate import BATCH, Encoder, Questions
+from depthprobe.models.skipping import after_blocks
+from depthprobe.models.tap import tap_blocks
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # half precision: 3e-2
+
+
+class Probed(Encoder, Protocol):
+    """What can be probed: an encoder whose vectors are read out of a causal decoder's last block.
+
+    Inherit from it and set ``backbone``; ``encode`` and ``item_matrix`` are the model's own. The
+    defaults suit a model that returns the last hidden state of the last item, as it is.
+    """
+
+    backbone: PreTrainedModel
+
+    def last_place(self, lengths: Tensor) -> Tensor:
+        """Where, in a block's output, users with so many items are read out, (B,) -> (B,)."""
+        return lengths - 1
+
+    def read_out(self, states: Tensor) -> Tensor:
+        """What follows the final norm: states (..., D) to user vectors (..., d)."""
+        return states
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A batch of users and the states that a pass left of them."""
+
+    chosen: np.ndarray  # (B,) indices of the users
+    histories: Tensor  # (B, T)
+    lengths: Tensor  # (B,)
+    states: Tensor  # (L + 1, B, D) before the first and after each block, where users are read out
+
+
+def prepare_prompt(model: Probed) -> Cache | None:
+    """The prompt that all users share, run once; None for a model that has none."""
+    prepare = getattr(model, "prepare_prompt", None)
+    cache: Cache | None = prepare() if prepare is not None else None
+    return cache
+
+
+def encode(model: Probed, histories: Tensor, lengths: Tensor, prompt: Cache | None) -> Tensor:
+    """User vectors (B, d) of histories (B, T) behind a prompt that has run."""
+    if prompt is None:
+        return model.encode(histories, lengths)
+    behind: Any = model.encode
+    vectors: Tensor = behind(histories, lengths, prompt)
+    return vectors
+
+
+def vectors_of(model: Probed, states: Tensor) -> Tensor:
+    """User vectors (K, B, d) from states (K, B, D) of blocks, through the final norm."""
+    return model.read_out(normed(model, states).to(model.item_matrix().dtype))
+
+
+def normed(model: Probed, states: Tensor) -> Tensor:
+    """What follows the blocks, on states (K, B, D) of blocks: (K, B, D')."""
+    # one position each: a batch can be longer than the model's table of positions
+    after = after_blocks(model.backbone, states.flatten(0, 1)[:, None])
+    return after.view(*states.shape[:2], -1)
+
+
+def passes(
+    model: Probed,
+    asked: Questions,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    batch_size: int = BATCH,
+) -> Iterator[Pass]:
+    """Encode all users once, and yield each batch with its states; nothing else is kept.
+
+    The caller decides about gradients: probing runs this in inference mode.
+
+    Args:
+        model: in evaluation mode.
+        dtype: of the states; None: as they are. Similarities want float32, as bfloat16 rounds the
+            difference of neighbouring states away.
+
+    Raises:
+        ValueError: if the vectors of the first batch are not what its states are read out to.
+    """
+    prompt, first = prepare_prompt(model), True
+    with tap_blocks(model.backbone, dtype=None) as tap:
+        for chosen, histories, lengths in asked.batches(batch_size, device):
+            tap.positions = model.last_place(lengths)
+            vectors = encode(model, histories, lengths, prompt)
+            states = torch.stack(tap.states)
+            if first:
+                _check_read_out(model, vectors, states[-1])
+                first = False
+            yield Pass(chosen, histories, lengths, states if dtype is None else states.to(dtype))
+
+
+def _check_read_out(model: Probed, vectors: Tensor, last: Tensor) -> None:
+    """Refuse a model of somebody's own whose last place or read-out is another than it says."""
+    found = vectors_of(model, last[None])[0].detach()
+    own = vectors.detach().double()
+    error = (found.double() - own).abs().max() if found.shape == own.shape else torch.inf
+    scale = float(own.abs().max())
+    if not float(error) <= TOLERANCE.get(last.dtype, 3e-2) * max(scale, 1e-12):
+        raise ValueError(
+            f"{type(model).__name__}.encode does not return read_out(final norm(state at"
+            " last_place)): define last_place and read_out as encode has them"
+        )

@@ -1,0 +1,357 @@
+"""How much blocks, parts of a block and runs of blocks turn the state where users are read out.
+
+All from one pass over the users, in memory that does not grow with them. None of it looks at a
+target: these are the cheap measures of redundancy, to be held against what a cut really costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from depthprobe.evaluation.evaluate import BATCH, Questions
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.sublayers import Branch, find_sublayers
+from depthprobe.models.tap import first_tensor, input_state, tap_blocks
+from depthprobe.probing.passes import Probed, encode, passes, prepare_prompt
+
+FEW = 8  # users from whom is learnt how a block adds its branches up
+CONSTANT = 1e-10  # of a state's size: less than what two users' states can differ by
+ROWS = 128  # of the sample's Gram matrices at once
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Means over the users; L blocks, and L + 1 states: before the first and after each block.
+
+    What is not defined is NaN: CKA with a state that all users share (the input, where a suffix
+    follows the items), a part that a block does not have, and both parts of a block that is no sum
+    of its input and its parts.
+    """
+
+    influence: np.ndarray  # (L,) 1 - cos(h_i, h_{i+1}), in [0, 2]
+    angular: np.ndarray  # (L + 1, L + 1) arccos(cos(h_l, h_m)) / pi, in [0, 1], symmetric
+    cka: np.ndarray  # (L + 1, L + 1) in [0, 1], symmetric
+    cka_users: int  # how many users CKA is over
+    norms: np.ndarray  # (L + 1,) Euclidean
+    attention: np.ndarray  # (L,) 1 - cos(x, x + f(norm x)), in [0, 2]
+    mlp: np.ndarray  # (L,) the same
+
+
+@torch.inference_mode()
+def similarities(
+    model: Probed, asked: Questions, *, device: torch.device, cka_users: int = 2048
+) -> Similarities:
+    """Compare the states around blocks and parts of blocks, where users are read out.
+
+    Block influence is ShortGPT's (Men et al., arXiv 2403.03853), the angular distance that of
+    Gromov et al. (arXiv 2403.17887), linear CKA that of Kornblith et al. (arXiv 1905.00414) on
+    centred states, the influence of attention and MLP that of LLM-Drop (He et al., arXiv
+    2406.15786). There x is the stream to which the part is added: the block's input plus the
+    branches that ran before it, also where attention and MLP both read the block's input.
+
+    Whatever their dtype, states are compared in float64: in bfloat16, 1 - cos of a redundant
+    block rounds to 0.
+
+    Args:
+        model: in evaluation mode.
+        cka_users: at most so many users' states are kept, for CKA; drawn with a fixed seed.
+
+    Raises:
+        ValueError: without questions, or if the model is not read out as it says.
+    """
+    users = len(asked.users)
+    if not users:
+        raise ValueError("no questions to compare the states of")
+    sums = _find_sums(model, asked, device)
+    depth = len(sums)
+    sample = _Sample(users, cka_users)
+    influence, parts = np.zeros(depth), np.zeros((depth, 2))
+    angular, norms = np.zeros((depth + 1, depth + 1)), np.zeros(depth + 1)
+    prompt = prepare_prompt(model)
+    with tap_blocks(model.backbone) as tap, _watched(model, sums) as added:
+        for chosen, histories, lengths in asked.batches(BATCH, device):
+            tap.positions = added.places = model.last_place(lengths)
+            encode(model, histories, lengths, prompt)
+            states = torch.stack(tap.states)  # (L + 1, B, D)
+            sample.put(chosen, states)
+            states = _exact(states)
+            size = states.norm(dim=2, keepdim=True)
+            unit = (states / size).transpose(0, 1)
+            cosines = torch.bmm(unit, unit.mT).clamp_(-1, 1)  # (B, L + 1, L + 1)
+            influence += _sum(1 - cosines.diagonal(1, 1, 2), 0)
+            angular += _sum(cosines.acos(), 0) / np.pi
+            norms += _sum(size[..., 0], 1)
+            turned = [_turns(*each) for each in zip(states[:-1], sums, added.outputs, strict=True)]
+            parts += _sum(torch.stack(turned), 2)
+    np.fill_diagonal(angular, 0)
+    return Similarities(
+        influence=influence / users,
+        angular=angular / users,
+        cka=sample.cka(),
+        cka_users=sample.users,
+        norms=norms / users,
+        attention=parts[:, 0] / users,
+        mlp=parts[:, 1] / users,
+    )
+
+
+def to_frame(found: Similarities) -> pd.DataFrame:
+    """One row a value: ``score``, the blocks [``start``, ``end``) that it speaks of, ``value``.
+
+    Of a symmetric matrix each pair of states is there once, as the span between them. A norm has
+    start = end = k: the state before block k, or after the last one.
+    """
+    states = np.arange(len(found.norms))
+    pairs, blocks = np.triu_indices(len(states), 1), (states[:-1], states[1:])
+    scores = [
+        ("block-influence", blocks, found.influence),
+        ("angular-distance", pairs, found.angular[pairs]),
+        ("cka", pairs, found.cka[pairs]),
+        ("norm", (states, states), found.norms),
+        ("attention-influence", blocks, found.attention),
+        ("mlp-influence", blocks, found.mlp),
+    ]
+    frames = [
+        pd.DataFrame({"score": score, "start": start, "end": end, "value": value})
+        for score, (start, end), value in scores
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _exact(states: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (states.cpu() if states.device.type == "mps" else states).double()
+
+
+def _sum(values: Tensor, dim: int) -> np.ndarray:
+    total: np.ndarray = values.sum(dim=dim).cpu().numpy()
+    return total
+
+
+class _Sample:
+    """The states of some users, and the linear CKA between them."""
+
+    def __init__(self, users: int, most: int) -> None:
+        chosen = np.random.default_rng(0).permutation(users)[:most]
+        self.users = len(chosen)
+        self._row = np.full(users, -1)  # where a user's states are kept; -1: nowhere
+        self._row[chosen] = np.arange(self.users)
+        self._states = torch.empty(0)  # (L + 1, n, D)
+
+    def put(self, chosen: np.ndarray, states: Tensor) -> None:
+        """Keep those of a batch's states (L + 1, B, D) whose users are in the sample."""
+        if not self._states.numel():
+            depths, _, width = states.shape
+            dtype = torch.promote_types(states.dtype, torch.float32)
+            self._states = states.new_empty(depths, self.users, width, dtype=dtype)
+        rows = self._row[chosen]
+        (inside,) = np.nonzero(rows >= 0)
+        self._states[:, rows[inside]] = states[:, inside].to(self._states.dtype)
+
+    def cka(self) -> np.ndarray:
+        """``||Y'X||^2 / (||X'X|| ||Y'Y||)`` of each two, (L + 1, L + 1); uses the states up."""
+        for kept in self._states:
+            whole = _exact(kept)
+            centred = whole - whole.mean(dim=0)
+            scale = centred.norm()  # products of states of size 1 stay in any dtype's range
+            varied = bool(scale > CONSTANT * whole.norm())
+            kept.copy_(centred.div_(scale if varied else torch.nan))
+        depths, users, width = self._states.shape
+        # a product of features costs n D^2 for each of the pairs, one of users n^2 D for each state
+        fewer_features = (depths + 1) * width < 2 * users
+        common = (_by_feature if fewer_features else _by_user)(self._states)
+        own = common.diagonal().sqrt()
+        return (common / (own[:, None] * own)).clamp(0, 1).cpu().numpy()
+
+
+def _by_feature(states: Tensor) -> Tensor:
+    """``||Y'X||^2`` of each two of n users' states (L + 1, n, D), by their (D, D) products."""
+    common = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for k, state in enumerate(states):
+        products = torch.bmm(states[: k + 1].mT, state.expand(k + 1, -1, -1))  # (k + 1, D, D)
+        common[k, : k + 1] = _exact(products).square().sum(dim=(1, 2))
+    return common + common.tril(-1).mT
+
+
+def _by_user(states: Tensor) -> Tensor:
+    """The same as ``sum(XX' * YY')``, by some rows of the (n, n) products at a time."""
+    common = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for rows in states.split(ROWS, dim=1):
+        products = torch.bmm(rows, states.mT).flatten(1)  # (L + 1, R n)
+        common += (products @ products.mT).cpu()
+    return common
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A module whose output, times a factor, a block adds to its input."""
+
+    path: str  # inside the block
+    mixes: bool  # attention, else MLP
+    factor: float
+
+
+@dataclass
+class _Added:
+    """The outputs of each block's terms in the latest pass, (B, D) where users are read out."""
+
+    outputs: list[list[Tensor]]
+    places: Tensor | None = None  # (B,)
+
+
+@contextmanager
+def _watched(model: Probed, sums: Sequence[Sequence[_Term]]) -> Iterator[_Added]:
+    added = _Added([[torch.empty(0)] * len(terms) for terms in sums])
+
+    def keep(block: int, place: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if added.places is not None:
+                added.outputs[block][place] = _at(first_tensor(output), added.places)
+
+        return hook
+
+    handles = [
+        block.get_submodule(term.path).register_forward_hook(keep(index, place))
+        for index, block in enumerate(find_blocks(model.backbone))
+        for place, term in enumerate(sums[index])
+    ]
+    try:
+        yield added
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _at(output: Tensor, places: Tensor) -> Tensor:
+    """The state of each user at one place, (B, D), from (B, T, D) or a flattened batch (B T, D)."""
+    rows = output.reshape(-1, output.shape[-1])
+    starts = torch.arange(0, len(rows), len(rows) // len(places), device=rows.device)
+    return rows.index_select(0, starts + places.to(rows.device))
+
+
+def _turns(state: Tensor, terms: Sequence[_Term], outputs: Sequence[Tensor]) -> Tensor:
+    """``1 - cos(x, x + f)`` of attention and of MLP by user, (2, B), from a block's input (B, D).
+
+    Several branches of one kind are one part.
+    """
+    added = [term.factor * _exact(output) for term, output in zip(terms, outputs, strict=True)]
+    found = state.new_full((2, len(state)), torch.nan)
+    for part, mixes in enumerate((True, False)):
+        own = [place for place, term in enumerate(terms) if term.mixes == mixes]
+        if own:
+            before = sum(added[: own[0]], start=state)
+            after = sum((added[place] for place in own), start=before)
+            cosine = (before * after).sum(dim=1) / (before.norm(dim=1) * after.norm(dim=1))
+            found[part] = 1 - cosine.clamp_(-1, 1)
+    return found
+
+
+def _find_sums(model: Probed, asked: Questions, device: torch.device) -> list[list[_Term]]:
+    """What each block adds to its input, in order; nothing for a block that is no such sum.
+
+    A branch may pass a norm before it is added, and be scaled, and so may the whole. The norm is
+    the module that is called with the very tensor that the branch returned; the factors are those
+    that make the sum the block's output.
+    """
+    blocks = find_blocks(model.backbone)
+    kinds = [repr(block) for block in blocks]  # blocks of the same modules have the same branches
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    try:
+        branches_of = dict(zip(firsts, find_sublayers(model.backbone, firsts), strict=True))
+        sublayers = [branches_of[kinds.index(kind)] for kind in kinds]
+    except ValueError:
+        sublayers = [[] for _ in blocks]
+    few = replace(asked, users=asked.users[:FEW], histories=asked.histories[:FEW])
+    (batch,) = passes(model, few, device=device)  # checks, which runs some modules on other states
+    places, prompt = model.last_place(batch.lengths), prepare_prompt(model)
+    with tap_blocks(model.backbone) as tap, _followed(blocks, sublayers) as ends:
+        tap.positions = places
+        encode(model, batch.histories, batch.lengths, prompt)
+    found = []
+    for index, branches in enumerate(sublayers):
+        last = [ends.get((index, branch.path)) for branch in branches]
+        ran = [end for end in last if end is not None]
+        outputs = [_at(end.kept, places) for end in ran]
+        factors = _factors(tap.states[index], outputs, tap.states[index + 1])
+        whole = bool(factors) and len(ran) == len(branches)
+        terms = zip(ran, branches, factors, strict=True) if whole else ()
+        found.append([_Term(end.path, branch.mixes, factor) for end, branch, factor in terms])
+    return found
+
+
+@dataclass(frozen=True)
+class _End:
+    """The last module that a branch's output has passed."""
+
+    path: str  # inside the block
+    output: Tensor  # the tensor that it returned, to know it by
+    kept: Tensor  # a copy, since a block may add to the tensor in place
+
+
+@contextmanager
+def _followed(
+    blocks: nn.ModuleList, sublayers: Sequence[Sequence[Branch]]
+) -> Iterator[dict[tuple[int, str], _End]]:
+    """Where each branch, by block and path, ends in the latest pass."""
+    ends: dict[tuple[int, str], _End] = {}
+
+    def follow(block: int, path: str) -> Callable[..., None]:
+        branches = [branch.path for branch in sublayers[block]]
+
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            state, source = first_tensor(output), input_state(args, kwargs)
+            for branch in branches:
+                end = ends.get((block, branch))
+                if path == branch or (end is not None and end.output is source):
+                    ends[block, branch] = _End(path, state, state.clone())
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(follow(index, path), with_kwargs=True)
+        for index, block in enumerate(blocks)
+        for path, module in block.named_modules()
+        if path and sublayers[index]
+    ]
+    try:
+        yield ends
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _factors(state: Tensor, added: Sequence[Tensor], result: Tensor) -> list[float]:
+    """By what each of ``added`` is multiplied in ``result / c = state + their sum``, all (B, D).
+
+    Empty if there are no such numbers. Rounding is relative to the terms, so each equation is
+    weighed by the size of its own: else a few huge features would hide all others.
+    """
+    terms = torch.stack([state, *added]).double().cpu().flatten(1)  # (k, B D)
+    goal = result.double().cpu().flatten()
+    weight = (terms.abs().sum(dim=0) + goal.abs()).clamp_min(1e-300)
+    terms, goal = terms / weight, goal / weight
+    if not (added and terms.isfinite().all() and goal.isfinite().all()):
+        return []
+
+    def error(numbers: Tensor) -> float:
+        return float((numbers @ terms - goal).square().mean())
+
+    found = torch.linalg.lstsq(terms.T, goal[:, None], driver="gelsd").solution[:, 0]
+    plain = torch.ones_like(found)
+    # k numbers fitted to rounding errors too fit a little better than the true ones, mostly all 1
+    if error(plain) <= error(found) * (1 + 9 * len(terms) / len(goal)):
+        found = plain
+    # some of a float64 model's work is float32 whatever its weights are
+    rounding = max(torch.finfo(kind).eps for kind in (result.dtype, torch.float32))
+    if error(found) > (4 * rounding) ** 2 or found[0] == 0:
+        return []
+    factors: list[float] = (found[1:] / found[0]).tolist()
+    return factors

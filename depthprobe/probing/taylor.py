@@ -1,0 +1,101 @@
+"""Taylor+: what a block's weights matter to the loss, from one backward pass over some users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from depthprobe.evaluation.evaluate import Questions
+from depthprobe.models.blocks import find_blocks
+from depthprobe.probing.passes import Probed, encode, prepare_prompt
+from depthprobe.probing.readout import score_gradient, working_dtype
+
+CALIBRATION_BATCH = 32  # a backward pass keeps what an evaluation pass forgets
+
+
+def taylor_importance(
+    model: Probed,
+    asked: Questions,
+    *,
+    device: torch.device,
+    batch_size: int = CALIBRATION_BATCH,
+) -> np.ndarray:
+    """``sum |W * dL/dW|`` over the weights of each block, (L,): the more, the worse to lose.
+
+    The first-order estimate of what the loss gains if a weight goes to 0, as in Shortened LLaMA
+    (Kim et al., arXiv 2402.02834, "Taylor+"; Ma et al., LLM-Pruner, arXiv 2305.11627). L is the
+    mean cross-entropy of the target against the whole catalogue, over all users: gradients are
+    added up over the batches in float32 or better, and only then multiplied. Weights of the blocks
+    count as they are, frozen ones too, and low-rank adapters beside what they adapt. The model is
+    left as it was: weights, their gradients, and what is trained.
+
+    Args:
+        model: in evaluation mode.
+        asked: the calibration users; their targets are used.
+        batch_size: users at once; the result is the same, memory and time are not.
+
+    Raises:
+        ValueError: without questions, or if a weight is quantised, so that it has no gradient.
+    """
+    users = len(asked.users)
+    if not users:
+        raise ValueError("no questions to take a gradient of")
+    blocks = find_blocks(model.backbone)
+    _check_weights(model, blocks)
+    weights = list(dict.fromkeys(blocks.parameters()))
+    total: dict[Tensor, Tensor] = {}
+    targets = torch.from_numpy(asked.targets.astype(np.int64))
+    # the caller may be in inference mode, whose tensors remember no gradient
+    with torch.inference_mode(False), torch.enable_grad(), _requiring_gradients(weights):
+        items = model.item_matrix().detach()
+        table = items[1:].to(working_dtype(items))  # (I, d)
+        for chosen, histories, lengths in asked.batches(batch_size, device):
+            # anew for each batch: its part of the graph is gone after the backward pass
+            vectors = encode(model, histories, lengths, prepare_prompt(model))  # (B, d)
+            goal = targets[chosen].to(device)
+            pull = score_gradient(vectors.detach().to(table.dtype)[None], table, goal)[0]
+            # the sum over users, not the mean: half precision loses what is small
+            pull = (len(chosen) * pull).to(vectors.dtype)
+            # not backward(): nothing is to be added to the model's own gradients
+            slopes = torch.autograd.grad(vectors, weights, pull, allow_unused=True)
+            for weight, slope in zip(weights, slopes, strict=True):
+                if slope is not None:  # an expert may have had no user
+                    total[weight] = total.get(weight, 0) + slope.to(working_dtype(weight))
+    found = [
+        sum(float((p.detach() * total[p]).abs().sum()) for p in block.parameters() if p in total)
+        for block in blocks
+    ]
+    return np.array(found, dtype=np.float64) / users
+
+
+def _check_weights(model: Probed, blocks: nn.ModuleList) -> None:
+    for name, weight in blocks.named_parameters():
+        # the 8-bit floats are for storage only
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f"block weight {name} is quantised ({weight.dtype}) and has no gradient: probe the"
+                " unquantised model"
+            )
+    # packed weights may be no parameters at all; the mark may be on the model with the head alone
+    marked = getattr(model.backbone, "is_quantized", False)
+    if marked or getattr(model.backbone.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "the weights of the blocks are quantised and have no gradient: probe the unquantised"
+            " model"
+        )
+
+
+@contextmanager
+def _requiring_gradients(weights: Sequence[Tensor]) -> Iterator[None]:
+    before = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, required in zip(weights, before, strict=True):
+            weight.requires_grad_(required)

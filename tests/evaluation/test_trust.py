@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import kendalltau, spearmanr
+
+from depthprobe.evaluation.trust import correlations, trust
+
+COLUMNS = ["spearman", "spearman_low", "spearman_high", "kendall", "kendall_low", "kendall_high"]
+
+
+def world(
+    damage: np.ndarray, *, noise: float, users: int = 301, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """A reference (U,) and outcomes (U, M) whose damages are these, give or take noise by user."""
+    draw = np.random.default_rng(seed)
+    reference = draw.gamma(2.0, 0.5, size=users)
+    lost = damage + draw.normal(0, noise, size=(users, len(damage)))
+    return reference, reference[:, None] - lost
+
+
+@given(st.data())
+def test_agrees_with_scipy(data: st.DataObject) -> None:
+    candidates = data.draw(st.integers(3, 8))
+    # few values: many ties
+    row = st.lists(st.integers(-2, 2).map(float), min_size=candidates, max_size=candidates)
+    score = data.draw(row)
+    damage = data.draw(st.lists(row, min_size=1, max_size=4))
+    spearman, kendall = correlations(score, damage)
+    for place, values in enumerate(damage):
+        if len(set(score)) == 1 or len(set(values)) == 1:
+            assert np.isnan(spearman[place])
+            assert np.isnan(kendall[place])
+        else:
+            assert spearman[place] == pytest.approx(spearmanr(score, values)[0], abs=1e-12)
+            assert kendall[place] == pytest.approx(kendalltau(score, values)[0], abs=1e-12)
+
+
+def test_agrees_with_scipy_without_ties() -> None:
+    draw = np.random.default_rng(0)
+    score, damage = draw.normal(size=40), draw.normal(size=(20, 40))
+    spearman, kendall = correlations(score, damage)
+    np.testing.assert_allclose(spearman, [spearmanr(score, row)[0] for row in damage], atol=1e-12)
+    np.testing.assert_allclose(kendall, [kendalltau(score, row)[0] for row in damage], atol=1e-12)
+
+
+def test_by_hand() -> None:
+    """Of three pairs one is in another order: tau 1/3; d = 0, 1, 1: rho 1 - 6 * 2 / 24 = 1/2."""
+    spearman, kendall = correlations([1, 2, 3], [[1, 3, 2], [10, 20, 30], [3, 2, 1]])
+    np.testing.assert_allclose(spearman, [1 / 2, 1, -1], atol=1e-15)
+    np.testing.assert_allclose(kendall, [1 / 3, 1, -1], atol=1e-15)
+    # a tie in the score: 2 of 3 pairs count there, all 3 in the damage
+    assert correlations([1, 1, 3], [[1, 2, 3]])[1] == pytest.approx(2 / np.sqrt(6))
+
+
+def test_infinities_are_values_and_nan_is_none() -> None:
+    damage = [[0, 1, np.inf, np.inf], [0, 1, np.nan, 2], [0, 1, 2, 3]]
+    spearman, kendall = correlations([-np.inf, 1, 2, 3], damage)
+    assert spearman[0] == pytest.approx(spearmanr([0, 1, 2, 3], [0, 1, 2, 2])[0])
+    assert kendall[0] == pytest.approx(kendalltau([0, 1, 2, 3], [0, 1, 2, 2])[0])
+    assert np.isnan([spearman[1], kendall[1]]).all()
+    assert (spearman[2], kendall[2]) == pytest.approx((1, 1))
+
+
+def test_planted_orders() -> None:
+    damage = np.linspace(0, 1, 9) ** 2
+    reference, outcomes = world(damage, noise=0.01)
+    scores = {"monotone": np.exp(damage), "reversed": -damage, "flat": np.ones(9)}
+    found = trust(scores, reference, outcomes, resamples=200)
+    assert found["score"].tolist() == list(scores)
+    assert (found["candidates"] == 9).all()
+    assert (found["users"] == 301).all()
+    np.testing.assert_allclose(found.loc[0, COLUMNS].astype(float), 1)
+    np.testing.assert_allclose(found.loc[1, COLUMNS].astype(float), -1)
+    assert found.loc[2, COLUMNS].isna().all()
+
+
+def test_equal_candidates_stay_tied_in_every_resample() -> None:
+    """A rounding that told them apart would lower some resamples' tau-b."""
+    damage = np.array([0.0, 1.0, 2.0, 3.0])
+    reference, outcomes = world(damage, noise=0.01)
+    outcomes = outcomes[:, [0, 1, 2, 3, 1, 1]]
+    found = trust({"tied": damage[[0, 1, 2, 3, 1, 1]]}, reference, outcomes)
+    np.testing.assert_allclose(found.loc[0, COLUMNS].astype(float), 1)
+
+
+def test_agrees_with_a_plain_bootstrap() -> None:
+    draw = np.random.default_rng(3)
+    damage = draw.normal(size=8)
+    reference, outcomes = world(damage, noise=6.0)
+    score = damage + draw.normal(size=8)
+    drawn = []
+    for _ in range(2000):
+        users = draw.integers(301, size=301)
+        lost = (reference[users, None] - outcomes[users]).mean(axis=0)
+        drawn.append((spearmanr(score, lost)[0], kendalltau(score, lost)[0]))
+    found = trust({"score": score}, reference, outcomes, resamples=2000).iloc[0]
+    lost = (reference[:, None] - outcomes).mean(axis=0)
+    assert found.spearman == pytest.approx(spearmanr(score, lost)[0])
+    assert found.kendall == pytest.approx(kendalltau(score, lost)[0])
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    # the values are few: one step of rho or tau apart at most
+    assert (found.spearman_low, found.kendall_low) == pytest.approx(tuple(low), abs=0.08)
+    assert (found.spearman_high, found.kendall_high) == pytest.approx(tuple(high), abs=0.08)
+    assert found.spearman_low < found.spearman < found.spearman_high
+
+
+def coverage(*, noise: float, closeness: float) -> np.ndarray:
+    """Of 200 worlds the share whose interval holds the truth, and whose low bound does."""
+    holds = np.zeros((2, 2))
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        damage = draw.normal(size=10)
+        score = damage + draw.normal(0, closeness, size=10)
+        truth = np.array([spearmanr(score, damage)[0], kendalltau(score, damage)[0]]) + 1e-12
+        reference, outcomes = world(damage, noise=noise, users=100, seed=seed)
+        row = trust({"score": score}, reference, outcomes, resamples=200).iloc[0]
+        low = np.array([row.spearman_low, row.kendall_low])
+        high = np.array([row.spearman_high, row.kendall_high]) + 2e-12
+        holds += [(low <= truth) & (truth <= high), low <= truth]
+    return holds / 200
+
+
+def test_coverage_where_the_damages_are_far_apart() -> None:
+    """Standard errors of a tenth of the spread."""
+    both, low = coverage(noise=1.0, closeness=1.0)
+    assert (both >= 0.93).all(), both
+    assert (low >= 0.96).all(), low
+
+
+def test_noise_hides_an_order_and_the_low_bound_holds() -> None:
+    both, low = coverage(noise=10.0, closeness=0.5)
+    assert (both < 0.6).all(), both  # as the docstring warns
+    assert (low >= 0.975).all(), low
+
+
+def test_more_users_narrow_the_interval_and_the_level_and_seed_count() -> None:
+    damage = np.linspace(0, 1, 10)
+    score = {"score": damage + np.random.default_rng(0).normal(0, 0.2, size=10)}
+
+    def width(users: int, **options: float) -> float:
+        row = trust(score, *world(damage, noise=3.0, users=users), **options).iloc[0]  # type: ignore[arg-type]
+        return float(row.kendall_high - row.kendall_low)
+
+    assert width(3000) < 0.7 * width(300)
+    assert width(300, level=0.5) < 0.7 * width(300)
+    few = world(damage, noise=3.0)
+    one, two = trust(score, *few, seed=1), trust(score, *few, seed=2)
+    assert one.equals(trust(score, *few, seed=1))
+    assert not one.equals(two)
+    alone = trust(score, *few, resamples=1).iloc[0]  # the estimate itself is no draw
+    assert alone.kendall_low == alone.kendall_high != alone.kendall
+
+
+def test_scores_share_the_draws_and_do_not_touch_each_other() -> None:
+    damage = np.linspace(0, 1, 6)
+    few = world(damage, noise=3.0)
+    rough = np.array([1.0, 0.0, 2.0, 2.0, 1.0, 3.0])
+    both = trust({"a": damage, "b": rough, "again": 2 * damage}, *few)
+    assert both.loc[[0], COLUMNS].equals(trust({"a": damage}, *few)[COLUMNS])
+    assert both.loc[0, COLUMNS].equals(both.loc[2, COLUMNS].rename(0))
+
+
+def test_what_says_nothing_is_nan() -> None:
+    damage = np.array([0.0, 1.0, 2.0])
+    reference, outcomes = world(damage, noise=0.1)
+    found = trust({"bad": [0, np.nan, 1], "good": damage}, reference, outcomes)
+    assert found.loc[0, COLUMNS].isna().all()
+    assert found.loc[1, COLUMNS].notna().all()
+    for candidates in (0, 1, 2):
+        few = trust({"few": damage[:candidates]}, reference, outcomes[:, :candidates])
+        assert few.loc[0, "candidates"] == candidates
+        assert few.loc[0, COLUMNS].isna().all()
+    alike = trust({"score": damage}, reference, np.repeat(reference[:, None], 3, axis=1))
+    assert alike.loc[0, COLUMNS].isna().all()
+    assert trust({}, reference, outcomes).columns.tolist() == found.columns.tolist()
+
+
+def test_bounds_where_users_say_nothing() -> None:
+    damage = np.array([0.0, 1.0, 2.0])
+    one = trust({"score": damage}, [1.0], 1 - damage[None]).loc[0]
+    assert one[COLUMNS].tolist() == [1, -1, 1, 1, -1, 1]
+    # one of 20 users is touched: a third of the resamples miss it, and have no correlation
+    reference, outcomes = np.ones(20), np.ones((20, 3))
+    outcomes[7] -= damage
+    rare = trust({"score": damage}, reference, outcomes).loc[0]
+    assert rare[COLUMNS].tolist() == [1, -1, 1, 1, -1, 1]
+
+
+def test_bad_input_is_refused() -> None:
+    reference, outcomes = world(np.arange(3.0), noise=0.1)
+    with pytest.raises(ValueError, match=r"score 'cka' is \(2,\), expected \(3,\)"):
+        trust({"cka": [1, 2]}, reference, outcomes)
+    with pytest.raises(ValueError, match=r"outcomes \(U, M\), got \(301,\) and \(3, 301\)"):
+        trust({}, reference, outcomes.T)
+    with pytest.raises(ValueError, match="NaN"):
+        trust({"cka": [1, 2, 3]}, reference * np.nan, outcomes)
+    with pytest.raises(ValueError, match=r"got \(3,\) and \(4,\)"):
+        correlations([1, 2, 3], [1, 2, 3, 4])

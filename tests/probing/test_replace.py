@@ -1,0 +1,347 @@
+"""The fitted maps against least squares on stacked states, and what is left against hooks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from depthprobe.evaluation.evaluate import Questions
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.recommender import Recommender
+from depthprobe.models.skipping import skip_blocks
+from depthprobe.models.tiny import tiny_model
+from depthprobe.probing.replace import (
+    Replacement,
+    apply_replacement,
+    find_projection,
+    fit_replacements,
+)
+
+CPU = torch.device("cpu")
+SPANS = [(1, 2), (1, 4), (2, 3), (2, 5), (4, 5)]
+# sequential and parallel parts, both kinds of linear map, a flattened batch, a sum inside the MLP
+FAMILIES = ["llama", "qwen2", "mistral", "gpt2", "gpt_neox", "phi", "opt", "falcon", "bloom"]
+
+
+def take(asked: Questions, users: int) -> Questions:
+    return Questions(
+        asked.users[:users], asked.histories[:users], asked.targets[:users], None, None
+    )
+
+
+def make(
+    family: str, prompt: tuple[int, ...] = (), *, depth: int = 4, **changes: Any
+) -> Recommender:
+    changes |= {"bloom": {"n_layer": 4}}.get(family, {})
+    torch.manual_seed(0)
+    model = tiny_model(CONFIG_MAPPING[family](**changes), depth=depth)
+    return Recommender(model, torch.randn(41, 6), prompt).double().eval()
+
+
+def encode_each(model: Recommender, asked: Questions) -> Tensor:
+    """User vectors (E, d), one user a pass: no padding."""
+    found = []
+    with torch.no_grad():
+        for history in asked.histories:
+            ids = torch.from_numpy(history)[None]
+            found.append(model.encode(ids, torch.tensor([ids.shape[1]])))
+    return torch.cat(found)
+
+
+def outputs(model: Recommender, asked: Questions, modules: Sequence[nn.Module]) -> list[np.ndarray]:
+    """What each module returns at every item of every user, (N, D)."""
+    found: list[list[np.ndarray]] = [[] for _ in modules]
+
+    def keep(kept: list[np.ndarray]) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            kept.append(state.reshape(-1, state.shape[-1])[model.lead :].numpy().copy())
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(f)) for m, f in zip(modules, found, strict=True)]
+    encode_each(model, asked)
+    for handle in handles:
+        handle.remove()
+    # a shared prompt is a pass of its own, before each user's
+    step = slice(1, None, 2) if len(model.prompt) and not model.lead else slice(None)
+    return [np.concatenate(states[step]) for states in found]
+
+
+def stacked(model: Recommender, asked: Questions) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What each block's MLP wrote, and the state after each block."""
+    blocks = list(find_blocks(model.backbone))
+    found = outputs(model, asked, [*(block.mlp for block in blocks), *blocks])
+    return found[: len(blocks)], found[len(blocks) :]
+
+
+def by_lstsq(m: np.ndarray, h: np.ndarray, g: np.ndarray, ridge: float) -> np.ndarray:
+    """T of ``||M T - (h_end + M - h_start)||^2 + a ||T - I||^2``, with ridge rows."""
+    width = m.shape[1]
+    rows = np.sqrt(ridge * np.square(m).sum() / width) * np.eye(width)
+    target = np.concatenate([g + m - h, rows])
+    return np.linalg.lstsq(np.concatenate([m, rows]), target, rcond=None)[0]
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 0.3])
+def test_equals_least_squares_on_stacked_states(
+    teacher: Recommender, asked: Questions, ridge: float
+) -> None:
+    few = take(asked, 40)
+    found = fit_replacements(teacher, few, SPANS, device=CPU, ridge=ridge, batch_size=16)
+    assert [(one.start, one.end) for one in found] == SPANS
+    written, after = stacked(teacher, few)
+    for one in found:
+        m, h, g = written[one.start - 1], after[one.start - 1], after[one.end - 1]
+        assert len(m) == sum(len(history) for history in few.histories)
+        np.testing.assert_allclose(one.map, by_lstsq(m, h, g, ridge), rtol=0, atol=1e-8)
+        error = np.linalg.norm(h - m + m @ one.map - g) / np.linalg.norm(g)
+        assert one.error == pytest.approx(error, rel=1e-6)
+        assert one.error_without == pytest.approx(np.linalg.norm(h - g) / np.linalg.norm(g))
+        assert one.error < one.error_without
+
+
+def test_a_vanishing_ridge_gives_the_formula_of_the_paper(
+    teacher: Recommender, asked: Questions
+) -> None:
+    few = take(asked, 40)
+    (found,) = fit_replacements(teacher, few, [(2, 4)], device=CPU, ridge=1e-12)
+    written, after = stacked(teacher, few)
+    m, h, g = written[1], after[1], after[3]
+    shift = 1e-12 * np.square(m).sum() / m.shape[1] * np.eye(m.shape[1])
+    expected = np.linalg.solve(m.T @ m + shift, m.T @ (g + m - h))
+    np.testing.assert_allclose(found.map, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 1e-3, 1.0, 1e3])
+def test_never_worse_than_plain_removal(
+    teacher: Recommender, asked: Questions, ridge: float
+) -> None:
+    # also of fewer positions than the stream is wide
+    for users in (1, 3, 300):
+        few = take(asked, users)
+        for one in fit_replacements(teacher, few, SPANS, device=CPU, ridge=ridge):
+            assert one.error <= one.error_without
+
+
+def test_padding_and_batches_do_not_matter(teacher: Recommender, asked: Questions) -> None:
+    few = take(asked, 80)
+    alone = fit_replacements(teacher, few, SPANS, device=CPU, batch_size=1)
+    for size in (7, 80):
+        found = fit_replacements(teacher, few, SPANS, device=CPU, batch_size=size)
+        for one, other in zip(found, alone, strict=True):
+            np.testing.assert_allclose(one.map, other.map, rtol=0, atol=1e-9)
+            assert one.error == pytest.approx(other.error, rel=1e-9)
+
+
+def test_a_span_of_identities_needs_no_map(teacher: Recommender, asked: Questions) -> None:
+    with skip_blocks(teacher.backbone, {2, 3}):
+        (found,) = fit_replacements(teacher, asked, [(2, 4)], device=CPU, ridge=1e-9)
+    np.testing.assert_array_equal(found.map, np.eye(teacher.width))
+    assert (found.error, found.error_without) == (0, 0)
+
+
+def test_finds_a_planted_map(teacher: Recommender, asked: Questions) -> None:
+    blocks, width = find_blocks(teacher.backbone), teacher.width
+    planted = torch.from_numpy(np.random.default_rng(0).normal(size=(width, width)))
+    seen: dict[str, Tensor] = {}
+    handles = [
+        blocks[0].mlp.down_proj.register_forward_hook(lambda _, __, out: seen.update(m=out)),
+        blocks[0].register_forward_hook(lambda _, __, out: seen.update(h=out)),
+        blocks[2].register_forward_hook(lambda *_: seen["h"] - seen["m"] + seen["m"] @ planted),
+    ]
+    (found,) = fit_replacements(teacher, asked, [(1, 3)], device=CPU, ridge=1e-13)
+    for handle in handles:
+        handle.remove()
+    np.testing.assert_allclose(found.map, planted.numpy(), rtol=0, atol=1e-7)
+    assert found.error < 1e-6 < found.error_without
+
+
+def check_applied(model: Recommender, asked: Questions, span: tuple[int, int]) -> Recommender:
+    """The map folded in equals the map in a hook behind the projection of a plain cut."""
+    (found,) = fit_replacements(model, asked, [span], device=CPU)
+    assert found.error < found.error_without
+    kept = [b for b in range(model.depth) if not span[0] <= b < span[1]]
+    plain, hooked, folded = (copy.deepcopy(model) for _ in range(3))
+    keep_blocks(plain.backbone, kept)
+    keep_blocks(hooked.backbone, kept)
+    projection = find_projection(hooked.backbone, span[0] - 1)
+    projection.register_forward_hook(lambda _, __, out: out @ torch.from_numpy(found.map))
+    apply_replacement(folded, found)
+    assert folded.depth == len(kept)
+    expected = encode_each(hooked, asked)
+    torch.testing.assert_close(encode_each(folded, asked), expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(encode_each(plain, asked), expected, rtol=1e-3)
+    (goal,) = outputs(model, asked, [find_blocks(model.backbone)[span[1] - 1]])
+    for cut, error in ((folded, found.error), (plain, found.error_without)):
+        (state,) = outputs(cut, asked, [find_blocks(cut.backbone)[span[0] - 1]])
+        assert error == pytest.approx(np.linalg.norm(state - goal) / np.linalg.norm(goal), rel=1e-6)
+    return folded
+
+
+def test_applied_equals_a_map_in_a_hook(teacher: Recommender, asked: Questions) -> None:
+    before = encode_each(teacher, take(asked, 20))
+    for span in [(1, 3), (2, 5)]:
+        check_applied(teacher, take(asked, 20), span)
+    assert torch.equal(encode_each(teacher, take(asked, 20)), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_and_reload(family: str, asked: Questions, tmp_path: Path) -> None:
+    few = take(asked, 12)
+    model = make(family, (3, 1, 2))
+    with torch.no_grad():
+        for name, weight in model.backbone.named_parameters():
+            if name.endswith("bias"):  # fresh ones are 0, and would hide that they are mapped
+                weight.normal_()
+    folded = check_applied(model, few, (2, 3))
+    folded.backbone.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(
+        tmp_path, dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = folded.backbone(ids, use_cache=False)[0]
+        found = loaded.eval()(ids, use_cache=False)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_prompt_repeated_in_each_row_is_left_out(asked: Questions) -> None:
+    few = take(asked, 40)
+    model = make("mistral", (3, 1, 2))
+    model.lead = 3
+    (found,) = fit_replacements(model, few, [(1, 3)], device=CPU, ridge=1e-2)
+    written, after = stacked(model, few)
+    m, h, g = written[0], after[0], after[2]
+    assert len(m) == sum(len(history) for history in few.histories)
+    np.testing.assert_allclose(found.map, by_lstsq(m, h, g, 1e-2), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma2", "a norm, or more than a sum, between"),
+        ("gemma3_text", "a norm, or more than a sum, between"),
+        ("olmo2", "a norm, or more than a sum, between"),
+        ("mixtral", "does not end in one linear map"),
+        ("deepseek_v3", "does not end in one linear map"),  # a shared expert beside the others
+    ],
+)
+def test_refused_families(family: str, reason: str, asked: Questions) -> None:
+    model = make(family, depth=5)
+    last = model.depth - 1  # DeepSeek's first three blocks have no experts
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=reason) as raised:
+        fit_replacements(model, take(asked, 4), [(last, last + 1)], device=CPU)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=reason):
+        apply_replacement(model, Replacement(last, last + 1, np.eye(32), 0, 0))
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_factor_before_the_stream_is_refused(asked: Questions) -> None:
+    model = make("granite", residual_multiplier=0.25)
+    with pytest.raises(ValueError, match="block 1 has a factor of 0.25 between"):
+        fit_replacements(model, take(asked, 4), [(2, 3)], device=CPU)
+
+
+def adapted(model: Recommender) -> None:
+    # fresh adapters add 0: the projection alone is what the MLP returns
+    lora = LoraConfig(r=2, target_modules=["down_proj"])
+    inject_adapter_in_model(lora, model.backbone)
+
+
+def shared(model: Recommender) -> None:
+    one, other = (find_blocks(model.backbone)[index].mlp for index in (0, 3))
+    other.down_proj.weight = one.down_proj.weight
+
+
+def packed(model: Recommender) -> None:
+    model.backbone.is_quantized = True
+
+
+def computed(model: Recommender) -> None:
+    nn.utils.parametrizations.weight_norm(find_blocks(model.backbone)[0].mlp.down_proj)
+
+
+class Biased(nn.Linear):
+    def forward(self, source: Tensor) -> Tensor:
+        return super().forward(source) + 1
+
+
+def more(model: Recommender) -> None:
+    find_blocks(model.backbone)[0].mlp.down_proj.__class__ = Biased
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (adapted, "under an adapter: merge it first"),
+        (shared, "shares its weight with another module"),
+        (packed, "quantised"),
+        (computed, "computes its weight from others"),
+        (more, "more than its last weights"),
+    ],
+)
+def test_weights_that_take_no_map(
+    teacher: Recommender, asked: Questions, spoil: Callable[[Recommender], None], reason: str
+) -> None:
+    spoil(teacher)
+    teacher.double()
+    with pytest.raises(ValueError, match=reason):
+        fit_replacements(teacher, take(asked, 4), [(1, 2)], device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("span", "reason"),
+    [
+        ((0, 2), "no block before it"),
+        ((2, 2), r"\[2, 2\) is no span of 5 blocks"),
+        ((3, 2), "no span"),
+        ((4, 6), "no span"),
+        ((-1, 2), "no span"),
+    ],
+)
+def test_no_span(
+    teacher: Recommender, asked: Questions, span: tuple[int, int], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        fit_replacements(teacher, take(asked, 4), [span], device=CPU)
+    with pytest.raises(ValueError, match=reason):
+        apply_replacement(teacher, Replacement(*span, np.eye(32), 0, 0))
+
+
+def test_bad_questions_ridge_and_width(teacher: Recommender, asked: Questions) -> None:
+    with pytest.raises(ValueError, match="no questions"):
+        fit_replacements(teacher, take(asked, 0), [(1, 2)], device=CPU)
+    with pytest.raises(ValueError, match="ridge is 0"):
+        fit_replacements(teacher, take(asked, 4), [(1, 2)], device=CPU, ridge=0)
+    (found,) = fit_replacements(teacher, take(asked, 4), [(1, 2)], device=CPU)
+    with pytest.raises(ValueError, match="the stream 16 wide"):
+        apply_replacement(teacher, replace(found, map=np.eye(15)))
+    assert teacher.depth == 5
+    assert fit_replacements(teacher, take(asked, 4), [], device=CPU) == []
+
+
+def test_half_precision_weights_are_rounded_once(asked: Questions) -> None:
+    model = make("llama").to(torch.bfloat16)
+    (found,) = fit_replacements(model, take(asked, 30), [(1, 3)], device=CPU)
+    projection = find_blocks(model.backbone)[0].mlp.down_proj
+    exact = torch.from_numpy(found.map).T @ projection.weight.detach().double()
+    apply_replacement(model, found)
+    assert projection.weight.dtype == torch.bfloat16
+    assert torch.equal(projection.weight.detach(), exact.to(torch.bfloat16))

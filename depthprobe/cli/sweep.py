@@ -23,7 +23,7 @@ from depthprobe.cli.options import (
 )
 from depthprobe.cli.progress import watch
 from depthprobe.cli.tables import show_frame
-from depthprobe.study import METHODS, BadInput, Study
+from depthprobe.study import METHODS, PROBES, BadInput, Study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +51,7 @@ PHASES = {
             "The baselines, the teacher and the variants alone.",
             ("popularity", "sasrec", "full", "finetune", "heal", "random-init"),
         ),
-        Phase("probe", "What needs no training but the teacher's.", ("early-exit", "skip")),
+        Phase("probe", "What needs no training but the teacher's.", PROBES),
         Phase("distill", "The students alone.", ("distill",)),
     )
 }

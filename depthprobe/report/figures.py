@@ -18,6 +18,7 @@ from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
 from depthprobe.report.labels import label_points, label_right
 from depthprobe.report.readings import (
+    READ_ONLY,
     cost_reading,
     curves,
     depth_reading,
@@ -34,7 +35,6 @@ from depthprobe.report.summary import FULL, HEADLINE, Point, RunLike, Summary, a
 
 Array = NDArray[np.float64]
 SIZE = (4.7, 3.7)  # inches; small, so that the text stays readable on a phone
-READ_ONLY = frozenset({"early-exit", "random-init"})  # may be far below; not what a scale is for
 LOWEST_KEPT = 85.0  # per cent of the teacher: what an early exit may stretch the scale to
 COSTS = {
     "parameters": ("parameters", "parameters in all"),
@@ -64,8 +64,7 @@ def accuracy_vs_depth(
             aside = 0.09 * (index - (len(drawn) - 1) / 2)
             x, y = _curve(ax, points, summary.teacher, metric=metric, aside=aside)
             ends.append((x, y, method))
-        deepest = summary.blocks or max((p.depth for p in summary.points), default=1)
-        _depth_axis(ax, deepest)
+        _depth_axis(ax, summary, [p.depth for points in drawn.values() for p in points])
         ax.set_ylim(bottom=0)
         ax.set_title(f"{metric} against depth")
         styles = [(x, y, method_style(method)) for x, y, method in ends]
@@ -107,7 +106,7 @@ def kept_vs_depth(
             )  # fmt: skip
             if low < rows[-1, 0] < high:
                 ends.append((float(x[-1]), float(rows[-1, 0]), style.label, style.colour))
-        _depth_axis(ax, summary.blocks or max(p.depth for p in summary.points))
+        _depth_axis(ax, summary, [p.depth for points in drawn.values() for p in points])
         ax.set_ylim(low, high)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
         ax.set_title(f"Share of the teacher's {metric} kept")
@@ -282,10 +281,12 @@ def _curve(
     return end
 
 
-def _depth_axis(ax: Axes, deepest: int) -> None:
-    ax.set_xlim(0.4, deepest + 0.6)
+def _depth_axis(ax: Axes, summary: Summary, drawn: Sequence[int]) -> None:
+    first = min([1, *drawn])
+    deepest = summary.blocks or max([1, *drawn])
+    ax.set_xlim(first - 0.6, deepest + 0.6)
     if deepest <= 16:
-        ax.xaxis.set_major_locator(FixedLocator(range(1, deepest + 1)))
+        ax.xaxis.set_major_locator(FixedLocator(range(first, deepest + 1)))
     else:
         ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     ax.set_xlabel("depth (blocks kept)")

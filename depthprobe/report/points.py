@@ -128,8 +128,8 @@ def make_points(
             Point(
                 method=methods[place],
                 depth=int(first["depth"]),
-                kept=str(first["kept"]),
-                removed=str(first["removed"]),
+                kept=_in_all(rows["kept"]),
+                removed=_in_all(rows["removed"]),
                 trials=tuple(own.values()),
                 seeds=tuple(own),
                 users=ranks.users(own.values()),
@@ -141,6 +141,11 @@ def make_points(
             )
         )
     return points
+
+
+def _in_all(texts: pd.Series) -> str:
+    """The text that all seeds share."""
+    return str(texts.iloc[0]) if texts.nunique() == 1 else "other blocks with each seed"
 
 
 def _accuracies(

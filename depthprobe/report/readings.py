@@ -6,10 +6,15 @@ from collections.abc import Iterable
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.style import accuracy, bounds, method_order, method_style, percent
-from depthprobe.report.summary import FULL, HEADLINE, Point, Summary
+from depthprobe.report.summary import FULL, HEADLINE, SHOWN_ONLY, Point, Summary
+from depthprobe.study import PROBES
 
-# Not drawn as a curve over depth: baselines, the teacher, a probe at a single depth.
-NOT_CURVES = frozenset({"popularity", "sasrec", "full", "skip"})
+# Not drawn as a curve over depth: baselines, the teacher, probes with many kept sets at a depth.
+BASELINES = frozenset({"popularity", "sasrec"})
+BY_BLOCK = frozenset({"skip", "span", "interval", "drop-attention", "drop-mlp"})
+NOT_CURVES = BASELINES | BY_BLOCK | {"full"}
+# Without training: may be far below the teacher.
+READ_ONLY = frozenset(PROBES) | {"random-init"}
 
 
 def curves(summary: Summary, metric: str) -> dict[str, list[Point]]:
@@ -24,11 +29,13 @@ def curves(summary: Summary, metric: str) -> dict[str, list[Point]]:
 
 
 def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
-    """Points with both an accuracy and a cost; popularity and skips are no models on offer."""
+    """Points with both an accuracy and a cost; popularity and most probes are not on offer."""
     return [
         p
         for p in summary.points
-        if p.method not in {"popularity", "skip"} and p.cost(cost) and p.value(metric) is not None
+        if p.method not in {"popularity", *SHOWN_ONLY}
+        and p.cost(cost)
+        and p.value(metric) is not None
     ]
 
 
@@ -69,7 +76,7 @@ def depth_reading(summary: Summary, metric: str) -> str:
     trained = [
         point
         for method, points in drawn.items()
-        if method not in {"early-exit", "random-init"}
+        if method not in READ_ONLY
         for point in points
         if point.depth <= half
     ]
@@ -101,7 +108,8 @@ def kept_curves(summary: Summary, metric: str = HEADLINE) -> dict[str, list[Poin
 def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
     """Which trained points are within the margin as they look, and as they are shown to be."""
     drawn = kept_curves(summary, metric)
-    points = [p for method, line in drawn.items() if method != "random-init" for p in line]
+    offered = [method for method in drawn if method not in {"random-init", *SHOWN_ONLY}]
+    points = [p for method in offered for p in drawn[method]]
     if not points:
         return ""
     floor = 1 - summary.margin

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from matplotlib import rc_context
 
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.study import PROBES
 
 INK, MUTED, GRID = "#1b1f24", "#5b636d", "#e3e6ea"
 NONE = "–"  # what a table shows where nothing was measured
@@ -33,11 +34,20 @@ METHOD_STYLES = {
     "finetune": MethodStyle("fine-tuned", "#0069a8", "s"),
     "early-exit": MethodStyle("early exit", "#9b4f96", "."),
     "random-init": MethodStyle("random init", "#857200", "X", "--"),
+    "early-exit-raw": MethodStyle("early exit, no norm", "#b06aab", "x", ":"),
+    "readout": MethodStyle("read-out", "#a35c00", "p", "--"),
+    "tuned-lens": MethodStyle("tuned lens", "#6b5aa8", "*", "--"),
+    "greedy": MethodStyle("greedy removal", "#4a55b8", "d"),
+    "replace": MethodStyle("linear map", "#00786f", "<", "-."),
     "skip": MethodStyle("skip", "#35618e", "o"),
+    "span": MethodStyle("span left out", "#4f79a6", "_"),
+    "interval": MethodStyle("every n-th left out", "#6a6f9e", "|"),
+    "drop-attention": MethodStyle("attention left out", "#b3365b", "1"),
+    "drop-mlp": MethodStyle("MLP left out", "#5c7a1f", "2"),
     "sasrec": MethodStyle("SASRec", "#4d5761", "P", "--"),
     "popularity": MethodStyle("popularity", "#858d96", "v", ":"),
 }
-ORDER = ("popularity", "sasrec", "full", "early-exit", "skip", "finetune", "heal", "distill")
+ORDER = ("popularity", "sasrec", "full", *PROBES, "finetune", "heal", "distill")
 
 
 def method_style(method: str) -> MethodStyle:

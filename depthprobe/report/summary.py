@@ -23,6 +23,7 @@ from depthprobe.report.points import (
     make_points,
 )
 from depthprobe.report.style import method_order
+from depthprobe.sweep.plan import SEARCHING
 
 __all__ = [
     "FULL",
@@ -30,6 +31,7 @@ __all__ = [
     "LEVEL",
     "METRICS",
     "SAMPLED",
+    "SHOWN_ONLY",
     "Point",
     "RunLike",
     "Summary",
@@ -37,8 +39,22 @@ __all__ = [
     "summarise",
 ]
 
+# They show where depth matters; none of them is a model on offer.
+SHOWN_ONLY = frozenset(
+    {
+        "early-exit-raw",
+        "readout",
+        "tuned-lens",
+        "skip",
+        "span",
+        "interval",
+        "drop-attention",
+        "drop-mlp",
+        "replace",
+    }
+)
 # Compared with the teacher, but no answer: baselines, the teacher, a control, a probe.
-NOT_CANDIDATES = frozenset({"popularity", "sasrec", "full", "random-init", "skip"})
+NOT_CANDIDATES = frozenset({"popularity", "sasrec", "full", "random-init"}) | SHOWN_ONLY
 Key = tuple[str, int]  # (method, depth), as the sufficient depth names candidates
 
 
@@ -109,7 +125,10 @@ def summarise(run: RunLike) -> Summary:
     groups = []
     if len(trials):
         done = trials[trials["status"] == "done"].sort_values("seed", kind="stable")
-        groups = [rows for _, rows in done.groupby(["method", "depth", "kept"], sort=False)]
+        # a search keeps other blocks with another seed, and is one method all the same
+        searched = done["method"].isin(SEARCHING)
+        by = {name: done[name].mask(searched, "") for name in ("kept", "removed")}
+        groups = [rows for _, rows in done.groupby(["method", "depth", *by.values()], sort=False)]
     ranks = Ranks(run.users)
     records = {str(record["id"]): record for record in run.records}
     made = make_points(groups, ranks, records, resamples=int(protocol.resamples))

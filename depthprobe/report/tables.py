@@ -12,6 +12,7 @@ import pandas as pd
 from depthprobe.evaluation.metrics import check_metrics
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
+from depthprobe.report.readings import BASELINES, BY_BLOCK
 from depthprobe.report.style import (
     NONE,
     accuracy,
@@ -91,8 +92,10 @@ def depth_table(run: RunLike | Summary, *, protocol: str = FULL) -> Table | None
         cells = [
             Cell(method_style(point.method).label),
             Cell(
-                str(point.depth or NONE),
-                f"without {point.removed}" if point.method == "skip" else "",
+                NONE if point.method in BASELINES else str(point.depth),
+                f"without {point.removed}"
+                if point.removed and point.method in BY_BLOCK | {"greedy"}
+                else "",
             ),
             Cell(str(len(point.seeds))),
             *(_metric(point.value(name, protocol)) for name in SHOWN),

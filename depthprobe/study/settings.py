@@ -11,12 +11,28 @@ from typing import Literal
 from depthprobe.study.errors import BadInput, nearest
 from depthprobe.study.layers import parse_layers
 
+# what needs no training but the teacher's
+PROBES = (
+    "early-exit",
+    "early-exit-raw",
+    "readout",
+    "tuned-lens",
+    "skip",
+    "span",
+    "interval",
+    "greedy",
+    "drop-attention",
+    "drop-mlp",
+    "replace",
+    "similarity",
+    "taylor",
+    "settling",
+)
 METHODS = (
     "popularity",
     "sasrec",
     "full",
-    "early-exit",
-    "skip",
+    *PROBES,
     "finetune",
     "heal",
     "distill",

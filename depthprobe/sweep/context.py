@@ -18,11 +18,11 @@ from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Study
-from depthprobe.sweep.plan import Trial, whole_trial
+from depthprobe.sweep.plan import Task, Trial, whole_trial
 
 DATA, NEGATIVES, TIMING, STATES = "data", "negatives.npy", "timing.json", "teacher-states"
 ITEM_TABLE, LEARNED = "item-table.npy", "learned"
-TRIALS, MODEL, CHECKPOINTS = "trials", "model", "checkpoints"
+TRIALS, PROBES, MODEL, CHECKPOINTS = "trials", "probes", "model", "checkpoints"
 
 
 class Context:
@@ -42,6 +42,12 @@ class Context:
     def trial_folder(self, trial: Trial) -> Path:
         """The folder of a trial, complete or absent."""
         return self.folder / TRIALS / trial.id
+
+    def outputs(self, task: Task) -> list[Path]:
+        """The folders that a task leaves, each complete or absent."""
+        if not task.trials:
+            return [self.folder / PROBES / task.id]
+        return [self.trial_folder(trial) for trial in task.trials]
 
     def checkpoint(self, trial: Trial) -> Path:
         """The file from which a training that was killed goes on; gone once the trial is done."""
@@ -69,16 +75,29 @@ class Context:
     def test(self) -> Questions:
         """The test questions, by both protocols where the catalogue allows the sampled one."""
         path = self.shared / NEGATIVES
-        return self._questions("test", np.load(path, mmap_mode="r") if path.exists() else None)
+        return self.ask("test", np.load(path, mmap_mode="r") if path.exists() else None)
 
     @cached_property
     def validation(self) -> Questions:
         """The validation questions of at most ``validation_users`` users."""
-        return self._questions("validation", None, self.study.protocol.validation_users)
+        return self.ask("validation", limit=self.study.protocol.validation_users)
 
-    def _questions(
-        self, part: Part, negatives: np.ndarray | None, limit: int | None = None
+    @cached_property
+    def training(self) -> Questions:
+        """The last item of each training window, given those before it."""
+        windows = self.windows
+        return Questions(
+            users=np.arange(len(windows)),
+            histories=[window[:-1] for window in windows],
+            targets=np.array([window[-1] for window in windows], dtype=np.int32),
+            seen=None,
+            negatives=None,
+        )
+
+    def ask(
+        self, part: Part, negatives: np.ndarray | None = None, limit: int | None = None
     ) -> Questions:
+        """Questions of a part, of at most so many users."""
         return questions(
             self.split,
             part,

@@ -22,21 +22,28 @@ from depthprobe.sweep.model_card import model_card
 from depthprobe.sweep.plan import BASELINES, Trial, whole_trial
 from depthprobe.sweep.store import open_run
 
-CUT_FROM_TEACHER = (
-    "early-exit",
-    "skip",
-)  # trials without training: their weights are the teacher's
+# trials without training: their weights are the teacher's
+CUT_FROM_TEACHER = ("early-exit", "skip", "span", "interval", "greedy")
+# what these read is no model of whole blocks behind the final norm and the teacher's own head
+MEASURED_ONLY = (
+    "early-exit-raw",
+    "readout",
+    "tuned-lens",
+    "drop-attention",
+    "drop-mlp",
+    "replace",
+)
 
 
 def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     """Write a trial's model to ``folder``: the cut backbone, LoRA merged, and the recommender.
 
-    An early exit is the teacher's first blocks, a skip the teacher without one. Quantised weights
-    become ordinary ones of the same values.
+    An early exit is the teacher's first blocks, a skip the teacher without one, a span without
+    several. Quantised weights become ordinary ones of the same values.
 
     Raises:
-        BadInput: if the run has no such trial, the trial is of a baseline or failed, its model is
-            not in the run any more, or the folder is not empty.
+        BadInput: if the run has no such trial, the trial is of a baseline or failed or of a method
+            that makes no model, its model is not in the run any more, or the folder is not empty.
     """
     disable_progress_bar()
     run = open_run(run_path)
@@ -46,6 +53,9 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
         raise BadInput("trial", trial, f"a trial that is done (it failed: {record['error']})")
     if record["method"] in BASELINES:
         allowed = f"a recommender with a backbone; {record['method']} has none to export"
+        raise BadInput("trial", trial, allowed)
+    if record["method"] in MEASURED_ONLY or not record["kept"]:
+        allowed = f"a model of whole blocks; {record['method']} at this depth measures, and is none"
         raise BadInput("trial", trial, allowed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")

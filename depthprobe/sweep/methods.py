@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,36 +15,19 @@ from depthprobe.files import complete_file
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.popularity import Popularity
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.early_exit import early_exit
-from depthprobe.probing.skip import skip_each
 from depthprobe.study import parse_layers
 from depthprobe.sweep.context import STATES, Context
 from depthprobe.sweep.plan import Task, Trial, whole_trial
+from depthprobe.sweep.probes import PROBES
+from depthprobe.sweep.results import Result, Scores
 from depthprobe.training.distillation import (
     Distiller,
     TeacherStates,
     group_ends,
     teacher_states,
 )
-from depthprobe.training.loop import Fit, fit
+from depthprobe.training.loop import fit
 from depthprobe.training.objectives import NextItem, asked
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a trial found: test ranks by protocol, and the model and its training if it has one."""
-
-    trial: Trial
-    ranks: dict[str, np.ndarray]
-    parameters: dict[str, int]
-    flops: int | None = None
-    fit: Fit | None = None
-    model: nn.Module | None = None
-
-    @property
-    def prompt(self) -> str | None:
-        """``shared``, ``repeated`` or ``none``; None for what has no model of its own."""
-        return self.model.prompt_mode if isinstance(self.model, Recommender) else None
 
 
 def popularity(context: Context, task: Task) -> Iterator[Result]:
@@ -102,29 +84,11 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
     yield _train(context, trial, student, objective=distiller)
 
 
-def early_exits(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher read out after each block."""
-    teacher = context.teacher(task.seed, task.trials[0].blocks)
-    ranks = early_exit(teacher, context.test, device=context.device)
-    for trial in task.trials:
-        yield Result(trial, ranks[trial.depth], _part_of(teacher, trial))
-
-
-def skips(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher with each block left out alone."""
-    teacher = context.teacher(task.seed, task.trials[0].blocks)
-    ranks = skip_each(teacher, context.test, device=context.device)
-    for trial in task.trials:
-        (left_out,) = trial.removed
-        yield Result(trial, ranks[left_out], _part_of(teacher, trial))
-
-
-METHODS: dict[str, Callable[[Context, Task], Iterator[Result]]] = {
+METHODS: dict[str, Callable[[Context, Task], Iterator[Result | Scores]]] = {
     "popularity": popularity,
     "sasrec": sasrec,
     "full": fine_tuned,
-    "early-exit": early_exits,
-    "skip": skips,
+    **PROBES,
     "finetune": fine_tuned,
     "heal": heal,
     "distill": distill,
@@ -177,17 +141,6 @@ class _SharedPrompt(Encoder):
     def item_matrix(self) -> Tensor:
         """(I + 1, d_item)."""
         return self._model.item_matrix()
-
-
-def _part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
-    """The parameters that the teacher would have with the trial's blocks alone."""
-    counts = count_parameters(teacher)
-    lighter = counts["blocks"] * trial.depth // trial.blocks - counts["blocks"]
-    return counts | {
-        "blocks": counts["blocks"] + lighter,
-        "total": counts["total"] + lighter,
-        "trainable": 0,
-    }
 
 
 def _teacher_states(context: Context, trial: Trial) -> TeacherStates:

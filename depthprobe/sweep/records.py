@@ -13,11 +13,11 @@ from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.files import complete_folder, write_json
 from depthprobe.models.build import save_trained
 from depthprobe.sweep.context import MODEL
-from depthprobe.sweep.methods import Result
-from depthprobe.sweep.plan import Trial
+from depthprobe.sweep.plan import Task, Trial
+from depthprobe.sweep.results import Result, Scores
 
 SCHEMA = 1
-RECORD, USERS = "record.json", "users.parquet"
+RECORD, USERS, SCORES = "record.json", "users.parquet", "scores.parquet"
 
 
 def write_result(
@@ -69,12 +69,26 @@ def write_result(
         write_json(temporary / RECORD, record)
 
 
-def write_failure(folder: Path, trial: Trial, error: str, provenance: dict[str, Any]) -> None:
-    """Write the record of a trial that failed, with the reason in one line."""
-    record = _record(trial, "failed", " ".join(error.split()), provenance)
-    record |= {"metrics": {}, "validation": None, "costs": None}
+def write_scores(
+    folder: Path, task: Task, scores: Scores, *, provenance: dict[str, Any], seconds: float
+) -> None:
+    """Write a task's table and its record, complete or not at all."""
+    record = _table_record(task, "done", None, provenance) | {"seconds": round(seconds, 3)}
     with complete_folder(folder) as temporary:
+        scores.frame.to_parquet(temporary / SCORES, index=False)
         write_json(temporary / RECORD, record)
+
+
+def write_failure(folders: list[Path], task: Task, error: str, provenance: dict[str, Any]) -> None:
+    """Write the records of a task that failed, with the reason in one line; what is done stays."""
+    told = " ".join(error.split())
+    nothing: dict[str, Any] = {"metrics": {}, "validation": None, "costs": None}
+    records = [_record(t, "failed", told, provenance) | nothing for t in task.trials]
+    records = records or [_table_record(task, "failed", told, provenance)]
+    for folder, record in zip(folders, records, strict=True):
+        if not is_done(folder):
+            with complete_folder(folder) as temporary:
+                write_json(temporary / RECORD, record)
 
 
 def is_done(folder: Path) -> bool:
@@ -90,6 +104,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+
+
+def _table_record(
+    task: Task, status: str, error: str | None, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "id": task.id,
+        "method": task.method,
+        "seed": task.seed,
+        "status": status,
+        "error": error,
+        "provenance": provenance,
+    }
 
 
 def _record(

@@ -28,7 +28,16 @@ from depthprobe.models.revision import backbone_revision, describe, pinned, pinn
 from depthprobe.study import METHODS as NAMES
 from depthprobe.study import BadInput, Study, differences, study_to_toml
 from depthprobe.sweep import provenance, worker
-from depthprobe.sweep.context import DATA, ITEM_TABLE, LEARNED, NEGATIVES, TIMING, TRIALS, Context
+from depthprobe.sweep.context import (
+    DATA,
+    ITEM_TABLE,
+    LEARNED,
+    NEGATIVES,
+    PROBES,
+    TIMING,
+    TRIALS,
+    Context,
+)
 from depthprobe.sweep.executors import Outcome, run_here, run_in_processes
 from depthprobe.sweep.plan import Task, plan
 from depthprobe.sweep.progress import Progress, Silent
@@ -97,7 +106,7 @@ def run_sweep(
         _lay_out(folder, study, split, table, manifest)
     team.wait()
     context = Context(folder, working)
-    waiting = [t for t in tasks if not all(is_done(context.trial_folder(x)) for x in t.trials)]
+    waiting = [t for t in tasks if not all(map(is_done, context.outputs(t)))]
     done = {t.id for t in tasks if t not in waiting}
     watcher.plan([task.id for task in waiting])
     if waiting:
@@ -121,7 +130,7 @@ def run_sweep(
         )
         for outcome in outcomes:
             if team.writes:
-                _report(outcome, folder, arguments[2], watcher)
+                _report(outcome, context, arguments[2], watcher)
             team.wait()
     run = open_run(folder)
     if not team.writes:
@@ -206,7 +215,7 @@ def _lay_out(
 ) -> None:
     """Write what trials share; a folder that has it already is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder / TRIALS, folder / "shared"):
+    for place in (folder, folder / TRIALS, folder / PROBES, folder / "shared"):
         remove_leftovers(place)
     with complete_file(folder / STUDY) as temporary:
         temporary.write_text(study_to_toml(study), encoding="utf-8")
@@ -303,19 +312,17 @@ def _here(
     return run_here(waiting, worker.work, done, caught=caught)
 
 
-def _report(outcome: Outcome, folder: Path, origin: dict[str, Any], watcher: Progress) -> None:
+def _report(outcome: Outcome, context: Context, origin: dict[str, Any], watcher: Progress) -> None:
     task = outcome.task
     if outcome.error is None:
-        watcher.done(task.id, "done", outcome.seconds, _score(folder, task))
+        watcher.done(task.id, "done", outcome.seconds, _score(context, task))
         return
-    for trial in task.trials:
-        if not is_done(folder / TRIALS / trial.id):
-            write_failure(folder / TRIALS / trial.id, trial, outcome.error, origin)
+    write_failure(context.outputs(task), task, outcome.error, origin)
     watcher.done(task.id, "failed", outcome.seconds, outcome.error)
 
 
-def _score(folder: Path, task: Task) -> str:
-    if len(task.trials) > 1:
-        return f"{len(task.trials)} trials"
-    record = read_record(folder / TRIALS / task.trials[0].id)
+def _score(context: Context, task: Task) -> str:
+    if len(task.trials) != 1:
+        return f"{len(task.trials)} trials" if task.trials else "a table"
+    record = read_record(context.trial_folder(task.trials[0]))
     return f"NDCG@10 {record['metrics']['test']['full']['NDCG@10']:.4f}" if record else ""

@@ -16,8 +16,8 @@ from depthprobe.evaluation.metrics import check_metrics, per_user_metric
 from depthprobe.evaluation.statistics import Interval, bootstrap_means
 from depthprobe.files import complete_file
 from depthprobe.study import BadInput, Study, study_from_dict
-from depthprobe.sweep.context import TRIALS
-from depthprobe.sweep.records import USERS, read_record
+from depthprobe.sweep.context import PROBES, TRIALS
+from depthprobe.sweep.records import SCORES, USERS, read_record
 
 MANIFEST, STUDY = "manifest.json", "study.toml"
 TABLES = ("trials.parquet", "metrics.parquet")
@@ -50,8 +50,27 @@ class Run:
 
     @property
     def failed(self) -> list[tuple[str, str]]:
-        """(trial, error) of each failed trial."""
-        return [(r["id"], r["error"]) for r in self.records if r["status"] == "failed"]
+        """(trial, error) of each failed trial, and of each table that could not be made."""
+        every = [*self.records, *self._probes]
+        return [(r["id"], r["error"]) for r in every if r["status"] == "failed"]
+
+    @cached_property
+    def _probes(self) -> list[dict[str, Any]]:
+        """The records of the tables under ``probes``."""
+        found = (read_record(path) for path in sorted((self.path / PROBES).glob("*")))
+        return [record for record in found if record is not None]
+
+    def scores(self, method: str) -> pd.DataFrame:
+        """What ``similarity``, ``taylor`` or ``settling`` found, with the seed of its teacher.
+
+        Empty where the run has no such table.
+        """
+        frames = [
+            pd.read_parquet(self.path / PROBES / record["id"] / SCORES).assign(seed=record["seed"])
+            for record in self._probes
+            if record["method"] == method and record["status"] == "done"
+        ]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     @cached_property
     def trials(self) -> pd.DataFrame:

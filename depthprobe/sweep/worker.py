@@ -21,7 +21,8 @@ from depthprobe.study import Study
 from depthprobe.sweep.context import TIMING, Context
 from depthprobe.sweep.methods import METHODS
 from depthprobe.sweep.plan import Task
-from depthprobe.sweep.records import write_result
+from depthprobe.sweep.records import write_result, write_scores
+from depthprobe.sweep.results import Scores
 from depthprobe.sweep.timing import timing_of
 
 
@@ -88,6 +89,11 @@ def work(task: Task) -> float:
     measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
     for result in METHODS[task.method](context, task):
         if not _Worker.writes:
+            continue
+        if isinstance(result, Scores):
+            (folder,) = context.outputs(task)
+            seconds = time.perf_counter() - began
+            write_scores(folder, task, result, provenance=_Worker.provenance, seconds=seconds)
             continue
         write_result(
             context.trial_folder(result.trial),

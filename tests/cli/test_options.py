@@ -9,7 +9,7 @@ import pytest
 
 from depthprobe.cli.options import StudyFlags, default_output, make_study
 from depthprobe.cli.sweep import PHASES, restrict
-from depthprobe.study import METHODS, BadInput, Recipe, Study, demo_study
+from depthprobe.study import METHODS, PROBES, BadInput, Recipe, Study, demo_study
 
 
 def test_no_flags_are_the_demo() -> None:
@@ -95,11 +95,11 @@ def test_a_phase_keeps_its_own_methods() -> None:
     study = Study(methods=METHODS)
     kept = {name: restrict(study, PHASES[name], chosen=False).methods for name in PHASES}
     assert kept["sweep"] == METHODS
-    assert kept["probe"] == ("early-exit", "skip")
+    assert kept["probe"] == PROBES
     assert kept["distill"] == ("distill",)
     assert {*kept["train"], *kept["probe"], *kept["distill"]} == set(METHODS)
 
 
 def test_a_phase_without_methods_in_the_study_is_refused() -> None:
-    with pytest.raises(BadInput, match="probe runs early-exit, skip"):
+    with pytest.raises(BadInput, match="probe runs early-exit, early-exit-raw, readout"):
         restrict(Study(methods=("full",)), PHASES["probe"], chosen=False)

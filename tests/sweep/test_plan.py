@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from depthprobe.study import METHODS, BadInput, Study
+from depthprobe.study import METHODS, PROBES, BadInput, Study
 from depthprobe.sweep.methods import METHODS as FUNCTIONS
 from depthprobe.sweep.plan import NEEDS, Trial, plan
 
@@ -53,10 +53,27 @@ def test_full_depth_is_the_teacher_and_not_a_variant() -> None:
 
 
 def test_probes_cover_every_depth_and_every_block_whatever_layers_says() -> None:
-    tasks = plan(Study(layers="1", methods=("early-exit", "skip"), seeds=1), 4)
+    tasks = plan(Study(layers="1", methods=PROBES, seeds=1), 4)
     trials = [trial for task in tasks for trial in task.trials]
-    assert [t.depth for t in trials if t.method == "early-exit"] == [1, 2, 3]
-    assert [t.removed for t in trials if t.method == "skip"] == [(0,), (1,), (2,), (3,)]
+    depths = {m: [t.depth for t in trials if t.method == m] for m in PROBES}
+    removed = {m: [t.removed for t in trials if t.method == m] for m in PROBES}
+    assert depths["early-exit"] == depths["early-exit-raw"] == depths["tuned-lens"] == [0, 1, 2, 3]
+    assert depths["readout"] == [0, 1, 2, 3, 4]
+    assert depths["greedy"] == depths["replace"] == [1, 2, 3]
+    assert removed["skip"] == removed["drop-attention"] == removed["drop-mlp"]
+    assert removed["skip"] == [(0,), (1,), (2,), (3,)]
+    assert removed["span"] == [(0, 1), (1, 2), (2, 3), (0, 1, 2), (1, 2, 3)]
+    assert removed["interval"] == [(1, 3), (2,), (3,)]
+    assert depths["drop-mlp"] == [4] * 4  # the block stays
+    assert not depths["similarity"] + depths["taylor"] + depths["settling"]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 12])
+def test_every_trial_has_a_name_of_its_own(blocks: int) -> None:
+    tasks = plan(Study(layers="all", methods=METHODS, seeds=2), blocks)
+    names = [trial.id for task in tasks for trial in task.trials]
+    assert len(set(names)) == len(names)
+    assert len({task.id for task in tasks}) == len(tasks)
 
 
 @pytest.mark.parametrize("layers", ["0", "5", "two", "1-9"])

@@ -30,7 +30,7 @@ def rows(run: Run) -> list[str]:
         if not records:
             continue
         ranks = [table[r["id"]] for r in records]
-        cells = [run.manifest["data"]["name"], method, str(len(records))]
+        cells = [run.study.name, method, str(len(records))]
         fits = [r["costs"]["training"] for r in records if r["costs"]["training"]]
         cells.append(", ".join(f"{fit['best_epoch']}/{fit['epochs']}" for fit in fits) or "-")
         for name in METRICS:
@@ -43,7 +43,7 @@ def rows(run: Run) -> list[str]:
 
 
 def main() -> None:
-    print("| data | method | seeds | best epoch | " + " | ".join(METRICS) + " |")
+    print("| study | method | seeds | best epoch | " + " | ".join(METRICS) + " |")
     print("|---|---|---|---|" + "---|" * len(METRICS))
     for path in sys.argv[1:]:
         print("\n".join(rows(open_run(path))))

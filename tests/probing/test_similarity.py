@@ -1,390 +1,393 @@
-"""Similarities equal naive loops over users, and find what was planted."""
+"""Similarities against a decoder written out by hand, and against what is planted in a model."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.evaluate import BATCH, Questions, evaluate
-from depthprobe.models import skipping
+from depthprobe.evaluation.evaluate import Questions
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
+from depthprobe.models.skipping import skip_blocks
+from depthprobe.models.tap import tap_blocks
 from depthprobe.models.tiny import tiny_model
 from depthprobe.probing import similarity
 from depthprobe.probing.passes import passes
-from depthprobe.probing.similarity import Similarities, similarities, to_frame
+from depthprobe.probing.similarity import similarities, to_frame
 
 CPU = torch.device("cpu")
-VALUES = [field.name for field in fields(Similarities)]
-
-# where a family's attention and MLP end: what its block adds to the stream
-ENDS = {
-    "llama": ("self_attn", "mlp"),
-    "gpt2": ("attn", "mlp"),
-    "gpt_neox": ("attention", "mlp"),  # both read the block's input
-    "mixtral": ("self_attn", "mlp"),
-    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    "granite": ("self_attn", "mlp"),  # times a factor
-}
-FACTOR = 0.3
+ARRAYS = ("influence", "angular", "cka", "norms", "attention", "mlp")
 
 
-def some(asked: Questions, users: int) -> Questions:
-    return ask(asked, np.arange(users))
+def first(asked: Questions, users: int) -> Questions:
+    return Questions(
+        asked.users[:users], asked.histories[:users], asked.targets[:users], None, None
+    )
 
 
-def ask(asked: Questions, chosen: np.ndarray) -> Questions:
-    histories = [asked.histories[i] for i in chosen]
-    return Questions(asked.users[chosen], histories, asked.targets[chosen], None, None)
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 
-def tiny(family: str, *, suffix: Iterable[int] = (), **changes: Any) -> Recommender:
-    torch.manual_seed(0)
-    model = tiny_model(CONFIG_MAPPING[family](**changes), depth=4)
-    return Recommender(model, torch.randn(41, 6), (3, 1, 2), suffix=list(suffix)).double().eval()
-
-
-def first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+def linear_cka(one: np.ndarray, other: np.ndarray) -> float:
+    """From the definition, with users in rows."""
+    one, other = one - one.mean(axis=0), other - other.mean(axis=0)
+    size = np.linalg.norm(one.T @ one) * np.linalg.norm(other.T @ other)
+    return float(np.linalg.norm(other.T @ one) ** 2 / size)
 
 
 @torch.no_grad()
-def run_alone(model: Recommender, history: np.ndarray, watched: dict[str, nn.Module]) -> Any:
-    """One user's whole sequence, prompt included, without a cache: last outputs by name, (D,)."""
-    tokens = model.token_embeddings
-    parts = [tokens(model.prompt), model.input_adapter(model.items(torch.as_tensor(history)))]
-    sequence = torch.cat([*parts, tokens(model.suffix)])[None].to(model.backbone.dtype)
-    found: dict[str, np.ndarray] = {}
-
-    def keep(name: str, state: Tensor) -> None:
-        found[name] = state.reshape(-1, state.shape[-1])[-1].double().numpy().copy()
-
-    handles = [
-        module.register_forward_hook(lambda _, __, out, name=name: keep(name, first(out)))
-        for name, module in watched.items()
-    ]
-    block = find_blocks(model.backbone)[0]
-    handles.append(block.register_forward_pre_hook(lambda _, args: keep("input", args[0])))
-    model.backbone(
-        inputs_embeds=sequence,
-        position_ids=torch.arange(sequence.shape[1])[None],
-        use_cache=False,
+def by_hand(teacher: Recommender, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One user's states (L + 1, D), and between attention and MLP (L, D), at the last position."""
+    inner: Any = teacher.backbone
+    items = teacher.input_adapter(teacher.items(torch.from_numpy(history)))
+    state = torch.cat([inner.embed_tokens(teacher.prompt), items])[None]  # (1, P + T, D)
+    tokens = state.shape[1]
+    rotary = inner.rotary_emb(state, torch.arange(tokens)[None])
+    mask = torch.full((tokens, tokens), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    states, between = [state], []
+    for block in inner.layers:
+        attended, _ = block.self_attn(
+            hidden_states=block.input_layernorm(state),
+            position_embeddings=rotary,
+            attention_mask=mask,
+        )
+        between.append(state + attended)
+        state = between[-1] + block.mlp(block.post_attention_layernorm(between[-1]))
+        states.append(state)
+    return (
+        np.stack([each[0, -1].numpy() for each in states]),
+        np.stack([each[0, -1].numpy() for each in between]),
     )
-    for handle in handles:
-        handle.remove()
-    return found
 
 
-def cut_states(teacher: Recommender, asked: Questions) -> np.ndarray:
-    """Each user's states (E, L + 1, D): the last outputs of models that were really truncated."""
-    depth = teacher.depth
-    cuts = [copy.deepcopy(teacher) for _ in range(depth)]
-    for kept, cut in enumerate(cuts, 1):
-        keep_blocks(cut.backbone, range(kept))
-    ends = [{"last": find_blocks(cut.backbone)[-1]} for cut in cuts]
-    states = []
-    for history in asked.histories:
-        runs = [run_alone(cut, history, end) for cut, end in zip(cuts, ends, strict=True)]
-        states.append([runs[0]["input"], *(run["last"] for run in runs)])
-    return np.array(states)
+def test_against_a_decoder_written_by_hand(teacher: Recommender, asked: Questions) -> None:
+    few = first(asked, 40)
+    found = similarities(teacher, few, device=CPU)
+    pairs = [by_hand(teacher, history) for history in few.histories]
+    states = np.stack([pair[0] for pair in pairs])  # (B, L + 1, D)
+    between = np.stack([pair[1] for pair in pairs])  # (B, L, D)
+    for block in range(5):
+        steps = [(user[block], user[block + 1]) for user in states]
+        attention = [
+            (user[block], after[block]) for user, after in zip(states, between, strict=True)
+        ]
+        mlp = [(after[block], user[block + 1]) for user, after in zip(states, between, strict=True)]
+        for value, vectors in (
+            (found.influence[block], steps),
+            (found.attention[block], attention),
+            (found.mlp[block], mlp),
+        ):
+            assert value == pytest.approx(1 - np.mean([cosine(*v) for v in vectors]), abs=1e-12)
+            assert 1e-4 < value < 2
+    for low in range(6):
+        sizes = [np.linalg.norm(user[low]) for user in states]
+        assert found.norms[low] == pytest.approx(np.mean(sizes), rel=1e-12)
+        assert found.angular[low, low] == 0
+        for high in range(low + 1, 6):
+            angles = [np.arccos(cosine(user[low], user[high])) / np.pi for user in states]
+            assert found.angular[low, high] == pytest.approx(np.mean(angles), abs=1e-12)
+            expected = linear_cka(states[:, low], states[:, high])
+            assert found.cka[low, high] == pytest.approx(expected, abs=1e-12)
+    for matrix in (found.angular, found.cka):
+        np.testing.assert_allclose(matrix, matrix.T, atol=1e-15)
+    np.testing.assert_allclose(found.cka.diagonal(), 1, atol=1e-12)
+    assert found.cka_users == 40
 
 
-def cosine(x: np.ndarray, y: np.ndarray) -> float:
-    return math.fsum(x * y) / math.sqrt(math.fsum(x * x) * math.fsum(y * y))
-
-
-def direct_cka(x: np.ndarray, y: np.ndarray) -> float:
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    own = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    return float(np.linalg.norm(y.T @ x) ** 2 / own)
-
-
-def all_cka(states: np.ndarray) -> np.ndarray:
-    each = range(states.shape[1])
-    return np.array([[direct_cka(states[:, i], states[:, j]) for j in each] for i in each])
-
-
-def check_states(found: Similarities, states: np.ndarray) -> None:
-    """Hold all that is about states (E, L + 1, D) against loops over users."""
-    users, depths, _ = states.shape
-    norms, influence, angular = np.zeros(depths), np.zeros(depths - 1), np.zeros((depths, depths))
-    for user in states:
-        for i in range(depths):
-            norms[i] += math.sqrt(math.fsum(user[i] ** 2)) / users
-            if i < depths - 1:
-                influence[i] += (1 - cosine(user[i], user[i + 1])) / users
-            for j in range(depths):
-                if i != j:
-                    angular[i, j] += math.acos(min(1, cosine(user[i], user[j]))) / math.pi / users
-    np.testing.assert_allclose(found.norms, norms, rtol=1e-9)
-    np.testing.assert_allclose(found.influence, influence, rtol=1e-8)
-    np.testing.assert_allclose(found.angular, angular, rtol=1e-8)
-
-
-def check_parts(found: Similarities, teacher: Recommender, asked: Questions, family: str) -> None:
-    blocks = find_blocks(teacher.backbone)
-    attention, mlp = np.zeros(len(blocks)), np.zeros(len(blocks))
-    watched: dict[str, nn.Module] = {f"out{i}": block for i, block in enumerate(blocks)}
-    for i, block in enumerate(blocks):
-        watched |= {f"{end}{i}": block.get_submodule(end) for end in ENDS[family]}
-    factor = FACTOR if family == "granite" else 1
-    for history in asked.histories:
-        run = run_alone(teacher, history, watched)
-        x = run["input"]
-        for i in range(len(blocks)):
-            middle = x + factor * run[f"{ENDS[family][0]}{i}"]
-            after = middle + factor * run[f"{ENDS[family][1]}{i}"]
-            attention[i] += (1 - cosine(x, middle)) / len(asked.users)
-            mlp[i] += (1 - cosine(middle, after)) / len(asked.users)
-            x = run[f"out{i}"]
-            np.testing.assert_allclose(after, x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
-    np.testing.assert_allclose(found.attention, attention, rtol=1e-8)
-    np.testing.assert_allclose(found.mlp, mlp, rtol=1e-8)
-
-
-def check_equal(found: Similarities, expected: Similarities) -> None:
-    for name in VALUES:
-        one, other = getattr(found, name), getattr(expected, name)
-        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-14, err_msg=name)
-
-
-def test_naive_loops(
+def test_batches_make_no_difference(
     teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = some(asked, 40)
-    monkeypatch.setattr(similarity, "BATCH", 16)
-    monkeypatch.setattr(similarity, "ROWS", 7)
-    found = similarities(teacher, asked, device=CPU)
-    states = cut_states(teacher, asked)
-    check_states(found, states)
-    check_parts(found, teacher, asked, "llama")
-    assert found.cka_users == 40
-    np.testing.assert_allclose(found.cka, all_cka(states), rtol=1e-9)
-    assert (found.influence > 0.001).all()
-    assert found.cka[np.triu_indices(6, 1)].max() < 0.999
+    whole = similarities(teacher, asked, device=CPU, cka_users=100)
+    monkeypatch.setattr(similarity, "BATCH", 7)
+    pieces = similarities(teacher, asked, device=CPU, cka_users=100)
+    for name in ARRAYS:
+        np.testing.assert_allclose(getattr(pieces, name), getattr(whole, name), atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ENDS)
-def test_families(family: str, asked: Questions) -> None:
-    asked = some(asked, 12)
-    teacher = tiny(family, **({"residual_multiplier": FACTOR} if family == "granite" else {}))
-    found = similarities(teacher, asked, device=CPU)
-    states = cut_states(teacher, asked)
-    check_states(found, states)
-    check_parts(found, teacher, asked, family)
-    np.testing.assert_allclose(found.cka, all_cka(states), rtol=1e-9)
-
-
-@pytest.mark.parametrize("cka_users", [2048, 90])
-def test_cka_of_a_sample(teacher: Recommender, asked: Questions, cka_users: int) -> None:
-    found = similarities(teacher, asked, device=CPU, cka_users=cka_users)
-    states = np.zeros((300, 6, 16))
-    with torch.inference_mode():
-        for batch in passes(teacher, asked, device=CPU, batch_size=100):
-            states[batch.chosen] = batch.states.transpose(0, 1).numpy()
-    check_states(found, states)  # of all users, whatever the sample is
-    assert found.cka_users == min(300, cka_users)
-    sample = states[np.random.default_rng(0).permutation(300)[:cka_users]]
-    np.testing.assert_allclose(found.cka, all_cka(sample), rtol=1e-9)
-    np.testing.assert_array_equal(found.cka, found.cka.T)
-
-
-def test_an_identity_block(teacher: Recommender, asked: Questions) -> None:
-    block = teacher.backbone.layers[2]
-    with torch.no_grad():
-        block.self_attn.o_proj.weight.zero_()
-        block.mlp.down_proj.weight.zero_()
-    found = similarities(teacher, asked, device=CPU)
-    others = [0, 1, 3, 4]
-    for values in (found.influence, found.attention, found.mlp):
-        assert abs(values[2]) < 1e-14
-        assert (values[others] > 1e-3).all()
-    # no closer: the arc cosine of 1 minus a rounding error
-    assert found.angular[2, 3] < 3e-8
-    assert (found.angular[others, [1, 2, 4, 5]] > 0.01).all()
-    assert found.cka[2, 3] == pytest.approx(1, abs=1e-12)
-    np.testing.assert_allclose(found.cka[2], found.cka[3], rtol=1e-12)
-
-
-def test_a_block_that_turns_back(teacher: Recommender, asked: Questions) -> None:
-    teacher.backbone.layers[1].register_forward_hook(lambda _, args, out: -args[0])
-    found = similarities(teacher, asked, device=CPU)
-    assert found.influence[1] == pytest.approx(2, abs=1e-12)
-    assert found.angular[1, 2] == pytest.approx(1, abs=1e-7)
-    assert found.cka[1, 2] == pytest.approx(1, abs=1e-12)
-    assert found.norms[1] == pytest.approx(found.norms[2], rel=1e-12)
-    # no longer what its parts add up to
-    assert np.isnan(found.attention[1])
-    assert np.isnan(found.mlp[1])
-    assert np.isfinite(found.mlp[[0, 2, 3, 4]]).all()
-
-
-@pytest.mark.parametrize("batch", [1, 7, 1000])
-def test_any_batch_size(
-    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch, batch: int
+def test_memory_does_not_grow_with_the_users(
+    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = some(asked, 60)
-    expected = similarities(teacher, asked, device=CPU, cka_users=50)
-    monkeypatch.setattr(similarity, "BATCH", batch)
-    check_equal(similarities(teacher, asked, device=CPU, cka_users=50), expected)
+    kept = []
+    put = similarity._Sample.put
+
+    def watched(self: Any, *args: Any) -> None:
+        put(self, *args)
+        kept.append(self._states.numel())
+
+    monkeypatch.setattr(similarity, "BATCH", 50)
+    monkeypatch.setattr(similarity._Sample, "put", watched)
+    assert similarities(teacher, asked, device=CPU, cka_users=20).cka_users == 20
+    assert kept == [6 * 20 * 16] * 6
 
 
-def test_any_order_of_users(teacher: Recommender, asked: Questions) -> None:
-    order = np.random.default_rng(1).permutation(300)
-    expected = similarities(teacher, asked, device=CPU)
-    check_equal(similarities(teacher, ask(asked, order), device=CPU), expected)
+def test_cka_of_a_sample(teacher: Recommender, asked: Questions) -> None:
+    found = similarities(teacher, asked, device=CPU, cka_users=60)
+    assert found.cka_users == 60
+    chosen = np.random.default_rng(0).permutation(300)[:60]
+    states = np.stack([by_hand(teacher, asked.histories[user])[0] for user in chosen])
+    for low, high in ((0, 5), (1, 3), (4, 5)):
+        expected = linear_cka(states[:, low], states[:, high])
+        assert found.cka[low, high] == pytest.approx(expected, abs=1e-12)
+    everyone = similarities(teacher, asked, device=CPU)
+    assert everyone.cka_users == 300
+    assert np.abs(everyone.cka - found.cka).max() > 1e-3
+    np.testing.assert_array_equal(everyone.influence, found.influence)
 
 
-def test_bfloat16_is_compared_in_float64(teacher: Recommender, asked: Questions) -> None:
-    with torch.no_grad():
-        for weight in (teacher.backbone.layers[2].mlp, teacher.backbone.layers[2].self_attn):
-            for matrix in weight.parameters():
-                matrix.mul_(0.3)
-    teacher = teacher.to(torch.bfloat16)
-    asked = some(asked, BATCH)  # one batch: in bfloat16 its shape may matter
-    found = similarities(teacher, asked, device=CPU)
-    ends: dict[str, Tensor] = {}
-    handles = [
-        block.get_submodule(end).register_forward_hook(
-            lambda _, __, out, name=f"{end}{i}": ends.update({name: first(out)})
-        )
-        for i, block in enumerate(teacher.backbone.layers)
-        for end in ENDS["llama"]
-    ]
-    (batch,) = asked.batches(BATCH, CPU)
-    with torch.no_grad():
-        (one,) = passes(teacher, asked, device=CPU)
-        teacher.encode(*batch[1:], teacher.prepare_prompt())
-    for handle in handles:
-        handle.remove()
-    states = one.states.detach()
-    exact = states.double().transpose(0, 1).numpy()
-    check_states(found, exact)
-    # kept in float32
-    np.testing.assert_allclose(found.cka, all_cka(exact), rtol=1e-5)
-    rows = torch.arange(len(batch[2])), batch[2] - 1
-    for i in range(5):
-        x, a, m = states[i], ends[f"self_attn{i}"][rows], ends[f"mlp{i}"][rows]
-        x, a, m = (each.detach().double().numpy() for each in (x, a, m))
-        turned = [
-            (1 - cosine(u, u + v), 1 - cosine(u + v, u + v + w))
-            for u, v, w in zip(x, a, m, strict=True)
-        ]
-        expected = np.mean(turned, axis=0)
-        np.testing.assert_allclose([found.attention[i], found.mlp[i]], expected, rtol=1e-8)
-    rounded = torch.cosine_similarity(states[2], states[3], dim=-1)
-    naive = float((1 - rounded).double().mean())
-    assert abs(naive / found.influence[2] - 1) > 0.1
+@pytest.mark.parametrize(("users", "width"), [(300, 5), (40, 30)], ids=["features", "users"])
+def test_cka_by_products_of_features_and_of_users(users: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(users, width, generator=generator, dtype=torch.float64) + 3
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    noise = torch.randn(users, width, generator=generator, dtype=torch.float64)
+    states = torch.stack([state, 1e12 * state @ turn - 7, state + noise, 1e-9 * noise])
+    sample = similarity._Sample(users, users)
+    for part in (slice(0, 10), slice(10, None)):
+        sample.put(np.arange(users)[part], states[:, part])
+    found = sample.cka()
+    expected = [[linear_cka(a.numpy(), b.numpy()) for a in states] for b in states]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert found[0, 1] == pytest.approx(1, abs=1e-12)  # blind to rotation, scale and place
+    assert found[0, 3] < found[0, 2] < 1
+    for route in (similarity._by_feature, similarity._by_user):
+        centred = states - states.mean(dim=1, keepdim=True)
+        products = [[float((a.T @ b).square().sum()) for a in centred] for b in centred]
+        np.testing.assert_allclose(route(centred).numpy(), products, rtol=1e-10)
 
 
-def test_a_suffix_that_all_users_share(asked: Questions) -> None:
-    asked = some(asked, 30)
-    teacher = tiny("llama", suffix=(4, 5))
-    found = similarities(teacher, asked, device=CPU)
-    states = cut_states(teacher, asked)
-    check_states(found, states)
-    check_parts(found, teacher, asked, "llama")
+def test_a_state_that_all_users_share_has_no_cka(
+    llama_config: Callable[..., LlamaConfig], asked: Questions
+) -> None:
+    backbone = LlamaForCausalLM(llama_config(num_hidden_layers=3))
+    model = Recommender(backbone, torch.randn(41, 6), (3,), suffix=(4, 5)).eval()
+    found = similarities(model, asked, device=CPU)
     assert np.isnan(found.cka[0]).all()
     assert np.isnan(found.cka[:, 0]).all()
-    np.testing.assert_allclose(found.cka[1:, 1:], all_cka(states[:, 1:]), rtol=1e-9)
+    assert np.isfinite(found.cka[1:, 1:]).all()
+    np.testing.assert_allclose(found.cka[1:, 1:].diagonal(), 1, atol=1e-5)
+    assert np.isfinite(found.angular).all()
 
 
-def test_one_user(teacher: Recommender, asked: Questions) -> None:
-    asked = some(asked, 1)
-    found = similarities(teacher, asked, device=CPU)
-    check_states(found, cut_states(teacher, asked))
-    check_parts(found, teacher, asked, "llama")
-    assert found.cka_users == 1
-    assert np.isnan(found.cka).all()
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {},
+    "gpt_neox": {},  # attention and MLP read the same state
+    "falcon": {},  # the same, and one is added to the other in place
+    "bloom": {},  # their last modules add the stream inside
+    "opt": {},
+    "mpt": {},  # a dropout behind
+    "gemma2": {},  # a norm behind each
+    "olmo2": {},  # a norm behind each, none before
+    "granite": {"residual_multiplier": 0.3},
+    "mixtral": {},
+    "llama4_text": {},  # experts that return a flattened batch
+    "qwen3_next": {},  # two kinds of blocks
+    "cohere": {},
+}
+SMALL = {"bloom": {"n_layer": 4}, "mamba": {"num_hidden_layers": 4}}
 
 
-def test_the_first_model_of_its_kind(
-    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = similarities(teacher, asked, device=CPU)
-    # then the read-out runs a block more, to learn what it returns
-    monkeypatch.setattr(skipping, "_extra_outputs", {})
-    check_equal(similarities(teacher, asked, device=CPU), expected)
+def recommender(family: str, prompt: tuple[int, ...] = (), **changes: Any) -> Recommender:
+    torch.manual_seed(0)
+    backbone = tiny_model(CONFIG_MAPPING[family](**SMALL.get(family, {}) | changes), depth=4)
+    return Recommender(backbone, torch.randn(41, 6), prompt).to(backbone.dtype).eval()
 
 
-def test_blocks_without_an_mlp(asked: Questions) -> None:
-    found = similarities(tiny("mamba", num_hidden_layers=4), some(asked, 12), device=CPU)
+@torch.no_grad()
+def states_of(model: Recommender, asked: Questions, without_mlp: int | None = None) -> torch.Tensor:
+    """States (L + 1, B, D) of one batch, maybe with the MLP of a block left out."""
+    skipped = set() if without_mlp is None else {without_mlp}
+    ((_, histories, lengths),) = asked.batches(256, CPU)
+    with skip_blocks(model.backbone, skipped, part="mlp"), tap_blocks(model.backbone) as tap:
+        prompt = model.prepare_prompt()
+        tap.positions = model.last_place(lengths)
+        model.encode(histories, lengths, prompt)
+        return torch.stack(tap.states).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_against_blocks_without_their_mlp(family: str, asked: Questions) -> None:
+    model, few = recommender(family, (3, 1), **FAMILIES[family]), first(asked, 12)
+    found = similarities(model, few, device=CPU)
+    states = states_of(model, few)
+    for block in range(model.depth):
+        between = states_of(model, few, without_mlp=block)[block + 1]
+        attention = 1 - torch.cosine_similarity(states[block], between, dim=-1).mean()
+        mlp = 1 - torch.cosine_similarity(between, states[block + 1], dim=-1).mean()
+        tolerance = 1e-9 if model.backbone.dtype == torch.float64 else 1e-5
+        assert found.attention[block] == pytest.approx(float(attention), abs=tolerance)
+        assert found.mlp[block] == pytest.approx(float(mlp), abs=tolerance)
+        assert min(found.attention[block], found.mlp[block]) > 1e-7
+
+
+def test_a_block_of_one_part(asked: Questions) -> None:
+    found = similarities(recommender("mamba"), first(asked, 12), device=CPU)
+    np.testing.assert_allclose(found.attention, found.influence, atol=1e-12)
     assert np.isnan(found.mlp).all()
-    # all that such a block does is its only part; that runs in float32
-    np.testing.assert_allclose(found.attention, found.influence, rtol=1e-4)
 
 
-def test_blocks_that_are_no_sum(asked: Questions) -> None:
-    asked = some(asked, 12)
-    teacher = tiny("opt", do_layer_norm_before=False)
-    found = similarities(teacher, asked, device=CPU)
+def test_blocks_that_are_no_sums_have_no_parts(asked: Questions) -> None:
+    model = recommender("bert", is_decoder=True)
+    found = similarities(model, first(asked, 12), device=CPU)
     assert np.isnan(found.attention).all()
     assert np.isnan(found.mlp).all()
-    assert np.isfinite(found.influence).all()
-    assert (found.influence > 0).all()
+    for name in ("influence", "angular", "cka", "norms"):
+        assert np.isfinite(getattr(found, name)).all()
 
 
-def test_to_frame(teacher: Recommender, asked: Questions) -> None:
+def test_what_is_done_to_a_branch_outside_modules_is_noticed(
+    teacher: Recommender, asked: Questions
+) -> None:
+    block: Any = find_blocks(teacher.backbone)[2]
+    scale = torch.linspace(0.5, 2, 16, dtype=torch.float64)  # one factor a feature: no module
+
+    def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _ = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **kwargs)
+        between = hidden_states + attended
+        return between + scale * block.mlp(block.post_attention_layernorm(between))
+
+    block.forward = forward
+    found = similarities(teacher, first(asked, 20), device=CPU)
+    assert np.isnan(found.attention).tolist() == [False, False, True, False, False]
+    assert np.isnan(found.mlp).tolist() == [False, False, True, False, False]
+
+
+def zero_outputs(block: nn.Module) -> None:
+    """Zero what a block's branches end in."""
+    ends = ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h")
+    found = [
+        parameter
+        for name, parameter in block.named_parameters()
+        if name.removesuffix(".weight").removesuffix(".bias").endswith(ends)
+    ]
+    assert found
+    with torch.no_grad():
+        for parameter in found:
+            parameter.zero_()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
+def test_a_planted_identity(family: str, asked: Questions) -> None:
+    model = recommender(family)
+    zero_outputs(find_blocks(model.backbone)[2])
+    found = similarities(model, first(asked, 50), device=CPU)
+    for values in (found.influence, found.attention, found.mlp):
+        assert values[2] == pytest.approx(0, abs=1e-12)
+        assert (np.delete(values, 2) > 1e-6).all()
+    assert found.angular[2, 3] == pytest.approx(0, abs=1e-7)
+    assert found.cka[2, 3] == pytest.approx(1, abs=1e-12)
+    assert found.norms[2] == pytest.approx(found.norms[3], rel=1e-15)
+    for k in (0, 1, 3):
+        assert found.angular[k, k + 1] > 1e-3
+        assert found.cka[k, k + 1] < 1 - 1e-6
+    np.testing.assert_allclose(found.angular[2, [0, 1, 4]], found.angular[3, [0, 1, 4]], atol=1e-12)
+
+
+def test_a_planted_reversal(teacher: Recommender, asked: Questions) -> None:
+    usual = similarities(teacher, asked, device=CPU)
+    blocks = find_blocks(teacher.backbone)
+    zero_outputs(blocks[3])
+    # a factor on the whole sum: it changes no part's share
+    for block, factor in ((blocks[3], -2), (blocks[0], 0.5)):
+        block.register_forward_hook(lambda _, __, output, factor=factor: factor * output)
     found = similarities(teacher, asked, device=CPU)
-    expected: list[tuple[str, int, int, float]] = []
-    for k in range(5):
-        expected.append(("block-influence", k, k + 1, found.influence[k]))
-        expected.append(("attention-influence", k, k + 1, found.attention[k]))
-        expected.append(("mlp-influence", k, k + 1, found.mlp[k]))
-    for start in range(6):
-        expected.append(("norm", start, start, found.norms[start]))
-        for end in range(start + 1, 6):
-            expected.append(("angular-distance", start, end, found.angular[start, end]))
-            expected.append(("cka", start, end, found.cka[start, end]))
+    assert found.influence[3] == pytest.approx(2, abs=1e-12)
+    assert found.angular[3, 4] == pytest.approx(1, abs=1e-7)
+    assert found.cka[3, 4] == pytest.approx(1, abs=1e-12)
+    assert found.norms[4] == pytest.approx(2 * found.norms[3], rel=1e-12)
+    assert found.norms[1] == pytest.approx(usual.norms[1] / 2, rel=1e-12)
+    assert found.attention[3] == pytest.approx(0, abs=1e-12)
+    for name in ("influence", "attention", "mlp"):
+        assert getattr(found, name)[0] == pytest.approx(getattr(usual, name)[0], rel=1e-9)
+
+
+def test_bfloat16_does_not_round_a_small_influence_away(
+    teacher: Recommender, asked: Questions
+) -> None:
+    block: Any = find_blocks(teacher.backbone)[2]
+    with torch.no_grad():
+        block.self_attn.o_proj.weight.mul_(1e-2)
+        block.mlp.down_proj.weight.mul_(1e-2)
+    exact = similarities(teacher, asked, device=CPU)
+    half = copy.deepcopy(teacher)
+    half.backbone.bfloat16()
+    found = similarities(half, asked, device=CPU)
+    states = torch.cat([each.states.detach() for each in passes(half, asked, device=CPU)], dim=1)
+    assert states.dtype == torch.bfloat16
+    rounded = 1 - torch.cosine_similarity(states[2], states[3], dim=-1).mean()
+    assert float(rounded) == 0 or abs(float(rounded) / exact.influence[2] - 1) > 0.5
+    direct = 1 - torch.cosine_similarity(states.double()[2], states.double()[3], dim=-1).mean()
+    assert found.influence[2] == pytest.approx(float(direct), rel=1e-6)
+    np.testing.assert_allclose(found.attention, exact.attention, rtol=0.1)
+    np.testing.assert_allclose(found.mlp, exact.mlp, rtol=0.1)
+    np.testing.assert_allclose(found.norms, exact.norms, rtol=0.01)
+
+
+def test_several_branches_of_one_kind_are_one_part() -> None:
+    state, one, two, three = torch.randn(4, 7, 5, dtype=torch.float64)
+    terms = [
+        similarity._Term(str(k), mixes, factor)
+        for k, (mixes, factor) in enumerate([(True, 1.0), (False, 0.5), (False, 2.0)])
+    ]
+    found = similarity._turns(state, terms, [one, two, three])
+    before = state + one
+    after = before + 0.5 * two + 2 * three
+    torch.testing.assert_close(found[0], 1 - torch.cosine_similarity(state, before))
+    torch.testing.assert_close(found[1], 1 - torch.cosine_similarity(before, after))
+
+
+def test_the_model_is_left_as_it_was(teacher: Recommender, asked: Questions) -> None:
+    before = copy.deepcopy(teacher.state_dict())
+    similarities(teacher, asked, device=CPU)
+    for module in teacher.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_as_a_frame(teacher: Recommender, asked: Questions) -> None:
+    found = similarities(teacher, asked, device=CPU)
     frame = to_frame(found)
     assert list(frame.columns) == ["score", "start", "end", "value"]
-    assert list(frame.index) == list(range(len(frame)))
-    assert sorted(frame.itertuples(index=False, name=None)) == sorted(expected)
+    assert frame.groupby("score").size().to_dict() == {
+        "block-influence": 5,
+        "angular-distance": 15,
+        "cka": 15,
+        "norm": 6,
+        "attention-influence": 5,
+        "mlp-influence": 5,
+    }
+    value = frame.set_index(["score", "start", "end"])["value"]
+    assert value.index.is_unique
+    assert value["block-influence", 4, 5] == found.influence[4]
+    assert value["attention-influence", 1, 2] == found.attention[1]
+    assert value["mlp-influence", 0, 1] == found.mlp[0]
+    assert value["angular-distance", 1, 4] == found.angular[1, 4]
+    assert value["cka", 0, 5] == found.cka[0, 5]
+    assert value["norm", 5, 5] == found.norms[5]
 
 
-def check_untouched(teacher: Recommender) -> None:
-    assert not any("forward" in vars(module) for module in teacher.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
-
-
-def test_leaves_the_model_as_it_was(teacher: Recommender, asked: Questions) -> None:
-    before = evaluate(teacher, asked, device=CPU)["full"]
-    similarities(teacher, asked, device=CPU)
-    np.testing.assert_array_equal(evaluate(teacher, asked, device=CPU)["full"], before)
-    check_untouched(teacher)
-
-
-@pytest.mark.parametrize("calls", range(1, 5))
-def test_leaves_the_model_as_it_was_after_a_failure(
-    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch, calls: int
+def test_bad_questions_and_models_are_refused(
+    llama_config: Callable[..., LlamaConfig], asked: Questions
 ) -> None:
-    encode, left = teacher.encode, [calls]
+    class Elsewhere(Recommender):
+        def encode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return 2 * super().encode(*args, **kwargs)
 
-    def fail(*args: Any) -> Tensor:
-        left[0] -= 1
-        if not left[0]:
-            raise RuntimeError("out of memory")
-        return encode(*args)
-
-    monkeypatch.setattr(teacher, "encode", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        similarities(teacher, asked, device=CPU)
-    check_untouched(teacher)
-
-
-def test_no_questions(teacher: Recommender, asked: Questions) -> None:
-    nobody = replace(asked, users=asked.users[:0], histories=[])
-    with pytest.raises(ValueError, match="no questions to compare"):
-        similarities(teacher, nobody, device=CPU)
-    check_untouched(teacher)
+    backbone = LlamaForCausalLM(llama_config(num_hidden_layers=2))
+    with pytest.raises(ValueError, match=r"Elsewhere.encode does not return read_out"):
+        similarities(Elsewhere(backbone, torch.randn(41, 6), ()).eval(), asked, device=CPU)
+    none = replace(asked, users=asked.users[:0], histories=[], targets=asked.targets[:0])
+    with pytest.raises(ValueError, match="no questions"):
+        similarities(Recommender(backbone, torch.randn(41, 6), ()).eval(), none, device=CPU)

@@ -14,6 +14,7 @@ from depthprobe.files import complete_file
 from depthprobe.report.answer import build_answer
 from depthprobe.report.facts import conditions, how_measured
 from depthprobe.report.figures import FIGURES, save_figure
+from depthprobe.report.reliance import reliance_table
 from depthprobe.report.summary import RunLike, Summary, summarise
 from depthprobe.report.tables import all_tables, save_table
 
@@ -31,6 +32,9 @@ WORDS = {
     "student": "a variant trained with the distillation losses (“distilled”)",
     "early exit": "the teacher read out after a block, without training",
     "skip": "the teacher with one block left out, without training",
+    "read-out": "a fresh head fitted to the teacher's states at a depth, the teacher frozen",
+    "tuned lens": "a linear map at a depth before the teacher's own head, fitted to its answers",
+    "linear map": "the teacher with a fitted linear map in place of a span of blocks (ReplaceMe)",
     "random init": "a control: the same architecture without pretraining",
     "HR@K": "share of users whose next item is among the first K",
     "NDCG@K": "the same, but a hit counts less the lower it stands: 1 / log2(rank + 1)",
@@ -59,6 +63,8 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         run = open_run(run)
     summary = summarise(run)
     tables = all_tables(summary)
+    if (reliance := reliance_table(summary)) is not None:
+        tables[reliance.name] = reliance
     for table in tables.values():
         save_table(table, run.path / "tables")
     page = _environment().get_template("report.html.j2").render(

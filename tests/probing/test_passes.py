@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,3 +101,14 @@ def test_only_batches_are_in_memory(asked: Questions) -> None:
             alive.append(batch.states.untyped_storage().nbytes())
             assert batch.states.shape[1] <= 16
     assert max(alive) <= 5 * 16 * 16 * 8
+
+
+def test_the_guide_runs() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "probing.md"
+    _, code = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)  # noqa: S102 - our own page
+    ranks = early_exit(names["model"], names["asked"], device=CPU)  # type: ignore[arg-type]
+    assert len(ranks) == 5
+    lines = code[code.index("class Mine") : code.index("model = ")].strip().splitlines()
+    assert len(lines) <= 20

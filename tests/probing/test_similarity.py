@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from depthprobe.evaluation.evaluate import Questions
+from depthprobe.models import skipping
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import skip_blocks
@@ -354,6 +355,56 @@ def test_the_model_is_left_as_it_was(teacher: Recommender, asked: Questions) -> 
         assert not module._forward_pre_hooks
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+def test_the_model_is_left_as_it_was_after_an_error(
+    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    encode, calls = teacher.encode, []
+
+    def failing(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == call:
+            raise RuntimeError("out of memory")
+        return encode(*args)
+
+    monkeypatch.setattr(teacher, "encode", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        similarities(teacher, asked, device=CPU)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    assert not any("forward" in vars(module) for module in teacher.modules())
+
+
+def test_any_order_of_users(teacher: Recommender, asked: Questions) -> None:
+    order = np.random.default_rng(1).permutation(300)
+    mixed = replace(
+        asked, users=asked.users[order], histories=[asked.histories[user] for user in order]
+    )
+    one, other = (similarities(teacher, each, device=CPU) for each in (asked, mixed))
+    for name in ARRAYS:
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-12)
+
+
+def test_one_user(teacher: Recommender, asked: Questions) -> None:
+    found = similarities(teacher, first(asked, 1), device=CPU)
+    states, between = by_hand(teacher, asked.histories[0])
+    for block in range(5):
+        expected = 1 - cosine(states[block], between[block])
+        assert found.attention[block] == pytest.approx(expected, abs=1e-12)
+    assert found.cka_users == 1
+    assert np.isnan(found.cka).all()
+
+
+def test_the_first_model_of_its_kind(
+    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = similarities(teacher, asked, device=CPU)
+    # then the read-out runs a block more, to learn what it returns
+    monkeypatch.setattr(skipping, "_extra_outputs", {})
+    found = similarities(teacher, asked, device=CPU)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_as_a_frame(teacher: Recommender, asked: Questions) -> None:

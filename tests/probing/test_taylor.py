@@ -187,6 +187,43 @@ def test_quantised_weights_are_refused(teacher: Recommender, asked: Questions) -
         taylor_importance(teacher, asked, device=CPU)
 
 
+def test_packed_weights_that_are_no_parameters(teacher: Recommender, asked: Questions) -> None:
+    teacher.backbone.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ValueError, match="probe the unquantised"):
+        taylor_importance(teacher, asked, device=CPU)
+
+
+def test_gradients_add_up_before_they_are_made_positive(
+    teacher: Recommender, asked: Questions
+) -> None:
+    # the mean of |W dL/dW| over users is another, larger number
+    alone = [
+        taylor_importance(
+            teacher,
+            replace(
+                asked,
+                users=asked.users[i : i + 1],
+                histories=asked.histories[i : i + 1],
+                targets=asked.targets[i : i + 1],
+            ),
+            device=CPU,
+        )
+        for i in range(12)
+    ]
+    found = taylor_importance(teacher, first(asked, 12), device=CPU, batch_size=1)
+    assert (np.mean(alone, axis=0) > 1.1 * found).all()
+
+
+def test_behind_a_suffix_and_where_gradients_are_off(asked: Questions) -> None:
+    few = first(asked, 10)
+    backbone = tiny_model(CONFIG_MAPPING["llama"](), depth=3)
+    model = Recommender(backbone, torch.randn(41, 6), (3, 1), suffix=(4, 5)).double().eval()
+    with torch.no_grad():
+        found = taylor_importance(model, few, device=CPU)
+        assert not torch.is_grad_enabled()
+    np.testing.assert_allclose(found, by_autograd(model, few), rtol=1e-6)
+
+
 def test_no_questions(teacher: Recommender, asked: Questions) -> None:
     none = replace(asked, users=asked.users[:0], histories=[], targets=asked.targets[:0])
     with pytest.raises(ValueError, match="no questions"):

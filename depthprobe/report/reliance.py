@@ -1,0 +1,193 @@
+"""How far the cheap scores of a run can be relied on: held against the damage that it measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from depthprobe.evaluation.statistics import Interval
+from depthprobe.evaluation.trust import FEWEST, trust
+from depthprobe.report.style import NONE, bounds, method_style
+from depthprobe.report.summary import FULL, HEADLINE, RunLike, Summary, as_summary
+from depthprobe.report.tables import Cell, Row, Table
+
+Span = tuple[int, int]  # [start, end)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Candidates of one kind: what they are called, and which method measured their damage."""
+
+    kind: str
+    method: str
+    trials: Mapping[Span, str]  # what each candidate leaves out, and its trial
+    scores: Mapping[str, Mapping[Span, float]]  # higher: believed to matter more
+
+
+def reliance_table(run: RunLike | Summary) -> Table | None:
+    """Rank correlation of each cheap score with the measured damage; None without either.
+
+    One row a score, kind of candidate and seed. Damage is the mean loss of NDCG@10 of the test
+    users, or for depths that of the variants trained there; intervals are over users.
+    """
+    summary = as_summary(run)
+    frames = []
+    for seed in sorted({int(record["seed"]) for record in summary.run.records}):
+        for question in _questions(summary.run, seed):
+            frame = _answered(summary, question, seed)
+            if frame is not None:
+                frames.append(frame.assign(candidate=question.kind, by=question.method, seed=seed))
+    if not frames:
+        return None
+    frame = pd.concat(frames, ignore_index=True)
+    frame = frame[["candidate", "by", "seed", *frame.columns.drop(["candidate", "by", "seed"])]]
+    rows, last = [], None
+    for _, found in frame.iterrows():
+        kind = (found["candidate"], found["by"], found["seed"])
+        cells = [
+            Cell(str(found["candidate"]), f"damage by {method_style(str(found['by'])).label}"),
+            Cell(str(found["score"])),
+            Cell(str(found["seed"])),
+            Cell(str(found["candidates"])),
+            _correlation(found, "spearman"),
+            _correlation(found, "kendall"),
+        ]
+        rows.append(Row(tuple(cells), group=kind != last))
+        last = kind
+    columns = ("candidates", "cheap score", "seed", "number", "Spearman", "Kendall")
+    return Table("reliance", columns, 2, tuple(rows), frame)
+
+
+def _questions(run: Any, seed: int) -> list[_Question]:
+    maps = _maps(run, seed)
+    done = [r for r in run.records if r["status"] == "done" and r["seed"] == seed]
+    trials = {
+        method: {
+            (int(r["removed"][0]), int(r["removed"][-1]) + 1): str(r["id"])
+            for r in done
+            if r["method"] == method and r["removed"]
+        }
+        for method in ("skip", "span", "drop-attention", "drop-mlp")
+    }
+    whole = {
+        name: values
+        for name, values in maps.items()
+        if name not in {"attention-influence", "mlp-influence"}
+    }
+    of_blocks = {
+        name: {span: v for span, v in values.items() if span[1] - span[0] == 1}
+        for name, values in whole.items()
+    }
+    of_spans = {name: dict(values) for name, values in whole.items()}
+    damages = _damages(done, trials["skip"])
+    for name, values in (*of_blocks.items(), ("skip damage", damages)):
+        summed = _summed(values, trials["span"])
+        if name not in of_spans or not set(trials["span"]) <= set(of_spans[name]):
+            of_spans[f"{name}, summed"] = summed
+    questions = [
+        _Question("blocks", "skip", trials["skip"], of_blocks),
+        _Question("spans", "span", trials["span"], of_spans),
+    ]
+    for part in ("attention", "mlp"):
+        scores = {name: maps[name] for name in maps if name == f"{part}-influence"}
+        kind = {"attention": "attention alone", "mlp": "MLP alone"}[part]
+        questions.append(_Question(kind, f"drop-{part}", trials[f"drop-{part}"], scores))
+    return questions + _depths(done, maps)
+
+
+def _depths(
+    done: Sequence[Mapping[str, Any]], maps: Mapping[str, Mapping[Span, float]]
+) -> list[_Question]:
+    """Depths below the whole one, against the accuracy after training there."""
+    blocks = max((int(r["depth"]) for r in done if r["method"] == "full"), default=0)
+    read = {
+        f"{method_style(method).label} loss": {
+            (int(r["depth"]), blocks): -float(r["metrics"]["test"][FULL][HEADLINE])
+            for r in done
+            if r["method"] == method and r["depth"] < blocks
+        }
+        for method in ("early-exit", "early-exit-raw", "readout", "tuned-lens")
+    }
+    scores = {name: values for name, values in (read | dict(maps)).items() if values}
+    found = []
+    for method in ("finetune", "heal", "distill"):
+        trials = {
+            (int(r["depth"]), blocks): str(r["id"])
+            for r in done
+            if r["method"] == method and r["depth"] < blocks
+        }
+        usable = {name: values for name, values in scores.items() if set(trials) <= set(values)}
+        found.append(_Question("depths", method, trials, usable))
+    return found
+
+
+def _maps(run: Any, seed: int) -> dict[str, dict[Span, float]]:
+    """The run's scores by name and span, each turned so that more means more important."""
+    found: dict[str, dict[Span, float]] = {}
+    for method in ("similarity", "taylor"):
+        frame = run.scores(method) if hasattr(run, "scores") else pd.DataFrame()
+        if frame.empty:
+            continue
+        own = frame[(frame["seed"] == seed) & (frame["score"] != "norm")]
+        for name, start, end, value in zip(
+            *(own[column] for column in ("score", "start", "end", "value")), strict=True
+        ):
+            turned = 1 - float(value) if name == "cka" else float(value)
+            label = "1 - CKA" if name == "cka" else str(name).replace("taylor", "Taylor")
+            found.setdefault(label, {})[int(start), int(end)] = turned
+    return found
+
+
+def _damages(done: Sequence[Mapping[str, Any]], skips: Mapping[Span, str]) -> dict[Span, float]:
+    """What each skip costs; nothing without the teacher to compare with."""
+    means = {str(r["id"]): float(r["metrics"]["test"][FULL][HEADLINE]) for r in done}
+    whole = [means[str(r["id"])] for r in done if r["method"] == "full"]
+    return {span: whole[0] - means[trial] for span, trial in skips.items() if whole}
+
+
+def _summed(values: Mapping[Span, float], spans: Mapping[Span, str]) -> dict[Span, float]:
+    """A span's score as the sum over its blocks, where each has one."""
+    return {
+        (start, end): sum(values[b, b + 1] for b in range(start, end))
+        for start, end in spans
+        if all((b, b + 1) in values for b in range(start, end))
+    }
+
+
+def _answered(summary: Summary, question: _Question, seed: int) -> pd.DataFrame | None:
+    teacher = next(
+        (
+            t
+            for p in summary.of("full")
+            for s, t in zip(p.seeds, p.trials, strict=True)
+            if s == seed
+        ),
+        None,
+    )
+    spans = list(question.trials)
+    arms = [teacher, *question.trials.values()] if teacher else []
+    if len(spans) < FEWEST or not summary.ranks.has([str(a) for a in arms], FULL):
+        return None
+    reference, *outcomes = summary.ranks.values(FULL, HEADLINE, [[str(a)] for a in arms])
+    scores = {
+        name: np.array([values[span] for span in spans])
+        for name, values in question.scores.items()
+        if all(span in values for span in spans)
+    }
+    if not scores:
+        return None
+    resamples = int(summary.run.study.protocol.resamples)
+    table = np.concatenate(outcomes).T  # (U, M)
+    return trust(scores, reference[0], table, resamples=resamples)
+
+
+def _correlation(found: pd.Series, name: str) -> Cell:
+    value, low, high = (float(found[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    if not math.isfinite(value):
+        return Cell(NONE)
+    return Cell(f"{value:.2f}", bounds(Interval(value, low, high), digits=2))

@@ -334,6 +334,34 @@ def test_bfloat16_does_not_round_a_small_influence_away(
     np.testing.assert_allclose(found.norms, exact.norms, rtol=0.01)
 
 
+def test_bfloat16_parts_are_added_as_they_are(teacher: Recommender, asked: Questions) -> None:
+    half, few = teacher.bfloat16(), first(asked, 200)  # one batch: its shape may matter
+    found = similarities(half, few, device=CPU)
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    for index, block in enumerate(find_blocks(half.backbone)):
+        for part in ("self_attn", "mlp"):
+
+            def keep(_: Any, __: Any, out: Any, key: Any = (part, index)) -> None:
+                seen[key] = out[0] if isinstance(out, tuple) else out
+
+            block.get_submodule(part).register_forward_hook(keep)
+    states = states_of(half, few)
+    ((_, _, lengths),) = few.batches(256, CPU)
+    for index in range(5):
+        attended, changed = (
+            seen[part, index][torch.arange(200), lengths - 1].double()
+            for part in ("self_attn", "mlp")
+        )
+        between = states[index] + attended
+        # by no factor but 1, though the block's own sum is rounded
+        for value, one, other in (
+            (found.attention[index], states[index], between),
+            (found.mlp[index], between, between + changed),
+        ):
+            expected = 1 - torch.cosine_similarity(one, other, dim=-1).mean()
+            assert value == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_several_branches_of_one_kind_are_one_part() -> None:
     state, one, two, three = torch.randn(4, 7, 5, dtype=torch.float64)
     terms = [

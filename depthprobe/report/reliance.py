@@ -37,8 +37,8 @@ def reliance_table(run: RunLike | Summary) -> Table | None:
     """
     summary = as_summary(run)
     frames = []
-    for seed in sorted({int(record["seed"]) for record in summary.run.records}):
-        for question in _questions(summary.run, seed):
+    for seed in summary.teacher.seeds if summary.teacher else ():
+        for question in _questions(summary, seed):
             frame = _answered(summary, question, seed)
             if frame is not None:
                 frames.append(frame.assign(candidate=question.kind, by=question.method, seed=seed))
@@ -63,15 +63,10 @@ def reliance_table(run: RunLike | Summary) -> Table | None:
     return Table("reliance", columns, 2, tuple(rows), frame)
 
 
-def _questions(run: Any, seed: int) -> list[_Question]:
-    maps = _maps(run, seed)
-    done = [r for r in run.records if r["status"] == "done" and r["seed"] == seed]
+def _questions(summary: Summary, seed: int) -> list[_Question]:
+    maps, done = _maps(summary.run, seed), _done(summary, seed)
     trials = {
-        method: {
-            (int(r["removed"][0]), int(r["removed"][-1]) + 1): str(r["id"])
-            for r in done
-            if r["method"] == method and r["removed"]
-        }
+        method: {_span(trial.removed): trial.name for trial in done if trial.method == method}
         for method in ("skip", "span", "drop-attention", "drop-mlp")
     }
     whole = {
@@ -100,16 +95,51 @@ def _questions(run: Any, seed: int) -> list[_Question]:
     return questions + _depths(done, maps)
 
 
-def _depths(
-    done: Sequence[Mapping[str, Any]], maps: Mapping[str, Mapping[Span, float]]
-) -> list[_Question]:
+@dataclass(frozen=True)
+class _Trial:
+    """A trial of one seed, and its mean NDCG@10."""
+
+    name: str
+    method: str
+    depth: int
+    removed: str
+    mean: float
+
+
+def _done(summary: Summary, seed: int) -> list[_Trial]:
+    """The seed's trials that were ranked."""
+    trials = summary.run.trials
+    own = trials[(trials["status"] == "done") & (trials["seed"] == seed)]
+    columns = (own[name] for name in ("trial", "method", "depth", "removed"))
+    return [
+        _Trial(str(name), str(method), int(depth), str(removed), _mean(summary, str(name)))
+        for name, method, depth, removed in zip(*columns, strict=True)
+        if summary.ranks.has([str(name)], FULL)
+    ]
+
+
+def _mean(summary: Summary, trial: str) -> float:
+    return float(summary.ranks.values(FULL, HEADLINE, [[trial]])[0].mean())
+
+
+def _span(removed: str) -> Span:
+    """Blocks as a run's tables write them, to [start, end).
+
+    >>> _span("4"), _span("4-6")
+    ((4, 5), (4, 7))
+    """
+    ends = removed.split("-")
+    return int(ends[0]), int(ends[-1]) + 1
+
+
+def _depths(done: Sequence[_Trial], maps: Mapping[str, Mapping[Span, float]]) -> list[_Question]:
     """Depths below the whole one, against the accuracy after training there."""
-    blocks = max((int(r["depth"]) for r in done if r["method"] == "full"), default=0)
+    blocks = max((trial.depth for trial in done if trial.method == "full"), default=0)
     read = {
         f"{method_style(method).label} loss": {
-            (int(r["depth"]), blocks): -float(r["metrics"]["test"][FULL][HEADLINE])
-            for r in done
-            if r["method"] == method and r["depth"] < blocks
+            (trial.depth, blocks): -trial.mean
+            for trial in done
+            if trial.method == method and trial.depth < blocks
         }
         for method in ("early-exit", "early-exit-raw", "readout", "tuned-lens")
     }
@@ -117,9 +147,9 @@ def _depths(
     found = []
     for method in ("finetune", "heal", "distill"):
         trials = {
-            (int(r["depth"]), blocks): str(r["id"])
-            for r in done
-            if r["method"] == method and r["depth"] < blocks
+            (trial.depth, blocks): trial.name
+            for trial in done
+            if trial.method == method and trial.depth < blocks
         }
         usable = {name: values for name, values in scores.items() if set(trials) <= set(values)}
         found.append(_Question("depths", method, trials, usable))
@@ -143,10 +173,10 @@ def _maps(run: Any, seed: int) -> dict[str, dict[Span, float]]:
     return found
 
 
-def _damages(done: Sequence[Mapping[str, Any]], skips: Mapping[Span, str]) -> dict[Span, float]:
+def _damages(done: Sequence[_Trial], skips: Mapping[Span, str]) -> dict[Span, float]:
     """What each skip costs; nothing without the teacher to compare with."""
-    means = {str(r["id"]): float(r["metrics"]["test"][FULL][HEADLINE]) for r in done}
-    whole = [means[str(r["id"])] for r in done if r["method"] == "full"]
+    means = {trial.name: trial.mean for trial in done}
+    whole = [trial.mean for trial in done if trial.method == "full"]
     return {span: whole[0] - means[trial] for span, trial in skips.items() if whole}
 
 

@@ -470,3 +470,31 @@ def test_bad_questions_and_models_are_refused(
     none = replace(asked, users=asked.users[:0], histories=[], targets=asked.targets[:0])
     with pytest.raises(ValueError, match="no questions"):
         similarities(Recommender(backbone, torch.randn(41, 6), ()).eval(), none, device=CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_state_that_differs_by_rounding_alone_has_no_cka(dtype: torch.dtype) -> None:
+    shared = (torch.rand(5, dtype=torch.float64) + 0.1).to(dtype).expand(50, 5)
+    states = torch.stack([shared, torch.randn(50, 5, dtype=dtype)])
+    sample = similarity._Sample(50, 50)
+    sample.put(np.arange(50), states)
+    found = sample.cka()
+    assert np.isnan(found[0]).all()
+    assert found[1, 1] == pytest.approx(1)
+
+
+def test_a_bfloat16_sum_has_whole_factors_and_its_cka_is_not_rounded(
+    teacher: Recommender, asked: Questions
+) -> None:
+    few = first(asked, 200)
+    half = copy.deepcopy(teacher).bfloat16()
+    # fitted to rounded sums, a factor would be 1 but for 1e-3 or so
+    with torch.no_grad():
+        sums = similarity._find_sums(half, few, CPU)
+    for terms in sums:
+        assert [term.factor for term in terms] == [1, 1]
+    states = states_of(half, few).numpy()
+    expected = [[linear_cka(one, other) for one in states] for other in states]
+    ((order, *_),) = few.batches(256, CPU)
+    assert len(order) == 200
+    np.testing.assert_allclose(similarities(half, few, device=CPU).cka, expected, rtol=1e-5)

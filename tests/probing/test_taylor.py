@@ -228,3 +228,11 @@ def test_no_questions(teacher: Recommender, asked: Questions) -> None:
     none = replace(asked, users=asked.users[:0], histories=[], targets=asked.targets[:0])
     with pytest.raises(ValueError, match="no questions"):
         taylor_importance(teacher, none, device=CPU)
+
+
+def test_an_unused_weight_does_not_matter(teacher: Recommender, asked: Questions) -> None:
+    few = first(asked, 20)
+    expected = taylor_importance(teacher, few, device=CPU)
+    spare = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    find_blocks(teacher.backbone)[2].register_parameter("spare", spare)
+    np.testing.assert_array_equal(taylor_importance(teacher, few, device=CPU), expected)

@@ -81,7 +81,7 @@ def page(run: Any) -> Page:
 
 def test_page_has_every_section_and_figure(page: Page, run: Any) -> None:
     sections = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
-    assert sections == ["depth", "cost", "skip", "methods", "trials", "measured"]
+    assert sections == ["depth", "cost", "skip", "reliance", "methods", "trials", "measured"]
     pictures = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(pictures) == 7
     assert all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in pictures)
@@ -89,7 +89,7 @@ def test_page_has_every_section_and_figure(page: Page, run: Any) -> None:
     assert len(list(figures.glob("*.svg"))) == len(list(figures.glob("*.png"))) == 7
     assert {p.name for p in (run.path / "tables").iterdir()} == {
         f"{name}.{suffix}"
-        for name in ("methods", "methods_sampled", "trials")
+        for name in ("methods", "methods_sampled", "trials", "reliance")
         for suffix in ("csv", "tex")
     }
 
@@ -126,7 +126,8 @@ def test_numbers_are_rounded(page: Page) -> None:
 def test_sampled_numbers_are_labelled(page: Page) -> None:
     assert "Sampled: the next item among 999 random negatives" in page.text
     tables = [attrs for tag, attrs in page.tags if attrs.get("role") == "region"]
-    assert "sampled" in (tables[1]["aria-label"] or "")
+    labels = [attrs["aria-label"] or "" for attrs in tables]
+    assert ["sampled" in label for label in labels] == [False, False, True, False]
 
 
 def test_everything_foreign_is_escaped(make: Make, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def cost_reading(summary: Summary, cost: str, metric: str = HEADLINE) -> str:
         return ""
     name = "parameters" if cost == "parameters" else f"{cost} time"
     front = ", ".join(
-        f"{method_style(p.method).label} {p.depth or ''}".strip()
+        method_style(p.method).label + ("" if p.method in BASELINES else f" {p.depth}")
         for p in pareto_front(points, cost, metric)
     )
     return f"{metric} against {name}. Beaten by no other in both, cheapest first: {front}."

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.evaluation.trust import FEWEST, trust
+from depthprobe.evaluation.trust import trust
 from depthprobe.report.style import NONE, bounds, method_style
 from depthprobe.report.summary import FULL, HEADLINE, RunLike, Summary, as_summary
 from depthprobe.report.tables import Cell, Row, Table
 
 Span = tuple[int, int]  # [start, end)
+FEWEST_CANDIDATES = 4  # of three, every sixth order is the right one by chance
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def reliance_table(run: RunLike | Summary) -> Table | None:
     for _, found in frame.iterrows():
         kind = (found["candidate"], found["by"], found["seed"])
         cells = [
-            Cell(str(found["candidate"]), f"damage by {method_style(str(found['by'])).label}"),
+            Cell(str(found["candidate"])),
+            Cell(method_style(str(found["by"])).label),
             Cell(str(found["score"])),
             Cell(str(found["seed"])),
             Cell(str(found["candidates"])),
@@ -59,8 +61,8 @@ def reliance_table(run: RunLike | Summary) -> Table | None:
         ]
         rows.append(Row(tuple(cells), group=kind != last))
         last = kind
-    columns = ("candidates", "cheap score", "seed", "number", "Spearman", "Kendall")
-    return Table("reliance", columns, 2, tuple(rows), frame)
+    columns = ("candidates", "damage by", "cheap score", "seed", "number", "Spearman", "Kendall")
+    return Table("reliance", columns, 3, tuple(rows), frame)
 
 
 def _questions(summary: Summary, seed: int) -> list[_Question]:
@@ -201,7 +203,7 @@ def _answered(summary: Summary, question: _Question, seed: int) -> pd.DataFrame 
     )
     spans = list(question.trials)
     arms = [teacher, *question.trials.values()] if teacher else []
-    if len(spans) < FEWEST or not summary.ranks.has([str(a) for a in arms], FULL):
+    if len(spans) < FEWEST_CANDIDATES or not summary.ranks.has([str(a) for a in arms], FULL):
         return None
     reference, *outcomes = summary.ranks.values(FULL, HEADLINE, [[str(a)] for a in arms])
     scores = {

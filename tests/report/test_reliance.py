@@ -31,13 +31,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ]
     (folder / "log.txt").write_text("\n".join(lines) + "\n")
     config = LlamaConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=5,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "backbone")
     few = Recipe(epochs=2, batch_size=16, learning_rate=0.01)
     study = Study(
-        name="reliance", layers="1,2,3", methods=WANTED, seeds=1, device="cpu", recipe=few,
+        name="reliance", layers="1,2,3,4", methods=WANTED, seeds=1, device="cpu", recipe=few,
         item_table="learned", item_width=8, protocol=Protocol(resamples=100),
         data=Data(source=str(folder / "log.txt")), sasrec=SasRec(width=8, recipe=few),
         backbone=Backbone(source=str(folder / "backbone"), prompt=""),
@@ -62,15 +62,15 @@ def test_correlations_are_those_of_scores_and_damage(run: Run) -> None:
     table = reliance_table(run)
     assert table is not None
     frame, maps = table.frame, run.scores("similarity")
-    whole = ndcg(run, "full-d04-s0")
-    blocks = [whole - ndcg(run, f"skip-b{b:02d}-s0") for b in range(4)]
+    whole = ndcg(run, "full-d05-s0")
+    blocks = [whole - ndcg(run, f"skip-b{b:02d}-s0") for b in range(5)]
     influence = maps[maps["score"] == "block-influence"].sort_values("start")["value"]
     found = row(frame, "blocks", "skip", "block-influence")
     assert found["spearman"] == pytest.approx(stats.spearmanr(influence, blocks).statistic)
     assert found["kendall"] == pytest.approx(stats.kendalltau(influence, blocks).statistic)
-    assert (found["candidates"], found["users"]) == (4, 80)
+    assert (found["candidates"], found["users"]) == (5, 80)
 
-    spans = [(0, 2), (1, 3), (2, 4), (0, 3), (1, 4)]
+    spans = [(i, i + n) for n in (2, 3, 4) for i in range(6 - n)]
     damage = [whole - ndcg(run, f"span-b{i:02d}-{j - 1:02d}-s0") for i, j in spans]
     cka = maps[maps["score"] == "cka"].set_index(["start", "end"])["value"]
     unlike = [1 - cka[span] for span in spans]
@@ -84,8 +84,8 @@ def test_correlations_are_those_of_scores_and_damage(run: Run) -> None:
 def test_depths_are_judged_by_the_variants_trained_there(run: Run) -> None:
     table = reliance_table(run)
     assert table is not None
-    exits = [-ndcg(run, f"early-exit-d{d:02d}-s0") for d in (1, 2, 3)]
-    trained = [-ndcg(run, f"finetune-d{d:02d}-s0") for d in (1, 2, 3)]
+    exits = [-ndcg(run, f"early-exit-d{d:02d}-s0") for d in (1, 2, 3, 4)]
+    trained = [-ndcg(run, f"finetune-d{d:02d}-s0") for d in (1, 2, 3, 4)]
     found = row(table.frame, "depths", "finetune", "early exit loss")
     expected = stats.spearmanr(exits, trained).statistic
     np.testing.assert_allclose(found["spearman"], expected)
@@ -95,7 +95,7 @@ def test_a_part_is_judged_by_its_own_damage(run: Run) -> None:
     table = reliance_table(run)
     assert table is not None
     found = row(table.frame, "MLP alone", "drop-mlp", "mlp-influence")
-    assert found["candidates"] == 4
+    assert found["candidates"] == 5
     assert "attention alone" not in set(table.frame["candidate"])
 
 

@@ -38,6 +38,9 @@ def main() -> None:
     disable_progress_bar()
     torch.set_num_threads(options.threads)
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}")
+    if options.memory:
+        _memory(options.memory)
+        return
     asked = _questions(options.histories, options.users)
     mean = np.mean([len(history) for history in asked.histories])
     few = _first(asked, options.span_users)  # half a thousand answers take as many passes
@@ -71,8 +74,6 @@ def main() -> None:
             _row(name, model, users, _walking(routes), len(routes), bar, run, naive, options.rounds)
         maps = depth * (depth + 1) // 2
         _row("similarity maps", model, asked, _maps, maps, 1.25, 1.0, naive, options.rounds)
-    if options.memory:
-        _memory(options.memory)
 
 
 @torch.inference_mode()
@@ -133,7 +134,7 @@ def _seconds(action: Action, model: Recommender, asked: Questions) -> float:
 
 def _memory(users: list[int]) -> None:
     """Peak memory of the same probes with more and more users; the answers go to files in a run."""
-    print("\n| users | peak MiB, above the questions' own |\n|---|---|")
+    print("\n| users | peak MiB, above what the questions take |\n|---|---|")
     config = _config(12)
     torch.manual_seed(0)
     model = Recommender(LlamaForCausalLM(config), torch.randn(CATALOGUE + 1, D_ITEM), (3, 1)).eval()
@@ -196,7 +197,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--span-users", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory", type=int, nargs="*", help="numbers of users")
+    parser.add_argument("--memory", type=int, nargs="*", help="instead: for so many users")
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ from typer.main import get_command
 import depthprobe
 from depthprobe.cli import check, cost, data, export, recommend, report, sweep
 from depthprobe.study import BadInput
+from depthprobe.sweep.team import launched
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -77,7 +78,7 @@ def _exit(code: int) -> NoReturn:
     the launcher then calls a finished sweep failed (pytorch issue 190489). Under FSDP such threads
     outlive the group of processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

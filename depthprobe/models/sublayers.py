@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from depthprobe.models.blocks import find_blocks, input_device, unwrap
 from depthprobe.models.tap import (
@@ -77,14 +78,20 @@ def find_sublayers(model: nn.Module, indices: Iterable[int] | None = None) -> li
     inner = unwrap(model)
     blocks = find_blocks(inner)
     chosen = range(len(blocks)) if indices is None else list(indices)
-    embeddings: Any = inner.get_input_embeddings()
+    with torch.no_grad(), paused_taps(), evaluating(inner), original_forwards(inner):
+        calls = calls_on_few_tokens(inner)
+        return [_branches(_replay(blocks[index], calls, index)) for index in chosen]
+
+
+def calls_on_few_tokens(model: PreTrainedModel) -> BlockCalls:
+    """How the blocks are called in a pass over ``TOKENS`` tokens, to call them so again."""
+    embeddings: Any = model.get_input_embeddings()
     # from the end: the first ids are often padding, and some models see those differently
     last = embeddings.weight.shape[0] - 1
-    ids = torch.arange(last, last - TOKENS, -1, device=input_device(inner))[None]
-    with torch.no_grad(), paused_taps(), evaluating(inner), original_forwards(inner):
-        with record_calls(blocks) as calls:
-            inner.base_model(input_ids=ids, use_cache=False)
-        return [_branches(_replay(blocks[index], calls, index)) for index in chosen]
+    ids = torch.arange(last, last - TOKENS, -1, device=input_device(model))[None]
+    with record_calls(find_blocks(model)) as calls:
+        model.base_model(input_ids=ids, use_cache=False)
+    return calls
 
 
 @contextmanager

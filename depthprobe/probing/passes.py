@@ -74,6 +74,11 @@ def normed(model: Probed, states: Tensor) -> Tensor:
     return after.view(*states.shape[:2], -1)
 
 
+def exact(values: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def passes(
     model: Probed,
     asked: Questions,

@@ -23,11 +23,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from depthprobe.evaluation.evaluate import Questions
-from depthprobe.models.blocks import find_blocks, input_device, unwrap
+from depthprobe.models.blocks import find_blocks, unwrap
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.sublayers import TOKENS, evaluating, find_sublayers, original_forwards
-from depthprobe.models.tap import first_tensor, paused_taps, record_calls, tap_blocks
-from depthprobe.probing.passes import Probed, encode, prepare_prompt
+from depthprobe.models.sublayers import (
+    TOKENS,
+    calls_on_few_tokens,
+    evaluating,
+    find_sublayers,
+    original_forwards,
+)
+from depthprobe.models.tap import first_tensor, paused_taps, tap_blocks
+from depthprobe.probing.passes import Probed, encode, exact, prepare_prompt
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.
@@ -127,10 +133,10 @@ def apply_replacement(model: Probed, replacement: Replacement) -> None:
         raise ValueError(f"the map is {replacement.map.shape}, and the stream {outputs} wide")
     keep_blocks(model.backbone, [b for b in range(_depth(model)) if not start <= b < end])
     turned = torch.from_numpy(replacement.map).T  # T'
-    old = _exact(weight).cpu()
+    old = exact(weight).cpu()
     weight.copy_((turned @ old.T).T if isinstance(projection, Conv1D) else turned @ old)
     if bias is not None:
-        bias.copy_(turned @ _exact(bias).cpu())
+        bias.copy_(turned @ exact(bias).cpu())
 
 
 def find_projection(model: nn.Module, index: int) -> Any:
@@ -190,17 +196,12 @@ def _check_span(model: Probed, start: int, end: int) -> None:
 
 def _replay(model: PreTrainedModel, index: int) -> Callable[[], Tensor]:
     """The block's output (B, T, D), computed again on the same few tokens."""
-    blocks = find_blocks(model)
-    embeddings: Any = model.get_input_embeddings()
-    last = embeddings.weight.shape[0] - 1  # from the end: the first ids are often padding
-    ids = torch.arange(last, last - TOKENS, -1, device=input_device(model))[None]
-    with record_calls(blocks) as calls:
-        model.base_model(input_ids=ids, use_cache=False)
+    block, calls = find_blocks(model)[index], calls_on_few_tokens(model)
     state = calls.states[index].clone()
 
     def again() -> Tensor:
         # some blocks add to their input in place
-        found: Tensor = first_tensor(calls.repeat(blocks[index], index, state.clone()))
+        found: Tensor = first_tensor(calls.repeat(block, index, state.clone()))
         return found
 
     return again
@@ -250,7 +251,7 @@ def _check_linear(projection: Any, source: Tensor, output: Tensor, index: int) -
     matrix = projection.weight if isinstance(projection, Conv1D) else projection.weight.T
     found = source @ matrix
     found = found if projection.bias is None else found + projection.bias
-    error = _exact(found - output).norm() / _exact(output).norm().clamp_min(1e-300)
+    error = exact(found - output).norm() / exact(output).norm().clamp_min(1e-300)
     if not float(error) <= 64 * torch.finfo(output.dtype).eps:
         raise ValueError(f"the MLP of block {index} does more than its last weights times an input")
 
@@ -272,9 +273,9 @@ def _check_added(
         after = again()
     finally:
         handle.remove()
-    change = _exact(other).reshape(before.shape) - _exact(written).reshape(before.shape)
-    found = _exact(after) - _exact(before)
-    terms = _exact(before).abs() + _exact(after).abs() + change.abs()
+    change = exact(other).reshape(before.shape) - exact(written).reshape(before.shape)
+    found = exact(after) - exact(before)
+    terms = exact(before).abs() + exact(after).abs() + change.abs()
     if bool(((found - change).abs() <= 16 * torch.finfo(before.dtype).eps * terms).all()):
         return
     factor = (found * change).sum() / change.square().sum()
@@ -340,12 +341,7 @@ class _Sums:
             raise ValueError("an MLP's last linear map did not see every position (experts?)")
         places = torch.arange(state.shape[-2], device=values.device)
         real = (places >= self.first) & (places <= self.last.to(values.device)[:, None])  # (B, T)
-        return _exact(values.reshape(state.shape)[real])
-
-
-def _exact(values: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
+        return exact(values.reshape(state.shape)[real])
 
 
 def _factor(gram: Tensor, ridge: float) -> Tensor:

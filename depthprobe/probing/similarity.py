@@ -20,7 +20,7 @@ from depthprobe.evaluation.evaluate import BATCH, Questions
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.sublayers import Branch, find_sublayers
 from depthprobe.models.tap import first_tensor, input_state, tap_blocks
-from depthprobe.probing.passes import Probed, encode, passes, prepare_prompt
+from depthprobe.probing.passes import Probed, encode, exact, passes, prepare_prompt
 
 FEW = 8  # users from whom is learnt how a block adds its branches up
 CONSTANT = 1e-10  # of a state's size: less than what two users' states can differ by
@@ -82,7 +82,7 @@ def similarities(
             encode(model, histories, lengths, prompt)
             states = torch.stack(tap.states)  # (L + 1, B, D)
             sample.put(chosen, states)
-            states = _exact(states)
+            states = exact(states)
             size = states.norm(dim=2, keepdim=True)
             unit = (states / size).transpose(0, 1)
             cosines = torch.bmm(unit, unit.mT).clamp_(-1, 1)  # (B, L + 1, L + 1)
@@ -126,11 +126,6 @@ def to_frame(found: Similarities) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _exact(states: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
-    return (states.cpu() if states.device.type == "mps" else states).double()
-
-
 def _sum(values: Tensor, dim: int) -> np.ndarray:
     total: np.ndarray = values.sum(dim=dim).cpu().numpy()
     return total
@@ -159,7 +154,7 @@ class _Sample:
     def cka(self) -> np.ndarray:
         """``||Y'X||^2 / (||X'X|| ||Y'Y||)`` of each two, (L + 1, L + 1); uses the states up."""
         for kept in self._states:
-            whole = _exact(kept)
+            whole = exact(kept)
             centred = whole - whole.mean(dim=0)
             scale = centred.norm()  # products of states of size 1 stay in any dtype's range
             varied = bool(scale > CONSTANT * whole.norm())
@@ -177,7 +172,7 @@ def _by_feature(states: Tensor) -> Tensor:
     common = torch.zeros(len(states), len(states), dtype=torch.float64)
     for k, state in enumerate(states):
         products = torch.bmm(states[: k + 1].mT, state.expand(k + 1, -1, -1))  # (k + 1, D, D)
-        common[k, : k + 1] = _exact(products).square().sum(dim=(1, 2))
+        common[k, : k + 1] = exact(products).square().sum(dim=(1, 2))
     return common + common.tril(-1).mT
 
 
@@ -242,7 +237,7 @@ def _turns(state: Tensor, terms: Sequence[_Term], outputs: Sequence[Tensor]) -> 
 
     Several branches of one kind are one part.
     """
-    added = [term.factor * _exact(output) for term, output in zip(terms, outputs, strict=True)]
+    added = [term.factor * exact(output) for term, output in zip(terms, outputs, strict=True)]
     found = state.new_full((2, len(state)), torch.nan)
     for part, mixes in enumerate((True, False)):
         own = [place for place, term in enumerate(terms) if term.mixes == mixes]

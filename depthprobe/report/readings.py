@@ -8,11 +8,11 @@ from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.style import accuracy, bounds, method_order, method_style, percent
 from depthprobe.report.summary import FULL, HEADLINE, SHOWN_ONLY, Point, Summary
 from depthprobe.study import PROBES
+from depthprobe.sweep.plan import BASELINES
 
 # Not drawn as a curve over depth: baselines, the teacher, probes with many kept sets at a depth.
-BASELINES = frozenset({"popularity", "sasrec"})
 BY_BLOCK = frozenset({"skip", "span", "interval", "drop-attention", "drop-mlp"})
-NOT_CURVES = BASELINES | BY_BLOCK | {"full"}
+NOT_CURVES = BY_BLOCK | {*BASELINES, "full"}
 # Without training: may be far below the teacher.
 READ_ONLY = frozenset(PROBES) | {"random-init"}
 

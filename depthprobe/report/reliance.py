@@ -192,20 +192,14 @@ def _summed(values: Mapping[Span, float], spans: Mapping[Span, str]) -> dict[Spa
 
 
 def _answered(summary: Summary, question: _Question, seed: int) -> pd.DataFrame | None:
-    teacher = next(
-        (
-            t
-            for p in summary.of("full")
-            for s, t in zip(p.seeds, p.trials, strict=True)
-            if s == seed
-        ),
-        None,
-    )
-    spans = list(question.trials)
-    arms = [teacher, *question.trials.values()] if teacher else []
-    if len(spans) < FEWEST_CANDIDATES or not summary.ranks.has([str(a) for a in arms], FULL):
+    if summary.teacher is None or len(question.trials) < FEWEST_CANDIDATES:
         return None
-    reference, *outcomes = summary.ranks.values(FULL, HEADLINE, [[str(a)] for a in arms])
+    spans = list(question.trials)
+    whole = summary.teacher.trials[summary.teacher.seeds.index(seed)]
+    arms = [whole, *question.trials.values()]
+    if not summary.ranks.has(arms, FULL):
+        return None
+    reference, *outcomes = summary.ranks.values(FULL, HEADLINE, [[arm] for arm in arms])
     scores = {
         name: np.array([values[span] for span in spans])
         for name, values in question.scores.items()

@@ -12,7 +12,7 @@ import pandas as pd
 from depthprobe.evaluation.metrics import check_metrics
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
-from depthprobe.report.readings import BASELINES, BY_BLOCK
+from depthprobe.report.readings import BY_BLOCK
 from depthprobe.report.style import (
     NONE,
     accuracy,
@@ -33,6 +33,7 @@ from depthprobe.report.summary import (
     Summary,
     as_summary,
 )
+from depthprobe.sweep.plan import BASELINES
 
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 TIMES = ("inference", "training")

@@ -180,6 +180,6 @@ def part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
 
 def _weights_of(teacher: Recommender, block: int, *, mixing: bool) -> int:
     (branches,) = find_sublayers(teacher.backbone, [block])
-    routes = [branch.path for branch in branches if branch.mixes == mixing]
-    parts: list[nn.Module] = [find_blocks(teacher.backbone)[block].get_submodule(p) for p in routes]
+    paths = [branch.path for branch in branches if branch.mixes == mixing]
+    parts: list[nn.Module] = [find_blocks(teacher.backbone)[block].get_submodule(p) for p in paths]
     return sum(weight.numel() for part in parts for weight in part.parameters())

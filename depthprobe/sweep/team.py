@@ -1,14 +1,13 @@
 """The processes that run a sweep together, as ``accelerate launch -m depthprobe`` starts them.
 
 All of them read, plan and train; the first one alone writes, shows progress, and measures time.
+The command line asks whether there are several: importing this imports no torch.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,15 @@ class Team:
     def wait(self) -> None:
         """Go on when all processes have come here, and see what the first one has written."""
         if self.processes > 1:
+            import torch
+
             torch.distributed.barrier()
 
     def leave(self) -> None:
         """End the group of processes, when nothing is left to do together."""
         if self.processes > 1:
+            import torch
+
             torch.distributed.destroy_process_group()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from depthprobe.study import (
     BadInput,
     Protocol,
     Study,
+    Variant,
     demo_study,
     load_study,
     override,
@@ -47,6 +49,7 @@ class StudyFlags:
     methods: str | None = None
     seeds: int | None = None
     epochs: int | None = None
+    budget: str | None = None
     device: str | None = None
     tuning: str | None = None
     item_embeddings: str | None = None
@@ -74,6 +77,7 @@ def make_study(flags: StudyFlags) -> Study:
         "layers": flags.layers,
         "methods": None if flags.methods is None else split_list(flags.methods),
         "seeds": flags.seeds,
+        "budget": flags.budget,
         "device": flags.device,
         "recipe.epochs": flags.epochs,
         "data.source": flags.data,
@@ -85,12 +89,23 @@ def make_study(flags: StudyFlags) -> Study:
         "protocol.split_at": None if flags.split_at is None else split_list(flags.split_at),
     }
     study = checked(study, **changes)
+    if flags.epochs is not None:  # of all recipes
+        study = replace(study, variants=_with_epochs(study.variants, flags.epochs))
     check_split_at(flags.split_at, study.protocol)
     check_data(study.data.source)
     check_backbone(study.backbone.source)
     check_revision(flags.revision, study.backbone.source)
     check_item_table(study.item_table)
     return study
+
+
+def _with_epochs(variants: Mapping[str, Variant], epochs: int) -> dict[str, Variant]:
+    return {
+        name: each
+        if each.recipe is None
+        else replace(each, recipe=replace(each.recipe, epochs=epochs))
+        for name, each in variants.items()
+    }
 
 
 def checked(study: Study, **changes: object) -> Study:

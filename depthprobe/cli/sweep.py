@@ -23,7 +23,7 @@ from depthprobe.cli.options import (
 )
 from depthprobe.cli.progress import watch
 from depthprobe.cli.tables import show_frame
-from depthprobe.study import METHODS, PROBES, BadInput, Study
+from depthprobe.study import METHODS, PROBES, TRAINED, BadInput, Study, base_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ PHASES = {
         Phase(
             "train",
             "The baselines, the teacher and the variants alone.",
-            ("popularity", "sasrec", "full", "finetune", "heal", "random-init"),
+            ("popularity", "sasrec", "full", *(name for name in TRAINED if name != "distill")),
         ),
         Phase("probe", "What needs no training but the teacher's.", PROBES),
         Phase("distill", "The students alone.", ("distill",)),
@@ -83,7 +83,11 @@ def command(phase: Phase) -> Callable[..., int]:
             str | None, typer.Option(metavar="DEPTHS", help="Depths: 1,2,4 or 1-12 or all or auto.")
         ] = None,
         methods: Annotated[
-            str | None, typer.Option(metavar="NAMES", help=f"Of: {', '.join(METHODS)}.")
+            str | None,
+            typer.Option(
+                metavar="NAMES",
+                help=f"Of: {', '.join(METHODS)}; also heal:ends and the like (see docs/sweep.md).",
+            ),
         ] = None,
         seeds: Annotated[
             int | None, typer.Option(metavar="N", parser=whole, help="How many seeds.")
@@ -97,6 +101,10 @@ def command(phase: Phase) -> Callable[..., int]:
         ] = None,
         device: Annotated[
             str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to compute.")
+        ] = None,
+        budget: Annotated[
+            str | None,
+            typer.Option(metavar="steps|compute", help="What all trainings have the same of."),
         ] = None,
         executor: Annotated[
             str, typer.Option(metavar="|".join(EXECUTORS), help="What runs the trials.")
@@ -130,6 +138,7 @@ def command(phase: Phase) -> Callable[..., int]:
             methods=methods,
             seeds=seeds,
             epochs=epochs,
+            budget=budget,
             device=device,
             tuning=tuning,
             item_embeddings=item_embeddings,
@@ -155,7 +164,7 @@ def restrict(study: Study, phase: Phase, *, chosen: bool) -> Study:
     Raises:
         BadInput: if none is left, or one ``chosen`` on the command line is not the phase's.
     """
-    methods = tuple(name for name in study.methods if name in phase.methods)
+    methods = tuple(name for name in study.methods if base_of(name) in phase.methods)
     if not methods or (chosen and methods != study.methods):
         allowed = f"{phase.name} runs {', '.join(phase.methods)}"
         raise BadInput("methods", ",".join(study.methods), allowed)
@@ -204,5 +213,7 @@ def results(run: Run) -> pd.DataFrame:
     # in the order of the methods' table, so that baselines and the teacher come first
     order = {name: place for place, name in enumerate(METHODS)}
     frame = frame.reset_index().sort_values("depth", kind="stable")
-    frame = frame.sort_values("method", key=lambda names: names.map(order), kind="stable")
+    frame = frame.sort_values(
+        "method", key=lambda names: names.map(base_of).map(order), kind="stable"
+    )
     return frame.rename(columns={"parameters_total": "parameters"})

@@ -11,7 +11,8 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from depthprobe.cost.parameters import count_parameters, flops_per_user
+from depthprobe.cost.flops import flops_per_user
+from depthprobe.cost.parameters import count_parameters
 from depthprobe.cost.timing import interleaved
 from depthprobe.models.backbones import backbone_config, load_backbone
 from depthprobe.models.cutting import keep_blocks

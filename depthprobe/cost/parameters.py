@@ -1,9 +1,8 @@
-"""Parameters, split into what depth changes and what it doesn't, and FLOPs a user."""
+"""Parameters, split into what depth changes and what it doesn't."""
 
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
@@ -38,36 +37,3 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "total": everything,
         "trainable": trainable,
     }
-
-
-def flops_per_user(model: Recommender, length: int) -> int:
-    """Analytic FLOPs of encoding one user and scoring the catalogue; a multiply-add is two.
-
-    Every matrix of a dense block is used once a position; attention is not halved for causality;
-    norms, activations and the shared prompt (once a batch) are left out.
-
-    Args:
-        length: items in the history.
-    """
-    blocks = find_blocks(model.backbone)
-    matrices = sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
-    config = model.backbone.config.get_text_config(decoder=True)
-    varied = getattr(config, "is_heterogeneous", False)
-    settings = config.per_layer_config if varied else [config] * len(blocks)
-    behind = len(model.suffix)
-    computed = length + behind + model.lead  # positions a user
-    attended = length + behind + len(model.prompt)
-    attention = sum(4 * computed * attended * _attention_width(block) for block in settings)
-    adapters = length * model.input_adapter.weight.numel()
-    if model.output_adapter is not None:
-        adapters += model.output_adapter.weight.numel()
-    scores = (len(model.items.weight) - 1) * model.item_matrix().shape[1]
-    return int(2 * matrices * computed + attention + 2 * adapters + 2 * scores)
-
-
-def _attention_width(config: PreTrainedConfig) -> int:
-    """Heads times their size; 0 where there is no attention."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return 0
-    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))

@@ -32,6 +32,7 @@ from depthprobe.report.readings import (
 )
 from depthprobe.report.style import INK, MUTED, count, figure_style, method_style, significant
 from depthprobe.report.summary import FULL, HEADLINE, Point, RunLike, Summary, as_summary
+from depthprobe.study import base_of
 
 Array = NDArray[np.float64]
 SIZE = (4.7, 3.7)  # inches; small, so that the text stays readable on a phone
@@ -270,7 +271,7 @@ def _curve(
     end = line[-1]
     # at full depth both are the teacher itself
     if (
-        points[0].method in {"early-exit", "finetune"}
+        base_of(points[0].method) in {"early-exit", "finetune"}
         and teacher is not None
         and teacher.value(metric) is not None
     ):

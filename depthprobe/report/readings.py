@@ -6,15 +6,14 @@ from collections.abc import Iterable
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.style import accuracy, bounds, method_order, method_style, percent
-from depthprobe.report.summary import FULL, HEADLINE, SHOWN_ONLY, Point, Summary
-from depthprobe.study import PROBES
+from depthprobe.report.summary import BY_BLOCK, CONTROLS, FULL, HEADLINE, SHOWN_ONLY, Point, Summary
+from depthprobe.study import PROBES, base_of
 from depthprobe.sweep.plan import BASELINES
 
 # Not drawn as a curve over depth: baselines, the teacher, probes with many kept sets at a depth.
-BY_BLOCK = frozenset({"skip", "span", "interval", "drop-attention", "drop-mlp"})
 NOT_CURVES = BY_BLOCK | {*BASELINES, "full"}
 # Without training: may be far below the teacher.
-READ_ONLY = frozenset(PROBES) | {"random-init"}
+READ_ONLY = frozenset(PROBES) | CONTROLS
 
 
 def curves(summary: Summary, metric: str) -> dict[str, list[Point]]:
@@ -76,7 +75,7 @@ def depth_reading(summary: Summary, metric: str) -> str:
     trained = [
         point
         for method, points in drawn.items()
-        if method not in READ_ONLY
+        if base_of(method) not in READ_ONLY
         for point in points
         if point.depth <= half
     ]
@@ -108,7 +107,7 @@ def kept_curves(summary: Summary, metric: str = HEADLINE) -> dict[str, list[Poin
 def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
     """Which trained points are within the margin as they look, and as they are shown to be."""
     drawn = kept_curves(summary, metric)
-    offered = [method for method in drawn if method not in {"random-init", *SHOWN_ONLY}]
+    offered = [method for method in drawn if base_of(method) not in CONTROLS | SHOWN_ONLY]
     points = [p for method in offered for p in drawn[method]]
     if not points:
         return ""

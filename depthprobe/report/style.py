@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib import rc_context
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.study import PROBES
+from depthprobe.study import METHODS, base_of
 
 INK, MUTED, GRID = "#1b1f24", "#5b636d", "#e3e6ea"
 NONE = "–"  # what a table shows where nothing was measured
@@ -44,20 +45,39 @@ METHOD_STYLES = {
     "interval": MethodStyle("every n-th left out", "#6a6f9e", "|"),
     "drop-attention": MethodStyle("attention left out", "#b3365b", "1"),
     "drop-mlp": MethodStyle("MLP left out", "#5c7a1f", "2"),
+    "elastic": MethodStyle("elastic", "#7a4a00", "h"),
+    "random-selection": MethodStyle("random blocks", "#6f6a3a", "H", "--"),
     "sasrec": MethodStyle("SASRec", "#4d5761", "P", "--"),
     "popularity": MethodStyle("popularity", "#858d96", "v", ":"),
 }
-ORDER = ("popularity", "sasrec", "full", *PROBES, "finetune", "heal", "distill")
+ORDER = METHODS
+# what variants of a method are told apart by; which one has which depends on its name alone
+VARIANT_COLOURS = ("#0069a8", "#c2500a", "#00805e", "#9b4f96", "#857200", "#b3365b", "#4a55b8")
+VARIANT_MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
 
 
 def method_style(method: str) -> MethodStyle:
-    """The look of a method; one without an entry gets a plain one under its own name."""
-    return METHOD_STYLES.get(method, MethodStyle(method, MUTED, "h", "-."))
+    """The look of a method; one without an entry gets a plain one under its own name.
+
+    A selection or variant has its method's name before its own, and its own colour and marker.
+    """
+    base, colon, name = method.partition(":")
+    style = METHOD_STYLES.get(base, MethodStyle(base, MUTED, "h", "-."))
+    if not colon:
+        return style
+    return replace(style, label=f"{style.label}: {name}", **_own_look(name))
+
+
+def _own_look(name: str) -> dict[str, str]:
+    place = zlib.crc32(name.encode())
+    colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
+    return {"colour": colour, "marker": VARIANT_MARKERS[place % len(VARIANT_MARKERS)], "line": "-."}
 
 
 def method_order(method: str) -> tuple[int, str]:
     """Sort key: baselines, teacher, what needs no training, what is trained, the rest by name."""
-    return (ORDER.index(method) if method in ORDER else len(ORDER), method)
+    base = base_of(method)
+    return (ORDER.index(base) if base in ORDER else len(ORDER), method)
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from depthprobe.report.points import (
     make_points,
 )
 from depthprobe.report.style import method_order
-from depthprobe.sweep.plan import SEARCHING
+from depthprobe.study import base_of
 
 __all__ = [
+    "BY_BLOCK",
     "FULL",
     "HEADLINE",
     "LEVEL",
@@ -39,6 +40,8 @@ __all__ = [
     "summarise",
 ]
 
+# Probes with many kept sets at a depth: each set is a point of its own.
+BY_BLOCK = frozenset({"skip", "span", "interval", "drop-attention", "drop-mlp"})
 # They show where depth matters; none of them is a model on offer.
 SHOWN_ONLY = frozenset(
     {
@@ -50,11 +53,11 @@ SHOWN_ONLY = frozenset(
         "interval",
         "drop-attention",
         "drop-mlp",
-        "replace",
     }
 )
 # Compared with the teacher, but no answer: baselines, the teacher, a control, a probe.
-NOT_CANDIDATES = frozenset({"popularity", "sasrec", "full", "random-init"}) | SHOWN_ONLY
+CONTROLS = frozenset({"random-init", "random-selection"})
+NOT_CANDIDATES = frozenset({"popularity", "sasrec", "full"}) | CONTROLS | SHOWN_ONLY
 Key = tuple[str, int]  # (method, depth), as the sufficient depth names candidates
 
 
@@ -126,8 +129,8 @@ def summarise(run: RunLike) -> Summary:
     if len(trials):
         done = trials[trials["status"] == "done"].sort_values("seed", kind="stable")
         # a search keeps other blocks with another seed, and is one method all the same
-        searched = done["method"].isin(SEARCHING)
-        by = {name: done[name].mask(searched, "") for name in ("kept", "removed")}
+        one = ~done["method"].isin(BY_BLOCK)
+        by = {name: done[name].mask(one, "") for name in ("kept", "removed")}
         groups = [rows for _, rows in done.groupby(["method", "depth", *by.values()], sort=False)]
     ranks = Ranks(run.users)
     records = {str(record["id"]): record for record in run.records}
@@ -173,7 +176,7 @@ def _candidates(points: Iterable[Point], blocks: int | None) -> dict[Key, Point]
     """What may be the answer; a second choice of blocks at the same depth carries their names."""
     offered: dict[Key, Point] = {}
     for point in points:
-        if point.method not in NOT_CANDIDATES and 0 < point.depth < (blocks or 0):
+        if base_of(point.method) not in NOT_CANDIDATES and 0 < point.depth < (blocks or 0):
             taken = (point.method, point.depth) in offered
             offered[f"{point.method} {point.kept}" if taken else point.method, point.depth] = point
     return offered

@@ -12,7 +12,6 @@ import pandas as pd
 from depthprobe.evaluation.metrics import check_metrics
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
-from depthprobe.report.readings import BY_BLOCK
 from depthprobe.report.style import (
     NONE,
     accuracy,
@@ -24,6 +23,7 @@ from depthprobe.report.style import (
     significant,
 )
 from depthprobe.report.summary import (
+    BY_BLOCK,
     FULL,
     HEADLINE,
     METRICS,

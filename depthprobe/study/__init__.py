@@ -1,27 +1,27 @@
 """What to run: frozen dataclasses, TOML in, canonical hash out. Imports nothing heavy."""
 
 from depthprobe.study.errors import BadInput
-from depthprobe.study.layers import parse_layers
-from depthprobe.study.settings import (
+from depthprobe.study.inputs import (
     ATTENTIONS,
-    DEFAULT_METHODS,
-    ITEM_TABLES,
-    METHODS,
-    NOT_DECIDING,
-    PROBES,
     PROMPT,
     QUANTIZATIONS,
     Backbone,
     Cleaning,
     Columns,
-    Cost,
     Data,
-    Distillation,
-    Protocol,
-    Recipe,
-    SasRec,
-    Study,
 )
+from depthprobe.study.layers import parse_blocks, parse_layers
+from depthprobe.study.measuring import Cost, Probing, Protocol
+from depthprobe.study.methods import (
+    DEFAULT_METHODS,
+    METHODS,
+    PROBES,
+    TRAINED,
+    Settings,
+    base_of,
+    settings_of,
+)
+from depthprobe.study.settings import ITEM_TABLES, NOT_DECIDING, Study
 from depthprobe.study.toml import (
     demo_study,
     differences,
@@ -31,32 +31,51 @@ from depthprobe.study.toml import (
     study_to_dict,
     study_to_toml,
 )
+from depthprobe.study.training import (
+    SELECTIONS,
+    Distillation,
+    Elastic,
+    Heal,
+    Recipe,
+    SasRec,
+    Variant,
+)
 
 __all__ = [
     "ATTENTIONS",
-    "DEFAULT_METHODS",
-    "ITEM_TABLES",
-    "METHODS",
-    "PROBES",
-    "NOT_DECIDING",
-    "PROMPT",
-    "QUANTIZATIONS",
     "Backbone",
     "BadInput",
     "Cleaning",
     "Columns",
     "Cost",
+    "DEFAULT_METHODS",
     "Data",
     "Distillation",
+    "Elastic",
+    "Heal",
+    "ITEM_TABLES",
+    "METHODS",
+    "NOT_DECIDING",
+    "PROBES",
+    "PROMPT",
+    "Probing",
     "Protocol",
+    "QUANTIZATIONS",
     "Recipe",
+    "SELECTIONS",
     "SasRec",
+    "Settings",
     "Study",
+    "TRAINED",
+    "Variant",
+    "base_of",
     "demo_study",
     "differences",
     "load_study",
     "override",
+    "parse_blocks",
     "parse_layers",
+    "settings_of",
     "study_from_dict",
     "study_to_dict",
     "study_to_toml",

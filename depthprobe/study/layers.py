@@ -1,4 +1,4 @@
-"""Depths as people write them: ``1,2,4``, ``1-12``, ``all``, ``auto``."""
+"""Depths and blocks as people write them: ``1,2,4``, ``1-12``, ``all``, ``auto``; ``0,10-11``."""
 
 from __future__ import annotations
 
@@ -26,15 +26,41 @@ def parse_layers(text: str, blocks: int | None) -> tuple[int, ...]:
         return tuple(2**k for k in range(blocks.bit_length()) if 2**k < blocks)
     depths: set[int] = set()
     for part in word.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not (_is_count(first) and (_is_count(last) if dash else True)):
-            raise BadInput("layers", text, allowed)
-        low, high = int(first), int(last if dash else first)
+        low, high = _ends(part)
         if low < 1 or high < low or (blocks is not None and high > blocks):
             raise BadInput("layers", text, allowed)
         if blocks is not None:
             depths.update(range(low, high + 1))
     return tuple(sorted(depths))
+
+
+def parse_blocks(text: str, blocks: int | None = None) -> tuple[int, ...]:
+    """Block indices named by ``0,1,10-11``, both ends of a range included.
+
+    Args:
+        blocks: the backbone's number of blocks, if it is known.
+
+    Raises:
+        BadInput: for anything that is not a block from 0 to ``blocks - 1``, in their order.
+    """
+    top = "the last block" if blocks is None else f"{blocks - 1}"
+    found: list[int] = []
+    for part in text.split(","):
+        low, high = _ends(part)
+        wrong = low < 0 or high < low or (blocks is not None and high >= blocks)
+        if wrong or (found and low <= found[-1]):
+            allowed = f"blocks from 0 to {top} in their order, as 0,1,10-11"
+            raise BadInput("select", text, allowed)
+        found += range(low, high + 1)
+    return tuple(found)
+
+
+def _ends(part: str) -> tuple[int, int]:
+    """The ends of ``3-5``, of ``4``; (-1, -1) for what is neither."""
+    first, dash, last = (piece.strip() for piece in part.partition("-"))
+    if not (_is_count(first) and (_is_count(last) if dash else True)):
+        return -1, -1
+    return int(first), int(last if dash else first)
 
 
 def _is_count(text: str) -> bool:

@@ -33,18 +33,34 @@ def load_study(path: str | Path) -> Study:
         raise BadInput("study", str(path), f"a readable TOML file ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise BadInput("study", str(path), f"valid TOML ({error})") from None
-    return _build(Study, {"name": file.stem, **content}, "")
+    return study_from_dict({"name": file.stem, **content})
 
 
 def demo_study() -> Study:
     """The embedded default: what ``depthprobe sweep`` runs without arguments."""
     text = resources.files("depthprobe").joinpath("demo.toml").read_text(encoding="utf-8")
-    return _build(Study, tomllib.loads(text), "")
+    return study_from_dict(tomllib.loads(text))
 
 
 def study_from_dict(content: Mapping[str, Any]) -> Study:
-    """The study that ``study_to_dict`` wrote; unknown keys and wrong types are BadInput."""
+    """The study that ``study_to_dict`` wrote; unknown keys and wrong types are BadInput.
+
+    What a variant's table leaves out is what the study's own table of that name says.
+    """
+    variants = content.get("variants")
+    if isinstance(variants, Mapping):
+        inherited = {name: _inherit(table, content) for name, table in variants.items()}
+        content = {**content, "variants": inherited}
     return _build(Study, content, "")
+
+
+def _inherit(variant: Any, study: Mapping[str, Any]) -> Any:
+    if not isinstance(variant, Mapping):
+        return variant
+    return {
+        key: {**study.get(key, {}), **value} if isinstance(value, Mapping) else value
+        for key, value in variant.items()
+    }
 
 
 def study_to_dict(study: Study) -> dict[str, Any]:
@@ -69,7 +85,7 @@ def study_to_toml(study: Study) -> str:
                 text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
                 lines.append(f"{key} = {text}")
         for key, value in table.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and (value or prefix):
                 lines.extend(["", f"[{prefix}{key}]"])
                 write(value, f"{prefix}{key}.")
 
@@ -78,7 +94,10 @@ def study_to_toml(study: Study) -> str:
 
 
 def differences(old: Study, new: Study) -> list[str]:
-    """``field: old -> new`` for every setting that differs and decides the numbers."""
+    """``field: old -> new`` for every setting that differs and decides the numbers.
+
+    A variant that one of them alone has is no difference: it changes no trial of the other.
+    """
 
     def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -88,11 +107,15 @@ def differences(old: Study, new: Study) -> list[str]:
             )
         return out
 
-    before, after = flat(asdict(old)), flat(asdict(new))
+    common = old.variants.keys() & new.variants.keys()
+    before, after = (
+        flat(asdict(study) | {"variants": {name: asdict(study.variants[name]) for name in common}})
+        for study in (old, new)
+    )
     return [
-        f"{key}: {short(before[key])} -> {short(after[key])}"
-        for key in before
-        if key not in NOT_DECIDING and before[key] != after[key]
+        f"{key}: {short(before.get(key))} -> {short(after.get(key))}"
+        for key in dict.fromkeys([*before, *after])
+        if key not in NOT_DECIDING and before.get(key) != after.get(key)
     ]
 
 
@@ -136,8 +159,13 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
             raise BadInput(name, value, "a list of strings")
         return tuple(value)
+    if origin in {dict, Mapping}:
+        if not isinstance(value, Mapping):
+            raise BadInput(name, value, f"a table [{name}]")
+        return {key: _convert(options[1], each, f"{name}.{key}") for key, each in value.items()}
     if origin in {typing.Union, types.UnionType}:
         hint = next(option for option in options if option is not type(None))
+        return _convert(hint, value, name)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,14 +14,14 @@ from torch import Tensor
 from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
-from depthprobe.models.build import build_recommender, learned_table, load_trained
+from depthprobe.models.build import WEIGHTS, build_recommender, learned_table, load_trained
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.study import Study
+from depthprobe.study import Study, settings_of
 from depthprobe.sweep.plan import Task, Trial, whole_trial
 
-DATA, NEGATIVES, TIMING, STATES = "data", "negatives.npy", "timing.json", "teacher-states"
+DATA, NEGATIVES, TIMING = "data", "negatives.npy", "timing.json"
 ITEM_TABLE, LEARNED = "item-table.npy", "learned"
 TRIALS, PROBES, MODEL, CHECKPOINTS = "trials", "probes", "model", "checkpoints"
 
@@ -161,7 +162,7 @@ class Context:
             self.item_table(trial.seed),
             kept=trial.kept,
             seed=trial.seed,
-            random_init=trial.method == "random-init",
+            random_init=settings_of(self.study, trial.method).fresh,
             train_items=self.study.trains_items,
         )
         return model.to(self.device)
@@ -176,3 +177,10 @@ class Context:
     def teacher(self, seed: int, blocks: int) -> Recommender:
         """The trained teacher; the latest one stays in memory, since many tasks read it."""
         return self.trained(whole_trial("full", seed, blocks))
+
+    @lru_cache(maxsize=8)  # noqa: B019
+    def teacher_mark(self, seed: int, blocks: int) -> str:
+        """What names the trained teacher's weights: what was made from them goes by it."""
+        weights = self.trial_folder(whole_trial("full", seed, blocks)) / MODEL / WEIGHTS
+        with weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]

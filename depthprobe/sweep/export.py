@@ -16,14 +16,16 @@ from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.exported import write_recommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.revision import pinned
-from depthprobe.study import Backbone, BadInput
+from depthprobe.probing.maps import load_replacement
+from depthprobe.probing.replace import apply_replacement as fold_map
+from depthprobe.study import Backbone, BadInput, base_of, settings_of
 from depthprobe.sweep.context import MODEL, Context
 from depthprobe.sweep.model_card import model_card
 from depthprobe.sweep.plan import BASELINES, Trial, whole_trial
 from depthprobe.sweep.store import open_run
 
 # trials without training: their weights are the teacher's
-CUT_FROM_TEACHER = ("early-exit", "skip", "span", "interval", "greedy")
+CUT_FROM_TEACHER = ("early-exit", "skip", "span", "interval", "greedy", "replace")
 # what these read is no model of whole blocks behind the final norm and the teacher's own head
 MEASURED_ONLY = (
     "early-exit-raw",
@@ -31,7 +33,6 @@ MEASURED_ONLY = (
     "tuned-lens",
     "drop-attention",
     "drop-mlp",
-    "replace",
 )
 
 
@@ -39,7 +40,8 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     """Write a trial's model to ``folder``: the cut backbone, LoRA merged, and the recommender.
 
     An early exit is the teacher's first blocks, a skip the teacher without one, a span without
-    several. Quantised weights become ordinary ones of the same values.
+    several; a linear map in place of a span is folded into the block before it. Quantised weights
+    become ordinary ones of the same values.
 
     Raises:
         BadInput: if the run has no such trial, the trial is of a baseline or failed or of a method
@@ -86,12 +88,15 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
     settings, source = context.study.backbone, trial
     if trial.method in CUT_FROM_TEACHER:
         source = whole_trial("full", trial.seed, trial.blocks)
-    weights = context.trial_folder(source) / MODEL
-    if not weights.is_dir():
-        allowed = f"a trial whose model is still in the run's folder ({weights} is not)"
-        raise BadInput("trial", trial.id, allowed)
+    if base_of(trial.method) == "elastic":
+        source = whole_trial(trial.method, trial.seed, trial.blocks)
+    weights, own = (context.trial_folder(each) / MODEL for each in (source, trial))
+    for needed in {weights, own} if trial.method == "replace" else {weights}:
+        if not needed.is_dir():
+            allowed = f"a trial whose model is still in the run's folder ({needed} is not)"
+            raise BadInput("trial", trial.id, allowed)
     # where nothing was pretrained, the head is fresh too: it is not the pretrained model's
-    fresh = trial.seed if trial.method == "random-init" else None
+    fresh = trial.seed if settings_of(context.study, trial.method).fresh else None
     backbone = pretrained(settings, random_init=fresh, plain=True)
     keep_blocks(backbone, source.kept)
     model = around(
@@ -103,6 +108,8 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
     )
     load_trained(model, weights)
     merge_lora(model)
+    if trial.method == "replace":
+        fold_map(model, load_replacement(own))
     keep_blocks(backbone, _places(source.kept, trial.kept))
     return model.eval(), backbone
 

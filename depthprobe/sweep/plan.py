@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from depthprobe.study import Study, parse_layers
+import numpy as np
+
+from depthprobe.study import (
+    METHODS,
+    SELECTIONS,
+    TRAINED,
+    Study,
+    base_of,
+    parse_blocks,
+    parse_layers,
+    settings_of,
+)
 
 # what must be trained, at the same seed, before a method can run; SASRec is no need of a study
 # whose item table comes from elsewhere
@@ -31,13 +41,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "finetune": ("sasrec",),
     "heal": ("full",),
     "distill": ("full",),
+    "elastic": ("sasrec",),
     "random-init": ("sasrec",),
+    "random-selection": ("sasrec",),
 }
 BASELINES = ("popularity", "sasrec")
 # methods that leave a table of scores or of users in place of trials
 TABLED = ("similarity", "taylor", "settling")
-# methods that find out which blocks they keep: their trials are planned, and named, by depth alone
-SEARCHING = ("greedy", "replace")
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,9 @@ class Trial:
     """One (method, kept blocks, seed): one record.
 
     Attributes:
-        kept: the first blocks, for a trial of a searching method that is planned and not yet run.
+        kept: the first blocks, for a trial whose blocks are searched for, until it has run.
         dropped: the block of which a part alone is left out; it counts as kept.
+        place: of a screened span, how many of its length have a smaller angular distance.
     """
 
     method: str
@@ -54,6 +65,7 @@ class Trial:
     seed: int
     blocks: int  # of the whole backbone
     dropped: int | None = None
+    place: int | None = None
 
     @property
     def depth(self) -> int:
@@ -73,16 +85,15 @@ class Trial:
         """Name of the trial and of its folder."""
         if self.method in BASELINES:
             return f"{self.method}-s{self.seed}"
+        if self.place is not None:
+            return f"{self.method}-d{self.depth:02d}-n{self.place + 1}-s{self.seed}"
         if self.method in ("span", "skip", "drop-attention", "drop-mlp"):
             first, last = self.removed[0], self.removed[-1]
             blocks = f"b{first:02d}" if first == last else f"b{first:02d}-{last:02d}"
             return f"{self.method}-{blocks}-s{self.seed}"
         if self.method == "interval":
             return f"interval-e{self.removed[0] + 1:02d}-s{self.seed}"
-        if self.kept == tuple(range(self.depth)) or self.method in SEARCHING:
-            return f"{self.method}-d{self.depth:02d}-s{self.seed}"
-        digest = hashlib.sha256(repr(self.kept).encode()).hexdigest()[:6]
-        return f"{self.method}-d{self.depth:02d}-{digest}-s{self.seed}"
+        return f"{self.method.replace(':', '-')}-d{self.depth:02d}-s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,9 @@ class Task:
     @property
     def id(self) -> str:
         """The only trial's name, or the method's for a shared pass."""
-        return self.trials[0].id if len(self.trials) == 1 else f"{self.method}-s{self.seed}"
+        if len(self.trials) == 1:
+            return self.trials[0].id
+        return f"{self.method.replace(':', '-')}-s{self.seed}"
 
 
 def _first(depths: Iterable[int]) -> list[tuple[int, ...]]:
@@ -129,6 +142,7 @@ PASSES: dict[str, Callable[[int], list[tuple[int, ...]]]] = {
     "interval": _intervals,
     "greedy": lambda blocks: _first(range(1, blocks)),
     "replace": lambda blocks: _first(range(1, blocks)),
+    "elastic": lambda blocks: _first(range(1, blocks + 1)),
 }
 
 
@@ -136,17 +150,21 @@ def plan(study: Study, blocks: int) -> list[Task]:
     """All tasks of a study, each after what it needs.
 
     Raises:
-        BadInput: if the study names depths that the backbone does not have.
+        BadInput: if the study names depths or blocks that the backbone does not have.
     """
     depths = [depth for depth in parse_layers(study.layers, blocks) if depth < blocks]
     unneeded = () if study.item_table == "sasrec" else ("sasrec",)
-    needs = {name: [n for n in needed if n not in unneeded] for name, needed in NEEDS.items()}
-    wanted = _with_needs(study.methods, needs)
+    needs = {
+        method: [name for name in _needs(study, method) if name not in unneeded]
+        for method in (*METHODS, *study.methods)
+    }
+    order = list(NEEDS)
     tasks: list[Task] = []
-    for method in (name for name in NEEDS if name in wanted):
+    wanted = _with_needs(study.methods, needs)
+    for method in sorted(wanted, key=lambda name: (order.index(base_of(name)), name)):
         for seed in range(1 if method == "popularity" else study.seeds):
             before = tuple(whole_trial(name, seed, blocks).id for name in needs[method])
-            groups = _trials(method, seed, depths, blocks)
+            groups = _trials(study, method, seed, depths, blocks)
             tasks += [
                 Task(method, seed, trials, before, blocks)
                 for trials in groups
@@ -155,22 +173,65 @@ def plan(study: Study, blocks: int) -> list[Task]:
     return tasks
 
 
-def _trials(method: str, seed: int, depths: list[int], blocks: int) -> list[tuple[Trial, ...]]:
+def _needs(study: Study, method: str) -> tuple[str, ...]:
+    asks = base_of(method) in TRAINED and settings_of(study, method).asks_teacher
+    return ("full",) if asks else NEEDS[base_of(method)]
+
+
+def _trials(
+    study: Study, method: str, seed: int, depths: list[int], blocks: int
+) -> list[tuple[Trial, ...]]:
     """The trials of each of a method's tasks."""
-    if method in (*BASELINES, "full"):
+    base = base_of(method)
+    if base in (*BASELINES, "full"):
         return [(whole_trial(method, seed, blocks),)]
-    if method in TABLED:
+    if base in TABLED:
         return [()]
-    if method in PASSES:
-        kept = PASSES[method](blocks)
+    if base == "span" and study.probing.spans:
+        return [_screened(seed, blocks, study.probing.spans)]
+    if base in PASSES:
+        kept = PASSES[base](blocks)
         return [tuple(Trial(method, each, seed, blocks) for each in kept)]
-    if method in ("drop-attention", "drop-mlp"):
+    if base in ("drop-attention", "drop-mlp"):
         every = tuple(range(blocks))
         return [tuple(Trial(method, every, seed, blocks, dropped=out) for out in every)]
-    if method == "random-init":
+    select = settings_of(study, method).select
+    if select not in SELECTIONS:
+        return [(Trial(method, parse_blocks(select, blocks), seed, blocks),)]
+    if base == "random-init" and select == "prefix":
         depths = [*depths, blocks]
     # the deepest first: the longest task should not start last
-    return [(Trial(method, tuple(range(d)), seed, blocks),) for d in reversed(depths)]
+    return [
+        (Trial(method, chosen_blocks(select, depth, blocks, seed=seed), seed, blocks),)
+        for depth in reversed(depths)
+    ]
+
+
+def chosen_blocks(select: str, depth: int, blocks: int, *, seed: int) -> tuple[int, ...]:
+    """The blocks that a selection keeps; the first ones where it must ask the teacher.
+
+    >>> [chosen_blocks(name, 3, 8, seed=0) for name in ("prefix", "ends", "interval")]
+    [(0, 1, 2), (0, 1, 7), (0, 4, 7)]
+    """
+    if select == "ends":
+        first = (depth + 1) // 2
+        return (*range(first), *range(blocks - depth + first, blocks))
+    if select == "interval":
+        places = np.linspace(0, blocks - 1, depth) if depth > 1 else np.zeros(1)
+        return tuple(int(np.floor(place + 0.5)) for place in places)
+    if select == "random":
+        drawn = np.random.default_rng((seed, depth)).choice(blocks, depth, replace=False)
+        return tuple(sorted(int(block) for block in drawn))
+    return tuple(range(depth))
+
+
+def _screened(seed: int, blocks: int, most: int) -> tuple[Trial, ...]:
+    """The spans of each length that will have the smallest angular distances."""
+    return tuple(
+        Trial("span", tuple(range(blocks - length)), seed, blocks, place=place)
+        for length in range(2, blocks)
+        for place in range(min(most, blocks - length + 1))
+    )
 
 
 def whole_trial(method: str, seed: int, blocks: int) -> Trial:

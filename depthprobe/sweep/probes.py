@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from torch import nn
 
 from depthprobe.cost.parameters import count_parameters
+from depthprobe.files import write_json
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import merge_lora
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sublayers import find_sublayers
 from depthprobe.probing.early_exit import early_exit
-from depthprobe.probing.greedy import greedy
+from depthprobe.probing.greedy import Removal, greedy
 from depthprobe.probing.lens import fit_lenses
 from depthprobe.probing.readout import cache_states, fit_readouts, rank_readouts
 from depthprobe.probing.replace import apply_replacement, fit_replacements
+from depthprobe.probing.screening import Span, nearest_spans
 from depthprobe.probing.settling import settling
 from depthprobe.probing.settling import to_frame as to_users
 from depthprobe.probing.similarity import similarities
@@ -54,10 +59,22 @@ def walks(context: Context, task: Task) -> Iterator[Result]:
         yield Result(trial, ranks, part_of(teacher, trial))
 
 
+def spans(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher without each run of blocks, or without those that angular distance picks."""
+    if not context.study.probing.spans:
+        yield from walks(context, task)
+        return
+    angular = angular_distances(context, task.seed, task.blocks)
+    trials = []
+    for trial in task.trials:
+        ranked = nearest_spans(angular, trial.blocks - trial.depth)
+        trials.append(replace(trial, kept=outside(ranked[trial.place or 0], trial.blocks)))
+    yield from walks(context, replace(task, trials=tuple(trials)))
+
+
 def removals(context: Context, task: Task) -> Iterator[Result]:
     """The teacher after each greedy removal, chosen by the validation questions."""
-    teacher = _teacher(context, task)
-    found = greedy(teacher, context.validation, device=context.device)
+    found = removal(context, task.seed, task.blocks)
     trials = [replace(trial, kept=found.kept(trial.depth)) for trial in task.trials]
     yield from walks(context, replace(task, trials=tuple(trials)))
 
@@ -89,13 +106,10 @@ def replacements(context: Context, task: Task) -> Iterator[Result]:
     """
     teacher, device = copy.deepcopy(_teacher(context, task)), context.device
     merge_lora(teacher)
-    angular = similarities(teacher, context.validation, device=device).angular
-    spans = []
-    for trial in task.trials:
-        length = trial.blocks - trial.depth
-        turns = [angular[first, first + length] for first in range(1, trial.depth + 1)]
-        start = 1 + int(np.argmin(turns))
-        spans.append((start, start + length))
+    angular = angular_distances(context, task.seed, task.blocks)
+    spans = [
+        nearest_spans(angular, trial.blocks - trial.depth, first=1)[0] for trial in task.trials
+    ]
     for trial, found in zip(
         task.trials,
         fit_replacements(teacher, context.validation, spans, device=device),
@@ -103,10 +117,9 @@ def replacements(context: Context, task: Task) -> Iterator[Result]:
     ):
         model = copy.deepcopy(teacher)
         apply_replacement(model, found)
-        kept = tuple(b for b in range(trial.blocks) if not found.start <= b < found.end)
-        done = replace(trial, kept=kept)
+        done = replace(trial, kept=outside((found.start, found.end), trial.blocks))
         (ranks,) = rank_routes(model, context.test, [route(range(done.depth))], device=device)
-        yield Result(done, ranks, part_of(teacher, done))
+        yield Result(done, ranks, part_of(teacher, done), replacement=found)
 
 
 def compare(context: Context, task: Task) -> Iterator[Scores]:
@@ -136,7 +149,7 @@ PROBES: dict[str, Callable[[Context, Task], Iterator[Result | Scores]]] = {
     "readout": read_outs,
     "tuned-lens": read_outs,
     "skip": walks,
-    "span": walks,
+    "span": spans,
     "interval": walks,
     "greedy": removals,
     "drop-attention": walks,
@@ -146,6 +159,30 @@ PROBES: dict[str, Callable[[Context, Task], Iterator[Result | Scores]]] = {
     "taylor": weigh,
     "settling": settle,
 }
+
+
+def removal(context: Context, seed: int, blocks: int) -> Removal:
+    """The greedy removal by validation users; kept for all who ask for it."""
+    path = context.shared / f"greedy-s{seed}-{context.teacher_mark(seed, blocks)}.json"
+    with FileLock(path.with_name(f".{path.stem}.lock")):
+        if not path.exists():
+            teacher = context.teacher(seed, blocks)
+            write_json(path, asdict(greedy(teacher, context.validation, device=context.device)))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    lists = {name: tuple(content[name]) for name in ("removed", "scores")}
+    return Removal(**lists, evaluated=content["evaluated"])
+
+
+@lru_cache(maxsize=1)  # `replace`, screened spans and selected blocks ask for the same
+def angular_distances(context: Context, seed: int, blocks: int) -> np.ndarray:
+    """Angular distances between the teacher's states, (L + 1, L + 1), of validation users."""
+    teacher = context.teacher(seed, blocks)
+    return similarities(teacher, context.validation, device=context.device).angular
+
+
+def outside(span: Span, blocks: int) -> tuple[int, ...]:
+    """The blocks that are not in a span."""
+    return tuple(b for b in range(blocks) if not span[0] <= b < span[1])
 
 
 def _teacher(context: Context, task: Task) -> Recommender:

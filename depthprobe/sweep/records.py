@@ -12,6 +12,7 @@ import pandas as pd
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.files import complete_folder, write_json
 from depthprobe.models.build import save_trained
+from depthprobe.probing.maps import save_replacement
 from depthprobe.sweep.context import MODEL
 from depthprobe.sweep.plan import Task, Trial
 from depthprobe.sweep.results import Result, Scores
@@ -38,6 +39,8 @@ def write_result(
             "epochs": fit.epochs,
             "steps": fit.steps,
             "seconds": round(fit.seconds, 3),
+            "teacher_seconds": round(result.taught, 3),
+            "flops": result.training_flops,
             "processes": fit.processes,
             "resumed_at": fit.resumed_at,
             "best_epoch": fit.best_epoch,
@@ -66,6 +69,8 @@ def write_result(
         pd.concat(parts, ignore_index=True).to_parquet(temporary / USERS, index=False)
         if result.model is not None:
             save_trained(result.model, temporary / MODEL)
+        if result.replacement is not None:
+            save_replacement(result.replacement, temporary / MODEL)
         write_json(temporary / RECORD, record)
 
 

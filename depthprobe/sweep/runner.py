@@ -26,7 +26,7 @@ from depthprobe.models.devices import resolve_device
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
 from depthprobe.models.revision import backbone_revision, describe, pinned, pinned_now
 from depthprobe.study import METHODS as NAMES
-from depthprobe.study import BadInput, Study, differences, study_to_toml
+from depthprobe.study import BadInput, Study, base_of, differences, study_to_toml
 from depthprobe.sweep import provenance, worker
 from depthprobe.sweep.context import (
     DATA,
@@ -157,7 +157,9 @@ def _check_folder(folder: Path, study: Study) -> Study:
         allowed = f"another folder, or the study it began with ({'; '.join(changed)})"
         raise BadInput("output", str(folder), allowed)
     methods = {*before.methods, *study.methods}
-    return replace(study, name=before.name, methods=tuple(m for m in NAMES if m in methods))
+    names = sorted(methods, key=lambda name: (NAMES.index(base_of(name)), name))
+    variants = {**before.variants, **study.variants}
+    return replace(study, name=before.name, methods=tuple(names), variants=variants)
 
 
 def _before(folder: Path) -> dict[str, Any] | None:

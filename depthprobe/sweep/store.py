@@ -199,8 +199,9 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
         row[f"parameters_{name}"] = (costs.get("parameters") or {}).get(name, none)
     flops = costs.get("flops_user")
     row["flops_user"] = none if flops is None else flops
-    for name in ("steps", "epochs", "seconds"):
-        row[f"training_{name}"] = training.get(name, none)
+    for name in ("steps", "epochs", "seconds", "teacher_seconds", "flops"):
+        value = training.get(name)
+        row[f"training_{name}"] = none if value is None else value
     for name in ("train_step", "encode", "score", "latency"):
         values = timing.get(name, {}).get("seconds")
         row[f"{name}_ms"] = 1000 * float(np.median(values)) if values else none

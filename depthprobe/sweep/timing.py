@@ -6,8 +6,11 @@ of a matrix product does not depend on what it multiplies.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,51 +21,62 @@ from depthprobe.cost.timing import interleaved
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.models.build import build_recommender
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import Recipe, Study, parse_layers
+from depthprobe.study import TRAINED, Recipe, Study, base_of, parse_layers, settings_of
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.plan import BASELINES, Trial
-from depthprobe.training.distillation import Distiller, TeacherStates, group_ends
+from depthprobe.training.distillation import Distiller, wanted_features
 from depthprobe.training.distributed import FUSED
+from depthprobe.training.elastic import ElasticObjective
+from depthprobe.training.features import CachedTeacher, OnlineTeacher, Teacher, write_features
 from depthprobe.training.objectives import Batch, NextItem, make_batch
-
-TRAINED_LIKE_FULL = ("full", "finetune", "heal", "random-init")
 
 
 def measure(context: Context, blocks: int) -> dict[str, Any]:
     """Interleaved seconds of each action, and the conditions they hold under.
 
-    Actions: ``encode:K``, ``train:K``, ``distill:K`` for K blocks and for ``sasrec``; ``latency:K``
-    is one user from history to top 10; ``score`` is the catalogue for a batch of user vectors.
-    A sweep of the baselines alone measures no depth: on a large backbone that takes longer.
+    Actions: ``encode:K`` and ``train:K`` for K blocks and for ``sasrec``; ``distill:K``, and the
+    same for each variant of it; ``elastic:L``; ``latency:K`` is one user from history to top 10;
+    ``score`` is the catalogue for a batch of user vectors. A sweep of the baselines alone measures
+    no depth: on a large backbone that takes longer.
     """
-    settings, device = context.study.cost, context.device
+    study, settings, device = context.study, context.study.cost, context.device
     histories, lengths = _typical_users(context, settings.batch_size)
-    recipe = context.study.recipe
-    batch = _typical_batch(context, recipe)
+    recipe = study.recipe
+    windows = _typical_windows(context, recipe)
+    batch = make_batch(windows, np.arange(len(windows)), device, recipe.objective)
     table = torch.randn(context.sequences.n_items + 1, context.item_width)
     actions: dict[str, Callable[[], object]] = {}
-    # students too, whether or not this sweep asks for them: a later one may, at another load
-    for depth in _depths(context, blocks):
-        settings_backbone, kept = context.study.backbone, tuple(range(depth))
-        model = build_recommender(settings_backbone, table, kept=kept, seed=0).to(device)
-        actions[f"encode:{depth}"] = _encoding(model, histories, lengths)
-        actions[f"latency:{depth}"] = _answer(model, histories[:1], lengths[:1])
-        actions[f"train:{depth}"] = _step(NextItem(model, recipe), batch, recipe)
-        if depth < blocks:
-            teacher = _some_states(batch, context.study, depth, blocks, model.width)
-            distiller = Distiller(model, context.study.distillation, recipe, teacher).to(device)
-            actions[f"distill:{depth}"] = _step(distiller, batch, recipe)
-        actions["score"] = _scoring(model.item_matrix(), len(histories))
-    baseline = context.new_sasrec(0)
-    actions.setdefault("score", _scoring(baseline.item_matrix(), len(histories)))
-    actions["encode:sasrec"] = _encoding(baseline, histories, lengths)
-    own = context.study.sasrec.recipe
-    actions["train:sasrec"] = _step(NextItem(baseline, own), _typical_batch(context, own), own)
-    times = interleaved(actions, warmup=settings.warmup, rounds=settings.rounds, device=device)
+    depths = _depths(context, blocks)
+    models = {
+        depth: build_recommender(study.backbone, table, kept=tuple(range(depth)), seed=0).to(device)
+        for depth in depths
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for depth, model in models.items():
+            actions[f"encode:{depth}"] = _encoding(model, histories, lengths)
+            actions[f"latency:{depth}"] = _answer(model, histories[:1], lengths[:1])
+            actions[f"train:{depth}"] = _step(NextItem(model, recipe), batch, recipe)
+            # students too, asked for or not: a later sweep may, when the machine is busier
+            for method in _named("distill", study) if depth < blocks else ():
+                place = Path(folder, f"{method}-{depth}")
+                student = _student(study, method, model, models[blocks], windows, place)
+                actions[f"{method}:{depth}"] = _step(student.to(device), batch, recipe)
+            actions["score"] = _scoring(model.item_matrix(), len(histories))
+        for method in _named("elastic", study) if blocks in models else ():
+            objective = ElasticObjective(models[blocks], settings_of(study, method).elastic, recipe)
+            actions[f"{method}:{blocks}"] = _step(objective, batch, recipe)
+        baseline = context.new_sasrec(0)
+        actions.setdefault("score", _scoring(baseline.item_matrix(), len(histories)))
+        actions["encode:sasrec"] = _encoding(baseline, histories, lengths)
+        own = study.sasrec.recipe
+        of_own = _typical_windows(context, own)
+        batch_of_own = make_batch(of_own, np.arange(len(of_own)), device, own.objective)
+        actions["train:sasrec"] = _step(NextItem(baseline, own), batch_of_own, own)
+        times = interleaved(actions, warmup=settings.warmup, rounds=settings.rounds, device=device)
     return {
         "conditions": {
             "device": device.type,
-            "dtype": context.study.backbone.dtype,
+            "dtype": study.backbone.dtype,
             "precision": recipe.precision,
             "batch": len(histories),
             "length": histories.shape[1],
@@ -76,27 +90,53 @@ def measure(context: Context, blocks: int) -> dict[str, Any]:
     }
 
 
-def timing_of(trial: Trial, measured: dict[str, Any]) -> dict[str, Any] | None:
+def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str, Any] | None:
     """The measured times that hold for a trial; None where its shape was not measured."""
-    key = "sasrec" if trial.method == "sasrec" else str(trial.depth)
+    base, depth = base_of(trial.method), trial.depth
+    key = "sasrec" if base == "sasrec" else str(depth)
     seconds = measured["seconds"]
-    if trial.method == "popularity" or f"encode:{key}" not in seconds:
+    if base == "popularity" or f"encode:{key}" not in seconds:
         return None
     names = {"encode": f"encode:{key}", "score": "score", "latency": f"latency:{key}"}
-    if trial.method in (*TRAINED_LIKE_FULL, "sasrec"):
+    own = settings_of(study, trial.method).recipe
+    alike = replace(own, epochs=study.recipe.epochs) == study.recipe
+    if base == "distill":
+        names["train_step"] = f"{trial.method}:{key}" if alike else ""
+    elif base == "elastic":
+        names["train_step"] = f"{trial.method}:{trial.blocks}" if alike else ""
+    elif base == "sasrec" or (base in ("full", *TRAINED) and alike):
         names["train_step"] = f"train:{key}"
-    elif trial.method == "distill":
-        names["train_step"] = f"distill:{key}"
     return {
         name: {"seconds": seconds[action]} for name, action in names.items() if action in seconds
     }
 
 
-def _some_states(batch: Batch, study: Study, depth: int, blocks: int, width: int) -> TeacherStates:
-    """Random states in place of a teacher's, for the windows of the batch."""
-    ends = group_ends(blocks, min(study.distillation.groups, depth))
-    states = torch.randn(batch.count, len(ends), width).half().numpy()
-    return TeacherStates(states, batch.mask.sum(dim=1).cpu().numpy(), ends)
+def _named(base: str, study: Study) -> list[str]:
+    """A method that is always measured, and its variants of the study."""
+    return [base, *(name for name in study.methods if name.startswith(f"{base}:"))]
+
+
+def _student(
+    study: Study,
+    method: str,
+    model: Recommender,
+    whole: Recommender,
+    windows: list[np.ndarray],
+    folder: Path,
+) -> Distiller:
+    """A student of an untrained teacher, with features of its own."""
+    settings = settings_of(study, method)
+    losses, recipe = settings.distillation, study.recipe
+    wanted = wanted_features(losses, recipe, depth=model.depth, teacher_depth=whole.depth)
+    teacher: Teacher = OnlineTeacher(whole, wanted)
+    if losses.features == "cached":
+        folder.mkdir()
+        place = whole.item_matrix().device
+        write_features(whole, windows, wanted, folder=folder, device=place)
+        teacher = CachedTeacher(folder, windows, wanted)
+    follows = bool(wanted.ends or wanted.vectors or wanted.top)
+    goal = whole.item_matrix().detach() if wanted.vectors else None
+    return Distiller(model, losses, recipe, teacher if follows else None, goal_items=goal)
 
 
 def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
@@ -129,11 +169,10 @@ def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
     return padded.to(context.device), lengths.to(context.device)
 
 
-def _typical_batch(context: Context, recipe: Recipe) -> Batch:
-    """A batch of windows of about the median length, numbered from 0."""
+def _typical_windows(context: Context, recipe: Recipe) -> list[np.ndarray]:
+    """A batch of training windows of about the median length."""
     chosen = _middle([len(window) for window in context.windows], recipe.batch_size)
-    windows = [context.windows[i] for i in chosen]
-    return make_batch(windows, np.arange(len(windows)), context.device, recipe.objective)
+    return [context.windows[i] for i in chosen]
 
 
 def _middle(lengths: list[int], size: int) -> np.ndarray:

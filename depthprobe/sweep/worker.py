@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from depthprobe.study import Study
+from depthprobe.study import Study, base_of
 from depthprobe.sweep.context import TIMING, Context
 from depthprobe.sweep.methods import METHODS
 from depthprobe.sweep.plan import Task
@@ -87,7 +87,7 @@ def work(task: Task) -> float:
     context.log(f"== {task.id}")
     began = time.perf_counter()
     measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
-    for result in METHODS[task.method](context, task):
+    for result in METHODS[base_of(task.method)](context, task):
         if not _Worker.writes:
             continue
         if isinstance(result, Scores):
@@ -99,7 +99,7 @@ def work(task: Task) -> float:
             context.trial_folder(result.trial),
             result,
             context.test.users,
-            timing=timing_of(result.trial, measured),
+            timing=timing_of(result.trial, measured, context.study),
             provenance=_Worker.provenance,
             validation_users=len(context.validation.users),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,8 @@ class Batch:
     targets: Tensor  # (B, T) the item after each position, 0 on padding
     mask: Tensor  # (B, T) where the next item is asked
     count: int  # N, how many are asked
+    objective: Objective
+    draw: int = 0  # a number that all parts of a step share, to draw from
 
 
 def make_batch(
@@ -34,11 +36,14 @@ def make_batch(
     chosen: np.ndarray,
     device: torch.device,
     objective: Objective,
+    *,
+    draw: int = 0,
 ) -> Batch:
     """Inputs and targets of the chosen windows: all items but the last, all but the first.
 
     Args:
         objective: whether the next item is asked at every position, or at the last alone.
+        draw: what an objective's own random choices are drawn from.
     """
     parts = [windows[i] for i in chosen]
     whole = torch.from_numpy(pad(parts)).to(device)
@@ -48,7 +53,15 @@ def make_batch(
     places = torch.arange(targets.shape[1], device=device)
     ends = lengths[:, None]
     mask = places == ends - 1 if objective == "last" else places < ends
-    return Batch(chosen, whole[:, :-1], lengths, targets, mask, int(asked(parts, objective).sum()))
+    count = int(asked(parts, objective).sum())
+    return Batch(chosen, whole[:, :-1], lengths, targets, mask, count, objective, draw)
+
+
+def ask_last(batch: Batch) -> Batch:
+    """The same windows, asked at their last positions alone."""
+    places = torch.arange(batch.mask.shape[1], device=batch.mask.device)
+    mask = places == batch.lengths[:, None] - 1
+    return replace(batch, mask=mask, count=len(batch.chosen), objective="last")
 
 
 def asked(windows: Sequence[np.ndarray], objective: Objective) -> np.ndarray:

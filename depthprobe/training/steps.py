@@ -36,9 +36,9 @@ def gradients(
     if not counts:  # nothing to do, but the others wait for gradients of this process too
         own = chosen[:1]
     parts = np.array_split(own, min(recipe.accumulation, len(own)))
-    losses = []
+    losses, draw = [], _draw(chosen)
     for place, part in enumerate(parts, start=1):
-        batch = make_batch(windows, part, trained.accelerator.device, recipe.objective)
+        batch = make_batch(windows, part, trained.accelerator.device, recipe.objective, draw=draw)
         fraction = counts * batch.count / total
         with trained.apart(place < len(parts)):
             with trained.accelerator.autocast():
@@ -46,6 +46,11 @@ def gradients(
             trained.accelerator.backward(loss * (fraction * trained.processes))
         losses.append(loss.detach() * fraction)
     return torch.stack(losses).sum()
+
+
+def _draw(chosen: np.ndarray) -> int:
+    """A number that is the same in all processes and parts of a step: they know its windows."""
+    return int(np.random.SeedSequence(chosen.tolist()).generate_state(1)[0])
 
 
 class Watch:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.cost.parameters import count_parameters, flops_per_user
+from depthprobe.cost.flops import flops_per_user
+from depthprobe.cost.parameters import count_parameters
 from depthprobe.models.build import make_trainable
 from depthprobe.models.popularity import Popularity
 from depthprobe.models.recommender import Recommender

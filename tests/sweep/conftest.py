@@ -1,4 +1,4 @@
-"""One small run, made once: sixty users, a three-block backbone, every method, two seeds."""
+"""One small run, made once: sixty users, a three-block backbone, every method, some variants."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.models.embedded import embedded_tokenizer
-from depthprobe.study import METHODS, Backbone, Cost, Data, Protocol, Recipe, SasRec, Study
+from depthprobe.study import (
+    METHODS,
+    Backbone,
+    Cost,
+    Data,
+    Distillation,
+    Protocol,
+    Recipe,
+    SasRec,
+    Study,
+    Variant,
+)
 from depthprobe.sweep.runner import run_sweep
 from depthprobe.sweep.store import Run
 
@@ -46,7 +57,16 @@ def study(
     return Study(
         name="small",
         layers="1,2",
-        methods=METHODS,
+        methods=(*METHODS, "finetune:angular", "heal:greedy", "distill:logits", "distill:top"),
+        variants={
+            "logits": Variant(
+                distillation=Distillation(cosine=0, norm=0, supervision=0, logits=1, init="teacher")
+            ),
+            "top": Variant(
+                select="1",
+                distillation=Distillation(logits=1, top=5, features="online", init="random"),
+            ),
+        },
         seeds=2,
         device="cpu",
         data=Data(source=str(write_log(folder / "log.txt")), max_history=10),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from depthprobe.study import METHODS, PROBES, BadInput, Study
+from depthprobe.study import METHODS, PROBES, BadInput, Probing, Study, Variant
 from depthprobe.sweep.methods import METHODS as FUNCTIONS
-from depthprobe.sweep.plan import NEEDS, Trial, plan
+from depthprobe.sweep.plan import NEEDS, Trial, chosen_blocks, plan
 
 
 def ids(study: Study, blocks: int) -> list[str]:
@@ -82,11 +85,67 @@ def test_depths_the_backbone_does_not_have(layers: str) -> None:
         plan(replace(Study(), layers=layers), 4)
 
 
-def test_names_tell_kept_sets_apart() -> None:
-    kept = [(0, 1, 2), (0, 1), (0, 2), (1, 2), (1,), (2,)]
-    names = {Trial("finetune", k, 0, 4).id for k in kept}
-    assert len(names) == len(kept)
+def test_names_say_what_is_left_out() -> None:
     assert Trial("finetune", (0, 1), 0, 4).id == "finetune-d02-s0"
+    assert Trial("heal:ends", (0, 3), 0, 4).id == "heal-ends-d02-s0"
     # every block but the last is a truncation for one method and a skip for another
     assert Trial("skip", (0, 1, 2), 0, 4).id == "skip-b03-s0"
     assert Trial("early-exit", (0, 1, 2), 0, 4).id == "early-exit-d03-s0"
+
+
+def kept(method: str, layers: str = "1,3", blocks: int = 8, **settings: Any) -> list[Any]:
+    tasks = plan(Study(layers=layers, methods=(method,), seeds=1, **settings), blocks)
+    return [trial.kept for task in tasks for trial in task.trials if trial.method == method]
+
+
+def test_selections_of_blocks() -> None:
+    assert kept("finetune") == [(0, 1, 2), (0,)]
+    assert kept("finetune:ends") == [(0, 1, 7), (0,)]
+    assert kept("heal:interval") == [(0, 4, 7), (0,)]
+    assert kept("distill:own", variants={"own": Variant(select="0,2,5-6")}) == [(0, 2, 5, 6)]
+    # which ones they are is found out when they run
+    assert kept("heal:greedy") == kept("heal:angular") == [(0, 1, 2), (0,)]
+
+
+@given(st.integers(1, 40), st.data())
+def test_a_selection_keeps_so_many_blocks_in_their_order(blocks: int, data: st.DataObject) -> None:
+    depth = data.draw(st.integers(1, blocks))
+    for select in ("prefix", "ends", "interval", "random"):
+        found = chosen_blocks(select, depth, blocks, seed=3)
+        assert len(found) == depth
+        assert list(found) == sorted(set(found))
+        assert set(found) <= set(range(blocks))
+
+
+def test_random_selections_differ_by_seed_alone() -> None:
+    found = {chosen_blocks("random", 4, 12, seed=seed) for seed in range(8)}
+    assert len(found) > 4
+    assert chosen_blocks("random", 4, 12, seed=3) == chosen_blocks("random", 4, 12, seed=3)
+
+
+@pytest.mark.parametrize("method", ["finetune:greedy", "finetune:angular", "heal", "distill:ends"])
+def test_what_asks_the_teacher_waits_for_it(method: str) -> None:
+    tasks = plan(Study(layers="1", methods=(method,), seeds=1), 3)
+    assert tasks[-1].needs == ("full-d03-s0",)
+
+
+def test_elastic_is_one_task_with_every_depth() -> None:
+    (task,) = plan(Study(layers="2", methods=("elastic",), seeds=1), 3)[1:]
+    assert task.id == "elastic-s0"
+    assert [trial.id for trial in task.trials] == [f"elastic-d0{d}-s0" for d in (1, 2, 3)]
+
+
+def test_blocks_the_backbone_does_not_have() -> None:
+    with pytest.raises(BadInput, match="blocks from 0 to 3"):
+        kept("heal:own", blocks=4, variants={"own": Variant(select="0,4")})
+
+
+def test_screened_spans_are_named_by_length_and_place() -> None:
+    study = Study(layers="1", methods=("span",), seeds=1, probing=Probing(spans=2))
+    spans = [trial for trial in plan(study, 4)[-1].trials]
+    assert [trial.id for trial in spans] == [
+        "span-d02-n1-s0",
+        "span-d02-n2-s0",
+        "span-d01-n1-s0",
+        "span-d01-n2-s0",
+    ]

@@ -68,7 +68,13 @@ def test_every_trial_is_done(small_run: Run) -> None:
         "finetune": 4,
         "heal": 4,
         "distill": 4,
+        "elastic": 6,
         "random-init": 6,
+        "random-selection": 4,
+        "finetune:angular": 4,
+        "heal:greedy": 4,
+        "distill:logits": 4,
+        "distill:top": 2,
     }
 
 

@@ -15,15 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from depthprobe.study import Recipe
-from depthprobe.training import losses
-from depthprobe.training.losses import (
-    catalogue_cross_entropy,
-    catalogue_loss,
-    cosine_loss,
-    gbce,
-    norm_loss,
-    sampled_softmax,
-)
+from depthprobe.training import cross_entropy as full
+from depthprobe.training import losses, mean_loss
+from depthprobe.training.cross_entropy import catalogue_cross_entropy
+from depthprobe.training.losses import catalogue_loss, gbce, sampled_softmax
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SAMPLED: dict[str, Loss] = {
@@ -71,8 +66,8 @@ def small_chunks(cells: int, fewest: int, most: int) -> Iterator[None]:
     """So many logits at once, in float64; blocks of positions of the given heights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(losses.CHUNK_BYTES, "cpu", cells * 8)
-        patch.setattr(losses, "FEWEST_ROWS", fewest)
-        patch.setattr(losses, "MOST_ROWS", most)
+        patch.setattr(full, "FEWEST_ROWS", fewest)
+        patch.setattr(full, "MOST_ROWS", most)
         yield
 
 
@@ -265,7 +260,7 @@ def test_no_gradient_is_made_where_none_is_kept(
     vectors, items, targets = make(3, 6)
     torch.manual_seed(0)
     value = loss(vectors, items, targets)
-    monkeypatch.delattr(losses, "_zeros")  # what gradients are added to
+    monkeypatch.delattr(mean_loss, "_zeros")  # what gradients are added to
     torch.manual_seed(0)
     with torch.no_grad():
         assert loss(vectors, items, targets) == value
@@ -375,12 +370,3 @@ def test_float64_is_exact_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = catalogue_cross_entropy(vectors, items, targets)
     check_same(ours, naive(vectors, items, targets), vectors, items)
-
-
-def test_distillation_losses_by_hand() -> None:
-    teacher = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [1.0, 0.0]]])  # (2, 2, 2)
-    student = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[3.0, 4.0], [-1.0, 0.0]]])
-    # group 1: 1 - 0 and 1 - 1, mean .5; group 2: 1 - 1 and 1 + 1, mean 1
-    assert cosine_loss(student, teacher).item() == pytest.approx(1.5)
-    # group 1: sqrt 2 and 1; group 2: 0 and 2
-    assert norm_loss(student, teacher).item() == pytest.approx((math.sqrt(2) + 1) / 2 + 1)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Distillation, Recipe
-from depthprobe.training.distillation import Distiller, group_ends, teacher_states
+from depthprobe.training.distillation import Distiller, wanted_features
+from depthprobe.training.features import CachedTeacher, write_features
 from depthprobe.training.loop import Fit, fit
 from depthprobe.training.objectives import Batch, NextItem
 
@@ -132,15 +133,15 @@ def test_compiled_models_are_called_compiled(
 def test_a_tapped_student_runs_uncompiled(
     make_recommender: Callable[..., Recommender], windows: list[np.ndarray], tmp_path: Path
 ) -> None:
-    teacher, ends = make_recommender().eval(), group_ends(4, 2)
-    states = teacher_states(
-        teacher, windows, ends=ends, objective="every", path=tmp_path / "s.npy", device=CPU
-    )
+    weights = Distillation(groups=2)
+    wanted = wanted_features(weights, Recipe(), depth=2, teacher_depth=4)
+    write_features(make_recommender().eval(), windows, wanted, folder=tmp_path, device=CPU)
+    teacher = CachedTeacher(tmp_path, windows, wanted)
     losses = []
     for on in (False, True):
         recipe = Recipe(epochs=1, batch_size=8, compile=on)
         student = make_recommender(blocks=2, seed=1)
         torch.manual_seed(0)
-        distiller = Distiller(student, Distillation(groups=2), recipe, states)
+        distiller = Distiller(student, weights, recipe, teacher)
         losses.append(train(distiller, windows, recipe).losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

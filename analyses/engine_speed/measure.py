@@ -28,7 +28,7 @@ from depthprobe.data.batches import length_buckets
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import Recipe
 from depthprobe.training.losses import catalogue_loss
-from depthprobe.training.objectives import Batch, NextItem, make_batch
+from depthprobe.training.objectives import Batch, NextItem, at_rows, make_batch
 
 PROMPT, ITEMS, SUFFIX = 61, 30, 8  # slots of SLMRec's layout
 CATALOGUE, D_ITEM = 12_101, 64  # Beauty's items, a SASRec's width
@@ -137,7 +137,7 @@ def _training(
     def loss(batch: Batch) -> Tensor:
         find = padded.encode if objective == "last" else padded.every
         vectors = find(batch.inputs, batch.lengths)
-        targets = batch.targets[batch.mask]
+        targets = batch.targets
         return catalogue_loss(vectors, padded.model.item_matrix(), targets, recipe=recipe)
 
     old, new = _step(padded, loss), _step(shared, shared)
@@ -210,7 +210,7 @@ def _compare_exactly(
                 encode = model.encode if shared else padded.encode
                 vectors.append(encode(batch.inputs, batch.lengths))
             elif shared:
-                vectors.append(model(batch.inputs)[batch.mask])
+                vectors.append(at_rows(model(batch.inputs), batch.rows))
             else:
                 vectors.append(padded.every(batch.inputs, batch.lengths))
         every = torch.cat(vectors)

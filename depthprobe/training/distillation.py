@@ -18,7 +18,7 @@ from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import Distillation, Recipe
 from depthprobe.training.features import Said, Teacher, Wanted, asked_states
-from depthprobe.training.following import catalogue_kl, cosine_loss, norm_loss, top_kl
+from depthprobe.training.following import catalogue_kl, state_loss, top_kl
 from depthprobe.training.losses import catalogue_loss
 from depthprobe.training.objectives import Batch, Objective, ask_last, asked_vectors
 
@@ -92,27 +92,27 @@ class Distiller(nn.Module):
         items = student.item_matrix()
         loss = vectors.new_zeros(())
         if weights.ce:
-            targets = batch.targets[batch.mask]
-            loss = loss + weights.ce * catalogue_loss(vectors, items, targets, recipe=recipe)
+            part = catalogue_loss(vectors, items, batch.targets, recipe=recipe)
+            loss = loss + weights.ce * part
         if self.teacher is not None:
             at = ask_last(batch) if compared(weights, recipe) == "last" else batch
             said = self.teacher.at(at)
             if said.states is not None:
                 states = torch.stack([asked_states(student, s, at) for s in grouped]).float()
-                loss = loss + self._follow_states(states, said.states)
+                loss = loss + state_loss(
+                    states,
+                    said.states,
+                    cosine=weights.cosine,
+                    norm=weights.norm,
+                    form=weights.norm_form,
+                )
             if weights.logits:
                 # of all asked positions the compared ones, which may be each user's last
-                own = vectors if at is batch else vectors[_last_rows(batch)]
+                own = vectors if at.objective == batch.objective else vectors[_last_rows(batch)]
                 loss = loss + weights.logits * self._follow_scores(own, items, said)
-        for adapter, state in zip(self.adapters, grouped, strict=False):
-            loss = loss + weights.supervision * self._supervise(adapter, state, items, batch)
+        if len(self.adapters):
+            loss = loss + weights.supervision * self._supervise(grouped[:-1], items, batch)
         return loss
-
-    def _follow_states(self, own: Tensor, teacher: Tensor) -> Tensor:
-        """D_cos and D_norm of states (G, N, D), weighted."""
-        weights = self.settings
-        loss = weights.cosine * cosine_loss(own, teacher)
-        return loss + weights.norm * norm_loss(own, teacher, form=weights.norm_form)
 
     def _follow_scores(self, vectors: Tensor, items: Tensor, said: Said) -> Tensor:
         temperature = self.settings.temperature
@@ -122,14 +122,17 @@ class Distiller(nn.Module):
             raise ValueError("no scores of the teacher to follow")
         return catalogue_kl(vectors, items, said.vectors, self.goal_items, temperature=temperature)
 
-    def _supervise(self, adapter: nn.Module, state: Tensor, items: Tensor, batch: Batch) -> Tensor:
-        """A part of L_ms: the last item of each user as in the paper, by an inner group's state."""
-        rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
-        last = batch.targets[rows, batch.lengths - 1]  # (B,)
-        guess = adapter(states_at(state, self.student.last_place(batch.lengths)).float())
-        return catalogue_loss(guess, items, last, recipe=self.recipe)
+    def _supervise(self, grouped: list[Tensor], items: Tensor, batch: Batch) -> Tensor:
+        """L_ms: the last item of each user as in the paper, by each inner group's state."""
+        places = self.student.last_place(batch.lengths)
+        guesses = [
+            adapter(states_at(state, places).float())
+            for adapter, state in zip(self.adapters, grouped, strict=True)
+        ]
+        targets = batch.last.repeat(len(guesses))  # the groups in one go: the sum of their means
+        return len(guesses) * catalogue_loss(torch.cat(guesses), items, targets, recipe=self.recipe)
 
 
 def _last_rows(batch: Batch) -> Tensor:
-    """Of a batch's N asked positions, the last of each window, (B,)."""
-    return batch.mask.sum(dim=1).cumsum(dim=0) - 1
+    """Of a batch's N positions, all that windows have, the last of each window, (B,)."""
+    return batch.lengths.cumsum(dim=0) - 1

@@ -58,5 +58,5 @@ class ElasticObjective(nn.Module):
         return loss
 
     def _loss(self, vectors: Tensor, batch: Batch) -> Tensor:
-        targets = batch.targets[batch.mask]
-        return catalogue_loss(vectors, self.model.item_matrix(), targets, recipe=self.recipe)
+        items = self.model.item_matrix()
+        return catalogue_loss(vectors, items, batch.targets, recipe=self.recipe)

@@ -20,7 +20,7 @@ from torch import Tensor
 from depthprobe.data.batches import length_buckets
 from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.tap import tap_blocks
-from depthprobe.training.objectives import Batch, Objective, asked, make_batch
+from depthprobe.training.objectives import Batch, Objective, asked, at_rows, make_batch
 
 STATES, VECTORS, TOP, SCORES = "states.npy", "vectors.npy", "top.npy", "scores.npy"
 WANTED = "features.json"
@@ -231,4 +231,4 @@ def asked_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
     """A block's output (B, P, D) where the batch asks for the next item, (N, D)."""
     if batch.objective == "last":
         return states_at(states, model.last_place(batch.lengths))
-    return states[:, model.lead :][batch.mask]
+    return at_rows(states[:, model.lead :], batch.rows)

@@ -7,33 +7,75 @@ loss, which leaves the student free about all other items.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.autograd.function import once_differentiable
 
 from depthprobe.training.losses import fill_chosen
 from depthprobe.training.mean_loss import CHUNK_BYTES, exact_dtype, mean_loss
 
-
-def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """SLMRec's D_cos: ``1 - cos(h_s, h_t)``, (..., N, D) summed over the groups, mean over N."""
-    return (1 - cosine_similarity(student, teacher, dim=-1)).mean(dim=-1).sum()
+TINY = 1e-12  # in place of the size of a state that is zero
 
 
-def norm_loss(
-    student: Tensor, teacher: Tensor, *, form: Literal["distance", "squared"] = "distance"
+def state_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    cosine: float,
+    norm: float,
+    form: Literal["distance", "squared"] = "distance",
 ) -> Tensor:
-    """SLMRec's D_norm: ``||h_s - h_t||_2``, (..., N, D) summed over the groups, mean over N.
+    """``cosine D_cos + norm D_norm`` of states (G, N, D), summed over groups, mean over N.
+
+    SLMRec's ``D_cos = 1 - cos(h_s, h_t)`` and ``D_norm = ||h_s - h_t||_2``. Gradients are made with
+    the loss, in a third of the time that they take one operation after the other.
 
     Args:
-        form: ``squared`` is ``||h_s - h_t||_2^2 / D``, which does not grow with the width.
+        teacher: gets no gradient.
+        form: ``squared`` takes ``||h_s - h_t||_2^2 / D``, which does not grow with the width.
     """
-    if form == "squared":
-        return (student - teacher).square().mean(dim=(-2, -1)).sum()
-    distance: Tensor = torch.linalg.vector_norm(student - teacher, dim=-1)  # (..., N)
-    return distance.mean(dim=-1).sum()
+    loss: Tensor = _StateLoss.apply(student, teacher, cosine, norm, form)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _StateLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, cosine: float, norm: float, form: str
+    ) -> Tensor:
+        """(G, N, D) each -> scalar."""
+        positions, width = student.shape[-2:]
+        sizes = [_size(states) for states in (student, teacher)]  # (G, N, 1)
+        product = sizes[0] * sizes[1]
+        alike = (student * teacher).sum(dim=-1, keepdim=True) / product
+        gap = student - teacher
+        if form == "squared":
+            distance = gap.square().mean(dim=-1, keepdim=True)
+            slope = torch.full_like(distance, 2 / width)
+        else:
+            distance = torch.linalg.vector_norm(gap, dim=-1, keepdim=True)
+            slope = 1 / distance.clamp_min(TINY)
+        loss = (cosine * (1 - alike) + norm * distance).sum() / positions
+        # d cos / d h_s = h_t / (|h_s| |h_t|) - cos h_s / |h_s|^2
+        gradient = gap.mul_(norm / positions * slope)
+        gradient.addcmul_(teacher, -cosine / positions / product)
+        gradient.addcmul_(student, cosine / positions * alike / sizes[0].square())
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The student's gradient alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None, None, None
+
+
+def _size(states: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    return size.clamp_min(TINY)
 
 
 def catalogue_kl(

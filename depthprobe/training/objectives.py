@@ -24,11 +24,16 @@ class Batch:
     chosen: np.ndarray  # (B,) indices of the windows
     inputs: Tensor  # (B, T) item ids, right-padded with 0
     lengths: Tensor  # (B,) items in each row of the inputs
-    targets: Tensor  # (B, T) the item after each position, 0 on padding
-    mask: Tensor  # (B, T) where the next item is asked
-    count: int  # N, how many are asked
+    rows: Tensor  # (N,) where the next item is asked, in the flattened inputs (B T)
+    targets: Tensor  # (N,) the item that is asked there
+    last: Tensor  # (B,) each window's last item
     objective: Objective
     draw: int = 0  # a number that all parts of a step share, to draw from
+
+    @property
+    def count(self) -> int:
+        """N, how many items are asked."""
+        return len(self.rows)
 
 
 def make_batch(
@@ -45,23 +50,44 @@ def make_batch(
         objective: whether the next item is asked at every position, or at the last alone.
         draw: what an objective's own random choices are drawn from.
     """
-    parts = [windows[i] for i in chosen]
-    whole = torch.from_numpy(pad(parts)).to(device)
-    sizes = np.array([len(part) - 1 for part in parts])
-    lengths = torch.from_numpy(sizes).to(device)
-    targets = whole[:, 1:]
-    places = torch.arange(targets.shape[1], device=device)
-    ends = lengths[:, None]
-    mask = places == ends - 1 if objective == "last" else places < ends
-    count = int(asked(parts, objective).sum())
-    return Batch(chosen, whole[:, :-1], lengths, targets, mask, count, objective, draw)
+    whole = pad([windows[i] for i in chosen])  # (B, T + 1)
+    sizes = np.array([len(windows[i]) - 1 for i in chosen])
+    # on the host, where the lengths are known: a GPU would be asked, and wait
+    asked_at = np.arange(whole.shape[1] - 1) < sizes[:, None]  # (B, T)
+    last = whole[np.arange(len(whole)), sizes]
+    every = objective == "every"
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    return Batch(
+        chosen=chosen,
+        inputs=put(whole[:, :-1]),
+        lengths=put(sizes),
+        rows=put(np.flatnonzero(asked_at) if every else _ends(sizes, asked_at.shape[1])),
+        targets=put(whole[:, 1:][asked_at] if every else last),
+        last=put(last),
+        objective=objective,
+        draw=draw,
+    )
 
 
 def ask_last(batch: Batch) -> Batch:
     """The same windows, asked at their last positions alone."""
-    places = torch.arange(batch.mask.shape[1], device=batch.mask.device)
-    mask = places == batch.lengths[:, None] - 1
-    return replace(batch, mask=mask, count=len(batch.chosen), objective="last")
+    ends = torch.arange(len(batch.lengths), device=batch.lengths.device) * batch.inputs.shape[1]
+    rows = ends + batch.lengths - 1
+    return replace(batch, rows=rows, targets=batch.last, objective="last")
+
+
+def _ends(sizes: np.ndarray, width: int) -> np.ndarray:
+    """The last places of rows of so many items, in the flattened rows, (B,)."""
+    ends: np.ndarray = np.arange(len(sizes)) * width + sizes - 1
+    return ends
+
+
+def at_rows(states: Tensor, rows: Tensor) -> Tensor:
+    """Those of states (B, T, D) that stand at so many places of (B T), (N, D)."""
+    return states.flatten(0, 1).index_select(0, rows)
 
 
 def asked(windows: Sequence[np.ndarray], objective: Objective) -> np.ndarray:
@@ -84,13 +110,13 @@ class NextItem(nn.Module):
         """The mean loss of the batch's next items, a scalar."""
         vectors = asked_vectors(self.model, batch, self.recipe)  # (N, d)
         items: Tensor = self.model.item_matrix()  # type: ignore[operator]
-        return catalogue_loss(vectors, items, batch.targets[batch.mask], recipe=self.recipe)
+        return catalogue_loss(vectors, items, batch.targets, recipe=self.recipe)
 
 
 def asked_vectors(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
-    """User vectors where the batch asks for the next item, (N, d), in the order of its mask."""
+    """User vectors where the batch asks for the next item, (N, d)."""
     if recipe.objective == "last":
         last: Tensor = model(batch.inputs, batch.lengths)
         return last
     every: Tensor = model(batch.inputs)
-    return every[batch.mask]
+    return at_rows(every, batch.rows)

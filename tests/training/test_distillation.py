@@ -18,7 +18,7 @@ from depthprobe.study import Distillation, Recipe
 from depthprobe.training.cross_entropy import catalogue_cross_entropy
 from depthprobe.training.distillation import Distiller, group_ends, wanted_features
 from depthprobe.training.features import CachedTeacher, OnlineTeacher, Said, write_features
-from depthprobe.training.following import catalogue_kl, cosine_loss, norm_loss, top_kl
+from depthprobe.training.following import catalogue_kl, state_loss, top_kl
 from depthprobe.training.loop import fit
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 
@@ -87,8 +87,7 @@ def test_slmrecs_loss_is_the_sum_of_its_parts(
         targets = torch.tensor([int(windows[i][-1]) for i in range(5)])
         expected = (
             0.9 * NextItem(student, recipe)(batch)
-            + 0.7 * cosine_loss(states, teacher)
-            + 0.3 * norm_loss(states, teacher, form=form)  # type: ignore[arg-type]
+            + state_loss(states, teacher, cosine=0.7, norm=0.3, form=form)  # type: ignore[arg-type]
             + 0.2 * catalogue_cross_entropy(guess, student.item_matrix(), targets)
         )
     torch.testing.assert_close(whole(batch).detach(), expected)

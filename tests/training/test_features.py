@@ -95,7 +95,7 @@ def test_last_positions_alone_are_kept_where_they_are_wanted(
     last = cached(teacher, windows, Wanted("last", ends=(4,)), tmp_path / "last")
     every = cached(teacher, windows, Wanted("every", ends=(4,)), tmp_path / "every")
     batch = make_batch(windows, np.array([3, 8]), CPU, "every")
-    places = batch.mask.sum(dim=1).cumsum(dim=0) - 1
+    places = batch.lengths.cumsum(dim=0) - 1
     found, direct = last.at(ask_last(batch)).states, every.at(batch).states
     assert found is not None
     assert direct is not None

@@ -3,27 +3,66 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from depthprobe.training import following
-from depthprobe.training.following import catalogue_kl, cosine_loss, norm_loss, top_kl
+from depthprobe.training.following import catalogue_kl, state_loss, top_kl
 
 
-def test_distillation_losses_by_hand() -> None:
+def test_state_losses_by_hand() -> None:
     teacher = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [1.0, 0.0]]])  # (2, 2, 2)
     student = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[3.0, 4.0], [-1.0, 0.0]]])
     # group 1: 1 - 0 and 1 - 1, mean .5; group 2: 1 - 1 and 1 + 1, mean 1
-    assert cosine_loss(student, teacher).item() == pytest.approx(1.5)
+    assert state_loss(student, teacher, cosine=1, norm=0).item() == pytest.approx(1.5)
     # group 1: sqrt 2 and 1; group 2: 0 and 2
-    assert norm_loss(student, teacher).item() == pytest.approx((math.sqrt(2) + 1) / 2 + 1)
-    # squares over the width of 2: group 1: 2 and 1, group 2: 0 and 4
-    assert norm_loss(student, teacher, form="squared").item() == pytest.approx((1 + 0.5) / 2 + 1)
+    distance = (math.sqrt(2) + 1) / 2 + 1
+    assert state_loss(student, teacher, cosine=0, norm=1).item() == pytest.approx(distance)
+    # squares over the width of 2: group 1: 1 and .5; group 2: 0 and 2
+    squared = state_loss(student, teacher, cosine=0, norm=1, form="squared").item()
+    assert squared == pytest.approx(0.75 + 1)
+
+
+def naive_state_loss(
+    student: Tensor, teacher: Tensor, cosine: float, norm: float, form: str
+) -> Tensor:
+    """By torch's own functions and its graph."""
+    gap = student - teacher
+    distance = torch.linalg.vector_norm(gap, dim=-1)
+    if form == "squared":
+        distance = gap.square().mean(dim=-1)
+    turned = 1 - cosine_similarity(student, teacher, dim=-1)
+    return (cosine * turned + norm * distance).mean(dim=-1).sum()
+
+
+@given(
+    groups=st.integers(1, 3),
+    positions=st.integers(1, 6),
+    weights=st.tuples(st.sampled_from([0.0, 0.7]), st.sampled_from([0.0, 0.3])),
+    form=st.sampled_from(["distance", "squared"]),
+)
+def test_state_losses_and_their_gradients(
+    groups: int, positions: int, weights: tuple[float, float], form: Literal["distance", "squared"]
+) -> None:
+    torch.manual_seed(groups + 7 * positions)
+    student, teacher = torch.randn(2, groups, positions, 5, dtype=torch.float64)
+    student.requires_grad_()
+    cosine, norm = weights
+    ours = state_loss(student, teacher, cosine=cosine, norm=norm, form=form)
+    check_same(ours, naive_state_loss(student, teacher, cosine, norm, form), student)
+
+
+def test_states_that_are_the_teachers_or_zero_have_finite_gradients() -> None:
+    student = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]], requires_grad=True)
+    state_loss(student, torch.tensor([[[1.0, 2.0], [1.0, 0.0]]]), cosine=1, norm=1).backward()
+    assert torch.isfinite(student.grad).all()
+    torch.testing.assert_close(student.grad[0, 0], torch.zeros(2))
 
 
 def naive_kl(own: Tensor, wanted: Tensor, temperature: float) -> Tensor:

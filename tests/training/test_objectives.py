@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
-from depthprobe.training.objectives import NextItem, make_batch
+from depthprobe.training.objectives import NextItem, ask_last, make_batch
 
 CPU = torch.device("cpu")
 WINDOWS = [np.array([5, 6, 7]), np.array([8, 9]), np.array([1, 2, 3, 4])]
@@ -22,16 +22,26 @@ WINDOWS = [np.array([5, 6, 7]), np.array([8, 9]), np.array([1, 2, 3, 4])]
 def test_every_position_is_asked() -> None:
     batch = make_batch(WINDOWS, np.array([0, 1]), CPU, "every")
     assert batch.inputs.tolist() == [[5, 6], [8, 9]]  # what follows the last position is not read
-    assert batch.targets.tolist() == [[6, 7], [9, 0]]
-    assert batch.mask.tolist() == [[True, True], [True, False]]
+    assert batch.targets.tolist() == [6, 7, 9]
+    assert batch.rows.tolist() == [0, 1, 2]  # of [5, 6, 8, 9]; nothing is asked at the padding
     assert (batch.lengths.tolist(), batch.count) == ([2, 1], 3)
+    assert batch.last.tolist() == [7, 9]
 
 
 def test_the_last_is_asked_alone() -> None:
     batch = make_batch(WINDOWS, np.array([2, 1, 0]), CPU, "last")
-    assert batch.targets[batch.mask].tolist() == [4, 9, 7]
-    assert batch.mask.sum(dim=1).tolist() == [1, 1, 1]
+    assert batch.inputs.tolist() == [[1, 2, 3], [8, 9, 0], [5, 6, 7]]
+    assert batch.targets.tolist() == batch.last.tolist() == [4, 9, 7]
+    assert batch.rows.tolist() == [2, 3, 7]
     assert batch.count == 3
+
+
+def test_a_batch_can_be_asked_at_its_last_positions_alone() -> None:
+    every, last = (make_batch(WINDOWS, np.array([2, 1, 0]), CPU, o) for o in ("every", "last"))
+    found = ask_last(every)
+    assert found.objective == "last"
+    for name in ("rows", "targets", "last", "inputs"):
+        assert torch.equal(getattr(found, name), getattr(last, name))
 
 
 def vectors_alone(model: nn.Module, window: np.ndarray) -> Tensor:

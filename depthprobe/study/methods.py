@@ -50,6 +50,7 @@ class Settings:
 
     base: str  # the method before the colon
     select: str
+    layers: str  # depths
     recipe: Recipe
     distillation: Distillation
     elastic: Elastic
@@ -86,6 +87,7 @@ def settings_of(study: Study, method: str) -> Settings:
     return Settings(
         base=base,
         select="random" if base == "random-selection" else variant.select,
+        layers=variant.layers or study.layers,
         recipe=recipe,
         distillation=variant.distillation or study.distillation,
         elastic=variant.elastic or study.elastic,

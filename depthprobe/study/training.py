@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from depthprobe.study.errors import BadInput, at_least, one_of
-from depthprobe.study.layers import parse_blocks
+from depthprobe.study.layers import parse_blocks, parse_layers
 
 # which blocks stay: the first ones; the first and the last ones; some spread evenly; those outside
 # the run that turns the teacher's state least; those that greedy removal leaves; a random choice
@@ -174,9 +174,11 @@ class Variant:
     """Settings under a name: ``distill:NAME`` is ``distill`` with these in place of the study's.
 
     ``select``: which blocks stay (see :data:`SELECTIONS`), or their indices, as ``0,1,10-11``.
+    ``layers``: depths other than the study's.
     """
 
     select: str = "prefix"
+    layers: str | None = None
     recipe: Recipe | None = None
     distillation: Distillation | None = None
     elastic: Elastic | None = None
@@ -184,3 +186,5 @@ class Variant:
     def __post_init__(self) -> None:
         if self.select not in SELECTIONS:
             parse_blocks(self.select)
+        if self.layers is not None:
+            parse_layers(self.layers, None)

@@ -152,7 +152,7 @@ def plan(study: Study, blocks: int) -> list[Task]:
     Raises:
         BadInput: if the study names depths or blocks that the backbone does not have.
     """
-    depths = [depth for depth in parse_layers(study.layers, blocks) if depth < blocks]
+    parse_layers(study.layers, blocks)  # refused even where no method asks for depths
     unneeded = () if study.item_table == "sasrec" else ("sasrec",)
     needs = {
         method: [name for name in _needs(study, method) if name not in unneeded]
@@ -164,7 +164,7 @@ def plan(study: Study, blocks: int) -> list[Task]:
     for method in sorted(wanted, key=lambda name: (order.index(base_of(name)), name)):
         for seed in range(1 if method == "popularity" else study.seeds):
             before = tuple(whole_trial(name, seed, blocks).id for name in needs[method])
-            groups = _trials(study, method, seed, depths, blocks)
+            groups = _trials(study, method, seed, blocks)
             tasks += [
                 Task(method, seed, trials, before, blocks)
                 for trials in groups
@@ -178,9 +178,7 @@ def _needs(study: Study, method: str) -> tuple[str, ...]:
     return ("full",) if asks else NEEDS[base_of(method)]
 
 
-def _trials(
-    study: Study, method: str, seed: int, depths: list[int], blocks: int
-) -> list[tuple[Trial, ...]]:
+def _trials(study: Study, method: str, seed: int, blocks: int) -> list[tuple[Trial, ...]]:
     """The trials of each of a method's tasks."""
     base = base_of(method)
     if base in (*BASELINES, "full"):
@@ -195,15 +193,18 @@ def _trials(
     if base in ("drop-attention", "drop-mlp"):
         every = tuple(range(blocks))
         return [tuple(Trial(method, every, seed, blocks, dropped=out) for out in every)]
-    select = settings_of(study, method).select
+    settings = settings_of(study, method)
+    select = settings.select
     if select not in SELECTIONS:
         return [(Trial(method, parse_blocks(select, blocks), seed, blocks),)]
-    if base == "random-init" and select == "prefix":
-        depths = [*depths, blocks]
+    whole = base == "random-init"  # the control of the teacher, too
+    depths = {d for d in parse_layers(settings.layers, blocks) if d < blocks or whole}
+    if whole and settings.layers == study.layers:
+        depths.add(blocks)
     # the deepest first: the longest task should not start last
     return [
         (Trial(method, chosen_blocks(select, depth, blocks, seed=seed), seed, blocks),)
-        for depth in reversed(depths)
+        for depth in sorted(depths, reverse=True)
     ]
 
 

@@ -74,10 +74,10 @@ def _features(context: Context, trial: Trial, wanted: Wanted) -> Path:
 def _of_all_students(context: Context, trial: Trial, wanted: Wanted) -> Wanted:
     """What the students of the study ask together, where they are compared at the same places."""
     study, asked = context.study, [wanted]
-    depths = {*parse_layers(study.layers, trial.blocks), trial.depth}
     for method in study.methods:
         if base_of(method) == "distill":
             settings = settings_of(study, method)
+            depths = {*parse_layers(settings.layers, trial.blocks), trial.depth}
             asked += [
                 wanted_features(
                     settings.distillation, settings.recipe, depth=d, teacher_depth=trial.blocks

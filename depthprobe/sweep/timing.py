@@ -58,6 +58,8 @@ def measure(context: Context, blocks: int) -> dict[str, Any]:
             actions[f"train:{depth}"] = _step(NextItem(model, recipe), batch, recipe)
             # students too, asked for or not: a later sweep may, when the machine is busier
             for method in _named("distill", study) if depth < blocks else ():
+                if depth not in parse_layers(settings_of(study, method).layers, blocks):
+                    continue
                 place = Path(folder, f"{method}-{depth}")
                 student = _student(study, method, model, models[blocks], windows, place)
                 actions[f"{method}:{depth}"] = _step(student.to(device), batch, recipe)
@@ -147,7 +149,9 @@ def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
 def _depths(context: Context, blocks: int) -> list[int]:
     if set(context.study.methods) <= set(BASELINES):
         return []
-    return sorted({*parse_layers(context.study.layers, blocks), blocks})
+    study = context.study
+    every = [study.layers, *(settings_of(study, name).layers for name in study.methods)]
+    return sorted({blocks, *(d for layers in every for d in parse_layers(layers, blocks))})
 
 
 def _scoring(items: Tensor, users: int) -> Callable[[], object]:

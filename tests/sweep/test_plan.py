@@ -98,6 +98,14 @@ def kept(method: str, layers: str = "1,3", blocks: int = 8, **settings: Any) -> 
     return [trial.kept for task in tasks for trial in task.trials if trial.method == method]
 
 
+def test_a_variant_may_have_depths_of_its_own() -> None:
+    one = {"one": Variant(layers="2")}
+    assert kept("distill:one", variants=one) == [(0, 1)]
+    assert kept("random-init:one", variants=one) == [(0, 1)]
+    with pytest.raises(BadInput, match="layers"):
+        kept("distill:one", variants={"one": Variant(layers="9")})
+
+
 def test_selections_of_blocks() -> None:
     assert kept("finetune") == [(0, 1, 2), (0,)]
     assert kept("finetune:ends") == [(0, 1, 7), (0,)]

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthprobe.models.top import best_columns
+
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -154,7 +156,7 @@ def top_items(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` best items of each user, best first, the lower item first on ties.
 
-    Arguments as for :func:`rank_users`; ``seen`` items are left out.
+    Arguments as for :func:`rank_users`; ``seen`` items are left out, and those that score -inf.
 
     Returns:
         Items 1..I, int64 (E, k), and their scores (E, k), on the CPU. Where a user has fewer than
@@ -174,16 +176,12 @@ def top_items(
     for part in _chunks(n_users, n_items, vectors.element_size(), chunk_bytes):
         scores = _score(vectors[part], table, shift)
         _check_nan(scores, first=part.start)
-        left = torch.full((len(scores),), n_items, device=scores.device)
         if seen is not None:
             rows, left_out = _pairs(seen[part], n_items, vectors.device)
             scores[rows, left_out] = -torch.inf
-            left -= torch.bincount(rows, minlength=len(scores))
-        columns = scores.topk(k, dim=1).indices.sort(dim=1).values  # by item ...
-        values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-        columns = columns.gather(1, order) + 1  # ... then by score: ties stay in item order
-        columns[torch.arange(k, device=scores.device) >= left[:, None]] = 0
-        items[part], best[part] = columns.cpu(), values.cpu()
+        columns, values = best_columns(scores, k)  # (C, k)
+        items[part] = (columns + 1).masked_fill_(values == -torch.inf, 0).cpu()
+        best[part] = values.cpu()
     return items, best
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from depthprobe.models.backbones import load_backbone
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
+from depthprobe.models.top import best_columns
 from depthprobe.study import BadInput
 
 PARTS, CARD = "recommender.safetensors", "recommender.json"
@@ -116,9 +117,8 @@ class ExportedRecommender:
         if self.filter_seen:
             for row, history in enumerate(histories):
                 scores[row, torch.from_numpy(history).to(scores.device)] = -torch.inf
-        columns = scores.topk(top, dim=1).indices.sort(dim=1).values  # by item ...
-        values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-        return columns.gather(1, order).tolist(), values.tolist()  # ... then by score
+        items, values = best_columns(scores, top)  # (B, top)
+        return items.tolist(), values.tolist()
 
     def _named(self, numbers: list[int], scores: list[float]) -> list[Recommendation]:
         titles = self.titles

@@ -34,7 +34,8 @@ def reliance_table(run: RunLike | Summary) -> Table | None:
     """Rank correlation of each cheap score with the measured damage; None without either.
 
     One row a score, kind of candidate and seed. Damage is the mean loss of NDCG@10 of the test
-    users, or for depths that of the variants trained there; intervals are over users.
+    users, or for depths that of the variants trained there; intervals are over users. The damage's
+    reliability is the candidates', so each of their scores has the same.
     """
     summary = as_summary(run)
     frames = []
@@ -56,12 +57,16 @@ def reliance_table(run: RunLike | Summary) -> Table | None:
             Cell(str(found["score"])),
             Cell(str(found["seed"])),
             Cell(str(found["candidates"])),
+            _reliability(float(found["reliability"])),
             _correlation(found, "spearman"),
             _correlation(found, "kendall"),
         ]
         rows.append(Row(tuple(cells), group=kind != last))
         last = kind
-    columns = ("candidates", "damage by", "cheap score", "seed", "number", "Spearman", "Kendall")
+    columns = (
+        "candidates", "damage by", "cheap score", "seed", "number", "damage's reliability",
+        "Spearman", "Kendall",
+    )  # fmt: skip
     return Table("reliance", columns, 3, tuple(rows), frame)
 
 
@@ -210,6 +215,10 @@ def _answered(summary: Summary, question: _Question, seed: int) -> pd.DataFrame 
     resamples = int(summary.run.study.protocol.resamples)
     table = np.concatenate(outcomes).T  # (U, M)
     return trust(scores, reference[0], table, resamples=resamples)
+
+
+def _reliability(value: float) -> Cell:
+    return Cell(f"{value:.2f}" if math.isfinite(value) else NONE)
 
 
 def _correlation(found: pd.Series, name: str) -> Cell:

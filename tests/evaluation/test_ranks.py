@@ -220,31 +220,51 @@ def test_infinite_scores_are_no_nan() -> None:
     assert ranks.tolist() == [1, 4, 2.5]
 
 
-def test_top_items_agree_with_a_sort() -> None:
+def naive_top(scores: list[float], k: int) -> tuple[list[int], list[float]]:
+    """Items 1..I of scores (I,), by a stable sort; those that score -inf are not there."""
+    best = sorted(range(len(scores)), key=lambda item: -scores[item])
+    best = [item for item in best if scores[item] > -INF][:k]
+    short = k - len(best)
+    return [item + 1 for item in best] + [0] * short, [scores[i] for i in best] + [-INF] * short
+
+
+@pytest.mark.parametrize("k", [1, 12, 49, 50])
+@pytest.mark.parametrize("chunk_bytes", [1, 999, 2**20])
+def test_top_items_agree_with_a_sort(k: int, chunk_bytes: int) -> None:
     given = case()
     vectors, table, bias = given["vectors"], given["item_matrix"], given["bias"]
-    scores = (vectors @ table.T + bias).numpy()  # type: ignore[operator, attr-defined]
+    scores = (vectors @ table.T + bias)[:, 1:].numpy()  # type: ignore[operator, index]
     for user, seen in enumerate(given["seen"]):  # type: ignore[arg-type, var-annotated]
-        scores[user, seen] = -INF
+        scores[user, seen - 1] = -INF
+    last = -np.sort(-scores, axis=1)[:, k - 1 : k + 1]
+    assert k == 50 or (last[:, 0] == last[:, 1]).any()  # ties across the last place there are
     found, values = top_items(
-        vectors,
-        table,
-        k=12,
-        seen=given["seen"],
-        bias=bias,
-        chunk_bytes=999,  # type: ignore[arg-type]
+        vectors,  # type: ignore[arg-type]
+        table,  # type: ignore[arg-type]
+        k=k,
+        seen=given["seen"],  # type: ignore[arg-type]
+        bias=bias,  # type: ignore[arg-type]
+        chunk_bytes=chunk_bytes,
     )
     assert found.dtype == torch.int64
-    for user, row in enumerate(scores):
-        best = sorted(range(1, len(row)), key=lambda item: -row[item])[:12]
-        assert values[user].tolist() == row[best].tolist()
-        assert row[found[user]].tolist() == row[best].tolist()
-        assert len(set(found[user].tolist())) == 12
-        ties = zip(values[user].tolist(), found[user].tolist(), strict=True)
-        assert list(ties) == sorted(
-            zip(values[user].tolist(), found[user].tolist(), strict=True),
-            key=lambda pair: (-pair[0], pair[1]),
-        )
+    for user, row in enumerate(scores.tolist()):
+        assert (found[user].tolist(), values[user].tolist()) == naive_top(row, k)
+
+
+def test_top_items_of_equal_scores_are_the_first_ones() -> None:
+    found, values = top_items(torch.ones(9, 1), torch.ones(1001, 1), k=10, seen=[np.array([2])] * 9)
+    assert found.tolist() == [[1, *range(3, 12)]] * 9
+    assert (values == 1).all()
+
+
+def test_top_items_leave_out_what_scores_minus_infinity() -> None:
+    """Seen or not: a seen item must not take the place of one that can't be recommended."""
+    bias = torch.tensor([0.0, 0.0, 0.0, -INF, 2.0])
+    found, values = top_items(
+        torch.zeros(1, 1), torch.zeros(5, 1), k=4, seen=[np.array([1])], bias=bias
+    )
+    assert found.tolist() == [[4, 2, 0, 0]]
+    assert values.tolist() == [[2, 0, -INF, -INF]]
 
 
 def test_top_items_when_few_are_left() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau, spearmanr
 
-from depthprobe.evaluation.trust import correlations, trust
+from depthprobe.evaluation.trust import correlations, reliability, trust
 
 COLUMNS = ["spearman", "spearman_low", "spearman_high", "kendall", "kendall_low", "kendall_high"]
 
@@ -187,6 +187,109 @@ def test_bounds_where_users_say_nothing() -> None:
     outcomes[7] -= damage
     rare = trust({"score": damage}, reference, outcomes).loc[0]
     assert rare[COLUMNS].tolist() == [1, -1, 1, 1, -1, 1]
+
+
+def naive_reliability(losses: np.ndarray, *, splits: int, seed: int) -> float:
+    """Split by split, with means and scipy; a half without an order counts as 0."""
+    draw, users = np.random.default_rng(seed), len(losses)
+    found = []
+    for _ in range(splits):
+        order = draw.permutation(users)
+        one, other = (losses[half].mean(axis=0) for half in np.split(order, [users // 2]))
+        flat = len(set(one)) == 1 or len(set(other)) == 1
+        found.append(0.0 if flat else spearmanr(one, other)[0])
+    half = np.mean(found)
+    return float(max(0, 2 * half / (1 + half)))
+
+
+@pytest.mark.parametrize("users", [2, 3, 40, 41])
+def test_reliability_agrees_with_a_loop_over_splits(users: int) -> None:
+    draw = np.random.default_rng(users)
+    # quarters: sums are exact in the naive loop too, and there are many ties
+    losses = np.array([0, 0, 1, 2, 3]) + draw.integers(-6, 7, size=(users, 5)) / 4
+    found = reliability(losses, splits=2000)
+    assert 0 < found < 1
+    assert found == pytest.approx(naive_reliability(losses, splits=2000, seed=1), abs=0.04)
+
+
+def test_reliability_of_noise_is_near_0_and_of_clear_damages_near_1() -> None:
+    draw = np.random.default_rng(0)
+    noise = draw.normal(size=(200, 300))
+    assert reliability(noise) < 0.15
+    assert reliability(noise + np.linspace(0, 50, 300)) > 0.99
+    assert reliability(0.01 * noise[:, :4] + np.arange(4)) == 1
+    # what one half says is the opposite of the other's: not below 0
+    assert reliability([[0, 1, 2], [2, 1, 0], [0, 0, 0.5]]) == 0
+
+
+@pytest.mark.parametrize("linear", [0.2, 0.5, 0.8])
+def test_a_known_reliability_is_found_and_its_root_is_the_highest_correlation(
+    linear: float,
+) -> None:
+    """Normal damages and noise: rho is ``6 / pi * asin(r / 2)`` of the linear correlation r."""
+    draw = np.random.default_rng(0)
+    users, damage = 200, draw.normal(size=1500)
+    spread = np.sqrt(users * (1 / linear - 1))
+    losses = damage + draw.normal(0, spread, size=(users, 1500))
+    found = reliability(losses, splits=20)
+    half = 6 / np.pi * np.arcsin(linear / (2 - linear) / 2)
+    assert found == pytest.approx(2 * half / (1 + half), abs=0.05)
+    assert found == pytest.approx(linear, abs=0.06)
+    truth = correlations(damage, losses.mean(axis=0)[None])[0][0]  # of the best score that is
+    assert truth == pytest.approx(np.sqrt(found), abs=0.04)
+
+
+def test_equal_damages_stay_tied_in_each_half() -> None:
+    """Sums in floating point, or one half as the rest of all, would tell them apart by rounding."""
+    draw = np.random.default_rng(0)
+    losses = np.zeros((301, 7))
+    losses[:, 3:] = draw.choice([0.1, 0.3, 0.7], size=(301, 1)) + [[0, 0, 1, 1]]
+    for order in (np.arange(7), draw.permutation(7)):
+        assert reliability(losses[:, order]) == 1
+        assert reliability(losses[:, order] * 1e-300) == 1
+    # where no user of a half is touched, its damages are 0 and not nearly so
+    rare = np.zeros((30, 4))
+    rare[:3, 1:] = [[0.1, 0.2, 0.7], [0.3, 0.2, 0.4], [0.9, 0.8, 0.7]]
+    expected = naive_reliability(rare, splits=2000, seed=1)
+    assert reliability(rare, splits=2000) == pytest.approx(expected, abs=0.03)
+
+
+def test_reliability_by_blocks_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = np.arange(5) + np.random.default_rng(0).normal(0, 9, size=(101, 5))
+    whole = reliability(losses)
+    monkeypatch.setattr("depthprobe.evaluation.trust.AT_ONCE", 7)
+    assert reliability(losses) == whole
+    assert reliability(losses * 2.0**-40) == whole
+    assert reliability(losses, seed=1) != whole
+
+
+def test_where_a_reliability_says_nothing() -> None:
+    draw = np.random.default_rng(0)
+    assert np.isnan(reliability(draw.normal(size=(1, 5))))
+    assert np.isnan(reliability(draw.normal(size=(0, 5))))
+    assert np.isnan(reliability(draw.normal(size=(50, 2))))
+    assert np.isnan(reliability(np.ones((50, 5))))
+    # all rests on one user: the other half has no order, whatever the split
+    rare = np.zeros((20, 3))
+    rare[7] = [0, 1, 2]
+    assert reliability(rare) == 0
+    for bad in (np.ones(3), [[1, 2, np.nan]], [[1, 2, np.inf]]):
+        with pytest.raises(ValueError, match=r"expected finite losses \(U, M\)"):
+            reliability(bad)
+
+
+def test_trust_says_how_reliable_the_damages_are() -> None:
+    damage = np.linspace(0, 1, 6)
+    few = world(damage, noise=8.0)
+    found = trust({"a": damage, "flat": np.ones(6)}, *few, resamples=10)
+    expected = reliability(few[0][:, None] - few[1])
+    assert 0 < expected < 1
+    assert found["reliability"].tolist() == [expected] * 2
+    assert found.columns.tolist().index("reliability") == 3
+    later = trust({"a": damage}, *few, resamples=10, seed=3).loc[0, "reliability"]
+    assert later == reliability(few[0][:, None] - few[1], seed=3)
+    none = trust({"a": damage[:2]}, few[0], few[1][:, :2], resamples=10)
+    assert none["reliability"].isna().all()
 
 
 def test_bad_input_is_refused() -> None:

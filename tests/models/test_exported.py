@@ -117,9 +117,23 @@ def test_ties_are_in_the_order_of_the_catalogue(write: Write) -> None:
     parts = load_file(folder / PARTS)
     parts["items"] = torch.ones_like(parts["items"])
     save_file(parts, folder / PARTS)
-    (answer,) = load_recommender(folder).recommend([["i9"]], top=ITEMS)
-    assert sorted(found.item for found in answer) == sorted(IDS)
-    assert [found.item for found in answer] == IDS
+    for top in (1, 7, ITEMS - 1, ITEMS):
+        (answer,) = load_recommender(folder).recommend([["i9"]], top=top)
+        assert [found.item for found in answer] == IDS[:top]
+
+
+def test_ties_across_the_last_place_are_in_the_order_of_the_catalogue(write: Write) -> None:
+    folder = write(filter_seen=True)
+    parts = load_file(folder / PARTS)
+    parts["items"][1:] = parts["items"][1:4].repeat(ITEMS // 3, 1)  # each item ten times
+    save_file(parts, folder / PARTS)
+    loaded = load_recommender(folder)
+    (answer,) = loaded.recommend([["i5"]], top=ITEMS - 1)
+    kinds = list(dict.fromkeys((int(found.item[1:]) - 1) % 3 for found in answer))
+    expected = [IDS[i] for kind in kinds for i in range(kind, ITEMS, 3) if IDS[i] != "i5"]
+    for top in (2, 5, 13, ITEMS - 1):
+        (answer,) = loaded.recommend([["i5"]], top=top)
+        assert [found.item for found in answer] == expected[:top]
 
 
 def test_few_items_left_and_none(folder: Path) -> None:

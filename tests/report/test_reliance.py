@@ -12,6 +12,7 @@ from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.evaluation.metrics import per_user_metric
+from depthprobe.evaluation.trust import reliability
 from depthprobe.report.html import build_report
 from depthprobe.report.reliance import reliance_table
 from depthprobe.study import Backbone, Cost, Data, Protocol, Recipe, SasRec, Study
@@ -46,10 +47,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_sweep(study, folder / "run", jobs=0)
 
 
-def ndcg(run: Run, trial: str) -> float:
+def by_user(run: Run, trial: str) -> np.ndarray:
     users = run.users
     chosen = users[(users["trial"] == trial) & (users["protocol"] == "full")]
-    return float(per_user_metric(chosen["rank"].to_numpy(), "NDCG@10").mean())
+    return np.asarray(per_user_metric(chosen.sort_values("user")["rank"].to_numpy(), "NDCG@10"))
+
+
+def ndcg(run: Run, trial: str) -> float:
+    return float(by_user(run, trial).mean())
 
 
 def row(frame: pd.DataFrame, candidate: str, by: str, score: str) -> pd.Series:
@@ -91,6 +96,19 @@ def test_depths_are_judged_by_the_variants_trained_there(run: Run) -> None:
     np.testing.assert_allclose(found["spearman"], expected)
 
 
+def test_the_reliability_is_that_of_the_damages(run: Run) -> None:
+    table = reliance_table(run)
+    assert table is not None
+    whole = by_user(run, "full-d05-s0")
+    losses = np.stack([whole - by_user(run, f"skip-b{b:02d}-s0") for b in range(5)], axis=1)
+    of_blocks = table.frame.query("candidate == 'blocks'")["reliability"]
+    assert len(of_blocks) > 1
+    assert of_blocks.tolist() == pytest.approx([reliability(losses)] * len(of_blocks))
+    place = table.columns.index("damage's reliability")
+    shown = [row.cells[place].text for row in table.rows]
+    assert shown == [f"{value:.2f}" for value in table.frame["reliability"]]
+
+
 def test_a_part_is_judged_by_its_own_damage(run: Run) -> None:
     table = reliance_table(run)
     assert table is not None
@@ -103,6 +121,7 @@ def test_the_page_has_it_and_the_folder_too(run: Run, tmp_path: Path) -> None:
     page = build_report(run, tmp_path / "page.html").read_text()
     assert "How far cheap scores can be trusted" in page
     saved = pd.read_csv(run.path / "tables" / "reliance.csv")
+    assert "reliability" in saved
     assert set(saved["candidate"]) == {"blocks", "spans", "MLP alone", "depths"}
 
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from depthprobe.files import complete_file
+from depthprobe.report.ablation import ablation_table
 from depthprobe.report.answer import build_answer
 from depthprobe.report.facts import conditions, how_measured
 from depthprobe.report.figures import FIGURES, save_figure
@@ -34,6 +35,8 @@ WORDS = {
     "skip": "the teacher with one block left out, without training",
     "read-out": "a fresh head fitted to the teacher's states at a depth, the teacher frozen",
     "tuned lens": "a linear map at a depth before the teacher's own head, fitted to its answers",
+    "elastic": "one model trained to be good at every depth, cut there",
+    "random blocks": "a control: fine-tuned from blocks drawn at random",
     "linear map": "the teacher with a fitted linear map in place of a span of blocks (ReplaceMe)",
     "random init": "a control: the same architecture without pretraining",
     "HR@K": "share of users whose next item is among the first K",
@@ -63,8 +66,9 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         run = open_run(run)
     summary = summarise(run)
     tables = all_tables(summary)
-    if (reliance := reliance_table(summary)) is not None:
-        tables[reliance.name] = reliance
+    for made in (ablation_table(summary), reliance_table(summary)):
+        if made is not None:
+            tables[made.name] = made
     for table in tables.values():
         save_table(table, run.path / "tables")
     page = _environment().get_template("report.html.j2").render(

@@ -19,7 +19,7 @@ READ_ONLY = frozenset(PROBES) | CONTROLS
 def curves(summary: Summary, metric: str) -> dict[str, list[Point]]:
     """Measured points of each method that has a curve over depth, in the order of depth."""
     found: dict[str, list[Point]] = {}
-    names = {p.method for p in summary.points} - NOT_CURVES
+    names = _plain({p.method for p in summary.points}) - NOT_CURVES
     for method in sorted(names, key=method_order):
         points = [p for p in summary.of(method) if p.value(metric) is not None]
         if points:
@@ -27,14 +27,18 @@ def curves(summary: Summary, metric: str) -> dict[str, list[Point]]:
     return found
 
 
+def _plain(methods: set[str]) -> set[str]:
+    """Without variants of methods that are there themselves: those have a table of their own."""
+    return {name for name in methods if name == base_of(name) or base_of(name) not in methods}
+
+
 def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
     """Points with both an accuracy and a cost; popularity and most probes are not on offer."""
+    drawn = _plain({p.method for p in summary.points}) - {"popularity", *SHOWN_ONLY}
     return [
         p
         for p in summary.points
-        if p.method not in {"popularity", *SHOWN_ONLY}
-        and p.cost(cost)
-        and p.value(metric) is not None
+        if p.method in drawn and p.cost(cost) and p.value(metric) is not None
     ]
 
 

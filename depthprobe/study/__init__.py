@@ -13,6 +13,7 @@ from depthprobe.study.inputs import (
 from depthprobe.study.layers import parse_blocks, parse_layers
 from depthprobe.study.measuring import Cost, Probing, Protocol
 from depthprobe.study.methods import (
+    ASKED,
     DEFAULT_METHODS,
     METHODS,
     PROBES,
@@ -42,6 +43,7 @@ from depthprobe.study.training import (
 )
 
 __all__ = [
+    "ASKED",
     "ATTENTIONS",
     "Backbone",
     "BadInput",

@@ -41,6 +41,7 @@ DEFAULT_METHODS = ("popularity", "sasrec", "full", "early-exit", "skip", "finetu
 # those for which it matters which blocks stay, and that don't say so by their name
 SELECTED = ("finetune", "heal", "distill")
 NAMEABLE = tuple(name for name in SELECTIONS if name not in ("prefix", "random"))
+ASKED = ("angular", "greedy")  # selections that the teacher decides
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -64,8 +65,7 @@ class Settings:
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher must be trained before: to be cut, followed, or asked for blocks."""
-        chosen = self.select in ("angular", "greedy")
-        return chosen or self.base in ("heal", "distill")
+        return self.select in ASKED or self.base in ("heal", "distill")
 
 
 def base_of(method: str) -> str:

@@ -17,7 +17,7 @@ from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.early_exit import early_exit
 from depthprobe.probing.screening import nearest_spans
-from depthprobe.study import Recipe, settings_of
+from depthprobe.study import ASKED, Recipe, settings_of
 from depthprobe.sweep.budget import budgeted, trained_epoch
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.plan import Task, Trial, whole_trial
@@ -34,13 +34,16 @@ from depthprobe.training.objectives import NextItem
 def fine_tuned(context: Context, task: Task) -> Iterator[Result]:
     """The teacher, a variant cut from the pretrained backbone, or one without pretraining."""
     trial = _with_blocks(context, task.trials[0])
-    yield _train(context, trial, context.new_recommender(trial))
+    chosen = settings_of(context.study, trial.method).asks_teacher
+    taught = _seconds_of_teacher(context, trial) if chosen else 0.0
+    yield replace(_train(context, trial, context.new_recommender(trial)), taught=taught)
 
 
 def heal(context: Context, task: Task) -> Iterator[Result]:
     """Cut out of the trained teacher, then fine-tuned for a share of its epochs."""
     trial = _with_blocks(context, task.trials[0])
-    yield _train(context, trial, _cut_teacher(context, trial))
+    taught = _seconds_of_teacher(context, trial)
+    yield replace(_train(context, trial, _cut_teacher(context, trial)), taught=taught)
 
 
 def distill(context: Context, task: Task) -> Iterator[Result]:
@@ -57,7 +60,9 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
     if weights.logits and not weights.top:
         goal = context.teacher(trial.seed, trial.blocks).item_matrix().detach()
     distiller = Distiller(student, weights, settings.recipe, teacher, goal_items=goal)
-    taught = seconds + _seconds_of_teacher(context, trial)
+    taught = seconds
+    if teacher is not None or from_teacher or settings.select in ASKED:
+        taught += _seconds_of_teacher(context, trial)
     yield replace(_train(context, trial, student, distiller.to(context.device)), taught=taught)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from depthprobe.cli.options import StudyFlags, default_output, make_study
 from depthprobe.cli.sweep import PHASES, restrict
-from depthprobe.study import METHODS, PROBES, BadInput, Recipe, Study, demo_study
+from depthprobe.study import METHODS, PROBES, BadInput, Recipe, Study, Variant, demo_study
 
 
 def test_no_flags_are_the_demo() -> None:
@@ -103,3 +103,18 @@ def test_a_phase_keeps_its_own_methods() -> None:
 def test_a_phase_without_methods_in_the_study_is_refused() -> None:
     with pytest.raises(BadInput, match="probe runs early-exit, early-exit-raw, readout"):
         restrict(Study(methods=("full",)), PHASES["probe"], chosen=False)
+
+
+def test_variants_belong_to_the_phase_of_their_method() -> None:
+    study = Study(methods=("full", "heal:ends", "distill:a"), variants={"a": Variant()})
+    assert restrict(study, PHASES["distill"], chosen=False).methods == ("distill:a",)
+    assert restrict(study, PHASES["train"], chosen=False).methods == ("full", "heal:ends")
+
+
+def test_epochs_are_those_of_all_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("[variants.a.recipe]\nepochs = 9\nbatch_size = 3\n[variants.b]\n", "utf-8")
+    study = make_study(StudyFlags(study=file, epochs=2, budget="compute"))
+    assert study.variants["a"].recipe == Recipe(epochs=2, batch_size=3)
+    assert study.variants["b"] == Variant()
+    assert (study.recipe.epochs, study.budget) == (2, "compute")

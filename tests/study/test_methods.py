@@ -1,0 +1,188 @@
+"""Methods by name: selections of blocks and variants behind a colon, and what they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from depthprobe.study import (
+    METHODS,
+    BadInput,
+    Distillation,
+    Elastic,
+    Heal,
+    Recipe,
+    Study,
+    Variant,
+    differences,
+    load_study,
+    parse_blocks,
+    settings_of,
+    study_from_dict,
+    study_to_dict,
+    study_to_toml,
+)
+
+FILE = """
+layers = "1,2"
+methods = ["full", "heal", "heal:ends", "distill:ms", "distill:own", "elastic:own"]
+
+[recipe]
+epochs = 7
+batch_size = 64
+
+[distillation]
+groups = 3
+
+[variants.ms.distillation]
+cosine = 0
+norm = 0
+
+[variants.own]
+layers = "2"
+
+[variants.own.recipe]
+epochs = 9
+
+[variants.own.elastic]
+exits = 2
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    path = tmp_path / "question.toml"
+    path.write_text(FILE, encoding="utf-8")
+    return load_study(path)
+
+
+def test_a_variant_changes_what_it_names_alone(study: Study) -> None:
+    ms = settings_of(study, "distill:ms")
+    assert ms.distillation == Distillation(groups=3, cosine=0, norm=0)
+    assert ms.recipe == study.recipe == Recipe(epochs=7, batch_size=64)
+    own = settings_of(study, "distill:own")
+    assert own.recipe == Recipe(epochs=9, batch_size=64)
+    assert (own.layers, own.distillation) == ("2", Distillation(groups=3))
+    assert settings_of(study, "elastic:own").elastic == Elastic(exits=2)
+
+
+def test_a_study_with_variants_survives_toml_and_dict(study: Study, tmp_path: Path) -> None:
+    assert study_from_dict(study_to_dict(study)) == study
+    path = tmp_path / "again.toml"
+    path.write_text(study_to_toml(study), encoding="utf-8")
+    assert load_study(path) == study
+    assert load_study(path).digest() == study.digest()
+
+
+def test_the_hash_does_not_tell_1_from_1_point_0() -> None:
+    whole = Study(variants={"a": Variant(distillation=Distillation(norm=1, logits=0))})
+    assert study_from_dict(study_to_dict(whole)).digest() == whole.digest()
+    other = Study(variants={"a": Variant(distillation=Distillation(norm=2))})
+    assert other.digest() != whole.digest()
+
+
+def test_healing_takes_a_part_of_the_epochs() -> None:
+    study = Study(methods=("heal", "heal:ends"), recipe=Recipe(epochs=7), heal=Heal(share=0.5))
+    assert settings_of(study, "heal").recipe.epochs == 4
+    assert settings_of(study, "heal:ends").recipe.epochs == 4
+    own = {"own": Variant(recipe=Recipe(epochs=9))}
+    assert settings_of(replace(study, variants=own), "heal:own").recipe.epochs == 9
+    assert settings_of(replace(study, heal=Heal(share=0.01)), "heal").recipe.epochs == 1
+
+
+def test_selections_have_names_of_their_own() -> None:
+    study = Study(methods=METHODS)
+    for name in ("ends", "interval", "angular", "greedy"):
+        assert settings_of(study, f"finetune:{name}").select == name
+    assert settings_of(study, "finetune").select == "prefix"
+    assert settings_of(study, "random-selection").select == "random"
+
+
+def test_who_asks_the_teacher() -> None:
+    study = Study(methods=METHODS)
+    asking = {name for name in METHODS if settings_of(study, name).asks_teacher}
+    assert asking == {"heal", "distill"}
+    assert settings_of(study, "finetune:greedy").asks_teacher
+    assert not settings_of(study, "finetune:ends").asks_teacher
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        (("heal:end",), "did you mean ends"),
+        (("distill:kl",), "one of ends"),
+        (("skip:ends",), "with finetune"),
+        (("finetune:prefix",), "one of ends"),
+        (("finetune:random",), "one of ends"),
+        (("elastic:ends",), "elastic alone"),
+        (("random-selection:greedy",), "random-selection alone"),
+        (("full:ends",), "with finetune"),
+        (("heal:",), "one of ends"),
+        (("fintune:ends",), "did you mean finetune"),
+    ],
+)
+def test_names_that_stand_for_nothing(methods: tuple[str, ...], words: str) -> None:
+    with pytest.raises(BadInput, match=words) as caught:
+        Study(methods=methods)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ends", "A", "a b", "a/b", "", "a:b", "random"])
+def test_names_that_no_variant_may_have(name: str) -> None:
+    with pytest.raises(BadInput, match="variants"):
+        Study(variants={name: Variant()})
+
+
+def test_a_variant_that_selects_is_none_of_elastic() -> None:
+    with pytest.raises(BadInput, match="without select"):
+        Study(methods=("elastic:own",), variants={"own": Variant(select="ends")})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[variants.a]\nselekt = 'ends'", ["variants.a.selekt", "did you mean select?"]),
+        ("[variants.a.distillation]\ncosin = 1", ["variants.a.distillation.cosin"]),
+        ("[variants.a.distillation]\ncosine = 'x'", ["variants.a.distillation.cosine", "float"]),
+        ("variants = 3", ["variants", "table"]),
+        ("[variants]\na = 3", ["variants.a", "table"]),
+        ("[variants.a]\nselect = '3,1'", ["select", "in their order"]),
+        ("[variants.a]\nlayers = 'two'", ["layers", "'two'"]),
+        ("[distillation]\nnorm_form = 'l1'", ["norm_form", "distance"]),
+        ("[distillation]\ntemperature = 0", ["temperature", "above 0"]),
+        ("[distillation]\nce=0\ncosine=0\nnorm=0\nsupervision=0", ["distillation.ce", "above 0"]),
+        ("[elastic]\ndropout = 1", ["elastic.dropout", "[0, 1)"]),
+        ("[heal]\nshare = 0", ["heal.share", "(0, 1]"]),
+        ("[probing]\nspans = -1", ["probing.spans", "at least 0"]),
+        ("budget = 'time'", ["budget", "compute"]),
+    ],
+)
+def test_bad_settings_are_one_line(text: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "question.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput) as caught:
+        load_study(path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_a_variant_that_both_have_can_differ(study: Study) -> None:
+    bare = replace(study, methods=("full",), variants={})
+    assert differences(bare, study) == differences(study, bare) == []
+    other = replace(study, variants={**study.variants, "ms": Variant(layers="1")})
+    assert any(line.startswith("variants.ms.layers") for line in differences(study, other))
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"), [("0,1,10-11", (0, 1, 10, 11)), (" 3 ", (3,)), ("0-2", (0, 1, 2))]
+)
+def test_blocks_by_index(text: str, blocks: tuple[int, ...]) -> None:
+    assert parse_blocks(text, 12) == blocks
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,0", "0,0", "2-1", "-1", "12", "0-12", "1,,2"])
+def test_blocks_that_are_none(text: str) -> None:
+    with pytest.raises(BadInput, match="select"):
+        parse_blocks(text, 12)

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthprobe.probing.passes import Probed, vectors_of
-from depthprobe.probing.readout import (
+from depthprobe.probing.fitting import (
     CachedStates,
     Fitting,
     Readouts,
     fit_side_by_side,
     working_dtype,
 )
+from depthprobe.probing.passes import Probed, vectors_of
 
 SAMPLE = 1024  # users that the size of a depth's states is taken from
 

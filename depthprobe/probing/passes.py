@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from depthprobe.evaluation.evaluate import BATCH, Encoder, Questions
+from depthprobe.models.readable import check_readable, join_streams, split_streams
 from depthprobe.models.skipping import after_blocks
 from depthprobe.models.tap import tap_blocks
 
@@ -70,7 +71,8 @@ def vectors_of(model: Probed, states: Tensor) -> Tensor:
 def normed(model: Probed, states: Tensor) -> Tensor:
     """What follows the blocks, on states (K, B, D) of blocks: (K, B, D')."""
     # one position each: a batch can be longer than the model's table of positions
-    after = after_blocks(model.backbone, states.flatten(0, 1)[:, None])
+    single = split_streams(model.backbone, states.flatten(0, 1))
+    after = after_blocks(model.backbone, single)
     return after.view(*states.shape[:2], -1)
 
 
@@ -97,14 +99,16 @@ def passes(
             difference of neighbouring states away.
 
     Raises:
-        ValueError: if the vectors of the first batch are not what its states are read out to.
+        ValueError: for a backbone that has no state to read out after each block, or if the
+            vectors of the first batch are not what its states are read out to.
     """
+    check_readable(model.backbone)
     prompt, first = prepare_prompt(model), True
     with tap_blocks(model.backbone, dtype=None) as tap:
         for chosen, histories, lengths in asked.batches(batch_size, device):
             tap.positions = model.last_place(lengths)
             vectors = encode(model, histories, lengths, prompt)
-            states = torch.stack(tap.states)
+            states = torch.stack([join_streams(state) for state in tap.states])
             if first:
                 _check_read_out(model, vectors, states[-1])
                 first = False

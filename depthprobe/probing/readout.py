@@ -3,113 +3,23 @@
 Early exit reads every depth with the one head that was trained behind the last block. Where it
 fails, either the depth does not know the answer yet, or that head cannot read it there. A head
 fitted at the depth itself tells these apart (a linear probe: Alain and Bengio, arXiv 1610.01644).
-
-The states are computed once and kept on disk; then all depths are fitted side by side, since they
-share the batches, the catalogue and the clock, and nothing else.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from depthprobe.evaluation.evaluate import BATCH, Questions, Ranks, mean_ndcg
+from depthprobe.evaluation.evaluate import Questions, Ranks
+from depthprobe.probing.fitting import (
+    CachedStates,
+    Fitting,
+    Readouts,
+    fit_side_by_side,
+    working_dtype,
+)
 from depthprobe.probing.passes import Probed, normed, passes
-
-CHUNK_BYTES = 16 * 2**20  # of scores at once: what a CPU's cache holds
-FEWEST_ROWS = 64  # at once, since the catalogue is read again for each chunk
-
-# model, states (K, B, D), weight (K, D, d), bias (K, 1, d) -> user vectors (K, B, d)
-Read = Callable[[Probed, Tensor, Tensor, Tensor], Tensor]
-# states (L + 1, B, D), targets (B,) -> what `score_gradient` wants
-Wanted = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """How all depths are fitted: AdamW whose learning rate falls along half a cosine to 0."""
-
-    epochs: int = 10
-    batch_size: int = 256
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    patience: int = 3  # epochs without a better validation score after which a depth is done
-
-
-@dataclass(frozen=True)
-class CachedStates:
-    """Questions, and the states at every depth where a model answers them."""
-
-    asked: Questions
-    states: np.ndarray  # (E, L + 1, D), before the final norm, memory-mapped
-
-    def at(self, rows: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The states of some users, (L + 1, B, D)."""
-        chosen = torch.from_numpy(np.ascontiguousarray(self.states[rows]))
-        return chosen.to(device).to(dtype).transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class Readouts:
-    """What reads users out of each depth, as fitted, and when it was at its best."""
-
-    read: Read
-    weight: Tensor  # (L + 1, D, d)
-    bias: Tensor  # (L + 1, 1, d)
-    epochs: np.ndarray  # (L + 1,) the epoch whose weights these are; 0: before the first
-    ndcg: np.ndarray  # (L + 1,) validation NDCG@10 by full ranking, after that epoch
-
-    def vectors(self, model: Probed, states: Tensor) -> Tensor:
-        """States (L + 1, B, D), before the final norm, to user vectors (L + 1, B, d)."""
-        return self.read(model, states.to(self.weight.dtype), self.weight, self.bias)
-
-
-@torch.inference_mode()
-def cache_states(
-    model: Probed, asked: Questions, *, path: Path, device: torch.device
-) -> CachedStates:
-    """Run the model once over the questions, into a memory-mapped file of E (L + 1) D numbers.
-
-    In float16, half as large and read twice as fast; in float32 where a state does not fit, as
-    the few huge features of some language models do not.
-
-    Args:
-        model: in evaluation mode.
-        path: of the file, ending in ``.npy``; overwritten.
-
-    Raises:
-        ValueError: without questions, or if a state is not finite.
-    """
-    if not len(asked.users):
-        raise ValueError("no questions to cache the states of")
-    for dtype in (torch.float16, torch.float32):
-        if _write(model, asked, path, device, dtype):
-            return CachedStates(asked, np.load(path, mmap_mode="r"))
-    raise ValueError("a state is infinite or NaN")
-
-
-def _write(
-    model: Probed, asked: Questions, path: Path, device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Whether all states fit the dtype; then they are in the file."""
-    out: np.ndarray | None = None
-    for batch in passes(model, asked, device=device):
-        states = batch.states.transpose(0, 1).to(dtype)  # (B, L + 1, D)
-        if not torch.isfinite(states).all():
-            return False
-        rows = states.cpu().numpy()
-        if out is None:
-            shape = (len(asked.users), *rows.shape[1:])
-            out = np.lib.format.open_memmap(path, mode="w+", dtype=rows.dtype, shape=shape)
-        out[batch.chosen] = rows
-    return True
 
 
 def fit_readouts(
@@ -178,114 +88,3 @@ def rank_readouts(
         for ranks, each in zip(found, vectors, strict=True):
             ranks.put(batch.chosen, asked.rank(batch.chosen, each, items))
     return [ranks.values for ranks in found]
-
-
-def fit_side_by_side(
-    model: Probed,
-    train: CachedStates,
-    validation: CachedStates,
-    *,
-    read: Read,
-    weight: Tensor,
-    wanted: Wanted,
-    device: torch.device,
-    seed: int,
-    settings: Fitting,
-) -> Readouts:
-    """Fit an affine map at each depth, all in one loop over the users: no depth sees another.
-
-    Every step of AdamW is element by element, and the loss is a sum over depths, so a depth ends
-    where it would if it were fitted alone. Each keeps the weights of its best epoch.
-
-    Args:
-        read: how a map is used.
-        weight: where the maps start, (L + 1, D, d); their biases start at zero.
-        wanted: what the scores of a batch are pulled to.
-    """
-    table = model.item_matrix().detach()[1:].to(device, weight.dtype)  # (I, d)
-    maps = [weight.clone().requires_grad_(), torch.zeros_like(weight[:, :1]).requires_grad_()]
-    optimizer = torch.optim.AdamW(
-        maps, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    batches = math.ceil(len(train.asked.users) / settings.batch_size)
-    schedule = CosineAnnealingLR(optimizer, T_max=settings.epochs * batches)
-    targets = torch.from_numpy(train.asked.targets.astype(np.int64))
-    kept = [each.detach().clone() for each in maps]
-    ndcg = _validate(model, validation, read, kept)
-    epochs = np.zeros(len(ndcg), dtype=np.int64)
-    for epoch in range(1, settings.epochs + 1):
-        order = np.random.default_rng((seed, epoch)).permutation(len(targets))
-        for rows in np.split(order, range(settings.batch_size, len(order), settings.batch_size)):
-            rows.sort()  # for the disk's sake
-            states = train.at(rows, device, weight.dtype)
-            with torch.no_grad():
-                goal = wanted(states, targets[torch.from_numpy(rows)].to(device))
-            with torch.enable_grad():
-                vectors = read(model, states, *maps)  # (L + 1, B, d)
-            pull = score_gradient(vectors.detach(), table, goal)
-            # not backward(): the model's own weights are to get no gradient
-            for each, slope in zip(maps, torch.autograd.grad(vectors, maps, pull), strict=True):
-                each.grad = slope
-            optimizer.step()
-            schedule.step()
-        found = _validate(model, validation, read, maps)
-        better = (found > ndcg) & (epoch - epochs <= settings.patience)
-        ndcg[better], epochs[better] = found[better], epoch
-        chosen = torch.from_numpy(better).to(device)
-        for each, now in zip(kept, maps, strict=True):
-            each[chosen] = now.detach()[chosen]
-        if (epoch - epochs >= settings.patience).all():
-            break
-    return Readouts(read, kept[0], kept[1], epochs, ndcg)
-
-
-@torch.no_grad()
-def score_gradient(vectors: Tensor, table: Tensor, wanted: Tensor) -> Tensor:
-    """The gradient of each depth's mean cross-entropy by its user vectors, (K, B, d).
-
-    With scores ``s = v E'`` it is ``(softmax(s) - wanted shares) E / B``: no graph is needed, and
-    the scores exist for some users of one depth at a time, in the same memory.
-
-    Args:
-        vectors: (K, B, d).
-        table: the catalogue without padding, (I, d).
-        wanted: targets (B,), counted from 1; or user vectors (B, d), whose shares of the items
-            are wanted: then it is the gradient of the KL divergence from them, too.
-    """
-    users = vectors.shape[1]
-    rows = max(FEWEST_ROWS, CHUNK_BYTES // (len(table) * vectors.element_size()))
-    room = vectors.new_empty(min(rows, users), len(table))
-    gradient = torch.empty_like(vectors)
-    for part in (slice(start, start + rows) for start in range(0, users, rows)):
-        goal = wanted[part]
-        shares = torch.softmax(goal @ table.T, dim=1) if goal.dim() > 1 else None  # (C, I)
-        for each, out in zip(vectors[:, part], gradient[:, part], strict=True):
-            error = torch.mm(each, table.T, out=room[: len(each)])  # (C, I)
-            error.sub_(error.amax(dim=1, keepdim=True)).exp_()
-            error.div_(error.sum(dim=1, keepdim=True))
-            if shares is None:
-                error.scatter_add_(1, goal[:, None] - 1, error.new_full((len(error), 1), -1))
-            else:
-                error.sub_(shares)
-            torch.mm(error, table, out=out)
-    return gradient.div_(users)
-
-
-@torch.no_grad()
-def _validate(
-    model: Probed, cached: CachedStates, read: Read, maps: Sequence[Tensor]
-) -> np.ndarray:
-    """NDCG@10 of each depth, (L + 1,), by full ranking."""
-    asked, items, weight = cached.asked, model.item_matrix(), maps[0]
-    ranks = np.empty((len(weight), len(asked.users)))
-    for start in range(0, len(asked.users), BATCH):
-        chosen = np.arange(start, min(start + BATCH, len(asked.users)))
-        vectors = read(model, cached.at(chosen, weight.device, weight.dtype), *maps)
-        for each, found in zip(vectors, ranks, strict=True):
-            found[chosen] = asked.rank(chosen, each, items)["full"]
-    return np.array([mean_ndcg(each) for each in ranks])
-
-
-def working_dtype(items: Tensor) -> torch.dtype:
-    """What read-outs are fitted in: float32, or float64 for a float64 model."""
-    return torch.promote_types(items.dtype, torch.float32)

@@ -19,20 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from depthprobe.evaluation.evaluate import Questions
-from depthprobe.models.blocks import find_blocks, unwrap
+from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.sublayers import (
-    TOKENS,
-    calls_on_few_tokens,
-    evaluating,
-    find_sublayers,
-    original_forwards,
-)
-from depthprobe.models.tap import first_tensor, paused_taps, tap_blocks
+from depthprobe.models.projection import find_projection
+from depthprobe.models.readable import check_readable
+from depthprobe.models.tap import tap_blocks
 from depthprobe.probing.passes import Probed, encode, exact, prepare_prompt
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
@@ -86,9 +80,10 @@ def fit_replacements(
         one :class:`Replacement` a span, in their order.
 
     Raises:
-        ValueError: without questions; for no such span; or if what the block before a span writes
-            is not, as it is, the output of one plain linear map of its own: a norm or a factor
-            between them, a mixture of experts, quantised, shared or low-rank adapted weights.
+        ValueError: without questions; for no such span; for a backbone without one state a
+            position after each block; or if what the block before a span writes is not, as it is,
+            the output of one plain linear map of its own: a norm or a factor between them, a
+            mixture of experts, quantised, shared or low-rank adapted weights.
     """
     if not len(asked.users):
         raise ValueError("no questions to fit a map on")
@@ -96,14 +91,12 @@ def fit_replacements(
         raise ValueError(f"ridge is {ridge}: it must be more than 0")
     for start, end in spans:
         _check_span(model, start, end)
+    check_readable(model.backbone)
     starts = {start for start, _ in spans}
     projections = {start: find_projection(model.backbone, start - 1) for start in starts}
     sums = _Sums(spans)
     prompt = prepare_prompt(model)
-    with (
-        tap_blocks(model.backbone, consume=sums.take),
-        _listening(projections, sums.written),
-    ):
+    with tap_blocks(model.backbone, consume=sums.take), _listening(projections, sums.written):
         for _, histories, lengths in asked.batches(batch_size, device):
             sums.first = int(getattr(model, "lead", 0))  # a prompt repeated in each row
             sums.last = model.last_place(lengths)
@@ -113,73 +106,53 @@ def fit_replacements(
 
 
 @torch.no_grad()
-def apply_replacement(model: Probed, replacement: Replacement) -> None:
-    """Fold the map into the block before the span and remove the span, in place.
+def fold_map(model: Probed, replacement: Replacement) -> None:
+    """Fold the map into the block before the span, in place; all blocks stay.
 
-    The backbone is then a plain model of fewer blocks, as after ``keep_blocks``. The product is
+    What it is worth shows once the span is left out, by a cut or a route past it. The product is
     taken in float64 and rounded once to the weights' dtype. With y = x W' + b (``nn.Linear``)
     y T = x (T'W)' + T'b; with y = x W + b (GPT-2's ``Conv1D``) y T = x (W T) + T'b.
 
     Raises:
-        ValueError: as :func:`fit_replacements`, if the map is of another width, or if the
-            architecture cannot be cut so; the model is unchanged.
+        ValueError: as :func:`fit_replacements`, or if the map is of another width; the model is
+            unchanged.
     """
-    start, end = replacement.start, replacement.end
-    _check_span(model, start, end)
-    projection = find_projection(model.backbone, start - 1)
-    weight, bias = projection.weight, projection.bias
-    outputs = weight.shape[1 if isinstance(projection, Conv1D) else 0]
-    if replacement.map.shape != (outputs, outputs):
-        raise ValueError(f"the map is {replacement.map.shape}, and the stream {outputs} wide")
-    keep_blocks(model.backbone, [b for b in range(_depth(model)) if not start <= b < end])
-    turned = torch.from_numpy(replacement.map).T  # T'
-    old = exact(weight).cpu()
-    weight.copy_((turned @ old.T).T if isinstance(projection, Conv1D) else turned @ old)
-    if bias is not None:
-        bias.copy_(turned @ exact(bias).cpu())
+    for weight, value in _folded(model, replacement):
+        weight.copy_(value)
 
 
-def find_projection(model: nn.Module, index: int) -> Any:
-    """The linear map whose output is the last thing that a block adds to the stream.
+@torch.no_grad()
+def apply_replacement(model: Probed, replacement: Replacement) -> None:
+    """Fold the map into the block before the span and remove the span, in place.
 
-    Proved on a pass over a few tokens: its output is its weights times its input, it is what the
-    block's MLP returns, and if Z takes its place, ``h - M + Z`` is what the block returns.
-
-    Args:
-        model: a Hugging Face decoder.
-        index: of the block.
-
-    Returns:
-        an ``nn.Linear`` or transformers' ``Conv1D``.
+    The backbone is then a plain model of fewer blocks, as after ``keep_blocks``.
 
     Raises:
-        ValueError: if there is none, or its weights can't be changed.
+        ValueError: as :func:`fold_map`, or if the architecture cannot be cut so; the model is
+            unchanged.
     """
-    inner = unwrap(model)
-    if getattr(inner, "is_quantized", False):
-        raise ValueError("quantised weights take no map: probe the unquantised model")
-    block = find_blocks(inner)[index]
-    branches = [branch for branch in find_sublayers(inner, [index])[0] if not branch.mixes]
-    if len(branches) != 1:
-        raise ValueError(f"block {index} has {len(branches)} MLPs, not one to fold a map into")
-    branch = block.get_submodule(branches[0].path)
-    with torch.no_grad(), paused_taps(), evaluating(inner), original_forwards(inner):
-        again = _replay(inner, index)
-        seen, before = _observe(branch, again)
-        written = seen[branch][1]  # M
-        same = [m for m, (_, out) in seen.items() if _equal(out, written)]
-        if any(hasattr(module, "base_layer") for module in same):
-            raise ValueError(f"the MLP of block {index} is under an adapter: merge it first")
-        linear = [module for module in same if isinstance(module, nn.Linear | Conv1D)]
-        if not linear:
-            raise ValueError(
-                f"the MLP of block {index} does not end in one linear map (mixture of experts?)"
-            )
-        projection = linear[-1]
-        _check_weights(inner, projection, index)
-        _check_linear(projection, *seen[projection], index)
-        _check_added(projection, written, before, again, index)
-    return projection
+    folded = _folded(model, replacement)
+    span = range(replacement.start, replacement.end)
+    # before the weights change: the cut may be refused
+    keep_blocks(model.backbone, [b for b in range(_depth(model)) if b not in span])
+    for weight, value in folded:
+        weight.copy_(value)
+
+
+def _folded(model: Probed, replacement: Replacement) -> list[tuple[Tensor, Tensor]]:
+    """The weights that take the map, each with its new value in float64."""
+    _check_span(model, replacement.start, replacement.end)
+    projection = find_projection(model.backbone, replacement.start - 1)
+    transposed = isinstance(projection, Conv1D)
+    outputs = projection.weight.shape[1 if transposed else 0]
+    if replacement.map.shape != (outputs, outputs):
+        raise ValueError(f"the map is {replacement.map.shape}, and the stream {outputs} wide")
+    turned = torch.from_numpy(replacement.map).T  # T'
+    old = exact(projection.weight).cpu()
+    found = [(projection.weight, (turned @ old.T).T if transposed else turned @ old)]
+    if projection.bias is not None:
+        found.append((projection.bias, turned @ exact(projection.bias).cpu()))
+    return found
 
 
 def _depth(model: Probed) -> int:
@@ -192,96 +165,6 @@ def _check_span(model: Probed, start: int, end: int) -> None:
         raise ValueError(f"span [0, {end}): no block before it could take the map")
     if not 0 < start < end <= depth:
         raise ValueError(f"[{start}, {end}) is no span of {depth} blocks")
-
-
-def _replay(model: PreTrainedModel, index: int) -> Callable[[], Tensor]:
-    """The block's output (B, T, D), computed again on the same few tokens."""
-    block, calls = find_blocks(model)[index], calls_on_few_tokens(model)
-    state = calls.states[index].clone()
-
-    def again() -> Tensor:
-        # some blocks add to their input in place
-        found: Tensor = first_tensor(calls.repeat(block, index, state.clone()))
-        return found
-
-    return again
-
-
-_Seen = dict[nn.Module, tuple[Tensor, Tensor]]  # a module's first input and output
-
-
-def _observe(branch: nn.Module, again: Callable[[], Tensor]) -> tuple[_Seen, Tensor]:
-    seen: _Seen = {}
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found = first_tensor(output)
-        if isinstance(found, Tensor) and args:
-            seen[module] = (args[0].clone(), found.clone())
-
-    handles = [module.register_forward_hook(hook) for module in branch.modules()]
-    try:
-        output = again()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, output
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
-
-
-def _check_weights(model: nn.Module, projection: Any, index: int) -> None:
-    where = f"the MLP's last linear map in block {index}"
-    for name in ("weight", "bias"):
-        value = getattr(projection, name)
-        if value is None and name == "bias":
-            continue
-        if projection._parameters.get(name) is None:
-            raise ValueError(f"{where} computes its {name} from others: it takes no map")
-        # the 8-bit floats are for storage only
-        if value.is_meta or not value.is_floating_point() or value.element_size() < 2:
-            raise ValueError(f"{where} is quantised or offloaded: it takes no map")
-        users = [p for _, p in model.named_parameters(remove_duplicate=False) if p is value]
-        if len(users) > 1:
-            raise ValueError(f"{where} shares its {name} with another module: it takes no map")
-
-
-def _check_linear(projection: Any, source: Tensor, output: Tensor, index: int) -> None:
-    matrix = projection.weight if isinstance(projection, Conv1D) else projection.weight.T
-    found = source @ matrix
-    found = found if projection.bias is None else found + projection.bias
-    error = exact(found - output).norm() / exact(output).norm().clamp_min(1e-300)
-    if not float(error) <= 64 * torch.finfo(output.dtype).eps:
-        raise ValueError(f"the MLP of block {index} does more than its last weights times an input")
-
-
-def _check_added(
-    projection: nn.Module,
-    written: Tensor,
-    before: Tensor,
-    again: Callable[[], Tensor],
-    index: int,
-) -> None:
-    """That the stream takes M as it is, and that nothing else in the block reads it."""
-    # another size at each position: a norm would return a normed state as it was
-    wave = torch.arange(written.numel(), dtype=torch.float64).sin().reshape(TOKENS, -1)
-    wave *= torch.arange(1, TOKENS + 1)[:, None] * float(before.double().square().mean().sqrt())
-    other = wave.reshape(written.shape).to(written)  # Z
-    handle = projection.register_forward_hook(lambda *_: other.clone())
-    try:
-        after = again()
-    finally:
-        handle.remove()
-    change = exact(other).reshape(before.shape) - exact(written).reshape(before.shape)
-    found = exact(after) - exact(before)
-    terms = exact(before).abs() + exact(after).abs() + change.abs()
-    if bool(((found - change).abs() <= 16 * torch.finfo(before.dtype).eps * terms).all()):
-        return
-    factor = (found * change).sum() / change.square().sum()
-    scaled = (found - factor * change).norm() <= 1e-2 * found.norm()
-    between = f"a factor of {float(factor):.3g}" if scaled else "a norm, or more than a sum,"
-    raise ValueError(f"block {index} has {between} between its MLP and the stream: no map fits in")
 
 
 @contextmanager

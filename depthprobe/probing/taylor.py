@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from depthprobe.evaluation.evaluate import Questions
 from depthprobe.models.blocks import find_blocks
+from depthprobe.probing.fitting import score_gradient, working_dtype
 from depthprobe.probing.passes import Probed, encode, prepare_prompt
-from depthprobe.probing.readout import score_gradient, working_dtype
 
 CALIBRATION_BATCH = 32  # a backward pass keeps what an evaluation pass forgets
 

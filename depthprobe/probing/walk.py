@@ -21,7 +21,7 @@ from transformers import Cache
 from depthprobe.evaluation.evaluate import BATCH, Questions, Ranks
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.prefix import recording_cache, sharing_cache
-from depthprobe.models.recommender import states_at
+from depthprobe.models.readable import check_readable, join_streams
 from depthprobe.models.skipping import Plan, plan_skip, refuse_shared, standing_in
 from depthprobe.models.tap import BlockCalls, first_tensor, record_calls
 from depthprobe.probing.passes import Pass, Probed, encode, prepare_prompt, vectors_of
@@ -84,8 +84,9 @@ def rank_routes(
 
     Raises:
         ValueError: if a route leaves out what a later block of it needs, or a block has no such
-            part.
+            part; for a backbone that has no state to read out after each block.
     """
+    check_readable(model.backbone)
     found = [Ranks(len(asked.users)) for _ in routes]
     items = model.item_matrix()
     for batch in walk(model, asked, routes, device=device):
@@ -149,7 +150,8 @@ class _Walker:
     ) -> Iterator[tuple[int, Tensor]]:
         """The state (B, D) at ``place`` where each route ends, by the route's index."""
         if node.ending:
-            last = states_at(state, place)
+            rows = torch.arange(len(place), device=place.device)
+            last = join_streams(state[..., rows, place, :])
             yield from ((index, last) for index in node.ending)
         for step, child in node.after.items():
             yield from self.run(child, calls, self._step(step, calls, state, child.prompt), place)

@@ -17,7 +17,7 @@ from depthprobe.models.exported import write_recommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.revision import pinned
 from depthprobe.probing.maps import load_replacement
-from depthprobe.probing.replace import apply_replacement as fold_map
+from depthprobe.probing.replace import fold_map
 from depthprobe.study import Backbone, BadInput, base_of, settings_of
 from depthprobe.sweep.context import MODEL, Context
 from depthprobe.sweep.model_card import model_card

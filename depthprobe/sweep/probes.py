@@ -23,9 +23,10 @@ from depthprobe.models.build import merge_lora
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sublayers import find_sublayers
 from depthprobe.probing.early_exit import early_exit
+from depthprobe.probing.fitting import cache_states
 from depthprobe.probing.greedy import Removal, greedy
 from depthprobe.probing.lens import fit_lenses
-from depthprobe.probing.readout import cache_states, fit_readouts, rank_readouts
+from depthprobe.probing.readout import fit_readouts, rank_readouts
 from depthprobe.probing.replace import apply_replacement, fit_replacements
 from depthprobe.probing.screening import Span, nearest_spans
 from depthprobe.probing.settling import settling

@@ -1,16 +1,20 @@
-"""A tiny float64 recommender with weights that matter, and questions to it."""
+"""A tiny float64 recommender with weights that matter, questions to it, and naive fits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.evaluate import Questions, mean_ndcg
 from depthprobe.models.recommender import Recommender
+from depthprobe.probing.fitting import CachedStates
+from depthprobe.probing.passes import passes
 
 
 @pytest.fixture(params=[(), (3, 1, 2)], ids=["no prompt", "prompt"])
@@ -38,3 +42,79 @@ def asked() -> Questions:
         seen=histories,
         negatives=rng.integers(1, 41, size=(300, 7)),
     )
+
+
+@pytest.fixture
+def draw() -> Callable[[int, int], Questions]:
+    """``draw(users, seed)``: other questions to the teacher."""
+
+    def make(users: int, seed: int) -> Questions:
+        rng = np.random.default_rng(seed)
+        histories = [rng.integers(1, 41, size=rng.integers(1, 9)) for _ in range(users)]
+        return Questions(np.arange(users), histories, rng.integers(1, 41, size=users), None, None)
+
+    return make
+
+
+@pytest.fixture
+def states_of() -> Callable[[Recommender, Questions], CachedStates]:
+    """``states_of(teacher, asked)``: the states as they are, in memory."""
+
+    @torch.inference_mode()
+    def compute(model: Recommender, asked: Questions) -> CachedStates:
+        states = np.empty((len(asked.users), model.depth + 1, model.width))
+        for batch in passes(model, asked, device=torch.device("cpu")):
+            states[batch.chosen] = batch.states.transpose(0, 1).numpy()
+        return CachedStates(asked, states)
+
+    return compute
+
+
+Fit = Callable[..., tuple[int, float, list[Tensor]]]
+
+
+@pytest.fixture
+def fit_alone() -> Fit:
+    """The oracle of fitting: one depth, autograd and a plain loop."""
+
+    def fit(
+        weights: Sequence[Tensor],
+        *,
+        loss: Callable[[np.ndarray], Tensor],
+        scores: Callable[[], Tensor],
+        targets: Tensor,
+        epochs: int,
+        learning_rate: float,
+    ) -> tuple[int, float, list[Tensor]]:
+        """The best epoch, its NDCG@10, and its weights; 150 users by 40, seed 3, patience 2.
+
+        ``loss`` is of some users, ``scores`` (E, I) are of the validation users.
+        """
+
+        def ndcg() -> float:
+            found = scores().detach()
+            wanted = found.gather(1, targets[:, None] - 1)
+            ranks = 1 + (found > wanted).sum(1) + ((found == wanted).sum(1) - 1) / 2
+            return mean_ndcg(ranks.numpy())
+
+        optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.01)
+        chosen, best, step = 0, ndcg(), 0
+        kept = [weight.detach().clone() for weight in weights]
+        for epoch in range(1, epochs + 1):
+            order = np.random.default_rng((3, epoch)).permutation(150)
+            for rows in (order[:40], order[40:80], order[80:120], order[120:]):
+                share = (1 + math.cos(math.pi * step / (4 * epochs))) / 2
+                optimizer.param_groups[0]["lr"] = share * learning_rate
+                optimizer.zero_grad()
+                loss(rows).backward()
+                optimizer.step()
+                step += 1
+            found = ndcg()
+            if found > best:
+                chosen, best = epoch, found
+                kept = [weight.detach().clone() for weight in weights]
+            if epoch - chosen >= 2:
+                break
+        return chosen, best, kept
+
+    return fit

@@ -19,14 +19,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from depthprobe.evaluation.evaluate import Questions
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.projection import find_projection
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.tiny import tiny_model
 from depthprobe.probing.replace import (
     Replacement,
     apply_replacement,
-    find_projection,
     fit_replacements,
+    fold_map,
 )
 
 CPU = torch.device("cpu")
@@ -197,6 +198,34 @@ def test_applied_equals_a_map_in_a_hook(teacher: Recommender, asked: Questions) 
         check_applied(teacher, take(asked, 20), span)
     assert torch.equal(encode_each(teacher, take(asked, 20)), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_a_folded_map_waits_for_the_cut(teacher: Recommender, asked: Questions) -> None:
+    few = take(asked, 20)
+    (found,) = fit_replacements(teacher, few, [(2, 4)], device=CPU)
+    applied, folded = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    apply_replacement(applied, found)
+    assert fold_map(folded, found) is None
+    assert folded.depth == teacher.depth == 5
+    before = teacher.state_dict()
+    changed = [k for k, v in folded.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == ["backbone.layers.1.mlp.down_proj.weight"]
+    expected = encode_each(applied, few)
+    with skip_blocks(folded.backbone, {2, 3}):
+        assert torch.equal(encode_each(folded, few), expected)
+    keep_blocks(folded.backbone, [0, 1, 4])
+    assert torch.equal(encode_each(folded, few), expected)
+
+
+def test_a_refused_cut_leaves_the_model_as_it_was(teacher: Recommender, asked: Questions) -> None:
+    (found,) = fit_replacements(teacher, take(asked, 20), [(2, 4)], device=CPU)
+    blocks = find_blocks(teacher.backbone)
+    blocks[4].self_attn.q_proj.weight = blocks[0].self_attn.q_proj.weight
+    before = copy.deepcopy(teacher.state_dict())
+    with pytest.raises(ValueError, match="share weights with each other"):
+        apply_replacement(teacher, found)
+    assert teacher.depth == 5
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

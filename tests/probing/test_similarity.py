@@ -22,6 +22,7 @@ from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.tap import tap_blocks
 from depthprobe.models.tiny import tiny_model
 from depthprobe.probing import similarity
+from depthprobe.probing.branches import Term, find_sums
 from depthprobe.probing.passes import passes
 from depthprobe.probing.similarity import similarities, to_frame
 
@@ -365,7 +366,7 @@ def test_bfloat16_parts_are_added_as_they_are(teacher: Recommender, asked: Quest
 def test_several_branches_of_one_kind_are_one_part() -> None:
     state, one, two, three = torch.randn(4, 7, 5, dtype=torch.float64)
     terms = [
-        similarity._Term(str(k), mixes, factor)
+        Term(str(k), mixes, factor)
         for k, (mixes, factor) in enumerate([(True, 1.0), (False, 0.5), (False, 2.0)])
     ]
     found = similarity._turns(state, terms, [one, two, three])
@@ -490,7 +491,7 @@ def test_a_bfloat16_sum_has_whole_factors_and_its_cka_is_not_rounded(
     half = copy.deepcopy(teacher).bfloat16()
     # fitted to rounded sums, a factor would be 1 but for 1e-3 or so
     with torch.no_grad():
-        sums = similarity._find_sums(half, few, CPU)
+        sums = find_sums(half, few, device=CPU)
     for terms in sums:
         assert [term.factor for term in terms] == [1, 1]
     states = states_of(half, few).numpy()

@@ -27,8 +27,8 @@ PROBED = ("full", "early-exit", "skip", "finetune")
 LAST = Recipe(epochs=2, batch_size=16, learning_rate=0.01, objective="last")
 # what differs from the small study
 RUNS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
-    "lora": ({"methods": (*PROBED, "heal")}, {"tuning": "lora", "lora_rank": 4}),
-    "bfloat16": ({"methods": PROBED}, {"dtype": "bfloat16"}),
+    "lora": ({"methods": (*PROBED, "replace", "heal")}, {"tuning": "lora", "lora_rank": 4}),
+    "bfloat16": ({"methods": (*PROBED, "replace", "distill", "elastic")}, {"dtype": "bfloat16"}),
     "frozen": ({"methods": ("full", "finetune")}, {"tuning": "frozen", "prompt": ""}),
     "eager": ({"methods": ("full",)}, {"attention": "eager"}),
     "suffix": ({"methods": (*PROBED, "distill"), "recipe": LAST}, {"suffix": "=>"}),
@@ -49,7 +49,18 @@ TRIALS = [
     ("small", "early-exit-d02-s1"),
     ("small", "skip-b00-s0"),
     ("small", "skip-b01-s1"),
+    ("small", "replace-d02-s0"),
+    ("small", "replace-d01-s1"),
+    ("small", "greedy-d01-s0"),
+    ("small", "elastic-d01-s0"),
+    ("small", "elastic-d03-s1"),
+    ("small", "random-selection-d02-s1"),
+    ("small", "finetune-angular-d01-s0"),
+    ("small", "heal-greedy-d01-s1"),
+    ("small", "distill-logits-d02-s0"),
+    ("small", "distill-top-d01-s0"),
     ("lora", "full-d03-s0"),
+    ("lora", "replace-d02-s0"),
     ("lora", "finetune-d02-s0"),
     ("lora", "heal-d01-s0"),
     ("lora", "early-exit-d01-s0"),
@@ -58,6 +69,8 @@ TRIALS = [
     ("bfloat16", "finetune-d01-s0"),
     ("bfloat16", "early-exit-d02-s0"),
     ("bfloat16", "skip-b00-s0"),
+    ("bfloat16", "replace-d01-s0"),
+    ("bfloat16", "elastic-d02-s0"),
     ("frozen", "finetune-d02-s0"),
     ("eager", "full-d03-s0"),
     ("suffix", "full-d03-s0"),
@@ -163,6 +176,13 @@ def test_what_has_no_backbone_is_not_exported(trial: str, small_run: Run, tmp_pa
         export_trial(small_run.path, trial, tmp_path / "model")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_map_that_was_deleted(small_run: Run, tmp_path: Path) -> None:
+    copy = shutil.copytree(small_run.path, tmp_path / "copy")
+    shutil.rmtree(copy / "trials/replace-d02-s0/model")
+    with pytest.raises(BadInput, match=r"replace-d02-s0/model is not"):
+        export_trial(copy, "replace-d02-s0", tmp_path / "model")
 
 
 @pytest.mark.parametrize("trial", ["full-d03-s0", "early-exit-d01-s0"])

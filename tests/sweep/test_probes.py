@@ -12,7 +12,7 @@ import pytest
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.early_exit import early_exit
-from depthprobe.study import Study
+from depthprobe.study import Probing, Study
 from depthprobe.sweep import probes
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.runner import run_sweep
@@ -106,3 +106,18 @@ def test_a_table_that_fails_is_a_failure_and_is_made_again(
     pd.testing.assert_frame_equal(
         open_run(tmp_path / "run").scores("similarity"), again.scores("similarity")
     )
+
+
+def test_screened_spans_are_the_nearest_ones(study: Study, tmp_path: Path) -> None:
+    wanted = replace(
+        study, methods=("similarity", "span"), seeds=1, probing=Probing(spans=1), variants={}
+    )
+    run = run_sweep(wanted, tmp_path / "run", jobs=0)
+    assert not run.failed
+    table = run.scores("similarity")
+    table = table[table["score"] == "angular-distance"]
+    pairs = table[table["end"] - table["start"] == 2]
+    nearest = pairs.loc[pairs["value"].idxmin()]
+    trials = run.trials[run.trials["method"] == "span"]
+    assert trials["trial"].tolist() == ["span-d01-n1-s0"]
+    assert trials["removed"].tolist() == [f"{int(nearest['start'])}-{int(nearest['end']) - 1}"]

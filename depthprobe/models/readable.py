@@ -19,13 +19,14 @@ from depthprobe.models.sublayers import (
 from depthprobe.models.tap import paused_taps
 
 
-def check_readable(model: nn.Module) -> None:
+def check_readable(model: nn.Module, *, streams: bool = True) -> None:
     """Refuse a decoder whose blocks hand on neither states (B, T, D) nor streams (A, B, T, D).
 
     Such as streams in another order. Learnt from a pass over four tokens; the model stays as it is.
 
     Args:
         model: a Hugging Face decoder, also under PEFT.
+        streams: whether several of them can be dealt with, or plain states alone.
 
     Raises:
         ValueError: in that case, or if a block does not run on text.
@@ -38,7 +39,7 @@ def check_readable(model: nn.Module) -> None:
     if idle:
         raise ValueError(f"{family} can't be read out by depth: blocks {idle} do not run on text")
     shape = tuple(states[0].shape)
-    if shape[-3:-1] != (1, TOKENS) or len(shape) > 4:
+    if shape[-3:-1] != (1, TOKENS) or len(shape) > (4 if streams else 3):
         raise ValueError(
             f"{family} can't be read out by depth: its blocks hand on {shape} for {TOKENS} tokens,"
             f" not states (1, {TOKENS}, D) or streams of them"

@@ -9,7 +9,7 @@ import pandas as pd
 
 from depthprobe.evaluation.statistics import Interval, bootstrap_difference, bootstrap_ratio
 from depthprobe.report.style import NONE, accuracy, bounds, method_style, percent, significant
-from depthprobe.report.summary import FULL, HEADLINE, Point, RunLike, Summary, as_summary
+from depthprobe.report.summary import HEADLINE, Point, RunLike, Summary, as_summary
 from depthprobe.report.tables import Cell, Row, Table
 from depthprobe.study import TRAINED, base_of
 
@@ -62,17 +62,12 @@ _Change = tuple[int, Interval, Interval]  # seeds, difference, ratio
 
 
 def _compared(summary: Summary, point: Point, plain: Point) -> _Change | None:
-    own, theirs = (dict(zip(p.seeds, p.trials, strict=True)) for p in (point, plain))
-    seeds = [seed for seed in own if seed in theirs]
-    arms = [own[seed] for seed in seeds], [theirs[seed] for seed in seeds]
-    if not summary.ranks.has([*arms[0], *arms[1]], FULL):
-        return None
-    values, reference = summary.ranks.values(FULL, HEADLINE, arms)
-    if not reference.any():
+    arms = summary.paired(point, plain)
+    if arms is None or not arms[1].any():
         return None
     resamples = int(summary.run.study.protocol.resamples)
-    difference = bootstrap_difference(values, reference, resamples=resamples)
-    return len(seeds), difference, bootstrap_ratio(values, reference, resamples=resamples)
+    difference = bootstrap_difference(*arms, resamples=resamples)
+    return len(arms[0]), difference, bootstrap_ratio(*arms, resamples=resamples)
 
 
 def _row(summary: Summary, point: Point, compared: _Change | None, *, group: bool) -> Row:

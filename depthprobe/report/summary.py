@@ -18,6 +18,7 @@ from depthprobe.report.points import (
     LEVEL,
     METRICS,
     SAMPLED,
+    Array,
     Point,
     Ranks,
     make_points,
@@ -107,14 +108,20 @@ class Summary:
 
     def against(self, point: Point, other: Point) -> Interval | None:
         """Headline metric of one point over another's, paired; None without a common seed."""
+        arms = self.paired(point, other)
+        if arms is None or not arms[1].any():
+            return None
+        return bootstrap_ratio(*arms, resamples=int(self.run.study.protocol.resamples))
+
+    def paired(self, point: Point, other: Point) -> tuple[Array, Array] | None:
+        """Headline metric of two points by seed and user, (S, U) each; None without such seeds."""
         own, theirs = (dict(zip(p.seeds, p.trials, strict=True)) for p in (point, other))
         seeds = [seed for seed in own if seed in theirs]
         arms = [own[seed] for seed in seeds], [theirs[seed] for seed in seeds]
         if not self.ranks.has([*arms[0], *arms[1]], FULL):
             return None
         values, reference = self.ranks.values(FULL, HEADLINE, arms)
-        resamples = int(self.run.study.protocol.resamples)
-        return bootstrap_ratio(values, reference, resamples=resamples) if reference.any() else None
+        return values, reference
 
 
 def as_summary(run: RunLike | Summary) -> Summary:

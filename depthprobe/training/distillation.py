@@ -14,6 +14,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from depthprobe.models.readable import check_readable
 from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import Distillation, Recipe
@@ -71,11 +72,16 @@ class Distiller(nn.Module):
         Args:
             teacher: None where neither states nor scores are followed.
             goal_items: the teacher's item matrix, (I + 1, d'), for the scores of all items.
+
+        Raises:
+            ValueError: for a backbone whose states after each block can't be read.
         """
         super().__init__()
         self.student, self.teacher = student, teacher
         self.settings, self.recipe = settings, recipe
         self.ends = group_ends(student.depth, min(settings.groups, student.depth))
+        if settings.follows_states or (settings.supervision and len(self.ends) > 1):
+            check_readable(student.backbone, streams=False)
         d_item = student.item_matrix().shape[1]
         inner = self.ends[:-1] if settings.supervision else ()
         self.adapters = nn.ModuleList(nn.Linear(student.width, d_item) for _ in inner)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
+from depthprobe.models.readable import check_readable
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.tap import tap_blocks
@@ -33,7 +34,9 @@ class ElasticObjective(nn.Module):
     """A recommender with the loss of its whole depth and of some exits."""
 
     def __init__(self, model: Recommender, settings: Elastic, recipe: Recipe) -> None:
+        """Put a model together with its loss; refused where its exits can't be read out."""
         super().__init__()
+        check_readable(model.backbone, streams=False)
         self.model, self.settings, self.recipe = model, settings, recipe
 
     def forward(self, batch: Batch) -> Tensor:

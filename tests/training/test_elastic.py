@@ -8,11 +8,14 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import skip_blocks
-from depthprobe.study import Elastic, Recipe
+from depthprobe.models.tiny import tiny_model
+from depthprobe.study import Distillation, Elastic, Recipe
+from depthprobe.training.distillation import Distiller
 from depthprobe.training.elastic import ElasticObjective, dropout_rates
 from depthprobe.training.loop import fit
 from depthprobe.training.objectives import NextItem, make_batch
@@ -100,3 +103,12 @@ def test_training_makes_every_prefix_better(
     objective = ElasticObjective(model, Elastic(), recipe)
     fit(objective, windows, recipe=recipe, validate=count().__next__, seed=0, device=CPU)
     assert all(after < first for after, first in zip(losses(), before, strict=True))
+
+
+def test_several_streams_between_blocks_are_refused() -> None:
+    backbone = tiny_model(CONFIG_MAPPING["gemma3n_text"](), depth=4)
+    model = Recommender(backbone, torch.randn(13, 6), (3, 1))
+    with pytest.raises(ValueError, match="gemma3n_text can't be read out by depth"):
+        ElasticObjective(model, Elastic(), Recipe())
+    with pytest.raises(ValueError, match="gemma3n_text can't be read out by depth"):
+        Distiller(model, Distillation(), Recipe(), None)

@@ -1,7 +1,15 @@
-"""Analytic FLOPs of a recommender: encoding users, scoring the catalogue, an epoch of training.
+"""FLOPs of a recommender: encoding users, scoring the catalogue, an epoch of training.
 
-A multiply-add is two. Every matrix of a dense block is used once a position; attention is not
-halved for causality; norms, activations and the shared prompt (once a batch) are left out.
+Counted from the shapes, with no weight read and for every family the same way: see
+:mod:`depthprobe.cost.shapes`. The conventions:
+
+- A multiply-add is two. What counts are products: linear maps, attention, convolutions. Norms,
+  activations, softmax, and what a recurrence does element by element (scans) are left out.
+- What is computed counts, needed or not: causal attention is not halved, a sliding window is a
+  masked whole, a recurrence that works in chunks fills its last one.
+- Of experts those that tokens go to count, top-k of them a token, and those that all tokens go to.
+- A shared prompt is computed once for all users and left out; that users attend to it is not. A
+  prompt that is repeated for each user counts.
 """
 
 from __future__ import annotations
@@ -9,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedConfig
 
-from depthprobe.models.blocks import find_blocks
+from depthprobe.cost.lengths import at_lengths
+from depthprobe.cost.shapes import product_counter
 from depthprobe.models.recommender import Recommender
 
 BACKWARD = 2  # times the forward pass: a gradient for the input and one for the weights
@@ -23,6 +31,9 @@ def flops_per_user(model: Recommender, length: int, *, depth: int | None = None)
     Args:
         length: items in the history.
         depth: how many of the first blocks are used; None for all.
+
+    Raises:
+        ValueError: as :func:`encode_flops`.
     """
     return encode_flops(model, np.array([length]), depth=depth) + score_flops(model, 1)
 
@@ -30,24 +41,22 @@ def flops_per_user(model: Recommender, length: int, *, depth: int | None = None)
 def encode_flops(model: Recommender, lengths: Any, *, depth: int | None = None) -> int:
     """FLOPs of encoding users with so many items each, (E,), into one vector a user.
 
+    The model may be on the meta device, and is neither run nor changed. Where its own code asks how
+    tokens are routed (JetMoE, DBRX), a block of each kind computes with zeros on the CPU.
+
     Args:
+        lengths: 0 for a user who is not encoded.
         depth: how many of the first blocks are used; None for all.
+
+    Raises:
+        ValueError: if the model's code can be counted neither on shapes nor on zeros: it has a
+            kernel of its own.
     """
-    items = np.asarray(lengths, dtype=np.float64)
-    blocks = list(find_blocks(model.backbone))[:depth]
-    matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() == 2)
-    config = model.backbone.config.get_text_config(decoder=True)
-    varied = getattr(config, "is_heterogeneous", False)
-    settings = config.per_layer_config if varied else [config] * len(blocks)
-    behind = len(model.suffix)
-    computed = items + behind + model.lead  # positions a user
-    attended = items + behind + len(model.prompt)
-    widths = sum(_attention_width(block) for block in settings[: len(blocks)])
-    adapters = items * model.input_adapter.weight.numel()
-    if model.output_adapter is not None:
-        adapters += model.output_adapter.weight.numel()
-    total = 2 * matrices * computed + 4 * computed * attended * widths + 2 * adapters
-    return int(total.sum())
+    items, users = np.unique(np.asarray(lengths, dtype=np.int64), return_counts=True)
+    items, users = items[items > 0], users[items > 0]
+    count = product_counter(model)
+    each = at_lengths(lambda length: count(length).total(depth), items.tolist())
+    return sum(flops * many for flops, many in zip(each, users.tolist(), strict=True))
 
 
 def score_flops(model: Recommender, vectors: float) -> int:
@@ -64,11 +73,3 @@ def epoch_flops(model: Recommender, lengths: Any, *, scored: float) -> int:
         scored: for how many vectors the loss scores the catalogue.
     """
     return (1 + BACKWARD) * (encode_flops(model, lengths) + score_flops(model, scored))
-
-
-def _attention_width(config: PreTrainedConfig) -> int:
-    """Heads times their size; 0 where there is no attention."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return 0
-    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))

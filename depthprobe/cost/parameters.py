@@ -1,39 +1,105 @@
-"""Parameters, split into what depth changes and what it doesn't."""
+"""Parameters and their bytes, split into what depth changes and what it doesn't."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
 
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
+
+PARTS = ("blocks", "token_embeddings", "adapters", "item_table")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of weights: blocks, token_embeddings, adapters, item_table, total, trainable.
 
+    Token embeddings are all tables of the backbone outside its blocks: of tokens, of positions.
     Adapters are everything of a recommender that is none of the other three: a linear head and the
-    final norm included. Weights that two modules share count once.
+    final norm included. Weights that two modules share count once; packed ones (4 bits) as the
+    weights that they stand for.
     """
-    total = {id(p): p.numel() for p in model.parameters()}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parts: dict[str, nn.Module | None] = {"blocks": None, "token_embeddings": None}
-    if isinstance(model, Recommender):
-        parts["blocks"] = find_blocks(model.backbone)
-        parts["token_embeddings"] = model.backbone.get_input_embeddings()
-    elif isinstance(getattr(model, "blocks", None), nn.Module):
-        parts["blocks"] = model.blocks  # type: ignore[assignment]
+    sizes = _packed(model)
+
+    def size(weight: nn.Parameter) -> int:
+        return sizes.get(id(weight), weight.numel())
+
+    trainable = sum(size(p) for p in model.parameters() if p.requires_grad)
+    return _by_part(model, size) | {"trainable": trainable}
+
+
+def count_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of the weights as they are held: the same parts, their total, and by dtype.
+
+    ``float32``, ``bfloat16``, ``uint8``, ... add up to the total as well. Quantised weights come
+    with their scales; buffers, gradients and an optimiser's state are left out.
+    """
+    by_dtype: Counter[str] = Counter()
+    for weight in model.parameters():
+        for tensor in _stored(weight):
+            by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    parts = _by_part(model, lambda weight: sum(tensor.nbytes for tensor in _stored(weight)))
+    return parts | dict(by_dtype)
+
+
+def parameters_by_block(model: Recommender) -> list[int]:
+    """Numbers of weights of each block, (L,); what two blocks share counts for the first."""
+    sizes, seen = _packed(model), set[int]()
+    counts = []
+    for block in find_blocks(model.backbone):
+        own = [weight for weight in block.parameters() if id(weight) not in seen]
+        seen.update(map(id, own))
+        counts.append(sum(sizes.get(id(weight), weight.numel()) for weight in own))
+    return counts
+
+
+def _by_part(model: nn.Module, size: Callable[[nn.Parameter], int]) -> dict[str, int]:
+    """The sizes of each part's weights, each weight once, and their total."""
+    left = {id(weight): size(weight) for weight in model.parameters()}
+    total = sum(left.values())
+    counts = dict.fromkeys(PARTS, 0)
+    for part, modules in _parts(model):
+        for module in modules:
+            counts[part] += sum(left.pop(id(weight), 0) for weight in module.parameters())
+    counts["adapters"] = sum(left.values())
+    return counts | {"total": total}
+
+
+def _parts(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     items = getattr(model, "items", None)
-    parts["item_table"] = items if isinstance(items, nn.Module) else None
-    counts = {
-        name: 0 if part is None else sum(total.pop(id(p), 0) for p in part.parameters())
-        for name, part in parts.items()
-    }
-    everything = sum(p.numel() for p in model.parameters())
-    return {
-        "blocks": counts["blocks"],
-        "token_embeddings": counts["token_embeddings"],
-        "adapters": sum(total.values()),
-        "item_table": counts["item_table"],
-        "total": everything,
-        "trainable": trainable,
-    }
+    table: list[nn.Module] = [items] if isinstance(items, nn.Module) else []
+    if isinstance(model, Recommender):
+        tables: list[nn.Module] = [
+            module for module in model.backbone.modules() if isinstance(module, nn.Embedding)
+        ]
+        return [
+            ("blocks", [find_blocks(model.backbone)]),
+            ("token_embeddings", tables),
+            ("item_table", table),
+        ]
+    blocks = getattr(model, "blocks", None)
+    return [("blocks", [blocks] if isinstance(blocks, nn.Module) else []), ("item_table", table)]
+
+
+def _packed(model: nn.Module) -> dict[int, int]:
+    """How many weights are packed into a parameter, by its id, where several share a byte."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weights = module.in_features * module.out_features
+            if module.weight.numel() != weights:
+                found[id(module.weight)] = weights
+    return found
+
+
+def _stored(weight: Tensor) -> list[Tensor]:
+    """A weight and, where bitsandbytes has quantised it, its scales."""
+    held: list[Any] = [weight, getattr(weight, "SCB", None)]  # 8 bits
+    state = getattr(weight, "quant_state", None)  # 4 bits; scales may be quantised once more
+    while state is not None:
+        held += [getattr(state, name, None) for name in ("absmax", "code", "offset")]
+        state = getattr(state, "state2", None)
+    return [tensor for tensor in held if isinstance(tensor, Tensor)]

@@ -16,7 +16,7 @@ import pandas as pd
 from filelock import FileLock
 from torch import nn
 
-from depthprobe.cost.parameters import count_parameters
+from depthprobe.cost.parameters import count_parameters, parameters_by_block
 from depthprobe.files import write_json
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import merge_lora
@@ -206,7 +206,8 @@ def _part(trial: Trial) -> Literal["attention", "mlp"] | None:
 def part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
     """The parameters that the teacher would have with the trial's blocks and parts alone."""
     counts = count_parameters(teacher)
-    lighter = counts["blocks"] * trial.depth // trial.blocks - counts["blocks"]
+    blocks = parameters_by_block(teacher)
+    lighter = sum(blocks[b] for b in trial.kept) - counts["blocks"]
     if trial.dropped is not None:
         lighter = -_weights_of(teacher, trial.dropped, mixing=_part(trial) == "attention")
     return counts | {

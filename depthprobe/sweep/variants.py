@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -79,16 +80,16 @@ def elastic(context: Context, task: Task) -> Iterator[Result]:
 
     done = _fit(context, whole, ElasticObjective(model, settings.elastic, recipe), recipe, validate)
     ranks = early_exit(model, context.test, device=context.device)
-    flops = trained_epoch(context, settings, model) * done.epochs
+    epoch = _counted(lambda: trained_epoch(context, settings, model))
     for trial in task.trials:
         yield Result(
             trial,
             ranks[trial.depth],
             part_of(model, trial) | {"trainable": count_parameters(model)["trainable"]},
-            flops=flops_per_user(model, _usual_length(context), depth=trial.depth),
+            flops=_counted(partial(_flops, context, model, depth=trial.depth)),
             fit=done,
             model=model if trial == whole else None,
-            training_flops=flops,
+            training_flops=epoch and epoch * done.epochs,
         )
 
 
@@ -129,15 +130,16 @@ def _train(
         lambda: context.validate(encoder.refresh()),
     )
     ranks = evaluate(encoder.refresh(), context.test, device=context.device)
-    epoch = trained_epoch(context, settings_of(context.study, trial.method), model)
+    settings = settings_of(context.study, trial.method)
+    epoch = _counted(lambda: trained_epoch(context, settings, model))
     return Result(
         trial,
         ranks,
         count_parameters(model),
-        flops=flops_per_user(model, _usual_length(context)),
+        flops=_counted(partial(_flops, context, model)),
         fit=done,
         model=model,
-        training_flops=epoch * done.epochs,
+        training_flops=epoch and epoch * done.epochs,
     )
 
 
@@ -160,9 +162,18 @@ def _fit(
     )
 
 
-def _usual_length(context: Context) -> int:
-    """The median history of the test."""
-    return int(np.median([len(history) for history in context.test.histories]))
+def _flops(context: Context, model: Recommender, *, depth: int | None = None) -> int:
+    """FLOPs of a user with the median history of the test."""
+    length = int(np.median([len(history) for history in context.test.histories]))
+    return flops_per_user(model, length, depth=depth)
+
+
+def _counted(count: Callable[[], int]) -> int | None:
+    """A count, or None for a model with kernels of its own: no reason to lose its training."""
+    try:
+        return count()
+    except ValueError:
+        return None
 
 
 class _SharedPrompt(Encoder):

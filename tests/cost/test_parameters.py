@@ -1,21 +1,29 @@
-"""Parameters against a sum by hand; FLOPs against the profiler's count."""
+"""Parameters and bytes against sums by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.cost.flops import flops_per_user
-from depthprobe.cost.parameters import count_parameters
+from depthprobe.cost.parameters import (
+    PARTS,
+    count_bytes,
+    count_parameters,
+    parameters_by_block,
+)
 from depthprobe.models.build import make_trainable
 from depthprobe.models.popularity import Popularity
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
+from depthprobe.models.support import family_config
+from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 
 
@@ -57,15 +65,76 @@ def test_parts_add_up_for_every_model(recommender: Callable[[int], Recommender])
     ]
     for model in models:
         found = count_parameters(model)
-        parts = ("blocks", "token_embeddings", "adapters", "item_table")
-        assert sum(found[name] for name in parts) == found["total"]
+        assert sum(found[name] for name in PARTS) == found["total"]
 
 
-@pytest.mark.parametrize("length", [1, 7])
-def test_flops_equal_the_profilers(length: int, recommender: Callable[[int], Recommender]) -> None:
-    model = recommender(3)
-    history = torch.randint(1, 31, (1, length))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vectors = model.encode(history, torch.tensor([length]))
-        _ = vectors @ model.item_matrix()[1:].T
-    assert flops_per_user(model, length) == pytest.approx(counter.get_total_flops(), rel=0.01)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bert", "bloom", "deepseek_v3", "gemma3n_text", "gpt2", "gpt_oss", "jamba", "mixtral"),
+        *("opt", "qwen3_next", "roberta", "zamba2"),
+    ],
+)
+def test_parts_add_up_for_every_family(name: str) -> None:
+    model = Recommender(tiny_model(family_config(name), depth=4), torch.randn(9, 4), ())
+    found, held = count_parameters(model), count_bytes(model)
+    weights = {id(weight): weight for weight in model.parameters()}.values()
+    assert sum(found[part] for part in PARTS) == found["total"]
+    assert found["total"] == sum(weight.numel() for weight in weights)
+    assert sum(held[part] for part in PARTS) == held["total"]
+    assert held["total"] == sum(weight.nbytes for weight in weights)
+    blocks = parameters_by_block(model)
+    assert len(blocks) == model.depth
+    assert sum(blocks) == found["blocks"]
+    # what is neither in a block nor a table: norms, adapters, projections at both ends
+    assert found["adapters"] < found["total"] / 2
+
+
+def test_blocks_that_differ() -> None:
+    model = Recommender(tiny_model(family_config("deepseek_v3"), depth=5), torch.randn(9, 4), ())
+    dense, *_, sparse = parameters_by_block(model)
+    experts = 4 * 3 * 32 * 16 + 3 * 32 * 16 + 4 * 32  # four and a shared one, the router
+    assert sparse - dense == experts - 3 * 32 * 48
+    assert parameters_by_block(model) == [dense] * 3 + [sparse] * 2
+
+
+def test_positions_are_token_embeddings() -> None:
+    model = Recommender(tiny_model(family_config("gpt2"), depth=2), torch.randn(9, 4), ())
+    assert count_parameters(model)["token_embeddings"] == (128 + 128) * 32
+
+
+def test_bytes_by_dtype(recommender: Callable[[int], Recommender]) -> None:
+    model = recommender(2)
+    model.backbone.to(torch.bfloat16)
+    counts, held = count_parameters(model), count_bytes(model)
+    norm = 16
+    assert held["blocks"] == 2 * counts["blocks"]
+    assert held["token_embeddings"] == 2 * counts["token_embeddings"]
+    assert held["item_table"] == 4 * counts["item_table"]
+    assert held["adapters"] == 4 * (counts["adapters"] - norm) + 2 * norm
+    assert held["bfloat16"] + held["float32"] == held["total"]
+    assert "trainable" not in held
+
+
+def test_tied_weights_count_once() -> None:
+    linear = nn.Linear(3, 3, bias=False)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([linear, linear]), "head": linear})
+    model.blocks = model["blocks"]
+    assert count_parameters(model) == {
+        "blocks": 9, "token_embeddings": 0, "adapters": 0, "item_table": 0,
+        "total": 9, "trainable": 9,
+    }  # fmt: skip
+    assert count_bytes(model)["total"] == count_bytes(model)["float32"] == 36
+
+
+def test_packed_weights(recommender: Callable[[int], Recommender]) -> None:
+    model = recommender(1)
+    counts, held = count_parameters(model), count_bytes(model)
+    linear: Any = model.backbone.layers[0].mlp.up_proj
+    linear.weight = nn.Parameter(torch.zeros(16 * 24 // 2, 1, dtype=torch.uint8), False)
+    scales = SimpleNamespace(absmax=torch.zeros(3), code=torch.zeros(4), state2=None)
+    linear.weight.quant_state = SimpleNamespace(absmax=torch.zeros(6).byte(), state2=scales)
+    packed = count_bytes(model)
+    assert count_parameters(model)["blocks"] == counts["blocks"] == sum(parameters_by_block(model))
+    assert packed["uint8"] == 16 * 24 // 2 + 6
+    assert packed["blocks"] - held["blocks"] == packed["uint8"] + 7 * 4 - 16 * 24 * 4

@@ -62,17 +62,30 @@ def padding_share(lengths: Sequence[int] | np.ndarray, batches: Sequence[np.ndar
 
 
 def negatives(
-    sequences: Sequences, users: np.ndarray, *, count: int = 999, seed: int
+    sequences: Sequences,
+    users: np.ndarray,
+    *,
+    count: int = 999,
+    seed: int,
+    pool: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """Uniform negatives for each of E users, without replacement, the same at every call.
+    """Negatives for each of E users, without replacement, the same at every call.
 
     None is an item that the user has ever interacted with, so neither target is among them.
 
+    Args:
+        pool: items with their repeats, such as those of all training interactions. The next
+            negative is then each of the items left with a chance in proportion to how often it
+            stands there (successive sampling), and what does not stand there is never drawn.
+            None draws uniformly from all items.
+
     Returns:
-        int32 (E, count), values 1..I; None if some user has fewer than ``count`` items left.
+        int32 (E, count), values 1..I; None if some user has fewer than ``count`` items left that
+        can be drawn.
     """
     n_items, offsets = sequences.n_items, sequences.offsets
     rng = np.random.default_rng(seed)
+    stream = None if pool is None else _Stream(pool, n_items, count)
     chunk = max(1, TABLE_BYTES // (8 * (n_items + 1)))
     drawn = np.empty((len(users), count), dtype=np.int32)
     for start in range(0, len(users), chunk):
@@ -82,12 +95,44 @@ def negatives(
         own = np.concatenate([sequences.history(user) for user in part])
         taken = np.zeros((len(part), n_items + 1), dtype=bool)
         taken[:, 0] = True
+        if stream is not None:
+            taken[:, stream.weights == 0] = True
         taken[rows, own] = True
         left = n_items + 1 - taken.sum(axis=1)
         if left.min() < count:
             return None
-        drawn[start : start + chunk] = _draw(rng, taken, count, int(left.min()))
+        drawn[start : start + chunk] = (
+            _draw(rng, taken, count, int(left.min()))
+            if stream is None
+            else stream.draw(rng, taken, lengths)
+        )
     return drawn
+
+
+class _Stream:
+    """Items drawn from a pool, again and again, repeats and taken ones passed over."""
+
+    def __init__(self, pool: np.ndarray, n_items: int, count: int) -> None:
+        self.pool, self.count = np.asarray(pool), count
+        self.weights = np.bincount(self.pool, minlength=n_items + 1)
+        # how many different items so many draws find on average; more draws than items never pay
+        ratio = 1 - self.weights / len(self.pool)
+        self._widths = np.unique(np.geomspace(count, max(count, n_items / 2), 24).astype(int))
+        self._found = np.array([(1 - ratio**width).sum() for width in self._widths])
+
+    def draw(self, rng: np.random.Generator, taken: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """``count`` distinct free columns of each row; ``own`` (C,) bounds those that it has."""
+        # a row that finds too few all the same is drawn again with a key for each item
+        aim = self.count + 2 * np.sqrt(self.count) + np.quantile(own, 0.9)
+        place = int(np.searchsorted(self._found, aim))
+        if place == len(self._found):
+            return _draw_by_keys(rng, taken, self.count, self.weights)
+        spots = rng.integers(len(self.pool), size=(len(taken), self._widths[place]))
+        draws = self.pool[spots].astype(np.int32)
+        chosen, enough = _first_distinct(draws, taken, self.count)
+        if not enough.all():
+            chosen[~enough] = _draw_by_keys(rng, taken[~enough], self.count, self.weights)
+        return chosen
 
 
 def _draw(rng: np.random.Generator, taken: np.ndarray, count: int, left: int) -> np.ndarray:
@@ -100,23 +145,43 @@ def _draw(rng: np.random.Generator, taken: np.ndarray, count: int, left: int) ->
         return _draw_by_keys(rng, taken, count)
     width = int(needed + 5 * np.sqrt(needed) + 10)
     draws = rng.integers(1, n_columns, size=(n_rows, width), dtype=np.int32)
-    rows = np.arange(n_rows)[:, None]
-    place = np.arange(width, dtype=np.int32)
-    first = np.empty((n_rows, n_columns), dtype=np.int32)
-    first[rows, draws[:, ::-1]] = place[::-1]  # of equal draws the last written, the first, stays
-    fresh = (first[rows, draws] == place) & ~taken[rows, draws]  # (C, width)
-    order = np.cumsum(fresh, axis=1)
-    enough = order[:, -1] >= count
-    chosen = np.empty((n_rows, count), dtype=np.int32)
-    chosen[enough] = draws[enough][(fresh & (order <= count))[enough]].reshape(-1, count)
+    chosen, enough = _first_distinct(draws, taken, count)
     if not enough.all():
         chosen[~enough] = _draw_by_keys(rng, taken[~enough], count)
     return chosen
 
 
-def _draw_by_keys(rng: np.random.Generator, taken: np.ndarray, count: int) -> np.ndarray:
-    keys = rng.random(taken.shape)
-    keys[taken] = 2.0
+def _first_distinct(
+    draws: np.ndarray, taken: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``count`` different free items of each row of draws, int32, and who has as many."""
+    n_rows, width = draws.shape
+    rows = np.arange(n_rows)[:, None]
+    place = np.arange(width, dtype=np.int32)
+    first = np.empty(taken.shape, dtype=np.int32)
+    # of equal draws the last written, the first, stays; numpy would turn a reversed view around
+    first[rows, np.ascontiguousarray(draws[:, ::-1])] = place[::-1].copy()
+    fresh = (first[rows, draws] == place) & ~taken[rows, draws]  # (C, width)
+    order = np.cumsum(fresh, axis=1)
+    enough = order[:, -1] >= count
+    chosen = np.empty((n_rows, count), dtype=np.int32)
+    chosen[enough] = draws[enough][(fresh & (order <= count))[enough]].reshape(-1, count)
+    return chosen, enough
+
+
+def _draw_by_keys(
+    rng: np.random.Generator, taken: np.ndarray, count: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """The free columns with the smallest random keys.
+
+    With exponential ones divided by the weights, they are a sample in proportion to the weights
+    without replacement (Efraimidis and Spirakis 2006).
+    """
+    if weights is None:
+        keys = rng.random(taken.shape)
+    else:
+        keys = rng.standard_exponential(taken.shape) / np.maximum(weights, 1)  # 0 is taken anyhow
+    keys[taken] = np.inf
     smallest: np.ndarray = np.argpartition(keys, count - 1, axis=1)[:, :count]
     return smallest
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.data.splits import Part, Split
+from depthprobe.evaluation.lists import LISTS, TOP
 from depthprobe.evaluation.ranks import rank_users
 
 BATCH = 256
@@ -31,13 +32,17 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Questions:
-    """Users, what they had taken before, and the target that a model must find."""
+    """Users, what they had taken before, and the target that a model must find.
+
+    With ``lists``, each user's :data:`~depthprobe.evaluation.lists.TOP` best items are told too.
+    """
 
     users: np.ndarray  # (E,)
     histories: list[np.ndarray]  # E arrays of item ids, the latest last
     targets: np.ndarray  # (E,) item ids
     seen: list[np.ndarray] | None  # items excluded from a user's ranking
     negatives: np.ndarray | None  # (E, 999)
+    lists: bool = False
 
     def batches(
         self, size: int, device: torch.device
@@ -49,7 +54,10 @@ class Questions:
             yield chosen, histories.to(device), torch.from_numpy(lengths[chosen]).to(device)
 
     def rank(self, chosen: np.ndarray, vectors: Tensor, items: Tensor) -> dict[str, np.ndarray]:
-        """Ranks of the chosen users' targets by protocol, from user vectors (B, d)."""
+        """Ranks of the chosen users' targets by protocol, from user vectors (B, d).
+
+        With ``lists``, ``"top-10"`` has their best items, (B, 10).
+        """
         ranks = rank_users(
             vectors,
             items,
@@ -58,6 +66,7 @@ class Questions:
             negatives=None
             if self.negatives is None
             else torch.from_numpy(self.negatives[chosen].astype(np.int64)),
+            top=TOP if self.lists else 0,
         )
         return {protocol: values.cpu().numpy() for protocol, values in ranks.items()}
 
@@ -92,22 +101,28 @@ def questions(
 
 
 class Ranks:
-    """Ranks by protocol, filled batch by batch."""
+    """Ranks by protocol, and lists of items beside them, filled batch by batch."""
 
     def __init__(self, users: int) -> None:
         self._users = users
         self.values: dict[str, np.ndarray] = {}
 
     def put(self, chosen: np.ndarray, ranks: dict[str, np.ndarray]) -> None:
-        """Store a batch's ranks at the places of its users."""
-        for protocol, values in ranks.items():
-            whole = self.values.setdefault(protocol, np.full(self._users, np.nan))
-            whole[chosen] = values
+        """Store a batch's ranks and lists at the places of its users."""
+        for name, values in ranks.items():
+            if name not in self.values:
+                empty = (0, np.int32) if name == LISTS else (np.nan, np.float64)
+                self.values[name] = np.full((self._users, *values.shape[1:]), *empty)
+            self.values[name][chosen] = values
 
 
 @torch.inference_mode()
 def evaluate(model: Encoder, asked: Questions, *, device: torch.device) -> dict[str, np.ndarray]:
-    """Rank of every user's target by protocol, each (E,); the model must be in eval mode."""
+    """Rank of every user's target by protocol, each (E,); the model must be in eval mode.
+
+    Where the questions ask for lists, ``"top-10"`` has each user's best items, int32 (E, 10): 0
+    where none is left.
+    """
     ranks = Ranks(len(asked.users))
     items = model.item_matrix()
     for chosen, histories, lengths in asked.batches(BATCH, device):

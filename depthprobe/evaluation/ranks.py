@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthprobe.models.top import best_columns
+from depthprobe.evaluation.lists import best_in_blocks, top_lists
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -69,6 +69,7 @@ def rank_users(
     *,
     seen: Sequence[np.ndarray] | None = None,
     negatives: np.ndarray | Tensor | None = None,
+    top: int = 0,
     chunk_bytes: int = CHUNK_BYTES,
     bias: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -86,12 +87,15 @@ def rank_users(
         seen: for each user the items to leave out (any number, repeats allowed); the target is
             ranked even if it is among them. None ranks against the whole catalogue.
         negatives: (E, n), items 1..I, for the sampled protocol.
+        top: how many of each user's best items to tell as well, as :func:`top_items` would; seen
+            ones are left out, the target too if it is among them.
         chunk_bytes: most memory that the scores of a chunk take, and again for working on them;
             one user's row at least.
         bias: (I + 1,), added to the scores.
 
     Returns:
-        ``{"full": (E,)}`` and, with negatives, ``"sampled-<n>"``: float64 on the CPU.
+        ``{"full": (E,)}`` and, with negatives, ``"sampled-<n>"``: float64 on the CPU. With
+        ``top``, ``"top-<k>"``: items, int64 (E, k), best first, 0 where none is left.
 
     Raises:
         ValueError: if shapes disagree, an item is not in 1..I, or a score is NaN.
@@ -110,6 +114,8 @@ def rank_users(
     ranks = {"full": full}
     if negatives is not None:
         ranks[f"sampled-{negatives.shape[1]}"] = torch.empty_like(full)
+    if top:
+        ranks[f"top-{top}"] = torch.empty((n_users, top), dtype=torch.int64)
     parts = _chunks(n_users, n_items, vectors.element_size(), chunk_bytes)
     # used again for every chunk: fresh memory of this size costs as much as half the product
     room = vectors.new_empty((parts[0].stop if parts else 0, n_items))
@@ -125,9 +131,9 @@ def rank_users(
         above = _count(torch.gt(scores, at_target, out=mark))
         level = _count(torch.ge(scores, at_target, out=mark))  # tied ones and the target too
         if seen is not None:
-            rows, left_out = _pairs(seen[part], n_items, vectors.device)
-            other = left_out != column[rows, 0]
-            rows, left_out = rows[other], left_out[other]
+            pairs = _pairs(seen[part], n_items, vectors.device)
+            other = pairs[1] != column[pairs[0], 0]
+            rows, left_out = pairs[0][other], pairs[1][other]
             apart, limit = scores[rows, left_out], at_target[rows, 0]
             above -= torch.bincount(rows[apart > limit], minlength=len(scores))
             level -= torch.bincount(rows[apart >= limit], minlength=len(scores))
@@ -141,6 +147,10 @@ def rank_users(
             above = ((among > at_target) & other).sum(1)
             level = ((among >= at_target) & other).sum(1) + 1
             ranks[f"sampled-{drawn.shape[1]}"][part] = (above + level + 1).cpu().double() / 2
+        if top:
+            if seen is not None:
+                scores[pairs] = -torch.inf
+            ranks[f"top-{top}"][part] = top_lists(scores, top).cpu()
     return ranks
 
 
@@ -179,7 +189,7 @@ def top_items(
         if seen is not None:
             rows, left_out = _pairs(seen[part], n_items, vectors.device)
             scores[rows, left_out] = -torch.inf
-        columns, values = best_columns(scores, k)  # (C, k)
+        columns, values = best_in_blocks(scores, k)  # (C, k)
         items[part] = (columns + 1).masked_fill_(values == -torch.inf, 0).cpu()
         best[part] = values.cpu()
     return items, best

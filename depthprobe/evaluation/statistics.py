@@ -9,6 +9,7 @@ size: intervals over two or three seeds are somewhat too short in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 WEIGHT_BYTES = 4 * 2**20  # of weights at once: they stay in a cache while the arms read them
+MANY = 2**16  # users: above, drawing each of them takes a millisecond or more
+LARGE = 16  # users of a group: drawing its size takes about as long as ten of them
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,19 @@ def bootstrap_means(
     (table,) = as_arms([values])  # (U, M)
     if len(table) == 1:
         return [Interval(float(value), -np.inf, np.inf) for value in table[0]]
+    chunks = weight_chunks(len(table), resamples=resamples, seed=seed)
+    draws = np.concatenate([weights @ table for weights in chunks])  # (R, M)
+    bounds = percentile_bounds(draws, level=level)
+    found = np.stack([table.mean(axis=0), *bounds], axis=1).tolist()
+    return [Interval(*each) for each in found]
+
+
+def weight_chunks(n_users: int, *, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Multinomial weights of bootstrap draws over users, with sum 1: (C, U), R rows in all."""
     rng = np.random.default_rng(seed)
-    chunk = max(1, WEIGHT_BYTES // (8 * len(table)))
-    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    draws = np.concatenate([_weights(rng, size, len(table)) @ table for size in sizes])  # (R, M)
-    return [
-        interval(float(value), draws[:, column], level=level)
-        for column, value in enumerate(table.mean(axis=0))
-    ]
+    chunk = max(1, WEIGHT_BYTES // (8 * n_users))
+    for start in range(0, resamples, chunk):
+        yield _weights(rng, min(chunk, resamples - start), n_users)
 
 
 def bootstrap_difference(
@@ -155,15 +163,27 @@ def resampled_means(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Bootstrap means of A arms, each (S, U), in chunks of C resamples.
 
+    Which of the users that have the same values in all arms is drawn makes no difference. So of
+    many users, those who share theirs with others, such as an NDCG@10 of 0, are drawn as a group:
+    how often any of them is drawn, at once. The same distribution, by other draws.
+
     Yields:
         (C, A) with users and seeds resampled, and (C, A) with users alone, from the same draws.
     """
     n_seeds, n_users = arms[0].shape
     rng = np.random.default_rng(seed)
-    chunk = max(1, WEIGHT_BYTES // (8 * n_users))
+    groups = _alike(arms) if n_users > MANY else None
+    if groups is not None:
+        chosen, sizes = groups
+        arms = [np.ascontiguousarray(arm[:, chosen]) for arm in arms]  # (S, K + users apart)
+    chunk = max(1, WEIGHT_BYTES // (8 * arms[0].shape[1]))
     for start in range(0, resamples, chunk):
         count = min(chunk, resamples - start)
-        users = _weights(rng, count, n_users)  # (C, U)
+        users = (
+            _weights(rng, count, n_users)  # (C, U)
+            if groups is None
+            else _weights_by_group(rng, count, n_users, sizes, arms[0].shape[1] - len(sizes))
+        )
         seeds = _weights(rng, count, n_seeds) if n_seeds > 1 else np.ones((count, 1))  # (C, S)
         # one product an arm, not one for all: equal arms then have equal means to the last bit
         means = np.stack([users @ arm.T for arm in arms], axis=1)  # (C, A, S)
@@ -172,16 +192,36 @@ def resampled_means(
 
 def interval(value: float, draws: np.ndarray, *, level: float) -> Interval:
     """The percentile interval of bootstrap draws, shape (R,); bounds are draws, never between."""
+    low, high = percentile_bounds(draws[:, None], level=level)[:, 0].tolist()
+    return Interval(value, low, high)
+
+
+def percentile_bounds(draws: np.ndarray, *, level: float) -> np.ndarray:
+    """Percentile bounds of M quantities from draws (R, M): low and high, (2, M).
+
+    Bounds are draws, never between. NaN counts against both.
+
+    Raises:
+        ValueError: if ``level`` is not between 0 and 1.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, expected a number between 0 and 1")
     tail = (1 - level) / 2
-    return Interval(value, lower_bound(draws, tail), -lower_bound(-draws, tail))
+    return np.stack([_quantiles(draws, tail), -_quantiles(-draws, tail)])
 
 
 def lower_bound(draws: np.ndarray, tail: float) -> float:
     """The ``tail`` quantile of draws, shape (R,); NaN draws count as -inf."""
+    return float(_quantiles(draws[:, None], tail)[0])
+
+
+def _quantiles(draws: np.ndarray, tail: float) -> np.ndarray:
+    """The ``tail`` quantile of each column of (R, M); NaN draws count as -inf."""
+    rows = np.ascontiguousarray(draws.T)  # (M, R)
+    rows = np.where(np.isnan(rows), -np.inf, rows)
     # "lower" does not interpolate, which would make NaN of infinite draws
-    return float(np.quantile(np.where(np.isnan(draws), -np.inf, draws), tail, method="lower"))
+    place = math.floor((rows.shape[1] - 1) * tail)
+    return np.asarray(np.partition(rows, place, axis=1)[:, place])
 
 
 def _bootstrap(
@@ -205,6 +245,40 @@ def _ratio(means: np.ndarray) -> np.ndarray:
     bottom = means[..., 1]
     ratio: np.ndarray = means[..., 0] / np.where(bottom == 0, np.nan, bottom)
     return ratio
+
+
+def _alike(arms: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Groups of users with the same values in all arms; None where they hold less than half.
+
+    Returns:
+        One user of each group, then all that are in none; and the sizes of the groups, (K,).
+    """
+    codes = np.zeros(arms[0].shape[1], np.int64)
+    for values in (row for arm in arms for row in arm):
+        kinds, own = np.unique(values, return_inverse=True)
+        codes = codes * len(kinds) + own
+        _, firsts, codes, sizes = np.unique(
+            codes, return_index=True, return_inverse=True, return_counts=True
+        )
+        large = sizes >= LARGE
+        if 2 * sizes[large].sum() < len(codes):
+            return None
+    apart = np.flatnonzero(~large[codes])
+    return np.concatenate([firsts[large], apart]), sizes[large]
+
+
+def _weights_by_group(
+    rng: np.random.Generator, count: int, n_users: int, sizes: np.ndarray, apart: int
+) -> np.ndarray:
+    """Multinomial weights of K groups and of the users in none, (count, K + apart), sum 1."""
+    weights = np.empty((count, len(sizes) + apart))
+    shares = np.append(sizes, apart) / n_users
+    drawn = rng.multinomial(n_users, shares, size=count)  # (count, K + 1)
+    weights[:, : len(sizes)] = drawn[:, :-1]
+    if apart:
+        for row, left in zip(weights, drawn[:, -1], strict=True):
+            row[len(sizes) :] = np.bincount(rng.integers(apart, size=left), minlength=apart)
+    return weights / n_users
 
 
 def _weights(rng: np.random.Generator, count: int, size: int) -> np.ndarray:

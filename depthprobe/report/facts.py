@@ -168,9 +168,18 @@ def _sampled(summary: Summary) -> str:
     if not any(point.value("NDCG@10", SAMPLED) for point in summary.points):
         return ""
     return (
-        "Beside it, the item among 999 random negatives that the user never took, the same for "
-        "every trial. Its numbers are far higher and never comparable with those of full ranking."
+        f"Beside it, the item among {negatives_of(summary.run.study)} that the user never took, "
+        "the same for every trial. Its numbers are higher and never comparable with those of full "
+        "ranking, nor with those of another way to draw."
     )
+
+
+def negatives_of(study: Study) -> str:
+    """How the negatives of the sampled protocol were drawn, in words."""
+    return {
+        "uniform": "999 random negatives",
+        "popularity": "999 negatives drawn by popularity in training",
+    }[study.protocol.negatives]
 
 
 def _timing(timing: Mapping[str, Any]) -> str:

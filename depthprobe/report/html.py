@@ -13,9 +13,10 @@ from markupsafe import Markup, escape
 from depthprobe.files import complete_file
 from depthprobe.report.ablation import ablation_table
 from depthprobe.report.answer import build_answer
-from depthprobe.report.facts import conditions, how_measured
+from depthprobe.report.facts import conditions, how_measured, negatives_of
 from depthprobe.report.figures import FIGURES, save_figure
 from depthprobe.report.reliance import reliance_table
+from depthprobe.report.slices import lists_table, slice_table
 from depthprobe.report.summary import RunLike, Summary, summarise
 from depthprobe.report.tables import all_tables, save_table
 
@@ -66,7 +67,8 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         run = open_run(run)
     summary = summarise(run)
     tables = all_tables(summary)
-    for made in (ablation_table(summary), reliance_table(summary)):
+    more = (ablation_table, slice_table, lists_table, reliance_table)
+    for made in (table(summary) for table in more):
         if made is not None:
             tables[made.name] = made
     for table in tables.values():
@@ -78,6 +80,7 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         figures=_figures(summary, run.path / "figures"),
         tables=tables,
         facts=how_measured(summary),
+        negatives=negatives_of(run.study),
         command=run.manifest.get("command") or "",
         created=str(run.manifest.get("created", ""))[:10],
         words=WORDS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from depthprobe.study.errors import BadInput, at_least
+from depthprobe.study.errors import BadInput, at_least, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,17 +15,26 @@ class Protocol:
     ``split``: ``leave-one-out`` (each user's last item), ``temporal`` (what comes after two points
     in time that all users share, ``split_at``: dates, or quantiles of the interactions), or
     ``given`` (the log came in training, validation and test files).
+    ``negatives`` of the sampled protocol are drawn from the items that a user never took:
+    ``uniform``, or in proportion to how often the training interactions hold an item
+    (``popularity``: harder, and what training never holds is never drawn).
+    ``user_slices`` and ``item_slices``, each ``FILE:COLUMN``, cut the test users by a column of a
+    users' file, or of an items' file for the item asked for, beside history and popularity.
     """
 
     split: Literal["leave-one-out", "temporal", "given"] = "leave-one-out"
     split_at: tuple[str, ...] = ("0.8", "0.9")
     filter_seen: bool = True
     sampled: bool = True
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    user_slices: tuple[str, ...] = ()
+    item_slices: tuple[str, ...] = ()
     validation_users: int = 4096
     margin: float = 0.01
     resamples: int = 1000
 
     def __post_init__(self) -> None:
+        one_of("protocol.negatives", self.negatives, ("uniform", "popularity"))
         at_least("protocol", {"validation_users": self.validation_users}, 1)
         at_least("protocol", {"resamples": self.resamples}, 100)
         if len(self.split_at) != 2:

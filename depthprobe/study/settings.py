@@ -16,7 +16,9 @@ from depthprobe.study.methods import DEFAULT_METHODS, check_methods, settings_of
 from depthprobe.study.training import Distillation, Elastic, Heal, Recipe, SasRec, Variant
 
 # settings that change no trial's numbers: a run may be continued with others
-NOT_DECIDING = frozenset({"name", "device", "methods"})
+NOT_DECIDING = frozenset(
+    {"name", "device", "methods", "protocol.user_slices", "protocol.item_slices"}
+)
 ITEM_TABLES = ("sasrec", "text", "learned")
 
 
@@ -92,7 +94,11 @@ class Study:
 
     def digest(self) -> str:
         """Hash of everything that decides the numbers of a trial."""
-        content = {k: _canonical(v) for k, v in asdict(self).items() if k not in NOT_DECIDING}
+        content = asdict(self)
+        for name in NOT_DECIDING:
+            owner, _, key = name.rpartition(".")
+            (content[owner] if owner else content).pop(key)
+        content = {key: _canonical(value) for key, value in content.items()}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
+from depthprobe.evaluation.lists import Taken, what_was_taken
 from depthprobe.models.build import WEIGHTS, build_recommender, learned_table, load_trained
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
@@ -74,9 +76,18 @@ class Context:
 
     @cached_property
     def test(self) -> Questions:
-        """The test questions, by both protocols where the catalogue allows the sampled one."""
+        """The test questions, by both protocols where the catalogue allows the sampled one.
+
+        Each user's best items are told too.
+        """
         path = self.shared / NEGATIVES
-        return self.ask("test", np.load(path, mmap_mode="r") if path.exists() else None)
+        negatives = np.load(path, mmap_mode="r") if path.exists() else None
+        return replace(self.ask("test", negatives), lists=True)
+
+    @cached_property
+    def taken(self) -> Taken:
+        """What was taken in training, to hold the recommended items against."""
+        return what_was_taken(self.split)
 
     @cached_property
     def validation(self) -> Questions:

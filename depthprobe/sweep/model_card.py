@@ -9,7 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from depthprobe.evaluation.slices import ALL
 from depthprobe.models.sources import EMBEDDED, is_folder
+from depthprobe.sweep.measured import METRICS
 from depthprobe.sweep.store import Run, ranges
 
 LONGEST = 120
@@ -92,13 +94,16 @@ def _front_matter(run: Run) -> list[str]:
 
 def _accuracy(run: Run, record: dict[str, Any]) -> list[str]:
     found, data = run.metrics, run.manifest["data"]
-    chosen = found[(found["trial"] == record["id"]) & (found["split"] == "test")]
+    found = found[(found["trial"] == record["id"]) & (found["split"] == "test")]
+    chosen = found[(found["slice"] == ALL) & found["metric"].isin(METRICS)]
     rows = [
         f"| {row.metric} | {row.protocol} | {row.value:.4f} | {_interval(row)} | {row.users} |"
         for row in chosen.itertuples()
     ]
     filtered = "left out" if run.study.protocol.filter_seen else "ranked too"
-    protocols = [_protocol(name) for name in chosen["protocol"].unique()]
+    protocols = [
+        _protocol(name, run.study.protocol.negatives) for name in chosen["protocol"].unique()
+    ]
     return [
         f"Test users of {_code(data['name'])} ({data['users']:,} users, {data['items']:,} items,"
         f" {data['interactions']:,} interactions), {run.study.protocol.split} split; a user's seen"
@@ -110,9 +115,10 @@ def _accuracy(run: Run, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _protocol(name: str) -> str:
-    others = name.removeprefix("sampled-")
-    ranked = "the whole catalogue" if name == "full" else f"the target among {others} others"
+def _protocol(name: str, negatives: str) -> str:
+    drawn = {"uniform": "drawn at random", "popularity": "drawn by popularity"}[negatives]
+    others = f"{name.removeprefix('sampled-')} others {drawn}"
+    ranked = "the whole catalogue" if name == "full" else f"the target among {others}"
     return f"Protocol `{name}` ranks {ranked}."
 
 

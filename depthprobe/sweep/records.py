@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from depthprobe.evaluation.lists import LISTS, Taken, exposure, of_lists
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.files import complete_folder, write_json
 from depthprobe.models.build import save_trained
@@ -18,7 +19,7 @@ from depthprobe.sweep.plan import Task, Trial
 from depthprobe.sweep.results import Result, Scores
 
 SCHEMA = 1
-RECORD, USERS, SCORES = "record.json", "users.parquet", "scores.parquet"
+RECORD, USERS, ITEMS, SCORES = "record.json", "users.parquet", "items.parquet", "scores.parquet"
 
 
 def write_result(
@@ -26,12 +27,18 @@ def write_result(
     result: Result,
     users: np.ndarray,
     *,
+    taken: Taken,
     timing: dict[str, Any] | None,
     provenance: dict[str, Any],
     validation_users: int,
 ) -> None:
-    """Write a finished trial, complete or not at all: users, model, and the record last."""
+    """Write a finished trial, complete or not at all: users, items, model, the record last."""
     trial, fit = result.trial, result.fit
+    ranks = {name: values for name, values in result.ranks.items() if name != LISTS}
+    metrics = {protocol: metrics_from_ranks(values) for protocol, values in ranks.items()}
+    lists = result.ranks.get(LISTS, np.zeros((0, 0), np.int32))
+    counts = exposure(lists, len(taken.popularity))  # (I,)
+    metrics["full"] |= of_lists(counts, taken)
     training = None
     validation = None
     if fit is not None:
@@ -49,9 +56,7 @@ def write_result(
         }
         validation = {"NDCG@10": fit.best_score, "users": validation_users}
     record = _record(trial, "done", None, provenance) | {
-        "metrics": {
-            "test": {name: metrics_from_ranks(ranks) for name, ranks in result.ranks.items()}
-        },
+        "metrics": {"test": metrics},
         "validation": validation,
         "costs": {
             "parameters": result.parameters,
@@ -63,10 +68,13 @@ def write_result(
     }
     with complete_folder(folder) as temporary:
         parts = [
-            pd.DataFrame({"user": users.astype(np.int32), "protocol": name, "rank": ranks})
-            for name, ranks in result.ranks.items()
+            pd.DataFrame({"user": users.astype(np.int32), "protocol": name, "rank": values})
+            for name, values in ranks.items()
         ]
         pd.concat(parts, ignore_index=True).to_parquet(temporary / USERS, index=False)
+        shown = np.flatnonzero(counts)
+        items = {"item": (shown + 1).astype(np.int32), "lists": counts[shown].astype(np.int32)}
+        pd.DataFrame(items).to_parquet(temporary / ITEMS, index=False)
         if result.model is not None:
             save_trained(result.model, temporary / MODEL)
         if result.replacement is not None:

@@ -19,6 +19,7 @@ class Result:
     """What a trial found: test ranks by protocol, and the model and its training if it has one.
 
     Attributes:
+        ranks: of every test user, (E,) by protocol; and under ``"top-10"`` the best items, (E, 10).
         training_flops: of its training, without its teacher's.
         taught: seconds that its teacher took before, training and features.
         replacement: the map that stands for blocks of the teacher, whose weights the trial shares.

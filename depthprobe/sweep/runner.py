@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
@@ -42,6 +43,7 @@ from depthprobe.sweep.executors import Outcome, run_here, run_in_processes
 from depthprobe.sweep.plan import Task, plan
 from depthprobe.sweep.progress import Progress, Silent
 from depthprobe.sweep.records import SCHEMA, is_done, read_record, write_failure
+from depthprobe.sweep.slicing import asked_slices, own_slices, write_slices
 from depthprobe.sweep.store import MANIFEST, STUDY, TABLES, Run, open_run, write_tables
 from depthprobe.sweep.team import Team, find_team
 from depthprobe.sweep.timing import covers, measure
@@ -49,6 +51,7 @@ from depthprobe.training.loop import DivergedError
 
 MOST_JOBS = 4  # by default: each job holds its own copy of the model
 NEGATIVE_SEED = 999
+TOO_SMALL = "sampled ranking is left out: some user has fewer than 999 items left to draw from"
 
 
 def run_sweep(
@@ -92,6 +95,7 @@ def run_sweep(
     tasks = plan(asked, int(config.get_text_config(decoder=True).num_hidden_layers))
     sequences = _data(study, folder)
     split = make_split(sequences, study.protocol)  # refuses a log in which nobody can be asked
+    slices = _new_slices(study, split, before)
     working = replace(study, backbone=backbone)  # the study, but for the name of the commit
     table = _item_table(working, sequences, folder, device, watcher)
     manifest = _manifest(study, split, table, device, command)
@@ -104,6 +108,8 @@ def run_sweep(
     team.wait()  # all have read the folder as it was
     if team.writes:
         _lay_out(folder, study, split, table, manifest)
+        if slices is not None:
+            write_slices(slices, folder / "shared")
     team.wait()
     context = Context(folder, working)
     waiting = [t for t in tasks if not all(map(is_done, context.outputs(t)))]
@@ -135,7 +141,7 @@ def run_sweep(
     run = open_run(folder)
     if not team.writes:
         return run
-    if waiting or not all((folder / name).exists() for name in TABLES):
+    if waiting or slices is not None or not all((folder / name).exists() for name in TABLES):
         write_tables(run)
         timing = context.shared / TIMING
         conditions = json.loads(timing.read_text())["conditions"] if timing.exists() else None
@@ -185,6 +191,13 @@ def _check_same_inputs(
     manifest |= {key: before[key] for key in kept}
 
 
+def _new_slices(study: Study, split: Split, before: dict[str, Any] | None) -> pd.DataFrame | None:
+    """The own columns of the slices, read; None if the run has them already, or needs none."""
+    had = {"user": [], "item": []} if before is None else before.get("slices")
+    same = had is not None and asked_slices(study.protocol) == had
+    return None if same else own_slices(study.protocol, split)
+
+
 def _data(study: Study, folder: Path) -> Sequences:
     """The log that the run was begun with, or the source, read but not yet written."""
     prepared = folder / "shared" / DATA
@@ -219,20 +232,33 @@ def _lay_out(
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / TRIALS, folder / PROBES, folder / "shared"):
         remove_leftovers(place)
+    shared = folder / "shared"
+    drawn = _draw_negatives(study, split, shared)
+    manifest["sampled"] = None
+    if drawn is not None or (shared / NEGATIVES).exists():
+        manifest["sampled"] = {"negatives": study.protocol.negatives, "seed": NEGATIVE_SEED}
+    elif study.protocol.sampled:
+        manifest["data"]["warnings"].append(TOO_SMALL)
     with complete_file(folder / STUDY) as temporary:
         temporary.write_text(study_to_toml(study), encoding="utf-8")
     write_json(folder / MANIFEST, manifest)
-    shared = folder / "shared"
     if not (shared / DATA / DATA_MANIFEST).is_file():
         write_data(split.sequences, shared / DATA)
     if table is not None and not (shared / ITEM_TABLE).exists():
         with complete_file(shared / ITEM_TABLE) as temporary:
             np.save(temporary, table.numpy())
-    if study.protocol.sampled and not (shared / NEGATIVES).exists():
-        drawn = negatives(split.sequences, split.test.users, seed=NEGATIVE_SEED)
-        if drawn is not None:
-            with complete_file(shared / NEGATIVES) as temporary:
-                np.save(temporary, drawn)
+    if drawn is not None:
+        with complete_file(shared / NEGATIVES) as temporary:
+            np.save(temporary, drawn)
+
+
+def _draw_negatives(study: Study, split: Split, shared: Path) -> np.ndarray | None:
+    """The sampled protocol's negatives, (E, 999), if they are wanted, not there, and can be had."""
+    if not study.protocol.sampled or (shared / NEGATIVES).exists():
+        return None
+    popular = study.protocol.negatives == "popularity"
+    pool = split.sequences.items[split.trained] if popular else None
+    return negatives(split.sequences, split.test.users, seed=NEGATIVE_SEED, pool=pool)
 
 
 def _manifest(
@@ -265,6 +291,7 @@ def _manifest(
             "trained": study.trains_items,
             "sha256": None if table is None else table_hash(table),
         },
+        "slices": asked_slices(study.protocol),
         "machine": provenance.machine(device),
         "versions": provenance.versions(),
         "git": provenance.git_state(),

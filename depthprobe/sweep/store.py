@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from depthprobe.evaluation.metrics import check_metrics, per_user_metric
-from depthprobe.evaluation.statistics import Interval, bootstrap_means
+from depthprobe.data.splits import make_split
+from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
+from depthprobe.data.storage import load_data
+from depthprobe.evaluation.slices import Family, families
 from depthprobe.files import complete_file
 from depthprobe.study import BadInput, Study, study_from_dict
-from depthprobe.sweep.context import PROBES, TRIALS
+from depthprobe.sweep.context import DATA, PROBES, TRIALS
+from depthprobe.sweep.measured import metrics_table
 from depthprobe.sweep.records import SCORES, USERS, read_record
+from depthprobe.sweep.slicing import read_slices
 
 MANIFEST, STUDY = "manifest.json", "study.toml"
 TABLES = ("trials.parquet", "metrics.parquet")
-METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 
 
 class Run:
@@ -91,7 +94,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """One row a trial, split, protocol and metric: the value, its interval, how many users."""
+        """One row a trial, split, protocol, slice and metric: value, interval, how many users."""
         path = self.path / TABLES[1]
         return pd.read_parquet(path) if path.exists() else self.compute_metrics()
 
@@ -101,56 +104,34 @@ class Run:
         Raises:
             ValueError: if the metrics of a trial break the bounds between them.
         """
-        done = {record["id"]: record for record in self.records if record["status"] == "done"}
-        rows: list[dict[str, Any]] = []
-        for protocol, ranks in self.users.groupby("protocol"):
-            table = ranks.pivot(index="user", columns="trial", values="rank")  # (U, trials)
-            for trial, intervals in _intervals(table, self.study.protocol.resamples).items():
-                where = {"split": "test", "protocol": str(protocol), "users": len(table)}
-                rows += [_metric_row(done[trial], name, i) | where for name, i in intervals.items()]
-        for record in done.values():
-            if record["validation"] is not None:
-                none = float("nan")
-                score = Interval(record["validation"]["NDCG@10"], none, none)
-                where = {"split": "validation", "protocol": "full"}
-                where["users"] = record["validation"]["users"]
-                rows.append(_metric_row(record, "NDCG@10", score) | where)
-        columns = ["trial", "method", "depth", "seed", "split", "protocol", "slice", "metric"]
-        columns += ["value", "ci_low", "ci_high", "users"]
-        order = ["trial", "split", "protocol"]
-        return pd.DataFrame(rows, columns=columns).sort_values(
-            order, kind="stable", ignore_index=True
-        )
+        done = [record for record in self.records if record["status"] == "done"]
+        asked, cuts = self._cuts
+        resamples = self.study.protocol.resamples
+        return metrics_table(self.path, done, asked, cuts, resamples=resamples)
 
+    @cached_property
+    def slices(self) -> pd.DataFrame:
+        """Which slice each test user is in: user, and one column a way to slice them.
 
-def _intervals(ranks: pd.DataFrame, resamples: int) -> dict[str, dict[str, Interval]]:
-    """Metrics of each trial with 95 % intervals over users, from ranks (U, trials).
+        ``target`` is ``head``, ``middle``, ``tail`` or ``cold``, ``history`` the length of the
+        history as ``5-8``; own columns that the study names follow. Without the run's prepared log
+        there are no slices, and no rows.
+        """
+        asked, cuts = self._cuts
+        frame = pd.DataFrame({"user": asked})
+        for family in cuts:
+            kinds = pd.CategoricalDtype(list(family.labels))
+            frame[family.name] = pd.Categorical.from_codes(family.codes, dtype=kinds)
+        return frame
 
-    All trials rank the same users, so they share the draws.
-    """
-    values = np.stack(
-        [per_user_metric(ranks[trial].to_numpy(), name) for trial in ranks for name in METRICS],
-        axis=1,
-    )  # (U, trials * metrics)
-    found = iter(bootstrap_means(values, resamples=resamples))
-    table = {str(trial): {name: next(found) for name in METRICS} for trial in ranks}
-    for intervals in table.values():
-        check_metrics({name: interval.value for name, interval in intervals.items()})
-    return table
-
-
-def _metric_row(record: dict[str, Any], metric: str, found: Interval) -> dict[str, Any]:
-    return {
-        "trial": record["id"],
-        "method": record["method"],
-        "depth": record["depth"],
-        "seed": record["seed"],
-        "slice": "all",
-        "metric": metric,
-        "value": found.value,
-        "ci_low": found.low,
-        "ci_high": found.high,
-    }
+    @cached_property
+    def _cuts(self) -> tuple[np.ndarray, list[Family]]:
+        """The test's users, ascending, and the ways to slice them."""
+        prepared = self.path / "shared" / DATA
+        if not (prepared / DATA_MANIFEST).is_file():
+            return np.empty(0, np.int64), []
+        split = make_split(load_data(prepared), self.study.protocol)
+        return split.test.users, families(split, read_slices(self.path / "shared"))
 
 
 def open_run(path: str | Path) -> Run:

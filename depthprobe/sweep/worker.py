@@ -99,6 +99,7 @@ def work(task: Task) -> float:
             context.trial_folder(result.trial),
             result,
             context.test.users,
+            taken=context.taken,
             timing=timing_of(result.trial, measured, context.study),
             provenance=_Worker.provenance,
             validation_users=len(context.validation.users),

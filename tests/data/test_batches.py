@@ -174,3 +174,86 @@ def test_too_small_a_catalogue() -> None:
     users = leave_one_out(sequences).test.users
     assert negatives(sequences, users, count=41, seed=0) is None
     assert negatives(sequences, users, seed=0) is None
+
+
+def skewed(items: int) -> tuple[Sequences, np.ndarray]:
+    """Users of four items each, and a pool that holds item i in proportion to 1 / i."""
+    draw = np.random.default_rng(1)
+    own = np.concatenate([draw.permutation(items)[:4] for _ in range(200)] + [np.arange(items)])
+    users = np.append(np.repeat(np.arange(200), 4), 200 + np.arange(items))
+    sequences = order_log(Log(encode_ids(users), encode_ids(f"{item:06d}" for item in own)))
+    pool = np.repeat(np.arange(1, items + 1), np.maximum(1, 200 // np.arange(1, items + 1)))
+    return sequences, pool
+
+
+# drawn from the pool again and again, and with a key for each item
+@pytest.mark.parametrize(("items", "count"), [(600, 40), (60, 30)])
+def test_popular_negatives_are_a_successive_sample(items: int, count: int) -> None:
+    """As often as by numpy's own weighted draws without replacement, item by item."""
+    sequences, pool = skewed(items)
+    users = leave_one_out(sequences).test.users
+    weights = np.bincount(pool, minlength=items + 1).astype(float)
+    found, expected = np.zeros(items + 1), np.zeros(items + 1)
+    draw = np.random.default_rng(3)
+    for seed in range(10):
+        drawn = negatives(sequences, users, count=count, seed=seed, pool=pool)
+        assert drawn is not None
+        assert drawn.dtype == np.int32
+        for place, user in enumerate(users):
+            own = sequences.history(user)
+            assert len(set(drawn[place].tolist())) == count
+            assert not set(drawn[place].tolist()) & set(own.tolist())
+            free = weights.copy()
+            free[own] = 0
+            other = draw.choice(items + 1, count, replace=False, p=free / free.sum())
+            expected[other] += 1
+        found += np.bincount(drawn.ravel(), minlength=items + 1)
+    drawings = 10 * len(users)
+    share = (found + expected) / (2 * drawings)
+    spread = np.sqrt(2 * drawings * np.maximum(share * (1 - share), 1e-9))
+    z = ((found - expected) / spread)[1:]
+    assert abs(z).max() < 4.5
+    assert z.std() < 1.2
+    assert found[1] > 2 * found[items]
+
+
+def test_popular_negatives_by_hand() -> None:
+    """Of items held 1, 2 and 3 times, one is drawn in 1/6, 2/6 and 3/6 of the cases."""
+    rows = [["a", "b", "c"]] * 400 + [["x", "y", "z"]]
+    raw = [item for row in rows for item in row]
+    owner = np.repeat(np.arange(len(rows)), 3)
+    sequences = order_log(Log(encode_ids(owner), encode_ids(raw)))  # a b c x y z are 1 to 6
+    pool = np.array([4, 5, 5, 6, 6, 6])
+    drawn = [
+        negatives(sequences, np.arange(400), count=1, seed=seed, pool=pool) for seed in range(10)
+    ]
+    counts = np.bincount(np.concatenate(drawn).ravel(), minlength=7)  # type: ignore[arg-type]
+    assert counts[:4].tolist() == [0] * 4
+    for item, share in ((4, 1 / 6), (5, 2 / 6), (6, 3 / 6)):
+        assert abs(counts[item] - 4000 * share) < 4 * (4000 * share * (1 - share)) ** 0.5
+
+
+def test_items_outside_the_pool_are_never_negatives() -> None:
+    sequences, pool = skewed(100)
+    users = leave_one_out(sequences).test.users
+    found = negatives(sequences, users, count=20, seed=0, pool=pool[pool > 40])
+    assert found is not None
+    assert found.min() > 40
+    again = negatives(sequences, users, count=20, seed=0, pool=pool[pool > 40])
+    assert np.array_equal(found, again)
+    assert negatives(sequences, users, count=61, seed=0, pool=pool[pool > 40]) is None
+
+
+def test_the_stream_takes_items_where_they_first_stand() -> None:
+    """A later repeat must not move an item back: popular ones would then be drawn too rarely."""
+    draw = np.random.default_rng(0)
+    taken = np.zeros((7, 30), dtype=bool)
+    taken[:, [0, 5]] = True
+    for _ in range(20):
+        draws = draw.integers(1, 30, size=(7, 40)).astype(np.int32)
+        chosen, enough = module._first_distinct(draws, taken, 12)
+        for row, items in enumerate(draws.tolist()):
+            expected = [item for item in dict.fromkeys(items) if item != 5]
+            assert enough[row] == (len(expected) >= 12)
+            if enough[row]:
+                assert chosen[row].tolist() == expected[:12]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,3 +76,18 @@ def test_limit_draws_the_same_users_each_time() -> None:
 
 def test_mean_ndcg_by_hand() -> None:
     assert mean_ndcg(np.array([1, 3, 11])) == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_lists_are_the_best_items_not_seen(asked: Questions) -> None:
+    model = LastItem()
+    found = evaluate(model, replace(asked, lists=True), device=CPU)
+    assert found.keys() == {"full", "top-10"}
+    assert found["full"].tolist() == evaluate(model, asked, device=CPU)["full"].tolist()
+    lists = found["top-10"]
+    assert (lists.shape, lists.dtype) == ((40, 10), np.int32)
+    assert asked.seen is not None
+    for user, (seen, row) in enumerate(zip(asked.seen, lists.tolist(), strict=True)):
+        scores = model.table[int(asked.histories[user][-1])] @ model.table.T
+        order = scores[1:].sort(descending=True, stable=True).indices + 1
+        best = [item for item in order.tolist() if item not in set(seen.tolist())]
+        assert row == best[:10]

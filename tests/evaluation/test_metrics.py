@@ -11,6 +11,7 @@ from sklearn.metrics import ndcg_score, top_k_accuracy_score
 
 from depthprobe.evaluation.metrics import check_metrics, metrics_from_ranks, per_user_metric
 from depthprobe.evaluation.ranks import rank_targets
+from depthprobe.evaluation.statistics import bootstrap_mean
 
 HALVES = st.lists(st.integers(2, 60).map(lambda twice: twice / 2), min_size=1, max_size=40)
 
@@ -59,11 +60,31 @@ def test_agrees_with_sklearn(k: int) -> None:
     assert found[f"HR@{k}"] == pytest.approx(hits, abs=1e-12)
 
 
+def test_agrees_with_sklearn_over_ties_within_a_list() -> None:
+    """Ties that a cut does not part: sklearn's gain is that of the mean over orders, for hits."""
+    draw = np.random.default_rng(0)
+    scores = draw.integers(4, size=(200, 12)).astype(float)
+    targets = draw.integers(12, size=200)
+    ranks = rank_targets(scores, targets).numpy()
+    for row, target, rank in zip(scores, targets, ranks, strict=True):
+        places = [1 + (row > row[target]).sum(), (row >= row[target]).sum()]
+        assert rank == np.mean(places)  # the middle of the places that the tied items share
+        found = ndcg_score(np.eye(12)[[target]], row[None])
+        own = np.mean([1 / np.log2(place + 1) for place in range(places[0], places[1] + 1)])
+        assert found == pytest.approx(own, abs=1e-12)
+        # the gain at the mean rank is below the mean of the gains: ties are never a way up
+        assert per_user_metric([rank], "NDCG@12")[0] <= found + 1e-12
+
+
 def test_random_scores_hit_at_chance() -> None:
     draw = np.random.default_rng(0)
     ranks = rank_targets(draw.random((20_000, 200)), draw.integers(200, size=20_000))
     hits = metrics_from_ranks(ranks)["HR@10"]
     assert abs(hits - 0.05) < 4 * (0.05 * 0.95 / 20_000) ** 0.5
+    found = bootstrap_mean(per_user_metric(ranks, "HR@10"), level=0.999)
+    assert found.value == hits
+    assert found.low < 10 / 200 < found.high
+    assert found.high - found.low < 0.012
 
 
 @given(HALVES)

@@ -271,3 +271,34 @@ def test_top_items_when_few_are_left() -> None:
     found, values = top_items(torch.ones(1, 1), torch.ones(4, 1), k=3, seen=[np.array([3, 1, 1])])
     assert found.tolist() == [[2, 0, 0]]
     assert values.tolist() == [[1, -INF, -INF]]
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 999, 2**20])
+@pytest.mark.parametrize("top", [3, 10, 50, 60])
+def test_lists_beside_ranks_are_the_top_items(seen: bool, chunk_bytes: int, top: int) -> None:
+    given = case()
+    options = {name: given[name] for name in ("negatives", "bias")}
+    if seen:
+        options["seen"] = given["seen"]
+    arms = given["vectors"], given["item_matrix"]
+    found = rank_users(*arms, given["targets"], top=top, chunk_bytes=chunk_bytes, **options)
+    lists = found.pop(f"top-{top}")
+    assert lists.dtype == torch.int64
+    del options["negatives"]
+    expected, _ = top_items(*arms, k=min(top, 50), **options)
+    assert torch.equal(lists[:, :50], expected)
+    assert (lists[:, 50:] == 0).all()
+    # and the ranks are what they are without them
+    options["negatives"] = given["negatives"]
+    alone = rank_users(*arms, given["targets"], **options)
+    assert {name: ranks.tolist() for name, ranks in found.items()} == {
+        name: ranks.tolist() for name, ranks in alone.items()
+    }
+
+
+def test_a_seen_target_is_ranked_but_not_recommended() -> None:
+    table = torch.tensor([[0.0], [3.0], [2.0], [1.0]])
+    found = rank_users(torch.ones(1, 1), table, [1], seen=[np.array([1, 3])], top=2)
+    assert found["full"].tolist() == [1]
+    assert found["top-2"].tolist() == [[2, 0]]

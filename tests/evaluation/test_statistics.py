@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from depthprobe.evaluation import statistics
+from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import (
     bootstrap_difference,
     bootstrap_mean,
@@ -86,6 +88,73 @@ def test_coverage_of_95_per_cent_intervals() -> None:
             difference.low <= -0.1 <= difference.high,
         ]
     assert ((covered / trials >= 0.93) & (covered / trials <= 0.97)).all(), covered / trials
+
+
+def ndcg(draw: np.random.Generator, users: int, *, gain: float = 0.0) -> np.ndarray:
+    """NDCG@10 of a teacher and of a model, (2, U): paired, three of four 0, few values at all."""
+    ease = draw.normal(size=users)
+    noise = 0.4 * draw.normal(size=(2, users)) - np.array([[0.0], [gain]])
+    ranks = np.ceil(np.exp(np.clip(3.5 - 1.6 * ease + noise, 0, 8)))
+    return np.stack([per_user_metric(each, "NDCG@10") for each in ranks])
+
+
+@pytest.mark.slow
+def test_coverage_on_ranking_metrics() -> None:
+    """What is reported, NDCG@10 of 400 users: its mean, paired change, and share of the teacher."""
+    draw = np.random.default_rng(12)
+    truth = ndcg(draw, 2_000_000, gain=0.1).mean(axis=1)
+    trials, covered = 1500, np.zeros(3)
+    for trial in range(trials):
+        teacher, model = ndcg(draw, 400, gain=0.1)
+        options = {"resamples": 400, "seed": trial}
+        for place, (found, true) in enumerate(
+            (
+                (bootstrap_mean(model, **options), truth[1]),
+                (bootstrap_difference(model, teacher, **options), truth[1] - truth[0]),
+                (bootstrap_ratio(model, teacher, **options), truth[1] / truth[0]),
+            )
+        ):
+            covered[place] += found.low <= true <= found.high
+    assert ((covered / trials >= 0.93) & (covered / trials <= 0.97)).all(), covered / trials
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_groups_are_drawn_as_their_users_are(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many users with few values: the same distribution, whether drawn by group or one by one."""
+    draw = np.random.default_rng(3)
+    arms = list(np.stack([ndcg(draw, 3000) for _ in range(seeds)], axis=1))  # 2 of (S, U)
+    found = []
+    for many in (10**9, 100):
+        monkeypatch.setattr(statistics, "MANY", many)
+        drawn = resampled_means(arms, resamples=20_000, seed=1)
+        found.append([np.concatenate(part) for part in zip(*drawn, strict=True)])
+    groups = statistics._alike(arms)
+    assert groups is not None
+    assert len(groups[0]) < 1500  # one of a group, and who is in none
+    assert len(groups[1]) > 1
+    for apart, grouped in zip(*found, strict=True):
+        assert grouped.shape == apart.shape
+        np.testing.assert_allclose(grouped.mean(axis=0), apart.mean(axis=0), atol=2e-4)
+        np.testing.assert_allclose(grouped.std(axis=0), apart.std(axis=0), rtol=0.03)
+        change = [draws[:, 1] - draws[:, 0] for draws in (apart, grouped)]
+        quantiles = [np.quantile(each, [0.025, 0.5, 0.975]) for each in change]
+        np.testing.assert_allclose(quantiles[1], quantiles[0], atol=0.03 * np.ptp(quantiles[0]))
+
+
+def test_groups_by_hand() -> None:
+    """Two values in two arms make groups of 20 and 18; the rest, too few, stay by themselves."""
+    one = np.array([0.0] * 40 + [1.0] * 3)[None]
+    two = np.array([0.0] * 20 + [1.0] * 18 + [2.0] * 5)[None]
+    groups = statistics._alike([one, two])
+    assert groups is not None
+    chosen, sizes = groups
+    assert sizes.tolist() == [20, 18]
+    assert [(one[0, u], two[0, u]) for u in chosen[:2]] == [(0, 0), (0, 1)]
+    assert chosen[2:].tolist() == [38, 39, 40, 41, 42]
+    weights = statistics._weights_by_group(np.random.default_rng(0), 50, 43, sizes, 5)
+    assert weights.shape == (50, 7)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=0, atol=1e-12)
+    assert statistics._alike([np.arange(100.0)[None]]) is None  # nobody is like another
 
 
 def test_level_and_seed() -> None:

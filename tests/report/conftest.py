@@ -44,6 +44,7 @@ class FakeRun:
     metrics: pd.DataFrame
     users: pd.DataFrame
     records: list[dict[str, Any]] = field(default_factory=list)
+    slices: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def span(first: int, last: int) -> str:
@@ -224,7 +225,33 @@ def make() -> Callable[..., FakeRun]:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     """The whole made-up run, a failed trial in it; tests only read it."""
-    return make_run(tmp_path_factory.mktemp("run"), users=400, failing=[("random-init", 1, 1)])
+    folder = tmp_path_factory.mktemp("run")
+    return add_slices(make_run(folder, users=400, failing=[("random-init", 1, 1)]))
+
+
+def add_slices(run: FakeRun) -> FakeRun:
+    """Which slice each user is in, and what was counted of the items that trials recommend."""
+    users = np.unique(run.users["user"])
+    draw = np.random.default_rng(3)
+    run.slices = pd.DataFrame({"user": users})
+    for family, labels, shares in (
+        ("history", ["3-4", "5-8"], [0.6, 0.4]),
+        ("target", ["head", "middle", "tail", "cold"], [0.2, 0.5, 0.28, 0.02]),
+    ):
+        kinds = pd.CategoricalDtype(labels)
+        codes = draw.choice(len(labels), len(users), p=shares)
+        run.slices[family] = pd.Categorical.from_codes(codes, dtype=kinds)
+    rows = run.metrics.drop_duplicates("trial").assign(
+        protocol="full", ci_low=np.nan, ci_high=np.nan
+    )
+    for metric, low, high in (
+        ("coverage@10", 0.2, 0.8),
+        ("gini@10", 0.5, 0.99),
+        ("popularity@10", 1.0, 6.0),
+    ):
+        values = draw.uniform(low, high, len(rows))
+        run.metrics = pd.concat([run.metrics, rows.assign(metric=metric, value=values)])
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from depthprobe.report.html import build_report, inline_svg
-from depthprobe.study import BadInput, study_to_toml
+from depthprobe.study import BadInput, override, study_to_toml
 
 Make = Callable[..., Any]
 EVIL = "<script>alert(1)</script>"
@@ -81,7 +81,10 @@ def page(run: Any) -> Page:
 
 def test_page_has_every_section_and_figure(page: Page, run: Any) -> None:
     sections = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
-    assert sections == ["depth", "cost", "skip", "reliance", "methods", "trials", "measured"]
+    assert sections == [
+        *("depth", "cost", "skip", "ablation", "slices", "lists", "reliance", "methods", "trials"),
+        "measured",
+    ]
     pictures = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(pictures) == 7
     assert all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in pictures)
@@ -89,7 +92,9 @@ def test_page_has_every_section_and_figure(page: Page, run: Any) -> None:
     assert len(list(figures.glob("*.svg"))) == len(list(figures.glob("*.png"))) == 7
     assert {p.name for p in (run.path / "tables").iterdir()} == {
         f"{name}.{suffix}"
-        for name in ("methods", "methods_sampled", "trials", "reliance")
+        for name in (
+            *("methods", "methods_sampled", "trials", "ablation", "slices", "lists", "reliance"),
+        )
         for suffix in ("csv", "tex")
     }
 
@@ -127,7 +132,18 @@ def test_sampled_numbers_are_labelled(page: Page) -> None:
     assert "Sampled: the next item among 999 random negatives" in page.text
     tables = [attrs for tag, attrs in page.tags if attrs.get("role") == "region"]
     labels = [attrs["aria-label"] or "" for attrs in tables]
-    assert ["sampled" in label for label in labels] == [False, False, True, False]
+    assert [label for label in labels if "sampled" in label] == [
+        "All methods, sampled ranking with 999 random negatives"
+    ]
+
+
+def test_popular_negatives_are_named(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=60, seeds=1, methods={"full"})
+    run.study = override(run.study, **{"protocol.negatives": "popularity"})
+    text = _read(build_report(run)).text
+    assert "Sampled: the next item among 999 negatives drawn by popularity in training" in text
+    assert "Beside it, the item among 999 negatives drawn by popularity in training" in text
+    assert "random negatives" not in text
 
 
 def test_everything_foreign_is_escaped(make: Make, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_figures_are_the_records(small_run: Run) -> None:
     rows = re.findall(row, body, re.M)
     metrics = small_run.metrics
     chosen = metrics[(metrics["trial"] == TRIAL) & (metrics["split"] == "test")]
+    chosen = chosen[(chosen["slice"] == "all") & chosen["ci_low"].notna()]
     assert len(rows) == len(chosen)
     for metric, protocol, *numbers, users in rows:
         found = chosen[(chosen["metric"] == metric) & (chosen["protocol"] == protocol)]

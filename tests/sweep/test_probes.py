@@ -67,7 +67,7 @@ def test_readings_without_the_norm_are_others(small_run: Run) -> None:
     for depth in range(3):
         raw, normed = (f"early-exit{name}-d{depth:02d}-s0" for name in ("-raw", ""))
         expected = metrics_from_ranks(found[depth]["full"])
-        assert small_run.record(raw)["metrics"]["test"]["full"] == expected
+        assert expected.items() <= small_run.record(raw)["metrics"]["test"]["full"].items()
         assert not np.array_equal(ranks(small_run, raw), ranks(small_run, normed))
 
 

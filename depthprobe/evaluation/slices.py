@@ -1,0 +1,189 @@
+"""Groups of test users that an average hides: by history, by how popular the target is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from depthprobe.data.splits import Split
+from depthprobe.evaluation.statistics import percentile_bounds, weight_chunks
+
+ALL = "all"
+FEWEST = 30  # users of a slice with an interval: of fewer, percentiles come out too near together
+SHORT, LONG = 0.2, 0.2  # shares of the training interactions that the head and the tail hold
+GROUPS = ("head", "middle", "tail", "cold")
+MOST = 8  # labels of an own column that are slices of their own
+OTHER, UNKNOWN = "other", "unknown"
+TAKEN = frozenset({ALL, "history", "target", "user"})  # names that no own column may have
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A way to cut the test users into slices, each user in one.
+
+    ``codes`` int64 (E,): user ``e`` of the test is in slice ``labels[codes[e]]``.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    codes: np.ndarray
+
+    @property
+    def slices(self) -> list[str]:
+        """The names of the slices, such as ``target:tail``."""
+        return [f"{self.name}:{label}" for label in self.labels]
+
+
+def families(split: Split, own: Mapping[str, Sequence[str]] | None = None) -> list[Family]:
+    """``history`` and ``target``, of the users whom the split's test asks, and own ones.
+
+    Args:
+        own: labels of these users by the name of the family, see :func:`by_label`.
+    """
+    users, places = split.test.users, split.test.targets
+    popularity = np.bincount(
+        np.asarray(split.sequences.items)[split.trained], minlength=split.sequences.n_items + 1
+    )[1:]
+    groups = popularity_groups(popularity)[split.targets("test") - 1]
+    return [
+        by_length(places - np.asarray(split.sequences.offsets)[users]),
+        _family("target", groups, GROUPS),
+        *(by_label(name, labels) for name, labels in (own or {}).items()),
+    ]
+
+
+def by_length(lengths: np.ndarray) -> Family:
+    """Histories by length: 1, 2, 3 to 4, 5 to 8, 9 to 16 items, and so on.
+
+    Args:
+        lengths: items before the target, all of them and not only those that a model reads, (E,).
+    """
+    levels = np.searchsorted(2 ** np.arange(40), lengths)  # places of the upper bounds
+    top = int(levels.max(initial=0))
+    bounds = [(2 ** (level - 1) + 1 if level else 1, 2**level) for level in range(top + 1)]
+    names = [str(low) if low == high else f"{low}-{high}" for low, high in bounds]
+    return _family("history", levels, names)
+
+
+def by_label(name: str, labels: Sequence[str]) -> Family:
+    """The most frequent labels, then ``other``, then ``unknown`` for the empty one.
+
+    Args:
+        labels: of each user, (E,).
+    """
+    counts = Counter(label for label in labels if label not in {"", OTHER, UNKNOWN})
+    common = sorted(counts, key=lambda label: (-counts[label], label))[:MOST]
+    place = {label: index for index, label in enumerate([*common, OTHER, UNKNOWN])}
+    codes = [place.get(label or UNKNOWN, len(common)) for label in labels]
+    return _family(name, np.array(codes, dtype=np.int64), list(place))
+
+
+def popularity_groups(popularity: np.ndarray) -> np.ndarray:
+    """Head, middle, tail and cold items: places in :data:`GROUPS`, int64 (I,).
+
+    The head are the most popular items, as many as it takes to hold 20 % of the training
+    interactions; the tail the least popular ones that hold 20 %; the middle is the rest
+    (Abdollahpouri et al. 2021, arXiv 2103.06364). Cold items have none. Items of equal popularity
+    stay together: in the head or the tail if some of them are needed there, in the middle if in
+    both. The most popular ones are the head always, and the least popular the tail, unless all are
+    equal.
+
+    Args:
+        popularity: training interactions of each item, (I,).
+    """
+    counts, level = np.unique(popularity, return_inverse=True)  # ascending
+    held = counts * np.bincount(level)  # interactions of each level
+    below = np.cumsum(held) - held
+    above = held.sum() - below - held
+    head, tail = above < SHORT * held.sum(), below < LONG * held.sum()
+    least, most = counts == counts[counts > 0].min(initial=counts[-1]), counts == counts[-1]
+    groups = np.select(
+        [counts == 0, least & most, most, least, head & ~tail, tail & ~head],
+        [3, 1, 0, 2, 0, 2],
+        default=1,
+    )
+    return np.asarray(groups[level], dtype=np.int64)
+
+
+def slice_means(
+    values: np.ndarray,
+    cuts: Sequence[Family],
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[int, np.ndarray]]:
+    """Means of M per-user quantities with bootstrap bounds, of all users and of each slice.
+
+    The draws are those of :func:`~depthprobe.evaluation.statistics.bootstrap_means`: of all users,
+    the same for every slice and quantity. So the size of a slice varies with them, as it would
+    with other users. It costs little more than the intervals of all users alone: each user's
+    value is added up once, in the cell that all of its slices share.
+
+    Args:
+        values: float64 (U, M).
+        cuts: ways to slice these users.
+        resamples: bootstrap draws.
+        level: two-sided confidence.
+        seed: of the draws.
+
+    Returns:
+        By slice, ``all`` first, empty ones left out: how many users, and value, low and high,
+        (3, M). Slices of less than 30 users, or whose users have one value all, have no bounds:
+        NaN. One user alone has infinite ones.
+    """
+    n_users, width = values.shape
+    keys = np.stack([np.zeros(n_users, np.int64), *(family.codes for family in cuts)])
+    cells, owner = np.unique(keys, axis=1, return_inverse=True)  # (1 + F, cells), (U,)
+    order = np.argsort(owner, kind="stable")
+    ends = np.cumsum(np.bincount(owner))
+    spans = [slice(stop - n, stop) for stop, n in zip(ends, np.bincount(owner), strict=True)]
+    ordered = values[order]
+    names = [ALL, *(name for family in cuts for name in family.slices)]
+    first = np.cumsum([0, 1, *(len(family.labels) for family in cuts)])[:-1]
+    member = cells + first[:, None]  # which slices a cell is part of, places in `names`
+
+    def added(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sums and sizes of every slice, of weights (C, U): (S, C, M), (S, C)."""
+        sums = np.zeros((len(names), len(weights), width))
+        sizes = np.zeros((len(names), len(weights)))
+        for cell, span in enumerate(spans):
+            part = weights[:, span] @ ordered[span]
+            size = weights[:, span].sum(axis=1)
+            for place in member[:, cell]:
+                sums[place] += part
+                sizes[place] += size
+        return sums, sizes
+
+    whole, counts = added(np.ones((1, n_users)))
+    users = counts[:, 0].astype(int)
+    bounds = np.full((len(names), 2, width), np.nan)
+    wanted = (users >= FEWEST) | (np.arange(len(names)) == 0)
+    if n_users > 1:
+        draws = np.empty((int(wanted.sum()), resamples, width))
+        done = 0
+        for weights in weight_chunks(n_users, resamples=resamples, seed=seed):
+            sums, sizes = added(weights[:, order])
+            with np.errstate(invalid="ignore"):
+                draws[:, done : done + len(weights)] = (sums / sizes[:, :, None])[wanted]
+            done += len(weights)
+        for place, drawn in zip(np.flatnonzero(wanted), draws, strict=True):
+            low, high = percentile_bounds(drawn, level=level)
+            sure = (low == high) & (place > 0)
+            bounds[place] = np.where(sure, np.nan, [low, high])
+    else:
+        bounds[0] = [[-np.inf], [np.inf]]
+    return {
+        name: (int(users[place]), np.stack([whole[place, 0] / users[place], *bounds[place]]))
+        for place, name in enumerate(names)
+        if users[place]
+    }
+
+
+def _family(name: str, codes: np.ndarray, labels: Sequence[str]) -> Family:
+    """Without the labels that nobody has."""
+    used, codes = np.unique(codes, return_inverse=True)
+    return Family(name, tuple(labels[place] for place in used), codes.astype(np.int64))

@@ -1,0 +1,119 @@
+"""The study of the headline runs from end to end on a small shape, and compares what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+STUDY = Path(__file__).parents[2] / "analyses" / "cost_curve"
+TASKS, LAYOUTS = ("train", "answer", "one"), ("padded", "shared")
+
+pytestmark = pytest.mark.skipif(not STUDY.is_dir(), reason="an sdist has no analyses")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """``script("measure")``: one of the study's scripts, as if it ran from its folder."""
+    monkeypatch.syspath_prepend(str(STUDY))
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"cost_curve_{name}", STUDY / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.modules.pop("layouts", None)
+
+
+@pytest.fixture
+def small(tmp_path: Path, llama_config: Callable[..., Any]) -> Path:
+    folder = tmp_path / "small"
+    llama_config(num_hidden_layers=3, max_position_embeddings=128, vocab_size=70).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_the_study_measures_both_layouts_at_every_depth(
+    script: Callable[[str], ModuleType], small: Path, tmp_path: Path
+) -> None:
+    shape = ["--device", "cpu", "--config", str(small), "--depths", "2,1", "--dtype", "float32"]
+    sizes = ["--users", "12", "--batch", "8", "--rounds", "6", "--output", str(tmp_path / "out")]
+    script("measure").main([*shape, *sizes])
+    (path,) = (tmp_path / "out").glob("*.csv")
+    table = pd.read_csv(path)
+    found = list(zip(table["task"], table["layout"], table["depth"], strict=True))
+    assert found == [(task, name, k) for task in TASKS for name in LAYOUTS for k in (3, 2, 1)]
+    assert (table[["ms_per_user", "low", "high", "times_full", "times_paper"]] > 0).all(axis=None)
+    whole = table["depth"] == 3
+    assert (table.loc[whole, "times_full"] == 1).all()
+    assert (table.loc[whole & (table["layout"] == "padded"), "times_paper"] == 1).all()
+    assert (table["difference"] < 1e-5).all()  # both layouts say the same of the same users
+    assert (table["device"] == "cpu").all()
+    assert table.loc[table["task"] != "one", "rss_bytes"].notna().all()
+    assert table["joules_per_user"].isna().all()
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert content["conditions"]["slots"] == "61 + 30 + 8"
+    assert {len(values) for values in content["seconds"].values()} == {6}
+
+
+def test_batches_hold_every_user_once_in_parts(script: Callable[[str], ModuleType]) -> None:
+    layouts = script("layouts")
+    users = layouts.draw_users(21, "beauty")
+    for name in LAYOUTS:
+        batches = list(layouts.batches_of(users, name, 8, torch.device("cpu"), part=3))
+        assert sorted(i for parts in batches for part in parts for i in part.chosen) == [*range(21)]
+        assert [sum(len(part.chosen) for part in parts) for parts in batches] in (
+            [8, 8, 5],
+            [5, 8, 8],
+        )
+        assert max(len(part.chosen) for parts in batches for part in parts) == 3
+    assert {len(user) for user in layouts.draw_users(3, "full")} == {31}
+
+
+def test_a_step_in_parts_is_the_whole_batchs(
+    script: Callable[[str], ModuleType], llama_config: Callable[..., Any]
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    layouts, device = script("layouts"), torch.device("cpu")
+    backbone = LlamaForCausalLM(llama_config(max_position_embeddings=128, vocab_size=70))
+    users = layouts.draw_users(6, "beauty")
+    model = layouts.recommender(backbone, 2).eval()  # without the dropout of low-rank updates
+    found = []
+    for name in LAYOUTS:
+        for part in (6, 4):
+            loss = layouts.side(name, model).loss
+            (parts,) = layouts.batches_of(users, name, 6, device, part=part)
+            model.zero_grad()
+            for each in parts:
+                (loss(each) * (each.count / 6)).backward()
+            found.append(model.input_adapter.weight.grad.clone())
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=1e-3, atol=1e-6)
+
+
+def test_the_prediction_says_that_it_is_one(
+    script: Callable[[str], ModuleType], small: Path, tmp_path: Path
+) -> None:
+    sizes = ["--users", "32", "--batch", "16", "--depths", "2", "--output", str(tmp_path / "out")]
+    script("predict").main(["--config", str(small), "--gpu", "l4", *sizes])
+    table = pd.read_csv(tmp_path / "out" / "predicted-l4-beauty.csv")
+    assert len(table) == 3 * 2 * 2
+    assert set(table["predicted_on"]) == {"L4"}
+    assert all(name.startswith("predicted_") for name in table.columns[6:])
+    padded = table[(table["layout"] == "padded") & (table["task"] == "answer")]
+    assert padded["predicted_times_full"].tolist()[0] == 1

@@ -41,9 +41,9 @@ def main() -> None:
     """Measure ranking, then evaluation, then the bootstrap, then a run's tables."""
     machine = provenance.machine(torch.device("cpu"))
     print(f"{machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}\n")
+    show_memory()  # first: a new process begins with the peak of the one that starts it
     show_ranking(users=512, items=1_000_000, width=128, rounds=9)
     show_ranking(users=2048, items=12_101, width=64, rounds=31)
-    show_memory()
     show_evaluation()
     show_bootstrap()
     for run in sys.argv[1:]:

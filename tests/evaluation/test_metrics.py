@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +59,26 @@ def test_agrees_with_sklearn(k: int) -> None:
     assert found[f"NDCG@{k}"] == pytest.approx(ndcg_score(relevance, scores, k=k), abs=1e-12)
     hits = top_k_accuracy_score(targets, scores, k=k, labels=np.arange(30))
     assert found[f"HR@{k}"] == pytest.approx(hits, abs=1e-12)
+
+
+def test_agrees_with_trec_eval() -> None:
+    draw = np.random.default_rng(0)
+    scores = draw.permuted(np.tile(np.arange(200.0), (300, 1)), axis=1)  # no ties
+    targets = draw.integers(200, size=300)
+    asked = {str(user): {str(item): 1} for user, item in enumerate(targets)}
+    answered = {
+        str(user): {str(item): score for item, score in enumerate(row.tolist())}
+        for user, row in enumerate(scores)
+    }
+    measures = {"ndcg_cut.1,5,10", "success.1,5,10", "recip_rank"}
+    told = list(pytrec_eval.RelevanceEvaluator(asked, measures).evaluate(answered).values())
+    names = {"NDCG@{}": "ndcg_cut_{}", "HR@{}": "success_{}"}
+    expected = {
+        own.format(k): np.mean([user[theirs.format(k)] for user in told])
+        for own, theirs in names.items()
+        for k in (1, 5, 10)
+    } | {"MRR": np.mean([user["recip_rank"] for user in told])}
+    assert metrics_from_ranks(rank_targets(scores, targets)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_agrees_with_sklearn_over_ties_within_a_list() -> None:

@@ -175,18 +175,23 @@ def resampled_means(
     groups = _alike(arms) if n_users > MANY else None
     if groups is not None:
         chosen, sizes = groups
-        arms = [np.ascontiguousarray(arm[:, chosen]) for arm in arms]  # (S, K + users apart)
-    chunk = max(1, WEIGHT_BYTES // (8 * arms[0].shape[1]))
+        arms = [arm[:, chosen] for arm in arms]  # (S, K + users apart)
+    # equal arms have equal means to the last bit: in one product of all they need not
+    places: dict[bytes, int] = {}
+    owner = [places.setdefault(arm.tobytes(), len(places)) for arm in arms]
+    own = [arms[owner.index(place)] for place in range(len(places))]
+    rows = np.concatenate(own)  # (distinct arms * S, U)
+    del places, own
+    chunk = max(1, WEIGHT_BYTES // (8 * rows.shape[1]))
     for start in range(0, resamples, chunk):
         count = min(chunk, resamples - start)
         users = (
             _weights(rng, count, n_users)  # (C, U)
             if groups is None
-            else _weights_by_group(rng, count, n_users, sizes, arms[0].shape[1] - len(sizes))
+            else _weights_by_group(rng, count, n_users, sizes, rows.shape[1] - len(sizes))
         )
         seeds = _weights(rng, count, n_seeds) if n_seeds > 1 else np.ones((count, 1))  # (C, S)
-        # one product an arm, not one for all: equal arms then have equal means to the last bit
-        means = np.stack([users @ arm.T for arm in arms], axis=1)  # (C, A, S)
+        means = (users @ rows.T).reshape(count, -1, n_seeds)[:, owner]  # (C, A, S)
         yield np.einsum("cas,cs->ca", means, seeds), means.mean(axis=2)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import Split, leave_one_out, temporal
-from depthprobe.evaluation import lists as module
 from depthprobe.evaluation.lists import (
     Taken,
     best_in_blocks,
@@ -168,20 +166,3 @@ def test_nothing_recommended_is_refused_or_empty() -> None:
             function(nothing)
     with pytest.raises(ValueError, match="expected above 0"):
         popularity_ratio(np.ones(3), Taken(np.ones(3), math.nan))
-
-
-@pytest.mark.slow
-def test_lists_cost_less_than_a_tenth_of_ranking_a_large_catalogue() -> None:
-    from depthprobe.evaluation.ranks import rank_users
-
-    draw = torch.Generator().manual_seed(0)
-    vectors, table = (torch.randn(n, 64, generator=draw) for n in (64, 300_001))
-    targets = torch.randint(1, 300_001, (64,), generator=draw)
-    seconds: dict[int, list[float]] = {0: [], module.TOP: []}
-    for _ in range(9):
-        for top, taken in seconds.items():
-            began = time.process_time()
-            rank_users(vectors, table, targets, top=top)
-            taken.append(time.process_time() - began)
-    without, with_lists = (min(taken[1:]) for taken in seconds.values())
-    assert with_lists < 1.1 * without

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +13,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TEMPORARY = ".tmp-"
+HOST = re.sub(r"[^A-Za-z0-9]+", "", platform.node())[:32] or "here"
 
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` when the block ends well, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(), suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -35,7 +40,7 @@ def complete_file(path: Path) -> Iterator[Path]:
 def complete_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(), dir=path.parent))
     new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir()  # under the user's umask, unlike mkdtemp's folder
@@ -62,6 +67,22 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what an interrupted process left half-written in a folder."""
+    """Delete what processes that are no more left half-written in a folder.
+
+    What belongs to a living process of this machine stays, and so does what another machine's
+    wrote: whether those live can't be seen from here.
+    """
     for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        host, _, rest = path.name.removeprefix(TEMPORARY).partition("-")
+        number = rest.partition("-")[0]
+        if rest and (host != HOST or (number.isdigit() and psutil.pid_exists(int(number)))):
+            continue
+        if path.is_dir():  # another sweep may be at it, too: what is gone is gone
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _prefix() -> str:
+    """What a temporary name begins with: whose it is."""
+    return f"{TEMPORARY}{HOST}-{os.getpid()}-"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from depthprobe.files import complete_file, complete_folder, remove_leftovers, write_json
+from depthprobe.files import HOST, complete_file, complete_folder, remove_leftovers, write_json
 
 
 def test_a_fault_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
@@ -48,9 +51,19 @@ def test_others_may_read_what_a_library_wrote_for_its_owner_alone(tmp_path: Path
 
 
 def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-abc").mkdir()
-    (tmp_path / ".tmp-abc" / "x").touch()
-    (tmp_path / ".tmp-d.json").touch()
-    (tmp_path / "kept").touch()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    (tmp_path / f".tmp-{HOST}-{ended.pid}-abc").mkdir()
+    (tmp_path / f".tmp-{HOST}-{ended.pid}-abc" / "x").touch()
+    (tmp_path / f".tmp-{HOST}-{ended.pid}-d.json").touch()
+    living = {f".tmp-{HOST}-{os.getpid()}-a", ".tmp-otherhost-1-a", "kept"}
+    for name in living:
+        (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+    assert {p.name for p in tmp_path.iterdir()} == living
+
+
+def test_temporaries_say_whose_they_are(tmp_path: Path) -> None:
+    with complete_file(tmp_path / "a.json") as file, complete_folder(tmp_path / "b") as folder:
+        for name in (file.name, folder.parent.name):
+            assert name.startswith(f".tmp-{HOST}-{os.getpid()}-")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -12,11 +15,23 @@ import typer
 from typer.main import get_command
 
 import depthprobe
-from depthprobe.cli import check, cost, data, export, recommend, report, sweep
+from depthprobe.cli import check, cost, data, export, recommend, report, status, sweep
 from depthprobe.study import BadInput
 from depthprobe.sweep.team import launched
 
+# a disk that is full, read-only, not ours, or gone: no fault of the program
+UNUSABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+}
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+INTERRUPTS = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 # every usage error's base; typer carries its own copy of click, so the name has no stable home
 UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -51,6 +66,7 @@ def _options(
 for _name, _phase in sweep.PHASES.items():
     app.command(_name, help=_phase.help)(sweep.command(_phase))
 app.command()(report.report)
+app.command()(status.status)
 app.command()(cost.cost)
 app.command()(export.export)
 app.command()(recommend.recommend)
@@ -85,7 +101,15 @@ def _exit(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """What a scheduler sends before it kills is an interrupt, as the user's is."""
+    raise KeyboardInterrupt
+
+
 def _run(arguments: list[str], debug: bool) -> int:
+    if threading.current_thread() is threading.main_thread():
+        for name in INTERRUPTS:
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         command = get_command(app)
         # a run's manifest records the arguments: the context carries them to the command
@@ -101,11 +125,19 @@ def _run(arguments: list[str], debug: bool) -> int:
             return _fail(str(error), BAD_INPUT)
         if isinstance(error, UsageError):
             return _fail(_usage(error), BAD_INPUT)
+        if isinstance(error, OSError) and error.errno in UNUSABLE:
+            return _fail(_unusable(error), FAILED)
         hint = "" if debug else " (run again with --debug)"
         return _fail(f"internal: {type(error).__name__}: {error}{hint}", FAILED)
     if code == INTERRUPTED:
         return _fail("interrupted; the same command continues a sweep", INTERRUPTED)
     return int(code or DONE)
+
+
+def _unusable(error: OSError) -> str:
+    """What the file system refused, in one line."""
+    place = f": {error.filename}" if error.filename else ""
+    return f"{os.strerror(error.errno or 0)}{place}; once that is mended, the same command goes on"
 
 
 def _usage(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from depthprobe.cli.tables import cell, show_frame, show_table
+from depthprobe.cli.tables import cell, scaled, show_frame, show_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,7 +169,7 @@ def _show_roofline(rows: list[Row]) -> None:
 
 
 def _sizes(row: Row) -> list[object]:
-    weights, flops = _bytes(row["bytes"]), _scaled(row["flops_user"], "FLOP")
+    weights, flops = _bytes(row["bytes"]), scaled(row["flops_user"], "FLOP")
     return [row["depth"], row["parameters"], row["parameters_blocks"], weights, flops]
 
 
@@ -192,14 +192,7 @@ def _times(ratio: float) -> str:
 
 
 def _bytes(count: float) -> str:
-    return _scaled(count, "B")
-
-
-def _scaled(count: float, unit: str) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {letter}{unit}"
-    return f"{count:.3g} {unit}".strip()
+    return scaled(count, "B")
 
 
 def _place(row: Row) -> str:

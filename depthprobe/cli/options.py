@@ -209,7 +209,9 @@ def check_at_least(field: str, value: int | None, low: int) -> None:
 
 def check_output(path: Path) -> None:
     """Refuse a folder for a run that holds something else, or can't be written."""
-    if path.is_dir() and any(path.iterdir()) and not is_run(path):
+    # what begins with a dot, sweeps or jobs that are about to begin the run leave there
+    held = path.is_dir() and any(entry.name[0] != "." for entry in path.iterdir())
+    if held and not is_run(path):
         raise BadInput("output", path, "a new or empty folder, or an earlier run")
     check_writable("output", path)
 

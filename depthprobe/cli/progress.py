@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from depthprobe.sweep.progress import Progress
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress as Bar
+    from rich.table import Table
 
 
 class Lines:
@@ -76,9 +79,26 @@ def outcome(trial: str, status: str, seconds: float, note: str) -> str:
     return f"{line}  {' '.join(note.split())}" if note else line
 
 
+def at_work(folder: Path) -> Table:
+    """What is worked on in a run right now, here or elsewhere: a line a task."""
+    from rich.table import Table
+    from rich.text import Text
+
+    # by now the sweep itself has imported this, and torch
+    from depthprobe.sweep.status import working
+
+    table = Table.grid(padding=(0, 2))
+    for each in working(folder):
+        table.add_row(Text(f"  {each.task}"), Text(each.line, overflow="ellipsis", no_wrap=True))
+    return table
+
+
 @contextmanager
-def watch(stream: TextIO) -> Iterator[Progress]:
-    """Progress written to ``stream`` for as long as the block runs."""
+def watch(stream: TextIO, folder: Path | None = None) -> Iterator[Progress]:
+    """Progress written to ``stream`` for as long as the block runs.
+
+    On a terminal also what is worked on in the run's ``folder``, step by step.
+    """
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         yield Lines(stream)
         return
@@ -86,11 +106,20 @@ def watch(stream: TextIO) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
+    class WithWork(Bar):
+        """A bar, and below it what is worked on."""
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield from super().get_renderables()
+            if folder is not None and any(task.total for task in self.tasks):
+                yield at_work(folder)
+
     columns = (
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Bar(*columns, console=Console(file=stream), transient=True) as bar:
+    console = Console(file=stream)
+    with WithWork(*columns, console=console, transient=True, refresh_per_second=2) as bar:
         yield Live(bar)

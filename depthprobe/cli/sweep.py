@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from depthprobe.cli.dry_run import dry_run
 from depthprobe.cli.options import (
     SplitKind,
     SplitPoints,
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
     from depthprobe.sweep.store import Run
 
-EXECUTORS = ("local",)
+SLURM = "slurm"
+EXECUTORS = ("local", SLURM)
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,18 @@ def command(phase: Phase) -> Callable[..., int]:
         jobs: Annotated[
             int | None,
             typer.Option(
-                metavar="N", parser=whole, help="Trials at the same time; 0: in this process."
+                metavar="N",
+                parser=whole,
+                help="Trials at the same time; 0: in this process. With slurm: jobs.",
             ),
         ] = None,
+        retry_failed: Annotated[
+            bool, typer.Option("--retry-failed", help="Try again what failed in an earlier sweep.")
+        ] = False,
+        dry: Annotated[
+            bool,
+            typer.Option("--dry-run", help="Print the plan and an estimate of it; write nothing."),
+        ] = False,
         tuning: Annotated[
             str | None,
             typer.Option(metavar="full|lora|frozen", help="What of the blocks is trained."),
@@ -148,12 +159,16 @@ def command(phase: Phase) -> Callable[..., int]:
         )
         if executor not in EXECUTORS:
             raise BadInput("executor", executor, f"one of {', '.join(EXECUTORS)}")
-        check_at_least("jobs", jobs, 0)
+        check_at_least("jobs", jobs, 1 if executor == SLURM else 0)
         wanted = restrict(make_study(flags), phase, chosen=methods is not None)
         folder = default_output(wanted) if output is None else output
         check_output(folder)
+        if dry:
+            return dry_run(wanted, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
         line = shlex.join(["depthprobe", *context.obj])
-        return execute(wanted, folder, jobs=jobs, line=line)
+        return execute(
+            wanted, folder, jobs=jobs, line=line, retry_failed=retry_failed, executor=executor
+        )
 
     return run
 
@@ -171,20 +186,44 @@ def restrict(study: Study, phase: Phase, *, chosen: bool) -> Study:
     return replace(study, methods=methods)
 
 
-def execute(study: Study, folder: Path, *, jobs: int | None, line: str) -> int:
+def execute(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int | None,
+    line: str,
+    retry_failed: bool = False,
+    executor: str = "local",
+) -> int:
     """Run the study, write its report, print the results; ``line`` is the command as typed."""
-    with watch(sys.stderr) as progress:
-        from depthprobe.report.html import build_report
-        from depthprobe.sweep.runner import run_sweep
-        from depthprobe.sweep.team import find_team
+    with watch(sys.stderr, folder) as progress:
+        if executor == SLURM:
+            from depthprobe.cli.cluster import run_on_cluster
 
-        team = find_team(study.device)
-        run = run_sweep(
-            study, folder, jobs=jobs, command=line, progress=progress if team.writes else None
-        )
-        team.leave()
-        if not team.writes:
-            return 1 if run.failed else 0
+            there = run_on_cluster(
+                study, folder, progress, jobs=jobs, line=line, retry_failed=retry_failed
+            )
+            if there is None:
+                return 1
+            run = there
+        else:
+            from depthprobe.sweep.runner import run_sweep
+            from depthprobe.sweep.team import find_team
+
+            team = find_team(study.device)
+            run = run_sweep(
+                study,
+                folder,
+                jobs=jobs,
+                command=line,
+                progress=progress if team.writes else None,
+                retry_failed=retry_failed,
+            )
+            team.leave()
+            if not team.writes:
+                return 1 if run.failed else 0
+        from depthprobe.report.html import build_report
+
         progress.message("writing the report")
         page = build_report(run)
     show_frame(results(run), title="Test users, the whole catalogue ranked; means over trials")

@@ -79,3 +79,11 @@ def cell(value: object) -> str:
     if number.is_integer() and abs(number) < 1e15:
         return f"{int(number):,}"
     return f"{number:,.0f}" if abs(number) >= 1e4 else f"{number:.4g}"
+
+
+def scaled(count: float, unit: str) -> str:
+    """A count with the unit's thousands: ``1.5 GB``, ``12 MFLOP``."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}{unit}"
+    return f"{count:.3g} {unit}".strip()

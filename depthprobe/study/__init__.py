@@ -22,6 +22,7 @@ from depthprobe.study.methods import (
     base_of,
     settings_of,
 )
+from depthprobe.study.running import Slurm, Tracking
 from depthprobe.study.settings import ITEM_TABLES, NOT_DECIDING, Study
 from depthprobe.study.toml import (
     demo_study,
@@ -67,8 +68,10 @@ __all__ = [
     "SELECTIONS",
     "SasRec",
     "Settings",
+    "Slurm",
     "Study",
     "TRAINED",
+    "Tracking",
     "Variant",
     "base_of",
     "demo_study",

@@ -13,11 +13,20 @@ from depthprobe.study.inputs import Backbone, Data
 from depthprobe.study.layers import parse_layers
 from depthprobe.study.measuring import Cost, Probing, Protocol
 from depthprobe.study.methods import DEFAULT_METHODS, check_methods, settings_of
+from depthprobe.study.running import Slurm, Tracking
 from depthprobe.study.training import Distillation, Elastic, Heal, Recipe, SasRec, Variant
 
-# settings that change no trial's numbers: a run may be continued with others
+# settings and tables that change no trial's numbers: a run may be continued with others
 NOT_DECIDING = frozenset(
-    {"name", "device", "methods", "protocol.user_slices", "protocol.item_slices"}
+    {
+        "name",
+        "device",
+        "methods",
+        "protocol.user_slices",
+        "protocol.item_slices",
+        "slurm",
+        "tracking",
+    }
 )
 ITEM_TABLES = ("sasrec", "text", "learned")
 
@@ -54,6 +63,8 @@ class Study:
     probing: Probing = Probing()
     protocol: Protocol = Protocol()
     cost: Cost = Cost()
+    slurm: Slurm = Slurm()
+    tracking: Tracking = Tracking()
 
     def __post_init__(self) -> None:
         if self.seeds < 1:

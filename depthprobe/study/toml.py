@@ -115,7 +115,8 @@ def differences(old: Study, new: Study) -> list[str]:
     return [
         f"{key}: {short(before.get(key))} -> {short(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
-        if key not in NOT_DECIDING and before.get(key) != after.get(key)
+        if before.get(key) != after.get(key)
+        and NOT_DECIDING.isdisjoint({key, key.partition(".")[0]})  # a setting, or its table
     ]
 
 

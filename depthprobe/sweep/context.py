@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,10 +23,13 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Study, settings_of
 from depthprobe.sweep.plan import Task, Trial, whole_trial
+from depthprobe.training.tracking import Track, tracked
 
 DATA, NEGATIVES, TIMING = "data", "negatives.npy", "timing.json"
 ITEM_TABLE, LEARNED = "item-table.npy", "learned"
 TRIALS, PROBES, MODEL, CHECKPOINTS = "trials", "probes", "model", "checkpoints"
+LOGS = "logs"
+TRACKING = "tracking"
 
 
 class Context:
@@ -55,6 +59,17 @@ class Context:
     def checkpoint(self, trial: Trial) -> Path:
         """The file from which a training that was killed goes on; gone once the trial is done."""
         return self.folder / CHECKPOINTS / f"{trial.id}.safetensors"
+
+    def tracked(self, trial: Trial) -> AbstractContextManager[Track]:
+        """What a training of the trial tells its numbers to."""
+        return tracked(
+            self.study.tracking.to,
+            folder=self.folder / TRACKING,
+            project=self.study.name,
+            run=trial.id,
+            settings={"method": trial.method, "depth": trial.depth, "seed": trial.seed},
+            log=self.log,
+        )
 
     @cached_property
     def sequences(self) -> Sequences:

@@ -3,54 +3,106 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from depthprobe.sweep.plan import Task
+
+POLL = 1.0  # seconds until tasks that another sweep holds are looked at again
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended; ``error`` is None when it did its work."""
+    """How a task ended; ``error`` is None when it did its work.
+
+    ``elsewhere``: another sweep of the run did it and wrote its records.
+    """
 
     task: Task
     error: str | None
     seconds: float
+    elsewhere: bool = False
 
 
 Work = Callable[[Task], float]
 
 
-def run_here(
-    tasks: Iterable[Task], work: Work, done: set[str], *, caught: type[Exception] = Exception
-) -> Iterator[Outcome]:
+class Board(Protocol):
+    """Who has which task; a task is left when its outcome has been dealt with."""
+
+    def take(self, task: Task) -> str:
+        """``ours``, ``theirs``, or what it became meanwhile: ``done`` or ``failed``."""
+
+    def leave(self, task: Task) -> None:
+        """Let go of a task, if it is held."""
+
+
+class Queue:
+    """Tasks in the order of the plan, until each has ended here or elsewhere.
+
+    Args:
+        done: ids of trials whose records are there.
+        failed: ids of trials that failed before and are not tried again.
+    """
+
+    def __init__(
+        self, tasks: Iterable[Task], board: Board, *, done: set[str], failed: set[str]
+    ) -> None:
+        self.waiting = list(tasks)
+        self.board, self._done, self._failed = board, set(done), set(failed)
+
+    def next(self) -> Task | Outcome | None:
+        """A task to do now, one that ended without us, or None while others hold what is ready."""
+        for task in self.waiting:
+            lost = next((need for need in task.needs if need in self._failed), None)
+            if lost is None and not self._done.issuperset(task.needs):
+                continue
+            state = self.board.take(task)
+            if state == "theirs":
+                continue
+            self.waiting.remove(task)
+            if state != "ours":
+                error = "failed in another sweep" if state == "failed" else None
+                return Outcome(task, error, 0.0, elsewhere=True)
+            return task if lost is None else Outcome(task, f"needs {lost}, which failed", 0.0)
+        return None
+
+    def end(self, outcome: Outcome) -> Iterator[Outcome]:
+        """Hand an outcome on; what waits for the task may begin, and it is let go of."""
+        names = {outcome.task.id, *(trial.id for trial in outcome.task.trials)}
+        (self._done if outcome.error is None else self._failed).update(names)
+        yield outcome
+        self.board.leave(outcome.task)
+
+
+def run_here(queue: Queue, work: Work, *, caught: type[Exception] = Exception) -> Iterator[Outcome]:
     """One task after the other in this process; a fault ends its task alone.
 
     Args:
         caught: the faults that end their task alone; any other ends the sweep.
     """
-    for task in tasks:
-        missing = [need for need in task.needs if need not in done]
-        if missing:
-            yield Outcome(task, f"needs {missing[0]}, which failed", 0.0)
-            continue
-        try:
-            seconds = work(task)
-        except caught as error:  # by default whatever it was: the other tasks go on
-            yield Outcome(task, describe(error), 0.0)
+    while queue.waiting:
+        found = queue.next()
+        if found is None:
+            time.sleep(POLL)
+        elif isinstance(found, Outcome):
+            yield from queue.end(found)
         else:
-            done.add(task.id)
-            yield Outcome(task, None, seconds)
+            try:
+                outcome = Outcome(found, None, work(found))
+            except caught as error:  # by default whatever it was: the other tasks go on
+                outcome = Outcome(found, describe(error), 0.0)
+            yield from queue.end(outcome)
 
 
 def run_in_processes(
-    tasks: Iterable[Task],
+    queue: Queue,
     work: Work,
-    done: set[str],
     *,
     jobs: int,
     prepare: Callable[..., None],
@@ -60,38 +112,39 @@ def run_in_processes(
 
     Args:
         work: called with a task in a worker, returns its seconds.
-        done: ids whose needs are met already; grows as tasks end well.
-        prepare: called with ``arguments`` once in each worker.
+        prepare: called once in each worker, with a counter of workers and then ``arguments``.
     """
-    waiting = list(tasks)
     running: dict[Future[float], Task] = {}
     pool = _pool(jobs, prepare, arguments)
     suspects: list[Task] = []  # were running when a worker died: run again, one at a time
     try:
-        while waiting or running or suspects:
+        while queue.waiting or running or suspects:
             limit = 1 if suspects else jobs
-            queue = suspects or waiting
-            while len(running) < limit and (task := _next_ready(queue, done)) is not None:
-                queue.remove(task)
-                running[pool.submit(work, task)] = task
-            if not running:  # what is left needs something that failed
-                task = queue.pop(0)
-                lost = next(need for need in task.needs if need not in done)
-                yield Outcome(task, f"needs {lost}, which failed", 0.0)
+            while len(running) < limit:
+                found = suspects.pop(0) if suspects else queue.next()
+                if found is None:
+                    break
+                if isinstance(found, Outcome):
+                    yield from queue.end(found)
+                else:
+                    running[pool.submit(work, found)] = found
+            if not running:
+                if queue.waiting:
+                    time.sleep(POLL)
                 continue
             alone = len(running) == 1
+            free = queue.waiting and len(running) < limit
             broken: list[Task] = []
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for future in wait(running, POLL if free else None, FIRST_COMPLETED).done:
                 task = running.pop(future)
                 try:
-                    seconds = future.result()
+                    outcome = Outcome(task, None, future.result())
                 except BrokenProcessPool:
                     broken.append(task)
+                    continue
                 except Exception as error:  # whatever it was, the other tasks go on
-                    yield Outcome(task, describe(error), 0.0)
-                else:
-                    done.add(task.id)
-                    yield Outcome(task, None, seconds)
+                    outcome = Outcome(task, describe(error), 0.0)
+                yield from queue.end(outcome)
             if broken:
                 # every running task is lost with the pool; which one killed it shows when alone
                 broken += running.values()
@@ -99,7 +152,8 @@ def run_in_processes(
                 pool.shutdown(wait=False, cancel_futures=True)
                 pool = _pool(jobs, prepare, arguments)
                 if alone:
-                    yield Outcome(broken.pop(), "its process died (killed, or out of memory)", 0.0)
+                    died = "its process died (killed, or out of memory)"
+                    yield from queue.end(Outcome(broken.pop(), died, 0.0))
                 suspects += broken
     finally:
         _stop(pool)
@@ -112,16 +166,15 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def _next_ready(queue: list[Task], done: set[str]) -> Task | None:
-    return next((task for task in queue if all(need in done for need in task.needs)), None)
-
-
 def _pool(
     jobs: int, prepare: Callable[..., None], arguments: tuple[Any, ...]
 ) -> ProcessPoolExecutor:
     # spawn: a forked copy of a process that has used torch's threads or CUDA can hang
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare, initargs=arguments)
+    started = context.Value("i", 0)
+    return ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=prepare, initargs=(started, *arguments)
+    )
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:

@@ -32,16 +32,18 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
     """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
     (trial,) = task.trials
     model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
-    done = fit(
-        NextItem(model, recipe),
-        context.windows,
-        recipe=recipe,
-        validate=lambda: context.validate(model),
-        seed=trial.seed,
-        device=context.device,
-        log=context.log,
-        checkpoint=context.checkpoint(trial),
-    )
+    with context.tracked(trial) as track:
+        done = fit(
+            NextItem(model, recipe),
+            context.windows,
+            recipe=recipe,
+            validate=lambda: context.validate(model),
+            seed=trial.seed,
+            device=context.device,
+            log=context.log,
+            track=track,
+            checkpoint=context.checkpoint(trial),
+        )
     ranks = evaluate(model, context.test, device=context.device)
     yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
 

@@ -49,6 +49,7 @@ def write_result(
             "teacher_seconds": round(result.taught, 3),
             "flops": result.training_flops,
             "processes": fit.processes,
+            "parts": fit.parts,
             "resumed_at": fit.resumed_at,
             "best_epoch": fit.best_epoch,
             "losses": fit.losses,
@@ -108,6 +109,12 @@ def is_done(folder: Path) -> bool:
     """Whether a trial has a record that says it succeeded."""
     record = read_record(folder)
     return record is not None and record["status"] == "done"
+
+
+def is_failed(folder: Path) -> bool:
+    """Whether a trial has a record that says why it failed."""
+    record = read_record(folder)
+    return record is not None and record["status"] == "failed"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class Team:
             import torch
 
             torch.distributed.barrier()
+
+    def agree(self, value: Any) -> Any:
+        """What the first process says, in all of them."""
+        if self.processes == 1:
+            return value
+        import torch
+
+        told = [value]
+        torch.distributed.broadcast_object_list(told)
+        return told[0]
 
     def leave(self) -> None:
         """End the group of processes, when nothing is left to do together."""

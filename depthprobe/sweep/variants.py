@@ -150,16 +150,18 @@ def _fit(
     recipe: Recipe,
     validate: Callable[[], float],
 ) -> Fit:
-    return fit(
-        objective,
-        context.windows,
-        recipe=recipe,
-        validate=validate,
-        seed=trial.seed,
-        device=context.device,
-        log=context.log,
-        checkpoint=context.checkpoint(trial),
-    )
+    with context.tracked(trial) as track:
+        return fit(
+            objective,
+            context.windows,
+            recipe=recipe,
+            validate=validate,
+            seed=trial.seed,
+            device=context.device,
+            log=context.log,
+            track=track,
+            checkpoint=context.checkpoint(trial),
+        )
 
 
 def _flops(context: Context, model: Recommender, *, depth: int | None = None) -> int:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.study import Study, base_of
-from depthprobe.sweep.context import TIMING, Context
+from depthprobe.sweep.context import LOGS, TIMING, Context
 from depthprobe.sweep.methods import METHODS
 from depthprobe.sweep.plan import Task
 from depthprobe.sweep.records import write_result, write_scores
@@ -33,6 +41,15 @@ def _forget(checkpoint: Path) -> None:
         checkpoint.parent.rmdir()
 
 
+class Counter(Protocol):
+    """A number that processes share."""
+
+    value: int
+
+    def get_lock(self) -> AbstractContextManager[Any]:
+        """Alone with the number."""
+
+
 class _Worker:
     """What one process keeps between its tasks."""
 
@@ -41,17 +58,31 @@ class _Worker:
     writes: bool
 
 
-def prepare(folder: str, study: Study, origin: dict[str, Any], threads: int) -> None:
-    """Make a process of its own ready: quiet, bound to its parent, with so many threads."""
+def prepare(started: Counter, folder: str, study: Study, origin: dict[str, Any]) -> None:
+    """Make a process of its own ready: quiet, bound to its parent, with its share of the machine.
+
+    Args:
+        started: how many workers have begun before; the next one takes the next GPU.
+        origin: the provenance of its records.
+    """
+    with started.get_lock():
+        _take_gpu(started.value)
+        started.value += 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # a worker's own words go to a file: the terminal belongs to the progress
-    log = Path(folder, "logs", f"worker-{os.getpid()}.log")
-    log.parent.mkdir(exist_ok=True)
-    sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
-    torch.set_num_threads(threads)
+    # what is said between two tasks, none should hear: the terminal belongs to the progress
+    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    torch.set_num_threads(origin["threads"])
     disable_progress_bar()
-    begin(folder, study, origin, log=lambda line: print(line, flush=True))
+    begin(folder, study, origin)
+
+
+def _take_gpu(place: int) -> None:
+    """Of several GPUs one a worker, before anything of CUDA's begins."""
+    if torch.cuda.device_count() > 1:  # asks the driver, and begins nothing
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        every = named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = every[place % len(every)]
 
 
 def _end_with_parent() -> None:
@@ -67,7 +98,6 @@ def begin(
     study: Study,
     origin: dict[str, Any],
     *,
-    log: Callable[[str], None] = lambda line: None,
     writes: bool = True,
 ) -> None:
     """Make this process ready for tasks of a run.
@@ -77,14 +107,40 @@ def begin(
         writes: whether it writes them; of several processes that train together one does.
     """
     _Worker.writes = writes
-    _Worker.context = Context(Path(folder), study, log=log)
+    _Worker.context = Context(Path(folder), study)
     _Worker.provenance = origin
 
 
 def work(task: Task) -> float:
-    """Do a task and write its records; returns its seconds."""
+    """Do a task and write its records; returns its seconds. What it says goes to a log of its own.
+
+    In a process of its own, warnings and whatever else is printed go there, too.
+    """
+    log = _Worker.context.folder / LOGS / f"{task.id}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a", buffering=1, encoding="utf-8") as file:
+
+        def say(line: str) -> None:
+            if _Worker.writes:
+                print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=file, flush=True)
+
+        _Worker.context.log = say
+        with ExitStack() as stack:
+            if multiprocessing.parent_process() is not None:
+                stack.enter_context(redirect_stdout(file))
+                stack.enter_context(redirect_stderr(file))
+            say(f"begun by process {os.getpid()} on {platform.node()}")
+            try:
+                seconds = _work(task)
+            except Exception:
+                traceback.print_exc(file=file)
+                raise
+            say(f"done in {seconds:.1f} s")
+            return seconds
+
+
+def _work(task: Task) -> float:
     context = _Worker.context
-    context.log(f"== {task.id}")
     began = time.perf_counter()
     measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
     for result in METHODS[base_of(task.method)](context, task):

@@ -43,6 +43,7 @@ class Fit:
     losses: list[float] = field(default_factory=list)  # mean a epoch
     scores: list[float] = field(default_factory=list)  # validation NDCG@10 a epoch
     processes: int = 1
+    parts: int = field(default=1, compare=False)  # that a batch is computed in
     resumed_at: list[int] = field(default_factory=list, compare=False)  # steps
 
 

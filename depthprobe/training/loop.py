@@ -28,9 +28,12 @@ from depthprobe.training.checkpoint import (
     restore_weights,
 )
 from depthprobe.training.distributed import Trained, spread, start, whole
-from depthprobe.training.steps import DivergedError, Watch, gradients
+from depthprobe.training.steps import DivergedError, Pace, Watch, within_memory
+from depthprobe.training.tracking import Track, nobody
 
 __all__ = ["DivergedError", "Fit", "fit"]
+
+TOLD = 50  # steps whose mean loss is tracked together
 
 
 def fit(
@@ -42,6 +45,7 @@ def fit(
     seed: int,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
+    track: Track = nobody,
     checkpoint: Path | None = None,
     every: float = 60.0,
 ) -> Fit:
@@ -57,6 +61,8 @@ def fit(
             in every process, and the first one's score counts.
         seed: decides batch order and dropout.
         log: is told of each epoch, in the first process.
+        track: is told, there too, the loss and the score of each epoch, and the mean loss and the
+            learning rate of every so many steps.
         checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds.
             It stays when the training ends, as one that has ended, until the caller deletes it:
             so nothing is lost if the process dies before its result is saved.
@@ -74,7 +80,9 @@ def fit(
     accelerator = start(recipe, device)
     processes = int(accelerator.num_processes)
     say = log if accelerator.is_main_process else lambda line: None
-    progress, best = Progress(Fit(processes=processes)), dict[str, Tensor]()
+    tell = track if accelerator.is_main_process else nobody
+    progress = Progress(Fit(processes=processes, parts=recipe.accumulation))
+    best: dict[str, Tensor] = {}
     store = saved = None
     if checkpoint is not None:
         origin = identity(objective, windows, recipe=recipe, seed=seed, processes=processes)
@@ -96,9 +104,20 @@ def fit(
         if store is not None:
             store.write(trained, progress, best)
 
+    pace = Pace(say, result.steps)
     with _compiled(trained.inner, recipe.compile):
         while not progress.ended:
-            _train_epoch(trained, windows, progress, recipe, seed=seed, store=store, save=save)
+            _train_epoch(
+                trained,
+                windows,
+                progress,
+                recipe,
+                seed=seed,
+                store=store,
+                save=save,
+                pace=pace,
+                tell=tell,
+            )
             trained.publish()
             objective.eval()
             with torch.compiler.set_stance("force_eager"):  # lengths of all kinds, once an epoch
@@ -106,6 +125,7 @@ def fit(
             progress.end_epoch(score)
             loss = result.losses[-1]
             say(f"epoch {result.epochs}/{recipe.epochs}  loss {loss:.4f}  ndcg@10 {score:.4f}")
+            tell(result.steps, {"epoch": result.epochs, "loss": loss, "ndcg@10": score})
             if result.best_epoch == result.epochs:
                 best = _on_cpu(objective)
             waited = result.epochs - result.best_epoch
@@ -127,6 +147,8 @@ def _train_epoch(
     seed: int,
     store: Checkpoint | None,
     save: Callable[[], None],
+    pace: Pace,
+    tell: Track,
 ) -> None:
     """What is left of the running epoch, with a checkpoint where one is due."""
     fit, optimizer = progress.fit, trained.optimizer
@@ -135,6 +157,7 @@ def _train_epoch(
     sizes = [len(window) for window in windows]
     batches = length_buckets(sizes, size, seed=seed, epoch=fit.epochs)
     watch = Watch(trained, progress)
+    done, lost = progress.done, progress.lost  # what has been told
     trained.called.train()
     for chosen in batches[progress.done :]:
         rate = recipe.learning_rate * _cosine(
@@ -142,8 +165,8 @@ def _train_epoch(
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(_seed_of(seed, fit.steps, trained.rank))
-        loss = gradients(trained, windows, chosen, recipe)
+        drawn = _seed_of(seed, fit.steps, trained.rank)
+        loss = within_memory(trained, windows, chosen, recipe, seed=drawn, fit=fit, say=pace.say)
         norm = whole(torch.nn.utils.clip_grad_norm_(weights, recipe.clip))
         fit.steps += 1
         progress.done += 1
@@ -151,6 +174,11 @@ def _train_epoch(
         due = False
         if watch.is_full or progress.done == len(batches):
             due = watch.look(store is not None and store.is_due())
+            pace.tell(fit.steps, recipe.epochs * len(batches), progress.lost / progress.done)
+            if progress.done - done >= TOLD:
+                mean = (progress.lost - lost) / (progress.done - done)
+                tell(fit.steps, {"step loss": mean, "learning rate": rate})
+                done, lost = progress.done, progress.lost
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if due:

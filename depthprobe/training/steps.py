@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from depthprobe.study import Recipe
-from depthprobe.training.checkpoint import Progress
+from depthprobe.training.checkpoint import Fit, Progress
 from depthprobe.training.distributed import Trained, share
 from depthprobe.training.objectives import asked, make_batch
 
@@ -21,8 +23,43 @@ class DivergedError(RuntimeError):
     """The loss or its gradient is not a finite number."""
 
 
+def within_memory(
+    trained: Trained,
+    windows: list[np.ndarray],
+    chosen: np.ndarray,
+    recipe: Recipe,
+    *,
+    seed: int,
+    fit: Fit,
+    say: Callable[[str], None],
+) -> Tensor:
+    """As :func:`gradients`; in twice as many parts, from then on, where memory runs out.
+
+    A step that ran out has changed no weights, so it is taken again, with the same random numbers.
+    Of several processes one would go on alone: there it is an error as any other.
+
+    Args:
+        seed: of what is random in the step.
+        fit: ``parts`` is how many parts a batch is computed in, and grows.
+        say: is told.
+    """
+    while True:
+        torch.manual_seed(seed)
+        try:
+            return gradients(trained, windows, chosen, recipe, parts=fit.parts)
+        except torch.OutOfMemoryError:
+            if trained.processes > 1 or fit.parts >= len(chosen):
+                raise
+        # after the handler: the error's traceback holds on to what did not fit
+        trained.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        fit.parts = min(2 * fit.parts, len(chosen))
+        say(f"out of memory at step {fit.steps + 1}: batches are computed in {fit.parts} parts now")
+
+
 def gradients(
-    trained: Trained, windows: list[np.ndarray], chosen: np.ndarray, recipe: Recipe
+    trained: Trained, windows: list[np.ndarray], chosen: np.ndarray, recipe: Recipe, *, parts: int
 ) -> Tensor:
     """Leave the gradients of a batch's loss; returns this process's part of the loss, a scalar.
 
@@ -35,12 +72,12 @@ def gradients(
     counts = len(own) > 0
     if not counts:  # nothing to do, but the others wait for gradients of this process too
         own = chosen[:1]
-    parts = np.array_split(own, min(recipe.accumulation, len(own)))
+    pieces = np.array_split(own, min(parts, len(own)))
     losses, draw = [], _draw(chosen)
-    for place, part in enumerate(parts, start=1):
+    for place, part in enumerate(pieces, start=1):
         batch = make_batch(windows, part, trained.accelerator.device, recipe.objective, draw=draw)
         fraction = counts * batch.count / total
-        with trained.apart(place < len(parts)):
+        with trained.apart(place < len(pieces)):
             with trained.accelerator.autocast():
                 loss = trained.called(batch)
             trained.accelerator.backward(loss * (fraction * trained.processes))
@@ -51,6 +88,29 @@ def gradients(
 def _draw(chosen: np.ndarray) -> int:
     """A number that is the same in all processes and parts of a step: they know its windows."""
     return int(np.random.SeedSequence(chosen.tolist()).generate_state(1)[0])
+
+
+class Pace:
+    """Says from time to time where a training is, and how long it may still take.
+
+    Args:
+        say: takes a line.
+        begun: steps that were done before this process began.
+        every: seconds between two lines, at least.
+    """
+
+    def __init__(self, say: Callable[[str], None], begun: int, *, every: float = 10.0) -> None:
+        self.say, self._begun, self._every = say, begun, every
+        self._start = self._told = time.perf_counter()
+
+    def tell(self, steps: int, total: int, loss: float) -> None:
+        """After so many steps, of at most ``total``; ``loss``: the running epoch's mean."""
+        now = time.perf_counter()
+        if now - self._told < self._every:
+            return
+        self._told = now
+        left = (now - self._start) / (steps - self._begun) * (total - steps)
+        self.say(f"step {steps}/{total}  loss {loss:.4f}  at most {left:.0f} s left")
 
 
 class Watch:

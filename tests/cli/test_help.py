@@ -17,6 +17,7 @@ COMMANDS = {
     "sweep": ["STUDY.toml", "--data", "--backbone", "--layers", "--methods", "--seeds", "--epochs"]
     + ["--output", "--device", "--executor", "--jobs", "--item-embeddings", "--revision"],
     "report": ["RUN", "--output"],
+    "status": ["RUN"],
     "cost": ["--backbone", "--layers"],
     "export": ["RUN", "TRIAL", "DIR"],
     "recommend": ["DIR", "--history", "--top", "--device", "--skip-unknown", "--output"],

@@ -17,7 +17,7 @@ from depthprobe.report.facts import how_measured
 from depthprobe.report.html import build_report
 from depthprobe.report.summary import summarise
 from depthprobe.study import BadInput, Study
-from depthprobe.sweep import runner
+from depthprobe.sweep import layout
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.export import export_trial
 from depthprobe.sweep.runner import run_sweep
@@ -95,7 +95,7 @@ def test_titles_are_embedded_once(
 ) -> None:
     few = replace(titled, methods=("popularity",))
     run_sweep(few, tmp_path / "run", jobs=0)
-    monkeypatch.setattr(runner, "make_table", lambda *_, **__: pytest.fail("embedded again"))
+    monkeypatch.setattr(layout, "make_table", lambda *_, **__: pytest.fail("embedded again"))
     run = run_sweep(replace(few, methods=("full",)), tmp_path / "run", jobs=0)
     assert not run.failed
 

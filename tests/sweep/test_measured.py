@@ -18,8 +18,9 @@ from depthprobe.data.storage import load_data
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.study import BadInput, Data, Study
 from depthprobe.sweep.context import Context
+from depthprobe.sweep.layout import TOO_SMALL
 from depthprobe.sweep.plan import Trial
-from depthprobe.sweep.runner import TOO_SMALL, run_sweep
+from depthprobe.sweep.runner import run_sweep
 from depthprobe.sweep.store import Run, open_run, write_tables
 
 

@@ -100,7 +100,7 @@ def test_a_table_that_fails_is_a_failure_and_is_made_again(
     assert [name for name, _ in run.failed] == ["similarity-s0"]
     assert "no such luck" in run.failed[0][1]
     assert run.scores("similarity").empty
-    again = run_sweep(wanted, tmp_path / "run", jobs=0)
+    again = run_sweep(wanted, tmp_path / "run", jobs=0, retry_failed=True)
     assert again.failed == []
     assert len(again.scores("similarity")) == 3 + 6 + 6 + 4 + 3 + 3
     pd.testing.assert_frame_equal(

@@ -241,7 +241,7 @@ def test_bad_backbone_writes_nothing(tiny: Study, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trial_that_fails_is_recorded_and_tried_again(
+def test_a_trial_that_fails_is_recorded_and_tried_again_if_asked(
     tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(context: object, task: object) -> None:
@@ -254,7 +254,10 @@ def test_a_trial_that_fails_is_recorded_and_tried_again(
     assert "MemoryError: no room" in run.failed[0][1]
     assert open_run(tmp_path / "run").trials.set_index("trial").loc["sasrec-s0", "status"] == "done"
     watcher = Watcher()
-    again = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher)
+    left = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher)
+    assert watcher.planned == []
+    assert len(left.failed) == 1
+    again = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=True)
     assert watcher.planned == ["popularity-s0"]
     assert not again.failed
 

@@ -167,6 +167,70 @@ def test_parts_of_a_batch_equal_the_batch(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+def test_a_step_without_room_is_taken_again_in_smaller_parts(windows: list[np.ndarray]) -> None:
+    def no_room(value: Tensor) -> Tensor:
+        value.backward(retain_graph=True)  # some gradients are there already when it fails
+        raise torch.OutOfMemoryError("no room")
+
+    settings = Recipe(epochs=2, batch_size=8)
+    models = [small_sasrec(drop=0.0).double(), small_sasrec(drop=0.0).double()]
+    said: list[str] = []
+    plain, tight = NextItem(models[0], settings), NextItem(models[1], settings)
+    found = [
+        fit(
+            objective,
+            windows,
+            recipe=settings,
+            validate=lambda: 0.0,
+            seed=0,
+            device=CPU,
+            log=said.append,
+        )
+        for objective in (plain, Spoiled(tight, 2, no_room))
+    ]
+    assert [each.parts for each in found] == [1, 2]
+    assert [line for line in said if "out of memory at step 2" in line]
+    assert found[0].losses == pytest.approx(found[1].losses, abs=1e-10)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_pace_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 3.0, 12.0, 15.0, 22.5])
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: next(clock))
+    said: list[str] = []
+    pace = steps.Pace(said.append, 10)
+    for step in (11, 14, 15, 25):
+        pace.tell(step, 40, 1.5)
+    assert said == [
+        "step 14/40  loss 1.5000  at most 78 s left",  # 12 s for 4 steps, 26 more
+        "step 25/40  loss 1.5000  at most 22 s left",
+    ]
+
+
+def test_a_user_who_does_not_fit_alone_ends_the_training(windows: list[np.ndarray]) -> None:
+    class Full(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.calls = small_sasrec(), 0
+
+        def forward(self, batch: Batch) -> Tensor:
+            self.calls += 1
+            raise torch.OutOfMemoryError("no room")
+
+    full = Full()
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(
+            full,
+            windows,
+            recipe=Recipe(epochs=1, batch_size=8),
+            validate=lambda: 0.0,
+            seed=0,
+            device=CPU,
+        )
+    assert full.calls == 4  # in 1, 2, 4 and 8 parts
+
+
 def test_padding_changes_neither_loss_nor_gradient(
     make_recommender: Callable[..., Recommender], windows: list[np.ndarray]
 ) -> None:

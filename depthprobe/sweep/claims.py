@@ -1,0 +1,135 @@
+"""Who works on what: a lock a task, so that several sweeps share one run and do nothing twice.
+
+The locks are the operating system's (``flock``): whoever dies, by any signal, has let go of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from depthprobe.sweep.plan import Task
+from depthprobe.sweep.records import RECORD, is_done, is_failed
+from depthprobe.sweep.team import Team
+
+LOCKS = ".locks"
+WHOLE = ".run"  # what lays a run out, times it or writes its tables
+
+State = Literal["ours", "theirs", "done", "failed"]
+Outputs = Callable[[Task], list[Path]]
+
+
+class Claims:
+    """The tasks of a run that this sweep holds.
+
+    Args:
+        folder: of the run.
+        outputs: the folders that a task leaves.
+        failed: tasks whose failures were there before and are to be tried again.
+        team: processes that train together: the first one claims for all.
+    """
+
+    def __init__(
+        self, folder: Path, outputs: Outputs, failed: list[Task], team: Team | None = None
+    ) -> None:
+        self._folder, self._outputs, self._team = folder / LOCKS, outputs, team or Team()
+        self._locks: dict[str, FileLock] = {}
+        self._before = {task.id: self._marks(task) for task in failed}
+
+    def take(self, task: Task) -> State:
+        """Claim a task: ``ours`` now, ``theirs``, or it was ``done`` or ``failed`` meanwhile."""
+        state: State = self._team.agree(self._take(task) if self._team.writes else "theirs")
+        return state
+
+    def leave(self, task: Task) -> None:
+        """Let go of a task, once its records are written; of one that is not held, nothing."""
+        self._let_go(task.id)
+
+    def leave_all(self) -> None:
+        """Let go of everything."""
+        for name in list(self._locks):
+            self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        lock = self._locks.pop(name, None)
+        if lock is not None:
+            # while it is held: whoever has it open already sees that it guards no name any more
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def _take(self, task: Task) -> State:
+        lock = _lock(self._folder / f"{task.id}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return "theirs"
+        outputs = self._outputs(task)
+        state: State = "ours"
+        if all(map(is_done, outputs)):
+            state = "done"
+        elif any(map(is_failed, outputs)) and self._marks(task) != self._before.get(task.id):
+            state = "failed"
+        self._locks[task.id] = lock
+        if state != "ours":
+            self.leave(task)
+        return state
+
+    def _marks(self, task: Task) -> list[tuple[int, int] | None]:
+        """What changes when a record is written again, whatever the clock says."""
+        found: list[tuple[int, int] | None] = []
+        for folder in self._outputs(task):
+            try:
+                status = (folder / RECORD).stat()
+            except OSError:
+                found.append(None)
+            else:
+                found.append((status.st_ino, status.st_mtime_ns))
+        return found
+
+
+@contextmanager
+def whole_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Alone with what all trials share: waits until no other sweep is at it."""
+    place = folder / LOCKS / f"{WHOLE}.lock"
+    lock = _lock(place)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("waiting for another sweep of this run")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear(folder: Path) -> None:
+    """Remove the folder of the locks, unless another sweep has some there."""
+    (folder / LOCKS / f"{WHOLE}.lock").unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / LOCKS).rmdir()
+
+
+def held(folder: Path) -> list[str]:
+    """Tasks of a run that some living process works on, by name."""
+    found = []
+    for place in sorted((folder / LOCKS).glob("[!.]*.lock")):
+        lock = _lock(place)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            found.append(place.stem)
+        except OSError:  # a run that this user may only read: nobody can be asked
+            continue
+        else:
+            lock.release()
+    return found
+
+
+def _lock(path: Path) -> FileLock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, thread_local=False)

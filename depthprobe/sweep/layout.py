@@ -1,0 +1,207 @@
+"""What all trials of a run share: study, log, item table, and where they come from."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from depthprobe.data.batches import negatives
+from depthprobe.data.prepared import read_data
+from depthprobe.data.splits import Split
+from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
+from depthprobe.data.storage import Sequences, load_data, write_data
+from depthprobe.files import complete_file, remove_leftovers, write_json
+from depthprobe.models.item_tables import TEXT, make_table, table_hash
+from depthprobe.study import METHODS as NAMES
+from depthprobe.study import BadInput, Study, base_of, differences, study_to_toml
+from depthprobe.sweep import provenance
+from depthprobe.sweep.context import (
+    CHECKPOINTS,
+    DATA,
+    ITEM_TABLE,
+    LEARNED,
+    NEGATIVES,
+    PROBES,
+    TRIALS,
+)
+from depthprobe.sweep.progress import Progress
+from depthprobe.sweep.records import SCHEMA
+from depthprobe.sweep.slicing import asked_slices, own_slices
+from depthprobe.sweep.store import MANIFEST, STUDY, open_run
+
+NEGATIVE_SEED = 999
+TOO_SMALL = "sampled ranking is left out: some user has fewer than 999 items left to draw from"
+# where an interrupted process may leave something half-written
+PLACES = (".", TRIALS, PROBES, CHECKPOINTS, "shared", "tables", "figures")
+
+
+def continued(folder: Path, study: Study) -> Study:
+    """The study with the methods that the run has already; refuses any other difference."""
+    # what begins with a dot, another sweep that is laying the run out may have there for a moment
+    taken = folder.exists() and not folder.is_dir()
+    if not taken and not any(entry.name[0] != "." for entry in _entries(folder)):
+        return study
+    if not (folder / STUDY).is_file():
+        raise BadInput("output", str(folder), "a new or empty folder, or an earlier run")
+    before = open_run(folder).study
+    changed = differences(before, study)
+    if changed:
+        allowed = f"another folder, or the study it began with ({'; '.join(changed)})"
+        raise BadInput("output", str(folder), allowed)
+    methods = {*before.methods, *study.methods}
+    names = sorted(methods, key=lambda name: (NAMES.index(base_of(name)), name))
+    variants = {**before.variants, **study.variants}
+    return replace(study, name=before.name, methods=tuple(names), variants=variants)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def manifest_before(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the run that is continued; None where a run begins."""
+    return open_run(folder).manifest if (folder / MANIFEST).is_file() else None
+
+
+def check_same_inputs(
+    folder: Path, before: dict[str, Any] | None, manifest: dict[str, Any], revision: str
+) -> None:
+    """Refuse to mix records of other data, weights or embeddings under the same names."""
+    if before is None:
+        return
+    for name, was, now in (
+        ("data", before["data"]["fingerprint"], manifest["data"]["fingerprint"]),
+        ("backbone", before["backbone"]["revision"], revision),
+        ("item table", before["item_table"]["sha256"], manifest["item_table"]["sha256"]),
+    ):
+        if was != now:
+            allowed = f"another folder: the {name} has changed since this run began"
+            raise BadInput("output", str(folder), allowed)
+    kept = ("created", "wall_seconds", "timing", "command", "backbone")
+    manifest |= {key: before[key] for key in kept}
+
+
+def new_slices(study: Study, split: Split, before: dict[str, Any] | None) -> pd.DataFrame | None:
+    """The own columns of the slices, read; None if the run has them already, or needs none."""
+    had = {"user": [], "item": []} if before is None else before.get("slices")
+    same = had is not None and asked_slices(study.protocol) == had
+    return None if same else own_slices(study.protocol, split)
+
+
+def read_log(study: Study, folder: Path) -> Sequences:
+    """The log that the run was begun with, or the source, read but not yet written."""
+    prepared = folder / "shared" / DATA
+    if study.data.source == "embedded" and (prepared / DATA_MANIFEST).is_file():
+        return load_data(prepared)
+    return read_data(study.data)
+
+
+def shared_table(
+    study: Study, sequences: Sequences, folder: Path, device: torch.device, watcher: Progress
+) -> Tensor | None:
+    """The item table that all trials share, not yet written; None where each seed has its own."""
+    if study.item_table in {"sasrec", LEARNED}:
+        return None
+    written = folder / "shared" / ITEM_TABLE
+    if study.item_table == TEXT and written.is_file():
+        return torch.from_numpy(np.load(written))
+    return make_table(
+        study.item_table,
+        study.backbone,
+        sequences.item_ids.tolist(),
+        sequences.titles,
+        device=device,
+        say=watcher.message,
+    )
+
+
+def lay_out(
+    folder: Path, study: Study, split: Split, table: Tensor | None, manifest: dict[str, Any]
+) -> None:
+    """Write what trials share; a folder that has it already is left as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tidy(folder)
+    shared = folder / "shared"
+    drawn = _draw_negatives(study, split, shared)
+    manifest["sampled"] = None
+    if drawn is not None or (shared / NEGATIVES).exists():
+        manifest["sampled"] = {"negatives": study.protocol.negatives, "seed": NEGATIVE_SEED}
+    elif study.protocol.sampled:
+        manifest["data"]["warnings"].append(TOO_SMALL)
+    with complete_file(folder / STUDY) as temporary:
+        temporary.write_text(study_to_toml(study), encoding="utf-8")
+    write_json(folder / MANIFEST, manifest)
+    if not (shared / DATA / DATA_MANIFEST).is_file():
+        write_data(split.sequences, shared / DATA)
+    if table is not None and not (shared / ITEM_TABLE).exists():
+        with complete_file(shared / ITEM_TABLE) as temporary:
+            np.save(temporary, table.numpy())
+    if drawn is not None:
+        with complete_file(shared / NEGATIVES) as temporary:
+            np.save(temporary, drawn)
+
+
+def tidy(folder: Path) -> None:
+    """Delete what processes that are no more left half-written."""
+    for place in PLACES:
+        remove_leftovers(folder / place)
+
+
+def _draw_negatives(study: Study, split: Split, shared: Path) -> np.ndarray | None:
+    """The sampled protocol's negatives, (E, 999), if they are wanted, not there, and can be had."""
+    if not study.protocol.sampled or (shared / NEGATIVES).exists():
+        return None
+    popular = study.protocol.negatives == "popularity"
+    pool = split.sequences.items[split.trained] if popular else None
+    return negatives(split.sequences, split.test.users, seed=NEGATIVE_SEED, pool=pool)
+
+
+def new_manifest(
+    study: Study,
+    split: Split,
+    table: Tensor | None,
+    device: torch.device,
+    command: str | None,
+) -> dict[str, Any]:
+    """The manifest of a run that begins, without its backbone."""
+    sequences = split.sequences
+    return {
+        "schema": SCHEMA,
+        "study_hash": study.digest(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "data": {
+            "name": sequences.name,
+            "users": sequences.n_users,
+            "items": sequences.n_items,
+            "interactions": sequences.n_interactions,
+            "fingerprint": sequences.fingerprint,
+            "warnings": [*sequences.warnings, *split.warnings],
+            "statistics": sequences.statistics,
+            "cleaning": [asdict(step) for step in sequences.cleaning],
+            "split": split.statistics,
+        },
+        "item_table": {
+            "source": study.item_table,
+            "width": _table_width(study) if table is None else table.shape[1],
+            "trained": study.trains_items,
+            "sha256": None if table is None else table_hash(table),
+        },
+        "slices": asked_slices(study.protocol),
+        "machine": provenance.machine(device),
+        "versions": provenance.versions(),
+        "git": provenance.git_state(),
+        "timing": None,
+        "wall_seconds": 0.0,
+    }
+
+
+def _table_width(study: Study) -> int:
+    return study.sasrec.width if study.item_table == "sasrec" else study.item_width

@@ -1,0 +1,109 @@
+"""A sweep by a cluster's jobs: what is said, what is waited for, and the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from depthprobe.cli import cluster as cli_cluster
+from depthprobe.cli.cluster import job_lines
+from depthprobe.study import BadInput, demo_study
+from depthprobe.sweep import cluster
+from depthprobe.sweep.cluster import SharedSweep
+
+RUN = Path("runs/demo")
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SharedSweep, int]]:
+    """What was submitted, with how many jobs; nothing is."""
+    seen: list[tuple[SharedSweep, int]] = []
+
+    def submit(sweep: SharedSweep, *, jobs: int, cluster: str) -> list[SimpleNamespace]:
+        assert cluster == "slurm"
+        seen.append((sweep, jobs))
+        return [SimpleNamespace(job_id=f"31_{place}") for place in range(jobs)]
+
+    monkeypatch.setattr(cluster, "submit", submit)
+    return seen
+
+
+def ends(monkeypatch: pytest.MonkeyPatch, how: Callable[[], dict[str, str]]) -> None:
+    monkeypatch.setattr(cluster, "follow", lambda jobs, say: how())
+
+
+def test_jobs_are_submitted_and_waited_for(
+    cli: Callable[..., Any],
+    submitted: list[tuple[SharedSweep, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Path] = []
+
+    def open_run(folder: Path) -> None:
+        opened.append(folder)
+        raise BadInput("run", "this far", "enough for a test")
+
+    ends(monkeypatch, lambda: {"31_0": "ValueError: no"})
+    monkeypatch.setattr("depthprobe.sweep.store.open_run", open_run)
+    outcome = cli("sweep", "--executor", "slurm", "--jobs", "2", "--retry-failed")
+    ((sweep, jobs),) = submitted
+    assert jobs == 2
+    assert (sweep.study, sweep.retry_failed, sweep.watcher) == (demo_study(), True, job_lines)
+    assert sweep.command == "depthprobe sweep --executor slurm --jobs 2 --retry-failed"
+    assert Path(sweep.folder) == RUN.absolute() == opened[0]
+    assert "submitted 2 jobs (31)" in outcome.err
+    assert f"depthprobe status {RUN.absolute()}" in outcome.err
+    assert "job 31_0 failed: ValueError: no" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: run: 'this far'")
+
+
+def test_without_a_job_that_ends_well_there_is_no_report(
+    cli: Callable[..., Any],
+    submitted: list[tuple[SharedSweep, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends(monkeypatch, lambda: {"31_0": "OUT_OF_MEMORY"})
+    outcome = cli("sweep", "--executor", "slurm")
+    assert [jobs for _, jobs in submitted] == [1]
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.splitlines()[-1] == "job 31_0 failed: OUT_OF_MEMORY"
+
+
+def test_an_interrupt_ends_the_waiting_alone(
+    cli: Callable[..., Any],
+    submitted: list[tuple[SharedSweep, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt() -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    ends(monkeypatch, interrupt)
+    outcome = cli("sweep", "--executor", "slurm", "--jobs", "3")
+    assert outcome.code == cli_cluster.INTERRUPTED == 130
+    last = outcome.err.splitlines()[-1]
+    assert "the jobs go on" in last
+    assert "scancel 31)" in last
+
+
+def test_a_cluster_takes_one_job_at_least(cli: Callable[..., Any]) -> None:
+    outcome = cli("sweep", "--executor", "slurm", "--jobs", "0")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "jobs: 0 is not usable; a whole number of at least 1" in outcome.err
+
+
+def test_the_folder_of_a_run_that_jobs_will_begin_is_free(
+    cli: Callable[..., Any],
+    submitted: list[tuple[SharedSweep, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends(monkeypatch, lambda: {"31_0": "gone"})
+    Path(RUN, cluster.JOBS).mkdir(parents=True)
+    assert cli("sweep", "--executor", "slurm").code == 1
+    assert len(submitted) == 1
+    Path(RUN, "thesis.tex").touch()
+    assert cli("sweep", "--executor", "slurm").code == 2
+    assert len(submitted) == 1

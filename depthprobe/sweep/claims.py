@@ -64,7 +64,7 @@ class Claims:
     def _take(self, task: Task) -> State:
         lock = _lock(self._folder / f"{task.id}.lock")
         try:
-            lock.acquire(timeout=0)
+            _acquire(lock, 0)
         except Timeout:
             return "theirs"
         outputs = self._outputs(task)
@@ -97,10 +97,10 @@ def whole_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     place = folder / LOCKS / f"{WHOLE}.lock"
     lock = _lock(place)
     try:
-        lock.acquire(timeout=0)
+        _acquire(lock, 0)
     except Timeout:
         say("waiting for another sweep of this run")
-        lock.acquire()
+        _acquire(lock, -1)
     try:
         yield
     finally:
@@ -109,8 +109,11 @@ def whole_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 def clear(folder: Path) -> None:
     """Remove the folder of the locks, unless another sweep has some there."""
-    (folder / LOCKS / f"{WHOLE}.lock").unlink(missing_ok=True)
-    with suppress(OSError):
+    lock = _lock(folder / LOCKS / f"{WHOLE}.lock")
+    with suppress(OSError, Timeout):
+        _acquire(lock, 0)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
         (folder / LOCKS).rmdir()
 
 
@@ -120,7 +123,7 @@ def held(folder: Path) -> list[str]:
     for place in sorted((folder / LOCKS).glob("[!.]*.lock")):
         lock = _lock(place)
         try:
-            lock.acquire(timeout=0)
+            _acquire(lock, 0)
         except Timeout:
             found.append(place.stem)
         except OSError:  # a run that this user may only read: nobody can be asked
@@ -133,3 +136,14 @@ def held(folder: Path) -> list[str]:
 def _lock(path: Path) -> FileLock:
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, thread_local=False)
+
+
+def _acquire(lock: FileLock, timeout: float) -> None:
+    """Take a lock, though another sweep that ends may remove its folder in between."""
+    while True:
+        try:
+            lock.acquire(timeout=timeout)
+        except FileNotFoundError:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        else:
+            return

@@ -18,7 +18,7 @@ import torch
 from depthprobe.data.prepared import read_data
 from depthprobe.data.splits import make_split
 from depthprobe.evaluation.evaluate import evaluate, mean_ndcg, questions
-from depthprobe.models.sasrec import SASRec
+from depthprobe.models.build import build_sasrec
 from depthprobe.study import Study, study_from_dict
 from depthprobe.training.loop import Fit, fit
 from depthprobe.training.objectives import NextItem
@@ -49,14 +49,7 @@ def train(study: Study) -> Fit:
     asked = questions(split, "validation", max_history=history, filter_seen=True)
     settings = study.sasrec
     torch.manual_seed(0)
-    model = SASRec(
-        sequences.n_items,
-        width=settings.width,
-        blocks=settings.blocks,
-        heads=settings.heads,
-        drop=settings.dropout,
-        longest=history,
-    )
+    model = build_sasrec(settings, items=sequences.n_items, longest=history)
     return fit(
         NextItem(model, settings.recipe),
         [window for window in windows if len(window) > 1],

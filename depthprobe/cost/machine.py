@@ -31,6 +31,11 @@ def device_name(device: torch.device) -> str:
     """What the GPU or the processor is called."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return processor_name()
+
+
+def processor_name() -> str:
+    """What the processor is called."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -9,6 +9,7 @@ size: intervals over two or three seeds are somewhat too short in it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,11 +178,10 @@ def resampled_means(
         chosen, sizes = groups
         arms = [arm[:, chosen] for arm in arms]  # (S, K + users apart)
     # equal arms have equal means to the last bit: in one product of all they need not
-    places: dict[bytes, int] = {}
-    owner = [places.setdefault(arm.tobytes(), len(places)) for arm in arms]
-    own = [arms[owner.index(place)] for place in range(len(places))]
-    rows = np.concatenate(own)  # (distinct arms * S, U)
-    del places, own
+    keys = [hashlib.sha256(arm.tobytes()).digest() for arm in arms]
+    distinct = dict(zip(keys, arms, strict=True))
+    owner = [list(distinct).index(key) for key in keys]
+    rows = np.concatenate(list(distinct.values()))  # (distinct arms * S, U)
     chunk = max(1, WEIGHT_BYTES // (8 * rows.shape[1]))
     for start in range(0, resamples, chunk):
         count = min(chunk, resamples - start)

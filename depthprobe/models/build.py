@@ -15,7 +15,8 @@ from depthprobe.models.backbones import pretrained, pretrained_tokenizer
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import Backbone
+from depthprobe.models.sasrec import SASRec
+from depthprobe.study import Backbone, SasRec
 
 WEIGHTS = "trained.safetensors"
 
@@ -42,6 +43,23 @@ def build_recommender(
     if kept is not None:
         keep_blocks(backbone, kept)
     return around(backbone, settings, items, seed=seed, train_items=train_items)
+
+
+def build_sasrec(settings: SasRec, *, items: int, longest: int) -> SASRec:
+    """SASRec before its training, by torch's present seed.
+
+    Args:
+        items: in the catalogue.
+        longest: history that it reads.
+    """
+    return SASRec(
+        items,
+        width=settings.width,
+        blocks=settings.blocks,
+        heads=settings.heads,
+        drop=settings.dropout,
+        longest=longest,
+    )
 
 
 def around(

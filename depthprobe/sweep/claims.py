@@ -13,7 +13,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from depthprobe.sweep.plan import Task
-from depthprobe.sweep.records import RECORD, is_done, is_failed
+from depthprobe.sweep.records import RECORD, state_of
 from depthprobe.sweep.team import Team
 
 LOCKS = ".locks"
@@ -67,15 +67,13 @@ class Claims:
             _acquire(lock, 0)
         except Timeout:
             return "theirs"
-        outputs = self._outputs(task)
-        state: State = "ours"
-        if all(map(is_done, outputs)):
-            state = "done"
-        elif any(map(is_failed, outputs)) and self._marks(task) != self._before.get(task.id):
-            state = "failed"
         self._locks[task.id] = lock
-        if state != "ours":
-            self.leave(task)
+        state = state_of(self._outputs(task))
+        if state == "failed" and self._marks(task) == self._before.get(task.id):
+            state = "left"  # nobody has tried it again since
+        if state == "left":
+            return "ours"
+        self.leave(task)
         return state
 
     def _marks(self, task: Task) -> list[tuple[int, int] | None]:

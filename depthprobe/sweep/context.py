@@ -17,7 +17,13 @@ from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
 from depthprobe.evaluation.lists import Taken, what_was_taken
-from depthprobe.models.build import WEIGHTS, build_recommender, learned_table, load_trained
+from depthprobe.models.build import (
+    WEIGHTS,
+    build_recommender,
+    build_sasrec,
+    learned_table,
+    load_trained,
+)
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
@@ -140,14 +146,10 @@ class Context:
 
     def new_sasrec(self, seed: int) -> SASRec:
         """SASRec before its training."""
-        settings = self.study.sasrec
         torch.manual_seed(seed)
-        model = SASRec(
-            self.sequences.n_items,
-            width=settings.width,
-            blocks=settings.blocks,
-            heads=settings.heads,
-            drop=settings.dropout,
+        model = build_sasrec(
+            self.study.sasrec,
+            items=self.sequences.n_items,
             longest=self.study.data.max_history,
         )
         return model.to(self.device)

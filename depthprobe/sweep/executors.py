@@ -74,8 +74,7 @@ class Queue:
 
     def end(self, outcome: Outcome) -> Iterator[Outcome]:
         """Hand an outcome on; what waits for the task may begin, and it is let go of."""
-        names = {outcome.task.id, *(trial.id for trial in outcome.task.trials)}
-        (self._done if outcome.error is None else self._failed).update(names)
+        (self._done if outcome.error is None else self._failed).update(outcome.task.names)
         yield outcome
         self.board.leave(outcome.task)
 

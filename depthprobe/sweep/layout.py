@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from depthprobe.data.batches import negatives
 from depthprobe.data.prepared import read_data
-from depthprobe.data.splits import Split
+from depthprobe.data.splits import Split, make_split
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.files import complete_file, remove_leftovers, write_json
+from depthprobe.models.backbones import pretrained_config
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
+from depthprobe.models.revision import pinned, pinned_now
 from depthprobe.study import METHODS as NAMES
 from depthprobe.study import BadInput, Study, base_of, differences, study_to_toml
 from depthprobe.sweep import provenance
@@ -31,15 +34,72 @@ from depthprobe.sweep.context import (
     PROBES,
     TRIALS,
 )
+from depthprobe.sweep.plan import Task, plan
 from depthprobe.sweep.progress import Progress
 from depthprobe.sweep.records import SCHEMA
 from depthprobe.sweep.slicing import asked_slices, own_slices
 from depthprobe.sweep.store import MANIFEST, STUDY, open_run
+from depthprobe.training.tracking import check_trackers
 
 NEGATIVE_SEED = 999
 TOO_SMALL = "sampled ranking is left out: some user has fewer than 999 items left to draw from"
 # where an interrupted process may leave something half-written
 PLACES = (".", TRIALS, PROBES, CHECKPOINTS, "shared", "tables", "figures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a sweep reads and checks before it writes anything.
+
+    Attributes:
+        study: with the methods and variants that the run has already.
+        working: the same, but for the commit that the backbone's branch or tag stands for.
+        before: the manifest of the run that is continued; None where a run begins.
+        slices: own columns of the test users that the run does not have; None if it needs none.
+        config: of the backbone's decoder.
+    """
+
+    study: Study
+    working: Study
+    before: dict[str, Any] | None
+    tasks: list[Task]
+    split: Split
+    slices: pd.DataFrame | None
+    config: PreTrainedConfig
+
+    @property
+    def blocks(self) -> int:
+        """Of the whole backbone."""
+        return int(self.config.num_hidden_layers)
+
+
+def read_inputs(study: Study, folder: Path) -> Inputs:
+    """Read what a sweep of a study into a folder needs, but for the item table.
+
+    The tasks are those that the study itself asks for.
+
+    Raises:
+        BadInput: if a tracker, the data, the backbone or the depths can't be used, or the folder
+            holds another study.
+    """
+    check_trackers(study.tracking.to)
+    asked, study = study, continued(folder, study)
+    before = manifest_before(folder)
+    recorded = None if before is None else before["backbone"]["revision"]
+    backbone = pinned_now(pinned(study.backbone, recorded))
+    config = pretrained_config(backbone).get_text_config(decoder=True)
+    tasks = plan(asked, int(config.num_hidden_layers))
+    # refuses a log in which nobody can be asked
+    split = make_split(read_log(study, folder), study.protocol)
+    return Inputs(
+        study=study,
+        working=replace(study, backbone=backbone),
+        before=before,
+        tasks=tasks,
+        split=split,
+        slices=new_slices(study, split, before),
+        config=config,
+    )
 
 
 def continued(folder: Path, study: Study) -> Study:

@@ -107,6 +107,11 @@ class Task:
     blocks: int = 0  # of the whole backbone
 
     @property
+    def names(self) -> set[str]:
+        """What other tasks may need it by: its own name, and its trials'."""
+        return {self.id, *(trial.id for trial in self.trials)}
+
+    @property
     def id(self) -> str:
         """The only trial's name, or the method's for a shared pass."""
         if len(self.trials) == 1:

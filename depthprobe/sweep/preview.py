@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from depthprobe.cost.memory import free_memory
-from depthprobe.data.splits import Split, make_split
-from depthprobe.models.backbones import pretrained_config
+from depthprobe.data.splits import Split
 from depthprobe.models.checkpoints import check_weights
 from depthprobe.models.devices import resolve_device
 from depthprobe.models.item_tables import TEXT, item_texts, make_table
 from depthprobe.models.precision import check_attention, quantization
-from depthprobe.models.revision import backbone_revision, pinned, pinned_now
+from depthprobe.models.revision import backbone_revision
 from depthprobe.models.sources import EMBEDDED, folder_of, is_folder
 from depthprobe.study import METHODS, Study, base_of
 from depthprobe.sweep import provenance
 from depthprobe.sweep.context import LEARNED, Context
 from depthprobe.sweep.estimate import Crowd, Estimate, estimate_of, find_rates, shared_by
 from depthprobe.sweep.forecast import Job, without_lost
-from depthprobe.sweep.layout import (
-    check_same_inputs,
-    continued,
-    manifest_before,
-    new_manifest,
-    new_slices,
-    read_log,
-)
+from depthprobe.sweep.layout import Inputs, check_same_inputs, new_manifest, read_inputs
 from depthprobe.sweep.pieces import sizes_of
-from depthprobe.sweep.plan import Task, plan
+from depthprobe.sweep.plan import Task
 from depthprobe.sweep.rates import Found, workload_of
-from depthprobe.sweep.records import is_done, is_failed
-from depthprobe.sweep.runner import MOST_JOBS
+from depthprobe.sweep.records import state_of
+from depthprobe.sweep.runner import jobs_at_once
 from depthprobe.sweep.shared_parts import Part, made, shared_parts
 
 
@@ -112,20 +103,23 @@ def preview(
         BadInput: where the sweep would refuse to begin.
     """
     device = resolve_device(study.device)
-    inputs = _read(study, folder, device)
-    tasks, blocks, context = inputs.tasks, inputs.blocks, Context(folder, inputs.study)
-    left = [task for task in tasks if not all(map(is_done, context.outputs(task)))]
-    failed = set() if retry_failed else {task.id for task in left if _failed(context, task)}
+    inputs = read_inputs(study, folder)
+    width = _check(inputs, folder, device)
+    tasks, blocks, context = inputs.tasks, inputs.blocks, Context(folder, inputs.working)
+    states = {task.id: state_of(context.outputs(task)) for task in tasks}
+    left = [task for task in tasks if states[task.id] != "done"]
+    failed = {name for name, state in states.items() if state == "failed" and not retry_failed}
+    there = made(context, blocks)
     kept = without_lost([Job(task.id, 0.0, task.needs) for task in left], failed)
     doable = {job.id for job in kept}
     waiting = [task for task in left if task.id in doable]
     wanted = 1 if processes > 1 or (apart and jobs is None) else jobs
-    workers = max(1, _workers(wanted, device, len(waiting)))
+    workers = max(1, jobs_at_once(wanted, device, len(waiting)))
     threads = max(1, provenance.available_cores() // (1 if apart else workers))
     found = estimate = None
     if waiting:
-        sizes, items = sizes_of(inputs.split, inputs.study), inputs.split.sequences.n_items
-        workload = workload_of(inputs.study, inputs.config, sizes, items=items, width=inputs.width)
+        sizes, items = sizes_of(inputs.split, context.study), inputs.split.sequences.n_items
+        workload = workload_of(context.study, inputs.config, sizes, items=items, width=width)
         found = find_rates(context, waiting, sizes, workload, threads=threads, say=say)
         crowd = Crowd(
             workers=workers,
@@ -134,11 +128,11 @@ def preview(
             here=jobs == 0 or processes > 1,
             apart=apart,
         )
-        estimate = estimate_of(context, waiting, sizes, found, crowd, there=made(context, blocks))
+        estimate = estimate_of(context, waiting, sizes, found, crowd, there=there)
     return Preview(
-        study=inputs.study,
+        study=context.study,
         folder=folder,
-        begun=inputs.begun,
+        begun=inputs.before is not None,
         data=inputs.split,
         family=str(inputs.config.model_type),
         blocks=blocks,
@@ -149,7 +143,7 @@ def preview(
         apart=apart,
         together=1 if apart else shared_by(device, workers),
         rows=_rows(context, tasks, failed),
-        shared=shared_parts(context, tasks, blocks),
+        shared=shared_parts(context, tasks, blocks, there=there),
         lost=sum(len(context.outputs(task)) for task in left if task.id not in doable | failed),
         retry_failed=retry_failed,
         found=found,
@@ -158,47 +152,19 @@ def preview(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """What a sweep reads before it writes anything."""
-
-    study: Study  # with the methods that the run has, and the commit of its backbone
-    begun: bool
-    tasks: list[Task]
-    split: Split
-    config: PreTrainedConfig  # of the decoder
-    blocks: int
-    width: int | None  # of an item table that all trials share
-
-
-def _read(study: Study, folder: Path, device: torch.device) -> _Inputs:
-    """Read and check what :func:`depthprobe.sweep.runner.run_sweep` does, in its order."""
-    asked, study = study, continued(folder, study)
-    before = manifest_before(folder)
-    recorded = None if before is None else before["backbone"]["revision"]
-    study = replace(study, backbone=pinned_now(pinned(study.backbone, recorded)))
-    config = pretrained_config(study.backbone).get_text_config(decoder=True)
-    blocks = int(config.num_hidden_layers)
-    tasks = plan(asked, blocks)
-    split = make_split(read_log(study, folder), study.protocol)
-    new_slices(study, split, before)
-    table = _table(study, split, device)
+def _check(inputs: Inputs, folder: Path, device: torch.device) -> int | None:
+    """Refuse what the sweep would; returns the width of an item table that all trials share."""
+    study, before = inputs.working, inputs.before
+    table = _table(study, inputs.split, device)
     _check_backbone(study)
     if before is not None:
-        manifest = new_manifest(study, split, table, device, None)
+        manifest = new_manifest(study, inputs.split, table, device, None)
         if study.item_table == TEXT:  # it is made of the titles and the backbone
             manifest["item_table"] = before["item_table"]
         check_same_inputs(folder, before, manifest, backbone_revision(study.backbone))
-    width = None if table is None else int(table.shape[1])
-    return _Inputs(
-        study=study,
-        begun=before is not None,
-        tasks=tasks,
-        split=split,
-        config=config,
-        blocks=blocks,
-        width=int(config.hidden_size) if study.item_table == TEXT else width,
-    )
+    if study.item_table == TEXT:
+        return int(inputs.config.hidden_size)
+    return None if table is None else int(table.shape[1])
 
 
 def _check_backbone(study: Study) -> None:
@@ -221,28 +187,15 @@ def _table(study: Study, split: Split, device: torch.device) -> Tensor | None:
     return make_table(study.item_table, study.backbone, ids, titles, device=device)
 
 
-def _workers(asked: int | None, device: torch.device, tasks: int) -> int:
-    """How many tasks the sweep would run at the same time."""
-    if asked is not None:
-        return min(asked, tasks)
-    if device.type == "cpu":
-        return min(provenance.available_cores(), MOST_JOBS, tasks)
-    return min(max(1, torch.cuda.device_count()), tasks)
-
-
-def _failed(context: Context, task: Task) -> bool:
-    outputs = context.outputs(task)
-    return any(map(is_failed, outputs)) and not all(map(is_done, outputs))
-
-
 def _rows(context: Context, tasks: Sequence[Task], failed: set[str]) -> list[Row]:
     rows = []
     for method in dict.fromkeys(task.method for task in tasks):
         own = [task for task in tasks if task.method == method]
-        outputs = [(task.id in failed, path) for task in own for path in context.outputs(task)]
-        done = sum(is_done(path) for _, path in outputs)
-        bad = sum(lost and not is_done(path) for lost, path in outputs)
-        told = bad or sum(is_failed(path) for _, path in outputs)
-        left = len(outputs) - done - bad
-        rows.append(Row(method, len(own), len(outputs), done, told, left))
+        found = [
+            (task.id in failed, state_of([path])) for task in own for path in context.outputs(task)
+        ]
+        done = sum(state == "done" for _, state in found)
+        bad = sum(lost and state != "done" for lost, state in found)
+        told = bad or sum(state == "failed" for _, state in found)
+        rows.append(Row(method, len(own), len(found), done, told, len(found) - done - bad))
     return sorted(rows, key=lambda row: METHODS.index(base_of(row.method)))

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from depthprobe.cost.machine import processor_name
+
 PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")
 
 
@@ -20,7 +22,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type,
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "cpu": _processor(),
+        "cpu": processor_name(),
         "cores": available_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.system(),
@@ -60,12 +62,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

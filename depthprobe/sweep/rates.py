@@ -21,9 +21,8 @@ from depthprobe.cost.memory import kinds_of
 from depthprobe.cost.prediction import training_bytes
 from depthprobe.cost.timing import interleaved_for
 from depthprobe.cost.workload import TOP, Workload
-from depthprobe.models.build import prompt_tokens, suffix_tokens
+from depthprobe.models.build import build_sasrec, prompt_tokens, suffix_tokens
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.sasrec import SASRec
 from depthprobe.study import BadInput, Study
 from depthprobe.sweep.context import LEARNED, TIMING, Context
 from depthprobe.sweep.pieces import Rates, Sizes
@@ -216,14 +215,7 @@ def _baseline(
     size = settings.recipe.batch_size
     longest = context.study.data.max_history
     workload = replace(workload, length=min(workload.length, longest))
-    model = SASRec(
-        workload.items,
-        width=settings.width,
-        blocks=settings.blocks,
-        heads=settings.heads,
-        drop=settings.dropout,
-        longest=longest,
-    ).to(device)
+    model = build_sasrec(settings, items=workload.items, longest=longest).to(device)
     histories = torch.randint(1, workload.items + 1, (size, workload.length), device=device)
     lengths = torch.full((size,), workload.length, device=device)
     a_step = stepping(cast("Recommender", model), workload, size)

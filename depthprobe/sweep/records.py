@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -111,10 +112,12 @@ def is_done(folder: Path) -> bool:
     return record is not None and record["status"] == "done"
 
 
-def is_failed(folder: Path) -> bool:
-    """Whether a trial has a record that says why it failed."""
-    record = read_record(folder)
-    return record is not None and record["status"] == "failed"
+def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
+    """Where a task is, by the folders that it leaves: ``failed`` if one of them says so."""
+    found = [record["status"] if (record := read_record(each)) else "left" for each in folders]
+    if all(status == "done" for status in found):
+        return "done"
+    return "failed" if "failed" in found else "left"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

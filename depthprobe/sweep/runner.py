@@ -6,18 +6,15 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from depthprobe.data.splits import make_split
 from depthprobe.files import write_json
-from depthprobe.models.backbones import pretrained_config
 from depthprobe.models.devices import resolve_device
-from depthprobe.models.revision import backbone_revision, describe, pinned, pinned_now
+from depthprobe.models.revision import backbone_revision, describe
 from depthprobe.study import Study
 from depthprobe.sweep import provenance, worker
 from depthprobe.sweep.claims import Claims, clear, whole_run
@@ -25,24 +22,20 @@ from depthprobe.sweep.context import TIMING, Context
 from depthprobe.sweep.executors import Outcome, Queue, run_here, run_in_processes
 from depthprobe.sweep.layout import (
     check_same_inputs,
-    continued,
     lay_out,
-    manifest_before,
     new_manifest,
-    new_slices,
-    read_log,
+    read_inputs,
     shared_table,
     tidy,
 )
-from depthprobe.sweep.plan import Task, plan
+from depthprobe.sweep.plan import Task
 from depthprobe.sweep.progress import Progress, Silent
-from depthprobe.sweep.records import is_done, is_failed, read_record, write_failure
+from depthprobe.sweep.records import read_record, state_of, write_failure
 from depthprobe.sweep.slicing import write_slices
 from depthprobe.sweep.store import MANIFEST, TABLES, Run, open_run, write_tables
 from depthprobe.sweep.team import Team, find_team
 from depthprobe.sweep.timing import covers, measure
 from depthprobe.training.loop import DivergedError
-from depthprobe.training.tracking import check_trackers
 
 MOST_JOBS = 4  # by default on a CPU: each job holds its own copy of the model
 
@@ -85,23 +78,14 @@ def run_sweep(
     disable_progress_bar()  # one bar a loaded model would drown what the watcher says
     folder = Path(output) if output is not None else Path("runs") / study.name
     device = resolve_device(study.device)
-    check_trackers(study.tracking.to)
-    asked, study = study, continued(folder, study)
-    before = manifest_before(folder)
-    recorded = None if before is None else before["backbone"]["revision"]
-    backbone = pinned_now(pinned(study.backbone, recorded))
-    config = pretrained_config(backbone)
-    tasks = plan(asked, int(config.get_text_config(decoder=True).num_hidden_layers))
-    sequences = read_log(study, folder)
-    split = make_split(sequences, study.protocol)  # refuses a log in which nobody can be asked
-    slices = new_slices(study, split, before)
-    working = replace(study, backbone=backbone)  # the study, but for the name of the commit
-    table = shared_table(working, sequences, folder, device, watcher)
-    manifest = new_manifest(study, split, table, device, command)
-    revision = backbone_revision(backbone)
+    inputs = read_inputs(study, folder)
+    working, before, slices = inputs.working, inputs.before, inputs.slices
+    table = shared_table(working, inputs.split.sequences, folder, device, watcher)
+    manifest = new_manifest(inputs.study, inputs.split, table, device, command)
+    revision = backbone_revision(working.backbone)
     check_same_inputs(folder, before, manifest, revision)
     if before is None:  # else nothing may be left to do, and loading takes long
-        manifest["backbone"] = describe(backbone, revision)
+        manifest["backbone"] = describe(working.backbone, revision)
 
     began = time.perf_counter()
     team.wait()  # all have read the folder as it was
@@ -110,15 +94,15 @@ def run_sweep(
         overtaken = team.agree(before is None and (folder / MANIFEST).is_file())
         if not overtaken:
             if team.writes:
-                lay_out(folder, study, split, table, manifest)
+                lay_out(folder, inputs.study, inputs.split, table, manifest)
                 if slices is not None:
                     write_slices(slices, folder / "shared")
-            waiting, done, failed = team.agree(_sorted(context, tasks, retry_failed))
+            waiting, done, failed = team.agree(_sorted(context, inputs.tasks, retry_failed))
             if waiting and team.writes:
                 _measure_once(context, manifest["backbone"]["blocks"], watcher)
     if overtaken:  # another sweep has begun the run since it was looked at: this one continues it
         return run_sweep(
-            asked,
+            study,
             folder,
             jobs=jobs,
             command=command,
@@ -130,7 +114,7 @@ def run_sweep(
         watcher.message(f"{len(failed)} failed before; --retry-failed runs them again")
     claims = Claims(folder, context.outputs, waiting, team)
     queue = Queue(waiting, claims, done=done, failed=failed)
-    workers = 0 if team.processes > 1 else _jobs(jobs, device, len(waiting))
+    workers = 0 if team.processes > 1 else jobs_at_once(jobs, device, len(waiting))
     threads = max(1, provenance.available_cores() // max(1, workers))
     origin = _provenance(manifest, device, threads)
     try:
@@ -140,9 +124,8 @@ def run_sweep(
             team.wait()
     finally:
         claims.leave_all()
-    run = open_run(folder)
     if not team.writes:
-        return run
+        return open_run(folder)
     if waiting or slices is not None or not all((folder / name).exists() for name in TABLES):
         with whole_run(folder, watcher.message):
             tidy(folder)
@@ -166,11 +149,11 @@ def _sorted(
     """Tasks to do; trials that are done; tasks that failed before and are left so."""
     waiting, done, failed = [], set[str](), set[str]()
     for task in tasks:
-        outputs = context.outputs(task)
-        if all(map(is_done, outputs)):
-            done |= {task.id, *(trial.id for trial in task.trials)}
-        elif not retry and any(map(is_failed, outputs)):
-            failed |= {task.id, *(trial.id for trial in task.trials)}
+        state = state_of(context.outputs(task))
+        if state == "done":
+            done |= task.names
+        elif state == "failed" and not retry:
+            failed |= task.names
         else:
             waiting.append(task)
     return waiting, done, failed
@@ -232,7 +215,8 @@ def _measure_once(context: Context, blocks: int, watcher: Progress) -> None:
         write_json(path, measure(context, blocks))
 
 
-def _jobs(asked: int | None, device: torch.device, tasks: int) -> int:
+def jobs_at_once(asked: int | None, device: torch.device, tasks: int) -> int:
+    """How many of so many tasks run at the same time; 0: in this process."""
     if asked is not None:
         return min(asked, tasks)
     if device.type == "cpu":

@@ -22,14 +22,20 @@ class Part:
     there: int
 
 
-def shared_parts(context: Context, tasks: Sequence[Task], blocks: int) -> list[Part]:
-    """What is made once a run or once a seed, and how many of it are there."""
+def shared_parts(
+    context: Context, tasks: Sequence[Task], blocks: int, *, there: frozenset[str]
+) -> list[Part]:
+    """What is made once a run or once a seed, and how many of it are there.
+
+    Args:
+        there: features and greedy removals that are, see :func:`made`.
+    """
     study, shared = context.study, context.shared
 
     def trials(method: str) -> Part:
         own = [whole_trial(method, seed, blocks) for seed in range(study.seeds)]
-        there = sum(is_done(context.trial_folder(trial)) for trial in own)
-        return Part(method, len(own), there)
+        done = sum(is_done(context.trial_folder(trial)) for trial in own)
+        return Part(method, len(own), done)
 
     parts = [Part("data", 1, int((shared / DATA / DATA_MANIFEST).is_file()))]
     if study.protocol.sampled:
@@ -44,10 +50,10 @@ def shared_parts(context: Context, tasks: Sequence[Task], blocks: int) -> list[P
     ]
     features = {name for task in tasks if (name := features_of(study, task)) is not None}
     if features:
-        parts.append(Part("features", len(features), len(features & made(context, blocks))))
+        parts.append(Part("features", len(features), len(features & there)))
     removals = {greedy_id(task.seed) for task in tasks if asks_greedy(study, task)}
     if removals:
-        parts.append(Part("removals", len(removals), len(removals & made(context, blocks))))
+        parts.append(Part("removals", len(removals), len(removals & there)))
     parts.append(Part("times", 1, int((shared / TIMING).exists())))
     return parts
 

@@ -11,7 +11,7 @@ from depthprobe.study import BadInput
 from depthprobe.sweep.claims import held
 from depthprobe.sweep.context import LOGS, PROBES, TRIALS
 from depthprobe.sweep.plan import Task, plan
-from depthprobe.sweep.records import is_done, read_record
+from depthprobe.sweep.records import read_record, state_of
 from depthprobe.sweep.store import MANIFEST, open_run
 
 TAIL = 4096  # bytes of a log that are looked at
@@ -84,10 +84,9 @@ def _bare(line: str) -> str:
 
 def _state(folder: Path, task: Task) -> tuple[str, str]:
     names = [f"{TRIALS}/{trial.id}" for trial in task.trials] or [f"{PROBES}/{task.id}"]
-    if all(is_done(folder / name) for name in names):
-        return "done", ""
-    for name in names:
-        record = read_record(folder / name)
-        if record is not None and record["status"] == "failed":
-            return "failed", " ".join(str(record["error"]).split())
-    return "left", ""
+    outputs = [folder / name for name in names]
+    state = state_of(outputs)
+    if state != "failed":
+        return state, ""
+    errors = (record["error"] for path in outputs if (record := read_record(path)))
+    return state, " ".join(str(next(filter(None, errors), "")).split())

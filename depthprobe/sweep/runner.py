@@ -213,6 +213,7 @@ def _measure_once(context: Context, blocks: int, watcher: Progress) -> None:
     if not path.exists() or not covers(json.loads(path.read_text()), context, blocks):
         watcher.message("timing every depth, alone on the machine")
         write_json(path, measure(context, blocks))
+        watcher.message("every depth is timed")
 
 
 def jobs_at_once(asked: int | None, device: torch.device, tasks: int) -> int:

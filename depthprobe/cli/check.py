@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 
 from depthprobe.cli.options import check_backbone as refuse_unusable
-from depthprobe.cli.options import check_writable
 from depthprobe.cli.tables import show_table
 from depthprobe.files import complete_file
-from depthprobe.study import BadInput
+from depthprobe.study import BadInput, check_writable
 
 PAGE = "architectures.md"
 

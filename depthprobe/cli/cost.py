@@ -12,11 +12,10 @@ from depthprobe.cli.options import (
     check_backbone,
     check_revision,
     check_settings,
-    check_writable,
     number,
     whole,
 )
-from depthprobe.study import BadInput
+from depthprobe.study import BadInput, check_writable
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,13 +15,12 @@ from depthprobe.cli.options import (
     SplitPoints,
     check_data,
     check_split_at,
-    check_writable,
     checked,
     number,
     split_list,
     whole,
 )
-from depthprobe.study import BadInput, Study
+from depthprobe.study import BadInput, Study, check_writable
 
 PICTURES = (".png", ".svg", ".pdf")
 # what the flags set of a study, whose settings are checked when it is made

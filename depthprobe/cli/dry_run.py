@@ -30,8 +30,8 @@ PARTS = {
 }
 
 COUNTED = (
-    "every training to its last epoch, though early stopping may end it sooner; not the report,"
-    " nor what else this machine is busy with"
+    "every training to its last epoch, though early stopping may end it sooner and a cache may"
+    " have it; not the report, nor what else this machine is busy with"
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from depthprobe.study import (
     Protocol,
     Study,
     Variant,
+    check_writable,
     demo_study,
     load_study,
     override,
@@ -50,6 +50,7 @@ class StudyFlags:
     seeds: int | None = None
     epochs: int | None = None
     budget: str | None = None
+    cache: str | None = None
     device: str | None = None
     tuning: str | None = None
     item_embeddings: str | None = None
@@ -79,6 +80,7 @@ def make_study(flags: StudyFlags) -> Study:
         "seeds": flags.seeds,
         "budget": flags.budget,
         "device": flags.device,
+        "cache": flags.cache,
         "recipe.epochs": flags.epochs,
         "data.source": flags.data,
         "backbone.source": flags.backbone,
@@ -214,15 +216,6 @@ def check_output(path: Path) -> None:
     if held and not is_run(path):
         raise BadInput("output", path, "a new or empty folder, or an earlier run")
     check_writable("output", path)
-
-
-def check_writable(field: str, path: Path) -> None:
-    """Refuse a folder that could not be made: below a file, or without the permission."""
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise BadInput(field, path, f"a folder ({existing} is a file)")
-    if not os.access(existing, os.W_OK):
-        raise BadInput(field, path, f"a folder that can be written ({existing} can't)")
 
 
 def is_run(path: Path) -> bool:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 
 import typer
 
-from depthprobe.cli.options import check_at_least, check_settings, check_writable, whole
+from depthprobe.cli.options import check_at_least, check_settings, whole
 from depthprobe.files import complete_file
-from depthprobe.study import BadInput
+from depthprobe.study import BadInput, check_writable
 
 if TYPE_CHECKING:
     from depthprobe.models.exported import ExportedRecommender

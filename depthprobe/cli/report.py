@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from depthprobe.cli.options import check_run, check_writable
-from depthprobe.study import BadInput
+from depthprobe.cli.options import check_run
+from depthprobe.study import BadInput, check_writable
 
 
 def report(

@@ -108,6 +108,13 @@ def command(phase: Phase) -> Callable[..., int]:
             str | None,
             typer.Option(metavar="steps|compute", help="What all trainings have the same of."),
         ] = None,
+        cache: Annotated[
+            str | None,
+            typer.Option(
+                metavar="DIR",
+                help="Take equal trainings of other runs from there, and leave new ones.",
+            ),
+        ] = None,
         executor: Annotated[
             str, typer.Option(metavar="|".join(EXECUTORS), help="What runs the trials.")
         ] = "local",
@@ -150,6 +157,7 @@ def command(phase: Phase) -> Callable[..., int]:
             seeds=seeds,
             epochs=epochs,
             budget=budget,
+            cache=cache,
             device=device,
             tuning=tuning,
             item_embeddings=item_embeddings,

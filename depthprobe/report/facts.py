@@ -64,6 +64,7 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
                              "all candidates at once (Bonferroni). Early exits and all trained "
                              "methods are candidates; baselines, random init and skips are not."),
         ("timing", _timing(manifest.get("timing") or {})),
+        ("reused trainings", _reused(run.records)),
         ("machine", _machine(manifest.get("machine", {}), long=True)),
         ("versions", _pairs(manifest.get("versions", {}))),
         ("git commit", _git(manifest.get("git") or {})),
@@ -189,6 +190,18 @@ def _timing(timing: Mapping[str, Any]) -> str:
         f"{_pairs(timing)}. Rounds are interleaved over depths, so that a drift of the machine "
         "meets all alike. Inference is encoding the users and scoring the catalogue; a training "
         "step is forward, backward and update."
+    )
+
+
+def _reused(records: Iterable[Mapping[str, Any]]) -> str:
+    """How many trainings come from the cache: their seconds were measured in another run."""
+    trainings = [(record.get("costs") or {}).get("training") for record in records]
+    found = sum(bool(each and each.get("reused")) for each in trainings)
+    if not found:
+        return ""
+    return (
+        f"{found} trials have their training from the cache, where an earlier run on such a "
+        "machine left it: its seconds were measured there. They were tested anew."
     )
 
 

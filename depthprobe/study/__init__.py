@@ -1,6 +1,6 @@
 """What to run: frozen dataclasses, TOML in, canonical hash out. Imports nothing heavy."""
 
-from depthprobe.study.errors import BadInput
+from depthprobe.study.errors import BadInput, check_writable
 from depthprobe.study.inputs import (
     ATTENTIONS,
     PROMPT,
@@ -74,6 +74,7 @@ __all__ = [
     "Tracking",
     "Variant",
     "base_of",
+    "check_writable",
     "demo_study",
     "differences",
     "load_study",

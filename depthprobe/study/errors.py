@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -39,3 +40,12 @@ def one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
     """Refuse a word that is none of the allowed ones."""
     if value not in allowed:
         raise BadInput(field, value, f"one of {', '.join(allowed)}")
+
+
+def check_writable(field: str, path: Path) -> None:
+    """Refuse a folder that could not be made: below a file, or without the permission."""
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise BadInput(field, path, f"a folder ({existing} is a file)")
+    if not os.access(existing, os.W_OK):
+        raise BadInput(field, path, f"a folder that can be written ({existing} can't)")

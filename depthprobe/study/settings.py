@@ -21,6 +21,7 @@ NOT_DECIDING = frozenset(
     {
         "name",
         "device",
+        "cache",
         "methods",
         "protocol.user_slices",
         "protocol.item_slices",
@@ -40,7 +41,8 @@ class Study:
     ``item_width`` wide, trained with the recommender). ``train_items`` trains the others too.
     ``budget``: every model is trained for the same ``steps``, or with the same ``compute``: a
     shallower one then for more epochs, in the ratio of their FLOPs, and ``elastic`` with that of
-    all depths together.
+    all depths together. ``cache`` is a folder whose trainings several runs share: one that has been
+    done before, equal in all that decides it, is not done again.
     """
 
     name: str = "study"
@@ -49,6 +51,7 @@ class Study:
     seeds: int = 2
     budget: Literal["steps", "compute"] = "steps"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    cache: str | None = None
     item_table: str = "sasrec"
     item_width: int = 64
     train_items: bool = False

@@ -66,6 +66,11 @@ class Context:
         """The file from which a training that was killed goes on; gone once the trial is done."""
         return self.folder / CHECKPOINTS / f"{trial.id}.safetensors"
 
+    @property
+    def cache(self) -> Path | None:
+        """The folder of what runs share, if the study names one."""
+        return None if self.study.cache is None else Path(self.study.cache).expanduser()
+
     def tracked(self, trial: Trial) -> AbstractContextManager[Track]:
         """What a training of the trial tells its numbers to."""
         return tracked(

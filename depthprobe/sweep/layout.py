@@ -23,7 +23,14 @@ from depthprobe.models.backbones import pretrained_config
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
 from depthprobe.models.revision import pinned, pinned_now
 from depthprobe.study import METHODS as NAMES
-from depthprobe.study import BadInput, Study, base_of, differences, study_to_toml
+from depthprobe.study import (
+    BadInput,
+    Study,
+    base_of,
+    check_writable,
+    differences,
+    study_to_toml,
+)
 from depthprobe.sweep import provenance
 from depthprobe.sweep.context import (
     CHECKPOINTS,
@@ -79,10 +86,12 @@ def read_inputs(study: Study, folder: Path) -> Inputs:
     The tasks are those that the study itself asks for.
 
     Raises:
-        BadInput: if a tracker, the data, the backbone or the depths can't be used, or the folder
-            holds another study.
+        BadInput: if a tracker, the cache, the data, the backbone or the depths can't be used, or
+            the folder holds another study.
     """
     check_trackers(study.tracking.to)
+    if study.cache is not None:
+        check_writable("cache", Path(study.cache).expanduser())
     asked, study = study, continued(folder, study)
     before = manifest_before(folder)
     recorded = None if before is None else before["backbone"]["revision"]

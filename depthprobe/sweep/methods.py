@@ -9,6 +9,7 @@ import numpy as np
 from depthprobe.cost.parameters import count_parameters
 from depthprobe.evaluation.evaluate import evaluate
 from depthprobe.models.popularity import Popularity
+from depthprobe.sweep.cache import result_file
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.plan import Task
 from depthprobe.sweep.probes import PROBES
@@ -32,9 +33,10 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
     """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
     (trial,) = task.trials
     model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
+    objective = NextItem(model, recipe)
     with context.tracked(trial) as track:
         done = fit(
-            NextItem(model, recipe),
+            objective,
             context.windows,
             recipe=recipe,
             validate=lambda: context.validate(model),
@@ -43,6 +45,7 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
             log=context.log,
             track=track,
             checkpoint=context.checkpoint(trial),
+            result=result_file(context, trial, objective, recipe),
         )
     ranks = evaluate(model, context.test, device=context.device)
     yield Result(trial, ranks, count_parameters(model), fit=done, model=model)

@@ -51,6 +51,7 @@ def write_result(
             "flops": result.training_flops,
             "processes": fit.processes,
             "parts": fit.parts,
+            "reused": fit.reused,
             "resumed_at": fit.resumed_at,
             "best_epoch": fit.best_epoch,
             "losses": fit.losses,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from filelock import FileLock
 
 from depthprobe.files import complete_folder, write_json
 from depthprobe.study import base_of, parse_layers, settings_of
+from depthprobe.sweep.cache import features_folder, share_folder
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.plan import Trial
 from depthprobe.training.distillation import wanted_features
@@ -53,7 +55,8 @@ def _features(context: Context, trial: Trial, wanted: Wanted) -> Path:
     than that of the record are never read.
     """
     whole = _of_all_students(context, trial, wanted)
-    origin = json.dumps(asdict(whole)) + context.teacher_mark(trial.seed, trial.blocks)
+    mark = context.teacher_mark(trial.seed, trial.blocks)
+    origin = json.dumps(asdict(whole)) + mark
     digest = hashlib.sha256(origin.encode()).hexdigest()[:12]
     stem = f"{FEATURES}-s{trial.seed}-{whole.objective}-"
     folder = context.shared / f"{stem}{digest}"
@@ -62,12 +65,20 @@ def _features(context: Context, trial: Trial, wanted: Wanted) -> Path:
             return folder
         for stale in context.shared.glob(f"{stem}*"):
             shutil.rmtree(stale)
+        kept = features_folder(context, mark, whole)
+        if kept is not None and kept.is_dir():
+            context.log(f"what the teacher of seed {trial.seed} says, from the cache")
+            share_folder(kept, folder)
+            return folder
         context.log(f"what the teacher of seed {trial.seed} says, for all students")
         teacher, windows = context.teacher(trial.seed, trial.blocks), context.windows
         began = time.perf_counter()
         with complete_folder(folder) as temporary:
             write_features(teacher, windows, whole, folder=temporary, device=context.device)
             write_json(temporary / SECONDS, {"seconds": time.perf_counter() - began})
+        if kept is not None:
+            with suppress(OSError):  # others' gain is no reason to end this trial
+                share_folder(folder, kept)
     return folder
 
 

@@ -20,6 +20,7 @@ from depthprobe.probing.early_exit import early_exit
 from depthprobe.probing.screening import nearest_spans
 from depthprobe.study import ASKED, Recipe, settings_of
 from depthprobe.sweep.budget import budgeted, trained_epoch
+from depthprobe.sweep.cache import result_file
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.plan import Task, Trial, whole_trial
 from depthprobe.sweep.probes import angular_distances, outside, part_of, removal
@@ -161,6 +162,7 @@ def _fit(
             log=context.log,
             track=track,
             checkpoint=context.checkpoint(trial),
+            result=result_file(context, trial, objective, recipe),
         )
 
 

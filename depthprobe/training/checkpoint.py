@@ -44,6 +44,7 @@ class Fit:
     scores: list[float] = field(default_factory=list)  # validation NDCG@10 a epoch
     processes: int = 1
     parts: int = field(default=1, compare=False)  # that a batch is computed in
+    reused: bool = field(default=False, compare=False)  # the result of an equal training before
     resumed_at: list[int] = field(default_factory=list, compare=False)  # steps
 
 
@@ -99,17 +100,22 @@ def identity(
         for name, weight in objective.named_parameters()
         if weight.requires_grad
     ]
-    sizes = np.array([len(window) for window in windows], dtype=np.int64)
-    digest = hashlib.sha256(sizes.tobytes())
-    digest.update(np.concatenate(windows).astype(np.int64).tobytes())
     return {
         "objective": type(objective).__name__,
         **{f"recipe.{name}": value for name, value in asdict(recipe).items()},
         "seed": seed,
         "processes": processes,
-        "windows": digest.hexdigest()[:16],
+        "windows": windows_digest(windows),
         "weights": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
     }
+
+
+def windows_digest(windows: list[np.ndarray]) -> str:
+    """Hash of the training windows, in their order."""
+    sizes = np.array([len(window) for window in windows], dtype=np.int64)
+    found = hashlib.sha256(sizes.tobytes())
+    found.update(np.concatenate(windows).astype(np.int64).tobytes())
+    return found.hexdigest()[:16]
 
 
 class Checkpoint:
@@ -145,6 +151,14 @@ class Checkpoint:
                 save_file(own, temporary, metadata={"depthprobe": text})
         self._last = time.perf_counter()
         self._took = self._last - began
+
+    def result(self) -> Saved | None:
+        """What a training left in the file that has ended; None where there is no such thing."""
+        try:
+            saved = self.read()
+        except ValueError:  # damaged, or of an older format: as good as none
+            return None
+        return saved if saved is not None and saved.progress.ended else None
 
     def read(self) -> Saved | None:
         """What the file holds; None where there is none.

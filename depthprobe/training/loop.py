@@ -47,6 +47,7 @@ def fit(
     log: Callable[[str], None] = lambda line: None,
     track: Track = nobody,
     checkpoint: Path | None = None,
+    result: Path | None = None,
     every: float = 60.0,
 ) -> Fit:
     """Train in place and leave the best weights there, in eval mode.
@@ -66,6 +67,9 @@ def fit(
         checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds.
             It stays when the training ends, as one that has ended, until the caller deletes it:
             so nothing is lost if the process dies before its result is saved.
+        result: a file of the result. If it holds that of an equal training, that is taken and
+            nothing is trained, else it is written in the end. It must be named by what decides the
+            result: the checks here know neither the first weights nor the settings of the loss.
 
     Raises:
         DivergedError: if the loss or its gradient is not finite; the message names the step, and
@@ -83,28 +87,33 @@ def fit(
     tell = track if accelerator.is_main_process else nobody
     progress = Progress(Fit(processes=processes, parts=recipe.accumulation))
     best: dict[str, Tensor] = {}
-    store = saved = None
-    if checkpoint is not None:
-        origin = identity(objective, windows, recipe=recipe, seed=seed, processes=processes)
-        store = Checkpoint(checkpoint, origin, every=every)
-        saved = store.read()
+    origin = identity(objective, windows, recipe=recipe, seed=seed, processes=processes)
+    store, kept = (
+        None if path is None else Checkpoint(path, origin, every=every)
+        for path in (checkpoint, result)
+    )
+    saved = None if kept is None else kept.result()
+    if reused := saved is not None:
+        saved.progress.fit.reused = True
+        say("an equal training has ended before: its result is taken")
+    elif store is not None and (saved := store.read()) is not None:
+        saved.progress.fit.resumed_at.append(saved.progress.fit.steps)
+        say(f"going on from step {saved.progress.fit.steps}")
     if saved is not None:
         progress, best = saved.progress, saved.part("best")
         restore_weights(objective, saved.part("weights"))
-        progress.fit.resumed_at.append(progress.fit.steps)
-        say(f"going on from step {progress.fit.steps}")
-    result, before = progress.fit, progress.fit.seconds
+    done, before = progress.fit, progress.fit.seconds
     trained = spread(accelerator, objective, recipe)
-    trained.check_together(result.steps)
+    trained.check_together(done.steps)
     if saved is not None:
         restore_moments(trained, saved)
 
     def save() -> None:
-        result.seconds = before + time.perf_counter() - began
+        done.seconds = before + time.perf_counter() - began
         if store is not None:
             store.write(trained, progress, best)
 
-    pace = Pace(say, result.steps)
+    pace = Pace(say, done.steps)
     with _compiled(trained.inner, recipe.compile):
         while not progress.ended:
             _train_epoch(
@@ -123,19 +132,26 @@ def fit(
             with torch.compiler.set_stance("force_eager"):  # lengths of all kinds, once an epoch
                 score = trained.agree(validate())
             progress.end_epoch(score)
-            loss = result.losses[-1]
-            say(f"epoch {result.epochs}/{recipe.epochs}  loss {loss:.4f}  ndcg@10 {score:.4f}")
-            tell(result.steps, {"epoch": result.epochs, "loss": loss, "ndcg@10": score})
-            if result.best_epoch == result.epochs:
+            loss = done.losses[-1]
+            say(f"epoch {done.epochs}/{recipe.epochs}  loss {loss:.4f}  ndcg@10 {score:.4f}")
+            tell(done.steps, {"epoch": done.epochs, "loss": loss, "ndcg@10": score})
+            if done.best_epoch == done.epochs:
                 best = _on_cpu(objective)
-            waited = result.epochs - result.best_epoch
-            progress.ended = result.epochs == recipe.epochs or waited >= recipe.patience
+            waited = done.epochs - done.best_epoch
+            progress.ended = done.epochs == recipe.epochs or waited >= recipe.patience
     restore_weights(objective, best)
     objective.eval()
+    if reused:
+        return done
     if store is not None and store.is_due():
         save()
-    result.seconds = before + time.perf_counter() - began
-    return result
+    done.seconds = before + time.perf_counter() - began
+    if kept is not None:
+        try:
+            kept.write(trained, progress, best)
+        except OSError as error:  # others' gain is no reason to lose this training
+            say(f"its result is not kept for others: {error}")
+    return done
 
 
 def _train_epoch(

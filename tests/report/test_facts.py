@@ -90,3 +90,11 @@ def test_cleaning_statistics_and_warnings(make: Make, tmp_path: Path) -> None:
     assert {f"Data: {warning}." for warning in data["warnings"]} <= set(shown)
     unclean = summary_of(make, tmp_path, "leave-one-out", cleaning=steps[:1])
     assert dict(how_measured(unclean))["cleaning"] == "none"
+
+
+def test_trainings_from_the_cache_are_counted(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, methods=["full", "finetune"], seeds=1, users=60)
+    assert "reused trainings" not in dict(how_measured(summarise(run)))
+    for record in run.records:
+        record["costs"]["training"] = {"reused": record["method"] == "full"}
+    assert dict(how_measured(summarise(run)))["reused trainings"].startswith("1 trials")

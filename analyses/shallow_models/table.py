@@ -44,30 +44,36 @@ def kept(run: Run, summary: Summary) -> Iterator[str]:
         yield f"| {name} | {'-'.join(map(str, sorted(seeds)))} | {' | '.join(cells)} |"
 
 
-def changes(summary: Summary) -> Iterator[str]:
-    """A line a way of training, at the depth that has most of them, against fine-tuning."""
+def changes(run: Run, summary: Summary) -> Iterator[str]:
+    """A line a way of training against fine-tuning, at the depth that has most of them.
+
+    With a budget of compute at every depth: there it is the question what each depth costs.
+    """
     table = ablation_table(summary)
     if table is None:
         return
     numbers = table.frame
     most = numbers.groupby("depth").size().sort_values(kind="stable").index[-1]
+    depths = numbers["depth"].unique() if run.study.budget == "compute" else [most]
     head = "NDCG@10 | change against fine-tuning, % | training s | with teacher s"
-    yield f"| {most} blocks | {head} |"
-    yield "|---|---|---|---|---|"
-    for row in numbers[numbers["depth"] == most].to_dict(orient="records"):
-        ratio = Interval(row["ratio"] - 1, row["ratio low"] - 1, row["ratio high"] - 1)
-        change = "" if row["method"] == "finetune" else percent(ratio)
-        seconds = row["training seconds"]
-        taught = seconds + row["teacher seconds"]
-        name = method_style(row["method"]).label
-        yield f"| {name} | {row['NDCG@10']:.4f} | {change} | {seconds:.1f} | {taught:.1f} |"
+    for depth in depths:
+        yield f"| {depth} {'block' if depth == 1 else 'blocks'} | {head} |"
+        yield "|---|---|---|---|---|"
+        for row in numbers[numbers["depth"] == depth].to_dict(orient="records"):
+            ratio = Interval(row["ratio"] - 1, row["ratio low"] - 1, row["ratio high"] - 1)
+            change = "" if row["method"] == "finetune" else percent(ratio)
+            seconds = row["training seconds"]
+            taught = seconds + row["teacher seconds"]
+            name = method_style(row["method"]).label
+            yield f"| {name} | {row['NDCG@10']:.4f} | {change} | {seconds:.1f} | {taught:.1f} |"
+        yield ""
 
 
 def main() -> None:
     for path in sys.argv[1:]:
         run = open_run(path)
         summary = summarise(run)
-        print("\n".join([*kept(run, summary), "", *changes(summary), ""]))
+        print("\n".join([*kept(run, summary), "", *changes(run, summary)]))
 
 
 if __name__ == "__main__":

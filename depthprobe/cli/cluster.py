@@ -44,6 +44,7 @@ def run_on_cluster(
         The run, or None if no job ended well.
     """
     from depthprobe.sweep.cluster import JOBS, SharedSweep, array_id, follow, submit
+    from depthprobe.sweep.records import failures as known
     from depthprobe.sweep.store import open_run
 
     folder = folder.absolute()
@@ -51,7 +52,7 @@ def run_on_cluster(
         study=study,
         folder=str(folder),
         command=line,
-        retry_failed=retry_failed,
+        retry=known(folder) if retry_failed else {},
         watcher=job_lines,
     )
     count = 1 if jobs is None else jobs

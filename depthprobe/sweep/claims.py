@@ -5,7 +5,7 @@ The locks are the operating system's (``flock``): whoever dies, by any signal, h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from depthprobe.sweep.plan import Task
-from depthprobe.sweep.records import RECORD, state_of
+from depthprobe.sweep.records import state_of, to_retry
 from depthprobe.sweep.team import Team
 
 LOCKS = ".locks"
@@ -29,16 +29,17 @@ class Claims:
     Args:
         folder: of the run.
         outputs: the folders that a task leaves.
-        failed: tasks whose failures were there before and are to be tried again.
+        retry: failures that are tried again, with how often they had failed when the command
+            was given: those alone, so that each is tried once a command.
         team: processes that train together: the first one claims for all.
     """
 
     def __init__(
-        self, folder: Path, outputs: Outputs, failed: list[Task], team: Team | None = None
+        self, folder: Path, outputs: Outputs, retry: Mapping[str, int], team: Team | None = None
     ) -> None:
         self._folder, self._outputs, self._team = folder / LOCKS, outputs, team or Team()
         self._locks: dict[str, FileLock] = {}
-        self._before = {task.id: self._marks(task) for task in failed}
+        self._retry = retry
 
     def take(self, task: Task) -> State:
         """Claim a task: ``ours`` now, ``theirs``, or it was ``done`` or ``failed`` meanwhile."""
@@ -68,25 +69,12 @@ class Claims:
         except Timeout:
             return "theirs"
         self._locks[task.id] = lock
-        state = state_of(self._outputs(task))
-        if state == "failed" and self._marks(task) == self._before.get(task.id):
-            state = "left"  # nobody has tried it again since
-        if state == "left":
+        outputs = self._outputs(task)
+        state = state_of(outputs)
+        if state == "left" or (state == "failed" and to_retry(outputs, self._retry)):
             return "ours"
         self.leave(task)
         return state
-
-    def _marks(self, task: Task) -> list[tuple[int, int] | None]:
-        """What changes when a record is written again, whatever the clock says."""
-        found: list[tuple[int, int] | None] = []
-        for folder in self._outputs(task):
-            try:
-                status = (folder / RECORD).stat()
-            except OSError:
-                found.append(None)
-            else:
-                found.append((status.st_ino, status.st_mtime_ns))
-        return found
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +35,18 @@ class SharedSweep:
     A job that is pre-empted or runs out of time is queued again, and goes on from the checkpoint
     of the training that it was at. It trains in its own process: SLURM signals all processes of a
     job, and a worker that died of a pre-emption would pass for a trial that failed.
+
+    Attributes:
+        retry: failures that were there when the jobs were submitted, and are to be tried again:
+            by the first job that comes to them, and no more when that was in vain.
+        watcher: called in the job, so it goes there by its name.
     """
 
     study: Study
     folder: str
     command: str | None = None
-    retry_failed: bool = False
-    watcher: Callable[[], Progress] = Silent  # called in the job, so it goes there by its name
+    retry: Mapping[str, int] = field(default_factory=dict)
+    watcher: Callable[[], Progress] = Silent
 
     def __call__(self) -> None:
         """Run it."""
@@ -53,7 +58,7 @@ class SharedSweep:
             jobs=0,
             command=self.command,
             progress=self.watcher(),
-            retry_failed=self.retry_failed,
+            retry_failed=self.retry,
         )
 
     def checkpoint(self) -> DelayedSubmission:

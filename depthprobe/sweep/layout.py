@@ -29,6 +29,7 @@ from depthprobe.study import (
     base_of,
     check_writable,
     differences,
+    load_study,
     study_to_toml,
 )
 from depthprobe.sweep import provenance
@@ -119,7 +120,8 @@ def continued(folder: Path, study: Study) -> Study:
         return study
     if not (folder / STUDY).is_file():
         raise BadInput("output", str(folder), "a new or empty folder, or an earlier run")
-    before = open_run(folder).study
+    # it is written first: a sweep that was killed right then has left nothing else
+    before = load_study(folder / STUDY)
     changed = differences(before, study)
     if changed:
         allowed = f"another folder, or the study it began with ({'; '.join(changed)})"

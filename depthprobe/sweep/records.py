@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.files import complete_folder, write_json
 from depthprobe.models.build import save_trained
 from depthprobe.probing.maps import save_replacement
-from depthprobe.sweep.context import MODEL
+from depthprobe.study import BadInput
+from depthprobe.sweep.context import MODEL, PROBES, TRIALS
 from depthprobe.sweep.plan import Task, Trial
 from depthprobe.sweep.results import Result, Scores
 
@@ -103,8 +104,9 @@ def write_failure(folders: list[Path], task: Task, error: str, provenance: dict[
     records = records or [_table_record(task, "failed", told, provenance)]
     for folder, record in zip(folders, records, strict=True):
         if not is_done(folder):
+            counted = record | {"attempts": attempts(folder) + 1}
             with complete_folder(folder) as temporary:
-                write_json(temporary / RECORD, record)
+                write_json(temporary / RECORD, counted)
 
 
 def is_done(folder: Path) -> bool:
@@ -121,13 +123,61 @@ def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
     return "failed" if "failed" in found else "left"
 
 
+def attempts(folder: Path) -> int:
+    """How often in a row what belongs in a folder has failed; 0 if it holds no failure."""
+    record = read_record(folder)
+    if record is None or record["status"] != "failed":
+        return 0
+    return int(record.get("attempts", 1))
+
+
+def failures(run: Path) -> dict[str, int]:
+    """The names of what has failed in a run, and how often: what a command may try once more."""
+    every = [folder for place in (TRIALS, PROBES) for folder in (run / place).glob("*")]
+    return {folder.name: count for folder in every if (count := attempts(folder))}
+
+
+def to_retry(folders: Sequence[Path], known: Mapping[str, int]) -> bool:
+    """Whether all that a failed task left failed is as it was known: nobody has tried since."""
+    found = {folder.name: attempts(folder) for folder in folders}
+    return all(known.get(name) == count for name, count in found.items() if count)
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a trial's folder; None if it is absent or damaged, so that it is made anew."""
+    """The record in a trial's folder; None if it is absent or damaged, so that it is made anew.
+
+    One that is done without its table is damaged.
+    """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        return None
+    if record["status"] == "done" and not any((folder / name).exists() for name in (USERS, SCORES)):
+        return None
+    return record
+
+
+def read_users(folder: Path) -> pd.DataFrame:
+    """The ranks of a finished trial: user, protocol, rank.
+
+    Raises:
+        BadInput: if they can't be read.
+    """
+    path = folder / USERS
+    try:
+        return pd.read_parquet(path, columns=["user", "protocol", "rank"])
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault, not the file's
+        raise damaged(path) from error
+
+
+def damaged(path: Path) -> BadInput:
+    """What to say of a file of a trial that holds something else than was written."""
+    allowed = "as the sweep wrote it; delete its folder, and the same sweep makes it anew"
+    return BadInput("run", str(path), allowed)
 
 
 def _table_record(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from depthprobe.sweep.layout import (
 )
 from depthprobe.sweep.plan import Task
 from depthprobe.sweep.progress import Progress, Silent
-from depthprobe.sweep.records import read_record, state_of, write_failure
+from depthprobe.sweep.records import failures, read_record, state_of, to_retry, write_failure
 from depthprobe.sweep.slicing import write_slices
 from depthprobe.sweep.store import MANIFEST, TABLES, Run, open_run, write_tables
 from depthprobe.sweep.team import Team, find_team
@@ -47,7 +47,7 @@ def run_sweep(
     jobs: int | None = None,
     command: str | None = None,
     progress: Progress | None = None,
-    retry_failed: bool = False,
+    retry_failed: bool | Mapping[str, int] = False,
 ) -> Run:
     """Run every trial of a study that has no record yet, and return the run.
 
@@ -67,7 +67,9 @@ def run_sweep(
             that calls this needs the usual ``if __name__ == "__main__":``.
         command: what the report names as the way to repeat the run.
         progress: is told what happens.
-        retry_failed: trials that failed before are tried again.
+        retry_failed: trials that failed before are tried again, once. Several sweeps of one
+            command are given the failures that it found (:func:`.records.failures`): what one of
+            them has tried in vain, no other tries again.
 
     Raises:
         BadInput: before anything is written, if the data, the backbone, the item table, the
@@ -79,6 +81,7 @@ def run_sweep(
     folder = Path(output) if output is not None else Path("runs") / study.name
     device = resolve_device(study.device)
     inputs = read_inputs(study, folder)
+    retry = failures(folder) if retry_failed is True else retry_failed or {}
     working, before, slices = inputs.working, inputs.before, inputs.slices
     table = shared_table(working, inputs.split.sequences, folder, device, watcher)
     manifest = new_manifest(inputs.study, inputs.split, table, device, command)
@@ -97,7 +100,7 @@ def run_sweep(
                 lay_out(folder, inputs.study, inputs.split, table, manifest)
                 if slices is not None:
                     write_slices(slices, folder / "shared")
-            waiting, done, failed = team.agree(_sorted(context, inputs.tasks, retry_failed))
+            waiting, done, failed = team.agree(_sorted(context, inputs.tasks, retry))
             if waiting and team.writes:
                 _measure_once(context, manifest["backbone"]["blocks"], watcher)
     if overtaken:  # another sweep has begun the run since it was looked at: this one continues it
@@ -107,12 +110,12 @@ def run_sweep(
             jobs=jobs,
             command=command,
             progress=progress,
-            retry_failed=retry_failed,
+            retry_failed=retry,
         )
     watcher.plan([task.id for task in waiting])
     if failed:
         watcher.message(f"{len(failed)} failed before; --retry-failed runs them again")
-    claims = Claims(folder, context.outputs, waiting, team)
+    claims = Claims(folder, context.outputs, retry, team)
     queue = Queue(waiting, claims, done=done, failed=failed)
     workers = 0 if team.processes > 1 else jobs_at_once(jobs, device, len(waiting))
     threads = max(1, provenance.available_cores() // max(1, workers))
@@ -126,13 +129,18 @@ def run_sweep(
         claims.leave_all()
     if not team.writes:
         return open_run(folder)
-    if waiting or slices is not None or not all((folder / name).exists() for name in TABLES):
+    if waiting or slices is not None or not _has_tables(folder):
         with whole_run(folder, watcher.message):
             tidy(folder)
             write_tables(open_run(folder))
             _update_manifest(context, time.perf_counter() - began)
     clear(folder)
     return open_run(folder)
+
+
+def _has_tables(folder: Path) -> bool:
+    """Whether the tables of a run are those of its records."""
+    return (folder / TABLES[0]).is_file() and open_run(folder).written_metrics() is not None
 
 
 @contextmanager
@@ -144,15 +152,16 @@ def _alone(folder: Path, team: Team, watcher: Progress) -> Iterator[None]:
 
 
 def _sorted(
-    context: Context, tasks: Sequence[Task], retry: bool
+    context: Context, tasks: Sequence[Task], retry: Mapping[str, int]
 ) -> tuple[list[Task], set[str], set[str]]:
     """Tasks to do; trials that are done; tasks that failed before and are left so."""
     waiting, done, failed = [], set[str](), set[str]()
     for task in tasks:
-        state = state_of(context.outputs(task))
+        outputs = context.outputs(task)
+        state = state_of(outputs)
         if state == "done":
             done |= task.names
-        elif state == "failed" and not retry:
+        elif state == "failed" and not to_retry(outputs, retry):
             failed |= task.names
         else:
             waiting.append(task)

@@ -12,7 +12,7 @@ from depthprobe.sweep.claims import held
 from depthprobe.sweep.context import LOGS, PROBES, TRIALS
 from depthprobe.sweep.plan import Task, plan
 from depthprobe.sweep.records import read_record, state_of
-from depthprobe.sweep.store import MANIFEST, open_run
+from depthprobe.sweep.store import MANIFEST, STUDY, open_run
 
 TAIL = 4096  # bytes of a log that are looked at
 
@@ -45,9 +45,9 @@ def status_of(folder: Path) -> Status:
     Raises:
         BadInput: if the folder is no run, or one that has not been laid out yet.
     """
-    run = open_run(folder)
-    if not (folder / MANIFEST).is_file():
+    if (folder / STUDY).is_file() and not (folder / MANIFEST).is_file():
         raise BadInput("run", str(folder), "a run that has begun; this one is being laid out")
+    run = open_run(folder)
     found, at_work = Status(), {each.task: each for each in working(folder)}
     for task in plan(run.study, int(run.manifest["backbone"]["blocks"])):
         state, reason = _state(folder, task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tomllib
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from depthprobe.files import complete_file
 from depthprobe.study import BadInput, Study, study_from_dict
 from depthprobe.sweep.context import DATA, PROBES, TRIALS
 from depthprobe.sweep.measured import metrics_table
-from depthprobe.sweep.records import SCORES, USERS, read_record
+from depthprobe.sweep.records import SCORES, read_record, read_users
 from depthprobe.sweep.slicing import read_slices
 
 MANIFEST, STUDY = "manifest.json", "study.toml"
@@ -86,7 +87,7 @@ class Run:
         frames = []
         for record in self.records:
             if record["status"] == "done":
-                frame = pd.read_parquet(self.path / TRIALS / record["id"] / USERS)
+                frame = read_users(self.path / TRIALS / record["id"])
                 frames.append(frame.assign(trial=record["id"]))
         if not frames:
             return pd.DataFrame(columns=["trial", "user", "protocol", "rank"])
@@ -95,13 +96,30 @@ class Run:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row a trial, split, protocol, slice and metric: value, interval, how many users."""
-        path = self.path / TABLES[1]
-        return pd.read_parquet(path) if path.exists() else self.compute_metrics()
+        found = self.written_metrics()
+        return self.compute_metrics() if found is None else found
+
+    def written_metrics(self) -> pd.DataFrame | None:
+        """The table on disk, if it is of the records and slices as they are now, and readable."""
+        try:
+            found = pd.read_parquet(self.path / TABLES[1])
+        except (OSError, ValueError):
+            return None
+        # versions before this one did not write down what a table is made from
+        return found if found.attrs.get("records", self._mark) == self._mark else None
+
+    @cached_property
+    def _mark(self) -> str:
+        """What names the content of the metrics table."""
+        parts = ("id", "status", "metrics", "validation")
+        told = [[record.get(part) for part in parts] for record in self.records]
+        return hashlib.sha256(repr((told, self.manifest.get("slices"))).encode()).hexdigest()[:16]
 
     def compute_metrics(self) -> pd.DataFrame:
         """The metrics table, recomputed from every user's rank.
 
         Raises:
+            BadInput: if the ranks of a trial can't be read, or are not those of its record.
             ValueError: if the metrics of a trial break the bounds between them.
         """
         done = [record for record in self.records if record["status"] == "done"]
@@ -155,7 +173,10 @@ def open_run(path: str | Path) -> Run:
 
 def write_tables(run: Run) -> None:
     """Write trials.parquet and metrics.parquet anew from the records."""
-    for name, frame in zip(TABLES, (run.trials, run.compute_metrics()), strict=True):
+    metrics = run.compute_metrics()
+    metrics.attrs["records"] = run._mark
+    # the metrics last: they say what both are made from
+    for name, frame in zip(TABLES, (run.trials, metrics), strict=True):
         with complete_file(run.path / name) as temporary:
             frame.to_parquet(temporary, index=False)
     run.__dict__.pop("metrics", None)

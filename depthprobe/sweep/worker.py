@@ -29,7 +29,7 @@ from depthprobe.study import Study, base_of
 from depthprobe.sweep.context import LOGS, TIMING, Context
 from depthprobe.sweep.methods import METHODS
 from depthprobe.sweep.plan import Task
-from depthprobe.sweep.records import write_result, write_scores
+from depthprobe.sweep.records import is_done, write_result, write_scores
 from depthprobe.sweep.results import Scores
 from depthprobe.sweep.timing import timing_of
 
@@ -151,8 +151,11 @@ def _work(task: Task) -> float:
             seconds = time.perf_counter() - began
             write_scores(folder, task, result, provenance=_Worker.provenance, seconds=seconds)
             continue
+        folder = context.trial_folder(result.trial)
+        if is_done(folder):  # of a task that was cut short between two of its trials
+            continue
         write_result(
-            context.trial_folder(result.trial),
+            folder,
             result,
             context.test.users,
             taken=context.taken,

@@ -11,7 +11,8 @@ import pytest
 
 from depthprobe.cli import cluster as cli_cluster
 from depthprobe.cli.cluster import job_lines
-from depthprobe.study import BadInput, demo_study
+from depthprobe.files import write_json
+from depthprobe.study import BadInput, demo_study, study_to_toml
 from depthprobe.sweep import cluster
 from depthprobe.sweep.cluster import SharedSweep
 
@@ -48,11 +49,15 @@ def test_jobs_are_submitted_and_waited_for(
         raise BadInput("run", "this far", "enough for a test")
 
     ends(monkeypatch, lambda: {"31_0": "ValueError: no"})
+    record = {"schema": 1, "status": "failed", "attempts": 2}
+    write_json(RUN / "trials" / "sasrec-s0" / "record.json", record)
+    (RUN / "study.toml").write_text(study_to_toml(demo_study()))
     monkeypatch.setattr("depthprobe.sweep.store.open_run", open_run)
     outcome = cli("sweep", "--executor", "slurm", "--jobs", "2", "--retry-failed")
     ((sweep, jobs),) = submitted
     assert jobs == 2
-    assert (sweep.study, sweep.retry_failed, sweep.watcher) == (demo_study(), True, job_lines)
+    assert (sweep.study, sweep.watcher) == (demo_study(), job_lines)
+    assert sweep.retry == {"sasrec-s0": 2}
     assert sweep.command == "depthprobe sweep --executor slurm --jobs 2 --retry-failed"
     assert Path(sweep.folder) == RUN.absolute() == opened[0]
     assert "submitted 2 jobs (31)" in outcome.err

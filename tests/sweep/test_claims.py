@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from depthprobe.files import write_json
 from depthprobe.study import Study
 from depthprobe.sweep.claims import LOCKS, Claims, clear, held, whole_run
 from depthprobe.sweep.plan import Task, Trial
+from depthprobe.sweep.records import failures, write_failure
 from depthprobe.sweep.runner import run_sweep
 from depthprobe.sweep.store import open_run
 
@@ -27,15 +29,19 @@ def outputs(folder: Path) -> Callable[[Task], list[Path]]:
     return lambda task: [folder / "trials" / trial.id for trial in task.trials]
 
 
-def claims(folder: Path, failed: tuple[Task, ...] = ()) -> Claims:
-    return Claims(folder, outputs(folder), list(failed))
+def claims(folder: Path, retry: dict[str, int] | None = None) -> Claims:
+    return Claims(folder, outputs(folder), retry or {})
 
 
-def record(folder: Path, status: str) -> None:
+def done(folder: Path) -> None:
     place = folder / "trials" / TASK.id
     place.mkdir(parents=True, exist_ok=True)
-    (place / "record.json.new").write_text(json.dumps({"schema": 1, "status": status}))
-    (place / "record.json.new").replace(place / "record.json")
+    (place / "users.parquet").touch()
+    write_json(place / "record.json", {"schema": 1, "status": "done"})
+
+
+def fail(folder: Path) -> None:
+    write_failure(outputs(folder)(TASK), TASK, "no luck", {})
 
 
 def hold(folder: Path) -> None:
@@ -63,20 +69,24 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
 def test_what_was_done_meanwhile_is_not_done_again(tmp_path: Path) -> None:
     one, other = claims(tmp_path), claims(tmp_path)
     assert one.take(TASK) == "ours"
-    record(tmp_path, "done")
+    done(tmp_path)
     one.leave(TASK)
     assert other.take(TASK) == "done"
     assert held(tmp_path) == []
 
 
 def test_a_failure_is_tried_again_by_one_sweep_alone(tmp_path: Path) -> None:
-    record(tmp_path, "failed")
-    one, other = claims(tmp_path, (TASK,)), claims(tmp_path, (TASK,))
+    fail(tmp_path)
+    known = failures(tmp_path)
+    assert known == {TASK.id: 1}
+    one, other = claims(tmp_path, known), claims(tmp_path, known)
     assert one.take(TASK) == "ours"
-    record(tmp_path, "failed")  # once more
+    fail(tmp_path)
     one.leave(TASK)
     assert other.take(TASK) == "failed"
+    assert claims(tmp_path, known).take(TASK) == "failed"  # that begins only now
     assert claims(tmp_path).take(TASK) == "failed"
+    assert claims(tmp_path, failures(tmp_path)).take(TASK) == "ours"  # another command
 
 
 def test_a_killed_holder_has_let_go(tmp_path: Path) -> None:

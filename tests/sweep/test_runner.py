@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from depthprobe.evaluation.evaluate import evaluate
@@ -16,10 +17,11 @@ from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.models.exported import load_recommender
 from depthprobe.report.html import build_report
 from depthprobe.study import BadInput, Study
-from depthprobe.sweep import worker
+from depthprobe.sweep import layout, runner, worker
 from depthprobe.sweep.context import TIMING, Context
 from depthprobe.sweep.export import export_trial
 from depthprobe.sweep.plan import Trial
+from depthprobe.sweep.records import failures
 from depthprobe.sweep.runner import run_sweep
 from depthprobe.sweep.store import Run, open_run
 from depthprobe.training.checkpoint import Checkpoint, Progress
@@ -257,9 +259,92 @@ def test_a_trial_that_fails_is_recorded_and_tried_again_if_asked(
     left = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher)
     assert watcher.planned == []
     assert len(left.failed) == 1
+    known = failures(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setitem(worker.METHODS, "popularity", fail)
+        run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=known)
+    assert watcher.planned == ["popularity-s0"]
+    run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=known)
+    assert watcher.planned == []  # the same command's other sweep, which begins only now
     again = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=True)
     assert watcher.planned == ["popularity-s0"]
     assert not again.failed
+
+
+class Killed(BaseException):
+    """No fault that anybody catches."""
+
+
+@pytest.mark.parametrize("place", ["write_json", "write_data"])
+def test_a_sweep_killed_while_it_is_laid_out_begins_again(
+    place: str, tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, place, kill)
+        with pytest.raises(Killed):
+            run_sweep(tiny, tmp_path / "run", jobs=0)
+    assert (tmp_path / "run" / "study.toml").exists()
+    assert not run_sweep(tiny, tmp_path / "run", jobs=0).failed
+
+
+def test_a_sweep_killed_before_its_tables_leaves_none_that_are_out_of_date(
+    tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_sweep(tiny, tmp_path / "whole", jobs=0)
+    folder = tmp_path / "cut"
+    run_sweep(replace(tiny, methods=("popularity",)), folder, jobs=0)
+
+    def kill(run: Run) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_tables", kill)
+        with pytest.raises(Killed):
+            run_sweep(tiny, folder, jobs=0)
+    assert open_run(folder).metrics.equals(whole.metrics)
+    assert set(pd.read_parquet(folder / "metrics.parquet")["trial"]) == {"popularity-s0"}
+    run_sweep(tiny, folder, jobs=0)
+    assert pd.read_parquet(folder / "metrics.parquet").equals(whole.metrics)
+
+
+def test_tables_that_were_damaged_are_derived_anew(tiny: Study, tmp_path: Path) -> None:
+    run = run_sweep(tiny, tmp_path / "run", jobs=0)
+    whole = pd.read_parquet(run.path / "metrics.parquet")
+    for damage in (b"", b"PAR1", (run.path / "metrics.parquet").read_bytes()[4:]):
+        (run.path / "metrics.parquet").write_bytes(damage)
+        assert open_run(run.path).metrics.equals(whole)
+    again = run_sweep(tiny, run.path, jobs=0)
+    assert pd.read_parquet(again.path / "metrics.parquet").equals(whole)
+
+
+def test_ranks_that_are_missing_are_made_anew_and_others_refused(
+    tiny: Study, tmp_path: Path
+) -> None:
+    run = run_sweep(tiny, tmp_path / "run", jobs=0)
+    users = run.path / "trials" / "sasrec-s0" / "users.parquet"
+    before, written = run.users, pd.read_parquet(users)
+    users.unlink()
+    watcher = Watcher()
+    again = run_sweep(tiny, run.path, jobs=0, progress=watcher)
+    assert watcher.ended == ["sasrec-s0 done"]
+    assert again.users.equals(before)
+    for damaged in (
+        written.assign(rank=written["rank"] + 1),
+        written.assign(rank=0.0),
+        written.drop(columns="rank"),
+    ):
+        damaged.to_parquet(users, index=False)
+        (run.path / "metrics.parquet").unlink(missing_ok=True)
+        with pytest.raises(BadInput, match=r"sasrec-s0/users.parquet.* delete its folder"):
+            run_sweep(tiny, run.path, jobs=0)
+    users.write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match=r"sasrec-s0/users.parquet.* delete its folder"):
+        open_run(run.path).users.equals(before)
+    shutil.rmtree(users.parent)
+    assert run_sweep(tiny, run.path, jobs=0).users.equals(before)
 
 
 @pytest.mark.slow

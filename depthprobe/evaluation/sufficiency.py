@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -118,7 +117,8 @@ def sufficient_depth(
         if row.shown or (best is not None and row.depth >= best.depth):
             continue
         gap = row.kept.value - (1 - margin)
-        enough = _users_needed(crossed[:, place], by_user[:, place], gap, tail, users)
+        reach = row.kept.value - row.lower
+        enough = _users_needed(crossed[:, place], by_user[:, place], gap, reach, users)
         if enough is not None and (needed is None or enough < needed):
             undecided, needed = (row.method, row.depth), enough
     return Sufficiency(
@@ -145,17 +145,19 @@ def _nothing(value: float) -> Interval:
 
 
 def _users_needed(
-    crossed: np.ndarray, by_user: np.ndarray, gap: float, tail: float, users: int
+    crossed: np.ndarray, by_user: np.ndarray, gap: float, reach: float, users: int
 ) -> int | None:
-    """Users at which ``z * se`` falls to ``gap``: normal, with the bootstrap's standard errors.
+    """Users at which the bound would lie only ``gap`` below the estimate, not ``reach`` as now.
 
-    More users shrink their own part of the variance; that of the seeds stays.
+    More users shrink their own part of the variance; that of the seeds stays. The bound keeps its
+    distance in standard errors: a normal one would, near the margin, ask for fewer users than
+    those that have just not sufficed, for draws at a far tail are not normal.
     """
     if gap <= 0 or users < 2 or not (np.isfinite(crossed).all() and np.isfinite(by_user).all()):
         return None
     of_users = float(by_user.var())
     of_seeds = max(0.0, float(crossed.var()) - of_users)
-    left = (gap / NormalDist().inv_cdf(1 - tail)) ** 2 - of_seeds
+    left = (gap / reach) ** 2 * (of_users + of_seeds) - of_seeds
     if left <= 0:
         return None
     return max(users + 1, math.ceil(users * of_users / left))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
-from depthprobe.evaluation.statistics import Interval, bootstrap_difference, bootstrap_ratio
+from depthprobe.evaluation.statistics import Interval, interval, resampled_means
 from depthprobe.report.style import NONE, accuracy, bounds, method_style, percent, significant
-from depthprobe.report.summary import HEADLINE, Point, RunLike, Summary, as_summary
+from depthprobe.report.summary import FULL, HEADLINE, LEVEL, Point, RunLike, Summary, as_summary
 from depthprobe.report.tables import Cell, Row, Table
 from depthprobe.study import TRAINED, base_of
 
@@ -33,26 +34,18 @@ def ablation_table(run: RunLike | Summary) -> Table | None:
     teacher took, whose training and features all students share.
     """
     summary = as_summary(run)
+    pairs = _pairs(summary)
+    changes = _changes(summary, pairs)
     rows, numbers, last = [], [], None
-    for depth in sorted({point.depth for point in summary.points}):
-        plain = next((p for p in summary.of(PLAIN) if p.depth == depth), None)
-        others = [
-            p
-            for p in summary.points
-            if p.depth == depth and base_of(p.method) in TRAINED and p.method != PLAIN
-        ]
-        if plain is None:
+    for (point, plain), found in zip(pairs, changes, strict=True):
+        if found is None:
             continue
-        for point in others:
-            compared = _compared(summary, point, plain)
-            if compared is None:
-                continue
-            if last != depth:
-                rows.append(_row(summary, plain, None, group=True))
-                numbers.append(_numbers(summary, plain, None))
-            last = depth
-            rows.append(_row(summary, point, compared, group=False))
-            numbers.append(_numbers(summary, point, compared))
+        if last is not plain:
+            rows.append(_row(summary, plain, None, group=True))
+            numbers.append(_numbers(summary, plain, None))
+        last = plain
+        rows.append(_row(summary, point, found, group=False))
+        numbers.append(_numbers(summary, point, found))
     if not rows:
         return None
     return Table("ablation", COLUMNS, 2, tuple(rows), pd.DataFrame(numbers))
@@ -61,13 +54,51 @@ def ablation_table(run: RunLike | Summary) -> Table | None:
 _Change = tuple[int, Interval, Interval]  # seeds, difference, ratio
 
 
-def _compared(summary: Summary, point: Point, plain: Point) -> _Change | None:
-    arms = summary.paired(point, plain)
-    if arms is None or not arms[1].any():
-        return None
-    resamples = int(summary.run.study.protocol.resamples)
-    difference = bootstrap_difference(*arms, resamples=resamples)
-    return len(arms[0]), difference, bootstrap_ratio(*arms, resamples=resamples)
+def _pairs(summary: Summary) -> list[tuple[Point, Point]]:
+    """Each trained point beside the fine-tuned one of its depth, by depth."""
+    plain = {point.depth: point for point in summary.of(PLAIN)}
+    others = [p for p in summary.points if base_of(p.method) in TRAINED and p.method != PLAIN]
+    return [
+        (point, plain[depth]) for depth in sorted(plain) for point in others if point.depth == depth
+    ]
+
+
+def _changes(summary: Summary, pairs: Sequence[tuple[Point, Point]]) -> list[_Change | None]:
+    """Paired change of each pair; those with the same seeds share their draws."""
+    found: list[_Change | None] = [None] * len(pairs)
+    common = [tuple(s for s in point.seeds if s in plain.seeds) for point, plain in pairs]
+    for seeds in filter(None, dict.fromkeys(common)):
+        places = [place for place, own in enumerate(common) if own == seeds]
+        names = list(dict.fromkeys(_trials(p, seeds) for place in places for p in pairs[place]))
+        names = [trials for trials in names if summary.ranks.has(trials, FULL)]
+        arms = summary.ranks.values(FULL, HEADLINE, names) if names else []
+        if not arms or arms[0].shape[1] == 1:  # one user says nothing about others
+            continue
+        resamples = int(summary.run.study.protocol.resamples)
+        drawn = resampled_means(arms, resamples=resamples, seed=0)
+        draws = np.concatenate([both for both, _ in drawn])  # (R, arms)
+        means = [float(arm.mean()) for arm in arms]
+        for place in places:
+            trials = [_trials(point, seeds) for point in pairs[place]]
+            if any(own not in names for own in trials):
+                continue
+            own, plain = (names.index(own) for own in trials)
+            if means[plain] == 0:
+                continue
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shares = draws[:, own] / draws[:, plain]
+            change = draws[:, own] - draws[:, plain]
+            found[place] = (
+                len(seeds),
+                interval(means[own] - means[plain], change, level=LEVEL),
+                interval(means[own] / means[plain], shares, level=LEVEL),
+            )
+    return found
+
+
+def _trials(point: Point, seeds: Sequence[int]) -> tuple[str, ...]:
+    own = dict(zip(point.seeds, point.trials, strict=True))
+    return tuple(own[seed] for seed in seeds)
 
 
 def _row(summary: Summary, point: Point, compared: _Change | None, *, group: bool) -> Row:

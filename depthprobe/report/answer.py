@@ -102,7 +102,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
         if row.kept.low >= 1 - summary.margin:
             detail += (
                 f" With all {number} candidates taken into account, its lower bound is "
-                f"{percent(row.lower)}."
+                f"{_below(row.lower, 1 - summary.margin)}."
             )
         detail += f" {_more_users(sufficiency, row, floor)}"
     return Answer(
@@ -250,5 +250,14 @@ def _percent(share: float) -> str:
 
 
 def _rounded(users: int) -> str:
-    """Two significant digits: an estimate that is known no better."""
-    return significant(float(f"{users:.1e}"), 2)
+    """Two significant digits, upwards: an estimate that is known no better, and not too few."""
+    step = 10 ** max(0, len(str(users)) - 2)
+    return f"{-(-users // step) * step:,}"
+
+
+def _below(share: float, floor: float) -> str:
+    """A share in so many digits that it can be told from the floor that it misses."""
+    for digits in (1, 2, 3):
+        if float(f"{100 * share:.{digits}f}") < 100 * floor:
+            break
+    return percent(share, digits)

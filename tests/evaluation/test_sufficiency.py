@@ -136,3 +136,18 @@ def test_no_candidates_and_few_users() -> None:
     lone = sufficient_depth({("a", 1): [1.0]}, [1.0])
     assert lone.depth is None  # one user shows nothing
     assert lone.rows[0].lower == -np.inf
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_users_needed_are_more_than_have_not_sufficed(seed: int) -> None:
+    """Just short of the margin the number is derived from the bound that fell short."""
+    candidates, teacher = world({("heal", 1): 1.0}, users=300, noise=0.1, seed=seed, seeds=3)
+    first = sufficient_depth(candidates, teacher).rows[0]
+    margin = 1 - first.lower - 1e-6  # the bound lies a millionth below the floor
+    found = sufficient_depth(candidates, teacher, margin=margin)
+    assert not found.rows[0].shown
+    assert found.users_needed in (301, 302)
+    wider = sufficient_depth(
+        candidates, teacher, margin=margin - 0.1 * (first.kept.value - 1 + margin)
+    )
+    assert wider.users_needed is None or wider.users_needed > 330

@@ -139,6 +139,10 @@ def test_an_interval_above_the_margin_that_is_not_enough_is_explained(summary: S
     assert answer.verdict == "not shown"
     assert "With all 2 candidates taken into account, its lower bound is 98.6 %" in answer.detail
     assert "About 8,300 test users would be needed to decide" in answer.detail
+    # just below the floor, and just above the users there are: neither may be rounded away
+    close = replace(alone, rows=(replace(near, lower=0.98996),) * 2, users=8201, users_needed=8202)
+    detail = build_answer(replace(summary, sufficiency=close)).detail
+    assert "its lower bound is 98.996 %. About 8,300 test users would be needed" in detail
 
 
 def test_a_shallower_depth_that_is_undecided_is_named(summary: Summary) -> None:

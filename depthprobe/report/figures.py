@@ -197,6 +197,7 @@ class FigureEntry:
     section: str
     draw: Callable[[Summary], Axes]
     reading: Callable[[Summary], str]  # caption and spoken label; empty means there is no data
+    wide: bool = False
 
 
 FIGURES = (
@@ -210,18 +211,18 @@ FIGURES = (
         partial(accuracy_vs_depth, metric="HR@10"), partial(depth_reading, metric="HR@10"),
     ),
     FigureEntry(
-        "accuracy_vs_parameters", "cost",
+        "accuracy_vs_parameters", "pareto",
         partial(accuracy_vs_cost, cost="parameters"), partial(cost_reading, cost="parameters"),
     ),
     FigureEntry(
-        "accuracy_vs_inference_time", "cost",
+        "accuracy_vs_inference_time", "pareto",
         partial(accuracy_vs_cost, cost="inference"), partial(cost_reading, cost="inference"),
     ),
     FigureEntry(
-        "accuracy_vs_training_time", "cost",
+        "accuracy_vs_training_time", "pareto",
         partial(accuracy_vs_cost, cost="training"), partial(cost_reading, cost="training"),
     ),
-    FigureEntry("skip_sensitivity", "skip", skip_sensitivity, skip_reading),
+    FigureEntry("skip_sensitivity", "blocks", skip_sensitivity, skip_reading),
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from depthprobe.files import complete_file
 from depthprobe.report.ablation import ablation_table
 from depthprobe.report.answer import build_answer
+from depthprobe.report.blocks import left_out_table
 from depthprobe.report.facts import conditions, how_measured, negatives_of
 from depthprobe.report.figures import FIGURES, save_figure
 from depthprobe.report.reliance import reliance_table
@@ -47,6 +48,22 @@ WORDS = {
 }
 
 
+# In the order of reading; one without a figure or table of its own is left out.
+SECTIONS = (
+    ("depth", "Accuracy against depth", ()),
+    ("pareto", "Accuracy against cost", ()),
+    ("blocks", "Block by block", ("left_out",)),
+    ("maps", "Runs of blocks", ()),
+    ("reliance", "How far cheap scores can be trusted", ("reliance",)),
+    ("hurt", "Who loses", ("slices", "lists")),
+    ("ablation", "Ways to a shallow model", ("ablation",)),
+    ("cost", "What a depth costs", ("cost",)),
+    ("methods", "All methods", ("methods", "methods_sampled")),
+    ("trials", "All trials", ("trials",)),
+    ("measured", "How it was measured", None),
+)
+
+
 def build_report(run: Run | RunLike | str | Path, output: str | Path | None = None) -> Path:
     """Write a run's report: the page, RUN/figures/ (SVG, PNG) and RUN/tables/ (CSV, LaTeX).
 
@@ -67,17 +84,23 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         run = open_run(run)
     summary = summarise(run)
     tables = all_tables(summary)
-    more = (ablation_table, slice_table, lists_table, reliance_table)
+    more = (ablation_table, slice_table, lists_table, reliance_table, left_out_table)
     for made in (table(summary) for table in more):
         if made is not None:
             tables[made.name] = made
     for table in tables.values():
         save_table(table, run.path / "tables")
-    page = _environment().get_template("report.html.j2").render(
+    figures = _figures(summary, run.path / "figures")
+    page = environment().get_template("report.html.j2").render(
         study=run.study.name,
         answer=build_answer(summary),
         conditions=conditions(summary),
-        figures=_figures(summary, run.path / "figures"),
+        sections=[
+            (name, title)
+            for name, title, needed in SECTIONS
+            if needed is None or name in figures or any(table in tables for table in needed)
+        ],
+        figures=figures,
         tables=tables,
         facts=how_measured(summary),
         negatives=negatives_of(run.study),
@@ -91,17 +114,18 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
     return target
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of the pages; everything that is put into them is escaped."""
     # autoescape=True and not select_autoescape: that one ignores the names of templates like ours
-    environment = Environment(
+    made = Environment(
         autoescape=True,
         loader=PackageLoader("depthprobe.report"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["unbroken"] = _unbroken
-    return environment
+    made.filters["unbroken"] = _unbroken
+    return made
 
 
 def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]]]:
@@ -115,7 +139,9 @@ def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]
             continue
         vector = save_figure(entry.draw(summary), folder / entry.name)
         svg = inline_svg(vector.read_text(encoding="utf-8"), entry.name, label=reading)
-        sections.setdefault(entry.section, []).append({"svg": svg, "caption": reading})
+        sections.setdefault(entry.section, []).append(
+            {"svg": svg, "caption": reading, "wide": entry.wide}
+        )
     return sections
 
 
@@ -140,6 +166,7 @@ def inline_svg(svg: str, name: str, *, label: str) -> Markup:
 
 
 def _unbroken(text: str) -> str:
-    """Keeps a number and its unit on one line, and an interval in one piece."""
+    """Keeps a number and its unit on one line, and an interval in one piece; minus signs."""
+    text = re.sub(r"(?<![\w.-])-(?=\d)", "\u2212", text)
     text = re.sub(r"(?<=\d) (?=(%|ms|s|k|M|B)\b|%)", "\u00a0", text)
     return re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\u00a0"), text)

@@ -158,6 +158,11 @@ def bounds(interval: Interval, *, scale: float = 1.0, digits: int | None = None)
     if digits is None:
         largest = max(abs(low), abs(high), 1e-12)
         digits = max(0, 2 - math.floor(math.log10(largest)))
+    # an end that is not zero must not look as if it were
+    most = digits + 2
+    while digits < most and any(end and not float(f"{end:.{digits}f}") for end in (low, high)):
+        digits += 1
+    low, high = (round(end, digits) + 0.0 for end in (low, high))  # nor like -0.0
     return f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 

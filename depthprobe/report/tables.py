@@ -36,6 +36,7 @@ from depthprobe.report.summary import (
 from depthprobe.sweep.plan import BASELINES
 
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
+BRIEF = SHOWN[1:]  # of a trial, on the page: the file has all
 TIMES = ("inference", "training")
 
 
@@ -70,23 +71,32 @@ class Table:
 def depth_table(run: RunLike | Summary, *, protocol: str = FULL) -> Table | None:
     """Every method at every depth, averaged over its seeds; None without ranks.
 
+    What was left out block by block is in :func:`depthprobe.report.blocks.left_out_table`.
+
     Raises:
         ValueError: if a row breaks a bound that holds between its metrics.
     """
     summary = as_summary(run)
-    points = [p for p in summary.points if p.value(HEADLINE, protocol) is not None]
+    points = [
+        point
+        for point in summary.points
+        if point.value(HEADLINE, protocol) is not None and point.method not in BY_BLOCK
+    ]
     if not points:
         return None
     for point in points:
-        _check(
+        check(
             {metric: point.accuracy[protocol, metric].value for metric in METRICS},
             f"{point.method} at depth {point.depth} ({protocol})",
         )
     costs = protocol == FULL
     times = [t for t in TIMES if costs and any(t in point.time for point in points)]
     ratio = any((protocol, HEADLINE) in point.ratio for point in points)
-    columns = ["method", "depth", "seeds", *SHOWN]
-    columns += [f"{HEADLINE} of teacher's"] * ratio
+    # where all have the same number it stands above the table: a column less to fit on a page
+    seeds = [len(point.seeds) for point in points if point.method != "popularity"]
+    differ = len(set(seeds)) > 1
+    columns = ["method", "depth", *["seeds"] * differ, *SHOWN]
+    columns += ["of the teacher's"] * ratio
     columns += ["parameters"] * costs + [f"{name}, ms" for name in times]
     rows = []
     for index, point in enumerate(points):
@@ -94,12 +104,10 @@ def depth_table(run: RunLike | Summary, *, protocol: str = FULL) -> Table | None
             Cell(method_style(point.method).label),
             Cell(
                 NONE if point.method in BASELINES else str(point.depth),
-                f"without {point.removed}"
-                if point.removed and point.method in BY_BLOCK | {"greedy"}
-                else "",
+                f"without {point.removed}" if point.removed and point.method == "greedy" else "",
             ),
-            Cell(str(len(point.seeds))),
-            *(_metric(point.value(name, protocol)) for name in SHOWN),
+            *[Cell(str(len(point.seeds)))] * differ,
+            *(metric_cell(point.value(name, protocol)) for name in SHOWN),
         ]
         if ratio:
             cells.append(_share(point.ratio.get((protocol, HEADLINE))))
@@ -126,22 +134,21 @@ def trial_table(run: RunLike | Summary) -> Table | None:
     frame = frame.drop(columns="place").reset_index(drop=True)
     found = _own_metrics(summary.run.metrics)
     failures = bool(len(summary.failed))
-    columns = ["trial", "method", "depth", "seed", *SHOWN, "parameters", "epochs", "training, s"]
+    columns = ["trial", "method", "depth", "seed", *BRIEF, "parameters", "training, s"]
     columns += ["error"] * failures
     rows = []
     for _, trial in frame.iterrows():
         own = found.get(str(trial["trial"]), {})
         values = {metric: interval.value for metric, interval in own.items()}
-        _check(values, f"trial {trial['trial']}")
+        check(values, f"trial {trial['trial']}")
         failed = trial["status"] != "done"
         cells = [
             Cell(str(trial["trial"])),
             Cell(method_style(str(trial["method"])).label),
             Cell(str(int(trial["depth"]) or NONE)),
             Cell(str(int(trial["seed"]))),
-            *(_metric(own.get(name)) for name in SHOWN),
+            *(metric_cell(own.get(name)) for name in BRIEF),
             Cell(count(_number(trial, "parameters_total") or None)),
-            Cell(count(_number(trial, "training_epochs") or None)),
             Cell(significant(_number(trial, "training_seconds") or math.nan)),
         ]
         if failures:
@@ -196,7 +203,8 @@ def _latex_cell(cell: Cell) -> str:
     return escape_latex(cell.text) + note
 
 
-def _check(values: Mapping[str, float], where: str) -> None:
+def check(values: Mapping[str, float], where: str) -> None:
+    """Refuse metrics that break a bound between them, and say where."""
     try:
         check_metrics(dict(values))
     except ValueError as error:
@@ -223,8 +231,8 @@ def _numbers(point: Point, protocol: str, *, costs: bool) -> dict[str, object]:
         "protocol": protocol, "seeds": len(point.seeds), "users": point.users,
     }  # fmt: skip
     for metric in METRICS:
-        out |= _three(metric, point.value(metric, protocol))
-    out |= _three(f"{HEADLINE} of teacher", point.ratio.get((protocol, HEADLINE)))
+        out |= three(metric, point.value(metric, protocol))
+    out |= three(f"{HEADLINE} of teacher", point.ratio.get((protocol, HEADLINE)))
     if costs:
         out |= {f"parameters {name}": value for name, value in point.parameters.items()}
         for name in TIMES:
@@ -232,16 +240,18 @@ def _numbers(point: Point, protocol: str, *, costs: bool) -> dict[str, object]:
             out[f"{name} ms"] = spread.median if spread else None
             out[f"{name} ms p25"] = spread.low if spread else None
             out[f"{name} ms p75"] = spread.high if spread else None
-            out |= _three(f"{name} times faster", point.speed.get(name))
+            out |= three(f"{name} times faster", point.speed.get(name))
     return out
 
 
-def _three(name: str, interval: Interval | None) -> dict[str, object]:
+def three(name: str, interval: Interval | None) -> dict[str, object]:
+    """An estimate and its ends as three columns; empty ones where it was not measured."""
     ends = (interval.value, interval.low, interval.high) if interval else (None, None, None)
     return dict(zip((name, f"{name} low", f"{name} high"), ends, strict=True))
 
 
-def _metric(interval: Interval | None) -> Cell:
+def metric_cell(interval: Interval | None) -> Cell:
+    """A metric at four decimals, below it its interval."""
     if interval is None:
         return Cell(NONE)
     return Cell(accuracy(interval.value), bounds(interval, digits=4))

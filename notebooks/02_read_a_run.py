@@ -56,7 +56,7 @@ source = "embedded"
 [recipe]
 epochs = 3
 batch_size = 32
-learning_rate = 0.006
+learning_rate = 0.003
 
 [cost]
 rounds = 3
@@ -188,7 +188,7 @@ for trial, label in {"full-d12-s0": "teacher", "finetune-d02-s0": "2 blocks"}.it
     ranks = users.loc[users["trial"] == trial, "rank"].sort_values()
     found = pd.DataFrame({"K": ranks, "share": np.arange(1, len(ranks) + 1) / len(ranks)})
     ax = found.plot("K", "share", label=label, logx=True, drawstyle="steps-post", ax=ax)
-_ = ax.set(xlabel="K (log scale)", ylabel="HR@K: share of users with their item among the first K")
+_ = ax.set(xlabel="K (log scale)", ylabel="HR@K")
 
 # %% [markdown]
 # And did the same users win? Each user has two ranks. Users below the diagonal are served better by

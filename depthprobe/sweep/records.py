@@ -159,25 +159,26 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def read_users(folder: Path) -> pd.DataFrame:
+def read_users(folder: Path, record: Mapping[str, Any]) -> pd.DataFrame:
     """The ranks of a finished trial: user, protocol, rank.
 
     Raises:
-        BadInput: if they can't be read.
+        BadInput: if they can't be read, or don't give the metrics of the trial's record.
     """
     path = folder / USERS
     try:
-        return pd.read_parquet(path, columns=["user", "protocol", "rank"])
+        frame = pd.read_parquet(path, columns=["user", "protocol", "rank"])
+        for protocol, said in record.get("metrics", {}).get("test", {}).items():
+            ranks = frame["rank"].to_numpy()[frame["protocol"].to_numpy(object) == protocol]
+            found = metrics_from_ranks(ranks)
+            if any(abs(said.get(name, value) - value) > 1e-9 for name, value in found.items()):
+                raise ValueError("other metrics than the record's")
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault, not the file's
-        raise damaged(path) from error
-
-
-def damaged(path: Path) -> BadInput:
-    """What to say of a file of a trial that holds something else than was written."""
-    allowed = "as the sweep wrote it; delete its folder, and the same sweep makes it anew"
-    return BadInput("run", str(path), allowed)
+        allowed = "as the sweep wrote it; delete its folder, and the same sweep makes it anew"
+        raise BadInput("run", str(path), allowed) from error
+    return frame
 
 
 def _table_record(

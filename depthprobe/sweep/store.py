@@ -87,7 +87,7 @@ class Run:
         frames = []
         for record in self.records:
             if record["status"] == "done":
-                frame = read_users(self.path / TRIALS / record["id"])
+                frame = read_users(self.path / TRIALS / record["id"], record)
                 frames.append(frame.assign(trial=record["id"]))
         if not frames:
             return pd.DataFrame(columns=["trial", "user", "protocol", "rank"])

@@ -28,7 +28,8 @@ def main() -> None:
     began = time.perf_counter()
     study = write_study(folder)
     life = in_peace(study, folder / "quiet")
-    _say(f"in peace, {TASKS} tasks: {life.before:.0f} s before, {life.after:.1f} s after", began)
+    spent = f"{life.before:.0f} + {life.workers:.0f} + {life.tasks:.0f} + {life.after:.0f} s"
+    _say(f"in peace: plan, workers, {TASKS} tasks, tables and report in {spent}", began)
     quiet = open_run(folder / "quiet")
     if options.kills:
         _say(f"one sweep: {one(study, folder, quiet, life, options.kills, draw)}", began)

@@ -73,7 +73,7 @@ def _ranks(study: Path, run: Path, quiet: Run) -> Iterator[str]:
 def _weights(study: Path, run: Path, quiet: Run) -> Iterator[str]:
     said = run.with_suffix(".txt")
     teacher = run / "trials" / "full-d04-s0"
-    _cut(teacher / "model" / "model.safetensors")
+    _cut(teacher / "model" / "trained.safetensors")
     shutil.rmtree(run / "trials" / "heal-d01-s0")
     yield f"the teacher's weights cut short: {tell(study, run, said=said)}"
     shutil.rmtree(teacher)

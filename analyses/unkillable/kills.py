@@ -3,42 +3,46 @@
 # ruff: noqa: S101 - its assertions are what it is for
 from __future__ import annotations
 
+import math
 import random
 import re
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from sweeps import TASKS, check, complete, finish, start
+from sweeps import check, complete, finish, start
 
 from depthprobe.sweep.store import Run
 
 LOOK = 0.02  # seconds between two looks at what a sweep has said
-# what a sweep has said last, and what it is doing then; the first that is found
+FIRST, TIMING = "importing, reading, laying out", "timing depths"
+WORK, TABLES, REPORT = "between plan and last trial", "writing the tables", "writing the report"
+ORDER = (FIRST, TIMING, WORK, TABLES, REPORT)
+# by the last line that a sweep has said, what it does then; the first one that is found
 PHASES = {
-    r"writing the report": "writing the report",
-    r"\[(\d+)/\1\]": "writing the tables",
-    r"\[\d+/\d+\]|\d+ trials|every depth is timed": "between the first trial and the last",
-    r"timing": "timing depths",
+    r"writing the report": REPORT,
+    r"\[(\d+)/\1\]|\d 0 trials to run": TABLES,
+    r"\[\d+/\d+\]|trials? to run|every depth is timed": WORK,
+    r"timing": TIMING,
 }
-FIRST = "importing, reading, laying out"
 
 
 @dataclass(frozen=True)
 class Life:
-    """Seconds of a sweep in peace: until its first task, for each of them, and after the last."""
+    """Seconds of a sweep in peace: to the plan, the first task, the last one's end, its own."""
 
     before: float
-    task: float
+    workers: float
+    tasks: float
     after: float
 
-    def of(self, left: int) -> float:
-        """The life of a sweep with so many tasks left."""
-        return self.before + self.task * left + self.after
+    @property
+    def whole(self) -> float:
+        """All of it."""
+        return self.before + self.workers + self.tasks + self.after
 
 
 def in_peace(study: Path, run: Path) -> Life:
@@ -47,36 +51,45 @@ def in_peace(study: Path, run: Path) -> Life:
     began = time.perf_counter()
     process, seen = start(study, run, said=said), dict[str, float]()
     while process.poll() is None:
-        seen.setdefault(_phase(said), time.perf_counter() - began)
+        now = time.perf_counter() - began
+        seen.setdefault(_phase(said), now)
+        if any(run.glob("logs/*")):
+            seen.setdefault("begun", now)
         time.sleep(LOOK)
     assert process.returncode == 0, said.read_text()
-    ended = time.perf_counter() - began
-    first, last = seen["between the first trial and the last"], seen["writing the tables"]
-    return Life(first, (last - first) / TASKS, ended - last)
+    plan, begun, last = seen[WORK], seen["begun"], seen[TABLES]
+    return Life(plan, begun - plan, last - begun, time.perf_counter() - began - last)
 
 
 def one(study: Path, folder: Path, quiet: Run, life: Life, kills: int, draw: random.Random) -> str:
-    """Kill one sweep and continue it; a new run each time that one has come to its end.
+    """Kill one sweep and continue it, first before its plan, then among its tasks, then after them.
 
-    Three fifths of the moments are uniform over the life of what is left, stratified; a fifth lies
-    before the first task, another after the last.
+    Among the tasks it is let live for so long that it comes to their end at about the last kill; if
+    it does so before, another run takes the rest.
     """
-    phases, runs = Counter[str](), 0
-    moments = _moments(kills, life, draw)
-    moment = next(moments)
-    while moment is not None:
+    phases, runs, hit = Counter[str](), 0, 0
+    edge = kills // 5
+    while hit < kills:
         run, runs, done = folder / f"one-{runs}", runs + 1, dict[str, tuple[int, int]]()
-        while moment is not None:
+        while hit < kills:
             said = folder / "said.txt"
             process = start(study, run, said=said)
-            if not _wait_until(moment, process, said, TASKS - _tasks_done(run)):
-                break  # it came to its end before: no kill
+            if hit < edge:
+                alive = _lives(process, draw.uniform(0, life.before))
+            elif hit < kills - edge:
+                alive = _comes_to(WORK, process, said)
+                alive = alive and _lives(process, draw.uniform(0, _among(life, kills - 2 * edge)))
+            else:
+                alive = _comes_to(TABLES, process, said)
+                alive = alive and _lives(process, draw.uniform(0, life.after))
+            if not alive:
+                assert process.returncode == 0, said.read_text()
+                break  # it came to its end: no kill
             phases[_kill(process, said)] += 1
+            hit += 1
             done = _same(done, run)
-            moment = next(moments)
         finish(study, run, said=folder / "said.txt")
         check(run, quiet, done)
-    assert sum(phases.values()) == kills
     return f"{kills} kills in {runs} runs: {_told(phases)}"
 
 
@@ -88,7 +101,7 @@ def two(study: Path, folder: Path, quiet: Run, life: Life, kills: int, draw: ran
         said = [folder / "said-0.txt", folder / "said-1.txt"]
         both = [start(study, run, said=path) for path in said]
         while hit < kills and any(process.poll() is None for process in both):
-            time.sleep(draw.uniform(0, 0.7 * life.of(TASKS - _tasks_done(run))))
+            time.sleep(draw.uniform(0, 0.7 * life.whole))
             place = draw.randrange(2)
             if both[place].poll() is None:
                 phases[_kill(both[place], said[place])] += 1
@@ -101,37 +114,30 @@ def two(study: Path, folder: Path, quiet: Run, life: Life, kills: int, draw: ran
     return f"{kills} kills in {runs} runs: {_told(phases)}"
 
 
-Moment = Callable[[int], tuple[str, float]]  # of the tasks left: from which phase on, seconds
+def _among(life: Life, kills: int) -> float:
+    """Seconds x after the plan, so that kills at uniform moments before x cost what tasks take.
+
+    Up to the first task nothing is done, so a sweep that may live for s + y comes y^2 / 2(s + y)
+    further.
+    """
+    share = life.tasks / kills
+    return life.workers + share + math.sqrt(share**2 + 2 * share * life.workers)
 
 
-def _moments(kills: int, life: Life, draw: random.Random) -> Iterator[Moment | None]:
-    """When to kill, in a random order; None at the end."""
-    edge = kills // 5
-    first = [draw.uniform(0, life.before) for _ in range(edge)]
-    last = [draw.uniform(0, life.after) for _ in range(edge)]
-    rest = kills - 2 * edge
-    shares = [(stratum + draw.random()) / rest for stratum in range(rest)]
-    found: list[Moment] = [
-        *(lambda left, wait=wait: (FIRST, wait) for wait in first),
-        *(lambda left, wait=wait: ("writing the tables", wait) for wait in last),
-        *(lambda left, share=share: (FIRST, share * life.of(left)) for share in shares),
-    ]
-    draw.shuffle(found)
-    yield from found
-    yield None
+def _comes_to(phase: str, process: subprocess.Popen[bytes], said: Path) -> bool:
+    """Whether a sweep comes to a phase, and lives."""
+    while _place(_phase(said)) < _place(phase):
+        if not _lives(process, LOOK):
+            return False
+    return process.poll() is None
 
 
-def _wait_until(moment: Moment, process: subprocess.Popen[bytes], said: Path, left: int) -> bool:
-    """Whether the process still lives when the moment has come."""
-    phase, seconds = moment(left)
-    late = ["writing the tables", "writing the report"]
-    while phase != FIRST and process.poll() is None and _phase(said) not in late:
-        time.sleep(LOOK)
+def _lives(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether a process lives so many seconds more."""
     try:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         return True
-    assert process.returncode == 0, said.read_text()
     return False
 
 
@@ -162,11 +168,9 @@ def _same(before: dict[str, tuple[int, int]], run: Path) -> dict[str, tuple[int,
     return now
 
 
-def _tasks_done(run: Path) -> int:
-    logs = run.glob("logs/*.log")
-    return sum("done in" in log.read_text() for log in logs)
+def _place(phase: str) -> int:
+    return ORDER.index(phase)
 
 
 def _told(phases: Counter[str]) -> str:
-    order = [FIRST, *reversed(PHASES.values())]
-    return ", ".join(f"{phases[name]} while {name}" for name in order if phases[name])
+    return ", ".join(f"{phases[name]} while {name}" for name in ORDER if phases[name])

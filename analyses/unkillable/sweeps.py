@@ -35,9 +35,9 @@ prompt = "Next:"
 width = 16
 blocks = 1
 [sasrec.recipe]
-epochs = 6
+epochs = 5
 [recipe]
-epochs = 6
+epochs = 5
 [protocol]
 resamples = 200
 [cost]

@@ -73,14 +73,9 @@ def _by_users(folder: Path, records: Sequence[Record]) -> Iterator[tuple[str, np
     """Trials by protocol and by whom they rank: all the same users, unless files were changed."""
     groups: dict[tuple[str, bytes], tuple[np.ndarray, Ranked]] = {}
     for record in records:
-        frame = read_users(folder / TRIALS / record["id"], record)
-        kinds = frame["protocol"].to_numpy(dtype=object)
-        whose, ranks = frame["user"].to_numpy(), frame["rank"].to_numpy(dtype=np.float64)
-        for protocol in dict.fromkeys(kinds):
-            chosen = kinds == protocol
-            users = np.ascontiguousarray(whose[chosen])
-            key = str(protocol), users.tobytes()
-            groups.setdefault(key, (users, []))[1].append((record, ranks[chosen]))
+        for protocol, (users, ranks) in read_users(folder / TRIALS / record["id"], record).items():
+            key = protocol, users.tobytes()
+            groups.setdefault(key, (users, []))[1].append((record, ranks.astype(np.float64)))
     for (protocol, _), (users, group) in sorted(groups.items(), key=lambda each: each[0]):
         yield protocol, users, group
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from pyarrow.parquet import ParquetFile
 
 from depthprobe.evaluation.lists import LISTS, Taken, exposure, of_lists
 from depthprobe.evaluation.metrics import metrics_from_ranks
@@ -133,7 +135,7 @@ def attempts(folder: Path) -> int:
 
 def failures(run: Path) -> dict[str, int]:
     """The names of what has failed in a run, and how often: what a command may try once more."""
-    every = [folder for place in (TRIALS, PROBES) for folder in (run / place).glob("*")]
+    every = [folder for place in (TRIALS, PROBES) for folder in folders_of(run / place)]
     return {folder.name: count for folder in every if (count := attempts(folder))}
 
 
@@ -143,42 +145,58 @@ def to_retry(folders: Sequence[Path], known: Mapping[str, int]) -> bool:
     return all(known.get(name) == count for name, count in found.items() if count)
 
 
+def folders_of(place: Path) -> list[Path]:
+    """What is in a folder of trials or probes, by name; nothing of one that is not there."""
+    try:
+        return [place / name for name in sorted(os.listdir(place))]
+    except FileNotFoundError:
+        return []
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record in a trial's folder; None if it is absent or damaged, so that it is made anew.
 
     One that is done without its table is damaged.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        with open(os.path.join(folder, RECORD), encoding="utf-8") as file:
+            record = json.load(file)
     except (OSError, ValueError):
         return None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         return None
-    if record["status"] == "done" and not any((folder / name).exists() for name in (USERS, SCORES)):
+    tables = (os.path.join(folder, name) for name in (USERS, SCORES))
+    if record["status"] == "done" and not any(map(os.path.exists, tables)):
         return None
     return record
 
 
-def read_users(folder: Path, record: Mapping[str, Any]) -> pd.DataFrame:
-    """The ranks of a finished trial: user, protocol, rank.
+def read_users(folder: Path, record: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By protocol, whom a finished trial ranked and the ranks of their targets, (U,) each.
 
     Raises:
         BadInput: if they can't be read, or don't give the metrics of the trial's record.
     """
-    path = folder / USERS
+    path, found = folder / USERS, {}
     try:
-        frame = pd.read_parquet(path, columns=["user", "protocol", "rank"])
+        # pandas would take five times as long, and a run may have ten thousand of these
+        with ParquetFile(path, read_dictionary=["protocol"]) as file:
+            table = file.read(use_threads=False).combine_chunks()
+        users, ranks = table["user"].to_numpy(), table["rank"].to_numpy()
+        kinds = table["protocol"].chunk(0)
+        codes = kinds.indices.to_numpy()
+        for code, protocol in enumerate(kinds.dictionary.to_pylist()):
+            found[protocol] = users[codes == code], ranks[codes == code]
         for protocol, said in record.get("metrics", {}).get("test", {}).items():
-            ranks = frame["rank"].to_numpy()[frame["protocol"].to_numpy(object) == protocol]
-            found = metrics_from_ranks(ranks)
-            if any(abs(said.get(name, value) - value) > 1e-9 for name, value in found.items()):
+            now = metrics_from_ranks(found[protocol][1])
+            if any(abs(said.get(name, value) - value) > 1e-9 for name, value in now.items()):
                 raise ValueError("other metrics than the record's")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault, not the file's
         allowed = "as the sweep wrote it; delete its folder, and the same sweep makes it anew"
         raise BadInput("run", str(path), allowed) from error
-    return frame
+    return found
 
 
 def _table_record(

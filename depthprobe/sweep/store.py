@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from statistics import median  # numpy's takes ten times as long for a few numbers
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from depthprobe.files import complete_file
 from depthprobe.study import BadInput, Study, study_from_dict
 from depthprobe.sweep.context import DATA, PROBES, TRIALS
 from depthprobe.sweep.measured import metrics_table
-from depthprobe.sweep.records import SCORES, read_record, read_users
+from depthprobe.sweep.records import SCORES, folders_of, read_record, read_users
 from depthprobe.sweep.slicing import read_slices
 
 MANIFEST, STUDY = "manifest.json", "study.toml"
@@ -37,7 +38,7 @@ class Run:
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """All records, done and failed, in the order of their names; a damaged one is no record."""
-        found = (read_record(path) for path in sorted((self.path / TRIALS).glob("*")))
+        found = map(read_record, folders_of(self.path / TRIALS))
         return [record for record in found if record is not None]
 
     def record(self, trial: str) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class Run:
     @cached_property
     def _probes(self) -> list[dict[str, Any]]:
         """The records of the tables under ``probes``."""
-        found = (read_record(path) for path in sorted((self.path / PROBES).glob("*")))
+        found = map(read_record, folders_of(self.path / PROBES))
         return [record for record in found if record is not None]
 
     def scores(self, method: str) -> pd.DataFrame:
@@ -87,11 +88,14 @@ class Run:
         frames = []
         for record in self.records:
             if record["status"] == "done":
-                frame = read_users(self.path / TRIALS / record["id"], record)
-                frames.append(frame.assign(trial=record["id"]))
+                for protocol, (users, ranks) in read_users(
+                    self.path / TRIALS / record["id"], record
+                ).items():
+                    told = {"trial": record["id"], "user": users, "protocol": protocol}
+                    frames.append(pd.DataFrame(told | {"rank": ranks}))
         if not frames:
             return pd.DataFrame(columns=["trial", "user", "protocol", "rank"])
-        return pd.concat(frames, ignore_index=True)[["trial", "user", "protocol", "rank"]]
+        return pd.concat(frames, ignore_index=True)
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -206,7 +210,7 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
         row[f"training_{name}"] = none if value is None else value
     for name in ("train_step", "encode", "score", "latency"):
         values = timing.get(name, {}).get("seconds")
-        row[f"{name}_ms"] = 1000 * float(np.median(values)) if values else none
+        row[f"{name}_ms"] = 1000 * median(values) if values else none
     return row
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from depthprobe.models.cutting import keep_blocks
     from depthprobe.models.exported import load_recommender
     from depthprobe.models.skipping import skip_blocks
+    from depthprobe.report import figures
     from depthprobe.report.html import build_report
     from depthprobe.study import load_study
     from depthprobe.sweep.runner import run_sweep
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "build_report",
+    "figures",
     "find_blocks",
     "keep_blocks",
     "load_backbone",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOME = {
     "build_report": "report.html",
+    "figures": "report.figures",
     "find_blocks": "models.blocks",
     "keep_blocks": "models.cutting",
     "load_backbone": "models.backbones",
@@ -59,7 +62,8 @@ def __getattr__(name: str) -> object:
     # a command that needs no model must not pay seconds for importing torch
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    home = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    value = home if _HOME[name].endswith(f".{name}") else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -16,6 +16,7 @@ NAMES = {
     "prepare_data",
     "load_data",
     "build_report",
+    "figures",
     "load_backbone",
     "find_blocks",
     "keep_blocks",
@@ -34,8 +35,15 @@ def test_the_names_are_exactly_the_public_ones() -> None:
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_public_name_is_a_documented_callable(name: str) -> None:
     value = getattr(depthprobe, name)
-    assert callable(value)
+    assert callable(value) or name == "figures"
     assert (value.__doc__ or "").strip()
+
+
+def test_figures_are_documented_functions() -> None:
+    drawn = set(depthprobe.figures.__all__) - {"FIGURES", "FigureEntry"}
+    assert {"accuracy_vs_depth", "accuracy_vs_cost", "span_map"} < drawn
+    for name in drawn:
+        assert (getattr(depthprobe.figures, name).__doc__ or "").strip()
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from depthprobe.report.style import count, significant
@@ -31,13 +32,19 @@ def conditions(summary: Summary) -> tuple[str, ...]:
         f"data {data['name']}" if data.get("name") else "",
         f"{data['users']:,} users ({tested:,} tested)" if data.get("users") else "",
         f"{data['items']:,} items" if data.get("items") else "",
-        f"backbone {manifest.get('backbone', {}).get('source', '')}",
+        f"backbone {base_name(manifest.get('backbone', {}).get('source', ''))}",
         f"{seeds} seed{'' if seeds == 1 else 's'}",
         f"{_split_name(run.study, data.get('split', {}))}, full ranking"
         + (", seen items left out" if run.study.protocol.filter_seen else ""),
         _machine(machine),
     ]
     return tuple(part for part in said if part)
+
+
+def base_name(source: str) -> str:
+    """A backbone's name for a first look: of a folder the last part, of another source all."""
+    path = PurePath(source)
+    return path.name if path.is_absolute() else source
 
 
 def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:

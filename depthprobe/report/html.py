@@ -14,8 +14,10 @@ from depthprobe.files import complete_file
 from depthprobe.report.ablation import ablation_table
 from depthprobe.report.answer import build_answer
 from depthprobe.report.blocks import left_out_table
+from depthprobe.report.costs import cost_table
+from depthprobe.report.drawing import FORMATS, rendered, save_figure
 from depthprobe.report.facts import conditions, how_measured, negatives_of
-from depthprobe.report.figures import FIGURES, save_figure
+from depthprobe.report.figures import FIGURES
 from depthprobe.report.reliance import reliance_table
 from depthprobe.report.slices import lists_table, slice_table
 from depthprobe.report.summary import RunLike, Summary, summarise
@@ -65,7 +67,7 @@ SECTIONS = (
 
 
 def build_report(run: Run | RunLike | str | Path, output: str | Path | None = None) -> Path:
-    """Write a run's report: the page, RUN/figures/ (SVG, PNG) and RUN/tables/ (CSV, LaTeX).
+    """Write a run's report: the page, RUN/figures/ (SVG, PNG, PDF) and RUN/tables/.
 
     Args:
         run: an opened run, or the path of its folder.
@@ -78,13 +80,12 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         BadInput: if the path is no run.
         ValueError: if the run's metrics break a bound that must hold between them.
     """
-    if isinstance(run, (str, Path)):
-        from depthprobe.sweep.store import open_run
-
-        run = open_run(run)
     summary = summarise(run)
+    run = summary.run
     tables = all_tables(summary)
-    more = (ablation_table, slice_table, lists_table, reliance_table, left_out_table)
+    more = (
+        ablation_table, slice_table, lists_table, reliance_table, left_out_table, cost_table
+    )  # fmt: skip
     for made in (table(summary) for table in more):
         if made is not None:
             tables[made.name] = made
@@ -134,14 +135,13 @@ def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]
     for entry in FIGURES:
         reading = entry.reading(summary)
         if not reading:
-            for suffix in (".svg", ".png"):  # an older report of this run may have left them
-                (folder / entry.name).with_suffix(suffix).unlink(missing_ok=True)
+            for suffix in FORMATS:  # an older report of this run may have left them
+                (folder / f"{entry.name}.{suffix}").unlink(missing_ok=True)
             continue
-        vector = save_figure(entry.draw(summary), folder / entry.name)
-        svg = inline_svg(vector.read_text(encoding="utf-8"), entry.name, label=reading)
-        sections.setdefault(entry.section, []).append(
-            {"svg": svg, "caption": reading, "wide": entry.wide}
-        )
+        ax = entry.draw(summary)
+        save_figure(ax, folder / entry.name)
+        svg = inline_svg(rendered(ax, "svg").decode(), entry.name, label=reading)
+        sections.setdefault(entry.section, []).append({"svg": svg, "caption": reading})
     return sections
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.report.blocks import change_of
 from depthprobe.report.style import accuracy, bounds, method_order, method_style, percent
 from depthprobe.report.summary import BY_BLOCK, CONTROLS, FULL, HEADLINE, SHOWN_ONLY, Point, Summary
-from depthprobe.study import PROBES, base_of
+from depthprobe.study import PROBES, base_of, ranges
 from depthprobe.sweep.plan import BASELINES
 
 # Not drawn as a curve over depth: baselines, the teacher, probes with many kept sets at a depth.
@@ -56,14 +57,19 @@ def pareto_front(points: Iterable[Point], cost: str, metric: str = HEADLINE) -> 
     return front
 
 
-def skip_changes(summary: Summary, metric: str = HEADLINE) -> list[tuple[Point, Interval]]:
-    """Relative change against the teacher for each block left out alone, by block."""
+def skip_changes(
+    summary: Summary, metric: str = HEADLINE, *, method: str = "skip"
+) -> list[tuple[Point, Interval]]:
+    """Relative change against the teacher for each block left out alone, by block.
+
+    ``method`` may be "drop-attention" or "drop-mlp": then it is that part of the block alone.
+    """
     found = []
-    for point in summary.of("skip"):
-        ratio = point.ratio.get((FULL, metric))
-        if ratio is not None and point.removed.isdigit():
-            found.append((point, Interval(ratio.value - 1, ratio.low - 1, ratio.high - 1)))
-    return found
+    for point in summary.of(method):
+        change = change_of(point, metric)
+        if change is not None and point.removed.isdigit():
+            found.append((point, change))
+    return sorted(found, key=lambda pair: int(pair[0].removed))
 
 
 def depth_reading(summary: Summary, metric: str) -> str:
@@ -120,8 +126,7 @@ def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
     shown = sorted(
         {row.depth for row in summary.sufficiency.rows if row.shown} if summary.sufficiency else ()
     )
-    depths = ", ".join(map(str, above)) if above else "none"
-    proven = ", ".join(map(str, shown)) if shown else "none"
+    depths, proven = (ranges(found) or "none" for found in (above, shown))
     best = max(points, key=lambda p: p.ratio[FULL, metric].value)
     ratio = best.ratio[FULL, metric]
     return (

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.trust import trust
+from depthprobe.report.scores import probe_table
 from depthprobe.report.style import NONE, bounds, method_style
 from depthprobe.report.summary import FULL, HEADLINE, RunLike, Summary, as_summary
 from depthprobe.report.tables import Cell, Row, Table
@@ -71,7 +71,7 @@ def reliance_table(run: RunLike | Summary) -> Table | None:
 
 
 def _questions(summary: Summary, seed: int) -> list[_Question]:
-    maps, done = _maps(summary.run, seed), _done(summary, seed)
+    maps, done = _maps(summary, seed), _done(summary, seed)
     trials = {
         method: {_span(trial.removed): trial.name for trial in done if trial.method == method}
         for method in ("skip", "span", "drop-attention", "drop-mlp")
@@ -163,11 +163,11 @@ def _depths(done: Sequence[_Trial], maps: Mapping[str, Mapping[Span, float]]) ->
     return found
 
 
-def _maps(run: Any, seed: int) -> dict[str, dict[Span, float]]:
+def _maps(summary: Summary, seed: int) -> dict[str, dict[Span, float]]:
     """The run's scores by name and span, each turned so that more means more important."""
     found: dict[str, dict[Span, float]] = {}
     for method in ("similarity", "taylor"):
-        frame = run.scores(method) if hasattr(run, "scores") else pd.DataFrame()
+        frame = probe_table(summary, method)
         if frame.empty:
             continue
         own = frame[(frame["seed"] == seed) & (frame["score"] != "norm")]

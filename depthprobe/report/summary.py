@@ -124,13 +124,21 @@ class Summary:
         return values, reference
 
 
-def as_summary(run: RunLike | Summary) -> Summary:
+def as_summary(run: RunLike | Summary | str | Path) -> Summary:
     """The summary of a run; a summary is handed through, so that a report makes only one."""
     return run if isinstance(run, Summary) else summarise(run)
 
 
-def summarise(run: RunLike) -> Summary:
-    """Reduce a run to its points and its sufficient depth."""
+def summarise(run: RunLike | str | Path) -> Summary:
+    """Reduce a run, or what its folder holds, to its points and its sufficient depth.
+
+    Raises:
+        BadInput: if the path is no run.
+    """
+    if isinstance(run, (str, Path)):
+        from depthprobe.sweep.store import open_run  # which imports torch
+
+        run = open_run(run)
     trials, protocol = run.trials, run.study.protocol
     groups = []
     if len(trials):

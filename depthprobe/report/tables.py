@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,10 +171,26 @@ def all_tables(run: RunLike | Summary) -> dict[str, Table]:
 
 
 def save_table(table: Table, folder: Path) -> None:
-    """Write FOLDER/NAME.csv with every digit and FOLDER/NAME.tex rounded, for booktabs."""
-    for suffix, text in (("csv", table.frame.to_csv(index=False)), ("tex", to_latex(table))):
+    """Write FOLDER/NAME.csv with every digit, .md and .tex (booktabs) rounded as on the page."""
+    texts = {
+        "csv": table.frame.to_csv(index=False), "md": to_markdown(table), "tex": to_latex(table)
+    }  # fmt: skip
+    for suffix, text in texts.items():
         with complete_file(folder / f"{table.name}.{suffix}") as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def to_markdown(table: Table) -> str:
+    """A table as GitHub and most other readers of Markdown know it; every text is escaped."""
+    rule = ["---"] * table.words + ["--:"] * (len(table.columns) - table.words)
+    rows = [[_markdown_cell(cell) for cell in row.cells] for row in table.rows]
+    lines = [[escape_markdown(column) for column in table.columns], rule, *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown, and HTML inside it, print as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|~&])", r"\\\1", text).replace("\n", " ")
 
 
 def to_latex(table: Table) -> str:
@@ -196,6 +213,10 @@ def escape_latex(text: str) -> str:
         ">": r"\textgreater{}", "\n": " ",
     } | {character: f"\\{character}" for character in "&%$#_"}  # fmt: skip
     return "".join(table.get(character, character) for character in text)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    return " ".join(escape_markdown(text) for text in (cell.text, cell.note) if text)
 
 
 def _latex_cell(cell: Cell) -> str:

@@ -10,7 +10,7 @@ from depthprobe.study.inputs import (
     Columns,
     Data,
 )
-from depthprobe.study.layers import parse_blocks, parse_layers
+from depthprobe.study.layers import parse_blocks, parse_layers, ranges
 from depthprobe.study.measuring import Cost, Probing, Protocol
 from depthprobe.study.methods import (
     ASKED,
@@ -81,6 +81,7 @@ __all__ = [
     "override",
     "parse_blocks",
     "parse_layers",
+    "ranges",
     "settings_of",
     "study_from_dict",
     "study_to_dict",

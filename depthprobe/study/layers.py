@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from depthprobe.study.errors import BadInput
 
 
@@ -53,6 +55,21 @@ def parse_blocks(text: str, blocks: int | None = None) -> tuple[int, ...]:
             raise BadInput("select", text, allowed)
         found += range(low, high + 1)
     return tuple(found)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Sorted whole numbers as text.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
 
 
 def _ends(part: str) -> tuple[int, int]:

@@ -11,8 +11,9 @@ import pandas as pd
 
 from depthprobe.evaluation.slices import ALL
 from depthprobe.models.sources import EMBEDDED, is_folder
+from depthprobe.study import ranges
 from depthprobe.sweep.measured import METRICS
-from depthprobe.sweep.store import Run, ranges
+from depthprobe.sweep.store import Run
 
 LONGEST = 120
 TAGS = ("depthprobe", "recommender-system", "sequential-recommendation", "layer-pruning")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from statistics import median  # numpy's takes ten times as long for a few numbers
@@ -19,7 +18,7 @@ from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import load_data
 from depthprobe.evaluation.slices import Family, families
 from depthprobe.files import complete_file
-from depthprobe.study import BadInput, Study, study_from_dict
+from depthprobe.study import BadInput, Study, ranges, study_from_dict
 from depthprobe.sweep.context import DATA, PROBES, TRIALS
 from depthprobe.sweep.measured import metrics_table
 from depthprobe.sweep.records import SCORES, folders_of, read_record, read_users
@@ -212,18 +211,3 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
         values = timing.get(name, {}).get("seconds")
         row[f"{name}_ms"] = 1000 * median(values) if values else none
     return row
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Sorted whole numbers as text.
-
-    >>> ranges([0, 1, 2, 5])
-    '0-2,5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

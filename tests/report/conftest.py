@@ -19,6 +19,8 @@ from depthprobe.study import Study, override
 BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
 # How strongly a method pulls the target up; about the logarithm of its rank.
 FLOOR, TOP = 0.35, 2.2
+PARTS = ("drop-attention", "drop-mlp")
+ONLY_ASKED = {*PARTS, "span"}  # made only where they are asked for by name
 
 
 def strength(method: str, depth: int, removed: str) -> float:
@@ -29,6 +31,11 @@ def strength(method: str, depth: int, removed: str) -> float:
         return FLOOR + (TOP - FLOOR) * (depth / BLOCKS) ** 1.6
     if method == "skip":
         return TOP - (1.2 if removed == "0" else 0.35 if removed == str(BLOCKS - 1) else 0.02)
+    if method in PARTS:
+        return TOP - (0.6 if removed == "0" else 0.01)
+    if method == "span":
+        first, last = map(int, removed.split("-"))
+        return TOP - (1.3 if first == 0 else 0.02 * (last - first + 1))
     gap = {"finetune": 0.25, "heal": 0.2, "distill": 0.1, "random-init": 0.7}[method]
     return TOP - gap / depth ** (0.8 if method != "random-init" else 0.3)
 
@@ -45,6 +52,11 @@ class FakeRun:
     users: pd.DataFrame
     records: list[dict[str, Any]] = field(default_factory=list)
     slices: pd.DataFrame = field(default_factory=pd.DataFrame)
+    probes: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    def scores(self, method: str) -> pd.DataFrame:
+        """As a run's: what a probe says where no trial does."""
+        return self.probes.get(method, pd.DataFrame())
 
 
 def span(first: int, last: int) -> str:
@@ -59,6 +71,11 @@ def planned() -> list[tuple[str, int, str, str]]:
     for block in range(BLOCKS):
         kept = ",".join(filter(None, (span(0, block - 1), span(block + 1, top))))
         plan.append(("skip", top, kept, str(block)))
+        plan += [(part, BLOCKS, span(0, top), str(block)) for part in PARTS]
+    for first in range(BLOCKS):
+        for last in range(first + 1, min(first + 3, BLOCKS)):
+            kept = ",".join(filter(None, (span(0, first - 1), span(last + 1, top))))
+            plan.append(("span", BLOCKS - (last - first + 1), kept, f"{first}-{last}"))
     for method, depths in {
         "early-exit": range(1, BLOCKS), "finetune": (1, 2, 4, 8), "distill": (1, 2, 4),
         "random-init": (1, 2, 4, 12),
@@ -94,7 +111,7 @@ def make_run(
     for seed in range(seeds):
         shared = np.random.default_rng([seed, 1]).normal(size=users)
         for method, depth, kept, removed in planned():
-            if methods is not None and method not in methods:
+            if method in ONLY_ASKED if methods is None else method not in methods:
                 continue
             if method == "popularity" and seed:
                 continue
@@ -216,6 +233,35 @@ def _manifest(dataset: str, backbone: str, users: int, timing: bool) -> dict[str
     }  # fmt: skip
 
 
+def add_probes(run: FakeRun) -> FakeRun:
+    """Scores of blocks and spans as two teachers might have them, and when users are settled."""
+    draw, rows = np.random.default_rng(5), []
+    for seed in (0, 1):
+        for start in range(BLOCKS):
+            for end in range(start + 1, BLOCKS + 1):
+                turned = (0.4 if start == 0 else 0.02 * (end - start)) * draw.uniform(0.9, 1.1)
+                rows += [("angular-distance", start, end, turned, seed)]
+                rows += [("cka", start, end, 1 - turned, seed)]
+            for name, share in (("block", 1.0), ("attention", 0.5), ("mlp", 0.3)):
+                value = share * (0.9 if start == 0 else 0.01 * (1 + start))
+                rows.append((f"{name}-influence", start, start + 1, value, seed))
+    columns = ["score", "start", "end", "value", "seed"]
+    users = np.unique(run.users["user"])
+    frames = []
+    for seed in (0, 1):
+        best = draw.integers(1, 40, len(users)).astype(np.float64)
+        final = best + draw.integers(0, 2, len(users)) * 5
+        names = ("top_settled", "set_settled", "rank_settled", "best_depth")
+        own = {name: draw.integers(6, BLOCKS + 1, len(users)) for name in names}
+        own |= {"user": users, "final_rank": final, "best_rank": best, "seed": seed}
+        frames.append(pd.DataFrame(own | {"overthinking": final > best}))
+    run.probes = {
+        "similarity": pd.DataFrame(rows, columns=columns),
+        "settling": pd.concat(frames, ignore_index=True),
+    }
+    return run
+
+
 @pytest.fixture(scope="session")
 def make() -> Callable[..., FakeRun]:
     """Makes other runs: `make(path, methods=..., seeds=..., failing=...)`."""
@@ -226,7 +272,9 @@ def make() -> Callable[..., FakeRun]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     """The whole made-up run, a failed trial in it; tests only read it."""
     folder = tmp_path_factory.mktemp("run")
-    return add_slices(make_run(folder, users=400, failing=[("random-init", 1, 1)]))
+    methods = {method for method, *_ in planned()}
+    made = make_run(folder, methods=methods, users=400, failing=[("random-init", 1, 1)])
+    return add_probes(add_slices(made))
 
 
 def add_slices(run: FakeRun) -> FakeRun:

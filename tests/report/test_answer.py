@@ -98,7 +98,7 @@ def test_nothing_finished(make: Make, tmp_path: Path) -> None:
 
 def test_failed_trials_and_few_seeds_are_said(summary: Summary) -> None:
     caveats = build_answer(summary).caveats
-    assert any("1 of 73 trials failed" in text for text in caveats)
+    assert any(f"1 of {len(summary.run.trials)} trials failed" in text for text in caveats)
     assert any(text.startswith("2 seeds") for text in caveats)
     assert "Data: no times: order is the file's." in caveats
 

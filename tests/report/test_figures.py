@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
+from depthprobe.report.drawing import save_figure
 from depthprobe.report.figures import (
     FIGURES,
     accuracy_vs_cost,
     accuracy_vs_depth,
     kept_vs_depth,
-    save_figure,
     skip_sensitivity,
 )
 from depthprobe.report.readings import pareto_front, priced, skip_changes
@@ -89,8 +89,9 @@ def test_pareto_front_against_brute_force(summary: Summary) -> None:
 
 def test_skip_sensitivity_has_every_block(summary: Summary) -> None:
     ax = skip_sensitivity(summary)
-    points = _series(ax)["skip"].lines[0]
-    assert points.get_xdata().tolist() == list(range(12))
+    assert set(_series(ax)) == {"whole block", "attention left out", "MLP left out"}
+    points = _series(ax)["whole block"].lines[0]
+    assert np.round(points.get_xdata()).tolist() == list(range(12))
     changes = [100 * change.value for _, change in skip_changes(summary)]
     assert points.get_ydata() == pytest.approx(changes)
     assert int(np.argmin(changes)) == 0  # as it was made up
@@ -117,9 +118,10 @@ def test_without_data_a_figure_has_no_reading(make: Callable[..., Any], tmp_path
 
 
 def test_the_same_figure_twice_is_the_same_file(summary: Summary, tmp_path: Path) -> None:
-    first = save_figure(skip_sensitivity(summary), tmp_path / "a").read_bytes()
-    second = save_figure(skip_sensitivity(summary), tmp_path / "b").read_bytes()
-    assert first == second
+    for name in "ab":
+        save_figure(skip_sensitivity(summary), tmp_path / name)
+    for suffix in ("svg", "png", "pdf"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

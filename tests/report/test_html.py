@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from depthprobe.report.figures import FIGURES
 from depthprobe.report.html import build_report, inline_svg
 from depthprobe.study import BadInput, override, study_to_toml
 
@@ -82,21 +83,23 @@ def page(run: Any) -> Page:
 def test_page_has_every_section_and_figure(page: Page, run: Any) -> None:
     sections = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
     assert sections == [
-        *("depth", "pareto", "blocks", "reliance", "hurt", "ablation", "methods", "trials"),
-        "measured",
+        *("depth", "pareto", "blocks", "maps", "reliance", "hurt", "ablation", "cost", "methods"),
+        *("trials", "measured"),
     ]
     pictures = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(pictures) == 7
+    assert len(pictures) == len(FIGURES)
     assert all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in pictures)
     figures = run.path / "figures"
-    assert len(list(figures.glob("*.svg"))) == len(list(figures.glob("*.png"))) == 7
+    assert sorted(path.name for path in figures.iterdir()) == sorted(
+        f"{entry.name}.{suffix}" for entry in FIGURES for suffix in ("svg", "png", "pdf")
+    )
     assert {p.name for p in (run.path / "tables").iterdir()} == {
         f"{name}.{suffix}"
         for name in (
             *("methods", "methods_sampled", "trials", "ablation", "slices", "lists", "reliance"),
-            "left_out",
+            *("left_out", "cost"),
         )
-        for suffix in ("csv", "tex")
+        for suffix in ("csv", "md", "tex")
     }
 
 

@@ -40,7 +40,7 @@ def test_accuracy_is_the_mean_over_users_and_seeds(run: Any, summary: Summary) -
 def test_every_planned_point_is_there_once(run: Any, summary: Summary) -> None:
     trials = run.trials
     done = trials[trials["status"] == "done"]
-    assert len(summary.points) == len(done.groupby(["method", "depth", "kept"]))
+    assert len(summary.points) == len(done.groupby(["method", "depth", "kept", "removed"]))
     assert sum(len(p.trials) for p in summary.points) == len(done)
     assert len(summary.failed) == 1
 

@@ -79,7 +79,7 @@ def test_files_hold_every_digit_and_booktabs(summary: Summary, tmp_path: Path) -
     assert "\\toprule" in text
     rows = [line for line in text.splitlines() if line.endswith("\\\\")]
     assert {line.count(" & ") for line in rows} == {rows[0].count(" & ")}
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv"] * 3 + [".tex"] * 3
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == sorted([".csv", ".md", ".tex"] * 3)
 
 
 def test_latex_is_escaped(make: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""Several runs on one page: the answer of each, on one relative scale, and what differs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from depthprobe.files import complete_file
+from depthprobe.report.answer import Answer, build_answer
+from depthprobe.report.depth_figures import common_limits, kept_side_by_side, kept_vs_depth
+from depthprobe.report.drawing import rendered, save_figure
+from depthprobe.report.facts import base_name, conditions
+from depthprobe.report.html import environment, inline_svg
+from depthprobe.report.readings import kept_reading
+from depthprobe.report.style import NONE, bounds, method_style, percent, times_faster
+from depthprobe.report.summary import FULL, HEADLINE, RunLike, Summary, as_summary
+from depthprobe.report.tables import Cell, Row, Table, save_table, three
+from depthprobe.study import BadInput
+
+FIGURE, TABLE = "kept_side_by_side", "answers"
+QUESTION = ("margin", "split", "seen items")  # with another of these, another thing is asked
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the runs: what it is called on the page, its numbers, its answer."""
+
+    name: str
+    summary: Summary
+    answer: Answer
+
+
+def build_comparison(
+    runs: Sequence[RunLike | Summary | str | Path], output: str | Path | None = None
+) -> Path:
+    """Write a page that sets the answers of several runs side by side.
+
+    Each run is compared with its own teacher; no run is tested against another. Beside the page, a
+    folder of its name holds the figure and the table.
+
+    Args:
+        runs: two or more, opened or the paths of their folders.
+        output: where the page goes; comparison.html in the folder that holds all runs by default.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        BadInput: if a path is no run, there are fewer than two, one is given twice, or fewer than
+            two have an accuracy to compare with their teacher's.
+    """
+    compared = _named([as_summary(run) for run in runs])
+    drawn = [one for one in compared if kept_reading(one.summary)]
+    if len(drawn) < 2:
+        without = ", ".join(one.name for one in compared if one not in drawn)
+        allowed = "two runs or more with a finished teacher and a shallower model"
+        raise BadInput("run", without or compared[0].name, allowed)
+    target = default_output([c.summary.run.path for c in compared]) if output is None else output
+    target = Path(target)
+    folder = target.parent / target.stem
+    table = answers_table(compared)
+    save_table(table, folder)
+    save_figure(kept_side_by_side([one.summary for one in drawn])[0], folder / FIGURE)
+    differing = differences([one.summary for one in compared])
+    page = environment().get_template("comparison.html.j2").render(
+        headline=headline(compared),
+        runs=[
+            {
+                "name": one.name,
+                "answer": one.answer,
+                "conditions": conditions(one.summary),
+                "report": _report(one, target),
+                "path": str(one.summary.run.path),
+            }
+            for one in compared
+        ],
+        differences=differing,
+        question=[word for word in QUESTION if word in differing],
+        figures=_figures(drawn),
+        table_of_answers=table,
+        folder=folder.name,
+        command="depthprobe report " + " ".join(str(one.summary.run.path) for one in compared),
+    )  # fmt: skip
+    with complete_file(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return target
+
+
+def default_output(folders: Sequence[Path]) -> Path:
+    """comparison.html in the folder that holds all of the runs."""
+    return Path(os.path.commonpath([folder.absolute().parent for folder in folders])) / (
+        "comparison.html"
+    )
+
+
+def _named(summaries: Sequence[Summary]) -> list[Compared]:
+    """Called by their folders, with as much of the path as tells them apart."""
+    folders = [summary.run.path.resolve() for summary in summaries]
+    for place, folder in enumerate(folders):
+        if folder in folders[:place]:
+            raise BadInput("run", str(summaries[place].run.path), "each run once")
+    parts = 1
+    names = [folder.name for folder in folders]
+    while len(set(names)) < len(names):
+        parts += 1
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+    return [
+        Compared(name, summary, build_answer(summary))
+        for name, summary in zip(names, summaries, strict=True)
+    ]
+
+
+def headline(compared: Sequence[Compared]) -> str:
+    """How many runs show a sufficient depth, and which."""
+    shown = [c for c in compared if c.answer.verdict == "shown"]
+    if not shown:
+        return f"None of the {len(compared)} runs shows that fewer blocks suffice."
+    names = ", ".join(f"{c.name} {c.answer.depth} of {c.answer.blocks}" for c in shown)
+    whose = "All" if len(shown) == len(compared) else f"{len(shown)} of"
+    verb = "shows" if len(shown) == 1 else "show"
+    return f"{whose} {len(compared)} runs {verb} that fewer blocks suffice: {names}."
+
+
+def differences(summaries: Sequence[Summary]) -> dict[str, str]:
+    """What the runs do not share, the protocol first: a word and the values, in their order."""
+    named: dict[str, Callable[[Summary], str]] = {
+        "margin": lambda s: f"{100 * s.margin:g} %",
+        "split": lambda s: _split(s.run.study.protocol),
+        "seen items": lambda s: "left out" if s.run.study.protocol.filter_seen else "ranked too",
+        "data": lambda s: _data(s.run.manifest.get("data", {})),
+        "backbone": lambda s: base_name(s.run.manifest.get("backbone", {}).get("source", NONE)),
+        "item embeddings": lambda s: str(s.run.manifest.get("item_table", {}).get("source", NONE)),
+        "epochs": lambda s: str(s.run.study.recipe.epochs),
+        "seeds": lambda s: str(len(s.seeds_compared)),
+        "machine": lambda s: _machine(s.run.manifest.get("machine", {})),
+        "version": lambda s: str(s.run.manifest.get("versions", {}).get("depthprobe", NONE)),
+    }
+    found = {}
+    for word, value in named.items():
+        values = [value(summary) for summary in summaries]
+        if len(set(values)) > 1:
+            found[word] = ", ".join(values)
+    return found
+
+
+def answers_table(compared: Sequence[Compared]) -> Table:
+    """The sufficient depth of each run and what it saves; else its best candidate, said so."""
+    rows, numbers = [], []
+    for one in compared:
+        summary, answer = one.summary, one.answer
+        shown = answer.verdict == "shown"
+        sasrec = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of("sasrec")), None)
+        method = method_style(answer.method).label if answer.method else ""
+        depth = f"{answer.depth} of {answer.blocks}" if answer.depth else NONE
+        best = f"best candidate: {depth}" if answer.depth else ""
+        cells = (
+            Cell(one.name, _data_name(summary)),
+            Cell(depth if shown else answer.verdict, "" if shown else best),
+            Cell(method or NONE),
+            _share(answer.kept),
+            Cell(percent(answer.parameters, 0) if answer.parameters is not None else NONE),
+            _times(answer.inference),
+            _times(answer.training),
+            _share(sasrec),
+            Cell(f"{answer.users:,}"),
+            Cell(str(len(summary.seeds_compared))),
+        )
+        rows.append(Row(cells))
+        out: dict[str, object] = {"run": one.name, "verdict": answer.verdict}
+        out |= {"depth": answer.depth, "blocks": answer.blocks, "method": answer.method}
+        out |= {"margin": answer.margin, "parameters": answer.parameters}
+        for word, found in (
+            ("kept", answer.kept), ("inference", answer.inference),
+            ("training", answer.training), ("sasrec", sasrec),
+        ):  # fmt: skip
+            out |= three(word, found)
+        numbers.append(out | {"users": answer.users, "seeds": len(summary.seeds_compared)})
+    columns = (
+        "run", "sufficient depth", "reached by", f"{HEADLINE} kept", "parameters", "to serve",
+        "to train", "SASRec of teacher's", "test users", "seeds",
+    )  # fmt: skip
+    return Table(TABLE, columns, 3, tuple(rows), pd.DataFrame(numbers))
+
+
+def _figures(drawn: Sequence[Compared]) -> list[dict[str, Any]]:
+    """One panel a run for the page, all on one scale."""
+    limits = common_limits([one.summary for one in drawn])
+    made = []
+    for place, one in enumerate(drawn):
+        ax = kept_vs_depth(one.summary, limits=limits, title=one.name)
+        reading = f"{one.name}. {kept_reading(one.summary)}"
+        svg = inline_svg(rendered(ax, "svg").decode(), f"run{place}", label=reading)
+        made.append({"svg": svg, "caption": reading})
+    return made
+
+
+def _report(one: Compared, target: Path) -> str:
+    """The way from the page to the run's own report; empty where there is none yet."""
+    report = one.summary.run.path / "report.html"
+    if not report.is_file():
+        return ""
+    return Path(os.path.relpath(report.resolve(), target.parent.resolve())).as_posix()
+
+
+def _split(protocol: Any) -> str:
+    at = f" at {' and '.join(protocol.split_at)}" if protocol.split == "temporal" else ""
+    return f"{protocol.split}{at}"
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    return f"{data.get('name', NONE)} ({str(data.get('fingerprint', ''))[:8]})"
+
+
+def _data_name(summary: Summary) -> str:
+    manifest = summary.run.manifest
+    backbone = base_name(manifest.get("backbone", {}).get("source", ""))
+    return ", ".join(filter(None, (manifest.get("data", {}).get("name"), backbone)))
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    return str(machine.get("gpu") or machine.get("cpu") or NONE)
+
+
+def _share(interval: Any) -> Cell:
+    if interval is None:
+        return Cell(NONE)
+    return Cell(percent(interval.value), bounds(interval, scale=100, digits=1))
+
+
+def _times(ratio: Any) -> Cell:
+    if ratio is None:
+        return Cell(NONE)
+    number, interval, word = times_faster(ratio)
+    return Cell(f"{number} {word}".strip(), interval)

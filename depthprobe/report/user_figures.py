@@ -1,0 +1,96 @@
+"""When a user's answer is settled: at which depth lists and ranks are the last ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from depthprobe.evaluation.statistics import Interval, bootstrap_means
+from depthprobe.report.drawing import depth_axis, new_axes
+from depthprobe.report.labels import label_right
+from depthprobe.report.scores import probe_table
+from depthprobe.report.style import bounds, figure_style, percent
+from depthprobe.report.summary import RunLike, Summary, as_summary
+
+# the column of the settling table, what is said of it, its colour
+CURVES = {
+    "rank_settled": ("rank within one", "#9b4f96"),
+    "set_settled": ("same ten items", "#0069a8"),
+    "top_settled": ("same order too", "#c2500a"),
+}
+
+
+def settling_depth(run: RunLike | Summary | str | Path, *, ax: Axes | None = None) -> Axes:
+    """Share of users whose answer is settled by a depth: the top ten, its order, the target's rank.
+
+    Bands are 95 % bootstrap intervals over users; with several teachers, of the users' means.
+    """
+    summary = as_summary(run)
+    frame = probe_table(summary, "settling")
+    with figure_style():
+        ax = ax or new_axes(right=0.74)
+        blocks = summary.blocks or int(frame["top_settled"].max())
+        depths = np.arange(blocks)  # at the last one all are settled
+        ends: list[tuple[float | None, float, str, str]] = []
+        highest = 0.0
+        for column, (label, colour) in CURVES.items():
+            spans = _settled(frame, column, depths, summary)
+            y = 100 * np.array([span.value for span in spans])
+            low, high = (
+                100 * np.array([getattr(s, end) for s in spans]) for end in ("low", "high")
+            )
+            ax.fill_between(depths, low, high, step="post", color=colour, alpha=0.18, linewidth=0)
+            ax.step(depths, y, where="post", color=colour, label=label)
+            ends.append((float(blocks - 1), float(y[-1]), label, colour))
+            highest = max(highest, float(high[-1]))
+        depth_axis(ax, summary, [0])
+        ax.set_ylim(0, min(102.0, 1.2 * highest + 1))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
+        ax.set_xlabel("depth (blocks passed)")
+        ax.set_title("Users whose answer is settled")
+        label_right(ax, ends)
+    return ax
+
+
+def _settled(
+    frame: pd.DataFrame, column: str, depths: np.ndarray, summary: Summary
+) -> list[Interval]:
+    """Share of users settled by each depth."""
+    by_user = [
+        (own[column].to_numpy()[:, None] <= depths)
+        for _, own in frame.sort_values("user", kind="stable").groupby("seed")
+    ]
+    return bootstrap_means(np.mean(by_user, axis=0), resamples=_resamples(summary))
+
+
+def _resamples(summary: Summary) -> int:
+    return int(summary.run.study.protocol.resamples)
+
+
+def settling_reading(summary: Summary) -> str:
+    """Who waits for the last block, and whom it costs the target; empty without the table."""
+    frame = probe_table(summary, "settling")
+    if frame.empty:
+        return ""
+    last = summary.blocks or int(frame["top_settled"].max())
+    means = frame.assign(
+        late=frame["set_settled"] >= last,
+        lost=(frame["best_rank"] <= 10) & (frame["final_rank"] > 10),
+        hit=frame["final_rank"] <= 10,
+    ).groupby("user")[["late", "overthinking", "lost", "hit"]].mean()  # fmt: skip
+    late, over, lost, hit = bootstrap_means(
+        means.to_numpy(dtype=np.float64), resamples=_resamples(summary)
+    )
+    return (
+        f"For {_share(late)} of users the ten items change in the last block. Overthinking: for "
+        f"{_share(over)} an earlier depth ranked the target better than the last; {_share(lost)} "
+        f"had it among the first ten at some depth and not at the last, where {_share(hit)} do."
+    )
+
+
+def _share(interval: Interval) -> str:
+    return f"{percent(interval.value)} {bounds(interval, scale=100, digits=1)}"

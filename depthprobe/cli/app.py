@@ -38,7 +38,6 @@ UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ =
 
 # plain help: the rich one costs a quarter of the half second that --help may take
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="How many layers does an LLM-based recommender need, and what do fewer save?",

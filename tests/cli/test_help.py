@@ -53,6 +53,30 @@ def test_version(cli: Callable[..., Any]) -> None:
     assert cli("--version").out == f"depthprobe {depthprobe.__version__}\n"
 
 
+def test_the_shell_can_complete_commands_and_options() -> None:
+    code = "from depthprobe.cli import main; main([])"
+    for typed, expected in {
+        "depthprobe sta": "status",
+        "depthprobe sweep --dry": "--dry-run",
+    }.items():
+        asked = {"_DEPTHPROBE_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+        words = {**os.environ, **asked, "COMP_CWORD": str(len(typed.split()) - 1)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=words, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == [expected]
+
+
+def test_the_package_is_a_command_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "depthprobe", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"depthprobe {depthprobe.__version__}\n"
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     code = (
         "import atexit, sys; from depthprobe.cli import main;"

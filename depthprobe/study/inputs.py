@@ -15,10 +15,17 @@ QUANTIZATIONS = ("none", "8bit", "4bit")
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a table hold what; None guesses from common spellings.
+    """Which columns of a table hold what; those left out are guessed from common spellings.
 
     A column is named as the table's header names it, or by its number from 1 in a CSV without a
-    header. A log needs a user and an item column; times and ratings may be absent.
+    header. A log needs a user and an item column.
+
+    Attributes:
+        user: the column of users.
+        item: the column of items.
+        time: the column of times; a log may have none.
+        rating: the column of ratings; needed by ``min_rating`` alone.
+        title: the column of the items' titles.
     """
 
     user: str | None = None
@@ -34,11 +41,14 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning:
-    """Which interactions stay, in this order: rating, repeats, latest, core.
+    """Which interactions stay; the steps come in the order of the keys.
 
-    ``min_rating`` drops lower ratings. ``repeats`` of a (user, item) pair are all kept, or the
-    first or the last of them. ``latest`` keeps so many of each user's. ``core`` drops users and
-    items with fewer interactions, again and again until none is left (k-core).
+    Attributes:
+        min_rating: drop interactions rated lower.
+        repeats: of a user's interactions with the same item keep all, the first, or the last.
+        latest: keep so many of each user's.
+        core: drop users and items with fewer interactions, again and again until none is left
+            (k-core); 1 drops nothing.
     """
 
     min_rating: float | None = None
@@ -59,8 +69,14 @@ class Cleaning:
 class Data:
     """Where the interactions come from, what is dropped, how much of a history a model reads.
 
-    ``format`` None recognises the log by its content; ``items`` is a file with the items' titles,
-    None looks beside the log.
+    Attributes:
+        source: a log (file or folder), a prepared folder, the name of a public set, or
+            ``embedded``; a path is relative to where the command runs.
+        format: one of those that ``depthprobe data list`` names; left out, the content tells.
+        items: a file with the items' titles; left out, it is looked for beside the log.
+        max_history: so many of a user's latest items are read.
+        columns: names of a table's columns.
+        cleaning: what is dropped.
     """
 
     source: str = "embedded"
@@ -78,14 +94,25 @@ class Data:
 class Backbone:
     """The pretrained decoder, what of it is trained, and the prompt before the items.
 
-    ``dtype`` auto and ``attention`` auto follow the checkpoint and transformers. ``quantize``
-    stores the weights of the blocks in fewer bits, on a GPU and with bitsandbytes alone.
-    ``tuning`` trains every weight of the blocks (``full``), low-rank updates of the MLP
-    projections (``lora``, as SLMRec does), or the adapters alone (``frozen``).
-    ``suffix`` follows the items, as SLMRec's response prompt does, and needs the objective
-    ``last``. ``head`` scores by the dot product with the item table (SLMRec), or by a linear map
-    from the last state to the items (E4SRec). ``checkpointing`` computes the blocks again in the
-    backward pass in place of keeping their activations.
+    Attributes:
+        source: a folder with ``config.json`` and safetensors weights, a Hugging Face id, or
+            ``embedded``.
+        revision: branch, tag or commit of an id; left out, the hub's ``main``.
+        trust_remote_code: run Python code that comes with the model; only with a ``revision``.
+        dtype: of the weights; ``auto`` is the checkpoint's.
+        attention: the implementation: ``auto`` (transformers' choice), ``eager``, ``sdpa``,
+            ``flash_attention_2``, ``flash_attention_3`` or ``flex_attention``.
+        quantize: store the weights of the blocks in fewer bits; on a GPU, with bitsandbytes, and
+            with ``tuning`` ``lora`` or ``frozen`` alone.
+        tuning: train every weight of the blocks (``full``), low-rank updates of the MLP projections
+            (``lora``, as SLMRec does), or the adapters alone (``frozen``).
+        lora_rank: the rank of those updates.
+        prompt: what the model reads before the items; may be empty.
+        suffix: what it reads after them, as SLMRec's response prompt; needs the objective ``last``.
+        head: score by the dot product with the item table (``dot``, SLMRec), or by a linear map
+            from the last state to the items (``linear``, E4SRec).
+        checkpointing: compute the blocks again in the backward pass in place of keeping their
+            activations: less memory, more time, the same numbers.
     """
 
     source: str = "embedded"

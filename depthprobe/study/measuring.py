@@ -12,14 +12,21 @@ from depthprobe.study.errors import BadInput, at_least, one_of
 class Protocol:
     """How accuracy is measured, and how much of it a shallower model may lose.
 
-    ``split``: ``leave-one-out`` (each user's last item), ``temporal`` (what comes after two points
-    in time that all users share, ``split_at``: dates, or quantiles of the interactions), or
-    ``given`` (the log came in training, validation and test files).
-    ``negatives`` of the sampled protocol are drawn from the items that a user never took:
-    ``uniform``, or in proportion to how often the training interactions hold an item
-    (``popularity``: harder, and what training never holds is never drawn).
-    ``user_slices`` and ``item_slices``, each ``FILE:COLUMN``, cut the test users by a column of a
-    users' file, or of an items' file for the item asked for, beside history and popularity.
+    Attributes:
+        split: ask for each user's last item (``leave-one-out``), for what comes after two points in
+            time that all users share (``temporal``), or as the log came in training, validation
+            and test files (``given``).
+        split_at: the two points of ``temporal``: dates, or quantiles of the interactions.
+        filter_seen: items of the history are not ranked.
+        sampled: the 999-negative protocol beside full ranking, labelled.
+        negatives: of the sampled protocol, drawn from the items that a user never took:
+            ``uniform``, or in proportion to how often training holds an item (``popularity``:
+            harder, and what training never holds is never drawn).
+        user_slices: own groups of test users, each ``FILE:COLUMN`` of a table of users.
+        item_slices: groups by the item that is asked for, each ``FILE:COLUMN`` of a table of items.
+        validation_users: so many at most choose the best epoch.
+        margin: the relative loss of NDCG@10 that is acceptable.
+        resamples: draws of the bootstrap.
     """
 
     split: Literal["leave-one-out", "temporal", "given"] = "leave-one-out"
@@ -46,7 +53,13 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """How time is measured: one batch of real users, rounds interleaved over the depths."""
+    """How time is measured: one batch of real users, rounds interleaved over the depths.
+
+    Attributes:
+        batch_size: users in the batch.
+        warmup: rounds before the first that counts.
+        rounds: that count.
+    """
 
     batch_size: int = 128
     warmup: int = 3
@@ -61,8 +74,9 @@ class Cost:
 class Probing:
     """How much is probed.
 
-    ``spans``: of each length, leave out so many runs of blocks alone, those between whose ends the
-    angular distance is smallest; 0 leaves out every run.
+    Attributes:
+        spans: of each length, leave out so many runs of blocks alone, those between whose ends the
+            angular distance is smallest; 0 leaves out every run.
     """
 
     spans: int = 0

@@ -9,10 +9,16 @@ from depthprobe.study.errors import BadInput, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """What each job of ``--executor slurm`` asks the cluster for.
+    """What each job of ``--executor slurm`` asks the cluster for; what is left out, it decides.
 
-    ``minutes`` is a job's time limit: one that reaches it is queued again and goes on. ``setup``
-    holds lines of shell that a job runs first. What is None is left to the cluster.
+    Attributes:
+        partition: where the jobs run.
+        account: who pays.
+        minutes: a job's time limit: one that reaches it is queued again and goes on.
+        gpus: of a job.
+        cpus: of a job.
+        memory_gb: of a job.
+        setup: lines of shell that a job runs first.
     """
 
     partition: str | None = None
@@ -31,7 +37,11 @@ class Slurm:
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
-    """Where trainings are told to while they run: names of accelerate's trackers."""
+    """Where trainings are told to while they run.
+
+    Attributes:
+        to: names of accelerate's trackers: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``, ...
+    """
 
     to: tuple[str, ...] = ()
 

@@ -36,13 +36,36 @@ ITEM_TABLES = ("sasrec", "text", "learned")
 class Study:
     """One question: which depths of which backbone, on which log, by which methods.
 
-    ``item_table`` is where the item embeddings come from: ``sasrec`` (trained first), ``text``
-    (titles through the backbone), a ``.npy`` file with a row an item, or ``learned`` (random ones,
-    ``item_width`` wide, trained with the recommender). ``train_items`` trains the others too.
-    ``budget``: every model is trained for the same ``steps``, or with the same ``compute``: a
-    shallower one then for more epochs, in the ratio of their FLOPs, and ``elastic`` with that of
-    all depths together. ``cache`` is a folder whose trainings several runs share: one that has been
-    done before, equal in all that decides it, is not done again.
+    Attributes:
+        name: of the run's folder and in the report; the file's by default.
+        layers: depths, that is how many blocks are kept: ``1,2,4``, ``1-12``, ``all``, or ``auto``
+            (1, 2, 4, 8, ...).
+        methods: what is compared.
+        seeds: every training is repeated with seeds 0 to N - 1.
+        budget: every model is trained for the same ``steps``, or with the same ``compute``: a
+            shallower one then for more epochs, in the ratio of their FLOPs, and ``elastic`` with
+            that of all depths together.
+        device: where to compute.
+        cache: a folder whose trainings several runs share: one that has been done before, equal in
+            all that decides it, is not done again.
+        item_table: where the item embeddings come from: ``sasrec`` (trained first), ``text``
+            (titles through the backbone), a ``.npy`` file with a row an item, or ``learned``
+            (random ones, trained with the recommender).
+        item_width: of a ``learned`` table.
+        train_items: train another table, too.
+        data: the log.
+        backbone: the pretrained decoder.
+        sasrec: the baseline.
+        recipe: how the teacher, the variants and the students are trained.
+        heal: how ``heal`` goes on.
+        distillation: the losses of ``distill``.
+        elastic: the settings of ``elastic``.
+        variants: other settings, by their names.
+        probing: how much is probed.
+        protocol: how accuracy is measured.
+        cost: how time is measured.
+        slurm: the jobs of ``--executor slurm``.
+        tracking: who is told.
     """
 
     name: str = "study"

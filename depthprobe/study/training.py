@@ -17,12 +17,23 @@ SELECTIONS = ("prefix", "ends", "interval", "angular", "greedy", "random")
 class Recipe:
     """How a model is trained: AdamW, cosine with warm-up, early stopping on validation NDCG@10.
 
-    ``objective``: the next item at ``every`` position of a history, or at its ``last`` alone (one
-    target a user, SLMRec's). ``loss``: cross-entropy over the whole catalogue (``full``), over the
-    target and ``negatives`` random items (``sampled-softmax``), or gSASRec's binary one with its
-    calibration ``gbce_t`` (``gbce``). ``accumulation`` computes a batch in so many parts, which
-    changes its memory and not its result. ``precision`` is what the training computes in, beside
-    weights that stay in their own.
+    Attributes:
+        epochs: passes over the training data, at most.
+        batch_size: users (windows of a history) a step.
+        learning_rate: at its highest.
+        weight_decay: of AdamW.
+        warmup: the share of the steps in which the learning rate rises.
+        clip: the norm at which gradients are clipped.
+        patience: stop after so many epochs without a better validation NDCG@10.
+        objective: ask for the next item at ``every`` position of a history, or at its ``last``
+            alone (one target a user, SLMRec's).
+        loss: cross-entropy over the whole catalogue (``full``), over the target and random items
+            (``sampled-softmax``), or gSASRec's binary one (``gbce``).
+        negatives: how many random items the two sampled losses draw.
+        gbce_t: the calibration of ``gbce``, from 0 to 1.
+        accumulation: compute a batch in so many parts, which changes its memory and not its result.
+        precision: what the training computes in, beside weights that stay in their own.
+        compile: use ``torch.compile``.
     """
 
     epochs: int = 6
@@ -68,7 +79,15 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class SasRec:
-    """The non-LLM baseline, and where the item embeddings come from (Kang and McAuley, 2018)."""
+    """The non-LLM baseline, and where the item embeddings come from (Kang and McAuley, 2018).
+
+    Attributes:
+        width: of its states, and of the item table that it makes.
+        blocks: how many it has.
+        heads: of its attention; ``width`` must be a multiple.
+        dropout: the share of states that are dropped in training.
+        recipe: how it is trained.
+    """
 
     width: int = 64
     blocks: int = 2
@@ -89,14 +108,26 @@ class SasRec:
 class Distillation:
     """A student's loss: ``ce CE + cosine D_cos + norm D_norm + supervision L_ms + logits KL``.
 
-    The first four are SLMRec's. ``norm_form``: the distance of two states (``distance``, SLMRec's),
-    or its square over their width, which no width makes large (``squared``). ``positions``: states
-    are compared wherever the recipe asks for the next item (``asked``), or at the last item alone
-    (``last``, SLMRec's). ``logits`` pulls to the teacher's distribution over the catalogue at a
-    ``temperature``, or over the teacher's ``top`` items alone, 0 for all. ``init``: the student
-    begins as the pretrained backbone, as the trained ``teacher``, or at ``random``. ``features``:
-    what the teacher says is computed once and kept on disk (``cached``), or again at every step
-    (``online``).
+    The first four are SLMRec's.
+
+    Attributes:
+        groups: into so many groups of blocks teacher and student are cut, to be compared at their
+            ends.
+        ce: weight of the recipe's own loss.
+        cosine: weight of 1 - cos of the two states.
+        norm: weight of their distance.
+        supervision: weight of the loss of recommending from inner groups; asks no teacher.
+        logits: weight of the divergence from the teacher's distribution over the catalogue.
+        norm_form: the distance of two states (``distance``, SLMRec's), or its square over their
+            width, which no width makes large (``squared``).
+        positions: compare states wherever the recipe asks for the next item (``asked``), or at the
+            last item alone (``last``, SLMRec's).
+        temperature: at which ``logits`` compares distributions.
+        top: compare scores of the teacher's best items alone; 0 is all.
+        init: the student begins as the pretrained ``backbone``, as the trained ``teacher``, or at
+            ``random``.
+        features: what the teacher says is computed once and kept on disk (``cached``), or again at
+            every step (``online``).
     """
 
     groups: int = 4
@@ -145,6 +176,11 @@ class Elastic:
     A step leaves block l out with probability ``dropout (2^(l / (L - 1)) - 1)``, for all its users:
     never the first, the last with ``dropout``. Its loss is that of the whole model and ``weight``
     times the mean loss of ``exits`` shallower ones, at depths drawn anew at each step.
+
+    Attributes:
+        dropout: the probability that the last block is left out of a step.
+        exits: so many shallower losses a step.
+        weight: of their mean.
     """
 
     dropout: float = 0.1
@@ -160,7 +196,11 @@ class Elastic:
 
 @dataclass(frozen=True, kw_only=True)
 class Heal:
-    """How a cut teacher is trained further: by the recipe, for a ``share`` of its epochs."""
+    """How a cut teacher is trained further.
+
+    Attributes:
+        share: of the recipe's epochs.
+    """
 
     share: float = 0.5
 
@@ -173,8 +213,15 @@ class Heal:
 class Variant:
     """Settings under a name: ``distill:NAME`` is ``distill`` with these in place of the study's.
 
-    ``select``: which blocks stay (see :data:`SELECTIONS`), or their indices, as ``0,1,10-11``.
-    ``layers``: depths other than the study's.
+    What a variant's table leaves out is what the study's own table of that name says.
+
+    Attributes:
+        select: which blocks stay: ``prefix`` (the first), ``ends``, ``interval``, ``angular``,
+            ``greedy``, ``random``, or their indices, as ``0,1,10-11``.
+        layers: depths other than the study's.
+        recipe: how it is trained.
+        distillation: the losses of ``distill:NAME``.
+        elastic: the settings of ``elastic:NAME``.
     """
 
     select: str = "prefix"

@@ -1,0 +1,237 @@
+"""Pages that follow from the code: every command and option, every key of a study file.
+
+``python docs/generate.py`` writes ``docs/commands.md`` and ``docs/study-file.md``; a test compares
+them with the code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from typer.main import get_command
+
+from depthprobe.cli.app import app
+from depthprobe.study import Study, study_to_toml
+from depthprobe.study.training import Recipe
+
+FOLDER = Path(__file__).parent
+DONT_EDIT = "<!-- made by docs/generate.py from the code: change it there -->"
+COMMANDS = """\
+# Commands
+
+`depthprobe COMMAND --help` prints the same. `python -m depthprobe` is `depthprobe`. Exit codes:
+0 done, 1 some trials or checks failed, 2 input that can't be used, 130 interrupted.
+"""
+STUDY_FILE = """\
+# The study file
+
+A study says what to run: TOML, every key optional. `depthprobe sweep STUDY.toml` runs it, flags
+override it, and `study.toml` in a run's folder is the whole of it. A key that does not exist, a
+value of the wrong type and one that is not allowed are refused before anything is written.
+[The guide to sweeps](sweep.md) explains the choices; this page lists them.
+"""
+# the same options as another command's: told once
+SAME = {"train": "sweep", "probe": "sweep", "distill": "sweep"}
+GUIDES = {
+    "sweep": "sweep.md",
+    "probe": "probing.md",
+    "train": "shallow-models.md",
+    "distill": "shallow-models.md",
+    "cost": "cost.md",
+    "export": "export.md",
+    "recommend": "export.md",
+    "data": "data.md",
+    "check": "surgery.md",
+}
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options, from the typer app."""
+    group = get_command(app)
+    lines = [DONT_EDIT, COMMANDS, *_options(group)]
+    for name, command in _commands(group):
+        lines += [f"## `depthprobe {name}`", "", *_help(command.help or "")]
+        if name.split()[0] in GUIDES:
+            lines += [f"The guide: [{GUIDES[name.split()[0]]}]({GUIDES[name.split()[0]]}).", ""]
+        if name in SAME:
+            whole = SAME[name]
+            lines += [f"It takes what [`{whole}`](#depthprobe-{whole}) takes.", ""]
+        else:
+            lines += [f"    {_usage(name, command)}", "", *_options(command)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
+
+
+def _usage(name: str, command: Any) -> str:
+    words = []
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            word = parameter.metavar
+            words.append(word if parameter.required else f"[{word}]")
+        elif parameter.required:
+            words.append(f"{parameter.opts[0]} {parameter.metavar}")
+    return f"depthprobe {name} {' '.join([*words, '[OPTIONS]'])}"
+
+
+def _options(command: Any) -> list[str]:
+    rows = []
+    for parameter in command.params:
+        argument = parameter.param_type_name == "argument"
+        flag = not argument and parameter.is_flag
+        word = parameter.metavar if argument else ", ".join(parameter.opts)
+        if not argument and not flag and parameter.metavar:
+            word += f" {parameter.metavar}"
+        default, help_ = parameter.default, parameter.help or ""
+        if parameter.required:
+            help_ += " Required."
+        elif not flag and default not in (None, ""):
+            help_ += f" Default: `{default}`."
+        rows.append(f"| `{_cell(word)}` | {_cell(help_)} |")
+    return ["| | |", "|---|---|", *rows, ""] if rows else []
+
+
+def _help(text: str) -> list[str]:
+    return [inspect.cleandoc(text), ""]
+
+
+def study_page() -> str:
+    """Every key of a study file, from the dataclasses and their docstrings."""
+    lines = [DONT_EDIT, STUDY_FILE, *_table(Study, Study())]
+    for name, kind, default, repeated in _tables(Study, Study()):
+        lines += [f"## `[{name}]`", ""]
+        if repeated:
+            lines += [*repeated, ""]
+        else:
+            lines += [*_prose(kind), *_table(kind, default)]
+    lines += [
+        "## All defaults",
+        "",
+        "As `study.toml` of a run has them; keys without a default are left out.",
+        "",
+        "```toml",
+        study_to_toml(Study()).rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """What the docstring's ``Attributes:`` say of each field."""
+    _, _, section = inspect.getdoc(kind).partition("Attributes:\n")  # type: ignore[union-attr]
+    found = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def dataclasses_of(kind: type) -> Iterator[type]:
+    """The dataclass and all that its fields hold."""
+    yield kind
+    for hint in typing.get_type_hints(kind).values():
+        inner = _inner(hint)
+        if inner is not None:
+            yield from dataclasses_of(inner)
+
+
+def _inner(hint: Any) -> type | None:
+    """The dataclass in a field's type: itself, or that of an optional or of a table of them."""
+    for each in (hint, *typing.get_args(hint)):
+        if is_dataclass(each):
+            return typing.cast("type", each)
+    return None
+
+
+def _tables(
+    kind: type, default: Any, prefix: str = ""
+) -> Iterator[tuple[str, type, Any, list[str]]]:
+    hints = typing.get_type_hints(kind)
+    for field in fields(kind):  # type: ignore[arg-type]
+        inner = _inner(hints[field.name])
+        if inner is None:
+            continue
+        many = typing.get_origin(hints[field.name]) is not None and not _optional(hints[field.name])
+        name = f"{prefix}{field.name}" + (".NAME" if many else "")
+        own = None if default is None or many else getattr(default, field.name)
+        repeated = _repeated(inner, own, name)
+        yield name, inner, own if own is not None else inner(), repeated
+        if not repeated:
+            yield from _tables(inner, own, f"{name}.")
+
+
+def _repeated(kind: type, own: Any, name: str) -> list[str]:
+    """For a table that was described before: which, and the defaults that differ."""
+    top = {"Recipe": "recipe", "Distillation": "distillation", "Elastic": "elastic"}
+    table = top.get(kind.__name__)
+    if table is None or name == table:
+        return []
+    said = f"The keys of [`[{table}]`](#{table})"
+    if own is None:
+        return [f"{said}; what is left out is as it is there."]
+    differ = [f"`{f.name} = {_value(getattr(own, f.name))}`" for f in fields(kind)  # type: ignore[arg-type]
+              if getattr(own, f.name) != getattr(Recipe(), f.name)]  # fmt: skip
+    return [f"{said}, with the defaults {', '.join(differ)}."]
+
+
+def _prose(kind: type) -> list[str]:
+    text, _, _ = inspect.getdoc(kind).partition("Attributes:\n")  # type: ignore[union-attr]
+    return [_code(text.strip()), ""]
+
+
+def _table(kind: type, default: Any) -> list[str]:
+    docs, hints, rows = field_docs(kind), typing.get_type_hints(kind), []
+    for field in fields(kind):  # type: ignore[arg-type]
+        if _inner(hints[field.name]) is not None:
+            continue
+        value = getattr(default, field.name)
+        cells = (
+            f"`{field.name}`",
+            _type(hints[field.name]),
+            "" if value is None else f"`{_value(value)}`",
+        )
+        rows.append(f"| {' | '.join(map(_cell, cells))} | {_cell(_code(docs[field.name]))} |")
+    return ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
+
+
+def _type(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
+    if _optional(hint):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    words = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
+    return "list of text" if typing.get_origin(hint) is tuple else words[hint]
+
+
+def _optional(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType)
+
+
+def _value(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _code(text: str) -> str:
+    return text.replace("``", "`")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+PAGES: Mapping[str, Any] = {"commands.md": commands_page, "study-file.md": study_page}
+
+if __name__ == "__main__":
+    for page, make in PAGES.items():
+        (FOLDER / page).write_text(make(), encoding="utf-8")

@@ -1,4 +1,4 @@
-# make demo | test | lint | notebooks | clean. Needs Python 3.11 or newer and the package index, nothing else.
+# make demo | test | lint | notebooks | docs | clean. Needs Python 3.11 or newer and the package index, nothing else.
 SHELL := /bin/sh
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -12,13 +12,14 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	>/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint notebooks clean
+.PHONY: help demo test lint notebooks docs clean
 
 help:
 	@echo "make demo   install and run the embedded study; prints the path of its report"
 	@echo "make test   install and run the tests (ARGS='-k name' selects)"
 	@echo "make lint   ruff, mypy --strict, the direction of imports"
 	@echo "make notebooks  run the notebooks and keep their outputs"
+	@echo "make docs   the documentation as a site, in build/docs"
 	@echo "make clean  remove .venv, caches and builds; runs/ stays"
 
 demo: $(VENV)/.runtime
@@ -37,6 +38,12 @@ lint: $(VENV)/.dev
 notebooks: $(VENV)/.dev
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+# the pages that follow from the code first; a link that leads nowhere is an error
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
+	@echo build/docs/docs/index.html
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
@@ -57,4 +64,8 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.runtime $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $(VENV)/.runtime $@

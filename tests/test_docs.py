@@ -1,0 +1,213 @@
+"""What is written: links lead somewhere, commands parse, pages say what the code says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from markdown_it import MarkdownIt
+from typer.main import get_command
+
+from depthprobe.cli.app import app
+from depthprobe.study import Study, study_from_dict
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "analyses").glob("*/README.md")),
+]
+GUIDES = [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"]
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+GROUP: Any = get_command(app)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def load_generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATE = load_generate()
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings' anchors, as GitHub makes them."""
+    tokens = MARKDOWN.parse(page.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for opening, inline in zip(tokens, tokens[1:], strict=False):
+        if opening.type == "heading_open":
+            text = "".join(each.content for each in inline.children or [])
+            slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+            found.add(slug if slug not in found else f"{slug}-1")
+    return found
+
+
+def links(page: Path) -> Iterator[str]:
+    for token in MARKDOWN.parse(page.read_text(encoding="utf-8")):
+        for child in token.children or []:
+            target = child.attrGet("href") or child.attrGet("src")
+            if target:
+                yield str(target)
+
+
+def test_anchors_are_githubs(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# `[data.columns]`\n\n## What is *not* done, and why\n\n## a-b c\n")
+    assert anchors(page) == {"datacolumns", "what-is-not-done-and-why", "a-b-c"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        parts = urlsplit(link)
+        if parts.scheme:
+            assert parts.scheme == "https", link
+            continue
+        target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        if parts.fragment:
+            assert parts.fragment in anchors(target), link
+
+
+def commands(group: Any = GROUP, before: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Every command by its words."""
+    found: dict[tuple[str, ...], Any] = {}
+    for word, command in group.commands.items():
+        path = (*before, word)
+        found |= commands(command, path) if hasattr(command, "commands") else {path: command}
+    return found
+
+
+COMMANDS = commands()
+
+
+def written(page: Path) -> list[str]:
+    """The lines of code blocks that call depthprobe, continued ones joined, comments cut off."""
+    found = []
+    for token in MARKDOWN.parse(page.read_text(encoding="utf-8")):
+        if token.type not in {"code_block", "fence"} or token.info.strip() not in {
+            "",
+            "sh",
+            "bash",
+        }:
+            continue
+        text = re.sub(r"\\\n\s*|\n {8,}(?=[\[-])", " ", token.content)
+        for line in text.splitlines():
+            call = re.search(r"(?:^|-m )\s*depthprobe (\S.*)", line)
+            if call:
+                found.append(re.split(r"\s#|\s&$", call[1])[0].strip())
+    return found
+
+
+WRITTEN = [(page, line) for page in GUIDES for line in written(page)]
+
+
+def test_there_are_commands_in_the_guides() -> None:
+    assert len(WRITTEN) > 40
+    assert {page.name for page, _ in WRITTEN} >= {"README.md", "sweep.md", "data.md", "cost.md"}
+
+
+@pytest.mark.parametrize(("page", "line"), WRITTEN, ids=lambda value: Path(str(value)).name)
+def test_a_written_command_parses(page: Path, line: str) -> None:
+    words = shlex.split(line)
+    if words[0].startswith("-"):
+        assert words[0] in {option for parameter in GROUP.params for option in parameter.opts}
+        return
+    path = tuple(words[: 2 if words[0] == "data" else 1])
+    if path == ("COMMAND",):
+        return
+    command, rest = COMMANDS[path], words[len(path) :]
+    if "[" in line:  # a synopsis: what it names must be there
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z][a-z-]*", line)) <= known
+        return
+    values = command.make_context(" ".join(path), rest).params
+    given = {key: values[key] for key in ("layers", "methods") if values.get(key)}
+    if "methods" in given:
+        given["methods"] = [word.strip() for word in given["methods"].split(",")]
+    study_from_dict(given)  # refuses a depth or a method that is none
+
+
+def test_every_command_and_option_is_in_the_guides() -> None:
+    guides = "\n".join(page.read_text(encoding="utf-8") for page in GUIDES)
+    for path, command in COMMANDS.items():
+        assert f"depthprobe {' '.join(path)}" in guides
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert not option.startswith("-") or option in guides
+
+
+@pytest.mark.parametrize("page", list(GENERATE.PAGES))
+def test_a_generated_page_is_as_new_as_the_code(page: str) -> None:
+    """If not: ``python docs/generate.py``."""
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == GENERATE.PAGES[page]()
+
+
+@pytest.mark.parametrize(
+    "kind", set(GENERATE.dataclasses_of(Study)), ids=lambda kind: kind.__name__
+)
+def test_every_setting_is_documented(kind: type) -> None:
+    docs = GENERATE.field_docs(kind)
+    assert list(docs) == [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    assert all(len(text) > 5 and text.endswith((".", "...")) for text in docs.values())
+
+
+def test_a_setting_without_a_word_is_found() -> None:
+    class Bare:
+        """A setting.
+
+        Attributes:
+            first: what it is, in
+                two lines.
+        """
+
+    assert GENERATE.field_docs(Bare) == {"first": "what it is, in two lines."}
+
+
+PYTHON = [
+    (page, token.content)
+    for page in GUIDES
+    for token in MARKDOWN.parse(page.read_text(encoding="utf-8"))
+    if token.type == "fence" and token.info.strip() == "python"
+]
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=lambda value: getattr(value, "name", ""))
+def test_python_in_the_guides_is_python(page: Path, code: str) -> None:
+    compile(code, page.name, "exec")
+    for module in re.findall(r"^from (depthprobe[\w.]*) import (.+)$", code, flags=re.MULTILINE):
+        for each in module[1].split(", "):
+            assert hasattr(importlib.import_module(module[0]), each)
+
+
+WITH_DOCTESTS = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+    for path in (ROOT / "depthprobe").rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("module", WITH_DOCTESTS)
+def test_doctests(module: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(module))
+    assert tried > 0
+    assert failed == 0

@@ -257,4 +257,6 @@ def _score(context: Context, task: Task) -> str:
     training = record["costs"]["training"]
     if training is not None and training["parts"] > 1:
         told += f", batches in {training['parts']} parts"
+    if training is not None and training["reused"]:
+        told += ", trained before"
     return told

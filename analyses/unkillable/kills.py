@@ -18,6 +18,7 @@ from sweeps import check, complete, finish, start
 from depthprobe.sweep.store import Run
 
 LOOK = 0.02  # seconds between two looks at what a sweep has said
+WORKERS: list[psutil.Process] = []  # of sweeps that were killed
 FIRST, TIMING = "importing, reading, laying out", "timing depths"
 WORK, TABLES, REPORT = "between plan and last trial", "writing the tables", "writing the report"
 ORDER = (FIRST, TIMING, WORK, TABLES, REPORT)
@@ -90,6 +91,7 @@ def one(study: Path, folder: Path, quiet: Run, life: Life, kills: int, draw: ran
             done = _same(done, run)
         finish(study, run, said=folder / "said.txt")
         check(run, quiet, done)
+        _gone()
     return f"{kills} kills in {runs} runs: {_told(phases)}"
 
 
@@ -111,6 +113,7 @@ def two(study: Path, folder: Path, quiet: Run, life: Life, kills: int, draw: ran
         for process, path in zip(both, said, strict=True):
             assert process.wait() == 0, path.read_text()
         check(run, quiet, done)
+        _gone()
     return f"{kills} kills in {runs} runs: {_told(phases)}"
 
 
@@ -147,9 +150,16 @@ def _kill(process: subprocess.Popen[bytes], said: Path) -> str:
     phase = _phase(said)
     process.kill()
     assert process.wait() == -9, "it had ended"
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    assert not alive, f"workers live on: {alive}"
+    # not waited for: those that still import what they need see it later
+    WORKERS.extend(workers)
     return phase
+
+
+def _gone() -> None:
+    """All workers of sweeps that were killed have followed."""
+    _, alive = psutil.wait_procs(WORKERS, timeout=120)
+    assert not alive, f"workers live on: {alive}"
+    WORKERS.clear()
 
 
 def _phase(said: Path) -> str:

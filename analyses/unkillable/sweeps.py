@@ -35,9 +35,9 @@ prompt = "Next:"
 width = 16
 blocks = 1
 [sasrec.recipe]
-epochs = 5
+epochs = 4
 [recipe]
-epochs = 5
+epochs = 4
 [protocol]
 resamples = 200
 [cost]
@@ -87,13 +87,15 @@ def finish(study: Path, run: Path, *more: str, said: Path, **named: Mapping[str,
 
 
 def tell(study: Path, run: Path, *more: str, said: Path) -> str:
-    """A sweep that can't end well: its exit code and its last line; never a traceback."""
+    """A sweep that can't end well: its exit code and what it says of it; never a traceback."""
     code = start(study, run, *more, said=said).wait()
     text = said.read_text()
     assert code in (1, 2), text
     assert "Traceback" not in text, text
     assert "internal:" not in text, text
-    return f"exit {code}: {text.strip().splitlines()[-1]}"
+    told = [line for line in text.splitlines() if line.startswith(("error: ", "failed: "))]
+    assert told, text
+    return f"exit {code}: {' / '.join(told)}"
 
 
 def complete(run: Path) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.report.drawing import Array, arms, legend_below, new_axes, signed
+from depthprobe.report.drawing import Array, arms, legend_below, new_axes, signed, three
 from depthprobe.report.readings import skip_changes
 from depthprobe.report.scores import scores_of
 from depthprobe.report.style import MUTED, figure_style, method_style, significant
@@ -39,7 +39,7 @@ def skip_sensitivity(
         drawn = {part: skip_changes(summary, metric, method=part) for part in PARTS}
         drawn = {part: found for part, found in drawn.items() if found}
         ax = ax or new_axes(right=0.97, bottom=0.14 if len(drawn) == 1 else 0.23)
-        every = np.array([100 * i.value for found in drawn.values() for _, i in found])
+        every = 100 * np.array([three(i) for found in drawn.values() for _, i in found])  # (n, 3)
         for index, (part, found) in enumerate(drawn.items()):
             blocks = np.array([int(point.removed) for point, _ in found], dtype=np.float64)
             x = blocks + 0.24 * (index - (len(drawn) - 1) / 2)
@@ -52,7 +52,7 @@ def skip_sensitivity(
                 color=style.colour, marker=style.marker, linestyle="none", elinewidth=1.2,
                 label=label,
             )  # fmt: skip
-        if abs(every).max() > 4 * LINEAR and np.median(abs(every)) < LINEAR:
+        if abs(every[:, 0]).max() > 4 * LINEAR and np.median(abs(every[:, 0])) < LINEAR:
             _far_scale(ax, every)
         ax.axhline(0, color=MUTED, linewidth=0.9)
         ax.grid(visible=False, axis="x")

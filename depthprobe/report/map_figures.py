@@ -135,8 +135,11 @@ def _damage_reading(summary: Summary, runs: dict[tuple[int, int], float]) -> str
         start, end = max(small, key=lambda span: (span[1] - span[0], -runs[span]))
         text = f"The longest run whose loss is within {margin} on the mean is"
     change = change_of(_left_out(summary)[start, end])
-    said = f" {percent(change.value)} {bounds(change, scale=100, digits=1)}" if change else ""
-    return f"{text} {_name(start, end)}:{said}, chosen among {len(runs)} and one at a time."
+    said = f"{percent(change.value)} {bounds(change, scale=100, digits=1)}" if change else ""
+    return (
+        f"{text} {_name(start, end)}: {said} against the teacher. It was picked out of "
+        f"{len(runs)}, so it may look better than it is."
+    )
 
 
 def _name(start: int, end: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def reliance_table(run: RunLike | Summary) -> Table | None:
         cells = [
             Cell(str(found["candidate"])),
             Cell(method_style(str(found["by"])).label),
-            Cell(str(found["score"])),
+            Cell(re.sub(r"(?<=\w)-(?=\w)", " ", str(found["score"]))),
             Cell(str(found["seed"])),
             Cell(str(found["candidates"])),
             _reliability(float(found["reliability"])),

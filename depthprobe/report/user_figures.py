@@ -10,24 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from depthprobe.evaluation.statistics import Interval, bootstrap_means
-from depthprobe.report.drawing import depth_axis, new_axes
+from depthprobe.report.drawing import arms, depth_axis, new_axes
 from depthprobe.report.labels import label_right
 from depthprobe.report.scores import probe_table
 from depthprobe.report.style import bounds, figure_style, percent
 from depthprobe.report.summary import RunLike, Summary, as_summary
 
-# the column of the settling table, what is said of it, its colour
+# the column of the settling table, what is said of it, its colour and marker
 CURVES = {
-    "rank_settled": ("rank within one", "#9b4f96"),
-    "set_settled": ("same ten items", "#0069a8"),
-    "top_settled": ("same order too", "#c2500a"),
+    "rank_settled": ("rank within one", "#9b4f96", "o"),
+    "set_settled": ("same ten items", "#0069a8", "s"),
+    "top_settled": ("same order too", "#c2500a", "^"),
 }
 
 
 def settling_depth(run: RunLike | Summary | str | Path, *, ax: Axes | None = None) -> Axes:
     """Share of users whose answer is settled by a depth: the top ten, its order, the target's rank.
 
-    Bands are 95 % bootstrap intervals over users; with several teachers, of the users' means.
+    Bars are 95 % bootstrap intervals over users; with several teachers, of the users' means.
     """
     summary = as_summary(run)
     frame = probe_table(summary, "settling")
@@ -37,16 +37,15 @@ def settling_depth(run: RunLike | Summary | str | Path, *, ax: Axes | None = Non
         depths = np.arange(blocks)  # at the last one all are settled
         ends: list[tuple[float | None, float, str, str]] = []
         highest = 0.0
-        for column, (label, colour) in CURVES.items():
+        for column, (label, colour, marker) in CURVES.items():
             spans = _settled(frame, column, depths, summary)
             y = 100 * np.array([span.value for span in spans])
-            low, high = (
-                100 * np.array([getattr(s, end) for s in spans]) for end in ("low", "high")
-            )
-            ax.fill_between(depths, low, high, step="post", color=colour, alpha=0.18, linewidth=0)
-            ax.step(depths, y, where="post", color=colour, label=label)
+            ax.errorbar(
+                depths, y, yerr=100 * arms(spans), color=colour, marker=marker, elinewidth=1,
+                label=label,
+            )  # fmt: skip
             ends.append((float(blocks - 1), float(y[-1]), label, colour))
-            highest = max(highest, float(high[-1]))
+            highest = max(highest, float(y[-1]))
         depth_axis(ax, summary, [0])
         ax.set_ylim(0, min(102.0, 1.2 * highest + 1))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))

@@ -71,7 +71,7 @@ def test_influence_is_the_mean_over_teachers(summary: Summary) -> None:
 
 def test_settled_users_are_counted(summary: Summary) -> None:
     frame = summary.run.scores("settling")  # type: ignore[attr-defined]
-    curves = {line.get_label(): line for line in settling_depth(summary).get_lines()}
+    curves = {c.get_label(): c.lines[0] for c in settling_depth(summary).containers}
     curve = curves["same ten items"].get_ydata()
     assert curve[8] == pytest.approx(100 * (frame["set_settled"] <= 8).mean())
     assert np.all(np.diff(curve) >= 0)

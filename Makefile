@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	>/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint notebooks docs clean
+.PHONY: help demo test lint notebooks docs page-check clean
 
 help:
 	@echo "make demo   install and run the embedded study; prints the path of its report"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint   ruff, mypy --strict, the direction of imports"
 	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make docs   the documentation as a site, in build/docs"
+	@echo "make page-check RUN=runs/demo  its report in a browser (needs npm and Chromium)"
 	@echo "make clean  remove .venv, caches and builds; runs/ stays"
 
 demo: $(VENV)/.runtime
@@ -44,6 +45,12 @@ docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
 	@echo build/docs/docs/index.html
+
+# no part of the tests: a bare machine has neither npm nor a browser
+RUN ?= runs/demo
+page-check:
+	npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/report/page
+	node tests/report/page/check.mjs $(RUN)/report.html
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.drawing import Array, arms, legend_below, new_axes, signed, three
@@ -95,6 +95,7 @@ def block_influence(run: RunLike | Summary | str | Path, *, ax: Axes | None = No
                 elinewidth=1.2, label=label,
             )  # fmt: skip
         ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: significant(v, 1)))
         ax.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
         ax.set_xlabel("block, counted from 0")

@@ -112,6 +112,7 @@ def figure_style() -> Iterator[None]:
             "legend.frameon": False,
             "figure.facecolor": "white",
             "savefig.facecolor": "white",
+            "text.parse_math": False,  # a name may hold dollar signs
             # text stays text: searchable, read aloud, and in the page's own font
             "svg.fonttype": "none",
             "svg.hashsalt": "depthprobe",

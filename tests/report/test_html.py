@@ -155,6 +155,7 @@ def test_everything_foreign_is_escaped(make: Make, tmp_path: Path) -> None:
     run = make(tmp_path, users=60, seeds=1, methods={"full", "distill", EVIL},
                failing=[("distill", 4, 0)], error=f"ValueError: {EVIL}", dataset=EVIL,
                backbone=EVIL)  # fmt: skip
+    run.study = override(run.study, name=EVIL)
     run.manifest["data"]["warnings"] = [EVIL]
     run.manifest["data"]["statistics"] = {EVIL: EVIL}
     run.manifest["command"] = f"depthprobe sweep '{EVIL}'"

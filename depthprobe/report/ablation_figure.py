@@ -70,15 +70,16 @@ def ablation_reading(summary: Summary) -> str:
     changes = _changes(summary)
     if not changes:
         return ""
-    better = [change for change in changes if change[2].low > 0]
-    worse = [change for change in changes if change[2].high < 0]
+    better = sum(change.low > 0 for _, _, change in changes)
+    worse = sum(change.high < 0 for _, _, change in changes)
     text = (
-        f"Of {len(changes)} comparisons with fine-tuning, {len(better)} lie above zero with their "
-        f"whole interval and {len(worse)} below."
+        f"Of {len(changes)} comparisons with fine-tuning, {better or 'none'} "
+        f"{'lies' if better < 2 else 'lie'} above zero with the whole interval, "
+        f"{worse or 'none'} below; by chance alone about one in forty would on each side."
     )
     depth, method, best = max(changes, key=lambda change: change[2].value)
     sign = "+" if best.value >= 0 else ""
     return (
-        f"{text} The largest gain is that of {method_style(method).label} at depth {depth}: "
+        f"{text} The highest is {method_style(method).label} at depth {depth}: "
         f"{sign}{percent(best.value)} {bounds(best, scale=100, digits=1)}."
     )

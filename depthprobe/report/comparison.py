@@ -92,10 +92,10 @@ def build_comparison(
 
 
 def default_output(folders: Sequence[Path]) -> Path:
-    """comparison.html in the folder that holds all of the runs."""
-    return Path(os.path.commonpath([folder.absolute().parent for folder in folders])) / (
-        "comparison.html"
-    )
+    """comparison.html in the folder that holds all of the runs; relative where they are."""
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
+    absolute = any(folder.is_absolute() for folder in folders)
+    return Path(common if absolute else os.path.relpath(common)) / "comparison.html"
 
 
 def _named(summaries: Sequence[Summary]) -> list[Compared]:

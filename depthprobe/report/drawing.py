@@ -52,11 +52,17 @@ def signed(change: float) -> str:
     return f"{change:+g} %".replace("-", "\u2212") if change else "0"
 
 
-def save_figure(ax: Axes, stem: Path) -> None:
-    """Write STEM.svg, STEM.png (150 dpi) and STEM.pdf, each whole or not at all."""
-    for suffix in FORMATS:
+def save_figure(ax: Axes, stem: Path) -> str:
+    """Write STEM.svg, STEM.png (150 dpi) and STEM.pdf, each whole or not at all.
+
+    Returns:
+        The text of the SVG.
+    """
+    made = {suffix: rendered(ax, suffix) for suffix in FORMATS}
+    for suffix, content in made.items():
         with complete_file(stem.with_suffix(f".{suffix}")) as temporary:
-            temporary.write_bytes(rendered(ax, suffix))
+            temporary.write_bytes(content)
+    return made["svg"].decode()
 
 
 def rendered(ax: Axes, suffix: str) -> bytes:

@@ -15,7 +15,7 @@ from depthprobe.report.ablation import ablation_table
 from depthprobe.report.answer import build_answer
 from depthprobe.report.blocks import left_out_table
 from depthprobe.report.costs import cost_table
-from depthprobe.report.drawing import FORMATS, rendered, save_figure
+from depthprobe.report.drawing import FORMATS, save_figure
 from depthprobe.report.facts import conditions, how_measured, negatives_of
 from depthprobe.report.figures import FIGURES
 from depthprobe.report.reliance import reliance_table
@@ -138,9 +138,8 @@ def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]
             for suffix in FORMATS:  # an older report of this run may have left them
                 (folder / f"{entry.name}.{suffix}").unlink(missing_ok=True)
             continue
-        ax = entry.draw(summary)
-        save_figure(ax, folder / entry.name)
-        svg = inline_svg(rendered(ax, "svg").decode(), entry.name, label=reading)
+        svg = save_figure(entry.draw(summary), folder / entry.name)
+        svg = inline_svg(svg, entry.name, label=reading)
         sections.setdefault(entry.section, []).append({"svg": svg, "caption": reading})
     return sections
 

@@ -135,6 +135,25 @@ def test_report_is_written_where_asked(cli: Callable[..., Any], stub: Stub, tmp_
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
 
 
+def test_several_runs_are_set_side_by_side(
+    cli: Callable[..., Any], stub: Stub, tmp_path: Path
+) -> None:
+    for name in ("books", "games"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "study.toml").write_text("", encoding="utf-8")
+    stub(
+        "depthprobe.report.comparison",
+        build_comparison=lambda runs, output: output,
+        default_output=lambda runs: runs[0].parent / "comparison.html",
+    )
+    assert cli("report", "runs/books", "runs/games").out == "runs/comparison.html\n"
+    told = cli("report", "runs/books", "runs/games", "--output", "page.html")
+    assert told.out == "page.html\n"
+    told = cli("report", "runs/books", "runs/nothing")
+    assert (told.code, told.err.count("\n")) == (2, 1)
+    assert "runs/nothing" in told.err
+
+
 def test_cost_prints_the_table(cli: Callable[..., Any], stub: Stub) -> None:
     def cost_table(backbone: str, layers: str, **rest: Any) -> pd.DataFrame:
         assert (backbone, layers, rest) == ("embedded", "1-2", {"device": "cpu", "revision": None})

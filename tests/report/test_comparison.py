@@ -99,6 +99,16 @@ def test_what_cannot_be_compared_is_refused(
         build_comparison([two[0], alone])
 
 
+def test_the_default_page_lies_where_the_runs_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = default_output([Path("runs/a"), Path("runs/old/b")])
+    assert found == Path("runs/comparison.html")
+    assert default_output([Path("a"), Path("../b")]) == Path("../comparison.html")
+    assert default_output([tmp_path / "a", Path("b")]) == tmp_path / "comparison.html"
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(
     make: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from depthprobe.report.tables import (
     all_tables,
     depth_table,
     escape_latex,
+    escape_markdown,
     save_table,
     to_latex,
+    to_markdown,
     trial_table,
 )
 
@@ -91,6 +94,16 @@ def test_latex_is_escaped(make: Callable[..., Any], tmp_path: Path) -> None:
     text = to_latex(table)
     assert r"50\% of \$x\_1 \& more" in text
     assert "line two" not in text
+
+
+def test_markdown_prints_every_text_as_it_is(make: Callable[..., Any], tmp_path: Path) -> None:
+    assert escape_markdown("a|b [x](y) <b> *c*") == r"a\|b \[x\](y) \<b\> \*c\*"
+    table = depth_table(make(tmp_path, users=60, seeds=1, methods={"full", "finetune"}))
+    assert table is not None
+    lines = to_markdown(table).splitlines()
+    assert len(lines) == 2 + len(table.rows)
+    assert {re.sub(r"\\\\|\\\|", "", line).count("|") for line in lines} == {len(table.columns) + 1}
+    assert lines[2].startswith("| teacher | 12 | ")
 
 
 def test_without_ranks_there_is_no_table(make: Callable[..., Any], tmp_path: Path) -> None:

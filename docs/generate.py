@@ -45,6 +45,8 @@ GUIDES = {
     "probe": "probing.md",
     "train": "shallow-models.md",
     "distill": "shallow-models.md",
+    "report": "report.md",
+    "status": "sweep.md",
     "cost": "cost.md",
     "export": "export.md",
     "recommend": "export.md",
@@ -59,8 +61,9 @@ def commands_page() -> str:
     lines = [DONT_EDIT, COMMANDS, *_options(group)]
     for name, command in _commands(group):
         lines += [f"## `depthprobe {name}`", "", *_help(command.help or "")]
-        if name.split()[0] in GUIDES:
-            lines += [f"The guide: [{GUIDES[name.split()[0]]}]({GUIDES[name.split()[0]]}).", ""]
+        guide = GUIDES[name.split()[0]]
+        if (FOLDER / guide).exists():
+            lines += [f"The guide: [{guide}]({guide}).", ""]
         if name in SAME:
             whole = SAME[name]
             lines += [f"It takes what [`{whole}`](#depthprobe-{whole}) takes.", ""]

@@ -18,7 +18,7 @@ import pytest
 from markdown_it import MarkdownIt
 from typer.main import get_command
 
-from depthprobe.cli.app import app
+from depthprobe.cli.app import app, main
 from depthprobe.study import Study, study_from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +145,18 @@ def test_a_written_command_parses(page: Path, line: str) -> None:
     if "methods" in given:
         given["methods"] = [word.strip() for word in given["methods"].split(",")]
     study_from_dict(given)  # refuses a depth or a method that is none
+
+
+def test_the_quick_ones_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = [line for page, line in WRITTEN if re.match(r"data (show|prepare) embedded", line)]
+    assert len(quick) == 2
+    for line in [*quick, "data list"]:
+        with pytest.raises(SystemExit) as exit_:
+            main(shlex.split(line))
+        assert exit_.value.code == 0, line
+    assert (tmp_path / "log.png").is_file()
+    assert (tmp_path / "films" / "manifest.json").is_file()
 
 
 def test_every_command_and_option_is_in_the_guides() -> None:

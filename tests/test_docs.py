@@ -174,9 +174,11 @@ def test_a_generated_page_is_as_new_as_the_code(page: str) -> None:
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == GENERATE.PAGES[page]()
 
 
-@pytest.mark.parametrize(
-    "kind", set(GENERATE.dataclasses_of(Study)), ids=lambda kind: kind.__name__
-)
+# each once, in the same order in every worker
+KINDS = list(dict.fromkeys(GENERATE.dataclasses_of(Study)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_setting_is_documented(kind: type) -> None:
     docs = GENERATE.field_docs(kind)
     assert list(docs) == [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -209,6 +211,15 @@ def test_python_in_the_guides_is_python(page: Path, code: str) -> None:
     for module in re.findall(r"^from (depthprobe[\w.]*) import (.+)$", code, flags=re.MULTILINE):
         for each in module[1].split(", "):
             assert hasattr(importlib.import_module(module[0]), each)
+
+
+def test_the_recommender_of_the_guide_to_probing_is_probed() -> None:
+    (code,) = (code for page, code in PYTHON if page.name == "probing.md" and "Mine" in code)
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102
+    ranks = names["early_exit"](names["model"], names["asked"], device=names["device"])
+    assert [each["full"].shape for each in ranks] == [(2,)] * 5
+    assert all((each["full"] >= 1).all() for each in ranks)
 
 
 WITH_DOCTESTS = sorted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -27,7 +28,8 @@ def complete_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _short_writes_told():
+            yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -44,7 +46,8 @@ def complete_folder(path: Path) -> Iterator[Path]:
     new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir()  # under the user's umask, unlike mkdtemp's folder
-        yield new
+        with _short_writes_told():
+            yield new
         for file in new.rglob("*"):  # safetensors' own are its owner's alone: no server could read
             file.chmod(0o755 if file.is_dir() else 0o644)
         if path.exists():
@@ -57,6 +60,17 @@ def complete_folder(path: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _short_writes_told() -> Iterator[None]:
+    """Say what numpy keeps to itself when it could write a part alone: that a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and str(error).endswith(" written"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:

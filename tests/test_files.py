@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,6 +24,15 @@ def test_a_fault_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
         temporary.write_text(str(1 // 0))
     assert path.read_text() == '{\n "a": 1\n}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("complete", [complete_file, complete_folder])
+def test_a_full_disk_is_told_of_an_array_too(complete: Any, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, complete(tmp_path / "a"):
+        np.ones(10_000).tofile("/dev/full")
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def _beginnings(study: Path, run: Path, quiet: Run) -> Iterator[str]:
     for name in ("negatives.npy", "data/manifest.json", "timing.json"):
         (run / "shared" / name).unlink()
     (run / "trials" / ".tmp-left").mkdir()
+    shutil.rmtree(run / "trials" / "popularity-s0")  # depths are timed for trials alone
     finish(study, run, said=said)
     check(run, quiet)
     yield "shared files deleted: mended"

@@ -131,7 +131,8 @@ def check(run: Path, quiet: Run, done: Mapping[str, tuple[int, int]] | None = No
             assert "begun" not in text.partition("done in")[2], task
     files = {path for path in _files(run) if not path.startswith(("logs", "checkpoints"))}
     assert files == {path for path in _files(quiet.path) if not path.startswith("logs")}
-    assert not list(run.glob("checkpoints/*")), "a checkpoint is left"
+    left = [*run.rglob(".tmp-*"), *run.glob(".locks"), *run.glob("checkpoints")]
+    assert not left, left
 
 
 def _files(run: Path) -> set[str]:

@@ -73,6 +73,22 @@ def _short_writes_told() -> Iterator[None]:
         raise
 
 
+def reserve(path: Path) -> None:
+    """Take all the room on the disk that a sparse file will need.
+
+    A disk that is full is an error then; one that gets full while the file is written through a
+    memory map ends the process by a signal.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("rb+") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:  # not all file systems can
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+
 def write_json(path: Path, content: Any) -> None:
     """Strict JSON (a NaN is an error), atomically."""
     text = json.dumps(content, indent=1, allow_nan=False)

@@ -14,7 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from depthprobe.files import HOST, complete_file, complete_folder, remove_leftovers, write_json
+from depthprobe.files import (
+    HOST,
+    complete_file,
+    complete_folder,
+    remove_leftovers,
+    reserve,
+    write_json,
+)
 
 
 def test_a_fault_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
@@ -33,6 +40,17 @@ def test_a_full_disk_is_told_of_an_array_too(complete: Any, tmp_path: Path) -> N
         np.ones(10_000).tofile("/dev/full")
     assert caught.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a sparse file stays one here")
+def test_the_room_of_a_file_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(10 * 2**20)
+    before = path.stat().st_blocks
+    reserve(path)
+    assert before * 512 < path.stat().st_size <= path.stat().st_blocks * 512
+    assert not any(path.read_bytes())
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:

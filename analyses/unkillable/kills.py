@@ -3,7 +3,6 @@
 # ruff: noqa: S101 - its assertions are what it is for
 from __future__ import annotations
 
-import math
 import random
 import re
 import subprocess
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from sweeps import check, complete, finish, start
+from sweeps import TASKS, check, complete, finish, start
 
 from depthprobe.sweep.store import Run
 
@@ -65,8 +64,9 @@ def in_peace(study: Path, run: Path) -> Life:
 def one(study: Path, folder: Path, quiet: Run, life: Life, kills: int, draw: random.Random) -> str:
     """Kill one sweep and continue it, first before its plan, then among its tasks, then after them.
 
-    Among the tasks it is let live for so long that it comes to their end at about the last kill; if
-    it does so before, another run takes the rest.
+    Among the tasks it is let live until none, one or two more have ended, and a little longer, so
+    that it comes to their end at about the last kill; if it does so before, another run takes the
+    rest.
     """
     phases, runs, hit = Counter[str](), 0, 0
     edge = kills // 5
@@ -78,8 +78,10 @@ def one(study: Path, folder: Path, quiet: Run, life: Life, kills: int, draw: ran
             if hit < edge:
                 alive = _lives(process, draw.uniform(0, life.before))
             elif hit < kills - edge:
-                alive = _comes_to(WORK, process, said)
-                alive = alive and _lives(process, draw.uniform(0, _among(life, kills - 2 * edge)))
+                more = draw.randrange(3)
+                wait = life.tasks / TASKS + (0 if more else life.workers)
+                alive = _comes_to(WORK, process, said) and _ends(more, process, said)
+                alive = alive and _lives(process, draw.uniform(0, wait))
             else:
                 alive = _comes_to(TABLES, process, said)
                 alive = alive and _lives(process, draw.uniform(0, life.after))
@@ -117,14 +119,12 @@ def two(study: Path, folder: Path, quiet: Run, life: Life, kills: int, draw: ran
     return f"{kills} kills in {runs} runs: {_told(phases)}"
 
 
-def _among(life: Life, kills: int) -> float:
-    """Seconds x after the plan, so that kills at uniform moments before x cost what tasks take.
-
-    Up to the first task nothing is done, so a sweep that may live for s + y comes y^2 / 2(s + y)
-    further.
-    """
-    share = life.tasks / kills
-    return life.workers + share + math.sqrt(share**2 + 2 * share * life.workers)
+def _ends(tasks: int, process: subprocess.Popen[bytes], said: Path) -> bool:
+    """Whether a sweep lives when so many tasks have ended."""
+    while len(re.findall(r"\[\d+/\d+\]", said.read_text(errors="replace"))) < tasks:
+        if not _lives(process, LOOK):
+            return False
+    return process.poll() is None
 
 
 def _comes_to(phase: str, process: subprocess.Popen[bytes], said: Path) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from depthprobe.evaluation.evaluate import BATCH, Questions, mean_ndcg
+from depthprobe.files import reserve
 from depthprobe.probing.passes import Probed, passes
 
 # model, states (K, B, D), weight (K, D, d), bias (K, 1, d) -> user vectors (K, B, d)
@@ -103,6 +104,7 @@ def _write(
         if out is None:
             shape = (len(asked.users), *rows.shape[1:])
             out = np.lib.format.open_memmap(path, mode="w+", dtype=rows.dtype, shape=shape)
+            reserve(path)
         out[batch.chosen] = rows
     return True
 

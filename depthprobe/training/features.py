@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from depthprobe.data.batches import length_buckets
+from depthprobe.files import reserve
 from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.tap import tap_blocks
 from depthprobe.training.objectives import Batch, Objective, asked, at_rows, make_batch
@@ -174,6 +175,7 @@ def _write(
                 files[name] = np.lib.format.open_memmap(
                     folder / name, mode="w+", dtype=values.dtype, shape=shape
                 )
+                reserve(folder / name)
             files[name][rows] = values
     for file in files.values():
         file.flush()  # type: ignore[attr-defined]

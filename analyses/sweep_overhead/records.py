@@ -69,13 +69,16 @@ def _many(source: Path, run: Path, wanted: int) -> Path:
 
 def _row(action: str, run: Path, rounds: int, note: str = "") -> None:
     """Print what an action takes, in processes of its own."""
-    seconds = []
+    seconds, work = list[float](), list[float]()
     while len(seconds) < rounds and sum(seconds) < LARGE:
         command = [sys.executable, __file__, str(run), "--action", action]
         told = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(float(told.stdout.split()[-1]))
+        wall, processor = map(float, told.stdout.split()[-2:])
+        seconds.append(wall)
+        work.append(processor)
     spread = f"{min(seconds):.2f}-{max(seconds):.2f}, {len(seconds)} times"
-    print(f"{note}{action}: {statistics.median(seconds):.2f} s ({spread})", flush=True)
+    print(f"{note}{action}: {statistics.median(seconds):.2f} s ({spread})", end="; ")
+    print(f"of the processor {statistics.median(work):.2f} s", flush=True)
 
 
 def _measure(action: str, folder: Path) -> None:
@@ -85,13 +88,11 @@ def _measure(action: str, folder: Path) -> None:
         "sweep": _sweep,
         "continue": _sweep,
     }
-    run = open_run(folder)
-    if action in ("sweep", "continue"):
-        from depthprobe.sweep import runner  # noqa: F401 - its imports are no part of it
-    began = time.perf_counter()
-    found = actions[action](run if action in ("sweep", "continue") else open_run(folder))
-    seconds = time.perf_counter() - began
-    print(f"{len(found) if hasattr(found, '__len__') else ''} {seconds}")
+    from depthprobe.sweep import runner  # noqa: F401 - imports are no part of it
+
+    began, worked = time.perf_counter(), time.process_time()
+    actions[action](open_run(folder))
+    print(time.perf_counter() - began, time.process_time() - worked)
 
 
 def _sweep(run: Run) -> None:

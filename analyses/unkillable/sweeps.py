@@ -94,8 +94,10 @@ def tell(study: Path, run: Path, *more: str, said: Path) -> str:
     assert "Traceback" not in text, text
     assert "internal:" not in text, text
     told = [line for line in text.splitlines() if line.startswith(("error: ", "failed: "))]
-    assert told, text
-    return f"exit {code}: {' / '.join(told)}"
+    causes = [line for line in told if ": needs " not in line]
+    assert causes, text
+    lost = f" (and {len(told) - len(causes)} that need it)" if len(causes) < len(told) else ""
+    return f"exit {code}: {' / '.join(causes)}{lost}"
 
 
 def complete(run: Path) -> dict[str, tuple[int, int]]:

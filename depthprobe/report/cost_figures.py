@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from depthprobe.report.costs import SERVING, TRAINING, timed
-from depthprobe.report.drawing import Array, arms, bars, depth_axis, legend_below, new_axes
+from depthprobe.report.drawing import SIZE, Array, arms, bars, depth_axis, legend_below, new_axes
 from depthprobe.report.labels import label_points, label_right
 from depthprobe.report.readings import mean, pareto_front, priced
 from depthprobe.report.style import (
@@ -51,7 +51,8 @@ def accuracy_vs_cost(
         points = priced(summary, cost, metric)
         methods = list(dict.fromkeys(p.method for p in points))
         rows = -(-(len(methods) + 1) // LEGEND_COLUMNS)
-        ax = ax or new_axes(right=0.97, bottom=0.17 + 0.06 * rows)
+        height, below = SIZE[1] + 0.17 * max(0, rows - 2), 0.52 + 0.19 * rows  # inches
+        ax = ax or new_axes(right=0.97, bottom=below / height, size=(SIZE[0], height))
         for method in methods:
             style = method_style(method)
             chosen = [p for p in points if p.method == method]

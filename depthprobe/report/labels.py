@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 FONT = 9.0  # points
 LABEL_X = 1.035  # where names begin, in widths of the axes
@@ -25,9 +28,10 @@ def label_right(ax: Axes, labels: Sequence[tuple[float | None, float, str, str]]
     left = ax.get_xlim()[0]
     wanted = [float(to_axes((left, y))[1]) for _, y, _, _ in ordered]
     gap = 1.35 * FONT / (ax.get_window_extent().height * 72 / ax.figure.dpi)
+    widest = 0.0
     for (x, y, text, colour), place in zip(ordered, spread(wanted, gap), strict=True):
         start = (1.0, float(to_axes((left, y))[1])) if x is None else tuple(to_axes((x, y)))
-        ax.annotate(
+        name = ax.annotate(
             text, xy=start, xytext=(LABEL_X, place), xycoords="axes fraction",
             textcoords="axes fraction", va="center", ha="left", color=colour, fontsize=FONT,
             annotation_clip=False,
@@ -35,6 +39,18 @@ def label_right(ax: Axes, labels: Sequence[tuple[float | None, float, str, str]]
                         "shrinkA": 1, "shrinkB": 0 if x is None else 4,
                         "linestyle": "-" if x is None else (0, (1, 2))},
         )  # fmt: skip
+        widest = max(widest, Text.get_window_extent(name).width)
+    if len(ax.figure.axes) == 1:  # a panel among others has the room that it was given
+        _make_room(ax, widest)
+
+
+def _make_room(ax: Axes, width: float) -> None:
+    """Move the right edge in where names of so many pixels would leave the figure."""
+    figure, place = cast("Figure", ax.get_figure(root=True)), ax.get_position()
+    free = 1 - place.x0 - (width + 4) / figure.bbox.width
+    right = max(place.x0 + 0.3, place.x0 + free / LABEL_X)
+    if right < place.x1:
+        figure.subplots_adjust(right=right)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:

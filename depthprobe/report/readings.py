@@ -126,7 +126,7 @@ def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
     shown = sorted(
         {row.depth for row in summary.sufficiency.rows if row.shown} if summary.sufficiency else ()
     )
-    depths, proven = (ranges(found) or "none" for found in (above, shown))
+    depths, proven = (ranges(found).replace("-", "–") or "none" for found in (above, shown))
     best = max(points, key=lambda p: p.ratio[FULL, metric].value)
     ratio = best.ratio[FULL, metric]
     return (

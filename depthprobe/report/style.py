@@ -159,12 +159,16 @@ def bounds(interval: Interval, *, scale: float = 1.0, digits: int | None = None)
     if digits is None:
         largest = max(abs(low), abs(high), 1e-12)
         digits = max(0, 2 - math.floor(math.log10(largest)))
-    # an end that is not zero must not look as if it were
-    most = digits + 2
-    while digits < most and any(end and not float(f"{end:.{digits}f}") for end in (low, high)):
-        digits += 1
-    low, high = (round(end, digits) + 0.0 for end in (low, high))  # nor like -0.0
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"[{_end(low, digits)}, {_end(high, digits)}]"
+
+
+def _end(value: float, digits: int) -> str:
+    """An end of an interval; one that is not zero must not look as if it were, nor like -0.0."""
+    text = f"{value:.{digits}f}"
+    if float(text):
+        return text
+    places = -math.floor(math.log10(abs(value))) if value else digits
+    return f"{round(value, places) + 0.0:.{places}f}" if places <= digits + 3 else text.lstrip("-")
 
 
 def times_faster(ratio: Interval) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from depthprobe.report.labels import label_points, spread
+from depthprobe.report.labels import label_points, label_right, spread
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -41,3 +41,16 @@ def test_point_labels_cover_neither_bars_nor_each_other() -> None:
     for x, y in points:
         centre = ax.transData.transform((x, y))
         assert not any(box.contains(*centre) for box in boxes)
+
+
+def test_long_names_stay_inside_the_figure() -> None:
+    figure = Figure(figsize=(4.7, 3.7))
+    figure.subplots_adjust(right=0.78)
+    ax = figure.add_subplot()
+    label_right(ax, [(None, 0.2, "distilled: cos-norm-long", "k"), (0.9, 0.6, "teacher", "k")])
+    assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in ax.texts)
+    assert ax.get_position().x1 < 0.7
+    both = Figure(figsize=(9.4, 3.7)).subplots(1, 2)
+    place = both[0].get_position().x1
+    label_right(both[0], [(None, 0.2, "distilled: cos-norm-long", "k")])
+    assert both[0].get_position().x1 == place

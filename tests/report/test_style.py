@@ -47,6 +47,10 @@ def test_metrics_and_shares() -> None:
     assert percent(0.9921) == "99.2 %"
     assert bounds(Interval(0.99, 0.981, 1.003), scale=100, digits=1) == "[98.1, 100.3]"
     assert bounds(Interval(0.05, math.nan, math.nan)) == ""
+    # near zero an end still shows its side
+    assert bounds(Interval(0.1, -0.00004, 0.0026), digits=4) == "[-0.00004, 0.0026]"
+    assert bounds(Interval(-0.002, -0.0043, 0.000003), digits=4) == "[-0.0043, 0.000003]"
+    assert bounds(Interval(0.0, -1e-12, 0.0), digits=4) == "[0.0000, 0.0000]"
 
 
 def test_a_speed_is_said_only_as_far_as_its_interval_goes() -> None:

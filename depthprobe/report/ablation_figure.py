@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.ablation import ablation_table
-from depthprobe.report.drawing import arms, new_axes, signed
+from depthprobe.report.drawing import arms, need, new_axes, signed
 from depthprobe.report.style import MUTED, bounds, figure_style, method_style, percent
 from depthprobe.report.summary import HEADLINE, RunLike, Summary, as_summary
 
@@ -23,7 +23,9 @@ def ablation_changes(run: RunLike | Summary | str | Path, *, ax: Axes | None = N
 
     Bars are 95 % intervals of the paired ratio, over users and seeds; one comparison at a time.
     """
-    changes = _changes(as_summary(run))
+    summary = as_summary(run)
+    changes = _changes(summary)
+    need(changes, summary, "finetune and another way to train at the same depth")
     with figure_style():
         height = max(2.2, ROW * (len(changes) + len({d for d, _, _ in changes})) + 0.9)
         ax = ax or new_axes(right=0.97, left=0.36, bottom=0.5 / height, size=(4.7, height))

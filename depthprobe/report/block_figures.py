@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.report.drawing import Array, arms, legend_below, new_axes, signed, three
+from depthprobe.report.drawing import Array, arms, legend_below, need, new_axes, signed, three
 from depthprobe.report.readings import skip_changes
 from depthprobe.report.scores import scores_of
 from depthprobe.report.style import MUTED, figure_style, method_style, significant
@@ -38,6 +38,7 @@ def skip_sensitivity(
     with figure_style():
         drawn = {part: skip_changes(summary, metric, method=part) for part in PARTS}
         drawn = {part: found for part, found in drawn.items() if found}
+        need(drawn, summary, "a teacher and skip, drop-attention or drop-mlp")
         ax = ax or new_axes(right=0.97, bottom=0.14 if len(drawn) == 1 else 0.23)
         every = 100 * np.array([three(i) for found in drawn.values() for _, i in found])  # (n, 3)
         for index, (part, found) in enumerate(drawn.items()):
@@ -58,7 +59,8 @@ def skip_sensitivity(
         ax.grid(visible=False, axis="x")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: signed(v)))
-        ax.set_xlabel("block left out, counted from 0")
+        far = f"; scale logarithmic beyond ±{LINEAR:g} %" if ax.get_yscale() == "symlog" else ""
+        ax.set_xlabel(f"block left out, counted from 0{far}")
         ax.set_title(f"Change of {metric} without one block")
         if len(drawn) > 1:
             legend_below(ax, columns=len(drawn))
@@ -72,7 +74,6 @@ def _far_scale(ax: Axes, every: Array) -> None:
     ax.yaxis.set_major_locator(FixedLocator(sorted(set(ticks))))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylim(low, high)
-    ax.set_ylabel(f"logarithmic beyond {LINEAR:g} %")
 
 
 def block_influence(run: RunLike | Summary | str | Path, *, ax: Axes | None = None) -> Axes:
@@ -81,6 +82,7 @@ def block_influence(run: RunLike | Summary | str | Path, *, ax: Axes | None = No
     On a log scale; with several teachers the mean over them, bars from the lowest to the highest.
     """
     summary = as_summary(run)
+    need(len(scores_of(summary, "block-influence")), summary, "similarity")
     with figure_style():
         ax = ax or new_axes(right=0.97, bottom=0.23)
         for index, (score, (label, colour, marker)) in enumerate(INFLUENCES.items()):

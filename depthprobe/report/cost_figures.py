@@ -10,7 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from depthprobe.report.costs import SERVING, TRAINING, timed
-from depthprobe.report.drawing import SIZE, Array, arms, bars, depth_axis, legend_below, new_axes
+from depthprobe.report.drawing import (
+    SIZE,
+    Array,
+    arms,
+    bars,
+    depth_axis,
+    legend_below,
+    need,
+    new_axes,
+)
 from depthprobe.report.labels import label_points, label_right
 from depthprobe.report.readings import mean, pareto_front, priced
 from depthprobe.report.style import (
@@ -49,6 +58,7 @@ def accuracy_vs_cost(
     summary = as_summary(run)
     with figure_style():
         points = priced(summary, cost, metric)
+        need(points, summary, f"{COSTS[cost][0]} of a model")
         methods = list(dict.fromkeys(p.method for p in points))
         rows = -(-(len(methods) + 1) // LEGEND_COLUMNS)
         height, below = SIZE[1] + 0.17 * max(0, rows - 2), 0.52 + 0.19 * rows  # inches
@@ -92,6 +102,7 @@ def speed_vs_depth(run: RunLike | Summary | str | Path, *, ax: Axes | None = Non
     if time were blocks alone; what stays below it is spent on embeddings, head and scoring.
     """
     summary = as_summary(run)
+    need(any(timed(summary, kind) for kind in KINDS), summary, "times of a depth and the teacher")
     with figure_style():
         ax = ax or new_axes(right=0.8)
         blocks = summary.blocks or 1

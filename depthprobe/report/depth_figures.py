@@ -118,7 +118,7 @@ def kept_side_by_side(runs: Sequence[RunLike | Summary | str | Path]) -> list[Ax
     with figure_style():
         figure = Figure(figsize=(width, SIZE[1]))
         figure.subplots_adjust(
-            left=0.125 * SIZE[0] / width, right=1 - 0.22 * SIZE[0] / width, top=0.9, bottom=0.14,
+            left=0.165 * SIZE[0] / width, right=1 - 0.22 * SIZE[0] / width, top=0.9, bottom=0.14,
             wspace=0.53,
         )  # fmt: skip
         axes: list[Axes] = list(figure.subplots(1, len(summaries), squeeze=False)[0])

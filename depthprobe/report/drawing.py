@@ -17,6 +17,7 @@ from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
 from depthprobe.report.style import figure_style
 from depthprobe.report.summary import FULL, Point, Summary
+from depthprobe.study import BadInput
 
 Array = NDArray[np.float64]
 SIZE = (4.7, 3.7)  # inches; small, so that the text stays readable on a phone
@@ -50,6 +51,16 @@ def legend_below(ax: Axes, *, columns: int) -> None:
 def signed(change: float) -> str:
     """A tick of a change in per cent, with a true minus."""
     return f"{change:+g} %".replace("-", "\u2212") if change else "0"
+
+
+def need(found: object, summary: Summary, what: str) -> None:
+    """Refuse to draw what a run has no data for.
+
+    Raises:
+        BadInput: that names the run and what it lacks.
+    """
+    if not found:
+        raise BadInput("run", summary.run.path, f"one with {what}")
 
 
 def save_figure(ax: Axes, stem: Path) -> str:

@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.report.blocks import change_of
-from depthprobe.report.drawing import Array, new_axes
+from depthprobe.report.drawing import Array, need, new_axes
 from depthprobe.report.scores import scores_of
 from depthprobe.report.style import bounds, figure_style, percent, significant
 from depthprobe.report.summary import HEADLINE, Point, RunLike, Summary, as_summary
@@ -34,7 +34,8 @@ def span_map(
     """
     summary = as_summary(run)
     cells = span_cells(summary, score)
-    size = max((end for _, end in cells), default=1)
+    need(cells, summary, "a teacher and span" if score == "damage" else "similarity")
+    size = max(end for _, end in cells)
     grid = np.full((size, size), np.nan)
     for (start, end), value in cells.items():
         grid[start, end - 1] = value

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from depthprobe.evaluation.statistics import Interval, bootstrap_means
-from depthprobe.report.drawing import arms, depth_axis, new_axes
+from depthprobe.report.drawing import arms, depth_axis, need, new_axes
 from depthprobe.report.labels import label_right
 from depthprobe.report.scores import probe_table
 from depthprobe.report.style import bounds, figure_style, percent
@@ -31,6 +31,7 @@ def settling_depth(run: RunLike | Summary | str | Path, *, ax: Axes | None = Non
     """
     summary = as_summary(run)
     frame = probe_table(summary, "settling")
+    need(len(frame), summary, "settling")
     with figure_style():
         ax = ax or new_axes(right=0.74)
         blocks = summary.blocks or int(frame["top_settled"].max())

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
+import depthprobe
 from depthprobe.report.drawing import save_figure
 from depthprobe.report.figures import (
     FIGURES,
@@ -25,6 +26,7 @@ from depthprobe.report.figures import (
 )
 from depthprobe.report.readings import pareto_front, priced, skip_changes
 from depthprobe.report.summary import Summary, summarise
+from depthprobe.study import BadInput
 
 
 def _series(ax: Axes) -> dict[str, ErrorbarContainer]:
@@ -115,6 +117,27 @@ def test_every_figure_reads_as_one_sentence_or_more(summary: Summary) -> None:
 def test_without_data_a_figure_has_no_reading(make: Callable[..., Any], tmp_path: Path) -> None:
     summary = summarise(make(tmp_path, users=60, methods={"popularity"}))
     assert [entry.name for entry in FIGURES if entry.reading(summary)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "lacking"),
+    [
+        ("accuracy_vs_cost", {"cost": "training"}, "training time"),
+        ("ablation_changes", {}, "finetune"),
+        ("block_influence", {}, "similarity"),
+        ("settling_depth", {}, "settling"),
+        ("skip_sensitivity", {}, "skip"),
+        ("span_map", {"score": "cka"}, "similarity"),
+        ("span_map", {}, "span"),
+        ("speed_vs_depth", {}, "times"),
+    ],
+)
+def test_what_a_run_does_not_hold_is_refused_by_name(
+    make: Callable[..., Any], tmp_path: Path, name: str, chosen: dict[str, str], lacking: str
+) -> None:
+    summary = summarise(make(tmp_path, users=60, seeds=1, methods={"full"}, timing=False))
+    with pytest.raises(BadInput, match=f"run.*one with .*{lacking}"):
+        getattr(depthprobe.figures, name)(summary, **chosen)
 
 
 def test_the_same_figure_twice_is_the_same_file(summary: Summary, tmp_path: Path) -> None:

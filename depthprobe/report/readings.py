@@ -101,7 +101,8 @@ def depth_reading(summary: Summary, metric: str) -> str:
         for point in drawn.get(control, []):
             if point.depth == depth:
                 name = method_style(control).label
-                said.append(f"{name} at {depth} reaches {accuracy(mean(point, metric))}")
+                value = point.accuracy[FULL, metric]
+                said.append(f"{name} at {depth} reaches {_with_bounds(value)}")
     return f"{metric}: {'; '.join(said)}." if said else f"{metric} by depth."
 
 
@@ -146,7 +147,7 @@ def cost_reading(summary: Summary, cost: str, metric: str = HEADLINE) -> str:
         method_style(p.method).label + ("" if p.method in BASELINES else f" {p.depth}")
         for p in pareto_front(points, cost, metric)
     )
-    return f"{metric} against {name}. Beaten by no other in both, cheapest first: {front}."
+    return f"{metric} against {name}. On the means, beaten by no other in both: {front}."
 
 
 def skip_reading(summary: Summary, metric: str = HEADLINE) -> str:
@@ -159,10 +160,9 @@ def skip_reading(summary: Summary, metric: str = HEADLINE) -> str:
     unclear = sum(change.low <= 0 <= change.high for _, change in changes)
     change = f"{100 * worst.value:+.{digits}f} % {bounds(worst, scale=100, digits=digits)}"
     others = (
-        f"{unclear} of {len(changes)} blocks can each be left out without a change that can be "
-        "told from zero"
+        f"for {unclear} of {len(changes)} blocks the interval of the change holds zero"
         if unclear
-        else "no block can be left out without a change"
+        else "no interval of a change holds zero"
     )
     return f"Left out alone, block {point.removed} costs the most: {metric} {change}; {others}."
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -180,9 +181,12 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """Read what ``save_trained`` wrote.
 
     Raises:
-        ValueError: if the file holds other weights than those the model trains.
+        ValueError: if the file is damaged, or holds other weights than those the model trains.
     """
-    trained = load_file(folder / WEIGHTS)
+    try:
+        trained = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): delete its trial") from error
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if trained.keys() != wanted.keys():
         odd = sorted(trained.keys() ^ wanted.keys())

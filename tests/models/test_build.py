@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from depthprobe.models.build import around, build_recommender
+from depthprobe.models.build import (
+    WEIGHTS,
+    around,
+    build_recommender,
+    load_trained,
+    save_trained,
+)
 from depthprobe.models.embedded import embedded_backbone
 from depthprobe.study import Backbone
 
@@ -30,3 +39,13 @@ def test_a_seed_decides_the_adapters_and_a_random_backbone_alone():
     inside = [m.backbone.layers[1].mlp.up_proj.weight for m in (first, other, control)]
     assert torch.equal(inside[0], inside[1])
     assert not torch.equal(inside[0], inside[2])
+
+
+def test_weights_that_were_damaged_are_named(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    save_trained(model, tmp_path)
+    load_trained(model, tmp_path)
+    file = tmp_path / WEIGHTS
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged .* delete its trial"):
+        load_trained(model, tmp_path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.report.blocks import change_of
@@ -17,6 +18,8 @@ from depthprobe.report.summary import HEADLINE, Point, RunLike, Summary, as_summ
 
 FEWEST = 3  # cells: fewer are no map
 NUMBERS = 8  # blocks: up to so many a cell has room for its number
+# from a tint on: white is where nothing was measured
+PALE = ListedColormap(colormaps["Blues"](np.linspace(0.1, 1, 256)).tolist())
 TITLES = {
     "damage": f"Loss of {HEADLINE} without blocks a to b",
     "angular-distance": "Angular distance over blocks a to b",
@@ -46,9 +49,17 @@ def span_map(
         low, high = (0.0, float(np.nanmax(shown))) if score != "cka" else (np.nanmin(shown), 1.0)
         # one early block costs all: the root keeps the others apart
         norm = PowerNorm(0.5 if score == "damage" else 1, vmin=low, vmax=max(high, low + 1e-9))
-        colours = "Blues_r" if score == "cka" else "Blues"
-        image = ax.imshow(np.clip(shown, low, None), cmap=colours, norm=norm)
+        colours = PALE.reversed() if score == "cka" else PALE
         ax.grid(visible=False)
+        # a mesh and no picture: sharp on paper at any size
+        places = np.arange(size)
+        cells_shown = np.ma.masked_invalid(np.clip(shown, low, None))
+        mesh = ax.pcolormesh(
+            places, places, cells_shown, cmap=colours, norm=norm, shading="nearest",
+            edgecolors="white", linewidth=0.3,
+        )  # fmt: skip
+        ax.set_aspect("equal")
+        ax.invert_yaxis()
         for side in ("left", "bottom"):
             ax.spines[side].set_visible(False)
         for axis in (ax.xaxis, ax.yaxis):
@@ -57,7 +68,7 @@ def span_map(
         ax.set_ylabel("first block, a")
         ax.set_title(TITLES[score])
         figure = ax.figure
-        bar = figure.colorbar(image, ax=ax, shrink=0.85, pad=0.03)
+        bar = figure.colorbar(mesh, ax=ax, shrink=0.85, pad=0.03)
         bar.outline.set_visible(False)
         unit = " %" if score == "damage" else ""
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}{unit}"))

@@ -37,7 +37,7 @@ def test_damage_of_a_span_is_the_share_that_is_lost(run: Any, summary: Summary) 
 
 @pytest.mark.parametrize("score", ["damage", "angular-distance", "cka"])
 def test_a_map_has_every_run_at_its_ends(summary: Summary, score: str) -> None:
-    grid = np.ma.filled(span_map(summary, score=score).images[0].get_array(), np.nan)
+    grid = np.ma.filled(span_map(summary, score=score).collections[0].get_array(), np.nan)
     cells = span_cells(summary, score)
     assert np.isfinite(grid).sum() == len(cells)
     scale = 100 if score == "damage" else 1

@@ -50,9 +50,7 @@ def main() -> None:
     print(f"{len(free)} gaps without waiting: {sum(free):.0f} s in all, longest {max(free):.0f} s")
     print(f"a task: {sum(free) / len(free):.3f} s; of a minute: {sum(free) / len(free) / 60:.2%}")
     once = run.manifest["wall_seconds"] - sum(work) / len(spans)
-    print(
-        f"beside them, once: {once:.1f} s (timing depths, workers that begin and idle, tables)"
-    )
+    print(f"beside them, once: {once:.1f} s (timing depths, workers that begin and idle, tables)")
     print(f"{len(waited)} with waiting for another task: {sum(waited):.0f} s in all")
 
 

@@ -15,7 +15,7 @@ from depthprobe.training.checkpoint import Checkpoint
 Checkpoint.is_due = lambda self: True  # type: ignore[method-assign]
 
 if "faketime" in os.environ.get("LD_PRELOAD", ""):
-    # under it any sleep of Python's is an invalid argument, unless the monotonic clock is faked, too
+    # under it Python's sleep is an invalid argument, unless the monotonic clock is faked, too
     time.sleep = lambda seconds: select.select([], [], [], seconds) and None  # type: ignore[assignment]
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ class BadInput(ValueError):
         self.field, self.value, self.allowed = field, value, allowed
         super().__init__(f"{field}: {short(value)} is not usable; {allowed}")
 
+    def __reduce__(self) -> tuple[type[BadInput], tuple[str, object, str]]:
+        """What is pickled: by default it could not be made again from its message."""
+        return type(self), (self.field, self.value, self.allowed)
+
 
 def short(value: object, limit: int = 120) -> str:
     """The value as it would be written in Python, cut where it is long."""

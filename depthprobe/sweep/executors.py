@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from depthprobe.sweep.plan import Task
@@ -113,7 +114,7 @@ def run_in_processes(
         work: called with a task in a worker, returns its seconds.
         prepare: called once in each worker, with a counter of workers and then ``arguments``.
     """
-    running: dict[Future[float], Task] = {}
+    running: dict[Future[tuple[str | None, float]], Task] = {}
     pool = _pool(jobs, prepare, arguments)
     suspects: list[Task] = []  # were running when a worker died: run again, one at a time
     try:
@@ -126,7 +127,7 @@ def run_in_processes(
                 if isinstance(found, Outcome):
                     yield from queue.end(found)
                 else:
-                    running[pool.submit(work, found)] = found
+                    running[pool.submit(_attempt, work, found)] = found
             if not running:
                 if queue.waiting:
                     time.sleep(POLL)
@@ -137,13 +138,11 @@ def run_in_processes(
             for future in wait(running, POLL if free else None, FIRST_COMPLETED).done:
                 task = running.pop(future)
                 try:
-                    outcome = Outcome(task, None, future.result())
+                    error, seconds = future.result()
                 except BrokenProcessPool:
                     broken.append(task)
                     continue
-                except Exception as error:  # whatever it was, the other tasks go on
-                    outcome = Outcome(task, describe(error), 0.0)
-                yield from queue.end(outcome)
+                yield from queue.end(Outcome(task, error, seconds))
             if broken:
                 # every running task is lost with the pool; which one killed it shows when alone
                 broken += running.values()
@@ -161,8 +160,16 @@ def run_in_processes(
 def describe(error: BaseException) -> str:
     """One line: type, message, and the innermost line of ours that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "depthprobe" in f.filename]
-    place = f" (at {frames[-1].name}, line {frames[-1].lineno})" if frames else ""
+    place = f" (at {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+def _attempt(work: Work, task: Task) -> tuple[str | None, float]:
+    """In a worker: an error is told in words, for not every error survives the way back."""
+    try:
+        return None, work(task)
+    except Exception as error:  # whatever it was, the other tasks go on
+        return describe(error), 0.0
 
 
 def _pool(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,9 @@ def test_layers_are_sorted_depths_in_range_or_refused(text: str, blocks: int) ->
     assert refusal.startswith("layers: ")
     assert list(depths) == sorted(set(depths))
     assert all(1 <= depth <= blocks for depth in depths)
+
+
+def test_bad_input_survives_pickling() -> None:
+    error = BadInput("layers", Path("x"), "depths")
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert (str(again), again.field, again.value) == (str(error), "layers", Path("x"))

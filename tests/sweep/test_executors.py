@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from depthprobe.study.errors import at_least
 from depthprobe.sweep import executors
 from depthprobe.sweep.executors import Outcome, Queue, run_here, run_in_processes
 from depthprobe.sweep.plan import Task, Trial
@@ -134,3 +136,35 @@ def test_what_needs_an_earlier_failure_fails_too(tmp_path: Path) -> None:
         "needs sasrec-s0, which failed",
         "needs full-d02-s0, which failed",
     ]
+
+
+class Unsendable(RuntimeError):
+    """As some libraries' errors are: it can be pickled, and not be made again."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def unsendable(task: Task) -> float:
+    raise Unsendable(1, 2)
+
+
+def of_ours(task: Task) -> float:
+    at_least("a", {"b": 2}, 3)
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        (unsendable, r"Unsendable: 1 and 2"),
+        (of_ours, r"BadInput: a\.b: 2 is not .* \(at errors\.py, line \d+\)"),
+    ],
+)
+def test_an_error_comes_back_in_words_with_its_line(
+    tmp_path: Path, work: Callable[[Task], float], told: str
+) -> None:
+    queue = Queue([SASREC], Board(), done=set(), failed=set())
+    (outcome,) = run_in_processes(queue, work, jobs=1, prepare=prepare, arguments=(str(tmp_path),))
+    assert outcome.error is not None
+    assert re.match(told, outcome.error)

@@ -174,8 +174,8 @@ def main() -> None:
     names = list(rules(drawn))
     print(f"{run.study.name}: {options.metric}, {len(users):,} users\n")
     print("\n".join(_levels(values, names)), "\n")
-    print("\n".join(_verdicts(values, claims, names)), "\n")
-    print("\n".join(_alone(values, claims, names)))
+    print("\n".join(_changes("change, %", _together, values, claims, names)), "\n")
+    print("\n".join(_changes("change a seed, %", _alone, values, claims, names)))
 
 
 def _levels(values: dict[Arm, dict[str, np.ndarray]], names: list[str]) -> Iterator[str]:
@@ -190,37 +190,32 @@ def _levels(values: dict[Arm, dict[str, np.ndarray]], names: list[str]) -> Itera
         yield f"| {label} | {len(own[names[0]])} | {' | '.join(cells)} |"
 
 
-def _verdicts(
+def _changes(
+    head: str,
+    cell: Callable[[np.ndarray, np.ndarray], str],
     values: dict[Arm, dict[str, np.ndarray]],
     claims: dict[str, tuple[Arm, Arm]],
     names: list[str],
 ) -> Iterator[str]:
-    """The change in per cent by each protocol, all seeds together."""
-    yield f"| change, % | {' | '.join(names)} |"
+    """A row a claim: of its two arms, (S, U) each, what ``cell`` says by each protocol."""
+    yield f"| {head} | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for claim, (one, other) in claims.items():
-        cells = []
-        for name in names:
-            found = bootstrap_ratio(values[one][name], values[other][name])
-            change, low, high = (100 * (v - 1) for v in (found.value, found.low, found.high))
-            cells.append(f"{change:+.1f} [{low:+.1f}, {high:+.1f}]")
+        cells = [cell(values[one][name], values[other][name]) for name in names]
         yield f"| {claim} | {' | '.join(cells)} |"
 
 
-def _alone(
-    values: dict[Arm, dict[str, np.ndarray]],
-    claims: dict[str, tuple[Arm, Arm]],
-    names: list[str],
-) -> Iterator[str]:
+def _together(one: np.ndarray, other: np.ndarray) -> str:
+    """All seeds, with an interval."""
+    found = bootstrap_ratio(one, other)
+    change, low, high = (100 * (v - 1) for v in (found.value, found.low, found.high))
+    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _alone(one: np.ndarray, other: np.ndarray) -> str:
     """What each seed alone would have printed."""
-    yield f"| change a seed, % | {' | '.join(names)} |"
-    yield "|---" * (len(names) + 1) + "|"
-    for claim, (one, other) in claims.items():
-        cells = []
-        for name in names:
-            pairs = zip(values[one][name], values[other][name], strict=True)
-            cells.append(" ".join(f"{100 * (a.mean() / b.mean() - 1):+.1f}" for a, b in pairs))
-        yield f"| {claim} | {' | '.join(cells)} |"
+    pairs = zip(one, other, strict=True)
+    return " ".join(f"{100 * (a.mean() / b.mean() - 1):+.1f}" for a, b in pairs)
 
 
 def _options() -> argparse.Namespace:

@@ -94,12 +94,17 @@ def whole_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Remove the folder of the locks, unless another sweep has some there."""
-    lock = _lock(folder / LOCKS / f"{WHOLE}.lock")
-    with suppress(OSError, Timeout):
-        _acquire(lock, 0)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    """Remove the folder of the locks, unless another sweep has some there.
+
+    What a sweep that was killed held, nobody may have come to since: its task can have been done.
+    """
+    for place in [*(folder / LOCKS).glob("*.lock")]:
+        lock = _lock(place)
+        with suppress(OSError, Timeout):
+            _acquire(lock, 0)
+            place.unlink(missing_ok=True)
+            lock.release()
+    with suppress(OSError):
         (folder / LOCKS).rmdir()
 
 

@@ -66,6 +66,19 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     assert not (tmp_path / LOCKS).exists()
 
 
+def test_what_a_dead_sweep_held_is_cleared_and_what_a_living_one_holds_is_not(
+    tmp_path: Path,
+) -> None:
+    living = claims(tmp_path)
+    assert living.take(TASK) == "ours"
+    (tmp_path / LOCKS / "similarity-s0.lock").touch()  # its task was done before the kill
+    clear(tmp_path)
+    assert [path.name for path in (tmp_path / LOCKS).iterdir()] == [f"{TASK.id}.lock"]
+    living.leave_all()
+    clear(tmp_path)
+    assert not (tmp_path / LOCKS).exists()
+
+
 def test_what_was_done_meanwhile_is_not_done_again(tmp_path: Path) -> None:
     one, other = claims(tmp_path), claims(tmp_path)
     assert one.take(TASK) == "ours"

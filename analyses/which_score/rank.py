@@ -121,7 +121,7 @@ def cheap_scores(
             maps.setdefault(row.score, {})[row.start, row.end] = value
     for name, label in (
         ("block-influence", "block influence, summed"),
-        ("angular", "angular distance of runs"),
+        ("angular-distance", "angular distance of runs"),
         ("cka", "1 - CKA of runs"),
         ("taylor", "Taylor, summed"),
     ):

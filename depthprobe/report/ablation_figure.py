@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.ablation import ablation_table
 from depthprobe.report.drawing import arms, need, new_axes, signed
-from depthprobe.report.style import MUTED, bounds, figure_style, method_style, percent
+from depthprobe.report.style import MUTED, figure_style, in_percent, method_style
 from depthprobe.report.summary import HEADLINE, RunLike, Summary, as_summary
 
 ROW = 0.2  # inches
@@ -62,7 +61,7 @@ def _changes(summary: Summary) -> list[Change]:
     frame = table.frame.dropna(subset="ratio")
     columns = (frame[name] for name in ("depth", "method", "ratio", "ratio low", "ratio high"))
     return [
-        (int(depth), str(method), Interval(float(np.float64(value)) - 1, low - 1, high - 1))
+        (int(depth), str(method), Interval(value - 1, low - 1, high - 1))
         for depth, method, value, low, high in zip(*columns, strict=True)
     ]
 
@@ -83,5 +82,5 @@ def ablation_reading(summary: Summary) -> str:
     sign = "+" if best.value >= 0 else ""
     return (
         f"{text} The highest is {method_style(method).label} at depth {depth}: "
-        f"{sign}{percent(best.value)} {bounds(best, scale=100, digits=1)}."
+        f"{sign}{in_percent(best)}."
     )

@@ -12,6 +12,7 @@ from depthprobe.report.style import (
     accuracy,
     bounds,
     count,
+    in_percent,
     method_style,
     percent,
     significant,
@@ -80,7 +81,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     margin, floor = _percent(summary.margin), _percent(1 - summary.margin)
     offer = (
         f"{point.depth} of {blocks} blocks {'keeps' if point.depth == 1 else 'keep'} "
-        f"{percent(row.kept.value)} {bounds(row.kept, scale=100, digits=1)} of the teacher's "
+        f"{in_percent(row.kept)} of the teacher's "
         f"{HEADLINE} ({method_style(point.method).label})" + _savings(share, inference, training)
     )
     weak = doubt(summary, "popularity")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from depthprobe.evaluation.statistics import Interval
-from depthprobe.report.style import bounds, method_style, percent
+from depthprobe.report.style import in_percent, method_style
 from depthprobe.report.summary import FULL, HEADLINE, Point, Summary
 
 FEW_SEEDS = 5
@@ -30,7 +29,7 @@ def doubt(summary: Summary, baseline: str) -> str:
         return ""
     name = method_style(baseline).label
     less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
-    return f"the teacher is {less} {name}, which reaches {_share(ratio)} of its {HEADLINE}"
+    return f"the teacher is {less} {name}, which reaches {in_percent(ratio)} of its {HEADLINE}"
 
 
 def _baselines(summary: Summary) -> list[str]:
@@ -65,7 +64,7 @@ def _pretraining(summary: Summary, chosen: Point | None) -> list[str]:
         return []
     return [
         f"Pretraining is not shown to help: random init at depth {chosen.depth} reaches "
-        f"{_share(ratio)} of this {HEADLINE}."
+        f"{in_percent(ratio)} of this {HEADLINE}."
     ]
 
 
@@ -117,10 +116,6 @@ def _trials(summary: Summary) -> list[str]:
     if failed:
         found.append(f"{failed} of {total} trials failed; their errors are listed below.")
     return found
-
-
-def _share(ratio: Interval) -> str:
-    return f"{percent(ratio.value)} {bounds(ratio, scale=100, digits=1)}"
 
 
 def _sentence(text: str) -> str:

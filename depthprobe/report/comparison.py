@@ -17,9 +17,9 @@ from depthprobe.report.drawing import rendered, save_figure
 from depthprobe.report.facts import base_name, conditions
 from depthprobe.report.html import environment, inline_svg
 from depthprobe.report.readings import kept_reading
-from depthprobe.report.style import NONE, bounds, method_style, percent, times_faster
+from depthprobe.report.style import NONE, method_style, percent, times_faster
 from depthprobe.report.summary import FULL, HEADLINE, RunLike, Summary, as_summary
-from depthprobe.report.tables import Cell, Row, Table, save_table, three
+from depthprobe.report.tables import Cell, Row, Table, save_table, share_cell, three
 from depthprobe.study import BadInput
 
 FIGURE, TABLE = "kept_side_by_side", "answers"
@@ -162,11 +162,11 @@ def answers_table(compared: Sequence[Compared]) -> Table:
             Cell(one.name, _data_name(summary)),
             Cell(depth if shown else answer.verdict, "" if shown else best),
             Cell(method or NONE),
-            _share(answer.kept),
+            share_cell(answer.kept),
             Cell(percent(answer.parameters, 0) if answer.parameters is not None else NONE),
             _times(answer.inference),
             _times(answer.training),
-            _share(sasrec),
+            share_cell(sasrec),
             Cell(f"{answer.users:,}"),
             Cell(str(len(summary.seeds_compared))),
         )
@@ -224,12 +224,6 @@ def _data_name(summary: Summary) -> str:
 
 def _machine(machine: Mapping[str, Any]) -> str:
     return str(machine.get("gpu") or machine.get("cpu") or NONE)
-
-
-def _share(interval: Any) -> Cell:
-    if interval is None:
-        return Cell(NONE)
-    return Cell(percent(interval.value), bounds(interval, scale=100, digits=1))
 
 
 def _times(ratio: Any) -> Cell:

@@ -25,11 +25,11 @@ from depthprobe.report.readings import mean, pareto_front, priced
 from depthprobe.report.style import (
     INK,
     MUTED,
-    bounds,
     count,
     figure_style,
     method_style,
     significant,
+    times,
 )
 from depthprobe.report.summary import FULL, HEADLINE, Point, RunLike, Summary, as_summary
 
@@ -147,10 +147,9 @@ def speed_reading(summary: Summary) -> str:
         if points:
             first = points[0]
             speed, depth = first.speed[kind], first.depth
-            digits = 2 if speed.value < 3 else 1
             said.append(
-                f"{speed.value:.{digits}f}\u00d7 {bounds(speed, digits=digits)} as fast {label} at "
-                f"depth {depth}, where blocks alone would give "
+                f"{' '.join(times(speed))} as fast {label} at depth {depth}, "
+                f"where blocks alone would give "
                 f"{significant((summary.blocks or 1) / depth)}\u00d7"
             )
     return f"Against full depth: {'; '.join(said)}." if said else ""

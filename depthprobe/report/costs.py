@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from depthprobe.evaluation.statistics import Interval
-from depthprobe.report.style import NONE, bounds, count, method_style, percent, significant
+from depthprobe.report.style import NONE, count, method_style, percent
 from depthprobe.report.summary import Point, RunLike, Summary, as_summary
-from depthprobe.report.tables import Cell, Row, Table, three
+from depthprobe.report.tables import Cell, Row, Table, three, time_cell
 from depthprobe.study import base_of
 
 SERVING, TRAINING, LATENCY = "inference", "training", "latency"
@@ -53,7 +52,7 @@ def cost_table(run: RunLike | Summary) -> Table | None:
         out |= {f"parameters {name}": value for name, value in point.parameters.items()}
         for kind in kinds:
             own = points.get(kind)
-            cells.append(_time(own, kind))
+            cells.append(time_cell(own, kind) if own else Cell(NONE))
             spread = own.time.get(kind) if own else None
             out[f"{kind} ms"] = spread.median if spread else None
             out |= three(f"{kind} times faster", own.speed.get(kind) if own else None)
@@ -69,21 +68,6 @@ def _plainness(point: Point) -> int:
 
 
 def _parameters(point: Point, teacher: Point) -> tuple[Cell, Cell]:
-    own, whole, blocks = point.cost("parameters"), teacher.cost("parameters"), None
+    own, whole = point.cost("parameters"), teacher.cost("parameters")
     share = percent(own / whole, 0) if own and whole and point is not teacher else ""
-    blocks = point.parameters.get("blocks")
-    return Cell(count(own), share), Cell(count(blocks))
-
-
-def _time(point: Point | None, kind: str) -> Cell:
-    spread = point.time.get(kind) if point else None
-    if point is None or spread is None:
-        return Cell(NONE)
-    return Cell(significant(spread.median), _faster(point.speed.get(kind)))
-
-
-def _faster(ratio: Interval | None) -> str:
-    if ratio is None:
-        return ""
-    digits = 2 if ratio.value < 3 else 1
-    return f"{ratio.value:.{digits}f}× {bounds(ratio, digits=digits)}"
+    return Cell(count(own), share), Cell(count(point.parameters.get("blocks")))

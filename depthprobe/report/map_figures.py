@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from depthprobe.report.blocks import change_of
 from depthprobe.report.drawing import Array, need, new_axes
 from depthprobe.report.scores import scores_of
-from depthprobe.report.style import bounds, figure_style, percent, significant
+from depthprobe.report.style import figure_style, in_percent, significant
 from depthprobe.report.summary import HEADLINE, Point, RunLike, Summary, as_summary
 
 FEWEST = 3  # cells: fewer are no map
@@ -147,7 +147,7 @@ def _damage_reading(summary: Summary, runs: dict[tuple[int, int], float]) -> str
         start, end = max(small, key=lambda span: (span[1] - span[0], -runs[span]))
         text = f"The longest run whose loss is within {margin} on the mean is"
     change = change_of(_left_out(summary)[start, end])
-    said = f"{percent(change.value)} {bounds(change, scale=100, digits=1)}" if change else ""
+    said = in_percent(change) if change else ""
     return (
         f"{text} {_name(start, end)}: {said} against the teacher. It was picked out of "
         f"{len(runs)}, so it may look better than it is."

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.blocks import change_of
-from depthprobe.report.style import accuracy, bounds, method_order, method_style, percent
+from depthprobe.report.style import (
+    accuracy,
+    bounds,
+    in_percent,
+    method_order,
+    method_style,
+)
 from depthprobe.report.summary import BY_BLOCK, CONTROLS, FULL, HEADLINE, SHOWN_ONLY, Point, Summary
 from depthprobe.study import PROBES, base_of, ranges
 from depthprobe.sweep.plan import BASELINES
@@ -133,7 +139,7 @@ def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
     return (
         f"Depths whose mean keeps {100 * floor:g} % of the teacher's {metric}: {depths}; shown "
         f"with confidence: {proven}. The most is kept by {method_style(best.method).label} at "
-        f"depth {best.depth}: {percent(ratio.value)} {bounds(ratio, scale=100, digits=1)}."
+        f"depth {best.depth}: {in_percent(ratio)}."
     )
 
 

@@ -171,6 +171,17 @@ def _end(value: float, digits: int) -> str:
     return f"{round(value, places) + 0.0:.{places}f}" if places <= digits + 3 else text.lstrip("-")
 
 
+def in_percent(interval: Interval) -> str:
+    """A share and its interval in per cent: "98.9 % [97.6, 100.3]"."""
+    return f"{percent(interval.value)} {bounds(interval, scale=100, digits=1)}"
+
+
+def times(ratio: Interval) -> tuple[str, str]:
+    """How many times and the interval: ("2.25×", "[1.92, 2.32]"), fewer digits from 3 on."""
+    digits = 2 if ratio.value < 3 else 1
+    return f"{ratio.value:.{digits}f}×", bounds(ratio, digits=digits)
+
+
 def times_faster(ratio: Interval) -> tuple[str, str, str]:
     """A speed ratio in words: ("2.9×", "[2.8, 3.0]", "faster").
 
@@ -181,5 +192,4 @@ def times_faster(ratio: Interval) -> tuple[str, str, str]:
     word, shown = "faster", ratio
     if ratio.value < 1:
         word, shown = "slower", Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
-    digits = 2 if shown.value < 3 else 1
-    return f"{shown.value:.{digits}f}×", bounds(shown, digits=digits), word
+    return *times(shown), word

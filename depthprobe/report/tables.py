@@ -22,6 +22,7 @@ from depthprobe.report.style import (
     method_style,
     percent,
     significant,
+    times,
 )
 from depthprobe.report.summary import (
     BY_BLOCK,
@@ -111,10 +112,10 @@ def depth_table(run: RunLike | Summary, *, protocol: str = FULL) -> Table | None
             *(metric_cell(point.value(name, protocol)) for name in SHOWN),
         ]
         if ratio:
-            cells.append(_share(point.ratio.get((protocol, HEADLINE))))
+            cells.append(share_cell(point.ratio.get((protocol, HEADLINE))))
         if costs:
             cells.append(Cell(count(point.cost("parameters"))))
-        cells += [_time(point, name) for name in times]
+        cells += [time_cell(point, name) for name in times]
         new = index == 0 or points[index - 1].method != point.method
         state = "teacher" if point.method == "full" else ""
         rows.append(Row(tuple(cells), group=new, state=state))
@@ -278,20 +279,20 @@ def metric_cell(interval: Interval | None) -> Cell:
     return Cell(accuracy(interval.value), bounds(interval, digits=4))
 
 
-def _share(interval: Interval | None) -> Cell:
+def share_cell(interval: Interval | None) -> Cell:
+    """A share in per cent above its interval; a dash where there is none."""
     if interval is None:
         return Cell(NONE)
     return Cell(percent(interval.value), bounds(interval, scale=100, digits=1))
 
 
-def _time(point: Point, name: str) -> Cell:
+def time_cell(point: Point, name: str) -> Cell:
+    """Milliseconds above how many times faster than the teacher's; a dash where untimed."""
     spread = point.time.get(name)
     if spread is None:
         return Cell(NONE)
     ratio = point.speed.get(name)
-    digits = 2 if ratio is None or ratio.value < 3 else 1
-    note = f"{ratio.value:.{digits}f}× {bounds(ratio, digits=digits)}" if ratio else ""
-    return Cell(significant(spread.median), note)
+    return Cell(significant(spread.median), " ".join(times(ratio)) if ratio else "")
 
 
 def _number(trial: pd.Series, name: str) -> float:

@@ -13,7 +13,7 @@ from depthprobe.evaluation.statistics import Interval, bootstrap_means
 from depthprobe.report.drawing import arms, depth_axis, need, new_axes
 from depthprobe.report.labels import label_right
 from depthprobe.report.scores import probe_table
-from depthprobe.report.style import bounds, figure_style, percent
+from depthprobe.report.style import figure_style, in_percent
 from depthprobe.report.summary import RunLike, Summary, as_summary
 
 # the column of the settling table, what is said of it, its colour and marker
@@ -82,15 +82,10 @@ def settling_reading(summary: Summary) -> str:
         lost=(frame["best_rank"] <= 10) & (frame["final_rank"] > 10),
         hit=frame["final_rank"] <= 10,
     ).groupby("user")[["late", "overthinking", "lost", "hit"]].mean()  # fmt: skip
-    late, over, lost, hit = bootstrap_means(
-        means.to_numpy(dtype=np.float64), resamples=_resamples(summary)
-    )
+    found = bootstrap_means(means.to_numpy(dtype=np.float64), resamples=_resamples(summary))
+    late, over, lost, hit = map(in_percent, found)
     return (
-        f"For {_share(late)} of users the ten items change in the last block. Overthinking: for "
-        f"{_share(over)} an earlier depth ranked the target better than the last; {_share(lost)} "
-        f"had it among the first ten at some depth and not at the last, where {_share(hit)} do."
+        f"For {late} of users the ten items change in the last block. Overthinking: for "
+        f"{over} an earlier depth ranked the target better than the last; {lost} "
+        f"had it among the first ten at some depth and not at the last, where {hit} do."
     )
-
-
-def _share(interval: Interval) -> str:
-    return f"{percent(interval.value)} {bounds(interval, scale=100, digits=1)}"

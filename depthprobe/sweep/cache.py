@@ -22,6 +22,7 @@ from depthprobe.files import complete_folder
 from depthprobe.study import Recipe, base_of, settings_of
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.plan import Trial
+from depthprobe.sweep.team import processes_launched
 from depthprobe.training.checkpoint import FORMAT, identity, windows_digest
 from depthprobe.training.features import Wanted
 
@@ -45,11 +46,14 @@ def result_file(
     if context.cache is None:
         return None
     base, settings = base_of(trial.method), settings_of(context.study, trial.method)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # that train it together
     decides = {
         "format": FORMAT,
         "training": identity(
-            objective, context.windows, recipe=recipe, seed=trial.seed, processes=processes
+            objective,
+            context.windows,
+            recipe=recipe,
+            seed=trial.seed,
+            processes=processes_launched(),
         ),
         "weights": weights_digest(objective),
         "configs": [

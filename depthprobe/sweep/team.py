@@ -48,9 +48,14 @@ class Team:
             torch.distributed.destroy_process_group()
 
 
+def processes_launched() -> int:
+    """How many processes a launcher started to work together; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched() -> bool:
     """Whether a launcher started several processes to work together."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return processes_launched() > 1
 
 
 def find_team(device: str) -> Team:

@@ -91,21 +91,28 @@ def panel(ax: Axes, summary: Summary, title: str) -> None:
 
 
 def figure(summaries: list[Summary], titles: list[str]) -> list[Axes]:
-    """A panel a run on one scale, and one legend below."""
+    """A panel a run on one scale, two in a row, and one legend below."""
+    columns = min(2, len(summaries))
+    rows = -(-len(summaries) // columns)
+    height = 2.9 * rows + 0.6  # inches
     with figure_style():
-        drawn = Figure(figsize=(3.1 * len(summaries), 3.6))
-        axes = list(drawn.subplots(1, len(summaries), sharey=True, squeeze=False)[0])
-        for ax, summary, title in zip(axes, summaries, titles, strict=True):
+        drawn = Figure(figsize=(3.4 * columns, height))
+        axes = list(drawn.subplots(rows, columns, sharey=True, squeeze=False).flat)
+        for ax, summary, title in zip(axes, summaries, titles, strict=False):
             panel(ax, summary, title)
-        axes[0].set_ylabel(f"% of the teacher's {HEADLINE}")
-        axes[0].set_ylim(0, 119)
+            ax.set_ylim(0, 119)
+        for ax in axes[len(summaries) :]:
+            ax.set_visible(False)
+        for ax in axes[::columns]:
+            ax.set_ylabel(f"% of the teacher's {HEADLINE}")
         drawn.legend(
-            *axes[0].get_legend_handles_labels(), loc="lower center", ncols=7, frameon=False,
+            *axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False,
             fontsize=9, labelcolor=MUTED,
         )  # fmt: skip
         drawn.subplots_adjust(
-            left=0.19 / len(summaries), right=0.995, top=0.92, bottom=0.25, wspace=0.06
-        )
+            left=0.2 / columns, right=0.99, top=1 - 0.3 / height, bottom=1.05 / height,
+            wspace=0.06, hspace=0.42,
+        )  # fmt: skip
     return axes
 
 

@@ -1,0 +1,53 @@
+"""Copy what may be published of runs: the page, its tables as CSV, its figures as PNG, the study.
+
+    python analyses/publish.py reports/depth_curve runs/depth-curve-toys runs/depth-curve-ml-1m
+
+Nothing of single users or items goes along, no weights, and no path of the machine outside of the
+folder where this runs: sweep with relative paths. Two runs or more get a page side by side.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from depthprobe.report.comparison import build_comparison
+from depthprobe.report.html import build_report
+from depthprobe.sweep.store import open_run
+
+LARGEST = 1_000_000  # bytes of a file
+KINDS = ("report.html", "study.toml", "tables/*.csv", "figures/*.png")
+PRIVATE = (b"/home/", b"/root/", b"/tmp/", b"/work/", b"/Users/")
+
+
+def main() -> None:
+    target, runs = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
+    shutil.rmtree(target, ignore_errors=True)
+    files: list[Path] = []
+    for run in runs:
+        build_report(open_run(run))
+        files += [copied(file, run.parent, target) for kind in KINDS for file in run.glob(kind)]
+    if len(runs) > 1:  # beside the runs, so that its links hold beside their copies too
+        page = build_comparison(runs, runs[0].parent / "report.html")
+        made = [page, *page.with_suffix("").glob("*.csv"), *page.with_suffix("").glob("*.png")]
+        files += [copied(file, page.parent, target) for file in made]
+    for file in files:
+        content = file.read_bytes()
+        if len(content) > LARGEST:
+            sys.exit(f"error: {file} has {len(content):,} bytes; at most {LARGEST:,}")
+        for private in PRIVATE:
+            if private in content:
+                sys.exit(f"error: {file} names a path below {private.decode()}: use relative ones")
+    print(f"{target}: {len(files)} files, {sum(f.stat().st_size for f in files):,} bytes")
+
+
+def copied(file: Path, base: Path, target: Path) -> Path:
+    """The copy of a file at the same place below ``target`` as it has below ``base``."""
+    copy = target / file.relative_to(base)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    return shutil.copyfile(file, copy)
+
+
+if __name__ == "__main__":
+    main()

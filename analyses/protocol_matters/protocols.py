@@ -171,6 +171,7 @@ def main() -> None:
     values = {
         arm: {name: np.stack(seeds) for name, seeds in each.items()} for arm, each in found.items()
     }
+    claims = {claim: pair for claim, pair in claims.items() if values.keys() >= set(pair)}
     names = list(rules(drawn))
     print(f"{run.study.name}: {options.metric}, {len(users):,} users\n")
     print("\n".join(_levels(values, names)), "\n")

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
-import pandas as pd
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import bootstrap_ratio
+from depthprobe.evaluation.statistics import bootstrap_mean, bootstrap_ratio
 from depthprobe.sweep.store import Run, open_run
 
-METHODS = ("early-exit", "finetune")
+METHODS = ("early-exit", "readout", "finetune")
 FEWEST = 100  # users of a group that is told of
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     users = next(iter(values.values())).shape[1]
     print(f"{run.study.name}: {users:,} users, {run.study.seeds} seeds\n")
     print("\n".join(table(run, values, depths, blocks)))
-    print("\n".join(settled(run)))
+    print("\n".join(settled(run, blocks)))
 
 
 def by_arm(run: Run) -> dict[tuple[str, int], np.ndarray]:
@@ -46,7 +45,9 @@ def table(
     run: Run, values: dict[tuple[str, int], np.ndarray], depths: list[int], blocks: int
 ) -> Iterator[str]:
     """A row a group: the teacher, then the share of it that is kept, with paired intervals."""
-    arms = [(method, depth) for method in METHODS for depth in depths]
+    arms = [("early-exit", depth) for depth in depths]
+    arms += [("readout", 0)] if ("readout", 0) in values else []  # no blocks, a fresh head
+    arms += [("finetune", depth) for depth in depths]
     heads = [f"{method}, {depth}" for method, depth in arms]
     yield f"| group | users | teacher | {' | '.join(heads)} |"
     yield "|---" * (len(arms) + 3) + "|"
@@ -72,20 +73,27 @@ def groups(run: Run) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{family} {label}", (slices[family] == label).to_numpy()
 
 
-def settled(run: Run) -> Iterator[str]:
-    """Users by the depth from which on their ten best items are those of the whole teacher."""
+def settled(run: Run, blocks: int) -> Iterator[str]:
+    """Users whose answers stand before the last block, and those whom the last blocks harmed."""
     scores = run.scores("settling")
     if scores.empty:
         return
-    slices = run.slices.rename(columns={"target": "group"})
-    both = scores.merge(slices[["user", "group"]], on="user")
-    everybody = both.assign(group="all")
-    yield "| target | top item settled | ten best settled | overthinking, % |"
-    yield "|---|---|---|---|"
-    for name, frame in pd.concat([everybody, both]).groupby("group", observed=True, sort=False):
-        medians = [frame[column].median() for column in ("top_settled", "set_settled")]
-        over = 100 * frame["overthinking"].mean()
-        yield f"| {name} | {medians[0]:.0f} | {medians[1]:.0f} | {over:.0f} |"
+    told = {
+        "ten best settled before the last block": scores["set_settled"] < blocks,
+        "the target's rank settled before": scores["rank_settled"] < blocks,
+        "the target ranked better earlier": scores["overthinking"],
+    }
+    seeds = {
+        name: np.stack([own.to_numpy(float) for _, own in values.groupby(scores["seed"])])
+        for name, values in told.items()
+    }  # each (S, U)
+    yield f"| % of users | {' | '.join(told)} |"
+    yield "|---" * (len(told) + 1) + "|"
+    for name, chosen in groups(run):
+        if chosen.sum() >= FEWEST:
+            found = [bootstrap_mean(own[:, chosen]) for own in seeds.values()]
+            cells = [f"{100 * f.value:.1f} [{100 * f.low:.1f}, {100 * f.high:.1f}]" for f in found]
+            yield f"| {name} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

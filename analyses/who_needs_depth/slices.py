@@ -46,19 +46,23 @@ def table(
 ) -> Iterator[str]:
     """A row a group: the teacher, then the share of it that is kept, with paired intervals."""
     arms = [("early-exit", depth) for depth in depths]
-    arms += [("readout", 0)] if ("readout", 0) in values else []  # no blocks, a fresh head
     arms += [("finetune", depth) for depth in depths]
+    fresh = [("readout", 0), ("readout", blocks)]  # heads of one kind: what do the blocks add?
+    arms += [arm for arm in fresh if arm in values]
     heads = [f"{method}, {depth}" for method, depth in arms]
+    heads += ["readout, 0 of readout, all"] if values.keys() >= set(fresh) else []
     yield f"| group | users | teacher | {' | '.join(heads)} |"
-    yield "|---" * (len(arms) + 3) + "|"
+    yield "|---" * (len(heads) + 3) + "|"
     teacher = values["full", blocks]
     for name, chosen in groups(run):
         own = teacher[:, chosen]
         if chosen.sum() < FEWEST or not own.any():  # nobody is served: a share has no meaning
             continue
+        pairs = [(arm, ("full", blocks)) for arm in arms]
+        pairs += [(fresh[0], fresh[1])] if len(heads) > len(arms) else []
         cells = []
-        for arm in arms:
-            found = bootstrap_ratio(values[arm][:, chosen], own)
+        for arm, reference in pairs:
+            found = bootstrap_ratio(values[arm][:, chosen], values[reference][:, chosen])
             cells.append(f"{100 * found.value:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]")
         yield f"| {name} | {chosen.sum():,} | {own.mean():.4f} | {' | '.join(cells)} |"
     yield ""

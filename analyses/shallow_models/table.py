@@ -15,7 +15,7 @@ from depthprobe.report.summary import FULL, HEADLINE, Summary, summarise
 from depthprobe.study import TRAINED, base_of
 from depthprobe.sweep.store import Run, open_run
 
-BASELINES = ("popularity", "sasrec", "full", "early-exit")
+BASELINES = ("popularity", "sasrec", "full", "early-exit", "readout")
 
 
 def percent(found: Interval) -> str:

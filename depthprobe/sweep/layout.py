@@ -155,8 +155,16 @@ def check_same_inputs(
         if was != now:
             allowed = f"another folder: the {name} has changed since this run began"
             raise BadInput("output", str(folder), allowed)
-    kept = ("created", "wall_seconds", "timing", "command", "backbone")
+    kept = ("created", "wall_seconds", "timing", "backbone")
     manifest |= {key: before[key] for key in kept}
+
+
+def repeating(folder: Path, study: Study, command: str | None, so_far: str | None) -> str | None:
+    """The lines that do a continued run again: those so far, and this one if it asks for more."""
+    had, asked = {*load_study(folder / STUDY).methods}, {*study.methods}
+    if command is None or had >= asked:
+        return so_far
+    return command if asked >= had or so_far is None else f"{so_far}\n{command}"
 
 
 def new_slices(study: Study, split: Split, before: dict[str, Any] | None) -> pd.DataFrame | None:

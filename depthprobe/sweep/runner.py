@@ -25,6 +25,7 @@ from depthprobe.sweep.layout import (
     lay_out,
     new_manifest,
     read_inputs,
+    repeating,
     shared_table,
     tidy,
 )
@@ -89,6 +90,8 @@ def run_sweep(
     check_same_inputs(folder, before, manifest, revision)
     if before is None:  # else nothing may be left to do, and loading takes long
         manifest["backbone"] = describe(working.backbone, revision)
+    else:
+        manifest["command"] = repeating(folder, study, command, before["command"])
 
     began = time.perf_counter()
     team.wait()  # all have read the folder as it was

@@ -216,6 +216,19 @@ def test_a_run_grows_by_methods(tiny: Study, tmp_path: Path) -> None:
     np.testing.assert_array_equal(ranks(both, "popularity-s0"), before)
 
 
+def test_the_command_of_a_run_makes_all_of_it(tiny: Study, tmp_path: Path) -> None:
+    def swept(command: str, *methods: str) -> str:
+        few = replace(tiny, methods=methods)
+        run = run_sweep(few, tmp_path / "run", jobs=0, command=command)
+        return str(run.manifest["command"])
+
+    assert swept("first", "popularity") == "first"
+    assert swept("again", "popularity") == "first"  # it adds nothing
+    assert swept("more", "sasrec") == "first\nmore"  # neither does it alone
+    assert swept("part", "popularity") == "first\nmore"
+    assert swept("whole", "popularity", "sasrec", "full") == "whole"
+
+
 def test_changed_data_are_refused(tiny: Study, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     shutil.copy(tiny.data.source, log)

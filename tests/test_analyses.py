@@ -1,0 +1,48 @@
+"""What the analyses ask for can be run; what is published names nobody and no machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from depthprobe.study import load_study
+from depthprobe.sweep.plan import plan
+
+ROOT = Path(__file__).parent.parent
+STUDIES = sorted((ROOT / "analyses").glob("*/*.toml"))
+READMES = sorted((ROOT / "analyses").glob("*/README.md"))
+REPORTS = ROOT / "reports"
+TEXT = {".html", ".csv", ".md", ".toml"}
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_study_can_be_planned(file: Path) -> None:
+    study = load_study(file)
+    tasks = plan(study, 12 if "plaintext" in study.backbone.source else 5)
+    planned = {trial.method for task in tasks for trial in task.trials}
+    assert set(study.methods) - planned <= {"similarity", "taylor", "settling"}  # tables, no trials
+
+
+def test_every_question_has_its_answer_beside_it() -> None:
+    assert len(READMES) > 12
+    assert {file.parent for file in STUDIES} <= {readme.parent for readme in READMES}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda readme: readme.parent.name)
+def test_the_files_that_a_page_names_are_there(readme: Path) -> None:
+    named = re.findall(r"analyses/[\w./-]+\.(?:py|toml)", readme.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("folder", sorted(REPORTS.iterdir()), ids=lambda folder: folder.name)
+def test_what_is_published_is_small_and_of_nobody(folder: Path) -> None:
+    files = [file for file in (folder, *folder.rglob("*")) if file.is_file()]
+    assert files
+    for file in files:
+        assert file.suffix in TEXT | {".png"}, file
+        assert file.stat().st_size < 1_000_000, file
+        if file.suffix in TEXT:
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r"/(home|root|tmp|work|Users)/", text), file

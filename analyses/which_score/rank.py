@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.metrics import per_user_metric
+from depthprobe.evaluation.statistics import bootstrap_ratio
 from depthprobe.evaluation.trust import trust
 from depthprobe.probing.walk import rank_routes, route
 from depthprobe.sweep.context import Context
@@ -40,13 +41,13 @@ def main() -> None:
     shown = pd.DataFrame(
         {
             "kept": [" ".join(map(str, kept)) for kept in choices],
-            "untrained": [untrained[kept].mean() / teacher.mean() for kept in choices],
-            "fine-tuned": [tuned[kept].mean() / teacher.mean() for kept in choices],
+            "untrained": [share(untrained[kept], teacher) for kept in choices],
+            "fine-tuned": [share(tuned[kept], teacher) for kept in choices],
             "seeds": [seed_shares(tuned[kept], teacher) for kept in choices],
         }
     )
     print(f"share of the teacher's {METRIC} ({teacher.mean():.4f}), {len(teacher)} seeds\n")
-    print(markdown(shown.round(3)))
+    print(markdown(shown))
     outcomes = {"untrained": untrained, "fine-tuned": tuned}
     for name, found in outcomes.items():
         print(f"\nSpearman with the loss, {name}\n")
@@ -59,6 +60,12 @@ def markdown(frame: pd.DataFrame) -> str:
     """A table as Markdown."""
     rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def share(found: np.ndarray, teacher: np.ndarray) -> str:
+    """Of the teacher's, with a 95 % interval paired over users and seeds: (S, U), (S, U)."""
+    ratio = bootstrap_ratio(found, teacher)
+    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def seed_shares(found: np.ndarray, teacher: np.ndarray) -> str:

@@ -21,7 +21,7 @@ from depthprobe.report.drawing import (
     new_axes,
 )
 from depthprobe.report.labels import label_points, label_right
-from depthprobe.report.readings import mean, pareto_front, priced
+from depthprobe.report.readings import drawn_as, mean, pareto_front, priced
 from depthprobe.report.style import (
     INK,
     MUTED,
@@ -59,13 +59,14 @@ def accuracy_vs_cost(
     with figure_style():
         points = priced(summary, cost, metric)
         need(points, summary, f"{COSTS[cost][0]} of a model")
-        methods = list(dict.fromkeys(p.method for p in points))
+        names = drawn_as(summary)
+        methods = list(dict.fromkeys(names[p.method] for p in points))
         rows = -(-(len(methods) + 1) // LEGEND_COLUMNS)
         height, below = SIZE[1] + 0.17 * max(0, rows - 2), 0.52 + 0.19 * rows  # inches
         ax = ax or new_axes(right=0.97, bottom=below / height, size=(SIZE[0], height))
         for method in methods:
             style = method_style(method)
-            chosen = [p for p in points if p.method == method]
+            chosen = [p for p in points if names[p.method] == method]
             x, y = _places(chosen, cost, metric)
             ax.errorbar(
                 x, y, xerr=_quartiles(chosen, cost), yerr=bars(chosen, metric), linestyle="none",

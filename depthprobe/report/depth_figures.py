@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.report.drawing import SIZE, arms, bars, depth_axis, new_axes, three
+from depthprobe.report.drawing import SIZE, Array, arms, bars, depth_axis, new_axes, three
 from depthprobe.report.labels import label_right
 from depthprobe.report.readings import READ_ONLY, curves, kept_curves, mean
 from depthprobe.report.style import INK, MUTED, figure_style, method_style
@@ -40,7 +40,7 @@ def accuracy_vs_depth(
         for index, (method, points) in enumerate(drawn.items()):
             # neighbours step aside a little, or their intervals would cover each other
             aside = 0.09 * (index - (len(drawn) - 1) / 2)
-            x, y = _curve(ax, points, summary.teacher, metric=metric, aside=aside)
+            x, y = _curve(ax, method, points, summary.teacher, metric=metric, aside=aside)
             ends.append((x, y, method))
         depth_axis(ax, summary, [p.depth for points in drawn.values() for p in points])
         ax.set_ylim(bottom=0)
@@ -77,11 +77,11 @@ def kept_vs_depth(
         for index, (method, points) in enumerate(drawn.items()):
             style = method_style(method)
             rows = np.array([100 * three(p.ratio[FULL, metric]) for p in points])
-            x = np.array([p.depth for p in points]) + 0.09 * (index - (len(drawn) - 1) / 2)
+            x = _beside(points) + 0.09 * (index - (len(drawn) - 1) / 2)
             ax.errorbar(
                 x, rows[:, 0], yerr=100 * arms([p.ratio[FULL, metric] for p in points]),
-                color=style.colour, marker=style.marker, linestyle=style.line, elinewidth=1,
-                zorder=4, label=style.label,
+                color=style.colour, marker=style.marker, elinewidth=1, zorder=4, label=style.label,
+                linestyle=style.line if len({p.depth for p in points}) == len(points) else "none",
             )  # fmt: skip
             if low < rows[-1, 0] < high:
                 ends.append((float(x[-1]), float(rows[-1, 0]), style.label, style.colour))
@@ -145,12 +145,28 @@ def _band(ax: Axes, point: Point, value: Interval) -> None:
         ax.plot([point.depth], [value.value], style.marker, color=style.colour, zorder=5)
 
 
+def _beside(points: Sequence[Point]) -> Array:
+    """The depths of points, (P,); those of one depth beside each other around it."""
+    depths = np.array([p.depth for p in points], dtype=float)
+    for depth in np.unique(depths):
+        same = depths == depth
+        if same.sum() > 1:
+            depths[same] += np.linspace(-0.32, 0.32, same.sum())
+    return depths
+
+
 def _curve(
-    ax: Axes, points: Sequence[Point], teacher: Point | None, *, metric: str, aside: float
+    ax: Axes,
+    name: str,
+    points: Sequence[Point],
+    teacher: Point | None,
+    *,
+    metric: str,
+    aside: float,
 ) -> tuple[float, float]:
     """Draw a method's points and the line through its best at each depth; returns its end."""
-    style = method_style(points[0].method)
-    x = np.array([p.depth for p in points]) + aside
+    style = method_style(name)
+    x = _beside(points) + aside
     y = np.array([mean(p, metric) for p in points])
     ax.errorbar(
         x, y, yerr=bars(points, metric), color=style.colour, marker=style.marker,
@@ -161,7 +177,7 @@ def _curve(
     end = line[-1]
     # at full depth both are the teacher itself
     if (
-        base_of(points[0].method) in {"early-exit", "finetune"}
+        base_of(name) in {"early-exit", "finetune"}
         and teacher is not None
         and teacher.value(metric) is not None
     ):

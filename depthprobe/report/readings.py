@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from depthprobe.evaluation.statistics import Interval
@@ -19,6 +20,7 @@ from depthprobe.sweep.plan import BASELINES
 
 # Not drawn as a curve over depth: baselines, the teacher, probes with many kept sets at a depth.
 NOT_CURVES = BY_BLOCK | {*BASELINES, "full"}
+MOST_VARIANTS = 8  # of one method that are told apart in a figure
 # Without training: may be far below the teacher.
 READ_ONLY = frozenset(PROBES) | CONTROLS
 
@@ -26,22 +28,31 @@ READ_ONLY = frozenset(PROBES) | CONTROLS
 def curves(summary: Summary, metric: str) -> dict[str, list[Point]]:
     """Measured points of each method that has a curve over depth, in the order of depth."""
     found: dict[str, list[Point]] = {}
-    names = _plain({p.method for p in summary.points}) - NOT_CURVES
-    for method in sorted(names, key=method_order):
+    names = drawn_as(summary)
+    for method in sorted(set(names) - NOT_CURVES, key=method_order):
         points = [p for p in summary.of(method) if p.value(metric) is not None]
         if points:
-            found[method] = points
-    return found
+            found.setdefault(names[method], []).extend(points)
+    return {name: sorted(points, key=lambda p: p.depth) for name, points in found.items()}
 
 
-def _plain(methods: set[str]) -> set[str]:
-    """Without variants of methods that are there themselves: those have a table of their own."""
-    return {name for name in methods if name == base_of(name) or base_of(name) not in methods}
+def drawn_as(summary: Summary) -> dict[str, str]:
+    """The methods that figures show, by the name that they show them under.
+
+    Variants of a method that is there itself are not among them: those have a table of their own.
+    More variants of another than can be told apart go under their method's name, all together.
+    """
+    methods = {p.method for p in summary.points}
+    shown = {name for name in methods if name == base_of(name) or base_of(name) not in methods}
+    variants = Counter(base_of(name) for name in shown if name != base_of(name))
+    return {
+        name: base_of(name) if variants[base_of(name)] > MOST_VARIANTS else name for name in shown
+    }
 
 
 def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
     """Points with both an accuracy and a cost; popularity and most probes are not on offer."""
-    drawn = _plain({p.method for p in summary.points}) - {"popularity", *SHOWN_ONLY}
+    drawn = drawn_as(summary).keys() - {"popularity", *SHOWN_ONLY}
     return [
         p
         for p in summary.points

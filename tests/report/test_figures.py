@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,22 @@ def test_names_do_not_overlap(summary: Summary, draw: Callable[[Summary], Axes])
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     right = ax.figure.bbox.x1
     assert all(box.x1 <= right for box in boxes)
+
+
+@pytest.mark.parametrize("draw", [accuracy_vs_depth, kept_vs_depth, accuracy_vs_cost])
+def test_more_variants_than_can_be_told_apart_are_drawn_as_one(
+    draw: Callable[..., Axes], summary: Summary
+) -> None:
+    others = [p for p in summary.points if p.method != "finetune"]
+    (point,) = (p for p in summary.of("finetune") if p.depth == 2)
+
+    def drawn(count: int) -> set[str]:
+        variants = [replace(point, method=f"finetune:k{n}") for n in range(count)]
+        return set(_series(draw(replace(summary, points=[*others, *variants]))))
+
+    assert {f"fine-tuned: k{n}" for n in range(8)} <= drawn(8)
+    assert "fine-tuned" in drawn(9)
+    assert not any(name.startswith("fine-tuned:") for name in drawn(9))
 
 
 def test_kept_vs_depth_shows_the_margin(summary: Summary) -> None:

@@ -23,9 +23,9 @@ PRIVATE = (b"/home/", b"/root/", b"/tmp/", b"/work/", b"/Users/")
 
 def main() -> None:
     target, runs = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
-    shutil.rmtree(target, ignore_errors=True)
     files: list[Path] = []
     for run in runs:
+        shutil.rmtree(target / run.name, ignore_errors=True)
         build_report(open_run(run))
         files += [copied(file, run.parent, target) for kind in KINDS for file in run.glob(kind)]
     if len(runs) > 1:  # beside the runs, so that its links hold beside their copies too

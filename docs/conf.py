@@ -10,7 +10,13 @@ version = release = depthprobe.__version__
 
 # sources are the whole repository, so that a link between files is the same here and on GitHub
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "notebooks/*.ipynb", "analyses/*/README.md"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "notebooks/*.ipynb",
+    "analyses/*/README.md",
+    "reports/README.md",
+]
 exclude_patterns = [".*", "runs", "build", "dist", "depthprobe", "tests", "**/runs"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

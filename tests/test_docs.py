@@ -26,6 +26,7 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "analyses").glob("*/README.md")),
+    ROOT / "reports" / "README.md",
 ]
 GUIDES = [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"]
 MARKDOWN = MarkdownIt("commonmark").enable("table")

@@ -12,6 +12,7 @@ def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
     """Sentences, the weightiest first; `chosen` is the point that the answer names."""
     found = [
         *_baselines(summary),
+        *_no_blocks(summary),
         *_training(summary),
         *_pretraining(summary, chosen),
         *_data(summary),
@@ -38,6 +39,20 @@ def _baselines(summary: Summary) -> list[str]:
     if summary.teacher is not None and not summary.of("sasrec"):
         found.append("SASRec was not run: whether a language model is needed at all is not tested.")
     return found
+
+
+def _no_blocks(summary: Summary) -> list[str]:
+    """Heads of one kind, one on the last item's embedding alone: do blocks add anything?"""
+    heads = {point.depth: point for point in summary.of("readout")}
+    if 0 not in heads or (summary.blocks or 0) not in heads:
+        return []
+    ratio = summary.against(heads[0], heads[summary.blocks or 0])
+    if ratio is None or ratio.high < 1 - summary.margin:
+        return []
+    return [
+        f"All blocks are not shown to add more than {100 * summary.margin:g} %: a fresh head on the "
+        f"last item alone reaches {in_percent(ratio)} of the {HEADLINE} of one behind all blocks."
+    ]
 
 
 def _training(summary: Summary) -> list[str]:

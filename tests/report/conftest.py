@@ -20,13 +20,15 @@ BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
 # How strongly a method pulls the target up; about the logarithm of its rank.
 FLOOR, TOP = 0.35, 2.2
 PARTS = ("drop-attention", "drop-mlp")
-ONLY_ASKED = {*PARTS, "span"}  # made only where they are asked for by name
+ONLY_ASKED = {*PARTS, "span", "readout"}  # made only where they are asked for by name
 
 
 def strength(method: str, depth: int, removed: str) -> float:
     """Accuracy of the made-up methods, on a scale of 0 (chance) to `TOP` (the teacher)."""
     if method in {"popularity", "sasrec", "full"}:
         return {"popularity": FLOOR, "sasrec": 1.9, "full": TOP}[method]
+    if method == "readout":
+        return 0.5 * TOP * (1 + depth / BLOCKS)
     if method == "early-exit":
         return FLOOR + (TOP - FLOOR) * (depth / BLOCKS) ** 1.6
     if method == "skip":
@@ -77,8 +79,8 @@ def planned() -> list[tuple[str, int, str, str]]:
             kept = ",".join(filter(None, (span(0, first - 1), span(last + 1, top))))
             plan.append(("span", BLOCKS - (last - first + 1), kept, f"{first}-{last}"))
     for method, depths in {
-        "early-exit": range(1, BLOCKS), "finetune": (1, 2, 4, 8), "distill": (1, 2, 4),
-        "random-init": (1, 2, 4, 12),
+        "early-exit": range(1, BLOCKS), "readout": (0, BLOCKS), "finetune": (1, 2, 4, 8),
+        "distill": (1, 2, 4), "random-init": (1, 2, 4, 12),
     }.items():  # fmt: skip
         plan += [(method, d, span(0, d - 1), span(d, top)) for d in depths]
     return plan

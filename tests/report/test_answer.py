@@ -163,6 +163,15 @@ def test_random_init_as_good_as_pretrained_is_said(make: Make, tmp_path: Path) -
     assert any("Pretraining is not shown to help" in text for text in _answer(run).caveats)
 
 
+@pytest.mark.parametrize(("gain", "said"), [(0.0, False), (1.1, True)])
+def test_that_blocks_may_add_nothing_is_said(
+    gain: float, said: bool, make: Make, tmp_path: Path
+) -> None:
+    methods = {"full", "finetune", "readout"}
+    run = make(tmp_path, users=300, methods=methods, gain=lambda _, depth: 0.0 if depth else gain)
+    assert any("blocks are not shown to add" in text for text in _answer(run).caveats) == said
+
+
 def test_without_the_controls_that_is_said(make: Make, tmp_path: Path) -> None:
     caveats = _answer(make(tmp_path, users=100, methods={"full", "finetune"})).caveats
     assert any("SASRec was not run" in text for text in caveats)

@@ -50,8 +50,8 @@ def _no_blocks(summary: Summary) -> list[str]:
     if ratio is None or ratio.high < 1 - summary.margin:
         return []
     return [
-        f"All blocks are not shown to add more than {100 * summary.margin:g} %: a fresh head on the "
-        f"last item alone reaches {in_percent(ratio)} of the {HEADLINE} of one behind all blocks."
+        f"It is not shown that blocks add more than {100 * summary.margin:g} %: a fresh head on "
+        f"the last item alone reaches {in_percent(ratio)} of the {HEADLINE} of one behind all."
     ]
 
 

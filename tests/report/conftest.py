@@ -274,7 +274,7 @@ def make() -> Callable[..., FakeRun]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     """The whole made-up run, a failed trial in it; tests only read it."""
     folder = tmp_path_factory.mktemp("run")
-    methods = {method for method, *_ in planned()}
+    methods = {method for method, *_ in planned()} - {"readout"}
     made = make_run(folder, methods=methods, users=400, failing=[("random-init", 1, 1)])
     return add_probes(add_slices(made))
 

@@ -8,6 +8,8 @@ folder where this runs: sweep with relative paths. Two runs or more get a page s
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +20,8 @@ from depthprobe.sweep.store import open_run
 
 LARGEST = 1_000_000  # bytes of a file
 KINDS = ("report.html", "study.toml", "tables/*.csv", "figures/*.png")
-PRIVATE = (b"/home/", b"/root/", b"/tmp/", b"/work/", b"/Users/")
+ROOTS = b"|".join(re.escape(os.fsencode(entry.name)) for entry in Path("/").iterdir())
+PRIVATE = re.compile(rb"(?<![\w.-])/(?:home|Users|" + ROOTS + rb")/")  # begins a path of a machine
 
 
 def main() -> None:
@@ -36,9 +39,8 @@ def main() -> None:
         content = file.read_bytes()
         if len(content) > LARGEST:
             sys.exit(f"error: {file} has {len(content):,} bytes; at most {LARGEST:,}")
-        for private in PRIVATE:
-            if private in content:
-                sys.exit(f"error: {file} names a path below {private.decode()}: use relative ones")
+        if found := PRIVATE.search(content):
+            sys.exit(f"error: {file} names a path below {found[0].decode()}: use relative ones")
     print(f"{target}: {len(files)} files, {sum(f.stat().st_size for f in files):,} bytes")
 
 

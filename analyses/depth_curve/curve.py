@@ -40,6 +40,11 @@ def points_of(summary: Summary, method: str) -> dict[int, Point]:
     return dict(sorted(found.items()))
 
 
+def cell(found: Interval, *, digits: int = 1, unit: str = "") -> str:
+    """A number and its interval."""
+    return f"{found.value:.{digits}f}{unit} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
 def table(summary: Summary) -> Iterator[str]:
     """A row a method, a column a depth."""
     curves = {method: points_of(summary, method) for method in CURVES}
@@ -47,18 +52,13 @@ def table(summary: Summary) -> Iterator[str]:
     yield f"| {summary.run.study.name}, % of the teacher | {' | '.join(map(str, depths))} |"
     yield "|---" * (len(depths) + 1) + "|"
     for method, points in curves.items():
-        shown = {d: share(p) for d, p in points.items() if p.method != "full"}
-        cells = [
-            f"{shown[d].value:.1f} [{shown[d].low:.1f}, {shown[d].high:.1f}]" if d in shown else ""
-            for d in depths
-        ]
-        yield f"| {method_style(method).label} | {' | '.join(cells)} |"
+        cells = {d: cell(share(p)) for d, p in points.items() if p.method != "full"}
+        yield f"| {method_style(method).label} | {' | '.join(cells.get(d, '') for d in depths)} |"
     yield ""
     for point in summary.of("full", *FLAT):
-        value, of = point.accuracy[FULL, HEADLINE], share(point)
+        value, of = cell(point.accuracy[FULL, HEADLINE], digits=4), cell(share(point), unit=" %")
         yield (
-            f"- {method_style(point.method).label}: {HEADLINE} {value.value:.4f} [{value.low:.4f}, "
-            f"{value.high:.4f}], {of.value:.1f} % [{of.low:.1f}, {of.high:.1f}] of the teacher; "
+            f"- {method_style(point.method).label}: {HEADLINE} {value}, {of} of the teacher; "
             f"{point.users:,} users, seeds: {len(point.seeds)}"
         )
     yield ""

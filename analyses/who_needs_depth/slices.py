@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import bootstrap_mean, bootstrap_ratio
+from depthprobe.evaluation.statistics import Interval, bootstrap_mean, bootstrap_ratio
 from depthprobe.sweep.store import Run, open_run
 
 METHODS = ("early-exit", "readout", "finetune")
@@ -63,9 +63,15 @@ def table(
         cells = []
         for arm, reference in pairs:
             found = bootstrap_ratio(values[arm][:, chosen], values[reference][:, chosen])
-            cells.append(f"{100 * found.value:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]")
+            cells.append(cell(found, digits=0))
         yield f"| {name} | {chosen.sum():,} | {own.mean():.4f} | {' | '.join(cells)} |"
     yield ""
+
+
+def cell(found: Interval, *, digits: int) -> str:
+    """A share and its interval, in per cent."""
+    value, low, high = (100 * share for share in (found.value, found.low, found.high))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def groups(run: Run) -> Iterator[tuple[str, np.ndarray]]:
@@ -95,8 +101,7 @@ def settled(run: Run, blocks: int) -> Iterator[str]:
     yield "|---" * (len(told) + 1) + "|"
     for name, chosen in groups(run):
         if chosen.sum() >= FEWEST:
-            found = [bootstrap_mean(own[:, chosen]) for own in seeds.values()]
-            cells = [f"{100 * f.value:.1f} [{100 * f.low:.1f}, {100 * f.high:.1f}]" for f in found]
+            cells = [cell(bootstrap_mean(own[:, chosen]), digits=1) for own in seeds.values()]
             yield f"| {name} | {' | '.join(cells)} |"
 
 

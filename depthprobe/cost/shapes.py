@@ -140,7 +140,7 @@ class _Twin:
         model.backbone(
             inputs_embeds=model.token_embeddings(model.prompt)[None],  # (1, P, D)
             position_ids=positions[None],
-            past_key_values=recorded,
+            **{model.cache_argument: recorded},
             use_cache=True,
         )
         return sharing_cache(recorded, self._first)

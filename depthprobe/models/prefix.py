@@ -11,6 +11,7 @@ the same, its variance larger.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -29,6 +30,8 @@ from depthprobe.models.sublayers import evaluating
 from depthprobe.models.tap import paused_taps
 
 SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+# what a model calls its cache: from transformers 5.24 on, before, and before where it recurs
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 class _Recorder(DynamicLayer):
@@ -83,10 +86,15 @@ def shared_prompt(backbone: nn.Module, embeddings: Tensor, *, first: int = 0) ->
     """
     filled = recording_cache()
     positions = first + torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-    backbone(
-        inputs_embeds=embeddings, position_ids=positions, past_key_values=filled, use_cache=True
-    )
+    given = {cache_argument(backbone): filled}
+    backbone(inputs_embeds=embeddings, position_ids=positions, **given, use_cache=True)
     return sharing_cache(filled)
+
+
+def cache_argument(decoder: nn.Module) -> str:
+    """The name of the argument by which a decoder is given a cache."""
+    taken = inspect.signature(decoder.forward).parameters
+    return next((name for name in CACHE_NAMES if name in taken), "past_key_values")
 
 
 def recording_cache() -> Cache:
@@ -148,7 +156,7 @@ def can_share_prompt(decoder: PreTrainedModel) -> bool:
     token = torch.zeros(1, 1, width, dtype=decoder.dtype, device=device)
     with torch.no_grad(), evaluating(decoder), paused_taps():
         try:
-            decoder(inputs_embeds=token, past_key_values=filled, use_cache=True)
+            decoder(inputs_embeds=token, **{cache_argument(decoder): filled}, use_cache=True)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return False  # it has no such cache
     layers: list[Any] = filled.layers

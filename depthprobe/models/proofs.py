@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from depthprobe.models.blocks import find_blocks, find_decoder
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.prefix import CACHE_NAMES
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.sublayers import Branch, find_sublayers
@@ -227,7 +228,7 @@ def cache(model: PreTrainedModel, ids: Tensor) -> str:
         with torch.no_grad():
             expected = variant(**at(slice(None)), use_cache=False).logits[:, start:]
             first = variant(**at(slice(start)), use_cache=True)
-            name = next((n for n in ("past_key_values", "cache_params") if n in first), None)
+            name = next((name for name in CACHE_NAMES if name in first), None)
             if name is None:
                 return "has no cache: every step is a whole pass"
             rest = [

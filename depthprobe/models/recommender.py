@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from depthprobe.models.blocks import find_blocks, find_decoder
 from depthprobe.models.checkpointing import checkpointed_blocks, take_over
-from depthprobe.models.prefix import can_share_prompt, first_position, shared_prompt
+from depthprobe.models.prefix import cache_argument, can_share_prompt, first_position, shared_prompt
 
 
 class Recommender(nn.Module):
@@ -65,6 +65,7 @@ class Recommender(nn.Module):
         if self.lead and can_share_prompt(self.backbone):
             self.lead = 0
         self.first = first_position(self.backbone)  # position id of the first token
+        self.cache_argument = cache_argument(self.backbone)
         #: whether training computes the blocks again in the backward pass, to save memory
         self.checkpointing = False
         self._match_scale()
@@ -156,7 +157,7 @@ class Recommender(nn.Module):
         return {
             "inputs_embeds": embeddings.to(self.backbone.dtype),
             "position_ids": positions[None],
-            "past_key_values": prompt,
+            self.cache_argument: prompt,
             "use_cache": False,
         }
 

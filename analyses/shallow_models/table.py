@@ -45,7 +45,7 @@ def kept(run: Run, summary: Summary) -> Iterator[str]:
 
 
 def changes(run: Run, summary: Summary) -> Iterator[str]:
-    """A line a way of training against fine-tuning, at the depth that has most of them.
+    """A line a way of training against fine-tuning, at the depths that have most of them.
 
     With a budget of compute at every depth: there it is the question what each depth costs.
     """
@@ -53,8 +53,9 @@ def changes(run: Run, summary: Summary) -> Iterator[str]:
     if table is None:
         return
     numbers = table.frame
-    most = numbers.groupby("depth").size().sort_values(kind="stable").index[-1]
-    depths = numbers["depth"].unique() if run.study.budget == "compute" else [most]
+    ways = numbers.groupby("depth").size()
+    most = ways.index[ways == ways.max()]
+    depths = ways.index if run.study.budget == "compute" else most
     head = "NDCG@10 | change against fine-tuning, % | training s | with teacher s"
     for depth in depths:
         yield f"| {depth} {'block' if depth == 1 else 'blocks'} | {head} |"

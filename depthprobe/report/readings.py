@@ -149,8 +149,8 @@ def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
     ratio = best.ratio[FULL, metric]
     return (
         f"Depths whose mean keeps {100 * floor:g} % of the teacher's {metric}: {depths}; shown "
-        f"with confidence: {proven}. The most is kept by {method_style(best.method).label} at "
-        f"depth {best.depth}: {in_percent(ratio)}."
+        f"with confidence: {proven}. Of what is drawn, {method_style(best.method).label} at depth "
+        f"{best.depth} keeps the most: {in_percent(ratio)}."
     )
 
 

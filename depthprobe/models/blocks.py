@@ -109,3 +109,11 @@ def _candidates(base: nn.Module, depth: int | None) -> list[str]:
         if as_long and not nested and all(any(part.children()) for part in module):
             found.append(name)
     return found
+
+
+def keys_are_read(blocks: nn.ModuleList) -> bool:
+    """Whether some blocks read the keys and values of earlier ones (Gemma 3n, 4).
+
+    Since transformers 5.24 blocks are marked as storing theirs even where none does.
+    """
+    return any(getattr(module, "is_kv_shared_layer", False) for module in blocks.modules())

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from depthprobe.models.blocks import find_blocks
+from depthprobe.models.blocks import find_blocks, keys_are_read
 
 INDEX_ATTRIBUTE = re.compile(r"(layer|block)_?(idx|index|id|number)$")
 # Weights outside the blocks that hold a chunk for each of them (Gemma 3n and 4).
@@ -68,6 +68,8 @@ def compare_reload(
     position = {old: new for new, old in enumerate(chosen)}
     for new, old in enumerate(chosen):
         for path, attribute, was, becomes in _differences(old_blocks[old], new_blocks[new]):
+            if attribute == "store_full_length_kv" and not keys_are_read(new_blocks):
+                continue  # whether it keeps what no block reads
             if not _is_index(attribute, was, becomes):
                 raise ValueError(
                     f"{family} cannot be cut to blocks {list(chosen)}: reloaded, block {old} would"

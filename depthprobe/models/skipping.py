@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
-from depthprobe.models.blocks import find_blocks, find_decoder, input_device, unwrap
+from depthprobe.models.blocks import find_blocks, find_decoder, input_device, keys_are_read, unwrap
 from depthprobe.models.sublayers import (
     Branch,
     Replaced,
@@ -140,7 +140,7 @@ def _whole_blocks(model: nn.Module, blocks: nn.ModuleList, indices: list[int]) -
     plan = []
     for index in indices:
         if not set(range(index + 1, len(blocks))) <= set(indices):
-            refuse_shared(blocks[index])
+            refuse_shared(blocks, index)
         extra = _count_extra_outputs(unwrap(model), blocks[index])
         plan.append((blocks[index], _pass_through(index, extra)))
     return plan
@@ -154,7 +154,7 @@ def _branches(model: nn.Module, blocks: nn.ModuleList, indices: list[int], part:
         if not chosen:
             raise ValueError(f"block {index} has no {part} to skip")
         if part == "attention":
-            refuse_shared(blocks[index])
+            refuse_shared(blocks, index)
         for place, branch in enumerate(chosen):
             module = blocks[index].get_submodule(branch.path)
             # all mixers of a block share one layer of the cache, which grows once a pass
@@ -215,15 +215,15 @@ def _grow(cache: Cache, index: int, state: Tensor) -> None:
     cache.update(placeholder, placeholder, index)
 
 
-def refuse_shared(block: nn.Module) -> None:
+def refuse_shared(blocks: nn.ModuleList, index: int) -> None:
     """Refuse to leave out a block whose keys and values later ones read.
 
     Raises:
         ValueError: if it is one.
     """
-    for module in block.modules():
-        if getattr(module, "store_full_length_kv", False):
-            raise ValueError("cannot skip a block whose keys and values later blocks read")
+    stores = any(getattr(m, "store_full_length_kv", False) for m in blocks[index].modules())
+    if stores and keys_are_read(blocks):
+        raise ValueError("cannot skip a block whose keys and values later blocks read")
 
 
 def _count_extra_outputs(model: PreTrainedModel, block: nn.Module) -> int | None:

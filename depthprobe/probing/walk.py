@@ -179,4 +179,4 @@ def _check(blocks: nn.ModuleList, routes: Sequence[Route]) -> None:
         if kept != sorted(set(kept)) or not set(kept) <= set(range(len(blocks))):
             raise ValueError(f"{kept} is no route through {len(blocks)} blocks, in their order")
         for left_out in set(range(max(kept, default=0))) - set(kept):
-            refuse_shared(blocks[left_out])
+            refuse_shared(blocks, left_out)

@@ -18,6 +18,7 @@ from depthprobe.models import cutting
 from depthprobe.models.blocks import find_blocks, find_decoder
 from depthprobe.models.config_fields import cut_config
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.prefix import cache_argument
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.support import family_config
 from depthprobe.models.tap import tap_blocks
@@ -36,7 +37,9 @@ def cached(model, ids, split=6):
     cache = first.past_key_values
     steps = [first.logits]
     for at in range(split, ids.shape[1]):
-        steps.append(model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+        steps.append(
+            model(ids[:, at : at + 1], **{cache_argument(model): cache}, use_cache=True).logits
+        )
     return torch.cat(steps, dim=1)
 
 
@@ -261,7 +264,7 @@ def test_embeddings_that_hold_a_chunk_a_block_are_cut(make_model, ids, tmp_path)
     torch.testing.assert_close(logits(loaded.eval(), ids), expected, rtol=0, atol=1e-6)
 
 
-def test_producers_of_shared_keys_stay(make_model):
+def test_producers_of_shared_keys_stay(make_model, ids):
     # of gemma3n_text's blocks, 4 and 5 read the keys of the last sliding and full ones, 3 and 2
     for kept, reason in (((0, 1, 2, 4, 5), "store_full_length_kv"), ((0, 1, 3, 5), "different")):
         model = make_model("gemma3n_text")
@@ -270,6 +273,12 @@ def test_producers_of_shared_keys_stay(make_model):
         assert len(find_blocks(model)) == 6
     cut = keep_blocks(make_model("gemma3n_text"), (0, 1, 3, 4))  # with its only reader, block 2 may
     assert cut.config.num_kv_shared_layers == 1
+    model = make_model("gemma3n_text")
+    with skip_blocks(model, {0, 4, 5}):
+        expected = logits(model, ids)
+    cut = keep_blocks(model, (1, 2, 3))  # nobody reads what 2 and 3 keep
+    assert cut.config.num_kv_shared_layers == 0
+    torch.testing.assert_close(logits(cut, ids), expected, rtol=0, atol=1e-12)
 
 
 def tiny(name, depth=6, **changes):

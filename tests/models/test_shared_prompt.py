@@ -30,7 +30,7 @@ MAKE = Callable[..., PreTrainedModel]
 # what these remember of a prompt is more than keys and values
 REPEATING = ("gemma3n_text", "jamba", "lfm2", "mamba", "qwen3_next")
 # parts of these run in float32 in a model of any dtype: queries and keys; the softmax; the router
-FLOAT32 = {"codegen": 1e-7, "gptj": 1e-7, "gpt_neo": 1e-6}
+FLOAT32 = {"codegen": 1e-7, "gptj": 1e-7, "gpt_neo": 1e-6, "gemma2": 1e-6}
 FLOAT32 |= {"bloom": 1e-6, "mpt": 1e-6, "deepseek_v3": 1e-5, "llama4_text": 1e-6}
 # attention sees everything before it, and positions are ids: padding in the middle changes nothing
 PADDABLE = ("llama", "qwen3", "gpt_neox", "phi", "stablelm", "olmo2", "cohere", "gemma", "mixtral")

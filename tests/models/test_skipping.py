@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from depthprobe.models import skipping
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.prefix import cache_argument
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import BadInput
@@ -56,7 +57,9 @@ def test_cache_made_under_the_same_skip(family, make_model, ids):
             prefix = model(ids[:, :5], use_cache=True)
             steps = [prefix.logits]
             for part in (ids[:, 5:8], ids[:, 8:]):
-                step = model(part, past_key_values=prefix.past_key_values, use_cache=True)
+                step = model(
+                    part, **{cache_argument(model): prefix.past_key_values}, use_cache=True
+                )
                 steps.append(step.logits)
         torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-5)
 
@@ -71,7 +74,7 @@ def test_shared_prefix_with_padding_and_mask(skipped, make_model, ids):
     with skip_blocks(model, skipped):
         cache = model(ids[:1, :4], use_cache=True).past_key_values
         cache.batch_repeat_interleave(2)
-        rest = model(ids[:, 4:], past_key_values=cache, attention_mask=mask).logits
+        rest = model(ids[:, 4:], **{cache_argument(model): cache}, attention_mask=mask).logits
     same = torch.cat([ids[:1, :4].expand(2, -1), ids[:, 4:]], dim=1)
     expected = logits(cut, same, attention_mask=mask)[:, 4:]
     torch.testing.assert_close(rest[0], expected[0], rtol=0, atol=1e-12)
@@ -84,8 +87,8 @@ def test_bare_and_static_caches(make_model, ids):
     for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=16)):
         with skip_blocks(model, {0, 3}):
             expected = model(ids, use_cache=False).logits[:, 5:]
-            model(ids[:, :5], past_key_values=cache, use_cache=True)
-            result = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+            model(ids[:, :5], **{cache_argument(model): cache}, use_cache=True)
+            result = model(ids[:, 5:], **{cache_argument(model): cache}, use_cache=True).logits
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
@@ -94,11 +97,11 @@ def test_cache_of_another_skip_is_refused(make_model, ids):
     model = make_model("llama")
     cache = model(ids[:, :5], use_cache=True).past_key_values
     with skip_blocks(model, {2}), pytest.raises(ValueError, match="block 2 active"):
-        model(ids[:, 5:], past_key_values=cache)
+        model(ids[:, 5:], **{cache_argument(model): cache})
     with skip_blocks(model, {2}):
         cache = model(ids[:, :5], use_cache=True).past_key_values
     with pytest.raises(RuntimeError):
-        model(ids[:, 5:], past_key_values=cache)
+        model(ids[:, 5:], **{cache_argument(model): cache})
 
 
 @torch.no_grad()
@@ -108,7 +111,7 @@ def test_recurrent_block_is_skipped_without_a_filled_cache_only(make_model, ids)
     with skip_blocks(model, {0}):
         first = model(ids, use_cache=True)
         with pytest.raises(ValueError, match="block 0 is recurrent"):
-            model(ids, past_key_values=first.past_key_values)
+            model(ids, **{cache_argument(model): first.past_key_values})
     assert torch.equal(first.logits, logits(cut, ids))
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from depthprobe.models.blocks import find_blocks
+from depthprobe.models.prefix import cache_argument
 from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.sublayers import find_sublayers
 from depthprobe.models.tap import tap_blocks
@@ -127,7 +128,7 @@ def test_a_cache_made_under_the_same_skip(name, part, make_model, ids):
         prefix = model(ids[:, :5], use_cache=True)
         steps = [prefix.logits]
         for piece in (ids[:, 5:8], ids[:, 8:]):
-            step = model(piece, past_key_values=prefix.past_key_values, use_cache=True)
+            step = model(piece, **{cache_argument(model): prefix.past_key_values}, use_cache=True)
             steps.append(step.logits)
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-5)
 
@@ -220,6 +221,9 @@ def test_a_part_that_is_not_there(make_model):
 def test_keys_that_later_blocks_read_are_refused_for_attention_alone(make_model, ids):
     model = make_model("llama")
     find_blocks(model)[1].self_attn.store_full_length_kv = True
+    with skip_blocks(model, {1}, part="attention"):  # nobody reads them
+        assert logits(model, ids).isfinite().all()
+    find_blocks(model)[5].self_attn.is_kv_shared_layer = True
     with (
         pytest.raises(ValueError, match="later blocks read"),
         skip_blocks(model, {1}, part="attention"),

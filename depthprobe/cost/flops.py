@@ -14,31 +14,39 @@ Counted from the shapes, with no weight read and for every family the same way: 
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import numpy as np
 
 from depthprobe.cost.lengths import at_lengths
-from depthprobe.cost.shapes import product_counter
+from depthprobe.cost.shapes import Products, product_counter
 from depthprobe.models.recommender import Recommender
 
+Known = MutableMapping[int, Products]  # what was counted of models of the same shapes, by items
 BACKWARD = 2  # times the forward pass: a gradient for the input and one for the weights
 
 
-def flops_per_user(model: Recommender, length: int, *, depth: int | None = None) -> int:
+def flops_per_user(
+    model: Recommender, length: int, *, depth: int | None = None, known: Known | None = None
+) -> int:
     """FLOPs of encoding one user and scoring the catalogue.
 
     Args:
         length: items in the history.
         depth: how many of the first blocks are used; None for all.
+        known: as for :func:`encode_flops`.
 
     Raises:
         ValueError: as :func:`encode_flops`.
     """
-    return encode_flops(model, np.array([length]), depth=depth) + score_flops(model, 1)
+    encoding = encode_flops(model, np.array([length]), depth=depth, known=known)
+    return encoding + score_flops(model, 1)
 
 
-def encode_flops(model: Recommender, lengths: Any, *, depth: int | None = None) -> int:
+def encode_flops(
+    model: Recommender, lengths: Any, *, depth: int | None = None, known: Known | None = None
+) -> int:
     """FLOPs of encoding users with so many items each, (E,), into one vector a user.
 
     The model may be on the meta device, and is neither run nor changed. Where its own code asks how
@@ -47,6 +55,7 @@ def encode_flops(model: Recommender, lengths: Any, *, depth: int | None = None) 
     Args:
         lengths: 0 for a user who is not encoded.
         depth: how many of the first blocks are used; None for all.
+        known: counts of a model of the same shapes, which are not made again; new ones are added.
 
     Raises:
         ValueError: if the model's code can be counted neither on shapes nor on zeros: it has a
@@ -54,7 +63,7 @@ def encode_flops(model: Recommender, lengths: Any, *, depth: int | None = None) 
     """
     items, users = np.unique(np.asarray(lengths, dtype=np.int64), return_counts=True)
     items, users = items[items > 0], users[items > 0]
-    count = product_counter(model)
+    count = product_counter(model, known)
     each = at_lengths(lambda length: count(length).total(depth), items.tolist())
     return sum(flops * many for flops, many in zip(each, users.tolist(), strict=True))
 
@@ -65,11 +74,15 @@ def score_flops(model: Recommender, vectors: float) -> int:
     return int(2 * (items - 1) * width * vectors)
 
 
-def epoch_flops(model: Recommender, lengths: Any, *, scored: float) -> int:
+def epoch_flops(
+    model: Recommender, lengths: Any, *, scored: float, known: Known | None = None
+) -> int:
     """FLOPs of an epoch, forward and backward, as if every weight got a gradient.
 
     Args:
         lengths: items that are read of each training window, (windows,).
         scored: for how many vectors the loss scores the catalogue.
+        known: as for :func:`encode_flops`.
     """
-    return (1 + BACKWARD) * (encode_flops(model, lengths) + score_flops(model, scored))
+    forward = encode_flops(model, lengths, known=known) + score_flops(model, scored)
+    return (1 + BACKWARD) * forward

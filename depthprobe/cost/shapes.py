@@ -10,7 +10,7 @@ count alike, so one of each kind runs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -49,16 +49,23 @@ class Products:
         return sum(self.blocks[:depth]) + self.rest
 
 
-def product_counter(model: Recommender) -> Callable[[int], Products]:
+def product_counter(
+    model: Recommender, known: MutableMapping[int, Products] | None = None
+) -> Callable[[int], Products]:
     """A function that counts the products of encoding one user with so many items.
 
     The model is neither run nor changed, and may be on the meta device. Where its code asks for
     numbers (how many tokens go to which expert), they are zeros: a block of each kind is computed.
 
+    Args:
+        known: counts by items of a model of the same shapes, which are not made again; new ones
+            are added.
+
     Raises:
         ValueError: by that function, if the model can be counted neither way.
     """
     twins: dict[bool, _Twin] = {}  # made when they are asked: copying may fail, too
+    made = {} if known is None else known
 
     def run(items: int, *, on_shapes: bool) -> Products:
         if on_shapes not in twins:
@@ -66,11 +73,16 @@ def product_counter(model: Recommender) -> Callable[[int], Products]:
             twins[on_shapes] = _Twin(model, mode)
         return twins[on_shapes].count(items)
 
+    def either(items: int) -> Products:
+        with suppress(*NEEDS_NUMBERS):
+            return run(items, on_shapes=False not in twins)
+        return run(items, on_shapes=False)
+
     def count(items: int) -> Products:
         try:
-            with suppress(*NEEDS_NUMBERS):
-                return run(items, on_shapes=False not in twins)
-            return run(items, on_shapes=False)
+            if items not in made:
+                made[items] = either(items)
+            return made[items]
         except Exception as error:  # whatever an architecture does
             family = type(model.backbone).__name__
             raise ValueError(f"the FLOPs of {family} can't be counted: {error}") from error

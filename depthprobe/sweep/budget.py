@@ -8,7 +8,7 @@ import numpy as np
 
 from depthprobe.cost.flops import epoch_flops
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import Recipe, Settings, parse_layers, settings_of
+from depthprobe.study import Recipe, parse_layers, settings_of
 from depthprobe.sweep.context import Context
 from depthprobe.sweep.plan import Trial, whole_trial
 from depthprobe.training.objectives import asked
@@ -29,12 +29,13 @@ def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
     if settings.base == "elastic":
         below = [d for d in parse_layers(context.study.layers, trial.blocks) if d < trial.blocks]
         models = 1 + len(below)
-    own = trained_epoch(context, settings, model)
+    own = trained_epoch(context, trial, model)
     return replace(recipe, epochs=max(1, round(recipe.epochs * models * whole / own)))
 
 
-def trained_epoch(context: Context, settings: Settings, model: Recommender) -> int:
-    """FLOPs of an epoch of a method's training; of distillation without its teacher's."""
+def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
+    """FLOPs of an epoch of a trial's training; of distillation without its teacher's."""
+    settings = settings_of(context.study, trial.method)
     lengths = np.array([len(window) - 1 for window in context.windows])
     positions = int(asked(context.windows, settings.recipe.objective).sum())
     scored: float = positions
@@ -46,12 +47,10 @@ def trained_epoch(context: Context, settings: Settings, model: Recommender) -> i
         followed = compared if losses.logits and not losses.top else 0
         inner = min(losses.groups, model.depth) - 1 if losses.supervision else 0
         scored = positions * bool(losses.ce) + followed + inner * len(lengths)
-    return epoch_flops(model, lengths, scored=scored)
+    return epoch_flops(model, lengths, scored=scored, known=context.products[trial.kept])
 
 
 def _whole_epoch(context: Context, trial: Trial) -> int:
     """FLOPs of an epoch of the teacher's."""
     whole = whole_trial("full", trial.seed, trial.blocks)
-    return trained_epoch(
-        context, settings_of(context.study, "full"), context.new_recommender(whole)
-    )
+    return trained_epoch(context, whole, context.new_recommender(whole))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthprobe.cost.shapes import Products
 from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.evaluate import Encoder, Questions, evaluate, mean_ndcg, questions
@@ -46,6 +48,8 @@ class Context:
     ) -> None:
         self.folder, self.study, self.log = folder, study, log
         self.device = resolve_device(study.device)
+        # FLOPs by kept blocks and items: a run's models of the same blocks have the same shapes
+        self.products: defaultdict[tuple[int, ...], dict[int, Products]] = defaultdict(dict)
 
     @property
     def shared(self) -> Path:

@@ -81,13 +81,13 @@ def elastic(context: Context, task: Task) -> Iterator[Result]:
 
     done = _fit(context, whole, ElasticObjective(model, settings.elastic, recipe), recipe, validate)
     ranks = early_exit(model, context.test, device=context.device)
-    epoch = _counted(lambda: trained_epoch(context, settings, model))
+    epoch = _counted(lambda: trained_epoch(context, whole, model))
     for trial in task.trials:
         yield Result(
             trial,
             ranks[trial.depth],
             part_of(model, trial) | {"trainable": count_parameters(model)["trainable"]},
-            flops=_counted(partial(_flops, context, model, depth=trial.depth)),
+            flops=_counted(partial(_flops, context, whole, model, depth=trial.depth)),
             fit=done,
             model=model if trial == whole else None,
             training_flops=epoch and epoch * done.epochs,
@@ -131,13 +131,12 @@ def _train(
         lambda: context.validate(encoder.refresh()),
     )
     ranks = evaluate(encoder.refresh(), context.test, device=context.device)
-    settings = settings_of(context.study, trial.method)
-    epoch = _counted(lambda: trained_epoch(context, settings, model))
+    epoch = _counted(lambda: trained_epoch(context, trial, model))
     return Result(
         trial,
         ranks,
         count_parameters(model),
-        flops=_counted(partial(_flops, context, model)),
+        flops=_counted(partial(_flops, context, trial, model)),
         fit=done,
         model=model,
         training_flops=epoch and epoch * done.epochs,
@@ -166,10 +165,10 @@ def _fit(
         )
 
 
-def _flops(context: Context, model: Recommender, *, depth: int | None = None) -> int:
+def _flops(context: Context, trial: Trial, model: Recommender, *, depth: int | None = None) -> int:
     """FLOPs of a user with the median history of the test."""
     length = int(np.median([len(history) for history in context.test.histories]))
-    return flops_per_user(model, length, depth=depth)
+    return flops_per_user(model, length, depth=depth, known=context.products[trial.kept])
 
 
 def _counted(count: Callable[[], int]) -> int | None:

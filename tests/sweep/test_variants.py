@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,19 @@ def test_the_teachers_time_is_told_apart(small_run: Run) -> None:
     assert trial(small_run, "finetune-d02-s0")["training_teacher_seconds"] == 0
 
 
+@pytest.mark.parametrize("method", ["finetune", "heal", "distill", "random-init", "heal:greedy"])
+def test_flops_are_those_of_the_trials_own_model(
+    method: str, small_run: Run, context: Context
+) -> None:
+    length = int(np.median([len(history) for history in context.test.histories]))
+    own = small_run.trials.query("method == @method and depth < 3")
+    for _, row in own.iterrows():
+        kept = tuple(small_run.record(row["trial"])["kept"])
+        model = context.trained(Trial(method, kept, row["seed"], 3))
+        assert row["flops_user"] == flops_per_user(model, length)
+    assert own["flops_user"].nunique() == 2
+
+
 def test_features_are_made_once_a_seed_and_belong_to_one_teacher(
     small_run: Run, tmp_path: Path
 ) -> None:
@@ -94,14 +108,15 @@ def test_features_are_made_once_a_seed_and_belong_to_one_teacher(
 
 def test_equal_compute_buys_shallow_models_more_epochs(small_run: Run) -> None:
     context = Context(small_run.path, replace(small_run.study, budget="compute"))
-    windows = context.windows
+    read = Counter(len(window) - 1 for window in context.windows)  # windows by their items
 
     def epoch(depth: int, models: float = 1.0) -> float:
         """Forward and backward over each window, and the catalogue at each of its positions."""
         model = context.new_recommender(Trial("finetune", tuple(range(depth)), 0, 3))
         scores = 2 * context.sequences.n_items * model.item_matrix().shape[1]
-        users = [flops_per_user(model, len(w) - 1) - scores for w in windows]
-        return 3.0 * (sum(users) + models * scores * sum(len(w) - 1 for w in windows))
+        users = [many * (flops_per_user(model, items) - scores) for items, many in read.items()]
+        positions = sum(many * items for items, many in read.items())
+        return 3.0 * (sum(users) + models * scores * positions)
 
     def epochs(method: str, depth: int) -> int:
         made = Trial(method, tuple(range(depth)), 0, 3)

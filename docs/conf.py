@@ -28,6 +28,8 @@ add_module_names = False
 
 html_theme = "furo"
 html_title = f"depthprobe {version}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -69,7 +69,7 @@ def _changes(summary: Summary, pairs: Sequence[tuple[Point, Point]]) -> list[_Ch
     common = [tuple(s for s in point.seeds if s in plain.seeds) for point, plain in pairs]
     for seeds in filter(None, dict.fromkeys(common)):
         places = [place for place, own in enumerate(common) if own == seeds]
-        names = list(dict.fromkeys(_trials(p, seeds) for place in places for p in pairs[place]))
+        names = list(dict.fromkeys(p.of_seeds(seeds) for place in places for p in pairs[place]))
         names = [trials for trials in names if summary.ranks.has(trials, FULL)]
         arms = summary.ranks.values(FULL, HEADLINE, names) if names else []
         if not arms or arms[0].shape[1] == 1:  # one user says nothing about others
@@ -79,7 +79,7 @@ def _changes(summary: Summary, pairs: Sequence[tuple[Point, Point]]) -> list[_Ch
         draws = np.concatenate([both for both, _ in drawn])  # (R, arms)
         means = [float(arm.mean()) for arm in arms]
         for place in places:
-            trials = [_trials(point, seeds) for point in pairs[place]]
+            trials = [point.of_seeds(seeds) for point in pairs[place]]
             if any(own not in names for own in trials):
                 continue
             own, plain = (names.index(own) for own in trials)
@@ -94,11 +94,6 @@ def _changes(summary: Summary, pairs: Sequence[tuple[Point, Point]]) -> list[_Ch
                 interval(means[own] / means[plain], shares, level=LEVEL),
             )
     return found
-
-
-def _trials(point: Point, seeds: Sequence[int]) -> tuple[str, ...]:
-    own = dict(zip(point.seeds, point.trials, strict=True))
-    return tuple(own[seed] for seed in seeds)
 
 
 def _row(summary: Summary, point: Point, compared: _Change | None, *, group: bool) -> Row:

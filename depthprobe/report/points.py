@@ -50,6 +50,11 @@ class Point:
     time: Mapping[str, Spread] = field(repr=False)  # "training" a step, "inference", "latency"
     speed: Mapping[str, Interval] = field(repr=False)  # the teacher's time over this one's
 
+    def of_seeds(self, seeds: Iterable[int]) -> tuple[str, ...]:
+        """The trials of some of its seeds, in their order."""
+        own = dict(zip(self.seeds, self.trials, strict=True))
+        return tuple(own[seed] for seed in seeds)
+
     def value(self, metric: str, protocol: str = FULL) -> Interval | None:
         """The metric, or None where it was not measured."""
         return self.accuracy.get((protocol, metric))

@@ -201,7 +201,7 @@ def _answered(summary: Summary, question: _Question, seed: int) -> pd.DataFrame 
     if summary.teacher is None or len(question.trials) < FEWEST_CANDIDATES:
         return None
     spans = list(question.trials)
-    whole = summary.teacher.trials[summary.teacher.seeds.index(seed)]
+    (whole,) = summary.teacher.of_seeds([seed])
     arms = [whole, *question.trials.values()]
     if not summary.ranks.has(arms, FULL):
         return None

@@ -139,10 +139,7 @@ def _arms(summary: Summary, points: Sequence[Point]) -> list[Arms]:
         seeds.setdefault(common, []).append(place)
     found = []
     for common, places in seeds.items():
-        arms = [
-            [dict(zip(point.seeds, point.trials, strict=True))[seed] for seed in common]
-            for point in (*(points[place] for place in places), teacher)
-        ]
+        arms = [p.of_seeds(common) for p in (*(points[place] for place in places), teacher)]
         if common and all(summary.ranks.has(arm, FULL) for arm in arms):
             found.append((places, summary.ranks.values(FULL, HEADLINE, arms)))
     return found

@@ -115,9 +115,8 @@ class Summary:
 
     def paired(self, point: Point, other: Point) -> tuple[Array, Array] | None:
         """Headline metric of two points by seed and user, (S, U) each; None without such seeds."""
-        own, theirs = (dict(zip(p.seeds, p.trials, strict=True)) for p in (point, other))
-        seeds = [seed for seed in own if seed in theirs]
-        arms = [own[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+        seeds = [seed for seed in point.seeds if seed in other.seeds]
+        arms = point.of_seeds(seeds), other.of_seeds(seeds)
         if not self.ranks.has([*arms[0], *arms[1]], FULL):
             return None
         values, reference = self.ranks.values(FULL, HEADLINE, arms)
@@ -158,9 +157,9 @@ def summarise(run: RunLike | str | Path) -> Summary:
     offered = _candidates(points, blocks)
     seeds, candidates = _common_seeds(reference, offered)
     sufficiency = None
-    if reference is not None and ranks.has(_trials(reference, seeds), FULL) and candidates:
-        arms = [_trials(point, seeds) for point in candidates.values()]
-        values, *others = ranks.values(FULL, HEADLINE, [_trials(reference, seeds), *arms])
+    if reference is not None and ranks.has(reference.of_seeds(seeds), FULL) and candidates:
+        arms = [point.of_seeds(seeds) for point in candidates.values()]
+        values, *others = ranks.values(FULL, HEADLINE, [reference.of_seeds(seeds), *arms])
         if values.mean() > 0:
             sufficiency = sufficient_depth(
                 dict(zip(candidates, others, strict=True)), values,
@@ -215,11 +214,6 @@ def _common_seeds(
         votes = Counter(seed for seeds in paired.values() for seed in sorted(seeds))
         common = {votes.most_common(1)[0][0]}
     return tuple(sorted(common)), {k: offered[k] for k, s in paired.items() if common <= s}
-
-
-def _trials(point: Point, seeds: Sequence[int]) -> list[str]:
-    own = dict(zip(point.seeds, point.trials, strict=True))
-    return [own[seed] for seed in seeds]
 
 
 def _by_depth(point: Point) -> tuple[int, int, str]:

@@ -1,16 +1,18 @@
 """What each loss adds to what it is added to: paired changes of NDCG@10, at each depth of a run.
 
-    python analyses/distillation/losses.py runs/distillation-ml-1m
+    python analyses/distillation/losses.py runs/distillation-ml-1m runs/distillation-ml-1m-random
 
-In per cent, with 95 % intervals over users and the seeds that both have, one comparison at a time.
+And what the second run's teacher, begun from random weights, changes against the first one's. In
+per cent, with 95 % intervals over users and the seeds that both have, one comparison at a time.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
-from depthprobe.evaluation.statistics import bootstrap_ratio
+from depthprobe.evaluation.statistics import Interval, bootstrap_ratio
 from depthprobe.report.style import method_style
 from depthprobe.report.summary import FULL, HEADLINE, Point, Summary, summarise
 from depthprobe.sweep.store import open_run
@@ -29,16 +31,22 @@ ADDED = (  # the loss, the student with it, the student without
     ("the same, with all scores", "distill:fresh-kl", "distill:kl"),
     ("all scores", "distill:fresh-kl", "distill:fresh"),
 )
+ACROSS = (  # students begun from random weights: of the second run, of the first
+    ("the items alone", "finetune", "distill:fresh"),
+    ("the teacher's scores, too", "distill:kl", "distill:fresh-kl"),
+)
 
 
 def change(summary: Summary, new: Point | None, old: Point | None) -> str:
     """Of NDCG@10 in per cent, over the seeds that both have; empty where there is nothing."""
-    seeds = [seed for seed in new.seeds if seed in old.seeds] if new and old else []
-    if not new or not old or not seeds:
+    ratio = summary.against(new, old) if new and old else None
+    if ratio is None:
         return ""
-    trials = [tuple(p.trials[p.seeds.index(seed)] for seed in seeds) for p in (new, old)]
-    with_it, without = summary.ranks.values(FULL, HEADLINE, trials)  # (seeds, users) each
-    ratio = bootstrap_ratio(with_it, without, resamples=summary.run.study.protocol.resamples)
+    return percent(ratio)
+
+
+def percent(ratio: Interval) -> str:
+    """A ratio as a change."""
     value, low, high = (100 * (bound - 1) for bound in (ratio.value, ratio.low, ratio.high))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
@@ -58,9 +66,28 @@ def table(summary: Summary) -> Iterator[str]:
     yield ""
 
 
+def across(new: Summary, old: Summary) -> Iterator[str]:
+    """The students under one teacher against those under another, and the teachers themselves."""
+    yield "| under the other teacher | depth | change |"
+    yield "|---|---|---|"
+    for name, first, second in (*ACROSS, ("the teacher itself", "full", "full")):
+        for own, theirs in zip(new.of(first), old.of(second), strict=True):  # by depth
+            ratio = bootstrap_ratio(values(new, own), values(old, theirs))
+            yield f"| {name} | {own.depth} | {percent(ratio)} |"
+
+
+def values(summary: Summary, point: Point) -> Any:
+    """NDCG@10 of each seed and user, (S, U); users in the order of their ids."""
+    return summary.ranks.values(FULL, HEADLINE, [point.trials])[0]
+
+
 def main() -> None:
-    for path in sys.argv[1:]:
-        print("\n".join(table(summarise(open_run(path)))))
+    summaries = [summarise(open_run(path)) for path in sys.argv[1:]]
+    for summary in summaries:
+        print("\n".join(table(summary)))
+    if len(summaries) == 2:
+        old, new = summaries
+        print("\n".join(across(new, old)))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transformers.integrations import hub_kernels
 
 from depthprobe.cost.kinds import first_alike
 from depthprobe.models.blocks import find_blocks, list_at
+from depthprobe.models.per_layer import per_layer
 from depthprobe.models.prefix import recording_cache, sharing_cache
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.reloading import PER_BLOCK_WEIGHTS
@@ -154,6 +155,7 @@ class _Twin:
             position_ids=positions[None],
             **{model.cache_argument: recorded},
             use_cache=True,
+            **per_layer(model.backbone, model.prompt[None]),
         )
         return sharing_cache(recorded, self._first)
 

@@ -12,7 +12,7 @@ the same, its variance larger.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from depthprobe.models.blocks import input_device
+from depthprobe.models.per_layer import per_layer
 from depthprobe.models.sublayers import evaluating
 from depthprobe.models.tap import paused_taps
 
@@ -76,18 +77,26 @@ class _SharedLayer(DynamicLayer):
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
-def shared_prompt(backbone: nn.Module, embeddings: Tensor, *, first: int = 0) -> Cache:
+def shared_prompt(
+    backbone: nn.Module, embeddings: Tensor, given: Mapping[str, Tensor], *, first: int = 0
+) -> Cache:
     """Run the prompt once; returns a cache that any number of users can be appended to.
 
     Args:
         backbone: a causal decoder without its language-model head.
         embeddings: the prompt's token embeddings, (1, P, D).
+        given: what the backbone is told of the tokens beside.
         first: the position id of the first token.
     """
     filled = recording_cache()
     positions = first + torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-    given = {cache_argument(backbone): filled}
-    backbone(inputs_embeds=embeddings, position_ids=positions, **given, use_cache=True)
+    backbone(
+        inputs_embeds=embeddings,
+        position_ids=positions,
+        **{cache_argument(backbone): filled},
+        use_cache=True,
+        **given,
+    )
     return sharing_cache(filled)
 
 
@@ -126,6 +135,7 @@ def first_position(decoder: PreTrainedModel) -> int:
     embeddings: Any = decoder.get_input_embeddings()
     width = embeddings.weight.shape[1]
     token = torch.ones(1, 1, width, dtype=decoder.dtype, device=device)
+    beside = per_layer(decoder, torch.zeros(1, 1, dtype=torch.long, device=device))
     starts = [None, torch.tensor([[0]]), torch.tensor([[config.pad_token_id + 1]])]
     with torch.no_grad(), evaluating(decoder), paused_taps():
         own, zero, behind = (
@@ -133,6 +143,7 @@ def first_position(decoder: PreTrainedModel) -> int:
                 inputs_embeds=token,
                 position_ids=None if start is None else start.to(device),
                 use_cache=False,
+                **beside,
             )[0]
             for start in starts
         )
@@ -154,9 +165,11 @@ def can_share_prompt(decoder: PreTrainedModel) -> bool:
     embeddings: Any = decoder.get_input_embeddings()
     width, device = embeddings.weight.shape[1], input_device(decoder)
     token = torch.zeros(1, 1, width, dtype=decoder.dtype, device=device)
+    given: dict[str, Any] = {cache_argument(decoder): filled}
+    given |= per_layer(decoder, torch.zeros(1, 1, dtype=torch.long, device=device))
     with torch.no_grad(), evaluating(decoder), paused_taps():
         try:
-            decoder(inputs_embeds=token, **{cache_argument(decoder): filled}, use_cache=True)
+            decoder(inputs_embeds=token, **given, use_cache=True)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return False  # it has no such cache
     layers: list[Any] = filled.layers

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from depthprobe.models.blocks import find_blocks, find_decoder
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.per_layer import no_token, per_layer
 from depthprobe.models.prefix import CACHE_NAMES
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks, skip_blocks
@@ -254,7 +255,14 @@ def recommender(model: PreTrainedModel, ids: Tensor) -> str:
         whole = torch.cat([tokens, tried.input_adapter(tried.items(histories))], dim=1)
         with torch.no_grad():
             positions = tried.first + torch.arange(whole.shape[1])[None]
-            every = tried.backbone(inputs_embeds=whole, position_ids=positions, use_cache=False)[0]
+            filler = torch.full_like(histories, no_token(tried.backbone))
+            beside = torch.cat([tried.prompt.expand(len(ids), -1), filler], dim=1)
+            every = tried.backbone(
+                inputs_embeds=whole,
+                position_ids=positions,
+                use_cache=False,
+                **per_layer(tried.backbone, beside),
+            )[0]
             found = tried.states(histories)[:, tried.lead :]
         what = "uncut" if len(kept) == depth else f"cut to blocks {list(kept)}"
         _assert_close(found, every[:, len(PROMPT) :], f"{what}, its prompt shared:")

@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from depthprobe.models.blocks import find_blocks, find_decoder
 from depthprobe.models.checkpointing import checkpointed_blocks, take_over
+from depthprobe.models.per_layer import has_per_layer, no_token, per_layer
 from depthprobe.models.prefix import cache_argument, can_share_prompt, first_position, shared_prompt
 
 
@@ -137,7 +138,8 @@ class Recommender(nn.Module):
             return None
         tokens = self.token_embeddings(self.prompt)[None]  # (1, P, D)
         with self._saving():
-            return shared_prompt(self.backbone, tokens, first=self.first)
+            beside = per_layer(self.backbone, self.prompt[None])
+            return shared_prompt(self.backbone, tokens, beside, first=self.first)
 
     def inputs(
         self, histories: Tensor, lengths: Tensor | None, prompt: Cache | None
@@ -154,12 +156,24 @@ class Recommender(nn.Module):
             embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)  # (B, P+T, D)
         first = self.first + len(self.prompt) - self.lead
         positions = torch.arange(first, first + embeddings.shape[1], device=histories.device)
-        return {
+        beside = {}
+        if has_per_layer(self.backbone):
+            beside = per_layer(self.backbone, self._token_ids(histories, lengths))
+        return beside | {
             "inputs_embeds": embeddings.to(self.backbone.dtype),
             "position_ids": positions[None],
             self.cache_argument: prompt,
             "use_cache": False,
         }
+
+    def _token_ids(self, histories: Tensor, lengths: Tensor | None) -> Tensor:
+        """Which token stands at each position of a pass, (B, lead + T + S)."""
+        ids = torch.full_like(histories, no_token(self.backbone))
+        if len(self.suffix) and lengths is not None:
+            ids = _insert(ids[..., None], self.suffix[:, None], lengths)[..., 0]
+        if self.lead:
+            ids = torch.cat([self.prompt.expand(len(ids), -1), ids], dim=1)
+        return ids
 
     def states(
         self, histories: Tensor, lengths: Tensor | None = None, prompt: Cache | None = None

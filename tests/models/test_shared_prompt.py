@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, RobertaConfig
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import make_trainable
 from depthprobe.models.checkpointing import checkpointed_blocks
+from depthprobe.models.per_layer import no_token, per_layer
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tap import tap_blocks
 from depthprobe.study import Backbone
@@ -61,7 +62,9 @@ def alone(model: Recommender) -> Tensor:
     for row, length in enumerate(LENGTHS.tolist()):
         items = model.input_adapter(model.items(HISTORIES[row, :length]))
         whole = torch.cat([table(model.prompt), items, table(model.suffix)])[None]
-        states = model.backbone(inputs_embeds=whole, use_cache=False).last_hidden_state[0]
+        fillers = torch.full((length,), no_token(model.backbone))
+        told = per_layer(model.backbone, torch.cat([model.prompt, fillers, model.suffix])[None])
+        states = model.backbone(inputs_embeds=whole, use_cache=False, **told).last_hidden_state[0]
         found.append(states[-1:] if len(model.suffix) else states[-length:])
     return model.read_out(torch.cat(found))
 

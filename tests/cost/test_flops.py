@@ -47,7 +47,7 @@ BEYOND_TEXTBOOKS = {
     "a top-k of its own": ("aria_text", "dbrx", "laguna"),
     "an indexer chooses what is attended": ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"),
     "chunks of 64 positions": (
-        *("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen3_5", "qwen3_5_moe"),
+        *("bailing_hybrid", "kimi_linear", "lara_mini", "olmo_hybrid", "qwen3_5", "qwen3_5_moe"),
         *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
     ),
     "states and convolutions": (
@@ -56,7 +56,7 @@ BEYOND_TEXTBOOKS = {
     ),
     "values of two heads": ("diffllama",),
     "vectors that are no matrices": ("gpt_oss", "roc_bert"),
-    "maps outside the blocks": ("gemma3n_text", "opt", "rembert"),
+    "maps outside the blocks": ("gemma3n_text", "gemma4_text", "opt", "rembert"),
     "all experts compute": ("llama4", "llama4_text"),
 }
 EXCEPTIONS = {name for names in BEYOND_TEXTBOOKS.values() for name in names}

@@ -186,9 +186,13 @@ def _pool(
 def _stop(pool: ProcessPoolExecutor) -> None:
     """End the workers at once: after an interrupt nobody waits for their training."""
     workers = list((getattr(pool, "_processes", None) or {}).values())
+    manager = getattr(pool, "_executor_manager_thread", None)
     pool.shutdown(wait=False, cancel_futures=True)
     for worker in workers:
         if worker.is_alive():
             worker.terminate()
     for worker in workers:
         worker.join(timeout=10)
+    if manager is not None:
+        # Python, when it ends, wakes the thread unguarded: one that ends then has closed its pipe
+        manager.join(timeout=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,15 @@ def test_a_killed_process_fails_its_task_alone(tmp_path: Path) -> None:
     assert "process died" in str(found.pop(OTHERS[1].id))
     assert len(found) == 4
     assert set(found.values()) == {None}
+
+
+def test_one_that_is_stopped_leaves_no_thread_behind(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    ended = processes(queue_of(*OTHERS), tmp_path)
+    next(ended)
+    ended.close()  # as an interrupt does
+    left = {thread for thread in threading.enumerate() if thread.is_alive()} - before
+    assert not left
 
 
 @pytest.mark.parametrize("execute", [here, processes])

@@ -29,8 +29,7 @@ from transformers.integrations import hub_kernels
 
 from depthprobe.cost.kinds import first_alike
 from depthprobe.models.blocks import find_blocks, list_at
-from depthprobe.models.per_layer import per_layer
-from depthprobe.models.prefix import recording_cache, sharing_cache
+from depthprobe.models.prefix import shared_prompt
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.reloading import PER_BLOCK_WEIGHTS
 from depthprobe.models.tap import paused_taps
@@ -148,16 +147,7 @@ class _Twin:
         if not len(model.prompt) or model.lead:
             return None
         self._restart()
-        recorded = recording_cache()
-        positions = model.first + torch.arange(len(model.prompt))
-        model.backbone(
-            inputs_embeds=model.token_embeddings(model.prompt)[None],  # (1, P, D)
-            position_ids=positions[None],
-            **{model.cache_argument: recorded},
-            use_cache=True,
-            **per_layer(model.backbone, model.prompt[None]),
-        )
-        return sharing_cache(recorded, self._first)
+        return shared_prompt(model.backbone, model.prompt, first=model.first, order=self._first)
 
     def _copied(self, model: Recommender) -> Recommender:
         memo: dict[int, Any] = {}

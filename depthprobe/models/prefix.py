@@ -12,7 +12,7 @@ the same, its variance larger.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -78,26 +78,26 @@ class _SharedLayer(DynamicLayer):
 
 
 def shared_prompt(
-    backbone: nn.Module, embeddings: Tensor, given: Mapping[str, Tensor], *, first: int = 0
+    backbone: PreTrainedModel, prompt: Tensor, *, first: int, order: Iterable[int] | None = None
 ) -> Cache:
     """Run the prompt once; returns a cache that any number of users can be appended to.
 
     Args:
         backbone: a causal decoder without its language-model head.
-        embeddings: the prompt's token embeddings, (1, P, D).
-        given: what the backbone is told of the tokens beside.
+        prompt: token ids, (P,).
         first: the position id of the first token.
+        order: as for :func:`sharing_cache`.
     """
     filled = recording_cache()
-    positions = first + torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+    embeddings: Any = backbone.get_input_embeddings()
     backbone(
-        inputs_embeds=embeddings,
-        position_ids=positions,
+        inputs_embeds=embeddings(prompt)[None],  # (1, P, D)
+        position_ids=first + torch.arange(len(prompt), device=prompt.device)[None],
         **{cache_argument(backbone): filled},
         use_cache=True,
-        **given,
+        **per_layer(backbone, prompt[None]),
     )
-    return sharing_cache(filled)
+    return sharing_cache(filled, order)
 
 
 def cache_argument(decoder: nn.Module) -> str:

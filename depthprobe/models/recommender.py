@@ -136,10 +136,8 @@ class Recommender(nn.Module):
         """The prompt's keys and values at the present weights; None where none are shared."""
         if not len(self.prompt) or self.lead:
             return None
-        tokens = self.token_embeddings(self.prompt)[None]  # (1, P, D)
         with self._saving():
-            beside = per_layer(self.backbone, self.prompt[None])
-            return shared_prompt(self.backbone, tokens, beside, first=self.first)
+            return shared_prompt(self.backbone, self.prompt, first=self.first)
 
     def inputs(
         self, histories: Tensor, lengths: Tensor | None, prompt: Cache | None

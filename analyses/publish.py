@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from depthprobe.report.comparison import build_comparison
-from depthprobe.report.html import build_report
-from depthprobe.sweep.store import open_run
+from depthprobe.report.page import build_report
+from depthprobe.runs.store import open_run
 
 LARGEST = 1_000_000  # bytes of a file
 KINDS = ("report.html", "study.toml", "tables/*.csv", "figures/*.png")

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from depthprobe.models.backbones import load_backbone
     from depthprobe.models.blocks import find_blocks
     from depthprobe.models.cutting import keep_blocks
-    from depthprobe.models.exported import load_recommender
+    from depthprobe.models.export import load_recommender
     from depthprobe.models.skipping import skip_blocks
     from depthprobe.report import figures
-    from depthprobe.report.html import build_report
+    from depthprobe.report.page import build_report
+    from depthprobe.runs.store import open_run
+    from depthprobe.runs.sweep import run_sweep
     from depthprobe.study import load_study
-    from depthprobe.sweep.runner import run_sweep
-    from depthprobe.sweep.store import open_run
 
 __version__ = "0.1.0"
 
@@ -41,19 +41,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "build_report": "report.html",
+    "build_report": "report.page",
     "figures": "report.figures",
     "find_blocks": "models.blocks",
     "keep_blocks": "models.cutting",
     "load_backbone": "models.backbones",
     "load_data": "data.storage",
-    "load_recommender": "models.exported",
+    "load_recommender": "models.export",
     "load_study": "study",
     "metrics_from_ranks": "evaluation.metrics",
-    "open_run": "sweep.store",
+    "open_run": "runs.store",
     "prepare_data": "data.prepared",
     "rank_targets": "evaluation.ranks",
-    "run_sweep": "sweep.runner",
+    "run_sweep": "runs.sweep",
     "skip_blocks": "models.skipping",
 }
 

@@ -19,8 +19,7 @@ from typing import Any, Literal
 from typer.main import get_command
 
 from depthprobe.cli.app import app
-from depthprobe.study import Study, study_to_toml
-from depthprobe.study.training import Recipe
+from depthprobe.study import Recipe, Study, study_to_toml
 
 FOLDER = Path(__file__).parent
 DONT_EDIT = "<!-- made by docs/generate.py from the code: change it there -->"

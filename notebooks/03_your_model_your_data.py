@@ -39,9 +39,8 @@ import torch
 from transformers import GPT2Config, GPT2Model, Qwen3Config, Qwen3ForCausalLM
 
 import depthprobe as dp
-from depthprobe.evaluation.evaluate import Questions
-from depthprobe.probing.early_exit import early_exit
-from depthprobe.probing.passes import Probed
+from depthprobe.evaluation.ranks import Questions
+from depthprobe.probing.passes import Probed, early_exit
 from depthprobe.probing.walk import rank_routes, route
 from depthprobe.study import Cleaning, Columns
 

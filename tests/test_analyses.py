@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from depthprobe.runs.plan import plan
 from depthprobe.study import load_study
-from depthprobe.sweep.plan import plan
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "analyses").glob("*/*.toml"))

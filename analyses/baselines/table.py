@@ -9,7 +9,7 @@ import sys
 
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import bootstrap_mean
-from depthprobe.sweep.store import Run, open_run
+from depthprobe.runs.store import Run, open_run
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 RESAMPLES = 1000

@@ -17,7 +17,7 @@ import torch
 
 from depthprobe.data.prepared import read_data
 from depthprobe.data.splits import make_split
-from depthprobe.evaluation.evaluate import evaluate, mean_ndcg, questions
+from depthprobe.evaluation.ranks import evaluate, mean_ndcg, questions
 from depthprobe.models.build import build_sasrec
 from depthprobe.study import Study, study_from_dict
 from depthprobe.training.loop import Fit, fit

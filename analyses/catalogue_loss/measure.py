@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from depthprobe.models.sasrec import SASRec
+from depthprobe.runs import provenance
 from depthprobe.study import Recipe
-from depthprobe.sweep import provenance
 from depthprobe.training.losses import catalogue_loss
 
 MILLION, BEAUTY = 1_000_000, 12_101

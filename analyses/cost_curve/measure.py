@@ -30,9 +30,8 @@ from depthprobe.cost.memory import peak_memory
 from depthprobe.cost.timing import interleaved, summarize, times_faster
 from depthprobe.cost.workload import Workload
 from depthprobe.files import write_json
-from depthprobe.models.backbones import backbone_config
+from depthprobe.models.backbones import backbone_config, resolve_device
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.devices import resolve_device
 
 HERE = Path(__file__).parent
 TASKS = ("train", "answer", "one")

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.drawing import save_figure
+from depthprobe.report.numbers import FULL, HEADLINE, Point, Summary, summarise
 from depthprobe.report.style import INK, MUTED, figure_style, method_style
-from depthprobe.report.summary import FULL, HEADLINE, Point, Summary, summarise
-from depthprobe.sweep.store import open_run
+from depthprobe.runs.store import open_run
 
 CURVES = ("early-exit", "readout", "finetune", "random-init")
 FLAT = ("popularity", "sasrec")

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from depthprobe.evaluation.statistics import Interval, bootstrap_ratio
+from depthprobe.report.numbers import FULL, HEADLINE, Point, Summary, summarise
 from depthprobe.report.style import method_style
-from depthprobe.report.summary import FULL, HEADLINE, Point, Summary, summarise
-from depthprobe.sweep.store import open_run
+from depthprobe.runs.store import open_run
 
 ADDED = (  # the loss, the student with it, the student without
     ("cosine", "distill:cos", "finetune"),

@@ -28,11 +28,10 @@ from transformers.utils.logging import disable_progress_bar
 from depthprobe.data.batches import length_buckets
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Distillation, Recipe
-from depthprobe.training.distillation import Distiller, group_ends, wanted_features
+from depthprobe.training.distillation import Distiller, group_ends, state_loss, wanted_features
 from depthprobe.training.features import CachedTeacher, OnlineTeacher, write_features
-from depthprobe.training.following import state_loss
 from depthprobe.training.losses import catalogue_loss
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 

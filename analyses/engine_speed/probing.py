@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from depthprobe.evaluation.evaluate import BATCH, Questions
+from depthprobe.evaluation.ranks import BATCH, Questions
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.passes import encode, passes, prepare_prompt, vectors_of
 from depthprobe.probing.similarity import similarities

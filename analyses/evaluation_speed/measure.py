@@ -23,14 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from depthprobe.evaluation.evaluate import Questions, evaluate
 from depthprobe.evaluation.lists import TOP
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.ranks import CHUNK_BYTES, rank_users
+from depthprobe.evaluation.ranks import CHUNK_BYTES, Questions, evaluate, rank_users
 from depthprobe.evaluation.statistics import bootstrap_difference, bootstrap_mean, bootstrap_ratio
 from depthprobe.models.sasrec import SASRec
-from depthprobe.sweep import provenance
-from depthprobe.sweep.store import open_run, write_tables
+from depthprobe.runs import provenance
+from depthprobe.runs.store import open_run, write_tables
 
 MEMORY = "memory"
 UNIT = 1 if sys.platform == "darwin" else 1024  # of the peak that the system tells

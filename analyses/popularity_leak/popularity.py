@@ -12,10 +12,10 @@ import torch
 
 from depthprobe.data.prepared import prepare_data
 from depthprobe.data.splits import leave_one_out
-from depthprobe.evaluation.evaluate import evaluate, questions
 from depthprobe.evaluation.metrics import per_user_metric
+from depthprobe.evaluation.ranks import evaluate, questions
 from depthprobe.evaluation.statistics import bootstrap_mean
-from depthprobe.models.popularity import Popularity
+from depthprobe.models.recommender import Popularity
 
 
 def main(source: str) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from depthprobe.data.batches import length_buckets, negatives, pad
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import bootstrap_mean, bootstrap_ratio
-from depthprobe.models.popularity import Popularity
-from depthprobe.sweep.context import Context
-from depthprobe.sweep.plan import Trial, plan
-from depthprobe.sweep.store import Run, open_run
+from depthprobe.models.recommender import Popularity
+from depthprobe.runs.context import Context
+from depthprobe.runs.plan import Trial, plan
+from depthprobe.runs.store import Run, open_run
 
 BATCH = 256
 Arm = tuple[str, int]  # method, depth

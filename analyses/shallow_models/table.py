@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.report.ablation import ablation_table
+from depthprobe.report.numbers import FULL, HEADLINE, Summary, summarise
 from depthprobe.report.style import method_style
-from depthprobe.report.summary import FULL, HEADLINE, Summary, summarise
+from depthprobe.report.tables import ablation_table
+from depthprobe.runs.store import Run, open_run
 from depthprobe.study import TRAINED, base_of
-from depthprobe.sweep.store import Run, open_run
 
 BASELINES = ("popularity", "sasrec", "full", "early-exit", "readout")
 

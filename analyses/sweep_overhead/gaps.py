@@ -14,8 +14,8 @@ import statistics
 import sys
 from datetime import datetime
 
-from depthprobe.sweep.plan import plan
-from depthprobe.sweep.store import open_run
+from depthprobe.runs.plan import plan
+from depthprobe.runs.store import open_run
 
 LINE = re.compile(r"(\S+ \S+) (?:begun by process (\d+) on (\S+)|done in ([\d.]+) s)")
 

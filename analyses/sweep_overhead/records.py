@@ -24,8 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from depthprobe.files import write_json
+from depthprobe.runs.store import MANIFEST, STUDY, TABLES, Run, open_run
 from depthprobe.study import load_study, study_to_toml
-from depthprobe.sweep.store import MANIFEST, STUDY, TABLES, Run, open_run
 
 LARGE = 60.0  # seconds after which a measurement is not repeated
 
@@ -88,7 +88,6 @@ def _measure(action: str, folder: Path) -> None:
         "sweep": _sweep,
         "continue": _sweep,
     }
-    from depthprobe.sweep import runner  # noqa: F401 - imports are no part of it
 
     began, worked = time.perf_counter(), time.process_time()
     actions[action](open_run(folder))
@@ -97,7 +96,7 @@ def _measure(action: str, folder: Path) -> None:
 
 def _sweep(run: Run) -> None:
     """A sweep that finds nothing left to do."""
-    from depthprobe.sweep.runner import run_sweep
+    from depthprobe.runs.sweep import run_sweep
 
     run_sweep(run.study, run.path, jobs=0)
 

@@ -17,7 +17,7 @@ from damage import damages
 from kills import in_peace, one, two
 from sweeps import TASKS, write_study
 
-from depthprobe.sweep.store import open_run
+from depthprobe.runs.store import open_run
 
 
 def main() -> None:

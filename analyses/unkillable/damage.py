@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sweeps import check, complete, finish, start, tell
 
-from depthprobe.sweep.store import Run
+from depthprobe.runs.store import Run
 
 CUT = 100  # bytes that are left of a file
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from sweeps import TASKS, check, complete, finish, start
 
-from depthprobe.sweep.store import Run
+from depthprobe.runs.store import Run
 
 LOOK = 0.02  # seconds between two looks at what a sweep has said
 WORKERS: list[psutil.Process] = []  # of sweeps that were killed

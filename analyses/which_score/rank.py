@@ -18,12 +18,11 @@ import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import bootstrap_ratio
-from depthprobe.evaluation.trust import trust
+from depthprobe.evaluation.statistics import bootstrap_ratio, trust
 from depthprobe.probing.walk import rank_routes, route
-from depthprobe.sweep.context import Context
-from depthprobe.sweep.plan import whole_trial
-from depthprobe.sweep.store import Run, open_run
+from depthprobe.runs.context import Context
+from depthprobe.runs.plan import whole_trial
+from depthprobe.runs.store import Run, open_run
 
 METRIC = "NDCG@10"
 Kept = tuple[int, ...]

@@ -12,7 +12,7 @@ import numpy as np
 
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import Interval, bootstrap_mean, bootstrap_ratio
-from depthprobe.sweep.store import Run, open_run
+from depthprobe.runs.store import Run, open_run
 
 METHODS = ("early-exit", "readout", "finetune")
 FEWEST = 100  # users of a group that is told of

@@ -16,8 +16,8 @@ from typer.main import get_command
 
 import depthprobe
 from depthprobe.cli import check, cost, data, export, recommend, report, status, sweep
-from depthprobe.study import BadInput
-from depthprobe.sweep.team import launched
+from depthprobe.errors import BadInput
+from depthprobe.runs.team import launched
 
 # a disk that is full, read-only, not ours, or gone: no fault of the program
 UNUSABLE = {

@@ -11,8 +11,8 @@ import typer
 
 from depthprobe.cli.options import check_backbone as refuse_unusable
 from depthprobe.cli.tables import show_table
+from depthprobe.errors import BadInput, check_writable
 from depthprobe.files import complete_file
-from depthprobe.study import BadInput, check_writable
 
 PAGE = "architectures.md"
 
@@ -72,7 +72,7 @@ def _all(page: Path) -> int:
         raise BadInput("output", page, "a file")
     check_writable("output", page.parent)
 
-    from depthprobe.models.support import check_families, families, support_table
+    from depthprobe.models.families import check_families, families, support_table
 
     names = families()
     found = []

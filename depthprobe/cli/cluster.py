@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthprobe.cli.progress import Lines
+from depthprobe.runs.progress import Progress
 from depthprobe.study import Study
-from depthprobe.sweep.progress import Progress
 
 if TYPE_CHECKING:
-    from depthprobe.sweep.store import Run
+    from depthprobe.runs.store import Run
 
 INTERRUPTED = 130
 
@@ -43,9 +43,9 @@ def run_on_cluster(
     Returns:
         The run, or None if no job ended well.
     """
-    from depthprobe.sweep.cluster import JOBS, SharedSweep, array_id, follow, submit
-    from depthprobe.sweep.records import failures as known
-    from depthprobe.sweep.store import open_run
+    from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, submit
+    from depthprobe.runs.records import failures as known
+    from depthprobe.runs.store import open_run
 
     folder = folder.absolute()
     sweep = SharedSweep(

@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from depthprobe.cli.cost_views import show_costs, show_predicted
-from depthprobe.cli.options import (
-    check_backbone,
-    check_revision,
-    check_settings,
-    number,
-    whole,
-)
-from depthprobe.study import BadInput, check_writable
+from depthprobe.cli.options import check_backbone, check_revision, check_settings, number, whole
+from depthprobe.errors import BadInput, check_writable
 
 if TYPE_CHECKING:
     import pandas as pd

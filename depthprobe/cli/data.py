@@ -20,7 +20,8 @@ from depthprobe.cli.options import (
     split_list,
     whole,
 )
-from depthprobe.study import BadInput, Study, check_writable
+from depthprobe.errors import BadInput, check_writable
+from depthprobe.study import Study
 
 PICTURES = (".png", ".svg", ".pdf")
 # what the flags set of a study, whose settings are checked when it is made

@@ -9,10 +9,10 @@ import numpy as np
 
 from depthprobe.cli.tables import bar, cell, show_table
 from depthprobe.data.log import PARTS
-from depthprobe.data.shape import length_bins, popularity, top_shares
 from depthprobe.data.splits import make_split
-from depthprobe.data.statistics import LEVELS, quantiles
-from depthprobe.study import BadInput, Protocol
+from depthprobe.data.statistics import LEVELS, length_bins, popularity, quantiles, top_shares
+from depthprobe.errors import BadInput
+from depthprobe.study import Protocol
 
 if TYPE_CHECKING:
     from depthprobe.data.splits import Split

@@ -12,10 +12,10 @@ from depthprobe.cli.progress import watch
 from depthprobe.cli.tables import cell, console, scaled, show_table
 
 if TYPE_CHECKING:
+    from depthprobe.runs.estimate import Estimate
+    from depthprobe.runs.forecast import Span
+    from depthprobe.runs.preview import Preview
     from depthprobe.study import Study
-    from depthprobe.sweep.estimate import Estimate
-    from depthprobe.sweep.forecast import Span
-    from depthprobe.sweep.preview import Preview
 
 WIDEST = 100  # columns of a line of words
 PARTS = {
@@ -49,8 +49,8 @@ def dry_run(
         BadInput: where the sweep would refuse to begin.
     """
     with watch(sys.stderr) as progress:
-        from depthprobe.sweep.preview import preview
-        from depthprobe.sweep.team import find_team
+        from depthprobe.runs.preview import preview
+        from depthprobe.runs.team import find_team
 
         team = find_team(study.device)
         if not team.writes:

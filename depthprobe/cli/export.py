@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from depthprobe.cli.options import check_run
-from depthprobe.study import BadInput, check_writable
+from depthprobe.errors import BadInput, check_writable
 
 
 def export(
@@ -30,6 +30,6 @@ def export(
         raise BadInput("dir", folder, "a new or empty folder")
     check_writable("dir", folder)
 
-    from depthprobe.sweep.export import export_trial
+    from depthprobe.runs.export import export_trial
 
     print(export_trial(run, trial, folder))

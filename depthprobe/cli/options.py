@@ -11,13 +11,12 @@ from typing import Annotated
 import typer
 
 from depthprobe.data.readers.streams import stem
+from depthprobe.errors import BadInput, check_writable
 from depthprobe.study import (
     ITEM_TABLES,
-    BadInput,
     Protocol,
     Study,
     Variant,
-    check_writable,
     demo_study,
     load_study,
     override,

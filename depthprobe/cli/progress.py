@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from depthprobe.sweep.progress import Progress
+from depthprobe.runs.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -85,7 +85,7 @@ def at_work(folder: Path) -> Table:
     from rich.text import Text
 
     # by now the sweep itself has imported this, and torch
-    from depthprobe.sweep.status import working
+    from depthprobe.runs.status import working
 
     table = Table.grid(padding=(0, 2))
     for each in working(folder):

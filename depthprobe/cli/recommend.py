@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from depthprobe.cli.options import check_at_least, check_settings, whole
+from depthprobe.errors import BadInput, check_writable
 from depthprobe.files import complete_file
-from depthprobe.study import BadInput, check_writable
 
 if TYPE_CHECKING:
-    from depthprobe.models.exported import ExportedRecommender
+    from depthprobe.models.export import ExportedRecommender
 
 USERS = 2048  # users in memory at once
 HEADER = "user\trank\titem\tscore\ttitle\n"
@@ -70,7 +70,7 @@ def recommend(
 
         from transformers.utils.logging import disable_progress_bar
 
-        from depthprobe.models.exported import load_recommender
+        from depthprobe.models.export import load_recommender
 
         disable_progress_bar()  # the terminal belongs to the answers
         model = load_recommender(folder, device)

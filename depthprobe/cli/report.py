@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from depthprobe.cli.options import check_run
-from depthprobe.study import BadInput, check_writable
+from depthprobe.errors import BadInput, check_writable
 
 
 def report(
@@ -37,8 +37,8 @@ def report(
         print(build_comparison(runs, target))
         return
 
-    from depthprobe.report.html import build_report
-    from depthprobe.sweep.store import open_run
+    from depthprobe.report.page import build_report
+    from depthprobe.runs.store import open_run
 
     opened = open_run(runs[0])
     print(build_report(opened) if output is None else build_report(opened, output))

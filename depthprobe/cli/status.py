@@ -20,7 +20,7 @@ def status(
     """What of a run is done, what failed and why, who works on what, what is left."""
     check_run(run)
 
-    from depthprobe.sweep.status import status_of
+    from depthprobe.runs.status import status_of
 
     found = status_of(run)
     rows = [

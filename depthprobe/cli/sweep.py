@@ -24,12 +24,13 @@ from depthprobe.cli.options import (
 )
 from depthprobe.cli.progress import watch
 from depthprobe.cli.tables import show_frame
-from depthprobe.study import METHODS, PROBES, TRAINED, BadInput, Study, base_of
+from depthprobe.errors import BadInput
+from depthprobe.study import METHODS, PROBES, TRAINED, Study, base_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from depthprobe.sweep.store import Run
+    from depthprobe.runs.store import Run
 
 SLURM = "slurm"
 EXECUTORS = ("local", SLURM)
@@ -215,8 +216,8 @@ def execute(
                 return 1
             run = there
         else:
-            from depthprobe.sweep.runner import run_sweep
-            from depthprobe.sweep.team import find_team
+            from depthprobe.runs.sweep import run_sweep
+            from depthprobe.runs.team import find_team
 
             team = find_team(study.device)
             run = run_sweep(
@@ -230,7 +231,7 @@ def execute(
             team.leave()
             if not team.writes:
                 return 1 if run.failed else 0
-        from depthprobe.report.html import build_report
+        from depthprobe.report.page import build_report
 
         progress.message("writing the report")
         page = build_report(run)

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from depthprobe.cost.workload import TOP, Workload
+from depthprobe.errors import BadInput
 from depthprobe.models.build import make_trainable
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import Backbone, BadInput
+from depthprobe.study import Backbone
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Action = Callable[[], object]

@@ -29,9 +29,9 @@ from depthprobe.cost.roofline import roof_of
 from depthprobe.cost.serving import check_price, serving_cost
 from depthprobe.cost.timing import LEAST, Summary, summarize, times_faster
 from depthprobe.cost.workload import Workload
-from depthprobe.models.backbones import backbone_config
-from depthprobe.models.devices import resolve_device
-from depthprobe.study import BadInput, parse_layers
+from depthprobe.errors import BadInput
+from depthprobe.models.backbones import backbone_config, resolve_device
+from depthprobe.study import parse_layers
 
 USUAL = Workload()
 PATIENCE = 2  # times as long as was asked for, a measurement may at least take by prediction

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from depthprobe.study import BadInput
-from depthprobe.study.errors import nearest
+from depthprobe.errors import BadInput, nearest
 
 DATASHEET = "datasheet"
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.config_fields import block_kinds
+from depthprobe.models.cutting import block_kinds
 from depthprobe.models.reloading import INDEX_ATTRIBUTE
 
 

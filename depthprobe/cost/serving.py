@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 BILLION = 1_000_000_000
 

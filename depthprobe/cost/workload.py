@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TUNINGS = ("full", "lora", "frozen")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depthprobe.study import BadInput, Cleaning
+from depthprobe.errors import BadInput
+from depthprobe.study import Cleaning
 
 Keep = np.ndarray  # (N,) bool
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from depthprobe.errors import BadInput
 
 PARTS = ("training", "validation", "test")
 
@@ -52,3 +55,74 @@ def encode_ids(values: Iterable[object]) -> Ids:
     place: dict[str, int] = {}
     codes = [place.setdefault(str(value), len(place)) for value in values]
     return Ids(np.array(codes, dtype=np.int32), list(place))
+
+
+# Ids to numbers, in an order that depends on the ids alone.
+
+LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
+MOST_IDS = 2**31 - 2  # numbers are int32 and 0 is padding
+_DIGITS = re.compile(r"[0-9]+")
+
+
+def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
+    """Codes 0.. in the natural order of the stripped ids (``i2`` before ``i10``), and the ids.
+
+    Args:
+        what: ``user`` or ``item``, for the message.
+
+    Returns:
+        int32 (N,) and the ids by code.
+
+    Raises:
+        BadInput: for ids that are blank, too long, too many, or differ in the blanks around them
+            alone: whether those are one or two is not for us to say.
+    """
+    field = f"data.{what}"
+    if len(ids.names) > MOST_IDS:
+        raise BadInput(field, f"{len(ids.names):,} {what}s", f"at most {MOST_IDS:,}")
+    names = [name.strip() for name in ids.names]
+    order = _natural_sort(names)
+    names = [names[place] for place in order.tolist()]
+    for before, after, place in zip(names, names[1:], order[1:].tolist(), strict=False):
+        if before == after:
+            allowed = f"{what} ids that differ in more than the blanks around them"
+            raise BadInput(field, ids.names[place], allowed)
+    if "" in names:
+        raise BadInput(field, "", f"every interaction has {what} ids that are not blank")
+    longest = max(names, key=len)
+    if len(longest) > LONGEST_ID:
+        raise BadInput(field, longest, f"ids of at most {LONGEST_ID} characters")
+    code = np.empty(len(names), dtype=np.int32)
+    code[order] = np.arange(len(names), dtype=np.int32)
+    return code[ids.codes], names
+
+
+def used_only(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Codes without gaps, in the same order, after some names have lost their last row."""
+    used = np.flatnonzero(np.bincount(codes, minlength=len(names)))
+    if len(used) == len(names):
+        return codes, names
+    code = np.zeros(len(names), dtype=np.int32)
+    code[used] = np.arange(len(used), dtype=np.int32)
+    return code[codes], [names[place] for place in used.tolist()]
+
+
+def natural_order(text: str) -> tuple[str, str]:
+    """A sorting key under which ``i2`` comes before ``i10``; different texts never tie."""
+    if text.isascii() and text.isdecimal():
+        return _sized(text), text
+    return _DIGITS.sub(lambda number: _sized(number.group()), text), text
+
+
+def _sized(number: str) -> str:
+    """With its number of digits in front, as text sorts by value; no limit on the value."""
+    digits = number.lstrip("0")
+    return f"{len(digits):06d}{digits}"
+
+
+def _natural_sort(names: list[str]) -> np.ndarray:
+    """Places of the names in natural order, int64."""
+    if all(n.isascii() and n.isdecimal() and len(n) < 19 and n[0] != "0" for n in names):
+        return np.argsort(np.array(names, dtype=np.int64), kind="stable")
+    keys = [natural_order(name) for name in names]
+    return np.array(sorted(range(len(names)), key=keys.__getitem__), dtype=np.int64)

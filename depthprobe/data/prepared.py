@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from depthprobe.data.cleaning import clean
-from depthprobe.data.log import Ids, Log
-from depthprobe.data.numbering import number_ids, used_only
+from depthprobe.data.log import Ids, Log, number_ids, used_only
 from depthprobe.data.readers.formats import read_log
 from depthprobe.data.statistics import order_warnings, statistics, tied_neighbours
 from depthprobe.data.storage import MANIFEST, Sequences, check_output, load_data, write_data
-from depthprobe.study import BadInput, Cleaning, Columns, Data
+from depthprobe.errors import BadInput
+from depthprobe.study import Cleaning, Columns, Data
 
 LONGEST_TITLE = 256  # characters
 

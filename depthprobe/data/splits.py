@@ -16,7 +16,8 @@ import numpy as np
 
 from depthprobe.data.statistics import as_date
 from depthprobe.data.storage import Sequences
-from depthprobe.study import BadInput, Protocol
+from depthprobe.errors import BadInput
+from depthprobe.study import Protocol
 
 Part = Literal["validation", "test"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from depthprobe.data.cleaning import Step
+from depthprobe.errors import BadInput
 from depthprobe.files import complete_folder
-from depthprobe.study import BadInput
 
 SCHEMA = 2
 MANIFEST = "manifest.json"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from depthprobe.data.splits import Split
-from depthprobe.models.top import best_columns
+from depthprobe.models.recommender import best_columns
 
 TOP = 10  # items in a list
 LISTS = f"top-{TOP}"  # where lists stand beside ranks
@@ -30,7 +30,7 @@ class Taken:
 
 
 def best_in_blocks(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What :func:`~depthprobe.models.top.best_columns` gives, for little more than a maximum.
+    """The same as ``best_columns``, for little more than the price of a maximum.
 
     A row is cut into blocks of neighbouring columns. Its ``k`` best all lie in the ``k`` blocks
     with the highest maxima, of equal ones the first: any other block has ``k`` columns before it.

@@ -1,24 +1,35 @@
-"""Load a backbone, its configuration or its tokenizer from a folder, a hub id or "embedded"."""
+"""Where to compute."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import ENDPOINT as HUB_ENDPOINT
+from safetensors import SafetensorError
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from depthprobe.models.checkpoints import check_keys, check_weights
-from depthprobe.models.embedded import embedded_backbone, embedded_config, embedded_tokenizer
+from depthprobe.errors import BadInput
 from depthprobe.models.precision import (
     check_attention,
     check_dtype,
@@ -27,18 +38,222 @@ from depthprobe.models.precision import (
     plain_weights,
     quantization,
 )
-from depthprobe.models.sources import (
-    ALLOWED,
-    EMBEDDED,
-    FAILURES,
-    cannot,
-    folder_of,
-    is_folder,
-    location,
-    offline,
-    resolve_revision,
+from depthprobe.study import ATTENTIONS, Backbone
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``mps`` names here.
+
+    Raises:
+        BadInput: if this machine doesn't have it.
+    """
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in has if has[kind])
+    if not has.get(name):
+        here = ", ".join(kind for kind in has if has[kind])
+        raise BadInput("device", name, f"auto or one of those on this machine: {here}")
+    return torch.device(name)
+
+
+# Where a backbone comes from: the embedded one, a place on disk, or a commit on the hub.
+
+EMBEDDED = "embedded"
+ALLOWED = f'"{EMBEDDED}", a folder with config.json and safetensors weights, or a hub model id'
+# what the libraries raise for a source that can't be used; a missing package is an ImportError
+FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_folder(path_or_id: str | os.PathLike[str]) -> bool:
+    """Whether this names a place on disk rather than a model on the hub."""
+    text = os.fspath(path_or_id)
+    return (
+        not isinstance(path_or_id, str)
+        or text.startswith((".", "~", os.sep))
+        or text.count(os.sep) > 1
+        or os.path.exists(text)
+    )
+
+
+def folder_of(path_or_id: str | os.PathLike[str]) -> Path:
+    """The path of a source on disk."""
+    return Path(path_or_id).expanduser()
+
+
+def location(path_or_id: str | os.PathLike[str]) -> str:
+    """What the libraries are given: a path without ``~``, or the hub id."""
+    return str(folder_of(path_or_id)) if is_folder(path_or_id) else os.fspath(path_or_id)
+
+
+def offline(path_or_id: str | os.PathLike[str]) -> bool:
+    """Whether only local files can serve; without a name server the hub client retries for 30 s."""
+    if is_folder(path_or_id):
+        return True
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(HUB_ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
+
+
+def resolve_revision(path_or_id: str | os.PathLike[str], revision: str | None = None) -> str | None:
+    """The commit that a branch or tag of a hub id points to now; None for what is not on the hub.
+
+    Without a network it is the commit in the local cache.
+
+    Args:
+        revision: branch, tag or commit; None is ``main``.
+
+    Raises:
+        BadInput: if there is no such model or revision.
+    """
+    if str(path_or_id) == EMBEDDED or is_folder(path_or_id):
+        return None
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    try:
+        # the cache keeps files by commit; what the configuration object knows of it depends on
+        # the version of transformers
+        file = hf_hub_download(
+            os.fspath(path_or_id),
+            "config.json",
+            revision=revision or "main",
+            local_files_only=offline(path_or_id),
+        )
+    except FAILURES as error:
+        raise cannot("found", path_or_id, error) from error
+    parent = Path(file).parent.name
+    if not COMMIT.fullmatch(parent):
+        allowed = "a model whose hub says which commit it serves, or a downloaded folder"
+        raise BadInput("backbone", str(path_or_id), allowed)
+    return parent
+
+
+def cannot(what: str, path_or_id: str | os.PathLike[str], error: Exception) -> BadInput:
+    """A library's error as one line; ``what`` could not be done with the source."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    return BadInput("backbone", str(path_or_id), f"cannot be {what} ({reason}): {ALLOWED}")
+
+
+# What a checkpoint must hold: safetensors weights, each of them the model's.
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# Recomputed by the model: old checkpoints stored them.
+HARMLESS = re.compile(
+    r"(^|\.)(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|attn\.bias|attention\.bias)$"
 )
-from depthprobe.study import ATTENTIONS, Backbone, BadInput
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors weights.
+
+    Raises:
+        BadInput: if there are none, or pickled ones alone.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLED]
+    if pickled:
+        raise BadInput(
+            "backbone",
+            str(folder),
+            f"only pickled weights in it ({pickled[0]}), which can run code when loaded:"
+            " convert them with save_pretrained to safetensors",
+        )
+    raise BadInput("backbone", str(folder), f"no weights (*.safetensors) in it: {ALLOWED}")
+
+
+def check_keys(path_or_id: str | os.PathLike[str], loaded: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not exactly the model's.
+
+    Args:
+        loaded: what ``from_pretrained(output_loading_info=True)`` told.
+
+    Raises:
+        BadInput: for missing, unexpected or mismatched keys.
+    """
+    unexpected = [key for key in loaded["unexpected_keys"] if not HARMLESS.search(key)]
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]]
+    for what, keys in (
+        ("missing", list(loaded["missing_keys"])),
+        ("unexpected", unexpected),
+        ("of another shape than the configuration says", mismatched),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise BadInput(
+                "backbone",
+                str(path_or_id),
+                f"{len(keys)} of its weights are {what} ({shown}):"
+                " the checkpoint must fit its configuration",
+            )
+
+
+# The embedded default: a small Llama and a byte-level tokenizer, made on the spot, no download.
+
+BLOCKS = 12
+WIDTH = 32
+HEADS = 2
+INTERMEDIATE = 88
+POSITIONS = 512
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
+VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+
+def embedded_config() -> LlamaConfig:
+    """The configuration of the embedded backbone."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+
+
+def embedded_backbone(seed: int = 0) -> LlamaForCausalLM:
+    """The embedded backbone, float32, in evaluation mode.
+
+    The same seed gives the same weights; the caller's random state is left as it is.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs too
+        model: Any = LlamaForCausalLM(embedded_config())  # untyped in transformers
+    found: LlamaForCausalLM = model.float().eval()
+    return found
+
+
+def embedded_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a byte of UTF-8: any text round-trips. Adds no special tokens."""
+    # The 256 printable stand-ins of the byte-level pre-tokenizer, in a fixed order.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    pad, start, end = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=start,
+        eos_token=end,
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# Load a backbone, its configuration or its tokenizer from a folder, a hub id or "embedded".
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 

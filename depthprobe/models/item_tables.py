@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from depthprobe.errors import BadInput
 from depthprobe.models.backbones import pretrained, pretrained_tokenizer
-from depthprobe.study import Backbone, BadInput
+from depthprobe.study import Backbone
 
 FIELD, TEXT = "item_table", "text"
 IDS = ".ids.txt"

@@ -1,10 +1,4 @@
-"""The LLM recommender: prompt, item history, pretrained blocks, scores of the items.
-
-SLMRec's model: item embedding -> input adapter -> blocks -> output adapter -> dot product with the
-item table; or E4SRec's: a linear map from the last state to the items. It reads the next item out
-at *every* position of a history, so one pass trains all its targets; or, after a suffix of tokens,
-once a user, which is the layout of both papers.
-"""
+"""The best of each row of scores in one defined order, so that ties never shuffle a list."""
 
 from __future__ import annotations
 
@@ -12,14 +6,87 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from depthprobe.models.blocks import find_blocks, find_decoder
-from depthprobe.models.checkpointing import checkpointed_blocks, take_over
-from depthprobe.models.per_layer import has_per_layer, no_token, per_layer
-from depthprobe.models.prefix import cache_argument, can_share_prompt, first_position, shared_prompt
+from depthprobe.models.blocks import find_blocks, find_decoder, has_per_layer, no_token, per_layer
+from depthprobe.models.precision import checkpointed_blocks, take_over
+from depthprobe.models.prompt import cache_argument, can_share_prompt, first_position, shared_prompt
+
+
+def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` highest of each row, best first, the lower column first on ties.
+
+    What a stable sort of the row gives, for the price of a ``topk``: that one finds the values,
+    but which of the columns that share the k-th value it returns is left to chance. Only rows
+    where such columns are left over are looked at again.
+
+    Args:
+        scores: (C, I), floating point; infinities are allowed.
+        k: from 1 to I.
+
+    Returns:
+        Columns, int64 (C, k), and their scores (C, k).
+    """
+    width = scores.shape[1]
+    values, columns = scores.topk(min(k + 1, width), dim=1)
+    if k < width:
+        over = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]  # (R,)
+        values, columns = values[:, :k], columns[:, :k]
+        # a quarter at a time: working on them takes no more memory than the scores themselves
+        for rows in over.split(len(scores) // 4 + 1):
+            columns[rows] = _lowest(scores[rows], values[rows], columns[rows])
+    columns = columns.sort(dim=1).values  # by column ...
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return columns.gather(1, order), values  # ... then by score: ties stay in column order
+
+
+def _lowest(scores: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+    """(R, k) columns of a ``topk``, those at the last value replaced by the lowest ones at it."""
+    width, k = scores.shape[1], values.shape[1]
+    limit = values[:, -1:]  # (R, 1)
+    places = torch.arange(width, dtype=torch.int32, device=scores.device)
+    level = torch.where(scores == limit, places, width)  # (R, I)
+    lowest = level.topk(k, dim=1, largest=False).indices  # ascending; first the columns at limit
+    apart = values != limit  # the best of a row: all its columns above the limit
+    ahead = apart.sum(dim=1, keepdim=True)
+    turn = (torch.arange(k, device=scores.device) - ahead).clamp(min=0)
+    return torch.where(apart, columns, lowest.gather(1, turn))
+
+
+# The popularity baseline: every user gets the items that the training parts hold most often.
+
+
+class Popularity(nn.Module):
+    """Scores are counts in the training interactions; nothing is learned from the history."""
+
+    counts: Tensor
+
+    def __init__(self, items: np.ndarray, n_items: int) -> None:
+        """Count training interactions, item ids 1..I of shape (N,)."""
+        super().__init__()
+        counts = np.bincount(items, minlength=n_items + 1).astype(np.float32)
+        self.register_buffer("counts", torch.from_numpy(counts)[:, None])
+
+    def item_matrix(self) -> Tensor:
+        """Counts, (I + 1, 1)."""
+        return self.counts
+
+    def encode(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        """One for every user, (B, 1)."""
+        return torch.ones(len(histories), 1, device=histories.device)
+
+
+# The LLM recommender: prompt, item history, pretrained blocks, scores of the items.
+#
+# SLMRec's model: item embedding -> input adapter -> blocks -> output adapter -> dot product with
+# the
+# item table; or E4SRec's: a linear map from the last state to the items. It reads the next item out
+# at *every* position of a history, so one pass trains all its targets; or, after a suffix of
+# tokens,
+# once a user, which is the layout of both papers.
 
 
 class Recommender(nn.Module):

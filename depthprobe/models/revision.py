@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 
-from depthprobe.models.backbones import pretrained
-from depthprobe.models.embedded import embedded_backbone
-from depthprobe.models.sources import EMBEDDED, folder_of, is_folder, resolve_revision
+from depthprobe.models.backbones import (
+    EMBEDDED,
+    embedded_backbone,
+    folder_of,
+    is_folder,
+    pretrained,
+    resolve_revision,
+)
 from depthprobe.study import Backbone
 
 CHUNK = 4 * 2**20

@@ -12,16 +12,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
+from depthprobe.errors import BadInput
 from depthprobe.models.blocks import find_blocks, find_decoder, input_device, keys_are_read, unwrap
-from depthprobe.models.sublayers import (
-    Branch,
-    Replaced,
-    evaluating,
-    find_sublayers,
-    restore_forward,
-)
-from depthprobe.models.tap import input_state, paused_taps
-from depthprobe.study import BadInput
+from depthprobe.models.parts import Branch, Replaced, evaluating, find_sublayers, restore_forward
+from depthprobe.models.taps import input_state, paused_taps
 
 PARTS = ("block", "attention", "mlp")
 Plan = list[tuple[nn.Module, Callable[..., Any]]]  # modules and what stands in for their forward

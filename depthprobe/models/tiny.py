@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from depthprobe.models.config_fields import as_plain_fields, block_kinds, cut_config, is_computed
+from depthprobe.models.cutting import as_plain_fields, block_kinds, cut_config, is_computed
 
 DEPTH = 8  # enough for one period of the usual patterns of block kinds
 TOKENS = 9  # longer than the shrunk attention windows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from depthprobe.evaluation.evaluate import Questions, mean_ndcg
+from depthprobe.evaluation.ranks import Questions, mean_ndcg
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import Probed
 from depthprobe.probing.walk import rank_routes, route
@@ -83,3 +83,26 @@ def greedy(
         removed.append(least)
         scores.append(fresh[least])
     return Removal(tuple(removed), tuple(scores), evaluated)
+
+
+# Which runs of blocks are worth a look, by how little they turn the state (arXiv 2403.17887).
+
+Span = tuple[int, int]  # [start, end)
+
+
+def nearest_spans(angular: np.ndarray, length: int, *, first: int = 0) -> list[Span]:
+    """All runs of so many blocks, that with the smallest angular distance between its ends first.
+
+    Args:
+        angular: distances between the states around L blocks, (L + 1, L + 1).
+        length: of a run, 1..L.
+        first: the earliest block that may be in one.
+
+    Raises:
+        ValueError: if no run is so long.
+    """
+    starts = np.arange(first, len(angular) - length)
+    if length < 1 or not len(starts):
+        raise ValueError(f"no run of {length} blocks from block {first} of {len(angular) - 1}")
+    order = np.argsort(angular[starts, starts + length], kind="stable")
+    return [(int(start), int(start) + length) for start in starts[order]]

@@ -1,25 +1,227 @@
-"""Read-outs: a fresh linear output adapter at every depth of a frozen teacher.
+"""Affine maps at every depth of a frozen model, fitted side by side on cached states.
 
-Early exit reads every depth with the one head that was trained behind the last block. Where it
-fails, either the depth does not know the answer yet, or that head cannot read it there. A head
-fitted at the depth itself tells these apart (a linear probe: Alain and Bengio, arXiv 1610.01644).
+The states are computed once and kept on disk; then all depths are fitted in one loop, since they
+share the batches, the catalogue and the clock, and nothing else.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from depthprobe.evaluation.evaluate import Questions, Ranks
-from depthprobe.probing.fitting import (
-    CachedStates,
-    Fitting,
-    Readouts,
-    fit_side_by_side,
-    working_dtype,
-)
-from depthprobe.probing.passes import Probed, normed, passes
+from depthprobe.evaluation.ranks import BATCH, Questions, Ranks, mean_ndcg
+from depthprobe.files import reserve
+from depthprobe.probing.passes import Probed, normed, passes, vectors_of
+
+# model, states (K, B, D), weight (K, D, d), bias (K, 1, d) -> user vectors (K, B, d)
+Read = Callable[[Probed, Tensor, Tensor, Tensor], Tensor]
+# states (L + 1, B, D), targets (B,) -> what `score_gradient` wants
+Wanted = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How all depths are fitted: AdamW whose learning rate falls along half a cosine to 0."""
+
+    epochs: int = 10
+    batch_size: int = 256
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    patience: int = 3  # epochs without a better validation score after which a depth is done
+
+
+@dataclass(frozen=True)
+class CachedStates:
+    """Questions, and the states at every depth where a model answers them."""
+
+    asked: Questions
+    states: np.ndarray  # (E, L + 1, D), before the final norm, memory-mapped
+
+    def at(self, rows: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The states of some users, (L + 1, B, D)."""
+        chosen = torch.from_numpy(np.ascontiguousarray(self.states[rows]))
+        return chosen.to(device).to(dtype).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Readouts:
+    """What reads users out of each depth, as fitted, and when it was at its best."""
+
+    read: Read
+    weight: Tensor  # (L + 1, D, d)
+    bias: Tensor  # (L + 1, 1, d)
+    epochs: np.ndarray  # (L + 1,) the epoch whose weights these are; 0: before the first
+    ndcg: np.ndarray  # (L + 1,) validation NDCG@10 by full ranking, after that epoch
+
+    def vectors(self, model: Probed, states: Tensor) -> Tensor:
+        """States (L + 1, B, D), before the final norm, to user vectors (L + 1, B, d)."""
+        return self.read(model, states.to(self.weight.dtype), self.weight, self.bias)
+
+
+@torch.inference_mode()
+def cache_states(
+    model: Probed, asked: Questions, *, path: Path, device: torch.device
+) -> CachedStates:
+    """Run the model once over the questions, into a memory-mapped file of E (L + 1) D numbers.
+
+    In float16, half as large and read twice as fast; in float32 where a state does not fit, as
+    the few huge features of some language models do not.
+
+    Args:
+        model: in evaluation mode.
+        path: of the file, ending in ``.npy``; overwritten.
+
+    Raises:
+        ValueError: without questions, for a backbone without one state a position after each
+            block, or if a state is not finite.
+    """
+    if not len(asked.users):
+        raise ValueError("no questions to cache the states of")
+    for dtype in (torch.float16, torch.float32):
+        if _write(model, asked, path, device, dtype):
+            return CachedStates(asked, np.load(path, mmap_mode="r"))
+    raise ValueError("a state is infinite or NaN")
+
+
+def _write(
+    model: Probed, asked: Questions, path: Path, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether all states fit the dtype; then they are in the file."""
+    out: np.ndarray | None = None
+    for batch in passes(model, asked, device=device):
+        states = batch.states.transpose(0, 1).to(dtype)  # (B, L + 1, D)
+        if not torch.isfinite(states).all():
+            return False
+        rows = states.cpu().numpy()
+        if out is None:
+            shape = (len(asked.users), *rows.shape[1:])
+            out = np.lib.format.open_memmap(path, mode="w+", dtype=rows.dtype, shape=shape)
+            reserve(path)
+        out[batch.chosen] = rows
+    return True
+
+
+def fit_side_by_side(
+    model: Probed,
+    train: CachedStates,
+    validation: CachedStates,
+    *,
+    read: Read,
+    weight: Tensor,
+    wanted: Wanted,
+    device: torch.device,
+    seed: int,
+    settings: Fitting,
+) -> Readouts:
+    """Fit an affine map at each depth, all in one loop over the users: no depth sees another.
+
+    Every step of AdamW is element by element, and the loss is a sum over depths, so a depth ends
+    where it would if it were fitted alone. Each keeps the weights of its best epoch.
+
+    Args:
+        read: how a map is used.
+        weight: where the maps start, (L + 1, D, d); their biases start at zero.
+        wanted: what the scores of a batch are pulled to.
+    """
+    table = model.item_matrix().detach()[1:].to(device, weight.dtype)  # (I, d)
+    maps = [weight.clone().requires_grad_(), torch.zeros_like(weight[:, :1]).requires_grad_()]
+    optimizer = torch.optim.AdamW(
+        maps, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    batches = math.ceil(len(train.asked.users) / settings.batch_size)
+    schedule = CosineAnnealingLR(optimizer, T_max=settings.epochs * batches)
+    targets = torch.from_numpy(train.asked.targets.astype(np.int64))
+    kept = [each.detach().clone() for each in maps]
+    ndcg = _validate(model, validation, read, kept)
+    epochs = np.zeros(len(ndcg), dtype=np.int64)
+    for epoch in range(1, settings.epochs + 1):
+        order = np.random.default_rng((seed, epoch)).permutation(len(targets))
+        for rows in np.split(order, range(settings.batch_size, len(order), settings.batch_size)):
+            rows.sort()  # for the disk's sake
+            states = train.at(rows, device, weight.dtype)
+            with torch.no_grad():
+                goal = wanted(states, targets[torch.from_numpy(rows)].to(device))
+            with torch.enable_grad():
+                vectors = read(model, states, *maps)  # (L + 1, B, d)
+            pull = score_gradient(vectors.detach(), table, goal)
+            # not backward(): the model's own weights are to get no gradient
+            for each, slope in zip(maps, torch.autograd.grad(vectors, maps, pull), strict=True):
+                each.grad = slope
+            optimizer.step()
+            schedule.step()
+        found = _validate(model, validation, read, maps)
+        better = (found > ndcg) & (epoch - epochs <= settings.patience)
+        ndcg[better], epochs[better] = found[better], epoch
+        chosen = torch.from_numpy(better).to(device)
+        for each, now in zip(kept, maps, strict=True):
+            each[chosen] = now.detach()[chosen]
+        if (epoch - epochs >= settings.patience).all():
+            break
+    return Readouts(read, kept[0], kept[1], epochs, ndcg)
+
+
+@torch.no_grad()
+def score_gradient(vectors: Tensor, table: Tensor, wanted: Tensor) -> Tensor:
+    """The gradient of each depth's mean cross-entropy by its user vectors, (K, B, d).
+
+    With scores ``s = v E'`` it is ``(softmax(s) E - wanted item) / B``. The first term is attention
+    of users to items, whose kernels go through the catalogue tile by tile (Dao et al., arXiv
+    2205.14135): no graph is needed, and the scores never exist as a whole.
+
+    Args:
+        vectors: (K, B, d).
+        table: the catalogue without padding, (I, d).
+        wanted: targets (B,), counted from 1; or user vectors (B, d), whose shares of the items
+            are wanted: then it is the gradient of the KL divergence from them, too.
+    """
+    users = vectors.shape[1]
+    # where torch has no such kernel (float64 on a GPU) there are scores: of one depth at a time
+    depths = len(vectors) if vectors.device.type == "cpu" else 1
+    means = torch.cat([_mean_items(part, table) for part in vectors.split(depths)])
+    goal = _mean_items(wanted, table) if wanted.dim() > 1 else table[wanted - 1]  # (B, d)
+    return means.sub_(goal).div_(users)
+
+
+def _mean_items(vectors: Tensor, table: Tensor) -> Tensor:
+    """``softmax(v E') E``: users (..., d) to the items that they expect, (..., d)."""
+    items = table[None, None]
+    found = scaled_dot_product_attention(vectors.flatten(0, -2)[None, None], items, items, scale=1)
+    return found.view_as(vectors)
+
+
+@torch.no_grad()
+def _validate(
+    model: Probed, cached: CachedStates, read: Read, maps: Sequence[Tensor]
+) -> np.ndarray:
+    """NDCG@10 of each depth, (L + 1,), by full ranking."""
+    asked, items, weight = cached.asked, model.item_matrix(), maps[0]
+    ranks = np.empty((len(weight), len(asked.users)))
+    for start in range(0, len(asked.users), BATCH):
+        chosen = np.arange(start, min(start + BATCH, len(asked.users)))
+        vectors = read(model, cached.at(chosen, weight.device, weight.dtype), *maps)
+        for each, found in zip(vectors, ranks, strict=True):
+            found[chosen] = asked.rank(chosen, each, items)["full"]
+    return np.array([mean_ndcg(each) for each in ranks])
+
+
+def working_dtype(items: Tensor) -> torch.dtype:
+    """What read-outs are fitted in: float32, or float64 for a float64 model."""
+    return torch.promote_types(items.dtype, torch.float32)
+
+
+# Read-outs: a fresh linear output adapter at every depth of a frozen teacher.
+#
+# Early exit reads every depth with the one head that was trained behind the last block. Where it
+# fails, either the depth does not know the answer yet, or that head cannot read it there. A head
+# fitted at the depth itself tells these apart (a linear probe: Alain and Bengio, arXiv 1610.01644).
 
 
 def fit_readouts(
@@ -88,3 +290,71 @@ def rank_readouts(
         for ranks, each in zip(found, vectors, strict=True):
             ranks.put(batch.chosen, asked.rank(batch.chosen, each, items))
     return [ranks.values for ranks in found]
+
+
+# Tuned lens: how far each depth is from the final answer, through the teacher's own head.
+#
+# A translator at each depth turns its state into what the head expects behind the last block,
+# ``U(norm(h + A h + b))`` (Belrose et al., arXiv 2303.08112). It learns the teacher's distribution
+# over the items and never sees a target, so it shows when the teacher has made up its mind; a
+# read-out shows when the target can be known.
+
+SAMPLE = 1024  # users that the size of a depth's states is taken from
+
+
+def fit_lenses(
+    model: Probed,
+    train: CachedStates,
+    validation: CachedStates,
+    *,
+    device: torch.device,
+    seed: int,
+    settings: Fitting | None = None,
+) -> Readouts:
+    """Fit a translator at each depth 0..L - 1; depth L needs none, and keeps the zero one.
+
+    By the KL divergence from the model's own distribution over the items to the translated one.
+    All start at zero, which is early exit, and a depth where nothing does better on the validation
+    targets stays there. The model stays as it is.
+
+    Args:
+        model: in evaluation mode, the one that the states are of.
+        train: its targets are not used.
+        validation: what chooses each depth's epoch, by NDCG@10 as for read-outs.
+        seed: of the order of the users.
+    """
+    sample = train.at(
+        np.arange(min(SAMPLE, len(train.states))), device, working_dtype(model.item_matrix())
+    )
+    # steps of one length would move a bias far at depth 0, whose states are small, and hardly
+    # behind the other blocks
+    size = sample.square().mean(dim=(1, 2), keepdim=True).sqrt()  # (L + 1, 1, 1)
+    moves = torch.ones_like(size)
+    size[-1] = moves[-1] = 0
+
+    def read(model: Probed, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return read_translated(model, states, moves * weight, size * bias)
+
+    fitted = fit_side_by_side(
+        model,
+        train,
+        validation,
+        read=read,
+        weight=sample.new_zeros(len(sample), sample.shape[-1], sample.shape[-1]),
+        wanted=lambda states, _: _unembed(model, states[-1:])[0],
+        device=device,
+        seed=seed,
+        settings=settings or Fitting(),
+    )
+    return replace(
+        fitted, read=read_translated, weight=moves * fitted.weight, bias=size * fitted.bias
+    )
+
+
+def read_translated(model: Probed, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``U(norm(h + h A' + b))``: (K, B, D), (K, D, D), (K, 1, D) -> (K, B, d)."""
+    return _unembed(model, states + torch.baddbmm(bias, states, weight))
+
+
+def _unembed(model: Probed, states: Tensor) -> Tensor:
+    return vectors_of(model, states.to(model.backbone.dtype)).to(states.dtype)

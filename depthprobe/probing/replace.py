@@ -11,22 +11,25 @@ Only M is mapped. What attention and the blocks before wrote, r, passes as it do
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.ranks import Questions
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.projection import find_projection
-from depthprobe.models.readable import check_readable
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.parts import check_readable, find_projection
+from depthprobe.models.taps import tap_blocks
 from depthprobe.probing.passes import Probed, encode, exact, prepare_prompt
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
@@ -249,3 +252,21 @@ def _solve(sums: _Sums, span: tuple[int, int], factor: Tensor) -> Replacement:
         error=float((left.clamp_min(0) / size).sqrt()),
         error_without=float((sums.moved[span] / size).sqrt()),
     )
+
+
+# A fitted linear map on disk: with the teacher's weights it makes the shallower model again.
+
+FILE, MAP = "replacement.safetensors", "map"
+
+
+def save_replacement(replacement: Replacement, folder: Path) -> None:
+    """Write the map in float64, as it was fitted, and what it stands for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = {name: value for name, value in vars(replacement).items() if name != MAP}
+    save_file({MAP: replacement.map}, folder / FILE, metadata={"of": json.dumps(rest)})
+
+
+def load_replacement(folder: Path) -> Replacement:
+    """Read what :func:`save_replacement` wrote."""
+    with safe_open(folder / FILE, framework="numpy") as file:
+        return Replacement(map=file.get_tensor(MAP), **json.loads(file.metadata()["of"]))

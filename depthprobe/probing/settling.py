@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from depthprobe.evaluation.agreement import overlap, rank_biased_overlap
-from depthprobe.evaluation.evaluate import Questions
-from depthprobe.evaluation.ranks import top_items
+from depthprobe.evaluation.metrics import overlap, rank_biased_overlap
+from depthprobe.evaluation.ranks import Questions, top_items
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import Probed, passes, vectors_of
 

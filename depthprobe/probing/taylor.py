@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.ranks import Questions
 from depthprobe.models.blocks import find_blocks
-from depthprobe.probing.fitting import score_gradient, working_dtype
 from depthprobe.probing.passes import Probed, encode, prepare_prompt
+from depthprobe.probing.readout import score_gradient, working_dtype
 
 CALIBRATION_BATCH = 32  # a backward pass keeps what an evaluation pass forgets
 

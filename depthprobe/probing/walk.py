@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from depthprobe.evaluation.evaluate import BATCH, Questions, Ranks
+from depthprobe.evaluation.ranks import BATCH, Questions, Ranks
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.prefix import recording_cache, sharing_cache
-from depthprobe.models.readable import check_readable, join_streams
+from depthprobe.models.parts import check_readable, join_streams
+from depthprobe.models.prompt import recording_cache, sharing_cache
 from depthprobe.models.skipping import Plan, plan_skip, refuse_shared, standing_in
-from depthprobe.models.tap import BlockCalls, first_tensor, record_calls
+from depthprobe.models.taps import BlockCalls, first_tensor, record_calls
 from depthprobe.probing.passes import Pass, Probed, encode, prepare_prompt, vectors_of
 
 

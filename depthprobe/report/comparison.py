@@ -10,17 +10,21 @@ from typing import Any
 
 import pandas as pd
 
+from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
 from depthprobe.report.answer import Answer, build_answer
-from depthprobe.report.depth_figures import common_limits, kept_side_by_side, kept_vs_depth
+from depthprobe.report.depth_figures import (
+    common_limits,
+    kept_reading,
+    kept_side_by_side,
+    kept_vs_depth,
+)
 from depthprobe.report.drawing import rendered, save_figure
 from depthprobe.report.facts import base_name, conditions
-from depthprobe.report.html import environment, inline_svg
-from depthprobe.report.readings import kept_reading
+from depthprobe.report.numbers import FULL, HEADLINE, RunLike, Summary, as_summary
+from depthprobe.report.page import environment, inline_svg
 from depthprobe.report.style import NONE, method_style, percent, times_faster
-from depthprobe.report.summary import FULL, HEADLINE, RunLike, Summary, as_summary
 from depthprobe.report.tables import Cell, Row, Table, save_table, share_cell, three
-from depthprobe.study import BadInput
 
 FIGURE, TABLE = "kept_side_by_side", "answers"
 QUESTION = ("margin", "split", "seen items")  # with another of these, another thing is asked

@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from depthprobe.data.shape import length_bins, popularity, top_shares
 from depthprobe.data.splits import Split, make_split
+from depthprobe.data.statistics import length_bins, popularity, top_shares
 from depthprobe.data.storage import Sequences
+from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
 from depthprobe.report.style import INK, MUTED, count, figure_style, percent
-from depthprobe.study import BadInput, Protocol
+from depthprobe.study import Protocol
 
 BARS, HELD_OUT = "#0069a8", "#c2500a"
 PANEL = (3.9, 3.3)  # inches

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from depthprobe.report.numbers import SAMPLED, Summary
 from depthprobe.report.style import count, significant
-from depthprobe.report.summary import SAMPLED, Summary
 from depthprobe.study import Study
 
 SIZES = ("users", "items", "interactions")

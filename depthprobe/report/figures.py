@@ -12,14 +12,30 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from depthprobe.report.ablation_figure import ablation_changes, ablation_reading
-from depthprobe.report.block_figures import block_influence, influence_reading, skip_sensitivity
-from depthprobe.report.cost_figures import accuracy_vs_cost, speed_reading, speed_vs_depth
-from depthprobe.report.depth_figures import accuracy_vs_depth, kept_side_by_side, kept_vs_depth
-from depthprobe.report.map_figures import span_map, span_reading
-from depthprobe.report.readings import cost_reading, depth_reading, kept_reading, skip_reading
-from depthprobe.report.summary import Summary, summarise
-from depthprobe.report.user_figures import settling_depth, settling_reading
+from depthprobe.report.block_figures import (
+    ablation_changes,
+    ablation_reading,
+    block_influence,
+    influence_reading,
+    settling_depth,
+    settling_reading,
+    skip_sensitivity,
+    span_map,
+    span_reading,
+)
+from depthprobe.report.depth_figures import (
+    accuracy_vs_cost,
+    accuracy_vs_depth,
+    cost_reading,
+    depth_reading,
+    kept_reading,
+    kept_side_by_side,
+    kept_vs_depth,
+    skip_reading,
+    speed_reading,
+    speed_vs_depth,
+)
+from depthprobe.report.numbers import Summary, summarise
 
 __all__ = [
     "FIGURES",

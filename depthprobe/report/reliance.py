@@ -1,4 +1,4 @@
-"""How far the cheap scores of a run can be relied on: held against the damage that it measured."""
+"""What probes say of blocks, spans and users, where no trial does; with the seed of its teacher."""
 
 from __future__ import annotations
 
@@ -10,12 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from depthprobe.evaluation.statistics import Interval
-from depthprobe.evaluation.trust import trust
-from depthprobe.report.scores import probe_table
+from depthprobe.evaluation.statistics import Interval, trust
+from depthprobe.report.numbers import FULL, HEADLINE, RunLike, Summary, as_summary
 from depthprobe.report.style import NONE, bounds, method_style
-from depthprobe.report.summary import FULL, HEADLINE, RunLike, Summary, as_summary
 from depthprobe.report.tables import Cell, Row, Table
+
+
+def probe_table(summary: Summary, method: str) -> pd.DataFrame:
+    """The table of ``similarity``, ``taylor`` or ``settling``; empty where there is none."""
+    run = summary.run
+    return run.scores(method) if hasattr(run, "scores") else pd.DataFrame()
+
+
+def scores_of(summary: Summary, score: str) -> pd.DataFrame:
+    """One score by name: score, start, end, value, seed; of the blocks [start, end)."""
+    frame = probe_table(summary, "similarity")
+    return frame if frame.empty else frame[frame["score"] == score]
+
+
+# How far the cheap scores of a run can be relied on: held against the damage that it measured.
 
 Span = tuple[int, int]  # [start, end)
 FEWEST_CANDIDATES = 4  # of three, every sixth order is the right one by chance

@@ -32,8 +32,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
 
+from depthprobe.errors import BadInput
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import BadInput, Recipe
+from depthprobe.study import Recipe
 
 EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # AdamW in one kernel: 4 times faster than a loop over the weights on a CPU, more on a GPU

@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from depthprobe.models.readable import check_readable
+from depthprobe.models.parts import check_readable
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks, skip_blocks
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Elastic, Recipe
 from depthprobe.training.features import asked_states
 from depthprobe.training.losses import catalogue_loss

@@ -20,7 +20,7 @@ from torch import Tensor
 from depthprobe.data.batches import length_buckets
 from depthprobe.files import reserve
 from depthprobe.models.recommender import Recommender, states_at
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.training.objectives import Batch, Objective, asked, at_rows, make_batch
 
 STATES, VECTORS, TOP, SCORES = "states.npy", "vectors.npy", "top.npy", "scores.npy"

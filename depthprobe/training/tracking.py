@@ -12,8 +12,7 @@ from pathlib import Path
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
-from depthprobe.study import BadInput
-from depthprobe.study.errors import nearest
+from depthprobe.errors import BadInput, nearest
 
 # is told a training's step, and by name what was measured there; in the first process alone
 Track = Callable[[int, Mapping[str, float]], None]

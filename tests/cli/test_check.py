@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from depthprobe.models import support
+from depthprobe.models import families as support
 from depthprobe.models.check import CheckResult
-from depthprobe.models.support import CHECKS, Family
+from depthprobe.models.families import CHECKS, Family
 
 
 def test_the_embedded_backbone_from_start_to_end(cli: Callable[..., Any]) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from depthprobe.cli import cluster as cli_cluster
 from depthprobe.cli.cluster import job_lines
+from depthprobe.errors import BadInput
 from depthprobe.files import write_json
-from depthprobe.study import BadInput, demo_study, study_to_toml
-from depthprobe.sweep import cluster
-from depthprobe.sweep.cluster import SharedSweep
+from depthprobe.runs import cluster
+from depthprobe.runs.cluster import SharedSweep
+from depthprobe.study import demo_study, study_to_toml
 
 RUN = Path("runs/demo")
 
@@ -52,7 +53,7 @@ def test_jobs_are_submitted_and_waited_for(
     record = {"schema": 1, "status": "failed", "attempts": 2}
     write_json(RUN / "trials" / "sasrec-s0" / "record.json", record)
     (RUN / "study.toml").write_text(study_to_toml(demo_study()))
-    monkeypatch.setattr("depthprobe.sweep.store.open_run", open_run)
+    monkeypatch.setattr("depthprobe.runs.store.open_run", open_run)
     outcome = cli("sweep", "--executor", "slurm", "--jobs", "2", "--retry-failed")
     ((sweep, jobs),) = submitted
     assert jobs == 2

@@ -12,14 +12,15 @@ import pandas as pd
 import pytest
 
 from depthprobe.cli.sweep import results
-from depthprobe.study import BadInput, demo_study
+from depthprobe.errors import BadInput
+from depthprobe.study import demo_study
 
 Stub = Callable[..., None]
 
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """``stub("depthprobe.sweep.runner", run_sweep=f)`` replaces a module of a room."""
+    """``stub("depthprobe.runs.sweep", run_sweep=f)`` replaces a module of a room."""
 
     def replace_module(name: str, **members: object) -> None:
         module = ModuleType(name)
@@ -83,8 +84,8 @@ def test_sweep_prints_results_then_the_report(
         rest["progress"].done("full-s0", "done", 1.0, "")
         return finished(output, failed)
 
-    stub("depthprobe.sweep.runner", run_sweep=run_sweep)
-    stub("depthprobe.report.html", build_report=lambda run: run.path / "report.html")
+    stub("depthprobe.runs.sweep", run_sweep=run_sweep)
+    stub("depthprobe.report.page", build_report=lambda run: run.path / "report.html")
     outcome = cli("sweep", "--jobs", "2")
     assert outcome.code == code
     assert (seen["study"], seen["output"], seen["jobs"]) == (demo_study(), Path("runs/demo"), 2)
@@ -112,8 +113,8 @@ def test_an_error_inside_a_sweep_is_one_line(
     def run_sweep(*_: object, **__: object) -> None:
         raise error
 
-    stub("depthprobe.sweep.runner", run_sweep=run_sweep)
-    stub("depthprobe.report.html", build_report=None)
+    stub("depthprobe.runs.sweep", run_sweep=run_sweep)
+    stub("depthprobe.report.page", build_report=None)
     outcome = cli("sweep")
     assert outcome.code == code
     assert "Traceback" not in outcome.err
@@ -124,9 +125,9 @@ def test_an_error_inside_a_sweep_is_one_line(
 def test_report_is_written_where_asked(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "study.toml").write_text("", encoding="utf-8")
-    stub("depthprobe.sweep.store", open_run=lambda path: SimpleNamespace(path=path))
+    stub("depthprobe.runs.store", open_run=lambda path: SimpleNamespace(path=path))
     stub(
-        "depthprobe.report.html",
+        "depthprobe.report.page",
         build_report=lambda run, output=None: output or run.path / "report.html",
     )
     assert cli("report", "run").out == "run/report.html\n"
@@ -169,7 +170,7 @@ def test_cost_prints_the_table(cli: Callable[..., Any], stub: Stub) -> None:
 def test_export_passes_the_trial_on(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "run" / "trials" / "full-s0").mkdir(parents=True)
     (tmp_path / "run" / "manifest.json").write_text("{}", encoding="utf-8")
-    stub("depthprobe.sweep.export", export_trial=lambda run, trial, folder: folder / trial)
+    stub("depthprobe.runs.export", export_trial=lambda run, trial, folder: folder / trial)
     outcome = cli("export", "run", "full-s0", "out")
     assert (outcome.code, outcome.out) == (0, "out/full-s0\n")
 

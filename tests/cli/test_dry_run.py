@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from depthprobe.cli.dry_run import duration, duration_of
-from depthprobe.sweep import rates
-from depthprobe.sweep.forecast import Span
+from depthprobe.runs import rates
+from depthprobe.runs.forecast import Span
 
 Cli = Callable[..., Any]
 
@@ -25,7 +25,7 @@ def study(
     """Flags of a study of forty users and a two-block backbone, measured for a moment."""
     from transformers import LlamaForCausalLM
 
-    from depthprobe.models.embedded import embedded_tokenizer
+    from depthprobe.models.backbones import embedded_tokenizer
 
     config = llama_config(num_hidden_layers=2, vocab_size=259)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
@@ -38,7 +38,7 @@ def study(
     # on a busy machine the moment is too short for a measurement, and one is predicted
     monkeypatch.setattr("depthprobe.cost.curve.PATIENCE", float("inf"))
     # one thread, as all tests have
-    monkeypatch.setattr("depthprobe.sweep.provenance.available_cores", lambda: 1)
+    monkeypatch.setattr("depthprobe.runs.provenance.available_cores", lambda: 1)
     paths = ["--data", "log.txt", "--backbone", "model", "--output", "run", "--device", "cpu"]
     return [*paths, "--seeds", 1, "--epochs", 1, "--jobs", 0, "--layers", 1]
 
@@ -135,7 +135,7 @@ def test_where_too_little_can_be_measured_it_is_predicted(
     cli: Cli, study: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rates, "SECONDS", 0.0)
-    monkeypatch.setattr("depthprobe.sweep.preview.free_memory", lambda device: 1000)
+    monkeypatch.setattr("depthprobe.runs.preview.free_memory", lambda device: 1000)
     out = plain(cli("distill", *study, "--dry-run").out)
     assert "time at least" in out
     assert "PREDICTED by the roofline" in out

@@ -9,7 +9,8 @@ import pytest
 
 from depthprobe.cli.options import StudyFlags, default_output, make_study
 from depthprobe.cli.sweep import PHASES, restrict
-from depthprobe.study import METHODS, PROBES, BadInput, Recipe, Study, Variant, demo_study
+from depthprobe.errors import BadInput
+from depthprobe.study import METHODS, PROBES, Recipe, Study, Variant, demo_study
 
 
 def test_no_flags_are_the_demo() -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from depthprobe.cli.progress import Lines, Live, watch
-from depthprobe.sweep.progress import Progress, Silent
+from depthprobe.runs.progress import Progress, Silent
 
 
 class Terminal(io.StringIO):

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.cli import recommend as command
-from depthprobe.models.exported import load_recommender, write_recommender
+from depthprobe.models.export import load_recommender, write_recommender
 from depthprobe.models.recommender import Recommender
 
 ITEMS = 12
@@ -152,7 +152,7 @@ def test_a_pipe_is_read_once(cli: Cli, folder: Path, users: Path, tmp_path: Path
 def test_only_some_users_are_in_memory(
     cli: Cli, folder: Path, users: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import depthprobe.models.exported as exported
+    import depthprobe.models.export as exported
 
     sizes = []
     answer = exported.ExportedRecommender.recommend

@@ -21,9 +21,9 @@ from depthprobe.cost.actions import (
     stepping,
 )
 from depthprobe.cost.workload import Workload
+from depthprobe.errors import BadInput
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.study import BadInput
 
 CPU = torch.device("cpu")
 WORKLOAD = Workload(length=5, items=20, width=4, prompt=2)

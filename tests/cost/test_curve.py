@@ -14,7 +14,7 @@ from transformers import GPT2Config, LlamaConfig
 from depthprobe.cost import curve
 from depthprobe.cost.curve import cost_table, predicted_tables
 from depthprobe.cost.workload import Workload
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 QUICK = Workload(batch=3, length=5, items=20, width=4, prompt=2, seconds=0.01)
 PHASES = ("train_step", "encode", "score", "answer", "encode_one", "score_one", "answer_one")

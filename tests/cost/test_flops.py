@@ -22,10 +22,10 @@ from depthprobe.cost.shapes import plain_kernels, product_counter
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import make_trainable
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.families import family_config
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import skip_blocks
-from depthprobe.models.support import family_config
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 

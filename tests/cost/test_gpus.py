@@ -10,7 +10,7 @@ import torch
 
 from depthprobe.cost.gpus import GPUS, Roof, check_gpus, find_gpu
 from depthprobe.cost.roofline import MEASURED, roof_of
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 
 @pytest.mark.parametrize(

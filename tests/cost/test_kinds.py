@@ -7,7 +7,7 @@ from torch import nn
 
 from depthprobe.cost.kinds import first_alike
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.support import family_config
+from depthprobe.models.families import family_config
 from depthprobe.models.tiny import tiny_model
 
 

@@ -12,17 +12,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.cost.parameters import (
-    PARTS,
-    count_bytes,
-    count_parameters,
-    parameters_by_block,
-)
+from depthprobe.cost.parameters import PARTS, count_bytes, count_parameters, parameters_by_block
 from depthprobe.models.build import make_trainable
-from depthprobe.models.popularity import Popularity
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.families import family_config
+from depthprobe.models.recommender import Popularity, Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.models.support import family_config
 from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 

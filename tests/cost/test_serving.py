@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from depthprobe.cost.serving import check_price, serving_cost
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 
 def test_a_billion_requests_by_hand() -> None:

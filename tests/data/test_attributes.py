@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from depthprobe.data.attributes import read_attribute
-from depthprobe.study import BadInput
+from depthprobe.data.readers.titles import read_attribute
+from depthprobe.errors import BadInput
 
 WANTED = {"1", "2", "3"}
 

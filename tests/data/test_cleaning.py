@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthprobe.data.cleaning import Step, clean, k_core, newest, once
-from depthprobe.study import BadInput, Cleaning
+from depthprobe.errors import BadInput
+from depthprobe.study import Cleaning
 
 PAIRS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=60)
 

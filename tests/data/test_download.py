@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.data import download as module
-from depthprobe.data.download import download
-from depthprobe.study import BadInput
+from depthprobe.data import public as module
+from depthprobe.data.public import download
+from depthprobe.errors import BadInput
 
 BODY = hashlib.shake_256(b"set").digest(300_000)  # nothing in it repeats
 SHA256 = f"sha256:{hashlib.sha256(BODY).hexdigest()}"

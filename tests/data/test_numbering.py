@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.data.log import encode_ids
-from depthprobe.data.numbering import natural_order, number_ids, used_only
-from depthprobe.study import BadInput
+from depthprobe.data.log import encode_ids, natural_order, number_ids, used_only
+from depthprobe.errors import BadInput
 
 
 def test_natural_order() -> None:
@@ -53,7 +52,7 @@ def test_refuses(raw: list[str], said: str) -> None:
 
 
 def test_refuses_more_ids_than_an_int32_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depthprobe.data.numbering.MOST_IDS", 2)
+    monkeypatch.setattr("depthprobe.data.log.MOST_IDS", 2)
     with pytest.raises(BadInput, match="3 items.*at most 2"):
         number_ids(encode_ids("abc"), "item")
 

@@ -18,7 +18,8 @@ from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.prepared import order_log, prepare_data
 from depthprobe.data.statistics import NO_TIMES
 from depthprobe.data.storage import Sequences, load_data, write_data
-from depthprobe.study import BadInput, Cleaning, Columns
+from depthprobe.errors import BadInput
+from depthprobe.study import Cleaning, Columns
 
 # users, items, interactions of the public sets, in the folder that DEPTHPROBE_DATA names
 PUBLISHED = {

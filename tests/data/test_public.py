@@ -17,9 +17,10 @@ from zipfile import ZipFile
 
 import pytest
 
-from depthprobe.data import download, public
+from depthprobe.data import public
+from depthprobe.data import public as download
 from depthprobe.data.public import PublicSet, cache_folder, is_public, obtain, public_set
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 RATINGS, MOVIES = b"1::10::5::978300760\n", b"10::Toy Story (1995)::Comedy\n"
 

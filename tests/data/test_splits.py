@@ -11,7 +11,8 @@ from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import Part, Split, leave_one_out, make_split
 from depthprobe.data.storage import Sequences
-from depthprobe.study import BadInput, Protocol
+from depthprobe.errors import BadInput
+from depthprobe.study import Protocol
 
 DAY = 86_400
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.evaluation.agreement import overlap, rank_biased_overlap
+from depthprobe.evaluation.metrics import overlap, rank_biased_overlap
 
 Lists = tuple[list[list[int]], list[list[int]]]
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import leave_one_out
-from depthprobe.evaluation.evaluate import Questions, evaluate, mean_ndcg, questions
-from depthprobe.evaluation.ranks import rank_targets
+from depthprobe.evaluation.ranks import Questions, evaluate, mean_ndcg, questions, rank_targets
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,7 @@ from depthprobe.evaluation.lists import (
     top_lists,
     what_was_taken,
 )
-from depthprobe.models.top import best_columns
+from depthprobe.models.recommender import best_columns
 from depthprobe.study import Protocol
 
 INF = float("inf")

@@ -12,15 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from depthprobe.errors import BadInput
 from depthprobe.models.backbones import (
     backbone_config,
+    embedded_backbone,
+    embedded_config,
+    embedded_tokenizer,
+    is_folder,
     load_backbone,
     load_tokenizer,
 )
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.embedded import embedded_backbone, embedded_config, embedded_tokenizer
-from depthprobe.models.sources import is_folder
-from depthprobe.study import BadInput
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def no_network(monkeypatch):
         raise socket.gaierror("no name server")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("depthprobe.models.sources.getproxies", dict)
+    monkeypatch.setattr("depthprobe.models.backbones.getproxies", dict)
 
 
 def edit_weights(folder, change):

@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from depthprobe.models.build import (
-    WEIGHTS,
-    around,
-    build_recommender,
-    load_trained,
-    save_trained,
-)
-from depthprobe.models.embedded import embedded_backbone
+from depthprobe.models.backbones import embedded_backbone
+from depthprobe.models.build import WEIGHTS, around, build_recommender, load_trained, save_trained
 from depthprobe.study import Backbone
 
 

@@ -22,9 +22,10 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from depthprobe.models import proofs, skipping
+from depthprobe.errors import BadInput
+from depthprobe.models import check as proofs
+from depthprobe.models import skipping
 from depthprobe.models.check import CheckResult, can_be_cut, check_backbone
-from depthprobe.study import BadInput
 
 # Published sizes: a 70B Llama, a 671B mixture.
 REAL = {

@@ -14,16 +14,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import LlamaForCausalLM as Llama
 
+from depthprobe.errors import BadInput
 from depthprobe.models import cutting
 from depthprobe.models.blocks import find_blocks, find_decoder
-from depthprobe.models.config_fields import cut_config
-from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.prefix import cache_argument
+from depthprobe.models.cutting import cut_config, keep_blocks
+from depthprobe.models.families import family_config
+from depthprobe.models.prompt import cache_argument
 from depthprobe.models.skipping import after_blocks, skip_blocks
-from depthprobe.models.support import family_config
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.models.tiny import tiny_model
-from depthprobe.study import BadInput
 
 
 @torch.no_grad()

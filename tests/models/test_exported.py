@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.models import exported
-from depthprobe.models.exported import (
+from depthprobe.errors import BadInput
+from depthprobe.models import export as exported
+from depthprobe.models.export import (
     CARD,
     PARTS,
     ExportedRecommender,
@@ -23,7 +24,6 @@ from depthprobe.models.exported import (
     write_recommender,
 )
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import BadInput
 
 ITEMS, WIDTH = 30, 6
 IDS = [f"i{number}" for number in range(1, ITEMS + 1)]

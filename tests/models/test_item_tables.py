@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from depthprobe.models.embedded import embedded_backbone, embedded_tokenizer
+from depthprobe.errors import BadInput
+from depthprobe.models.backbones import embedded_backbone, embedded_tokenizer
 from depthprobe.models.item_tables import (
     LONGEST_TITLE,
     balanced,
@@ -21,7 +22,7 @@ from depthprobe.models.item_tables import (
     table_hash,
 )
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import Backbone, BadInput
+from depthprobe.study import Backbone
 
 IDS = ["i1", "i2", "i10"]
 VALUES = np.arange(12, dtype=np.float64).reshape(3, 4)

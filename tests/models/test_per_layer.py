@@ -8,11 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from depthprobe.models.blocks import find_decoder
+from depthprobe.models.blocks import find_decoder, no_token, per_layer
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.per_layer import no_token, per_layer
+from depthprobe.models.families import family_config
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.support import family_config
 from depthprobe.models.tiny import tiny_model
 
 PROMPT, SUFFIX = (3, 1, 4, 1, 5), (2, 7)

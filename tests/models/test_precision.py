@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from depthprobe.errors import BadInput
 from depthprobe.models.backbones import load_backbone, pretrained
-from depthprobe.study import Backbone, BadInput
+from depthprobe.study import Backbone
 
 
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])

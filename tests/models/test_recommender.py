@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.build import (
     learned_table,
     load_trained,
@@ -18,9 +19,8 @@ from depthprobe.models.build import (
     prompt_tokens,
     save_trained,
 )
-from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Backbone
 
 PROMPT = (3, 1, 4, 1, 5)

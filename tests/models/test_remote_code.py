@@ -8,9 +8,13 @@ import sys
 
 import pytest
 
-from depthprobe.models.backbones import backbone_config, load_backbone, load_tokenizer
-from depthprobe.models.embedded import embedded_tokenizer
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
+from depthprobe.models.backbones import (
+    backbone_config,
+    embedded_tokenizer,
+    load_backbone,
+    load_tokenizer,
+)
 
 CODE = """
 from pathlib import Path

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from depthprobe.models.backbones import load_backbone, pretrained
-from depthprobe.models.embedded import embedded_backbone
+from depthprobe.errors import BadInput
+from depthprobe.models.backbones import (
+    embedded_backbone,
+    load_backbone,
+    pretrained,
+    resolve_revision,
+)
 from depthprobe.models.revision import backbone_revision, describe, pinned, pinned_now
-from depthprobe.models.sources import resolve_revision
-from depthprobe.study import Backbone, BadInput
+from depthprobe.study import Backbone
 
 OLD, NEW = "a" * 40, "b" * 40
 HUB = Backbone(source="org/model")
@@ -32,7 +36,7 @@ def hub(make_model, tmp_path, monkeypatch) -> Path:
     (repository / "refs" / "v2").write_text(NEW)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("depthprobe.models.sources.offline", lambda source: True)
+    monkeypatch.setattr("depthprobe.models.backbones.offline", lambda source: True)
     monkeypatch.setattr("depthprobe.models.backbones.offline", lambda source: True)
     return repository
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthprobe.models.popularity import Popularity
+from depthprobe.models.recommender import Popularity
 from depthprobe.models.sasrec import SASRec, dropout
 
 

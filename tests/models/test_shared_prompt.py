@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel, RobertaConfig
 
-from depthprobe.models.blocks import find_blocks
+from depthprobe.models.blocks import find_blocks, no_token, per_layer
 from depthprobe.models.build import make_trainable
-from depthprobe.models.checkpointing import checkpointed_blocks
-from depthprobe.models.per_layer import no_token, per_layer
+from depthprobe.models.precision import checkpointed_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Backbone
 
 LONG, SHORT = (3, 1, 4, 1, 5, 9, 2), (3, 1)  # windows of attention are 4 wide

@@ -9,13 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, StaticCache
 
+from depthprobe.errors import BadInput
 from depthprobe.models import skipping
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.prefix import cache_argument
+from depthprobe.models.prompt import cache_argument
 from depthprobe.models.skipping import after_blocks, skip_blocks
-from depthprobe.models.tap import tap_blocks
-from depthprobe.study import BadInput
+from depthprobe.models.taps import tap_blocks
 
 SKIPS = [{0, 3}, {2, 5}]
 

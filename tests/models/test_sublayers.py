@@ -8,12 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from depthprobe.errors import BadInput
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.prefix import cache_argument
+from depthprobe.models.parts import find_sublayers
+from depthprobe.models.prompt import cache_argument
 from depthprobe.models.skipping import skip_blocks
-from depthprobe.models.sublayers import find_sublayers
-from depthprobe.models.tap import tap_blocks
-from depthprobe.study import BadInput
+from depthprobe.models.taps import tap_blocks
 
 # Read in the sources: (what mixes positions, what does not) of a block.
 SOURCES = {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.models import support
+from depthprobe.models import families as support
 from depthprobe.models.check import CheckResult
-from depthprobe.models.support import (
+from depthprobe.models.families import (
     CHECKS,
     Family,
     check_families,

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.skipping import skip_blocks
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, DeepseekV3Config, Gemma3TextConfig, LlamaConfig
 
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.support import family_config
+from depthprobe.models.families import family_config
 from depthprobe.models.tiny import tiny_config, tiny_model
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.models.top import best_columns
+from depthprobe.models.recommender import best_columns
 
 INF = float("inf")
 

@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from depthprobe.models import skipping
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.parts import find_sublayers
 from depthprobe.models.skipping import skip_blocks
-from depthprobe.models.sublayers import find_sublayers
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 
 SKIPS = [({1, 4}, "block"), ({0, 3}, "attention"), ({0, 3}, "mlp")]
 

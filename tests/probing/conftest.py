@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.evaluation.evaluate import Questions, mean_ndcg
+from depthprobe.evaluation.ranks import Questions, mean_ndcg
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.fitting import CachedStates
 from depthprobe.probing.passes import passes
+from depthprobe.probing.readout import CachedStates
 
 
 @pytest.fixture(params=[(), (3, 1, 2)], ids=["no prompt", "prompt"])

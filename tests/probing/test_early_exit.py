@@ -7,10 +7,10 @@ import copy
 import numpy as np
 import torch
 
-from depthprobe.evaluation.evaluate import Questions, evaluate
+from depthprobe.evaluation.ranks import Questions, evaluate
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.early_exit import early_exit
+from depthprobe.probing.passes import early_exit
 
 CPU = torch.device("cpu")
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from depthprobe.evaluation.evaluate import Questions, evaluate
+from depthprobe.evaluation.ranks import Questions, evaluate
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.families import families, family_config
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.support import families, family_config
 from depthprobe.models.tiny import tiny_model
-from depthprobe.probing.early_exit import early_exit
-from depthprobe.probing.fitting import cache_states
+from depthprobe.probing.passes import early_exit
+from depthprobe.probing.readout import cache_states
 from depthprobe.probing.replace import fit_replacements
 from depthprobe.probing.settling import settling
 from depthprobe.probing.similarity import similarities

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.ranks import Questions
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.fitting import CachedStates, cache_states, score_gradient
+from depthprobe.probing.readout import CachedStates, cache_states, score_gradient
 
 CPU = torch.device("cpu")
 Draw = Callable[[int, int], Questions]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from depthprobe.evaluation.evaluate import Questions, evaluate, mean_ndcg
+from depthprobe.evaluation.ranks import Questions, evaluate, mean_ndcg
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender

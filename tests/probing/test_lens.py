@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.ranks import Questions
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.early_exit import early_exit
-from depthprobe.probing.fitting import CachedStates, Fitting
-from depthprobe.probing.lens import fit_lenses
-from depthprobe.probing.passes import passes
-from depthprobe.probing.readout import rank_readouts
+from depthprobe.probing.passes import early_exit, passes
+from depthprobe.probing.readout import CachedStates, Fitting, fit_lenses, rank_readouts
 
 CPU = torch.device("cpu")
 Draw = Callable[[int, int], Questions]

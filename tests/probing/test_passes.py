@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
-from depthprobe.evaluation.evaluate import Questions, evaluate
+from depthprobe.evaluation.ranks import Questions, evaluate
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.probing.early_exit import early_exit
 from depthprobe.probing.greedy import greedy
-from depthprobe.probing.passes import Probed, passes
+from depthprobe.probing.passes import Probed, early_exit, passes
 from depthprobe.probing.settling import settling
 from depthprobe.probing.similarity import similarities
 from depthprobe.probing.taylor import taylor_importance

@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.evaluate import Questions, mean_ndcg
+from depthprobe.evaluation.ranks import Questions, mean_ndcg
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tiny import tiny_model
-from depthprobe.probing.early_exit import early_exit
-from depthprobe.probing.fitting import CachedStates, Fitting, cache_states
-from depthprobe.probing.readout import fit_readouts, rank_readouts
+from depthprobe.probing.passes import early_exit
+from depthprobe.probing.readout import (
+    CachedStates,
+    Fitting,
+    cache_states,
+    fit_readouts,
+    rank_readouts,
+)
 
 CPU = torch.device("cpu")
 Draw = Callable[[int, int], Questions]

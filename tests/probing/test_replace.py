@@ -16,19 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.ranks import Questions
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.projection import find_projection
+from depthprobe.models.parts import find_projection
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.tiny import tiny_model
-from depthprobe.probing.replace import (
-    Replacement,
-    apply_replacement,
-    fit_replacements,
-    fold_map,
-)
+from depthprobe.probing.replace import Replacement, apply_replacement, fit_replacements, fold_map
 
 CPU = torch.device("cpu")
 SPANS = [(1, 2), (1, 4), (2, 3), (2, 5), (4, 5)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.probing.screening import nearest_spans
+from depthprobe.probing.greedy import nearest_spans
 
 
 @given(st.integers(1, 9), st.data())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.ranks import Questions
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.settling import (

@@ -14,17 +14,16 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.ranks import Questions
 from depthprobe.models import skipping
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import skip_blocks
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.models.tiny import tiny_model
 from depthprobe.probing import similarity
-from depthprobe.probing.branches import Term, find_sums
 from depthprobe.probing.passes import passes
-from depthprobe.probing.similarity import similarities, to_frame
+from depthprobe.probing.similarity import Term, find_sums, similarities, to_frame
 
 CPU = torch.device("cpu")
 ARRAYS = ("influence", "angular", "cka", "norms", "attention", "mlp")

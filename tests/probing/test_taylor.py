@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.evaluate import Questions
+from depthprobe.evaluation.ranks import Questions
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tiny import tiny_model

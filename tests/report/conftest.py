@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from depthprobe.evaluation.metrics import metrics_from_ranks
-from depthprobe.report.summary import Summary, summarise
+from depthprobe.report.numbers import Summary, summarise
 from depthprobe.study import Study, override
 
 BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
@@ -44,7 +44,7 @@ def strength(method: str, depth: int, removed: str) -> float:
 
 @dataclass
 class FakeRun:
-    """Duck-typed like `depthprobe.sweep.store.Run`."""
+    """Duck-typed like `depthprobe.runs.store.Run`."""
 
     path: Path
     study: Study

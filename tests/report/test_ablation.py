@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from depthprobe.report.ablation import ablation_table
-from depthprobe.report.readings import curves
+from depthprobe.report.depth_figures import curves
+from depthprobe.report.numbers import Summary, summarise
 from depthprobe.report.style import method_order, method_style
-from depthprobe.report.summary import Summary, summarise
+from depthprobe.report.tables import ablation_table
 
 
 def gains(run: Any, trial: str) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.answer import Answer, build_answer
-from depthprobe.report.summary import Summary, summarise
+from depthprobe.report.numbers import Summary, summarise
 
 Make = Callable[..., Any]
 

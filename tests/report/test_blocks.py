@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from depthprobe.report.blocks import left_out_table
-from depthprobe.report.summary import Summary
+from depthprobe.report.numbers import Summary
+from depthprobe.report.tables import left_out_table
 
 
 def test_numbers_equal_a_recomputation_from_ranks(run: Any, summary: Summary) -> None:

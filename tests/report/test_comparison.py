@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
+from depthprobe.errors import BadInput
 from depthprobe.report.answer import build_answer
 from depthprobe.report.comparison import build_comparison, default_output, differences
 from depthprobe.report.depth_figures import kept_side_by_side
-from depthprobe.report.summary import Summary, summarise
-from depthprobe.study import BadInput, override
+from depthprobe.report.numbers import Summary, summarise
+from depthprobe.study import override
 
 METHODS = {"full", "sasrec", "finetune", "distill", "early-exit"}
 

@@ -10,10 +10,11 @@ from matplotlib.dates import date2num, num2date
 
 from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
-from depthprobe.data.shape import length_bins, popularity, top_shares
+from depthprobe.data.statistics import length_bins, popularity, top_shares
 from depthprobe.data.storage import Sequences
+from depthprobe.errors import BadInput
 from depthprobe.report.data_figure import data_figure, save_data_figure
-from depthprobe.study import BadInput, Protocol
+from depthprobe.study import Protocol
 
 DAY = 86_400
 LENGTHS = (1, 3, 4, 5, 9, 16)

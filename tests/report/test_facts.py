@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from depthprobe.report.caveats import caveats
+from depthprobe.report.answer import caveats
 from depthprobe.report.facts import conditions, how_measured
-from depthprobe.report.summary import Summary, summarise
+from depthprobe.report.numbers import Summary, summarise
 from depthprobe.study import override
 
 Make = Callable[..., Any]

@@ -17,6 +17,8 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 import depthprobe
+from depthprobe.errors import BadInput
+from depthprobe.report.depth_figures import pareto_front, priced, skip_changes
 from depthprobe.report.drawing import save_figure
 from depthprobe.report.figures import (
     FIGURES,
@@ -25,9 +27,7 @@ from depthprobe.report.figures import (
     kept_vs_depth,
     skip_sensitivity,
 )
-from depthprobe.report.readings import pareto_front, priced, skip_changes
-from depthprobe.report.summary import Summary, summarise
-from depthprobe.study import BadInput
+from depthprobe.report.numbers import Summary, summarise
 
 
 def _series(ax: Axes) -> dict[str, ErrorbarContainer]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from depthprobe.errors import BadInput
 from depthprobe.report.figures import FIGURES
-from depthprobe.report.html import build_report, inline_svg
-from depthprobe.study import BadInput, override, study_to_toml
+from depthprobe.report.page import build_report, inline_svg
+from depthprobe.study import override, study_to_toml
 
 Make = Callable[..., Any]
 EVIL = "<script>alert(1)</script>"

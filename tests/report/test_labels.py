@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from depthprobe.report.labels import label_points, label_right, spread
+from depthprobe.report.drawing import label_points, label_right, spread
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))

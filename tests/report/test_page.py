@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from depthprobe.report.comparison import build_comparison
-from depthprobe.report.html import build_report
+from depthprobe.report.page import build_report
 from depthprobe.study import override
 
 html5lib = pytest.importorskip("html5lib")

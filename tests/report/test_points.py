@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 
 from depthprobe.evaluation.statistics import bootstrap_mean, bootstrap_ratio
-from depthprobe.report.points import FULL, SAMPLED, Point, Ranks
-from depthprobe.report.summary import Summary, summarise
+from depthprobe.report.numbers import FULL, SAMPLED, Point, Ranks, Summary, summarise
 
 
 def _ndcg(ranks: pd.Series) -> float:

@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from depthprobe.report.ablation import ablation_table
-from depthprobe.report.ablation_figure import ablation_changes, ablation_reading
-from depthprobe.report.block_figures import block_influence, influence_reading
-from depthprobe.report.cost_figures import speed_vs_depth
-from depthprobe.report.costs import cost_table, timed
-from depthprobe.report.map_figures import span_cells, span_map, span_reading
-from depthprobe.report.summary import Summary, summarise
-from depthprobe.report.user_figures import settling_depth, settling_reading
+from depthprobe.report.block_figures import (
+    ablation_changes,
+    ablation_reading,
+    block_influence,
+    influence_reading,
+    settling_depth,
+    settling_reading,
+    span_cells,
+    span_map,
+    span_reading,
+)
+from depthprobe.report.depth_figures import speed_vs_depth
+from depthprobe.report.numbers import Summary, summarise
+from depthprobe.report.tables import ablation_table, cost_table, timed
 
 
 def _gains(run: Any) -> Any:

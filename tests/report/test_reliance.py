@@ -12,12 +12,12 @@ from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.trust import reliability
-from depthprobe.report.html import build_report
+from depthprobe.evaluation.statistics import reliability
+from depthprobe.report.page import build_report
 from depthprobe.report.reliance import reliance_table
+from depthprobe.runs.store import Run
+from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Backbone, Cost, Data, Protocol, Recipe, SasRec, Study
-from depthprobe.sweep.runner import run_sweep
-from depthprobe.sweep.store import Run
 
 WANTED = ("full", "skip", "span", "drop-mlp", "similarity", "taylor", "early-exit", "finetune")
 

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from depthprobe.evaluation.statistics import bootstrap_difference
-from depthprobe.report.slices import lists_table, slice_table
-from depthprobe.report.summary import Summary, summarise
+from depthprobe.report.numbers import Summary, summarise
+from depthprobe.report.tables import lists_table, slice_table
 
 Make = Callable[..., Any]
 

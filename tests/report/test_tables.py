@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from depthprobe.report.summary import SAMPLED, Summary, summarise
+from depthprobe.report.numbers import SAMPLED, Summary, summarise
 from depthprobe.report.tables import (
     all_tables,
     depth_table,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from depthprobe.errors import BadInput
 from depthprobe.study import (
     METHODS,
-    BadInput,
     Distillation,
     Elastic,
     Heal,

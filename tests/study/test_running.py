@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from depthprobe.errors import BadInput
 from depthprobe.study import (
-    BadInput,
     Slurm,
     Study,
     Tracking,

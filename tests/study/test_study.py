@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from depthprobe.errors import BadInput
 from depthprobe.study import (
     METHODS,
     Backbone,
-    BadInput,
     Data,
     Recipe,
     Study,

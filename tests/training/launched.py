@@ -22,9 +22,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from depthprobe.errors import BadInput
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.study import BadInput, Recipe
+from depthprobe.study import Recipe
 from depthprobe.training import checkpoint
 from depthprobe.training.distributed import join, spread, start
 from depthprobe.training.loop import DivergedError, Fit, fit

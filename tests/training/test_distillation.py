@@ -13,13 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.models.recommender import Recommender, states_at
-from depthprobe.models.tap import tap_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Distillation, Recipe
-from depthprobe.training.cross_entropy import catalogue_cross_entropy
-from depthprobe.training.distillation import Distiller, group_ends, wanted_features
+from depthprobe.training.distillation import (
+    Distiller,
+    catalogue_kl,
+    group_ends,
+    state_loss,
+    top_kl,
+    wanted_features,
+)
 from depthprobe.training.features import CachedTeacher, OnlineTeacher, Said, write_features
-from depthprobe.training.following import catalogue_kl, state_loss, top_kl
 from depthprobe.training.loop import fit
+from depthprobe.training.losses import catalogue_cross_entropy
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 
 CPU = torch.device("cpu")

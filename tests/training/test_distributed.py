@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from depthprobe.study import BadInput, Recipe
+from depthprobe.errors import BadInput
+from depthprobe.study import Recipe
 from depthprobe.training import distributed
 
 SCRIPT = Path(__file__).with_name("launched.py")

@@ -11,13 +11,8 @@ import pytest
 import torch
 
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.tap import tap_blocks
-from depthprobe.training.features import (
-    CachedTeacher,
-    OnlineTeacher,
-    Wanted,
-    write_features,
-)
+from depthprobe.models.taps import tap_blocks
+from depthprobe.training.features import CachedTeacher, OnlineTeacher, Wanted, write_features
 from depthprobe.training.objectives import Batch, ask_last, make_batch
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
-from depthprobe.training import following
-from depthprobe.training.following import catalogue_kl, state_loss, top_kl
+from depthprobe.training import distillation as following
+from depthprobe.training.distillation import catalogue_kl, state_loss, top_kl
 
 
 def test_state_losses_by_hand() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
-from depthprobe.training import steps
+from depthprobe.training import loop as steps
 from depthprobe.training.loop import DivergedError, Fit, _cosine, fit
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 

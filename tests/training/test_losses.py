@@ -15,10 +15,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from depthprobe.study import Recipe
-from depthprobe.training import cross_entropy as full
-from depthprobe.training import losses, mean_loss
-from depthprobe.training.cross_entropy import catalogue_cross_entropy
-from depthprobe.training.losses import catalogue_loss, gbce, sampled_softmax
+from depthprobe.training import losses
+from depthprobe.training import losses as full
+from depthprobe.training import losses as mean_loss
+from depthprobe.training.losses import (
+    catalogue_cross_entropy,
+    catalogue_loss,
+    gbce,
+    sampled_softmax,
+)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SAMPLED: dict[str, Loss] = {

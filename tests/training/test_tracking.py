@@ -13,8 +13,9 @@ import torch
 from accelerate import tracking as trackers
 from accelerate.tracking import GeneralTracker
 
+from depthprobe.errors import BadInput
 from depthprobe.models.sasrec import SASRec
-from depthprobe.study import BadInput, Recipe
+from depthprobe.study import Recipe
 from depthprobe.training import loop
 from depthprobe.training.loop import Fit, fit
 from depthprobe.training.objectives import NextItem

@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 
 from depthprobe.data.readers.streams import FIELD
-from depthprobe.study import BadInput, Columns
-from depthprobe.study.errors import nearest, short
+from depthprobe.errors import BadInput, nearest, short
+from depthprobe.study import Columns
 
 SHOWN = 20  # names of a header that a message lists
 

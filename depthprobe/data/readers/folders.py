@@ -13,7 +13,7 @@ import numpy as np
 from depthprobe.data.log import PARTS, Ids, Log
 from depthprobe.data.readers.columns import listed
 from depthprobe.data.readers.streams import FIELD
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 ENDINGS = {"csv", "dat", "inter", "json", "jsonl", "parquet", "tsv", "txt"}
 # names that are those of a log, whatever lies beside it

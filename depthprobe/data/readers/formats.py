@@ -1,4 +1,4 @@
-"""Readers of raw logs: one function a format, one entry in :data:`FORMATS`."""
+"""MovieLens as GroupLens publishes it: ``u.data``, ``ratings.dat`` or ``ratings.csv``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,85 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from depthprobe.data.log import Log
-from depthprobe.data.readers.columns import KNOWN, REQUIRED, simple
-from depthprobe.data.readers.delimited import DELIMITERS
+from depthprobe.data.readers.columns import KNOWN, REQUIRED, listed, simple
 from depthprobe.data.readers.folders import join_parts, logs_in
-from depthprobe.data.readers.movielens import is_movielens, read_movielens
-from depthprobe.data.readers.recbole import is_recbole, read_recbole
 from depthprobe.data.readers.sequence_files import is_sequences, read_sequences
 from depthprobe.data.readers.streams import FIELD, head
+from depthprobe.data.readers.tables import DELIMITERS
 from depthprobe.data.readers.titles import with_titles
-from depthprobe.study import BadInput, Columns
-from depthprobe.study.errors import nearest, short
+from depthprobe.errors import BadInput, nearest, short
+from depthprobe.study import Columns
+
+_HEADER = re.compile(r"\s*userId,movieId,rating,timestamp\s")
+_TABS = re.compile(r"\s*\d+\t\d+\t[1-5]\t\d{9,10}\r?(\n|$)")
+_COLONS = re.compile(r"\s*[^:\s]+::[^:\s]+::\d+(\.\d+)?::\d+\r?(\n|$)")
+OF_TABS = Columns(user="1", item="2", rating="3", time="4")
+OF_COLONS = Columns(user="1", item="3", rating="5", time="7")  # blank columns lie between colons
+
+
+def is_movielens(head: str) -> bool:
+    """Whether the first line is that of one of the three files."""
+    return any(form.match(head) for form in (_HEADER, _TABS, _COLONS))
+
+
+def read_movielens(path: Path, columns: Columns) -> Log:
+    """Read users, films, ratings (1 to 5, some with halves) and times in seconds.
+
+    Raises:
+        BadInput: if it has columns by place and some are named, or a row can't be used; names the
+            line.
+    """
+    from depthprobe.data.readers.arrow import log_of
+    from depthprobe.data.readers.tables import csv_columns, read_csv
+
+    start = head(path).decode("utf-8-sig", errors="replace")
+    if not (_TABS.match(start) or _COLONS.match(start)):
+        return read_csv(path, columns)
+    for what, name in columns.given().items():
+        allowed = f"none for {path}: this file has no header, its columns are known by their places"
+        raise BadInput(f"data.columns.{what}", name, allowed)
+    wanted, delimiter = (OF_TABS, "\t") if _TABS.match(start) else (OF_COLONS, ":")
+    found, where = csv_columns(path, wanted=wanted, delimiter=delimiter, quoted=False)
+    return log_of(found, source=path, where=where)
+
+
+# RecBole's atomic files: tab-separated, not quoted, with a typed header (recbole.io/atomic_files).
+#
+# ``X.inter`` has the interactions, ``X.item`` beside it what is known of the items.
+
+TYPES = {"token", "float", "token_seq", "float_seq"}
+
+
+def is_recbole(head: str) -> bool:
+    """Whether each column of the first line has a name and a type."""
+    columns = [name.rpartition(":") for name in _header(head)]
+    return all(name and kind in TYPES for name, _, kind in columns)
+
+
+def read_recbole(path: Path, columns: Columns) -> Log:
+    """Read a ``.inter`` file; columns may be named with their types or without them.
+
+    Raises:
+        BadInput: if it holds a list of items a row instead of an interaction, lacks a column, or
+            has a row that can't be used; names the line.
+    """
+    from depthprobe.data.readers.arrow import log_of
+    from depthprobe.data.readers.tables import csv_columns
+
+    header = _header(head(path).decode("utf-8-sig", errors="replace"))
+    lists = [name for name in header if name.endswith("_list:token_seq")]
+    if lists:
+        expected = "expected an interaction a row, with one item_id:token"
+        raise BadInput(FIELD, path, f"a row of {listed(lists)} is a list of items; {expected}")
+    found, where = csv_columns(path, wanted=columns, delimiter="\t", quoted=False)
+    return log_of(found, source=path, where=where)
+
+
+def _header(head: str) -> list[str]:
+    return head.lstrip("\r\n").partition("\n")[0].rstrip("\r").split("\t")
+
+
+# Readers of raw logs: one function a format, one entry in :data:`FORMATS`.
 
 EMBEDDED = "embedded"
 LOOKED_AT = 2**16  # bytes at a file's start that tell its format

@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.json
 
 from depthprobe.data.log import Log
-from depthprobe.data.readers.arrow import log_of
+from depthprobe.data.readers.arrow import log_of, row_number
 from depthprobe.data.readers.columns import REQUIRED, find_columns
 from depthprobe.data.readers.streams import BLOCK, FIELD, open_bytes, open_text
-from depthprobe.data.readers.times import row_number
-from depthprobe.study import BadInput, Columns
-from depthprobe.study.errors import short
+from depthprobe.errors import BadInput, short
+from depthprobe.study import Columns
 
 BOM = b"\xef\xbb\xbf"
 LOOKED_AT = 2**22  # bytes at a file's start that tell its columns and their types

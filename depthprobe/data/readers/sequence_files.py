@@ -14,7 +14,8 @@ import numpy as np
 
 from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.readers.streams import FIELD, open_text, stem
-from depthprobe.study import BadInput, Columns
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 EXPECTED = "a log has one user a line: 'user item item ...', ids without blanks, oldest item first"
 LONGEST_ID = 128  # characters

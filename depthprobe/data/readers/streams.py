@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 FIELD = "data.source"
 BLOCK = 2**22  # bytes that are read at once; no row or line is longer

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from depthprobe.data.log import encode_ids
 from depthprobe.data.readers.arrow import log_of, to_ids
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 SOURCE = Path("shop.csv")
 TEXTS = st.text("ab01 é", min_size=1, max_size=2).filter(str.strip)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.data.readers.columns import KNOWN, find_columns, guess_column, simple
-from depthprobe.study import BadInput, Columns
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 SOURCE = Path("log.csv")
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.data.readers.delimited import DELIMITERS, layout_of, records
-from depthprobe.study import BadInput, Columns
+from depthprobe.data.readers.tables import DELIMITERS, layout_of, records
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 WANTED = Columns(user="1", item="2")
 
@@ -66,7 +67,7 @@ def test_delimiter(tmp_path: Path, text: str, delimiter: str) -> None:
 def test_only_the_start_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "user,item,x\n" + 'a,b,"c\nd"\n' * 5
     for size in range(14, len(text) + 2):
-        monkeypatch.setattr("depthprobe.data.readers.delimited.LOOKED_AT", size)
+        monkeypatch.setattr("depthprobe.data.readers.tables.LOOKED_AT", size)
         assert layout_of(write(tmp_path, text), Columns(), delimiter=None, quoted=True).width == 3
 
 

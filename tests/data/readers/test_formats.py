@@ -15,7 +15,8 @@ import pytest
 from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.readers.folders import join_parts
 from depthprobe.data.readers.formats import FORMATS, read_log, recognise
-from depthprobe.study import BadInput, Columns
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 # (user, item, rating, time); each user's in time order and together, as a sequence file needs
 ROWS = [

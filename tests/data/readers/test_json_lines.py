@@ -10,7 +10,8 @@ import pytest
 
 from depthprobe.data.log import Ids, Log
 from depthprobe.data.readers.json_lines import read_json
-from depthprobe.study import BadInput, Columns
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 
 def write(folder: Path, text: str | bytes, name: str = "shop.json") -> Path:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.data.readers.formats import read_log
-from depthprobe.data.readers.movielens import is_movielens, read_movielens
-from depthprobe.study import BadInput, Columns
+from depthprobe.data.readers.formats import is_movielens, read_log, read_movielens
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 # as the three generations of MovieLens write the same four ratings
 ROWS = [(7, 10, "3.5", 900000200), (7, 2, "4", 900000100), (8, 10, "1", 900000300)]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.data.readers.formats import read_log
-from depthprobe.data.readers.recbole import is_recbole, read_recbole
-from depthprobe.study import BadInput, Columns
+from depthprobe.data.readers.formats import is_recbole, read_log, read_recbole
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 INTER = """user_id:token\titem_id:token\trating:float\ttimestamp:float
 u1\t"i1\t4\t20

@@ -9,7 +9,8 @@ import pytest
 
 from depthprobe.data.log import Ids
 from depthprobe.data.readers.sequence_files import is_sequences, read_sequences
-from depthprobe.study import BadInput, Columns
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 
 def write(folder: Path, text: str | bytes, name: str = "sequences.txt") -> Path:

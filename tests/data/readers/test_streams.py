@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.data.readers.streams import head, open_bytes, open_text, read_text, stem
-from depthprobe.study import BadInput
+from depthprobe.errors import BadInput
 
 
 def zstd(raw: bytes) -> bytes:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from depthprobe.data.log import Ids, Log
 from depthprobe.data.readers.json_lines import read_json
 from depthprobe.data.readers.tables import csv_columns, read_csv, read_parquet
-from depthprobe.study import BadInput, Columns
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 HEADER = "user_id,item_id,rating,timestamp\n"
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.data.readers.times import to_numbers, to_seconds
-from depthprobe.study import BadInput
+from depthprobe.data.readers.arrow import to_numbers, to_seconds
+from depthprobe.errors import BadInput
 
 SOURCE = Path("log.csv")
 UTC = dt.UTC

@@ -10,7 +10,8 @@ import pytest
 
 from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.readers.titles import companion, read_titles, with_titles
-from depthprobe.study import BadInput, Columns
+from depthprobe.errors import BadInput
+from depthprobe.study import Columns
 
 TITLES = {"B1": 'Soap, "blue"', "B2": "Thé & lemon"}
 

@@ -1,0 +1,265 @@
+"""A recommender outside its run: a plain Hugging Face checkpoint with the recommender's parts.
+
+``FOLDER/config.json, model.safetensors, tokenizer``: the cut backbone, as transformers reads it.
+``FOLDER/recommender.safetensors, recommender.json``: adapters, item table, head, item ids, prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from depthprobe.errors import BadInput
+from depthprobe.models.backbones import load_backbone, resolve_device
+from depthprobe.models.recommender import Recommender, best_columns
+
+PARTS, CARD = "recommender.safetensors", "recommender.json"
+SCHEMA = 1
+BATCH = 256  # users encoded at once
+SCORE_BYTES = 64 * 2**20  # of scores at once, however large the catalogue is; one user's at least
+ITEMS = "items"
+OWN = ("input_adapter.", "output_adapter.", "head.")  # the recommender's parts, by their names
+HEADS = ("dot", "linear")
+# everywhere, and of the same result on the same device; other kernels are the server's choice
+KEPT_ATTENTIONS = ("eager", "sdpa")
+
+
+class Recommendation(NamedTuple):
+    """One recommended item."""
+
+    item: str
+    title: str | None
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedRecommender:
+    """Top items for histories of raw item ids."""
+
+    model: Recommender
+    item_ids: list[str]
+    titles: list[str] | None
+    max_history: int
+    filter_seen: bool
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """Raw item id -> row of the item table, 1 to I."""
+        return {raw: number for number, raw in enumerate(self.item_ids, start=1)}
+
+    @torch.inference_mode()
+    def recommend(
+        self, histories: Sequence[Sequence[str]], top: int = 10
+    ) -> list[list[Recommendation]]:
+        """The ``top`` best items of each history (raw item ids, oldest first), best first.
+
+        Items of the history are left out where the model was evaluated that way; on ties the item
+        that comes first in the catalogue is first. At most 256 users are encoded at a time and
+        64 MiB of scores exist at a time: hand on a large file in parts of some thousand lines.
+
+        Raises:
+            BadInput: for an empty history, an item that the catalogue doesn't hold, or a ``top``
+                that is not between 1 and the number of items.
+        """
+        if not 1 <= top <= len(self.item_ids):
+            raise BadInput("top", top, f"a whole number from 1 to {len(self.item_ids)}")
+        known = [self._numbered(history) for history in histories]
+        prompt = self.model.prepare_prompt()
+        found: list[list[Recommendation]] = [[] for _ in known]
+        # users of like length together: less padding is computed
+        order = sorted(range(len(known)), key=lambda place: len(known[place]))
+        for start in range(0, len(order), BATCH):
+            places = order[start : start + BATCH]
+            vectors = self.model.encode(*self._padded([known[p] for p in places]), prompt)
+            size = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))
+            for first in range(0, len(places), size):
+                part = places[first : first + size]
+                best = self._best(vectors[first : first + size], [known[p] for p in part], top)
+                for place, items, scores in zip(part, *best, strict=True):
+                    found[place] = self._named(items, scores)
+        return found
+
+    def _numbered(self, history: Sequence[str]) -> np.ndarray:
+        if not len(history):
+            raise BadInput("history", "", "at least one item id a user")
+        for raw in history:
+            if str(raw) not in self.numbers:
+                allowed = f"an item id of the {len(self.numbers)} in the catalogue"
+                raise BadInput("history", raw, allowed)
+        return np.array([self.numbers[str(raw)] for raw in history], dtype=np.int64)
+
+    def _padded(self, histories: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Right-padded latest items (B, T) and lengths (B,), on the model's device."""
+        recent = [torch.from_numpy(history[-self.max_history :]) for history in histories]
+        padded = torch.nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, T)
+        device = self.model.item_matrix().device
+        return padded.to(device), torch.tensor([len(h) for h in recent], device=device)
+
+    def _best(
+        self, vectors: Tensor, histories: list[np.ndarray], top: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Items 1..I and scores, the best ``top`` of each user; excluded ones have -inf."""
+        scores = vectors @ self.model.item_matrix().T  # (B, I + 1)
+        scores[:, 0] = -torch.inf
+        if self.filter_seen:
+            for row, history in enumerate(histories):
+                scores[row, torch.from_numpy(history).to(scores.device)] = -torch.inf
+        items, values = best_columns(scores, top)  # (B, top)
+        return items.tolist(), values.tolist()
+
+    def _named(self, numbers: list[int], scores: list[float]) -> list[Recommendation]:
+        titles = self.titles
+        return [
+            Recommendation(
+                self.item_ids[number - 1], (titles[number - 1] or None) if titles else None, score
+            )
+            for number, score in zip(numbers, scores, strict=True)
+            if score > -torch.inf
+        ]
+
+
+def write_recommender(
+    folder: Path,
+    model: Recommender,
+    backbone: PreTrainedModel,
+    *,
+    item_ids: list[str],
+    titles: list[str] | None,
+    max_history: int,
+    filter_seen: bool,
+    attention: str = "auto",
+) -> None:
+    """Write a trained recommender; see the module for the layout.
+
+    Args:
+        backbone: the causal language model of the same depth, with the trained weights.
+        attention: how it was evaluated.
+    """
+    backbone.save_pretrained(folder)
+    parts = {ITEMS: model.items.weight, **_own_weights(model)}
+    save_file({name: p.detach().cpu().contiguous() for name, p in parts.items()}, folder / PARTS)
+    card = {
+        "schema": SCHEMA,
+        "prompt": model.prompt.tolist(),
+        "suffix": model.suffix.tolist(),
+        "head": "dot" if model.head is None else "linear",
+        "max_history": max_history,
+        "filter_seen": filter_seen,
+        "attention": attention if attention in KEPT_ATTENTIONS else "auto",
+        "item_ids": item_ids,
+        "titles": titles,
+    }
+    (folder / CARD).write_text(json.dumps(card, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_recommender(
+    folder: str | Path, device: str = "cpu", *, trust_remote_code: bool = False
+) -> ExportedRecommender:
+    """Open what ``depthprobe export`` wrote; needs nothing of the run it came from.
+
+    Args:
+        folder: what was exported.
+        device: "cpu", "cuda", "mps", or "auto".
+        trust_remote_code: run the Python code of a backbone that came with its own.
+
+    Raises:
+        BadInput: if the folder is not an exported recommender, or is damaged; if the device is
+            not here.
+    """
+    path = Path(folder)
+    if not (path / CARD).is_file() or not (path / PARTS).is_file():
+        raise BadInput("recommender", str(folder), f"a folder that export wrote ({CARD} in it)")
+    place = resolve_device(device)
+    try:
+        card = _read_card(path / CARD)
+        parts = load_file(path / PARTS)
+        if not all(torch.isfinite(part).all() for part in parts.values()):
+            raise ValueError(f"{PARTS} holds numbers that are not finite")
+        items = parts.pop(ITEMS)
+        if items.ndim != 2 or len(items) != len(card["item_ids"]) + 1:
+            rows = f"{tuple(items.shape)} for {len(card['item_ids'])} items"
+            raise ValueError(f"{PARTS}: the item table is {rows}")
+        backbone = load_backbone(
+            path, attention=card["attention"], trust_remote_code=trust_remote_code
+        )
+        model = Recommender(
+            backbone, items, card["prompt"], suffix=card["suffix"], head=card["head"]
+        )
+        _fill(model, parts)
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+        allowed = f"a whole export (damaged: {reason.partition(chr(10))[0]})"
+        raise BadInput("recommender", str(folder), allowed) from None
+    return ExportedRecommender(
+        model=model.to(place).eval(),
+        item_ids=card["item_ids"],
+        titles=card["titles"],
+        max_history=card["max_history"],
+        filter_seen=card["filter_seen"],
+    )
+
+
+def _read_card(file: Path) -> dict[str, Any]:
+    """The recommender's description, each field of its type."""
+    card = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(card, dict) or card.get("schema") != SCHEMA:
+        raise ValueError(f"{CARD} is not of schema {SCHEMA}")
+    items, titles = card["item_ids"], card["titles"]
+    sound = {
+        "item_ids": _list_of(str, items) and len(set(items)) == len(items) > 0,
+        "titles": titles is None or (_list_of(str, titles) and len(titles) == len(items)),
+        "prompt": _tokens(card["prompt"]),
+        "suffix": _tokens(card.setdefault("suffix", [])),
+        "head": card.setdefault("head", "dot") in HEADS,
+        "max_history": isinstance(card["max_history"], int) and card["max_history"] > 0,
+        "filter_seen": isinstance(card["filter_seen"], bool),
+        "attention": card.setdefault("attention", "auto") in ("auto", *KEPT_ATTENTIONS),
+    }
+    for name, good in sound.items():
+        if not good:
+            raise ValueError(f"{CARD}: its {name} can't be used")
+    return card
+
+
+def _list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(type(one) is kind for one in value)
+
+
+def _tokens(value: object) -> bool:
+    return isinstance(value, list) and _list_of(int, value) and min([0, *value]) == 0
+
+
+def _own_weights(model: Recommender) -> dict[str, Tensor]:
+    """Adapters and head by name: what is neither the backbone's nor the item table."""
+    return {name: p for name, p in model.named_parameters() if name.startswith(OWN)}
+
+
+@torch.no_grad()
+def _fill(model: Recommender, parts: dict[str, Tensor]) -> None:
+    """Put the recommender's own weights in; a name or a shape that differs is a ValueError."""
+    weights = _own_weights(model)
+    if parts.keys() != weights.keys():
+        odd = sorted(parts.keys() ^ weights.keys())
+        raise ValueError(f"{PARTS}: {', '.join(odd[:3])} missing or unexpected")
+    tokens = model.token_embeddings.num_embeddings
+    for name in ("prompt", "suffix"):
+        if max([0, *model.get_buffer(name).tolist()]) >= tokens:
+            raise ValueError(f"{CARD}: its {name} has a token beyond the {tokens} of the backbone")
+    for name, weight in weights.items():
+        if parts[name].shape != weight.shape:
+            shapes = f"{tuple(parts[name].shape)}, expected {tuple(weight.shape)}"
+            raise ValueError(f"{PARTS}: {name} is {shapes}")
+        weight.copy_(parts[name])

@@ -1,0 +1,198 @@
+"""The self-test over every decoder family that transformers ships, and the table of its answers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from depthprobe.models.check import PROOFS, CheckResult, can_be_cut, check_backbone
+
+TIMEOUT = 120.0  # seconds a family may take
+PREFERRED = "forkserver"  # imports once; a family's process is a fork of a quiet one
+CHECKS = tuple(PROOFS)
+# What the defaults of a configuration class lack to describe a model that runs, or that shows its
+# kinds of blocks. Everything else is what the class says.
+COMPLETED: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 1e4}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "gemma3n_text": {"num_kv_shared_layers": 10},
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": (["conv"] * 3 + ["full_attention"]) * 8},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "nemotron_h": {"layers_block_type": ["full_attention", "mlp", "linear_attention", "moe"] * 2},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 16},
+}
+PAGE = """# Architectures
+
+{cut} of the {found} decoder families of transformers {version} can be cut safely, {whole} of them
+with every check passed. Each was checked on a tiny random copy that has its kinds of blocks.
+`depthprobe check --backbone B` asks the same of one configuration, `depthprobe check --all` makes
+this page.
+
+| check | what passed |
+|---|---|
+| cut | the model cut to its first k blocks equals the read-out after block k, bit for bit |
+| skip | a block left out equals one that ran and was undone, and one that was cut out |
+| parts | attention and MLP can be left out alone |
+| reload | stock transformers loads the cut model: no key missing or unexpected, equal outputs |
+| cache | step by step with a cache equals one pass |
+| recommender | it works as the backbone of a recommender |
+
+*in part*: some sets of blocks are refused, and a reason is shown. Every family below is causal: no
+position sees a later one.
+
+## Families that can be cut
+
+"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the self-test says of one family."""
+
+    name: str  # the configuration's model type
+    architecture: str
+    results: tuple[CheckResult, ...]
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether everything that a cut needs passed."""
+        return can_be_cut(list(self.results))
+
+    @property
+    def reason(self) -> str:
+        """Why not, or what is limited; empty where nothing is."""
+        failed = [f"{r.name}: {r.detail}" for r in self.results if not r.passed]
+        limits = [r.detail.partition("such as: ")[2] for r in self.results if r.passed]
+        found = next(iter([*failed, *filter(None, limits)]), "")
+        return found.replace(f"{self.architecture} cannot be cut", "no cut")
+
+    def mark(self, check: str) -> str:
+        """``yes``, ``in part`` (some cuts are refused, with a reason), ``no``; ``-``: not run."""
+        for result in self.results:
+            if result.name == check:
+                refused = "refused, such as" in result.detail
+                return ("in part" if refused else "yes") if result.passed else "no"
+        return "-"
+
+
+def families() -> list[str]:
+    """The model types that transformers has a causal language model for."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def family_config(name: str) -> PreTrainedConfig:
+    """A family's configuration by default, as a decoder and completed where it could not run."""
+    config: PreTrainedConfig = CONFIG_MAPPING[name](**COMPLETED.get(name, {}))
+    if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
+        config.is_decoder = True
+    return config
+
+
+def check_families(
+    names: Sequence[str] | None = None, *, jobs: int = 1, timeout: float = TIMEOUT
+) -> Iterator[Family]:
+    """Check each family in a process of its own, so that none can take the others down.
+
+    Args:
+        names: model types; None: all.
+        jobs: how many at the same time.
+        timeout: seconds after which a family counts as failed.
+    """
+    kinds = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context(PREFERRED if PREFERRED in kinds else "spawn")
+    context.set_forkserver_preload([__name__])
+
+    def isolated(name: str) -> Family:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_send, args=(name, sender), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            if receiver.poll(timeout):
+                found: Family = receiver.recv()
+                return found
+            return _failed(name, f"took more than {timeout:g} s")
+        except EOFError:
+            return _failed(name, "its process died")
+        finally:
+            process.kill()
+            process.join()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(isolated, families() if names is None else names)
+
+
+def support_table(found: Sequence[Family]) -> str:
+    """The answers as a Markdown page: what can be cut, then the rest with the reasons."""
+    cut = [family for family in found if family.can_be_cut]
+    whole = [f for f in cut if all(f.mark(name) == "yes" for name in CHECKS)]
+    head = PAGE.format(
+        cut=len(cut),
+        whole=len(whole),
+        found=len(found),
+        version=metadata.version("transformers"),
+    )
+    shown = [name for name in CHECKS if name != "causal"]  # all that can be cut are
+    lines = [f"| family | model | {' | '.join(shown)} | limits |", "|---" * (len(shown) + 3) + "|"]
+    for family in cut:
+        marks = [family.mark(name) for name in shown]
+        cells = [f"`{family.name}`", family.architecture, *marks, _short(family.reason)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## The rest, each with the first reason", ""]
+    lines += ["| family | model | why |", "|---|---|---|"]
+    for family in found:
+        if not family.can_be_cut:
+            lines.append(f"| `{family.name}` | {family.architecture} | {_short(family.reason)} |")
+    return head + "\n".join(lines) + "\n"
+
+
+def _short(text: str, most: int = 160) -> str:
+    plain = " ".join(text.replace("|", "/").replace("<", "&lt;").split())
+    return plain if len(plain) <= most else plain[:most].rsplit(" ", 1)[0] + " ..."
+
+
+def _send(name: str, sender: Connection) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    set_verbosity_error()
+    sender.send(_check(name))
+
+
+def _check(name: str) -> Family:
+    architecture = _architecture(name)
+    try:
+        results = check_backbone(family_config(name))
+    except Exception as error:  # a configuration class may not build at all
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return _failed(name, lines[-1].strip())
+    return Family(name, architecture, tuple(results))
+
+
+def _failed(name: str, reason: str) -> Family:
+    return Family(name, _architecture(name), (CheckResult("blocks", False, reason),))
+
+
+def _architecture(name: str) -> str:
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])

@@ -1,0 +1,442 @@
+"""One point of a report: a method at some kept blocks, its seeds together, against the teacher."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from depthprobe.evaluation.metrics import per_user_metric
+from depthprobe.evaluation.statistics import (
+    Interval,
+    bootstrap_ratio,
+    interval,
+    median_ratio,
+    resampled_means,
+)
+from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
+from depthprobe.report.style import method_order
+from depthprobe.study import base_of
+
+Array = NDArray[np.float64]
+FULL, SAMPLED = "full", "sampled-999"
+HEADLINE = "NDCG@10"
+METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+PARAMETERS = "parameters_"
+LEVEL = 0.95
+# What a round of each kind of time is made of; the parts of one round are added.
+KINDS = {"training": ("train_step",), "inference": ("encode", "score"), "latency": ("latency",)}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of timing rounds, in milliseconds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at some kept blocks; every finished seed of it."""
+
+    method: str
+    depth: int
+    kept: str
+    removed: str
+    trials: tuple[str, ...]
+    seeds: tuple[int, ...]
+    users: int
+    parameters: Mapping[str, float] = field(repr=False)  # blocks, adapters, ..., total, trainable
+    accuracy: Mapping[tuple[str, str], Interval] = field(repr=False)  # (protocol, metric)
+    ratio: Mapping[tuple[str, str], Interval] = field(repr=False)  # the same, over the teacher's
+    time: Mapping[str, Spread] = field(repr=False)  # "training" a step, "inference", "latency"
+    speed: Mapping[str, Interval] = field(repr=False)  # the teacher's time over this one's
+
+    def of_seeds(self, seeds: Iterable[int]) -> tuple[str, ...]:
+        """The trials of some of its seeds, in their order."""
+        own = dict(zip(self.seeds, self.trials, strict=True))
+        return tuple(own[seed] for seed in seeds)
+
+    def value(self, metric: str, protocol: str = FULL) -> Interval | None:
+        """The metric, or None where it was not measured."""
+        return self.accuracy.get((protocol, metric))
+
+    def cost(self, name: str) -> float | None:
+        """Total parameters, or median milliseconds of a kind of time; None if unknown."""
+        if name == "parameters":
+            return self.parameters.get("total")
+        return self.time[name].median if name in self.time else None
+
+
+class Ranks:
+    """The test users' ranks of every trial, and the per-user metrics made from them."""
+
+    def __init__(self, users: pd.DataFrame) -> None:
+        self._ranks: dict[tuple[str, str], tuple[NDArray[np.int64], Array]] = {}
+        for (trial, protocol), part in users.groupby(["trial", "protocol"], sort=False):
+            ids = part["user"].to_numpy(dtype=np.int64)
+            order = np.argsort(ids, kind="stable")
+            ranks = part["rank"].to_numpy(dtype=np.float64)
+            self._ranks[str(trial), str(protocol)] = ids[order], ranks[order]
+
+    def users(self, trials: Iterable[str]) -> int:
+        """How many users were ranked for these trials, under full ranking."""
+        found = (self._ranks.get((trial, FULL)) for trial in trials)
+        return min((len(ranked[0]) for ranked in found if ranked is not None), default=0)
+
+    def has(self, trials: Sequence[str], protocol: str) -> bool:
+        """Whether every one of these trials was ranked under the protocol."""
+        return bool(trials) and all((trial, protocol) in self._ranks for trial in trials)
+
+    def values(self, protocol: str, metric: str, arms: Sequence[Sequence[str]]) -> list[Array]:
+        """Per-user metric (S, U) of each arm's trials, over the users that all of them ranked."""
+        found = [self._ranks[trial, protocol] for arm in arms for trial in arm]
+        common = found[0][0]
+        for ids, _ in found[1:]:
+            if not np.array_equal(ids, common):
+                common = np.intersect1d(common, ids)
+        rows = iter(
+            per_user_metric(
+                ranks if len(ids) == len(common) else ranks[np.isin(ids, common)], metric
+            )
+            for ids, ranks in found
+        )
+        return [np.stack([next(rows) for _ in arm]) for arm in arms]
+
+
+Group = dict[int, str]  # the trials of a point, by seed
+Measured = dict[tuple[str, str], Interval]  # by protocol and metric
+
+
+def make_points(
+    groups: Sequence[pd.DataFrame],
+    ranks: Ranks,
+    records: Mapping[str, Mapping[str, Any]],
+    *,
+    resamples: int,
+) -> list[Point]:
+    """A point for each group of trials that differ in their seed alone."""
+    seeds: list[Group] = [
+        dict(zip(map(int, rows["seed"]), map(str, rows["trial"]), strict=True)) for rows in groups
+    ]
+    methods = [str(rows.iloc[0]["method"]) for rows in groups]
+    teacher = seeds[methods.index("full")] if "full" in methods else {}
+    # popularity knows no seed: it stands beside every one of the teacher's
+    spread = [
+        dict.fromkeys(teacher or own, next(iter(own.values()))) if method == "popularity" else own
+        for method, own in zip(methods, seeds, strict=True)
+    ]
+    accuracy, ratio = _accuracies(spread, teacher, ranks, resamples=resamples)
+    points = []
+    for place, rows in enumerate(groups):
+        first, own = rows.iloc[0], seeds[place]
+        time, speed = _timing(own, {} if methods[place] == "full" else teacher, records)
+        points.append(
+            Point(
+                method=methods[place],
+                depth=int(first["depth"]),
+                kept=_in_all(rows["kept"]),
+                removed=_in_all(rows["removed"]),
+                trials=tuple(own.values()),
+                seeds=tuple(own),
+                users=ranks.users(own.values()),
+                parameters=_parameters(first),
+                accuracy=accuracy[place],
+                ratio={} if methods[place] == "full" else ratio[place],
+                time=time,
+                speed=speed,
+            )
+        )
+    return points
+
+
+def _in_all(texts: pd.Series) -> str:
+    """The text that all seeds share."""
+    return str(texts.iloc[0]) if texts.nunique() == 1 else "other blocks with each seed"
+
+
+def _accuracies(
+    groups: Sequence[Group], teacher: Group, ranks: Ranks, *, resamples: int
+) -> tuple[list[Measured], list[Measured]]:
+    """Means of each group over its seeds, and ratios over the seeds that the teacher has too.
+
+    All that is measured on the same seeds shares its bootstrap draws: the intervals are those of
+    `bootstrap_mean` and `bootstrap_ratio`, for the cost of one.
+    """
+    accuracy: list[Measured] = [{} for _ in groups]
+    ratio: list[Measured] = [{} for _ in groups]
+    own = [tuple(group) for group in groups]
+    common = [tuple(seed for seed in group if seed in teacher) for group in groups]
+    for seeds in dict.fromkeys([*own, *common]):
+        for protocol in (FULL, SAMPLED):
+            members = [
+                place
+                for place, group in enumerate(groups)
+                if seeds in (own[place], common[place])
+                and ranks.has([group[seed] for seed in seeds], protocol)
+            ]
+            if not members:
+                continue
+            arms = [[groups[place][seed] for seed in seeds] for place in members]
+            reference = [teacher[seed] for seed in seeds if seed in teacher]
+            paired = len(reference) == len(seeds) and ranks.has(reference, protocol)
+            arms += [reference] * paired
+            values = [v for metric in METRICS for v in ranks.values(protocol, metric, arms)]
+            means = np.array([v.mean() for v in values])  # (metrics x arms)
+            draws = _draws(values, resamples)  # (R, metrics x arms)
+            for column, metric in enumerate(METRICS):
+                last = (column + 1) * len(arms) - 1
+                for index, place in enumerate(members):
+                    at = column * len(arms) + index
+                    if own[place] == seeds:
+                        found = interval(float(means[at]), draws[:, at], level=LEVEL)
+                        accuracy[place][protocol, metric] = found
+                    if common[place] == seeds and paired and means[last] > 0:
+                        with np.errstate(divide="ignore", invalid="ignore"):
+                            shares = draws[:, at] / draws[:, last]
+                        found = interval(float(means[at] / means[last]), shares, level=LEVEL)
+                        ratio[place][protocol, metric] = found
+    return accuracy, ratio
+
+
+def _draws(values: Sequence[Array], resamples: int) -> Array:
+    if values[0].shape[1] == 1:  # one user says nothing about others
+        return np.array([[-np.inf], [np.inf]]).repeat(len(values), axis=1)
+    drawn = resampled_means(values, resamples=resamples, seed=0)
+    return np.concatenate([both for both, _ in drawn])
+
+
+def _parameters(trial: pd.Series) -> dict[str, float]:
+    return {
+        str(name).removeprefix(PARAMETERS): float(value)
+        for name, value in trial.items()
+        if str(name).startswith(PARAMETERS) and pd.notna(value) and value > 0
+    }
+
+
+def _timing(
+    own: Group, teacher: Group, records: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Spread], dict[str, Interval]]:
+    """Medians of each kind of time, and how many times faster than the teacher."""
+    time: dict[str, Spread] = {}
+    speed: dict[str, Interval] = {}
+    for kind, parts in KINDS.items():
+        rounds = {seed: _rounds(records.get(trial), parts) for seed, trial in own.items()}
+        # one measurement may stand in the records of several seeds: it counts once
+        measured = sorted({r for r in rounds.values() if r})
+        if measured:
+            low, median, high = 1e3 * np.quantile(np.concatenate(measured), [0.25, 0.5, 0.75])
+            time[kind] = Spread(float(median), float(low), float(high), sum(map(len, measured)))
+        pairs = {
+            (rounds[seed], _rounds(records.get(teacher[seed]), parts))
+            for seed in own
+            if seed in teacher
+        }
+        pairs = {(a, b) for a, b in pairs if a and len(a) == len(b)}
+        if pairs:
+            candidate, reference = (np.concatenate(arm) for arm in zip(*sorted(pairs), strict=True))
+            speed[kind] = median_ratio(candidate, reference)
+    return time, speed
+
+
+def _rounds(record: Mapping[str, Any] | None, parts: Sequence[str]) -> tuple[float, ...]:
+    """Seconds of each round, the parts of a round added; empty if one was not measured."""
+    timing = ((record or {}).get("costs") or {}).get("timing") or {}
+    rounds = [(timing.get(part) or {}).get("seconds") or () for part in parts]
+    if not all(rounds) or len({len(seconds) for seconds in rounds}) > 1:
+        return ()
+    return tuple(float(sum(seconds)) for seconds in zip(*rounds, strict=True))
+
+
+# A run reduced to the numbers of its report, every bootstrap computed once.
+
+# Probes with many kept sets at a depth: each set is a point of its own.
+BY_BLOCK = frozenset({"skip", "span", "interval", "drop-attention", "drop-mlp"})
+# They show where depth matters; none of them is a model on offer.
+SHOWN_ONLY = frozenset(
+    {
+        "early-exit-raw",
+        "readout",
+        "tuned-lens",
+        "skip",
+        "span",
+        "interval",
+        "drop-attention",
+        "drop-mlp",
+    }
+)
+# Compared with the teacher, but no answer: baselines, the teacher, a control, a probe.
+CONTROLS = frozenset({"random-init", "random-selection"})
+NOT_CANDIDATES = frozenset({"popularity", "sasrec", "full"}) | CONTROLS | SHOWN_ONLY
+Key = tuple[str, int]  # (method, depth), as the sufficient depth names candidates
+
+
+class RunLike(Protocol):
+    """What a report reads of a run folder; `depthprobe.runs.store.Run` is one."""
+
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+    @property
+    def study(self) -> Any: ...  # noqa: D102
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...  # noqa: D102
+    @property
+    def records(self) -> Sequence[Mapping[str, Any]]: ...  # noqa: D102
+    @property
+    def trials(self) -> pd.DataFrame: ...  # noqa: D102
+    @property
+    def metrics(self) -> pd.DataFrame: ...  # noqa: D102
+    @property
+    def users(self) -> pd.DataFrame: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers of a report; `run` stays at hand for the words around them."""
+
+    run: RunLike = field(repr=False)
+    points: tuple[Point, ...]
+    blocks: int | None  # of the whole backbone
+    margin: float
+    sufficiency: Sufficiency | None
+    candidates: Mapping[Key, Point] = field(repr=False)  # what the sufficiency compared
+    seeds_compared: tuple[int, ...]
+    left_out: tuple[Point, ...]  # candidates that share no seed with the others
+    failed: pd.DataFrame = field(repr=False)
+    ranks: Ranks = field(repr=False)
+
+    def of(self, *methods: str) -> tuple[Point, ...]:
+        """The points of some methods, shallow to deep."""
+        chosen = (point for point in self.points if point.method in methods)
+        return tuple(sorted(chosen, key=_by_depth))
+
+    @property
+    def teacher(self) -> Point | None:
+        """The trained full-depth recommender, if a seed of it finished."""
+        return next(iter(self.of("full")), None)
+
+    def against(self, point: Point, other: Point) -> Interval | None:
+        """Headline metric of one point over another's, paired; None without a common seed."""
+        arms = self.paired(point, other)
+        if arms is None or not arms[1].any():
+            return None
+        return bootstrap_ratio(*arms, resamples=int(self.run.study.protocol.resamples))
+
+    def paired(self, point: Point, other: Point) -> tuple[Array, Array] | None:
+        """Headline metric of two points by seed and user, (S, U) each; None without such seeds."""
+        seeds = [seed for seed in point.seeds if seed in other.seeds]
+        arms = point.of_seeds(seeds), other.of_seeds(seeds)
+        if not self.ranks.has([*arms[0], *arms[1]], FULL):
+            return None
+        values, reference = self.ranks.values(FULL, HEADLINE, arms)
+        return values, reference
+
+
+def as_summary(run: RunLike | Summary | str | Path) -> Summary:
+    """The summary of a run; a summary is handed through, so that a report makes only one."""
+    return run if isinstance(run, Summary) else summarise(run)
+
+
+def summarise(run: RunLike | str | Path) -> Summary:
+    """Reduce a run, or what its folder holds, to its points and its sufficient depth.
+
+    Raises:
+        BadInput: if the path is no run.
+    """
+    if isinstance(run, (str, Path)):
+        from depthprobe.runs.store import open_run
+
+        run = open_run(run)
+    trials, protocol = run.trials, run.study.protocol
+    groups = []
+    if len(trials):
+        done = trials[trials["status"] == "done"].sort_values("seed", kind="stable")
+        # a search keeps other blocks with another seed, and is one method all the same
+        one = ~done["method"].isin(BY_BLOCK)
+        by = {name: done[name].mask(one, "") for name in ("kept", "removed")}
+        groups = [rows for _, rows in done.groupby(["method", "depth", *by.values()], sort=False)]
+    ranks = Ranks(run.users)
+    records = {str(record["id"]): record for record in run.records}
+    made = make_points(groups, ranks, records, resamples=int(protocol.resamples))
+    points = sorted(made, key=_by_method)
+    reference = next((point for point in points if point.method == "full"), None)
+    blocks = run.manifest.get("backbone", {}).get("blocks")
+    if blocks is None and reference is not None:
+        blocks = reference.depth
+    offered = _candidates(points, blocks)
+    seeds, candidates = _common_seeds(reference, offered)
+    sufficiency = None
+    if reference is not None and ranks.has(reference.of_seeds(seeds), FULL) and candidates:
+        arms = [point.of_seeds(seeds) for point in candidates.values()]
+        values, *others = ranks.values(FULL, HEADLINE, [reference.of_seeds(seeds), *arms])
+        if values.mean() > 0:
+            sufficiency = sufficient_depth(
+                dict(zip(candidates, others, strict=True)), values,
+                margin=float(protocol.margin), level=LEVEL,
+            )  # fmt: skip
+            # one interval for one comparison: figures and tables show the one that decides
+            for row in sufficiency.rows:
+                point = candidates[row.method, row.depth]
+                if set(point.seeds) & set(reference.seeds) == set(seeds):
+                    settled = replace(point, ratio={**point.ratio, (FULL, HEADLINE): row.kept})
+                    candidates[row.method, row.depth] = settled
+                    points[points.index(point)] = settled
+    return Summary(
+        run=run,
+        points=tuple(points),
+        blocks=int(blocks) if blocks else None,
+        margin=float(protocol.margin),
+        sufficiency=sufficiency,
+        candidates=candidates,
+        seeds_compared=seeds,
+        left_out=tuple(p for key, p in offered.items() if key not in candidates),
+        failed=trials[trials["status"] != "done"] if len(trials) else trials,
+        ranks=ranks,
+    )
+
+
+def _candidates(points: Iterable[Point], blocks: int | None) -> dict[Key, Point]:
+    """What may be the answer; a second choice of blocks at the same depth carries their names."""
+    offered: dict[Key, Point] = {}
+    for point in points:
+        if base_of(point.method) not in NOT_CANDIDATES and 0 < point.depth < (blocks or 0):
+            taken = (point.method, point.depth) in offered
+            offered[f"{point.method} {point.kept}" if taken else point.method, point.depth] = point
+    return offered
+
+
+def _common_seeds(
+    teacher: Point | None, offered: Mapping[Key, Point]
+) -> tuple[tuple[int, ...], dict[Key, Point]]:
+    """The seeds that the teacher and every candidate have; else the one that most have.
+
+    A paired comparison needs the same seeds in all arms: one failed trial takes its seed out.
+    """
+    if teacher is None:
+        return (), {}
+    paired = {k: set(p.seeds) & set(teacher.seeds) for k, p in offered.items()}
+    paired = {key: seeds for key, seeds in paired.items() if seeds}
+    if not paired:
+        return (), {}
+    common = set.intersection(*paired.values())
+    if not common:
+        votes = Counter(seed for seeds in paired.values() for seed in sorted(seeds))
+        common = {votes.most_common(1)[0][0]}
+    return tuple(sorted(common)), {k: offered[k] for k, s in paired.items() if common <= s}
+
+
+def _by_depth(point: Point) -> tuple[int, int, str]:
+    return (point.depth, int(point.removed) if point.removed.isdigit() else -1, point.kept)
+
+
+def _by_method(point: Point) -> tuple[tuple[int, str], tuple[int, int, str]]:
+    return method_order(point.method), _by_depth(point)

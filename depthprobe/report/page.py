@@ -1,0 +1,176 @@
+"""The HTML page of a run: one file that carries its figures, and needs no network or script."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from depthprobe.files import complete_file
+from depthprobe.report.answer import build_answer
+from depthprobe.report.drawing import FORMATS, save_figure
+from depthprobe.report.facts import conditions, how_measured, negatives_of
+from depthprobe.report.figures import FIGURES
+from depthprobe.report.numbers import RunLike, Summary, summarise
+from depthprobe.report.reliance import reliance_table
+from depthprobe.report.tables import (
+    ablation_table,
+    all_tables,
+    cost_table,
+    left_out_table,
+    lists_table,
+    save_table,
+    slice_table,
+)
+
+if TYPE_CHECKING:
+    from depthprobe.runs.store import Run
+
+
+WORDS = {
+    "block": "one decoder layer of the backbone",
+    "depth": "how many blocks are kept",
+    "backbone": "the pretrained decoder",
+    "recommender": "backbone, prompt, item table and adapters together",
+    "teacher": "the trained recommender with all its blocks",
+    "variant": "a shallower recommender, fine-tuned (“fine-tuned”)",
+    "healed": "cut out of the trained teacher, then fine-tuned",
+    "student": "a variant trained with the distillation losses (“distilled”)",
+    "early exit": "the teacher read out after a block, without training",
+    "skip": "the teacher with one block left out, without training",
+    "read-out": "a fresh head fitted to the teacher's states at a depth, the teacher frozen",
+    "tuned lens": "a linear map at a depth before the teacher's own head, fitted to its answers",
+    "elastic": "one model trained to be good at every depth, cut there",
+    "random blocks": "a control: fine-tuned from blocks drawn at random",
+    "linear map": "the teacher with a fitted linear map in place of a span of blocks (ReplaceMe)",
+    "random init": "a control: the same architecture without pretraining",
+    "HR@K": "share of users whose next item is among the first K",
+    "NDCG@K": "the same, but a hit counts less the lower it stands: 1 / log2(rank + 1)",
+    "MRR": "mean of 1 / rank of the next item",
+    "trial": "one method, one choice of kept blocks, one seed",
+}
+
+
+# In the order of reading; one without a figure or table of its own is left out.
+SECTIONS = (
+    ("depth", "Accuracy against depth", ()),
+    ("pareto", "Accuracy against cost", ()),
+    ("blocks", "Block by block", ("left_out",)),
+    ("maps", "Runs of blocks", ()),
+    ("reliance", "How far cheap scores can be trusted", ("reliance",)),
+    ("hurt", "Who loses", ("slices", "lists")),
+    ("ablation", "Ways to a shallow model", ("ablation",)),
+    ("cost", "What a depth costs", ("cost",)),
+    ("methods", "All methods", ("methods", "methods_sampled")),
+    ("trials", "All trials", ("trials",)),
+    ("measured", "How it was measured", None),
+)
+
+
+def build_report(run: Run | RunLike | str | Path, output: str | Path | None = None) -> Path:
+    """Write a run's report: the page, RUN/figures/ (SVG, PNG, PDF) and RUN/tables/.
+
+    Args:
+        run: an opened run, or the path of its folder.
+        output: where the page goes; RUN/report.html by default.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        BadInput: if the path is no run.
+        ValueError: if the run's metrics break a bound that must hold between them.
+    """
+    summary = summarise(run)
+    run = summary.run
+    tables = all_tables(summary)
+    more = (
+        ablation_table, slice_table, lists_table, reliance_table, left_out_table, cost_table
+    )  # fmt: skip
+    for made in (table(summary) for table in more):
+        if made is not None:
+            tables[made.name] = made
+    for table in tables.values():
+        save_table(table, run.path / "tables")
+    figures = _figures(summary, run.path / "figures")
+    page = environment().get_template("report.html.j2").render(
+        study=run.study.name,
+        answer=build_answer(summary),
+        conditions=conditions(summary),
+        sections=[
+            (name, title)
+            for name, title, needed in SECTIONS
+            if needed is None or name in figures or any(table in tables for table in needed)
+        ],
+        figures=figures,
+        tables=tables,
+        facts=how_measured(summary),
+        negatives=negatives_of(run.study),
+        command=run.manifest.get("command") or "",
+        created=str(run.manifest.get("created", ""))[:10],
+        words=WORDS,
+    )  # fmt: skip
+    target = Path(output) if output is not None else run.path / "report.html"
+    with complete_file(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return target
+
+
+def environment() -> Environment:
+    """The templates of the pages; everything that is put into them is escaped."""
+    # autoescape=True and not select_autoescape: that one ignores the names of templates like ours
+    made = Environment(
+        autoescape=True,
+        loader=PackageLoader("depthprobe.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["unbroken"] = _unbroken
+    return made
+
+
+def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """Draw and save what there is data for; by section, the SVG and its caption."""
+    sections: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in FIGURES:
+        reading = entry.reading(summary)
+        if not reading:
+            for suffix in FORMATS:  # an older report of this run may have left them
+                (folder / f"{entry.name}.{suffix}").unlink(missing_ok=True)
+            continue
+        svg = save_figure(entry.draw(summary), folder / entry.name)
+        svg = inline_svg(svg, entry.name, label=reading)
+        sections.setdefault(entry.section, []).append({"svg": svg, "caption": reading})
+    return sections
+
+
+def inline_svg(svg: str, name: str, *, label: str) -> Markup:
+    """An SVG file as part of a page: no prolog, its ids its own, spoken as one picture.
+
+    Ids get the figure's name in front, for matplotlib numbers them alike in every file.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
+    opening, rest = body.split(">", 1)
+    box = re.search(r'viewBox="([^"]*)"', opening)
+    if box is None:
+        raise ValueError(f"figure {name}: an SVG without a viewBox")
+    head = (
+        f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(label)}" '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return Markup(head + rest)  # noqa: S704  (made by matplotlib, which escapes its texts)
+
+
+def _unbroken(text: str) -> str:
+    """Keeps a number and its unit on one line, and an interval in one piece; minus signs."""
+    text = re.sub(r"(?<![\w.-])-(?=\d)", "\u2212", text)
+    text = re.sub(r"(?<=\d) (?=(%|ms|s|k|M|B)\b|%)", "\u00a0", text)
+    return re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\u00a0"), text)

@@ -1,0 +1,1 @@
+"""Plan a study, run its trials, keep and read their records."""

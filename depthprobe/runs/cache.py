@@ -1,0 +1,145 @@
+"""Results of trainings that runs share: files in a folder, each named by all that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import numpy as np
+import torch
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from torch import nn
+from transformers import PreTrainedConfig
+from depthprobe.cost.machine import machine
+from depthprobe.evaluation.ranks import Questions
+from depthprobe.files import complete_folder
+from depthprobe.study import Recipe, base_of, settings_of
+from depthprobe.runs.context import Context
+from depthprobe.runs.plan import Trial
+from depthprobe.runs.team import processes_launched
+from depthprobe.training.checkpoint import FORMAT, identity, windows_digest
+from depthprobe.training.features import Wanted
+
+
+RESULTS, FEATURES = "trainings", "features"
+# a name or version of the model's own says nothing that its weights don't
+NOT_DECIDING = ("_name_or_path", "transformers_version")
+
+
+def result_file(
+    context: Context, trial: Trial, objective: nn.Module, recipe: Recipe
+) -> Path | None:
+    """The cache's file of a training; None for a study without a cache.
+
+    Its name is a hash of every weight that the training begins with, the settings of the model and
+    its loss, recipe, seed, training windows and validation questions, the teacher's weights where
+    it follows a teacher, and the machine with its versions, since the seconds are kept with it.
+
+    Args:
+        objective: what is about to be trained.
+    """
+    if context.cache is None:
+        return None
+    base, settings = base_of(trial.method), settings_of(context.study, trial.method)
+    decides = {
+        "format": FORMAT,
+        "training": identity(
+            objective,
+            context.windows,
+            recipe=recipe,
+            seed=trial.seed,
+            processes=processes_launched(),
+        ),
+        "weights": weights_digest(objective),
+        "configs": [
+            {key: value for key, value in each.to_dict().items() if key not in NOT_DECIDING}
+            for each in _configs(objective)
+        ],
+        "sasrec": asdict(context.study.sasrec) if base == "sasrec" else None,
+        "backbone": None if base == "sasrec" else _of_backbone(context),
+        "distillation": asdict(settings.distillation) if base == "distill" else None,
+        "teacher": context.teacher_mark(trial.seed, trial.blocks) if base == "distill" else None,
+        "elastic": asdict(settings.elastic) if base == "elastic" else None,
+        "validation": questions_digest(context.validation),
+        "machine": _machine(context),
+    }
+    return context.cache / RESULTS / f"{digest(decides)}.safetensors"
+
+
+def features_folder(context: Context, teacher: str, wanted: Wanted) -> Path | None:
+    """The cache's folder of what a teacher says at the training windows; None without a cache.
+
+    Args:
+        teacher: the mark of its weights.
+    """
+    if context.cache is None:
+        return None
+    decides = {
+        "teacher": teacher,
+        "wanted": asdict(wanted),
+        "windows": windows_digest(context.windows),
+        "backbone": _of_backbone(context),
+        "machine": _machine(context),
+    }
+    return context.cache / FEATURES / digest(decides)
+
+
+def share_folder(source: Path, target: Path) -> None:
+    """Let a folder stand at another place too: one set of files, if both are on one disk."""
+
+    def place(file: str, copy: str) -> None:
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copy2(file, copy)
+
+    with complete_folder(target) as temporary:
+        shutil.copytree(source, temporary, copy_function=place, dirs_exist_ok=True)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash of all weights and buffers of a model, frozen ones too, by name, type and shape."""
+    found = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        found.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())
+        flat = weight.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def questions_digest(asked: Questions) -> str:
+    """Hash of who is asked for what after which history, and of what is never ranked."""
+    found = hashlib.sha256()
+    rows = [*asked.histories, *([] if asked.seen is None else asked.seen)]
+    for values in (asked.users, asked.targets, np.array([len(row) for row in rows]), *rows):
+        found.update(np.asarray(values, dtype=np.int64).tobytes())
+    return found.hexdigest()
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits of plain values."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _of_backbone(context: Context) -> dict[str, Any]:
+    settings = asdict(context.study.backbone)
+    del settings["source"]  # its weights count, not their place
+    return settings
+
+
+def _machine(context: Context) -> dict[str, Any]:
+    found = machine(context.device)
+    del found["busy"]
+    return found
+
+
+def _configs(objective: nn.Module) -> list[PreTrainedConfig]:
+    """What the decoders in an objective are made of: dropout and the like are no weights."""
+    found = (getattr(module, "config", None) for module in objective.modules())
+    unique = {id(each): each for each in found if isinstance(each, PreTrainedConfig)}
+    return list(unique.values())

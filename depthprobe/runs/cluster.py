@@ -1,0 +1,184 @@
+"""Sweep on a SLURM cluster: identical jobs, each of which shares the work of one run.
+
+Every job calls ``run_sweep`` on the same folder and ends when nothing is left to do; who does what
+is settled by the locks of the run. submitit writes and submits the jobs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+from depthprobe.errors import BadInput
+from depthprobe.study import Slurm, Study
+from depthprobe.runs.progress import Progress, Silent
+from depthprobe.runs.team import launched
+if TYPE_CHECKING:
+    from submitit import Job
+    from submitit.helpers import DelayedSubmission
+
+
+JOBS = ".jobs"  # in a run's folder: a dot, or an empty run would not pass for new any more
+POLL = 30.0  # seconds between two looks at the jobs; the scheduler is asked at each
+# a job that ran out of time has come further, so nothing is lost by queueing it again
+REQUEUES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSweep:
+    """What each job calls: works on a run until nothing of it is left to do.
+
+    A job that is pre-empted or runs out of time is queued again, and goes on from the checkpoint
+    of the training that it was at. It trains in its own process: SLURM signals all processes of a
+    job, and a worker that died of a pre-emption would pass for a trial that failed.
+
+    Attributes:
+        retry: failures that were there when the jobs were submitted, and are to be tried again:
+            by the first job that comes to them, and no more when that was in vain.
+        watcher: called in the job, so it goes there by its name.
+    """
+
+    study: Study
+    folder: str
+    command: str | None = None
+    retry: Mapping[str, int] = field(default_factory=dict)
+    watcher: Callable[[], Progress] = Silent
+
+    def __call__(self) -> None:
+        """Run it."""
+        from depthprobe.runs.sweep import run_sweep
+
+        run_sweep(
+            self.study,
+            self.folder,
+            jobs=0,
+            command=self.command,
+            progress=self.watcher(),
+            retry_failed=self.retry,
+        )
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What is queued again: the same, since all that was done is in the run's folder."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def submit(sweep: SharedSweep, *, jobs: int = 1, cluster: str = "slurm") -> list[Job[None]]:
+    """Submit identical jobs, of several an array, with what ``study.slurm`` asks for.
+
+    What they print and what submitit needs is in ``.jobs`` of the run's folder.
+
+    Args:
+        sweep: what each job calls; its folder must be one that all machines see.
+        jobs: how many.
+        cluster: ``slurm``, or ``local`` for processes of this machine.
+
+    Raises:
+        BadInput: before anything is written, if submitit or SLURM is missing, the folder holds
+            another run, or a tracker is not installed; later, if SLURM refuses the settings.
+    """
+    submitit = _submitit()
+    if jobs < 1:
+        raise BadInput("jobs", jobs, "at least 1 job")
+    if launched():
+        allowed = "without accelerate launch: each of its processes would submit the jobs"
+        raise BadInput("executor", cluster, allowed)
+    if cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
+        allowed = "a machine that submits to SLURM: there is no srun here"
+        raise BadInput("executor", cluster, allowed)
+    _check(sweep)
+    executor = submitit.AutoExecutor(
+        Path(sweep.folder, JOBS), cluster=cluster, slurm_max_num_timeout=REQUEUES
+    )
+    executor.update_parameters(**parameters(sweep.study.slurm, name=sweep.study.name))
+    # an interactive job's own variables would get into these; sbatch's are the user's wishes
+    asked = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
+    tools = submitit.helpers
+    try:
+        with tools.clean_env(), tools.environment_variables(**asked):
+            submitted: list[Job[None]] = executor.submit_array([sweep] * jobs)
+    except RuntimeError as error:  # what submitit makes of a failed sbatch
+        allowed = f"settings that SLURM takes ({last_line(str(error))})"
+        raise BadInput("slurm", _given(sweep.study.slurm), allowed) from error
+    return submitted
+
+
+def parameters(settings: Slurm, *, name: str) -> dict[str, Any]:
+    """The settings in submitit's words."""
+    return {
+        "name": name,
+        "timeout_min": settings.minutes,
+        "gpus_per_node": settings.gpus or None,  # some clusters refuse to be asked for none
+        "cpus_per_task": settings.cpus,
+        "mem_gb": settings.memory_gb,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_setup": list(settings.setup) or None,
+    }
+
+
+def follow(
+    jobs: Sequence[Job[None]], say: Callable[[str], None], *, poll: float = POLL
+) -> dict[str, str]:
+    """Wait until all jobs have ended; returns why, by id, for those that did not end well.
+
+    Args:
+        say: is told of the jobs' states when they change.
+        poll: seconds between two looks.
+    """
+    told = ""
+    while True:
+        jobs[0].get_info(mode="force")  # of all of them: else a job that died shows minutes later
+        ended = [job.done() for job in jobs]
+        states = Counter(
+            "ended" if done else job.state.lower() for job, done in zip(jobs, ended, strict=True)
+        )
+        line = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        if line != told:
+            say(f"jobs: {line}")
+            told = line
+        if all(ended):
+            break
+        time.sleep(poll)
+    errors = {job.job_id: job.exception() for job in jobs}
+    return {name: last_line(str(error)) for name, error in errors.items() if error is not None}
+
+
+def array_id(jobs: Sequence[Job[None]]) -> str:
+    """The number that ``scancel`` takes for all of them."""
+    return " ".join(dict.fromkeys(job.job_id.partition("_")[0] for job in jobs))
+
+
+def last_line(text: str) -> str:
+    """The last line that says something: of a trace the error itself."""
+    hints = ("-----", "You can check full logs", "or at paths", "- ")
+    lines = [line.strip() for line in text.splitlines()]
+    said = [line for line in lines if line and not line.startswith(hints)]
+    return said[-1] if said else "no reason given"
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError:
+        allowed = "with submitit installed: pip install 'depthprobe[slurm]'"
+        raise BadInput("executor", "slurm", allowed) from None
+    return submitit
+
+
+def _check(sweep: SharedSweep) -> None:
+    """What would end every job at once, as far as it can be seen from here."""
+    from depthprobe.runs.layout import continued
+    from depthprobe.training.tracking import check_trackers
+
+    check_trackers(sweep.study.tracking.to)
+    continued(Path(sweep.folder), sweep.study)
+
+
+def _given(settings: Slurm) -> str:
+    return f"partition {settings.partition}, account {settings.account}"

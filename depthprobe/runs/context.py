@@ -1,0 +1,216 @@
+"""What the tasks of a run share inside one process: data, questions, trained models."""
+
+from __future__ import annotations
+
+import hashlib
+import numpy as np
+import torch
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from torch import Tensor
+from depthprobe.cost.shapes import Products
+from depthprobe.data.splits import Part, Split, make_split
+from depthprobe.data.storage import Sequences, load_data
+from depthprobe.evaluation.ranks import Encoder, Questions, evaluate, mean_ndcg, questions
+from depthprobe.evaluation.lists import Taken, what_was_taken
+from depthprobe.models.build import WEIGHTS, build_recommender, build_sasrec, learned_table, load_trained
+from depthprobe.models.backbones import resolve_device
+from depthprobe.models.recommender import Recommender
+from depthprobe.models.sasrec import SASRec
+from depthprobe.study import Study, settings_of
+from depthprobe.runs.plan import Task, Trial, whole_trial
+from depthprobe.training.tracking import Track, tracked
+
+
+DATA, NEGATIVES, TIMING = "data", "negatives.npy", "timing.json"
+ITEM_TABLE, LEARNED = "item-table.npy", "learned"
+TRIALS, PROBES, MODEL, CHECKPOINTS = "trials", "probes", "model", "checkpoints"
+LOGS = "logs"
+TRACKING = "tracking"
+
+
+class Context:
+    """A run's folder and study, and what is read from it when first needed."""
+
+    def __init__(
+        self, folder: Path, study: Study, *, log: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.folder, self.study, self.log = folder, study, log
+        self.device = resolve_device(study.device)
+        # FLOPs by kept blocks and items: a run's models of the same blocks have the same shapes
+        self.products: defaultdict[tuple[int, ...], dict[int, Products]] = defaultdict(dict)
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what all trials use."""
+        return self.folder / "shared"
+
+    def trial_folder(self, trial: Trial) -> Path:
+        """The folder of a trial, complete or absent."""
+        return self.folder / TRIALS / trial.id
+
+    def outputs(self, task: Task) -> list[Path]:
+        """The folders that a task leaves, each complete or absent."""
+        if not task.trials:
+            return [self.folder / PROBES / task.id]
+        return [self.trial_folder(trial) for trial in task.trials]
+
+    def checkpoint(self, trial: Trial) -> Path:
+        """The file from which a training that was killed goes on; gone once the trial is done."""
+        return self.folder / CHECKPOINTS / f"{trial.id}.safetensors"
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder of what runs share, if the study names one."""
+        return None if self.study.cache is None else Path(self.study.cache).expanduser()
+
+    def tracked(self, trial: Trial) -> AbstractContextManager[Track]:
+        """What a training of the trial tells its numbers to."""
+        return tracked(
+            self.study.tracking.to,
+            folder=self.folder / TRACKING,
+            project=self.study.name,
+            run=trial.id,
+            settings={"method": trial.method, "depth": trial.depth, "seed": trial.seed},
+            log=self.log,
+        )
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The prepared log."""
+        return load_data(self.shared / DATA)
+
+    @cached_property
+    def split(self) -> Split:
+        """What trains, validates and tests."""
+        return make_split(self.sequences, self.study.protocol)
+
+    @cached_property
+    def windows(self) -> list[np.ndarray]:
+        """Training windows: the latest training items of each user with at least two of them."""
+        longest = self.study.data.max_history + 1  # one more than a history: the last is a target
+        users = range(self.sequences.n_users)
+        found = [self.split.train_history(user, longest) for user in users]
+        return [window for window in found if len(window) > 1]
+
+    @cached_property
+    def test(self) -> Questions:
+        """The test questions, by both protocols where the catalogue allows the sampled one.
+
+        Each user's best items are told too.
+        """
+        path = self.shared / NEGATIVES
+        negatives = np.load(path, mmap_mode="r") if path.exists() else None
+        return replace(self.ask("test", negatives), lists=True)
+
+    @cached_property
+    def taken(self) -> Taken:
+        """What was taken in training, to hold the recommended items against."""
+        return what_was_taken(self.split)
+
+    @cached_property
+    def validation(self) -> Questions:
+        """The validation questions of at most ``validation_users`` users."""
+        return self.ask("validation", limit=self.study.protocol.validation_users)
+
+    @cached_property
+    def training(self) -> Questions:
+        """The last item of each training window, given those before it."""
+        windows = self.windows
+        return Questions(
+            users=np.arange(len(windows)),
+            histories=[window[:-1] for window in windows],
+            targets=np.array([window[-1] for window in windows], dtype=np.int32),
+            seen=None,
+            negatives=None,
+        )
+
+    def ask(
+        self, part: Part, negatives: np.ndarray | None = None, limit: int | None = None
+    ) -> Questions:
+        """Questions of a part, of at most so many users."""
+        return questions(
+            self.split,
+            part,
+            max_history=self.study.data.max_history,
+            filter_seen=self.study.protocol.filter_seen,
+            negatives=negatives,
+            limit=limit,
+        )
+
+    def validate(self, model: Encoder) -> float:
+        """Validation NDCG@10 by full ranking."""
+        return mean_ndcg(evaluate(model, self.validation, device=self.device)["full"])
+
+    def new_sasrec(self, seed: int) -> SASRec:
+        """SASRec before its training."""
+        torch.manual_seed(seed)
+        model = build_sasrec(
+            self.study.sasrec,
+            items=self.sequences.n_items,
+            longest=self.study.data.max_history,
+        )
+        return model.to(self.device)
+
+    def sasrec(self, seed: int) -> SASRec:
+        """The trained baseline, in eval mode."""
+        model = self.new_sasrec(seed)
+        load_trained(model, self.trial_folder(whole_trial("sasrec", seed, 0)) / MODEL)
+        return model.eval()
+
+    @property
+    def item_width(self) -> int:
+        """Width of the item table, d_item."""
+        if self.study.item_table == "sasrec":
+            return self.study.sasrec.width
+        if self.study.item_table == LEARNED:
+            return self.study.item_width
+        return self._shared_table.shape[1]
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
+    def item_table(self, seed: int) -> Tensor:
+        """The item embeddings before a recommender's training, (I + 1, d_item), on the CPU."""
+        if self.study.item_table == "sasrec":
+            return self.sasrec(seed).item_matrix().detach().cpu().clone()
+        if self.study.item_table == LEARNED:
+            return learned_table(self.sequences.n_items, self.study.item_width, seed=seed)
+        return self._shared_table
+
+    @cached_property
+    def _shared_table(self) -> Tensor:
+        """The table that does not depend on the seed."""
+        return torch.from_numpy(np.load(self.shared / ITEM_TABLE))
+
+    def new_recommender(self, trial: Trial) -> Recommender:
+        """A recommender with the trial's blocks before its training."""
+        model = build_recommender(
+            self.study.backbone,
+            self.item_table(trial.seed),
+            kept=trial.kept,
+            seed=trial.seed,
+            random_init=settings_of(self.study, trial.method).fresh,
+            train_items=self.study.trains_items,
+        )
+        return model.to(self.device)
+
+    def trained(self, trial: Trial) -> Recommender:
+        """A trained recommender from disk, in eval mode."""
+        model = self.new_recommender(trial)
+        load_trained(model, self.trial_folder(trial) / MODEL)
+        return model.eval()
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def teacher(self, seed: int, blocks: int) -> Recommender:
+        """The trained teacher; the latest one stays in memory, since many tasks read it."""
+        return self.trained(whole_trial("full", seed, blocks))
+
+    @lru_cache(maxsize=8)  # noqa: B019
+    def teacher_mark(self, seed: int, blocks: int) -> str:
+        """What names the trained teacher's weights: what was made from them goes by it."""
+        weights = self.trial_folder(whole_trial("full", seed, blocks)) / MODEL / WEIGHTS
+        with weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]

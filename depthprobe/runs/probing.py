@@ -1,0 +1,218 @@
+"""The methods that need no training but the teacher's: each a pass, or a few, over the users."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+import numpy as np
+import pandas as pd
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, cast
+from filelock import FileLock
+from torch import nn
+from depthprobe.cost.parameters import count_parameters, parameters_by_block
+from depthprobe.files import write_json
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.build import merge_lora
+from depthprobe.models.recommender import Recommender
+from depthprobe.models.parts import find_sublayers
+from depthprobe.probing.passes import early_exit
+from depthprobe.probing.readout import cache_states, fit_lenses, fit_readouts, rank_readouts
+from depthprobe.probing.greedy import Removal, Span, greedy, nearest_spans
+from depthprobe.probing.replace import apply_replacement, fit_replacements
+from depthprobe.probing.settling import settling, to_frame as to_users
+from depthprobe.probing.similarity import similarities, to_frame as to_scores
+from depthprobe.probing.taylor import taylor_importance
+from depthprobe.probing.walk import Route, rank_routes, route, route_without
+from depthprobe.runs.context import Context
+from depthprobe.runs.plan import Task, Trial
+from depthprobe.runs.records import Result, Scores
+
+
+TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
+
+
+def early_exits(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher read out after each block, behind the final norm or past it."""
+    teacher = _teacher(context, task)
+    norm = task.method == "early-exit"
+    ranks = early_exit(teacher, context.test, device=context.device, norm=norm)
+    for trial in task.trials:
+        yield Result(trial, ranks[trial.depth], part_of(teacher, trial))
+
+
+def walks(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher with blocks left out, or with a part of one."""
+    teacher = _teacher(context, task)
+    routes = [_route(trial) for trial in task.trials]
+    found = rank_routes(teacher, context.test, routes, device=context.device)
+    for trial, ranks in zip(task.trials, found, strict=True):
+        yield Result(trial, ranks, part_of(teacher, trial))
+
+
+def spans(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher without each run of blocks, or without those that angular distance picks."""
+    if not context.study.probing.spans:
+        yield from walks(context, task)
+        return
+    angular = angular_distances(context, task.seed, task.blocks)
+    trials = []
+    for trial in task.trials:
+        ranked = nearest_spans(angular, trial.blocks - trial.depth)
+        trials.append(replace(trial, kept=outside(ranked[trial.place or 0], trial.blocks)))
+    yield from walks(context, replace(task, trials=tuple(trials)))
+
+
+def removals(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher after each greedy removal, chosen by the validation questions."""
+    found = removal(context, task.seed, task.blocks)
+    trials = [replace(trial, kept=found.kept(trial.depth)) for trial in task.trials]
+    yield from walks(context, replace(task, trials=tuple(trials)))
+
+
+def read_outs(context: Context, task: Task) -> Iterator[Result]:
+    """A head fitted at each depth: to the targets, or to what the teacher says (tuned lens)."""
+    teacher, device = _teacher(context, task), context.device
+    fit = fit_readouts if task.method == "readout" else fit_lenses
+    with tempfile.TemporaryDirectory(dir=context.shared) as folder:
+        train, validation = (
+            cache_states(teacher, asked, path=Path(folder, f"{name}.npy"), device=device)
+            for name, asked in (("train", context.training), ("validation", context.validation))
+        )
+        fitted = fit(teacher, train, validation, device=device, seed=task.seed)
+    found = rank_readouts(teacher, fitted, context.test, device=device)
+    # a read-out takes the place of the teacher's own adapter; a translator comes before it
+    more = fitted.weight[0].numel() + fitted.bias[0].numel() if task.method == "tuned-lens" else 0
+    for trial in task.trials:
+        counts = part_of(teacher, trial)
+        counts |= {name: counts[name] + more for name in ("adapters", "total")}
+        yield Result(trial, found[trial.depth], counts)
+
+
+def replacements(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher with a linear map in place of a span: at each depth the span that turns least.
+
+    Spans and maps are found with validation users. The first block has none before it to carry a
+    map, so it stays.
+    """
+    teacher, device = copy.deepcopy(_teacher(context, task)), context.device
+    merge_lora(teacher)
+    angular = angular_distances(context, task.seed, task.blocks)
+    spans = [
+        nearest_spans(angular, trial.blocks - trial.depth, first=1)[0] for trial in task.trials
+    ]
+    for trial, found in zip(
+        task.trials,
+        fit_replacements(teacher, context.validation, spans, device=device),
+        strict=True,
+    ):
+        model = copy.deepcopy(teacher)
+        apply_replacement(model, found)
+        done = replace(trial, kept=outside((found.start, found.end), trial.blocks))
+        (ranks,) = rank_routes(model, context.test, [route(range(done.depth))], device=device)
+        yield Result(done, ranks, part_of(teacher, done), replacement=found)
+
+
+def compare(context: Context, task: Task) -> Iterator[Scores]:
+    """How alike the states around blocks are, by validation users."""
+    teacher = _teacher(context, task)
+    yield Scores(to_scores(similarities(teacher, context.validation, device=context.device)))
+
+
+def weigh(context: Context, task: Task) -> Iterator[Scores]:
+    """What the weights of each block matter to the loss of some validation users."""
+    asked = context.ask("validation", limit=TAYLOR_USERS)
+    found = taylor_importance(_teacher(context, task), asked, device=context.device)
+    blocks = np.arange(len(found))
+    frame = pd.DataFrame({"score": "taylor", "start": blocks, "end": blocks + 1, "value": found})
+    yield Scores(frame)
+
+
+def settle(context: Context, task: Task) -> Iterator[Scores]:
+    """At which depth each test user's answers are the last ones."""
+    found = settling(_teacher(context, task), context.test, device=context.device)
+    yield Scores(to_users(found, context.test.users))
+
+
+PROBES: dict[str, Callable[[Context, Task], Iterator[Result | Scores]]] = {
+    "early-exit": early_exits,
+    "early-exit-raw": early_exits,
+    "readout": read_outs,
+    "tuned-lens": read_outs,
+    "skip": walks,
+    "span": spans,
+    "interval": walks,
+    "greedy": removals,
+    "drop-attention": walks,
+    "drop-mlp": walks,
+    "replace": replacements,
+    "similarity": compare,
+    "taylor": weigh,
+    "settling": settle,
+}
+
+
+def removal(context: Context, seed: int, blocks: int) -> Removal:
+    """The greedy removal by validation users; kept for all who ask for it."""
+    path = context.shared / f"greedy-s{seed}-{context.teacher_mark(seed, blocks)}.json"
+    with FileLock(path.with_name(f".{path.stem}.lock")):
+        if not path.exists():
+            teacher = context.teacher(seed, blocks)
+            write_json(path, asdict(greedy(teacher, context.validation, device=context.device)))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    lists = {name: tuple(content[name]) for name in ("removed", "scores")}
+    return Removal(**lists, evaluated=content["evaluated"])
+
+
+@lru_cache(maxsize=1)  # `replace`, screened spans and selected blocks ask for the same
+def angular_distances(context: Context, seed: int, blocks: int) -> np.ndarray:
+    """Angular distances between the teacher's states, (L + 1, L + 1), of validation users."""
+    teacher = context.teacher(seed, blocks)
+    return similarities(teacher, context.validation, device=context.device).angular
+
+
+def outside(span: Span, blocks: int) -> tuple[int, ...]:
+    """The blocks that are not in a span."""
+    return tuple(b for b in range(blocks) if not span[0] <= b < span[1])
+
+
+def _teacher(context: Context, task: Task) -> Recommender:
+    return context.teacher(task.seed, task.blocks)
+
+
+def _route(trial: Trial) -> Route:
+    part = _part(trial)
+    if part is None or trial.dropped is None:
+        return route(trial.kept)
+    return route_without(part, trial.dropped, trial.blocks)
+
+
+def _part(trial: Trial) -> Literal["attention", "mlp"] | None:
+    """Which part of a block the trial drops."""
+    name = trial.method.removeprefix("drop-")
+    return cast("Literal['attention', 'mlp']", name) if trial.dropped is not None else None
+
+
+def part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
+    """The parameters that the teacher would have with the trial's blocks and parts alone."""
+    counts = count_parameters(teacher)
+    blocks = parameters_by_block(teacher)
+    lighter = sum(blocks[b] for b in trial.kept) - counts["blocks"]
+    if trial.dropped is not None:
+        lighter = -_weights_of(teacher, trial.dropped, mixing=_part(trial) == "attention")
+    return counts | {
+        "blocks": counts["blocks"] + lighter,
+        "total": counts["total"] + lighter,
+        "trainable": 0,
+    }
+
+
+def _weights_of(teacher: Recommender, block: int, *, mixing: bool) -> int:
+    (branches,) = find_sublayers(teacher.backbone, [block])
+    paths = [branch.path for branch in branches if branch.mixes == mixing]
+    parts: list[nn.Module] = [find_blocks(teacher.backbone)[block].get_submodule(p) for p in paths]
+    return sum(weight.numel() for part in parts for weight in part.parameters())

@@ -1,0 +1,331 @@
+"""Who works on what: a lock a task, so that several sweeps share one run and do nothing twice.
+
+The locks are the operating system's (``flock``): whoever dies, by any signal, has let go of them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from filelock import FileLock, Timeout
+from depthprobe.runs.plan import Task
+from depthprobe.runs.records import state_of, to_retry
+from depthprobe.runs.team import Team
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+
+LOCKS = ".locks"
+WHOLE = ".run"  # what lays a run out, times it or writes its tables
+
+State = Literal["ours", "theirs", "done", "failed"]
+Outputs = Callable[[Task], list[Path]]
+
+
+class Claims:
+    """The tasks of a run that this sweep holds.
+
+    Args:
+        folder: of the run.
+        outputs: the folders that a task leaves.
+        retry: failures that are tried again, with how often they had failed when the command
+            was given: those alone, so that each is tried once a command.
+        team: processes that train together: the first one claims for all.
+    """
+
+    def __init__(
+        self, folder: Path, outputs: Outputs, retry: Mapping[str, int], team: Team | None = None
+    ) -> None:
+        self._folder, self._outputs, self._team = folder / LOCKS, outputs, team or Team()
+        self._locks: dict[str, FileLock] = {}
+        self._retry = retry
+
+    def take(self, task: Task) -> State:
+        """Claim a task: ``ours`` now, ``theirs``, or it was ``done`` or ``failed`` meanwhile."""
+        state: State = self._team.agree(self._take(task) if self._team.writes else "theirs")
+        return state
+
+    def leave(self, task: Task) -> None:
+        """Let go of a task, once its records are written; of one that is not held, nothing."""
+        self._let_go(task.id)
+
+    def leave_all(self) -> None:
+        """Let go of everything."""
+        for name in list(self._locks):
+            self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        lock = self._locks.pop(name, None)
+        if lock is not None:
+            # while it is held: whoever has it open already sees that it guards no name any more
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def _take(self, task: Task) -> State:
+        lock = _lock(self._folder / f"{task.id}.lock")
+        try:
+            _acquire(lock, 0)
+        except Timeout:
+            return "theirs"
+        self._locks[task.id] = lock
+        outputs = self._outputs(task)
+        state = state_of(outputs)
+        if state == "left" or (state == "failed" and to_retry(outputs, self._retry)):
+            return "ours"
+        self.leave(task)
+        return state
+
+
+@contextmanager
+def whole_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Alone with what all trials share: waits until no other sweep is at it."""
+    place = folder / LOCKS / f"{WHOLE}.lock"
+    lock = _lock(place)
+    try:
+        _acquire(lock, 0)
+    except Timeout:
+        say("waiting for another sweep of this run")
+        _acquire(lock, -1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear(folder: Path) -> None:
+    """Remove the folder of the locks, unless another sweep has some there.
+
+    What a sweep that was killed held, nobody may have come to since: its task can have been done.
+    """
+    for place in [*(folder / LOCKS).glob("*.lock")]:
+        lock = _lock(place)
+        with suppress(OSError, Timeout):
+            _acquire(lock, 0)
+            place.unlink(missing_ok=True)
+            lock.release()
+    with suppress(OSError):
+        (folder / LOCKS).rmdir()
+
+
+def held(folder: Path) -> list[str]:
+    """Tasks of a run that some living process works on, by name."""
+    found = []
+    for place in sorted((folder / LOCKS).glob("[!.]*.lock")):
+        lock = _lock(place)
+        try:
+            _acquire(lock, 0)
+        except Timeout:
+            found.append(place.stem)
+        except OSError:  # a run that this user may only read: nobody can be asked
+            continue
+        else:
+            lock.release()
+    return found
+
+
+def _lock(path: Path) -> FileLock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, thread_local=False)
+
+
+def _acquire(lock: FileLock, timeout: float) -> None:
+    """Take a lock, though another sweep that ends may remove its folder in between."""
+    while True:
+        try:
+            lock.acquire(timeout=timeout)
+        except FileNotFoundError:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        else:
+            return
+
+
+# Run tasks in the order of their needs: in worker processes, or in this one.
+
+POLL = 1.0  # seconds until tasks that another sweep holds are looked at again
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended; ``error`` is None when it did its work.
+
+    ``elsewhere``: another sweep of the run did it and wrote its records.
+    """
+
+    task: Task
+    error: str | None
+    seconds: float
+    elsewhere: bool = False
+
+
+Work = Callable[[Task], float]
+
+
+class Board(Protocol):
+    """Who has which task; a task is left when its outcome has been dealt with."""
+
+    def take(self, task: Task) -> str:
+        """``ours``, ``theirs``, or what it became meanwhile: ``done`` or ``failed``."""
+
+    def leave(self, task: Task) -> None:
+        """Let go of a task, if it is held."""
+
+
+class Queue:
+    """Tasks in the order of the plan, until each has ended here or elsewhere.
+
+    Args:
+        done: ids of trials whose records are there.
+        failed: ids of trials that failed before and are not tried again.
+    """
+
+    def __init__(
+        self, tasks: Iterable[Task], board: Board, *, done: set[str], failed: set[str]
+    ) -> None:
+        self.waiting = list(tasks)
+        self.board, self._done, self._failed = board, set(done), set(failed)
+
+    def next(self) -> Task | Outcome | None:
+        """A task to do now, one that ended without us, or None while others hold what is ready."""
+        for task in self.waiting:
+            lost = next((need for need in task.needs if need in self._failed), None)
+            if lost is None and not self._done.issuperset(task.needs):
+                continue
+            state = self.board.take(task)
+            if state == "theirs":
+                continue
+            self.waiting.remove(task)
+            if state != "ours":
+                error = "failed in another sweep" if state == "failed" else None
+                return Outcome(task, error, 0.0, elsewhere=True)
+            return task if lost is None else Outcome(task, f"needs {lost}, which failed", 0.0)
+        return None
+
+    def end(self, outcome: Outcome) -> Iterator[Outcome]:
+        """Hand an outcome on; what waits for the task may begin, and it is let go of."""
+        (self._done if outcome.error is None else self._failed).update(outcome.task.names)
+        yield outcome
+        self.board.leave(outcome.task)
+
+
+def run_here(queue: Queue, work: Work, *, caught: type[Exception] = Exception) -> Iterator[Outcome]:
+    """One task after the other in this process; a fault ends its task alone.
+
+    Args:
+        caught: the faults that end their task alone; any other ends the sweep.
+    """
+    while queue.waiting:
+        found = queue.next()
+        if found is None:
+            time.sleep(POLL)
+        elif isinstance(found, Outcome):
+            yield from queue.end(found)
+        else:
+            try:
+                outcome = Outcome(found, None, work(found))
+            except caught as error:  # by default whatever it was: the other tasks go on
+                outcome = Outcome(found, describe(error), 0.0)
+            yield from queue.end(outcome)
+
+
+def run_in_processes(
+    queue: Queue,
+    work: Work,
+    *,
+    jobs: int,
+    prepare: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> Iterator[Outcome]:
+    """Up to ``jobs`` tasks at a time; one that kills its process fails alone.
+
+    Args:
+        work: called with a task in a worker, returns its seconds.
+        prepare: called once in each worker, with a counter of workers and then ``arguments``.
+    """
+    running: dict[Future[tuple[str | None, float]], Task] = {}
+    pool = _pool(jobs, prepare, arguments)
+    suspects: list[Task] = []  # were running when a worker died: run again, one at a time
+    try:
+        while queue.waiting or running or suspects:
+            limit = 1 if suspects else jobs
+            while len(running) < limit:
+                found = suspects.pop(0) if suspects else queue.next()
+                if found is None:
+                    break
+                if isinstance(found, Outcome):
+                    yield from queue.end(found)
+                else:
+                    running[pool.submit(_attempt, work, found)] = found
+            if not running:
+                if queue.waiting:
+                    time.sleep(POLL)
+                continue
+            alone = len(running) == 1
+            free = queue.waiting and len(running) < limit
+            broken: list[Task] = []
+            for future in wait(running, POLL if free else None, FIRST_COMPLETED).done:
+                task = running.pop(future)
+                try:
+                    error, seconds = future.result()
+                except BrokenProcessPool:
+                    broken.append(task)
+                    continue
+                yield from queue.end(Outcome(task, error, seconds))
+            if broken:
+                # every running task is lost with the pool; which one killed it shows when alone
+                broken += running.values()
+                running.clear()
+                pool.shutdown(wait=False, cancel_futures=True)
+                pool = _pool(jobs, prepare, arguments)
+                if alone:
+                    died = "its process died (killed, or out of memory)"
+                    yield from queue.end(Outcome(broken.pop(), died, 0.0))
+                suspects += broken
+    finally:
+        _stop(pool)
+
+
+def describe(error: BaseException) -> str:
+    """One line: type, message, and the innermost line of ours that raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "depthprobe" in f.filename]
+    place = f" (at {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _attempt(work: Work, task: Task) -> tuple[str | None, float]:
+    """In a worker: an error is told in words, for not every error survives the way back."""
+    try:
+        return None, work(task)
+    except Exception as error:  # whatever it was, the other tasks go on
+        return describe(error), 0.0
+
+
+def _pool(
+    jobs: int, prepare: Callable[..., None], arguments: tuple[Any, ...]
+) -> ProcessPoolExecutor:
+    # spawn: a forked copy of a process that has used torch's threads or CUDA can hang
+    context = multiprocessing.get_context("spawn")
+    started = context.Value("i", 0)
+    return ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=prepare, initargs=(started, *arguments)
+    )
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    """End the workers at once: after an interrupt nobody waits for their training."""
+    workers = list((getattr(pool, "_processes", None) or {}).values())
+    manager = getattr(pool, "_executor_manager_thread", None)
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        if worker.is_alive():
+            worker.terminate()
+    for worker in workers:
+        worker.join(timeout=10)
+    if manager is not None:
+        # Python, when it ends, wakes the thread unguarded: one that ends then has closed its pipe
+        manager.join(timeout=10)

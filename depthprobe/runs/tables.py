@@ -1,0 +1,213 @@
+"""Own columns by which a run's test users are sliced: read once, kept beside the log."""
+
+from __future__ import annotations
+
+import pandas as pd
+import math
+import numpy as np
+from pathlib import Path
+from depthprobe.data.readers.titles import What, read_attribute
+from depthprobe.data.splits import Split
+from depthprobe.evaluation.slices import ALL, Family, TAKEN, slice_means
+from depthprobe.files import complete_file
+from depthprobe.errors import BadInput
+from depthprobe.study import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
+from depthprobe.evaluation.metrics import check_metrics, per_user_metric
+from depthprobe.runs.context import TRIALS
+from depthprobe.runs.records import read_users
+
+
+SLICES = "slices.parquet"
+
+
+def asked_slices(protocol: Protocol) -> dict[str, list[str]]:
+    """The own columns that a study names, as the manifest of a run holds them."""
+    return {"user": list(protocol.user_slices), "item": list(protocol.item_slices)}
+
+
+def own_slices(protocol: Protocol, split: Split) -> pd.DataFrame:
+    """Labels of the test's users: user, and one column for each that the study names.
+
+    A user has the value of their own, or that of the item asked for; empty where the file has
+    none.
+
+    Raises:
+        BadInput: if a file can't be read, or two columns have one name.
+    """
+    sequences, users = split.sequences, split.test.users
+    frame = pd.DataFrame({"user": users})
+    ids: dict[What, list[str]] = {
+        "user": [name.strip() for name in sequences.user_ids[users].tolist()],
+        "item": [name.strip() for name in sequences.item_ids[split.targets("test") - 1].tolist()],
+    }
+    for what, settings in asked_slices(protocol).items():
+        kind: What = "user" if what == "user" else "item"
+        field = f"protocol.{what}_slices"
+        for setting in settings:
+            name, values = read_attribute(setting, kind, field=field, wanted=set(ids[kind]))
+            if name in TAKEN or name in frame:
+                raise BadInput(field, setting, f"another name for the column {name!r}: it is taken")
+            frame[name] = [values.get(key, "") for key in ids[kind]]
+    return frame
+
+
+def write_slices(frame: pd.DataFrame, shared: Path) -> None:
+    """Keep the labels in a run's shared folder; without any, what was there goes."""
+    if len(frame.columns) == 1:
+        (shared / SLICES).unlink(missing_ok=True)
+        return
+    with complete_file(shared / SLICES) as temporary:
+        frame.to_parquet(temporary, index=False)
+
+
+def read_slices(shared: Path) -> dict[str, list[str]]:
+    """Labels of the test's users by the name of the column; none where the run has none."""
+    if not (shared / SLICES).is_file():
+        return {}
+    frame = pd.read_parquet(shared / SLICES)
+    return {str(name): frame[name].tolist() for name in frame.columns.drop("user")}
+
+
+# The metrics table of a run: from every user's rank, of all users and of each slice of them.
+
+METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+OF_LISTS = ("coverage@10", "gini@10", "popularity@10")
+COLUMNS = (
+    *("trial", "method", "depth", "seed", "split", "protocol", "slice", "metric"),
+    *("value", "ci_low", "ci_high", "users"),
+)
+FULL = "full"
+DRAW_BYTES = 128 * 2**20  # of the bootstrap's draws that are held at once
+
+Record = dict[str, Any]
+
+
+def metrics_table(
+    folder: Path,
+    records: Sequence[Record],
+    asked: np.ndarray,
+    cuts: Sequence[Family],
+    *,
+    resamples: int,
+) -> pd.DataFrame:
+    """The tidy metrics of finished trials, with 95 % intervals over users.
+
+    All trials rank the same users, so they share the draws. Slices are those of full ranking. What
+    is no mean over users (:data:`OF_LISTS`) and what validation said has no interval.
+
+    Args:
+        folder: of the run.
+        records: of the trials that are done.
+        asked: the users that the slices are of, ascending (E,); empty where they are unknown.
+        cuts: ways to slice these users.
+
+    Raises:
+        BadInput: if a trial's ranks can't be read, or don't give the metrics of its record.
+        ValueError: if the metrics of a trial break the bounds between them.
+    """
+    frames, told = [], [row for record in records for row in _of_validation(record)]
+    most = 1 + sum(len(family.labels) for family in cuts)
+    block = max(1, DRAW_BYTES // (8 * resamples * most * len(METRICS)))
+    for protocol, users, group in _by_users(folder, records):
+        own = _aligned(cuts, asked, users) if protocol == FULL else []
+        for start in range(0, len(group), block):
+            part = group[start : start + block]
+            frames.append(_ranked(part, protocol, own, resamples=resamples))
+        if protocol == FULL:
+            told += [row for record, _ in group for row in _of_lists(record, len(users))]
+    frames.append(pd.DataFrame(told, columns=COLUMNS))
+    table = pd.concat([frame for frame in frames if len(frame)] or frames, ignore_index=True)
+    order = ["trial", "split", "protocol"]
+    return table[list(COLUMNS)].sort_values(order, kind="stable", ignore_index=True)
+
+
+Ranked = list[tuple[Record, np.ndarray]]  # trials, and their ranks (U,)
+
+
+def _by_users(folder: Path, records: Sequence[Record]) -> Iterator[tuple[str, np.ndarray, Ranked]]:
+    """Trials by protocol and by whom they rank: all the same users, unless files were changed."""
+    groups: dict[tuple[str, bytes], tuple[np.ndarray, Ranked]] = {}
+    for record in records:
+        for protocol, (users, ranks) in read_users(folder / TRIALS / record["id"], record).items():
+            key = protocol, users.tobytes()
+            groups.setdefault(key, (users, []))[1].append((record, ranks.astype(np.float64)))
+    for (protocol, _), (users, group) in sorted(groups.items(), key=lambda each: each[0]):
+        yield protocol, users, group
+
+
+def _aligned(cuts: Sequence[Family], asked: np.ndarray, users: np.ndarray) -> list[Family]:
+    """The slices of these users, in their order; none if one of them is not known."""
+    if not cuts or not np.isin(users, asked).all():
+        return []
+    places = np.searchsorted(asked, users)
+    return [Family(family.name, family.labels, family.codes[places]) for family in cuts]
+
+
+def _ranked(
+    group: Ranked, protocol: str, cuts: Sequence[Family], *, resamples: int
+) -> pd.DataFrame:
+    """Rows of some trials, for each slice and metric."""
+    values = [per_user_metric(ranks, name) for _, ranks in group for name in METRICS]
+    found = slice_means(np.stack(values, axis=1), cuts, resamples=resamples)
+    whole = found[ALL][1][0].reshape(len(group), len(METRICS))
+    for row in whole.tolist():
+        check_metrics(dict(zip(METRICS, row, strict=True)))
+    shape = len(found), 3, len(group), len(METRICS)
+    numbers = np.stack([means for _, means in found.values()]).reshape(shape)
+    # by trial, in it by slice, in it by metric
+    value, low, high = numbers.transpose(1, 2, 0, 3).reshape(3, -1)
+    rows = len(found) * len(METRICS)
+    users = np.repeat([users for users, _ in found.values()], len(METRICS))
+    return pd.DataFrame(
+        {
+            **_repeated([record for record, _ in group], rows),
+            "split": "test",
+            "protocol": protocol,
+            "slice": np.tile(np.repeat(list(found), len(METRICS)), len(group)),
+            "metric": np.tile(METRICS, len(group) * len(found)),
+            "value": value,
+            "ci_low": low,
+            "ci_high": high,
+            "users": np.tile(users, len(group)),
+        }
+    )
+
+
+def _repeated(records: Sequence[Record], rows: int) -> dict[str, np.ndarray]:
+    """What each trial is, so many times."""
+    return {
+        column: np.repeat([_row(record)[column] for record in records], rows)
+        for column in ("trial", "method", "depth", "seed")
+    }
+
+
+def _of_lists(record: Record, users: int) -> list[Record]:
+    """What the record says of the items recommended to all users together."""
+    full = record.get("metrics", {}).get("test", {}).get(FULL, {})
+    where = {"split": "test", "users": users}
+    return [
+        _row(record) | where | {"metric": name, "value": full[name]}
+        for name in OF_LISTS
+        if name in full
+    ]
+
+
+def _of_validation(record: Record) -> list[Record]:
+    said = record["validation"]
+    if said is None:
+        return []
+    where = {"split": "validation", "users": said["users"]}
+    return [_row(record) | where | {"metric": "NDCG@10", "value": said["NDCG@10"]}]
+
+
+def _row(record: Record) -> Record:
+    names = {"trial": "id", "method": "method", "depth": "depth", "seed": "seed"}
+    return {
+        **{column: record[key] for column, key in names.items()},
+        "protocol": FULL,
+        "slice": ALL,
+        "ci_low": math.nan,
+        "ci_high": math.nan,
+    }

@@ -1,0 +1,331 @@
+"""How long a model is trained: for as many steps as its teacher, or with as much compute."""
+
+from __future__ import annotations
+
+import numpy as np
+import hashlib
+import json
+import shutil
+import time
+import torch
+from dataclasses import asdict, replace
+from depthprobe.cost.flops import epoch_flops, flops_per_user
+from depthprobe.models.recommender import Recommender
+from depthprobe.study import ASKED, Recipe, base_of, parse_layers, settings_of
+from depthprobe.runs.context import Context
+from depthprobe.runs.plan import Task, Trial, whole_trial
+from depthprobe.training.objectives import NextItem, asked
+from contextlib import suppress
+from pathlib import Path
+from filelock import FileLock
+from depthprobe.files import complete_folder, write_json
+from depthprobe.runs.cache import features_folder, result_file, share_folder
+from depthprobe.training.distillation import Distiller, wanted_features
+from depthprobe.training.features import CachedTeacher, OnlineTeacher, Teacher, Wanted, write_features
+from collections.abc import Callable, Iterator
+from functools import partial
+from torch import Tensor, nn
+from transformers import Cache
+from depthprobe.cost.parameters import count_parameters
+from depthprobe.evaluation.ranks import Encoder, evaluate, mean_ndcg
+from depthprobe.models.cutting import keep_blocks
+from depthprobe.probing.passes import early_exit
+from depthprobe.probing.greedy import nearest_spans
+from depthprobe.runs.probing import angular_distances, outside, part_of, removal
+from depthprobe.runs.records import Result, read_record
+from depthprobe.training.elastic import ElasticObjective
+from depthprobe.training.checkpoint import Fit
+from depthprobe.training.loop import fit
+
+
+def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
+    """The trial's recipe; under ``budget = "compute"`` with the epochs that its teacher's buy.
+
+    Rounded to whole epochs, one at least. ``elastic`` stands for a variant at each asked depth and
+    for the teacher, and gets the compute of them all.
+    """
+    settings = settings_of(context.study, trial.method)
+    recipe = settings.recipe
+    if context.study.budget == "steps" or trial.method == "full":
+        return recipe
+    whole = _whole_epoch(context, trial)
+    models = 1
+    if settings.base == "elastic":
+        below = [d for d in parse_layers(context.study.layers, trial.blocks) if d < trial.blocks]
+        models = 1 + len(below)
+    own = trained_epoch(context, trial, model)
+    return replace(recipe, epochs=max(1, round(recipe.epochs * models * whole / own)))
+
+
+def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
+    """FLOPs of an epoch of a trial's training; of distillation without its teacher's."""
+    settings = settings_of(context.study, trial.method)
+    lengths = np.array([len(window) - 1 for window in context.windows])
+    positions = int(asked(context.windows, settings.recipe.objective).sum())
+    scored: float = positions
+    if settings.base == "elastic":
+        scored *= 1 + min(settings.elastic.exits, model.depth - 1)
+    if settings.base == "distill":
+        losses = settings.distillation
+        compared = len(lengths) if losses.positions == "last" else positions
+        followed = compared if losses.logits and not losses.top else 0
+        inner = min(losses.groups, model.depth) - 1 if losses.supervision else 0
+        scored = positions * bool(losses.ce) + followed + inner * len(lengths)
+    return epoch_flops(model, lengths, scored=scored, known=context.products[trial.kept])
+
+
+def _whole_epoch(context: Context, trial: Trial) -> int:
+    """FLOPs of an epoch of the teacher's."""
+    whole = whole_trial("full", trial.seed, trial.blocks)
+    return trained_epoch(context, whole, context.new_recommender(whole))
+
+
+# What the students of a study follow: their teacher's features, computed once for all of them.
+
+FEATURES, SECONDS = "teacher-features", "seconds.json"
+
+
+def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
+    """What a student asks, and the seconds that it took to compute; None if it asks nothing.
+
+    Raises:
+        BadInput: if there is no trained teacher.
+    """
+    settings = settings_of(context.study, trial.method)
+    wanted = wanted_features(
+        settings.distillation, settings.recipe, depth=trial.depth, teacher_depth=trial.blocks
+    )
+    if not (wanted.ends or wanted.vectors or wanted.top):
+        return None, 0.0
+    if settings.distillation.features == "online":
+        return OnlineTeacher(context.teacher(trial.seed, trial.blocks), wanted), 0.0
+    folder = _features(context, trial, wanted)
+    seconds = json.loads((folder / SECONDS).read_text(encoding="utf-8"))["seconds"]
+    return CachedTeacher(folder, context.windows, wanted), float(seconds)
+
+
+def _features(context: Context, trial: Trial, wanted: Wanted) -> Path:
+    """The folder of the features of all students of a seed; made by whoever comes first.
+
+    It is named by what it depends on, the teacher's weights among it: features of another teacher
+    than that of the record are never read.
+    """
+    whole = _of_all_students(context, trial, wanted)
+    mark = context.teacher_mark(trial.seed, trial.blocks)
+    origin = json.dumps(asdict(whole)) + mark
+    digest = hashlib.sha256(origin.encode()).hexdigest()[:12]
+    stem = f"{FEATURES}-s{trial.seed}-{whole.objective}-"
+    folder = context.shared / f"{stem}{digest}"
+    with FileLock(context.shared / f".{stem}lock"):
+        if folder.exists():
+            return folder
+        for stale in context.shared.glob(f"{stem}*"):
+            shutil.rmtree(stale)
+        kept = features_folder(context, mark, whole)
+        if kept is not None and kept.is_dir():
+            context.log(f"what the teacher of seed {trial.seed} says, from the cache")
+            share_folder(kept, folder)
+            return folder
+        context.log(f"what the teacher of seed {trial.seed} says, for all students")
+        teacher, windows = context.teacher(trial.seed, trial.blocks), context.windows
+        began = time.perf_counter()
+        with complete_folder(folder) as temporary:
+            write_features(teacher, windows, whole, folder=temporary, device=context.device)
+            write_json(temporary / SECONDS, {"seconds": time.perf_counter() - began})
+        if kept is not None:
+            with suppress(OSError):  # others' gain is no reason to end this trial
+                share_folder(folder, kept)
+    return folder
+
+
+def _of_all_students(context: Context, trial: Trial, wanted: Wanted) -> Wanted:
+    """What the students of the study ask together, where they are compared at the same places."""
+    study, asked = context.study, [wanted]
+    for method in study.methods:
+        if base_of(method) == "distill":
+            settings = settings_of(study, method)
+            depths = {*parse_layers(settings.layers, trial.blocks), trial.depth}
+            asked += [
+                wanted_features(
+                    settings.distillation, settings.recipe, depth=d, teacher_depth=trial.blocks
+                )
+                for d in depths
+                if d < trial.blocks
+            ]
+    asked = [each for each in asked if each.objective == wanted.objective]
+    return Wanted(
+        objective=wanted.objective,
+        ends=tuple(sorted({end for each in asked for end in each.ends})),
+        vectors=any(each.vectors for each in asked),
+        top=max(each.top for each in asked),
+    )
+
+
+# The methods that train a shallower model: from the backbone, out of the teacher, after it.
+
+def fine_tuned(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher, a variant cut from the pretrained backbone, or one without pretraining."""
+    trial = _with_blocks(context, task.trials[0])
+    chosen = settings_of(context.study, trial.method).asks_teacher
+    taught = _seconds_of_teacher(context, trial) if chosen else 0.0
+    yield replace(_train(context, trial, context.new_recommender(trial)), taught=taught)
+
+
+def heal(context: Context, task: Task) -> Iterator[Result]:
+    """Cut out of the trained teacher, then fine-tuned for a share of its epochs."""
+    trial = _with_blocks(context, task.trials[0])
+    taught = _seconds_of_teacher(context, trial)
+    yield replace(_train(context, trial, _cut_teacher(context, trial)), taught=taught)
+
+
+def distill(context: Context, task: Task) -> Iterator[Result]:
+    """A variant trained to follow the teacher."""
+    trial = _with_blocks(context, task.trials[0])
+    settings = settings_of(context.study, trial.method)
+    weights = settings.distillation
+    teacher, seconds = teacher_for(context, trial)
+    from_teacher = weights.init == "teacher"
+    student = _cut_teacher(context, trial) if from_teacher else context.new_recommender(trial)
+    student.train()
+    torch.manual_seed(trial.seed)
+    goal = None
+    if weights.logits and not weights.top:
+        goal = context.teacher(trial.seed, trial.blocks).item_matrix().detach()
+    distiller = Distiller(student, weights, settings.recipe, teacher, goal_items=goal)
+    taught = seconds
+    if teacher is not None or from_teacher or settings.select in ASKED:
+        taught += _seconds_of_teacher(context, trial)
+    yield replace(_train(context, trial, student, distiller.to(context.device)), taught=taught)
+
+
+def elastic(context: Context, task: Task) -> Iterator[Result]:
+    """One training, whose every prefix is a trial; the deepest one holds the weights."""
+    whole = task.trials[-1]
+    settings = settings_of(context.study, whole.method)
+    model = context.new_recommender(whole)
+    recipe = budgeted(context, whole, model)
+
+    def validate() -> float:
+        every = early_exit(model.eval(), context.validation, device=context.device)
+        return float(np.mean([mean_ndcg(ranks["full"]) for ranks in every[1:]]))
+
+    done = _fit(context, whole, ElasticObjective(model, settings.elastic, recipe), recipe, validate)
+    ranks = early_exit(model, context.test, device=context.device)
+    epoch = _counted(lambda: trained_epoch(context, whole, model))
+    for trial in task.trials:
+        yield Result(
+            trial,
+            ranks[trial.depth],
+            part_of(model, trial) | {"trainable": count_parameters(model)["trainable"]},
+            flops=_counted(partial(_flops, context, whole, model, depth=trial.depth)),
+            fit=done,
+            model=model if trial == whole else None,
+            training_flops=epoch and epoch * done.epochs,
+        )
+
+
+def _with_blocks(context: Context, trial: Trial) -> Trial:
+    """The trial with the blocks that its selection finds, where that asks the teacher."""
+    select = settings_of(context.study, trial.method).select
+    if select == "angular":
+        angular = angular_distances(context, trial.seed, trial.blocks)
+        span = nearest_spans(angular, trial.blocks - trial.depth)[0]
+        return replace(trial, kept=outside(span, trial.blocks))
+    if select == "greedy":
+        return replace(trial, kept=removal(context, trial.seed, trial.blocks).kept(trial.depth))
+    return trial
+
+
+def _cut_teacher(context: Context, trial: Trial) -> Recommender:
+    model = context.trained(whole_trial("full", trial.seed, trial.blocks))
+    keep_blocks(model.backbone, trial.kept)
+    return model
+
+
+def _seconds_of_teacher(context: Context, trial: Trial) -> float:
+    """How long the teacher was trained."""
+    record = read_record(context.trial_folder(whole_trial("full", trial.seed, trial.blocks)))
+    return float(record["costs"]["training"]["seconds"]) if record else 0.0
+
+
+def _train(
+    context: Context, trial: Trial, model: Recommender, objective: nn.Module | None = None
+) -> Result:
+    """Train a recommender on the next item, or on an objective that holds it."""
+    encoder, recipe = _SharedPrompt(model), budgeted(context, trial, model)
+    done = _fit(
+        context,
+        trial,
+        objective or NextItem(model, recipe),
+        recipe,
+        lambda: context.validate(encoder.refresh()),
+    )
+    ranks = evaluate(encoder.refresh(), context.test, device=context.device)
+    epoch = _counted(lambda: trained_epoch(context, trial, model))
+    return Result(
+        trial,
+        ranks,
+        count_parameters(model),
+        flops=_counted(partial(_flops, context, trial, model)),
+        fit=done,
+        model=model,
+        training_flops=epoch and epoch * done.epochs,
+    )
+
+
+def _fit(
+    context: Context,
+    trial: Trial,
+    objective: nn.Module,
+    recipe: Recipe,
+    validate: Callable[[], float],
+) -> Fit:
+    with context.tracked(trial) as track:
+        return fit(
+            objective,
+            context.windows,
+            recipe=recipe,
+            validate=validate,
+            seed=trial.seed,
+            device=context.device,
+            log=context.log,
+            track=track,
+            checkpoint=context.checkpoint(trial),
+            result=result_file(context, trial, objective, recipe),
+        )
+
+
+def _flops(context: Context, trial: Trial, model: Recommender, *, depth: int | None = None) -> int:
+    """FLOPs of a user with the median history of the test."""
+    length = int(np.median([len(history) for history in context.test.histories]))
+    return flops_per_user(model, length, depth=depth, known=context.products[trial.kept])
+
+
+def _counted(count: Callable[[], int]) -> int | None:
+    """A count, or None for a model with kernels of its own: no reason to lose its training."""
+    try:
+        return count()
+    except ValueError:
+        return None
+
+
+class _SharedPrompt(Encoder):
+    """A recommender whose prompt is run once for a whole evaluation."""
+
+    def __init__(self, model: Recommender) -> None:
+        self._model = model
+        self._prompt: Cache | None = None
+
+    def refresh(self) -> _SharedPrompt:
+        """Run the prompt at the present weights."""
+        with torch.inference_mode():
+            self._prompt = self._model.prepare_prompt()
+        return self
+
+    def encode(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T), (B,) -> (B, d_item)."""
+        return self._model.encode(histories, lengths, self._prompt)
+
+    def item_matrix(self) -> Tensor:
+        """(I + 1, d_item)."""
+        return self._model.item_matrix()

@@ -1,0 +1,216 @@
+"""The methods: one function each, one entry each in one table."""
+
+from __future__ import annotations
+
+import numpy as np
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+import torch
+from collections.abc import Callable, Iterator
+from depthprobe.cost.parameters import count_parameters
+from depthprobe.evaluation.ranks import evaluate
+from depthprobe.models.recommender import Popularity
+from depthprobe.runs.cache import result_file
+from depthprobe.runs.context import Context, LOGS, TIMING
+from depthprobe.runs.plan import Task
+from depthprobe.runs.probing import PROBES
+from depthprobe.runs.records import Result, Scores, is_done, write_result, write_scores
+from depthprobe.runs.training import distill, elastic, fine_tuned, heal
+from depthprobe.training.loop import fit
+from depthprobe.training.objectives import NextItem
+from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+from transformers.utils.logging import disable_progress_bar
+from depthprobe.study import Study, base_of
+from depthprobe.runs.timing import timing_of
+
+
+def popularity(context: Context, task: Task) -> Iterator[Result]:
+    """Items by how often the training parts hold them."""
+    split, sequences = context.split, context.sequences
+    users = range(sequences.n_users)
+    training = np.concatenate([split.train_history(user) for user in users])
+    model = Popularity(training, sequences.n_items).to(context.device)
+    ranks = evaluate(model, context.test, device=context.device)
+    yield Result(task.trials[0], ranks, count_parameters(model))
+
+
+def sasrec(context: Context, task: Task) -> Iterator[Result]:
+    """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
+    (trial,) = task.trials
+    model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
+    objective = NextItem(model, recipe)
+    with context.tracked(trial) as track:
+        done = fit(
+            objective,
+            context.windows,
+            recipe=recipe,
+            validate=lambda: context.validate(model),
+            seed=trial.seed,
+            device=context.device,
+            log=context.log,
+            track=track,
+            checkpoint=context.checkpoint(trial),
+            result=result_file(context, trial, objective, recipe),
+        )
+    ranks = evaluate(model, context.test, device=context.device)
+    yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
+
+
+# by the method before the colon
+METHODS: dict[str, Callable[[Context, Task], Iterator[Result | Scores]]] = {
+    "popularity": popularity,
+    "sasrec": sasrec,
+    "full": fine_tuned,
+    **PROBES,
+    "finetune": fine_tuned,
+    "heal": heal,
+    "distill": distill,
+    "elastic": elastic,
+    "random-init": fine_tuned,
+    "random-selection": fine_tuned,
+}
+
+
+# Inside a worker process: a task becomes records.
+
+def _forget(checkpoint: Path) -> None:
+    """Delete the checkpoint of a trial that has its record; the last one takes the folder along."""
+    checkpoint.unlink(missing_ok=True)
+    with suppress(OSError):
+        checkpoint.parent.rmdir()
+
+
+class Counter(Protocol):
+    """A number that processes share."""
+
+    value: int
+
+    def get_lock(self) -> AbstractContextManager[Any]:
+        """Alone with the number."""
+
+
+class _Worker:
+    """What one process keeps between its tasks."""
+
+    context: Context
+    provenance: dict[str, Any]
+    writes: bool
+
+
+def prepare(started: Counter, folder: str, study: Study, origin: dict[str, Any]) -> None:
+    """Make a process of its own ready: quiet, bound to its parent, with its share of the machine.
+
+    Args:
+        started: how many workers have begun before; the next one takes the next GPU.
+        origin: the provenance of its records.
+    """
+    with started.get_lock():
+        _take_gpu(started.value)
+        started.value += 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # what is said between two tasks, none should hear: the terminal belongs to the progress
+    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    torch.set_num_threads(origin["threads"])
+    disable_progress_bar()
+    begin(folder, study, origin)
+
+
+def _take_gpu(place: int) -> None:
+    """Of several GPUs one a worker, before anything of CUDA's begins."""
+    if torch.cuda.device_count() > 1:  # asks the driver, and begins nothing
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        every = named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = every[place % len(every)]
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would train on, unseen, beside the next sweep."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def begin(
+    folder: str,
+    study: Study,
+    origin: dict[str, Any],
+    *,
+    writes: bool = True,
+) -> None:
+    """Make this process ready for tasks of a run.
+
+    Args:
+        origin: the provenance of its records.
+        writes: whether it writes them; of several processes that train together one does.
+    """
+    _Worker.writes = writes
+    _Worker.context = Context(Path(folder), study)
+    _Worker.provenance = origin
+
+
+def work(task: Task) -> float:
+    """Do a task and write its records; returns its seconds. What it says goes to a log of its own.
+
+    In a process of its own, warnings and whatever else is printed go there, too.
+    """
+    log = _Worker.context.folder / LOGS / f"{task.id}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a", buffering=1, encoding="utf-8") as file:
+
+        def say(line: str) -> None:
+            if _Worker.writes:
+                print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=file, flush=True)
+
+        _Worker.context.log = say
+        with ExitStack() as stack:
+            if multiprocessing.parent_process() is not None:
+                stack.enter_context(redirect_stdout(file))
+                stack.enter_context(redirect_stderr(file))
+            say(f"begun by process {os.getpid()} on {platform.node()}")
+            try:
+                seconds = _work(task)
+            except Exception:
+                traceback.print_exc(file=file)
+                raise
+            say(f"done in {seconds:.1f} s")
+            return seconds
+
+
+def _work(task: Task) -> float:
+    context = _Worker.context
+    began = time.perf_counter()
+    measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
+    for result in METHODS[base_of(task.method)](context, task):
+        if not _Worker.writes:
+            continue
+        if isinstance(result, Scores):
+            (folder,) = context.outputs(task)
+            seconds = time.perf_counter() - began
+            write_scores(folder, task, result, provenance=_Worker.provenance, seconds=seconds)
+            continue
+        folder = context.trial_folder(result.trial)
+        if is_done(folder):  # of a task that was cut short between two of its trials
+            continue
+        write_result(
+            folder,
+            result,
+            context.test.users,
+            taken=context.taken,
+            timing=timing_of(result.trial, measured, context.study),
+            provenance=_Worker.provenance,
+            validation_users=len(context.validation.users),
+        )
+        _forget(context.checkpoint(result.trial))
+    return time.perf_counter() - began

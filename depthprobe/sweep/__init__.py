@@ -1,1 +1,0 @@
-"""Sweep: plan, store, runner, executors."""

@@ -1,0 +1,180 @@
+"""Order of needs, and a task that fails or kills its process fails alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depthprobe.errors import at_least
+from depthprobe.runs import scheduler as executors
+from depthprobe.runs.scheduler import Outcome, Queue, run_here, run_in_processes
+from depthprobe.runs.plan import Task, Trial
+
+SASREC, FULL, PROBE = (
+    Task(method, 0, (Trial(method, kept, 0, 2),), needs)
+    for method, kept, needs in (
+        ("sasrec", (), ()),
+        ("full", (0, 1), ("sasrec-s0",)),
+        ("early-exit", (0,), ("full-d02-s0",)),
+    )
+)
+OTHERS = [Task("popularity", seed, (Trial("popularity", (), seed, 2),)) for seed in range(4)]
+
+
+class _State:
+    folder = Path()
+
+
+class Board:
+    """Others hold, or have ended, some of the tasks; what is taken must be left."""
+
+    def __init__(self, **told: list[str]) -> None:
+        self.told, self.held, self.left = told, list[str](), list[str]()
+
+    def take(self, task: Task) -> str:
+        told = self.told.get(task.id.replace("-", "_"), [])
+        state = told.pop(0) if told else "ours"
+        if state == "ours":
+            self.held.append(task.id)
+        return state
+
+    def leave(self, task: Task) -> None:
+        self.left.append(task.id)
+
+
+def prepare(started: Any, folder: str) -> None:
+    _State.folder = Path(folder)
+
+
+def work(task: Task) -> float:
+    (_State.folder / task.id).touch()
+    if (_State.folder / f"{task.id}.raise").exists():
+        raise RuntimeError("a reason\nin two lines")
+    if (_State.folder / f"{task.id}.die").exists():
+        os._exit(9)
+    return 1.5
+
+
+Executor = Callable[[Queue, Path], Iterator[Outcome]]
+
+
+def here(queue: Queue, folder: Path) -> Iterator[Outcome]:
+    prepare(None, str(folder))
+    return run_here(queue, work)
+
+
+def processes(queue: Queue, folder: Path) -> Iterator[Outcome]:
+    return run_in_processes(queue, work, jobs=2, prepare=prepare, arguments=(str(folder),))
+
+
+def queue_of(*tasks: Task, board: Board | None = None, failed: Iterable[str] = ()) -> Queue:
+    return Queue(tasks, board or Board(), done=set(), failed=set(failed))
+
+
+@pytest.mark.parametrize("execute", [here, processes])
+def test_order_of_needs(execute: Executor, tmp_path: Path) -> None:
+    found = list(execute(queue_of(SASREC, FULL, PROBE, *OTHERS), tmp_path))
+    order = [outcome.task.id for outcome in found]
+    assert sorted(order) == sorted(t.id for t in (SASREC, FULL, PROBE, *OTHERS))
+    assert order.index(SASREC.id) < order.index(FULL.id) < order.index(PROBE.id)
+    assert {outcome.error for outcome in found} == {None}
+    assert {outcome.seconds for outcome in found} == {1.5}
+
+
+@pytest.mark.parametrize("execute", [here, processes])
+def test_a_fault_ends_its_task_and_what_needs_it(execute: Executor, tmp_path: Path) -> None:
+    (tmp_path / f"{FULL.id}.raise").touch()
+    found = {o.task.id: o.error for o in execute(queue_of(SASREC, FULL, PROBE, *OTHERS), tmp_path)}
+    assert found[SASREC.id] is None
+    assert "RuntimeError: a reason" in str(found[FULL.id])
+    assert "needs full-d02-s0" in str(found[PROBE.id])
+    assert all(found[task.id] is None for task in OTHERS)
+    assert not (tmp_path / PROBE.id).exists()
+
+
+def test_a_killed_process_fails_its_task_alone(tmp_path: Path) -> None:
+    (tmp_path / f"{OTHERS[1].id}.die").touch()
+    found = {o.task.id: o.error for o in processes(queue_of(SASREC, *OTHERS), tmp_path)}
+    assert "process died" in str(found.pop(OTHERS[1].id))
+    assert len(found) == 4
+    assert set(found.values()) == {None}
+
+
+def test_one_that_is_stopped_leaves_no_thread_behind(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    ended = processes(queue_of(*OTHERS), tmp_path)
+    next(ended)
+    ended.close()  # as an interrupt does
+    left = {thread for thread in threading.enumerate() if thread.is_alive()} - before
+    assert not left
+
+
+@pytest.mark.parametrize("execute", [here, processes])
+def test_what_others_hold_is_left_to_them(
+    execute: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "POLL", 0.01)
+    board = Board(sasrec_s0=["theirs", "theirs", "done"], popularity_s1=["theirs", "failed"])
+    found = list(execute(queue_of(SASREC, FULL, *OTHERS, board=board), tmp_path))
+    ended = {outcome.task.id: outcome for outcome in found}
+    assert ended[SASREC.id] == Outcome(SASREC, None, 0.0, elsewhere=True)
+    assert ended[OTHERS[1].id].elsewhere
+    assert "another sweep" in str(ended[OTHERS[1].id].error)
+    assert ended[FULL.id].error is None  # it waited for what the other sweep did
+    assert not (tmp_path / SASREC.id).exists()
+    assert not (tmp_path / OTHERS[1].id).exists()
+    assert sorted(board.held) == sorted(t.id for t in (FULL, OTHERS[0], *OTHERS[2:]))
+    assert set(board.held) <= set(board.left)
+
+
+def test_a_task_is_held_until_its_outcome_has_been_dealt_with(tmp_path: Path) -> None:
+    board = Board()
+    for outcome in here(queue_of(*OTHERS, board=board), tmp_path):
+        assert board.held == [*board.left, outcome.task.id]
+    assert board.left == board.held
+
+
+def test_what_needs_an_earlier_failure_fails_too(tmp_path: Path) -> None:
+    found = list(here(queue_of(FULL, PROBE, failed=[SASREC.id]), tmp_path))
+    assert [outcome.error for outcome in found] == [
+        "needs sasrec-s0, which failed",
+        "needs full-d02-s0, which failed",
+    ]
+
+
+class Unsendable(RuntimeError):
+    """As some libraries' errors are: it can be pickled, and not be made again."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def unsendable(task: Task) -> float:
+    raise Unsendable(1, 2)
+
+
+def of_ours(task: Task) -> float:
+    at_least("a", {"b": 2}, 3)
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        (unsendable, r"Unsendable: 1 and 2"),
+        (of_ours, r"BadInput: a\.b: 2 is not .* \(at errors\.py, line \d+\)"),
+    ],
+)
+def test_an_error_comes_back_in_words_with_its_line(
+    tmp_path: Path, work: Callable[[Task], float], told: str
+) -> None:
+    queue = Queue([SASREC], Board(), done=set(), failed=set())
+    (outcome,) = run_in_processes(queue, work, jobs=1, prepare=prepare, arguments=(str(tmp_path),))
+    assert outcome.error is not None
+    assert re.match(told, outcome.error)

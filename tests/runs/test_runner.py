@@ -1,0 +1,407 @@
+"""A whole run: complete, consistent with oracles, resumable, and refused where it must be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from depthprobe.evaluation.ranks import evaluate
+from depthprobe.evaluation.metrics import metrics_from_ranks
+from depthprobe.models.export import load_recommender
+from depthprobe.report.page import build_report
+from depthprobe.errors import BadInput
+from depthprobe.study import Study
+from depthprobe.runs import layout, sweep as runner, worker
+from depthprobe.runs.context import Context, TIMING
+from depthprobe.runs.export import export_trial
+from depthprobe.runs.plan import Trial
+from depthprobe.runs.records import failures
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.runs.store import Run, open_run
+from depthprobe.training.checkpoint import Checkpoint, Progress
+from depthprobe.training.distributed import Trained
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.planned: list[str] = []
+        self.ended: list[str] = []
+
+    def plan(self, trials: object) -> None:
+        self.planned = list(trials)  # type: ignore[call-overload]
+
+    def message(self, text: str) -> None:
+        pass
+
+    def done(self, trial: str, status: str, seconds: float, note: str) -> None:
+        self.ended.append(f"{trial} {status}")
+
+
+def ranks(run: Run, trial: str, protocol: str = "full") -> np.ndarray:
+    users = run.users
+    chosen = users[(users["trial"] == trial) & (users["protocol"] == protocol)]
+    return chosen["rank"].to_numpy()
+
+
+def test_every_trial_is_done(small_run: Run) -> None:
+    assert not small_run.failed
+    counts = small_run.trials.groupby("method").size().to_dict()
+    assert counts == {
+        "popularity": 1,
+        "sasrec": 2,
+        "full": 2,
+        "early-exit": 6,
+        "early-exit-raw": 6,
+        "readout": 8,
+        "tuned-lens": 6,
+        "skip": 6,
+        "span": 4,
+        "interval": 4,
+        "greedy": 4,
+        "drop-attention": 6,
+        "drop-mlp": 6,
+        "replace": 4,
+        "finetune": 4,
+        "heal": 4,
+        "distill": 4,
+        "elastic": 6,
+        "random-init": 6,
+        "random-selection": 4,
+        "finetune:angular": 4,
+        "heal:greedy": 4,
+        "distill:logits": 4,
+        "distill:top": 2,
+    }
+
+
+def test_records_are_strict_json_and_say_where_they_come_from(small_run: Run) -> None:
+    for path in (small_run.path / "trials").glob("*/record.json"):
+        record = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+        assert record["id"] == path.parent.name
+        assert record["status"] == "done"
+        origin = record["provenance"]
+        assert origin["study"] == small_run.study.digest()
+        assert origin["data"] == small_run.manifest["data"]["fingerprint"]
+        assert origin["backbone"].startswith("sha256:")
+        assert origin["threads"] >= 1
+    assert not list(small_run.path.rglob(".tmp-*"))
+
+
+def test_tables_are_recomputed_from_every_users_rank(small_run: Run) -> None:
+    table = small_run.metrics
+    for trial in small_run.trials["trial"]:
+        expected = metrics_from_ranks(ranks(small_run, trial))
+        own = (table["trial"] == trial) & (table["split"] == "test") & (table["slice"] == "all")
+        rows = table[own]
+        found = rows[rows["protocol"] == "full"].set_index("metric")
+        for name in ("HR@1", "HR@10", "NDCG@10", "MRR"):
+            assert found.loc[name, "value"] == pytest.approx(expected[name], abs=1e-12)
+            low, value, high = found.loc[name, ["ci_low", "value", "ci_high"]]
+            assert low - 1e-12 <= value <= high + 1e-12
+
+
+def test_models_on_disk_give_the_ranks_of_the_record(small_run: Run) -> None:
+    context = Context(small_run.path, small_run.study)
+    trials = [
+        Trial("full", (0, 1, 2), 1, 3),
+        Trial("heal", (0, 1), 0, 3),
+        Trial("distill", (0,), 1, 3),
+        Trial("random-init", (0, 1, 2), 0, 3),
+    ]
+    for trial in trials:
+        found = evaluate(context.trained(trial), context.test, device=context.device)
+        np.testing.assert_array_equal(found["full"], ranks(small_run, trial.id))
+
+
+def test_early_exit_before_the_last_block_is_that_block_skipped(small_run: Run) -> None:
+    """Two probes, one model: all blocks but the last."""
+    left = ranks(small_run, "early-exit-d02-s0")
+    np.testing.assert_array_equal(left, ranks(small_run, "skip-b02-s0"))
+
+
+def test_seeds_differ_and_learning_helps(small_run: Run) -> None:
+    assert not np.array_equal(ranks(small_run, "full-d03-s0"), ranks(small_run, "full-d03-s1"))
+    scores = small_run.metrics.query("split == 'test' and protocol == 'full' and metric == 'HR@10'")
+    scores = scores[scores["slice"] == "all"]
+    mean = scores.groupby("method")["value"].mean()
+    assert mean["sasrec"] > mean["popularity"]
+    assert mean["full"] > mean["popularity"]
+
+
+def test_costs_grow_with_depth(small_run: Run) -> None:
+    trials = small_run.trials.set_index("trial")
+    sizes = trials.loc[["finetune-d01-s0", "finetune-d02-s0", "full-d03-s0"]]
+    assert sizes["parameters_blocks"].is_monotonic_increasing
+    assert sizes["flops_user"].is_monotonic_increasing
+    for name in ("train_step_ms", "encode_ms", "score_ms", "latency_ms"):
+        assert (sizes[name] > 0).all()
+    raw = small_run.record("full-d03-s0")["costs"]["timing"]["encode"]["seconds"]
+    assert len(raw) == small_run.study.cost.rounds
+
+
+def test_the_baselines_alone_wait_for_no_depths_times_and_later_methods_get_them(
+    tiny: Study, tmp_path: Path
+) -> None:
+    folder, tiny = tmp_path / "run", replace(tiny, layers="1")
+    run_sweep(tiny, folder, jobs=0)
+    measured = json.loads((folder / "shared" / TIMING).read_text())["seconds"]
+    assert measured.keys() == {"score", "encode:sasrec", "train:sasrec"}
+    run = run_sweep(replace(tiny, methods=("finetune",)), folder, jobs=0)
+    assert run.record("finetune-d01-s0")["costs"]["timing"]["encode"]["seconds"]
+
+
+def test_an_export_stands_alone_and_ranks_the_same(small_run: Run, tmp_path: Path) -> None:
+    folder = export_trial(small_run.path, "distill-d02-s1", tmp_path / "model")
+    loaded = load_recommender(folder)
+    context = Context(small_run.path, small_run.study)
+    found = evaluate(loaded.model, context.test, device=context.device)["full"]
+    np.testing.assert_array_equal(found, ranks(small_run, "distill-d02-s1"))
+    (best,) = loaded.recommend([["i3", "i4"]], top=5)
+    assert len(best) == 5
+    assert not {"i3", "i4"} & {r.item for r in best}
+    assert [r.score for r in best] == sorted((r.score for r in best), reverse=True)
+    for bad in ([["nowhere"]], [[]]):
+        with pytest.raises(BadInput, match="history"):
+            loaded.recommend(bad)
+
+
+@pytest.mark.parametrize("trial", ["sasrec-s0", "nothing"])
+def test_what_has_no_model_is_not_exported(trial: str, small_run: Run, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="trial"):
+        export_trial(small_run.path, trial, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_second_sweep_runs_only_what_is_missing(small_run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small_run.path, copy)
+    shutil.rmtree(copy / "trials" / "finetune-d01-s1")
+    (copy / "trials" / ".tmp-left").mkdir()
+    damaged = copy / "trials" / "popularity-s0" / "record.json"
+    damaged.write_text(damaged.read_text()[:-30])
+    watcher = Watcher()
+    again = run_sweep(small_run.study, copy, jobs=0, progress=watcher)
+    assert watcher.planned == ["popularity-s0", "finetune-d01-s1"]
+    assert watcher.ended == ["popularity-s0 done", "finetune-d01-s1 done"]
+    assert not (copy / "trials" / ".tmp-left").exists()
+    # the same numbers to the bit, by a process that has done other things before
+    np.testing.assert_array_equal(
+        ranks(again, "finetune-d01-s1"), ranks(small_run, "finetune-d01-s1")
+    )
+    nothing = Watcher()
+    run_sweep(small_run.study, copy, jobs=0, progress=nothing)
+    assert nothing.planned == nothing.ended == []
+
+
+def test_a_changed_study_is_refused_with_the_differences(small_run: Run) -> None:
+    changed = replace(small_run.study, layers="1", seeds=3)
+    with pytest.raises(BadInput, match="layers: '1,2' -> '1'; seeds: 2 -> 3"):
+        run_sweep(changed, small_run.path, jobs=0)
+
+
+def test_a_run_grows_by_methods(tiny: Study, tmp_path: Path) -> None:
+    one = run_sweep(replace(tiny, methods=("popularity",)), tmp_path / "run", jobs=0)
+    before = ranks(one, "popularity-s0")
+    watcher = Watcher()
+    both = run_sweep(replace(tiny, methods=("sasrec",)), one.path, jobs=0, progress=watcher)
+    assert watcher.ended == ["sasrec-s0 done"]
+    assert both.study.methods == ("popularity", "sasrec")
+    assert set(both.metrics["trial"]) == {"popularity-s0", "sasrec-s0"}
+    np.testing.assert_array_equal(ranks(both, "popularity-s0"), before)
+
+
+def test_the_command_of_a_run_makes_all_of_it(tiny: Study, tmp_path: Path) -> None:
+    def swept(command: str, *methods: str) -> str:
+        few = replace(tiny, methods=methods)
+        run = run_sweep(few, tmp_path / "run", jobs=0, command=command)
+        return str(run.manifest["command"])
+
+    assert swept("first", "popularity") == "first"
+    assert swept("again", "popularity") == "first"  # it adds nothing
+    assert swept("more", "sasrec") == "first\nmore"  # neither does it alone
+    assert swept("part", "popularity") == "first\nmore"
+    assert swept("whole", "popularity", "sasrec", "full") == "whole"
+
+
+def test_changed_data_are_refused(tiny: Study, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    shutil.copy(tiny.data.source, log)
+    study = replace(tiny, data=replace(tiny.data, source=str(log)))
+    run_sweep(study, tmp_path / "run", jobs=0)
+    log.write_text(log.read_text() + "u99 i1 i2 i3 i4 i5\n")
+    with pytest.raises(BadInput, match="the data has changed"):
+        run_sweep(study, tmp_path / "run", jobs=0)
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tiny: Study, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(BadInput, match="output"):
+        run_sweep(tiny, tmp_path, jobs=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_bad_backbone_writes_nothing(tiny: Study, tmp_path: Path) -> None:
+    source = tmp_path / "backbone"
+    shutil.copytree(tiny.backbone.source, source)
+    (source / "model.safetensors").unlink()
+    study = replace(tiny, backbone=replace(tiny.backbone, source=str(source)))
+    with pytest.raises(BadInput):
+        run_sweep(study, tmp_path / "run", jobs=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trial_that_fails_is_recorded_and_tried_again_if_asked(
+    tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(context: object, task: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(worker.METHODS, "popularity", fail)
+        run = run_sweep(tiny, tmp_path / "run", jobs=0)
+    assert [trial for trial, _ in run.failed] == ["popularity-s0"]
+    assert "MemoryError: no room" in run.failed[0][1]
+    assert open_run(tmp_path / "run").trials.set_index("trial").loc["sasrec-s0", "status"] == "done"
+    watcher = Watcher()
+    left = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher)
+    assert watcher.planned == []
+    assert len(left.failed) == 1
+    known = failures(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setitem(worker.METHODS, "popularity", fail)
+        run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=known)
+    assert watcher.planned == ["popularity-s0"]
+    run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=known)
+    assert watcher.planned == []  # the same command's other sweep, which begins only now
+    again = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=True)
+    assert watcher.planned == ["popularity-s0"]
+    assert not again.failed
+
+
+class Killed(BaseException):
+    """No fault that anybody catches."""
+
+
+@pytest.mark.parametrize("place", ["write_json", "write_data"])
+def test_a_sweep_killed_while_it_is_laid_out_begins_again(
+    place: str, tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, place, kill)
+        with pytest.raises(Killed):
+            run_sweep(tiny, tmp_path / "run", jobs=0)
+    assert (tmp_path / "run" / "study.toml").exists()
+    assert not run_sweep(tiny, tmp_path / "run", jobs=0).failed
+
+
+def test_a_sweep_killed_before_its_tables_leaves_none_that_are_out_of_date(
+    tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_sweep(tiny, tmp_path / "whole", jobs=0)
+    folder = tmp_path / "cut"
+    run_sweep(replace(tiny, methods=("popularity",)), folder, jobs=0)
+
+    def kill(run: Run) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_tables", kill)
+        with pytest.raises(Killed):
+            run_sweep(tiny, folder, jobs=0)
+    assert open_run(folder).metrics.equals(whole.metrics)
+    assert set(pd.read_parquet(folder / "metrics.parquet")["trial"]) == {"popularity-s0"}
+    run_sweep(tiny, folder, jobs=0)
+    assert pd.read_parquet(folder / "metrics.parquet").equals(whole.metrics)
+
+
+def test_tables_that_were_damaged_are_derived_anew(tiny: Study, tmp_path: Path) -> None:
+    run = run_sweep(tiny, tmp_path / "run", jobs=0)
+    whole = pd.read_parquet(run.path / "metrics.parquet")
+    for damage in (b"", b"PAR1", (run.path / "metrics.parquet").read_bytes()[4:]):
+        (run.path / "metrics.parquet").write_bytes(damage)
+        assert open_run(run.path).metrics.equals(whole)
+    again = run_sweep(tiny, run.path, jobs=0)
+    assert pd.read_parquet(again.path / "metrics.parquet").equals(whole)
+
+
+def test_ranks_that_are_missing_are_made_anew_and_others_refused(
+    tiny: Study, tmp_path: Path
+) -> None:
+    run = run_sweep(tiny, tmp_path / "run", jobs=0)
+    users = run.path / "trials" / "sasrec-s0" / "users.parquet"
+    before, written = run.users, pd.read_parquet(users)
+    users.unlink()
+    watcher = Watcher()
+    again = run_sweep(tiny, run.path, jobs=0, progress=watcher)
+    assert watcher.ended == ["sasrec-s0 done"]
+    assert again.users.equals(before)
+    for damaged in (
+        written.assign(rank=written["rank"] + 1),
+        written.assign(rank=0.0),
+        written.drop(columns="rank"),
+    ):
+        damaged.to_parquet(users, index=False)
+        (run.path / "metrics.parquet").unlink(missing_ok=True)
+        with pytest.raises(BadInput, match=r"sasrec-s0/users.parquet.* delete its folder"):
+            run_sweep(tiny, run.path, jobs=0)
+    users.write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match=r"sasrec-s0/users.parquet.* delete its folder"):
+        open_run(run.path).users.equals(before)
+    shutil.rmtree(users.parent)
+    assert run_sweep(tiny, run.path, jobs=0).users.equals(before)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_numbers(
+    study: Study, small_run: Run, tmp_path: Path
+) -> None:
+    few = replace(study, methods=("finetune",), layers="1")
+    run = run_sweep(few, tmp_path / "run", jobs=2)
+    assert not run.failed
+    for trial in ("sasrec-s1", "finetune-d01-s0"):
+        np.testing.assert_array_equal(ranks(run, trial), ranks(small_run, trial))
+
+
+def test_the_report_of_a_real_run(small_run: Run) -> None:
+    """The page stands on real records, and says when the teacher ran out of epochs."""
+    page = build_report(small_run).read_text(encoding="utf-8")
+    best = [small_run.record(f"full-d03-s{s}")["costs"]["training"]["best_epoch"] for s in (0, 1)]
+    assert ("was best at its last epoch" in page) == (3 in best)
+    for word in ("random init", "fine-tuned", "distilled", "healed", "SASRec"):
+        assert word in page
+
+
+def test_a_sweep_cut_short_goes_on_in_the_middle_of_a_training(
+    tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_sweep(tiny, tmp_path / "whole", jobs=0)
+    steps = whole.record("sasrec-s0")["costs"]["training"]["steps"]
+    write = Checkpoint.write
+
+    def write_and_die(self: Checkpoint, trained: Trained, progress: Progress, best: Any) -> None:
+        write(self, trained, progress, best)
+        if progress.fit.steps == steps - 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "is_due", lambda self: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "write", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(tiny, tmp_path / "cut", jobs=0)
+    assert (tmp_path / "cut" / "checkpoints" / "sasrec-s0.safetensors").is_file()
+    again = run_sweep(tiny, tmp_path / "cut", jobs=0)
+    trained = again.record("sasrec-s0")["costs"]["training"]
+    assert trained["resumed_at"] == [steps - 2]
+    assert trained["losses"] == whole.record("sasrec-s0")["costs"]["training"]["losses"]
+    assert again.users.equals(whole.users)
+    assert not (tmp_path / "cut" / "checkpoints").exists()

@@ -303,7 +303,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SasRec:
+class SasRecSettings:
     """The non-LLM baseline, and where the item embeddings come from (Kang and McAuley, 2018).
 
     Attributes:
@@ -768,7 +768,7 @@ class Study:
     train_items: bool = False
     data: Data = Data()
     backbone: Backbone = Backbone()
-    sasrec: SasRec = SasRec()
+    sasrec: SasRecSettings = SasRecSettings()
     recipe: Recipe = Recipe()
     heal: Heal = Heal()
     distillation: Distillation = Distillation()

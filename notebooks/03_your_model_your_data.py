@@ -39,7 +39,7 @@ import torch
 from transformers import GPT2Config, GPT2Model, Qwen3Config, Qwen3ForCausalLM
 
 import depthprobe as dp
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.probing.passes import Probed, early_exit
 from depthprobe.probing.walk import rank_routes, route
 from depthprobe.study import Cleaning, Columns
@@ -217,7 +217,7 @@ _ = mine.eval()
 # A `route` says which blocks run: here each block is left out once.
 
 # %%
-asked = Questions(np.arange(log.n_users), histories, targets, seen=histories, negatives=None)
+asked = EvalSet(np.arange(log.n_users), histories, targets, seen=histories, negatives=None)
 cpu = torch.device("cpu")
 
 

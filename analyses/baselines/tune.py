@@ -17,7 +17,7 @@ import torch
 
 from depthprobe.data.prepared import read_data
 from depthprobe.data.splits import make_split
-from depthprobe.evaluation.ranks import evaluate, mean_ndcg, questions
+from depthprobe.evaluation.ranks import evaluate, make_eval_set, mean_ndcg
 from depthprobe.models.build import build_sasrec
 from depthprobe.study import Study, study_from_dict
 from depthprobe.training.loop import Fit, fit
@@ -46,7 +46,7 @@ def train(study: Study) -> Fit:
     sequences = read_data(study.data)
     split = make_split(sequences, study.protocol)
     windows = [split.train_history(user, history + 1) for user in range(sequences.n_users)]
-    asked = questions(split, "validation", max_history=history, filter_seen=True)
+    asked = make_eval_set(split, "validation", max_history=history, filter_seen=True)
     settings = study.sasrec
     torch.manual_seed(0)
     model = build_sasrec(settings, items=sequences.n_items, longest=history)

@@ -30,7 +30,7 @@ from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Distillation, Recipe
-from depthprobe.training.distillation import Distiller, group_ends, state_loss, wanted_features
+from depthprobe.training.distillation import Distiller, feature_spec, group_ends, state_loss
 from depthprobe.training.features import CachedTeacher, OnlineTeacher, write_features
 from depthprobe.training.losses import catalogue_loss
 from depthprobe.training.objectives import Batch, NextItem, make_batch
@@ -86,7 +86,7 @@ def _steps(
     """Each way of training a student of this depth; the first one is plain fine-tuning."""
 
     def student(losses: Distillation, name: str, *, online: bool = False) -> Distiller:
-        wanted = wanted_features(losses, recipe, depth=depth, teacher_depth=teacher.depth)
+        wanted = feature_spec(losses, recipe, depth=depth, teacher_depth=teacher.depth)
         goal = teacher.item_matrix() if wanted.vectors else None
         if online:
             source = OnlineTeacher(teacher, wanted)

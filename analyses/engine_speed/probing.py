@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from depthprobe.evaluation.ranks import BATCH, Questions
+from depthprobe.evaluation.ranks import BATCH, EvalSet
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.passes import encode, passes, prepare_prompt, vectors_of
 from depthprobe.probing.similarity import similarities
@@ -30,7 +30,7 @@ from depthprobe.probing.walk import Route, blocks_run, route, walk
 
 CATALOGUE, D_ITEM, PROMPT = 12_101, 64, 16  # Beauty's items, a SASRec's width
 CPU = torch.device("cpu")
-Action = Callable[[Recommender, Questions], object]
+Action = Callable[[Recommender, EvalSet], object]
 
 
 def main() -> None:
@@ -77,25 +77,25 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def _encode(model: Recommender, asked: Questions) -> None:
+def _encode(model: Recommender, asked: EvalSet) -> None:
     prompt = prepare_prompt(model)
     for _, histories, lengths in asked.batches(BATCH, CPU):
         encode(model, histories, lengths, prompt)
 
 
 @torch.inference_mode()
-def _depths(model: Recommender, asked: Questions) -> None:
+def _depths(model: Recommender, asked: EvalSet) -> None:
     for batch in passes(model, asked, device=CPU):
         vectors_of(model, batch.states)
 
 
-def _maps(model: Recommender, asked: Questions) -> object:
+def _maps(model: Recommender, asked: EvalSet) -> object:
     return similarities(model, asked, device=CPU)
 
 
 def _walking(routes: list[Route]) -> Action:
     @torch.inference_mode()
-    def action(model: Recommender, asked: Questions) -> None:
+    def action(model: Recommender, asked: EvalSet) -> None:
         for batch in walk(model, asked, routes, device=CPU):
             vectors_of(model, batch.states)
 
@@ -105,7 +105,7 @@ def _walking(routes: list[Route]) -> Action:
 def _row(
     name: str,
     model: Recommender,
-    asked: Questions,
+    asked: EvalSet,
     probe: Action,
     answers: int,
     bar: float,
@@ -126,7 +126,7 @@ def _row(
     )
 
 
-def _seconds(action: Action, model: Recommender, asked: Questions) -> float:
+def _seconds(action: Action, model: Recommender, asked: EvalSet) -> float:
     began = time.perf_counter()
     action(model, asked)
     return time.perf_counter() - began
@@ -151,7 +151,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def _questions(path: Path | None, count: int) -> Questions:
+def _questions(path: Path | None, count: int) -> EvalSet:
     rng = np.random.default_rng(0)
     if path is None:
         lengths = np.clip(rng.geometric(1 / 8, size=count) + 3, 4, 50)
@@ -161,13 +161,11 @@ def _questions(path: Path | None, count: int) -> Questions:
         whole = [np.array(line.split()[1:-1], dtype=np.int64) for line in lines]
         histories = [(items[-50:] % CATALOGUE + 1).astype(np.int32) for items in whole]
     targets = rng.integers(1, CATALOGUE + 1, size=len(histories))
-    return Questions(np.arange(len(histories)), histories, targets, None, None)
+    return EvalSet(np.arange(len(histories)), histories, targets, None, None)
 
 
-def _first(asked: Questions, count: int) -> Questions:
-    return Questions(
-        asked.users[:count], asked.histories[:count], asked.targets[:count], None, None
-    )
+def _first(asked: EvalSet, count: int) -> EvalSet:
+    return EvalSet(asked.users[:count], asked.histories[:count], asked.targets[:count], None, None)
 
 
 def _backbones(path: Path | None) -> list[tuple[int, PreTrainedModel]]:

@@ -25,7 +25,7 @@ import torch
 
 from depthprobe.evaluation.lists import TOP
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.ranks import CHUNK_BYTES, Questions, evaluate, rank_users
+from depthprobe.evaluation.ranks import CHUNK_BYTES, EvalSet, evaluate, rank_users
 from depthprobe.evaluation.statistics import bootstrap_difference, bootstrap_mean, bootstrap_ratio
 from depthprobe.models.sasrec import SASRec
 from depthprobe.runs import provenance
@@ -106,7 +106,7 @@ def show_evaluation(users: int = 2048, items: int = 12_101) -> None:
     model = SASRec(items, width=64, blocks=2, heads=2, drop=0.0, longest=50).eval()
     draw = np.random.default_rng(0)
     histories = [draw.integers(1, items + 1, draw.integers(3, 20)) for _ in range(users)]
-    asked = Questions(
+    asked = EvalSet(
         users=np.arange(users),
         histories=histories,
         targets=draw.integers(1, items + 1, users),

@@ -13,7 +13,7 @@ import torch
 from depthprobe.data.prepared import prepare_data
 from depthprobe.data.splits import leave_one_out
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.ranks import evaluate, questions
+from depthprobe.evaluation.ranks import evaluate, make_eval_set
 from depthprobe.evaluation.statistics import bootstrap_mean
 from depthprobe.models.recommender import Popularity
 
@@ -22,7 +22,7 @@ def main(source: str) -> None:
     """Print HR@10 and NDCG@10 of both ways to count, with 95 % intervals over users."""
     sequences = prepare_data(source)
     split = leave_one_out(sequences)
-    asked = questions(split, "test", max_history=50, filter_seen=True)
+    asked = make_eval_set(split, "test", max_history=50, filter_seen=True)
     training = [split.train_history(user) for user in range(sequences.n_users)]
     counted = {"training parts": np.concatenate(training), "all interactions": sequences.items}
     for name, items in counted.items():

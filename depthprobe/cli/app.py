@@ -17,7 +17,7 @@ from typer.main import get_command
 import depthprobe
 from depthprobe.cli import check, cost, data, export, recommend, report, status, sweep
 from depthprobe.errors import BadInput
-from depthprobe.runs.team import launched
+from depthprobe.runs.processes import launched
 
 # a disk that is full, read-only, not ours, or gone: no fault of the program
 UNUSABLE = {

@@ -50,9 +50,9 @@ def dry_run(
     """
     with watch(sys.stderr) as progress:
         from depthprobe.runs.preview import preview
-        from depthprobe.runs.team import find_team
+        from depthprobe.runs.processes import join_processes
 
-        team = find_team(study.device)
+        team = join_processes(study.device)
         if not team.writes:
             team.leave()
             return 0

@@ -216,10 +216,10 @@ def execute(
                 return 1
             run = there
         else:
+            from depthprobe.runs.processes import join_processes
             from depthprobe.runs.sweep import run_sweep
-            from depthprobe.runs.team import find_team
 
-            team = find_team(study.device)
+            team = join_processes(study.device)
             run = run_sweep(
                 study,
                 folder,

@@ -23,7 +23,7 @@ Part = Literal["validation", "test"]
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class HeldOut:
     """The questions of one part: which users, and where in ``items`` their targets stand.
 
     ``users`` int64 (E,), ascending. ``targets`` int64 (E,): a user's history is all that stands
@@ -44,8 +44,8 @@ class Split:
 
     sequences: Sequences
     train_stop: np.ndarray
-    validation: Asked
-    test: Asked
+    validation: HeldOut
+    test: HeldOut
     statistics: dict[str, float | int | str]
     warnings: tuple[str, ...]
 
@@ -58,7 +58,7 @@ class Split:
         """The latest ``max_history`` training items of a user, oldest first, int32."""
         return self._span(user, int(self.train_stop[user]), max_history)
 
-    def part(self, part: Part) -> Asked:
+    def part(self, part: Part) -> HeldOut:
         """The questions of ``validation`` or ``test``.
 
         Raises:
@@ -115,8 +115,8 @@ def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
     return _split(
         sequences,
         np.where(evaluated, stops - 2, stops),
-        Asked(users, stops[users] - 2),
-        Asked(users, stops[users] - 1),
+        HeldOut(users, stops[users] - 2),
+        HeldOut(users, stops[users] - 1),
         warnings if short else [],
     )
 
@@ -142,7 +142,7 @@ def temporal(sequences: Sequences, protocol: Protocol) -> Split:
     for place, before in zip(first, (first[1], stops), strict=True):
         active = place < before
         users = np.flatnonzero(active & (place > starts))
-        asked.append(Asked(users, place[users]))
+        asked.append(HeldOut(users, place[users]))
         cold.append(int((active & (place == starts)).sum()))
     if not (len(asked[0].users) and len(asked[1].users)):
         raise _bad_points(protocol, "points between which, and after which, known users go on")
@@ -178,7 +178,7 @@ def given(sequences: Sequences, _: Protocol | None = None) -> Split:
             raise BadInput(
                 "data.source", sequences.name, f"a user with a history and a {what} item"
             )
-        asked.append(Asked(users, before[users]))
+        asked.append(HeldOut(users, before[users]))
     tested = ends[2] - ends[1]
     warnings = []
     if (further := int(np.maximum(tested - 1, 0).sum())) > 0:
@@ -205,8 +205,8 @@ SPLITS: dict[str, Callable[[Sequences, Protocol], Split]] = {
 def _split(
     sequences: Sequences,
     train_stop: np.ndarray,
-    validation: Asked,
-    test: Asked,
+    validation: HeldOut,
+    test: HeldOut,
     warnings: list[str],
     **more: int | str,
 ) -> Split:
@@ -272,7 +272,7 @@ def _first_from(sequences: Sequences, moment: float) -> np.ndarray:
     return first
 
 
-def _later_than_test(sequences: Sequences, train_stop: np.ndarray, test: Asked) -> int:
+def _later_than_test(sequences: Sequences, train_stop: np.ndarray, test: HeldOut) -> int:
     """How many tested users have a last training interaction that is later than their target."""
     users = test.users[train_stop[test.users] > sequences.offsets[test.users]]
     targets = test.targets[train_stop[test.users] > sequences.offsets[test.users]]

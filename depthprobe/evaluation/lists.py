@@ -18,7 +18,7 @@ SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
+class TrainingPopularity:
     """What was taken in training.
 
     ``popularity`` int64 (I,): interactions of each item. ``usual``: the mean over the test's users
@@ -118,7 +118,7 @@ def gini(counts: np.ndarray) -> float:
     return float(weights @ ordered / (len(ordered) * ordered.sum()))
 
 
-def popularity_ratio(counts: np.ndarray, taken: Taken) -> float:
+def popularity_ratio(counts: np.ndarray, taken: TrainingPopularity) -> float:
     """Mean popularity of what is recommended, over that of what users took; 1 is as popular.
 
     The popularity of an item is its number of training interactions. With lists of one length the
@@ -138,7 +138,7 @@ def popularity_ratio(counts: np.ndarray, taken: Taken) -> float:
     return float(shown @ taken.popularity / shown.sum() / taken.usual)
 
 
-def of_lists(counts: np.ndarray, taken: Taken) -> dict[str, float]:
+def of_lists(counts: np.ndarray, taken: TrainingPopularity) -> dict[str, float]:
     """``coverage@10``, ``gini@10`` and ``popularity@10`` of what was recommended.
 
     Empty where nothing was; without the last where no tested user took anything in training.
@@ -151,7 +151,7 @@ def of_lists(counts: np.ndarray, taken: Taken) -> dict[str, float]:
     return found
 
 
-def what_was_taken(split: Split) -> Taken:
+def training_popularity(split: Split) -> TrainingPopularity:
     """The popularity of each item in training, and of what the test's users took there."""
     sequences, users = split.sequences, split.test.users
     items = np.asarray(sequences.items)
@@ -160,7 +160,7 @@ def what_was_taken(split: Split) -> Taken:
     starts, stops = np.asarray(sequences.offsets)[users], split.train_stop[users]
     some = stops > starts
     means = (sums[stops] - sums[starts])[some] / (stops - starts)[some]
-    return Taken(popularity[1:], float(means.mean()) if len(means) else math.nan)
+    return TrainingPopularity(popularity[1:], float(means.mean()) if len(means) else math.nan)
 
 
 def _counts(counts: np.ndarray) -> np.ndarray:

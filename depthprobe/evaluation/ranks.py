@@ -283,7 +283,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalSet:
     """Users, what they had taken before, and the target that a model must find.
 
     With ``lists``, each user's :data:`~depthprobe.evaluation.lists.TOP` best items are told too.
@@ -323,7 +323,7 @@ class Questions:
         return {protocol: values.cpu().numpy() for protocol, values in ranks.items()}
 
 
-def questions(
+def make_eval_set(
     split: Split,
     part: Part,
     *,
@@ -331,7 +331,7 @@ def questions(
     filter_seen: bool,
     negatives: np.ndarray | None = None,
     limit: int | None = None,
-) -> Questions:
+) -> EvalSet:
     """The evaluation questions of ``validation`` or ``test``.
 
     Args:
@@ -343,7 +343,7 @@ def questions(
     chosen = np.arange(len(users))
     if limit is not None and limit < len(chosen):
         chosen = np.sort(np.random.default_rng(0).permutation(len(chosen))[:limit])
-    return Questions(
+    return EvalSet(
         users=users[chosen],
         histories=[split.history(part, place, max_history) for place in chosen.tolist()],
         targets=split.targets(part)[chosen],
@@ -369,7 +369,7 @@ class Ranks:
 
 
 @torch.inference_mode()
-def evaluate(model: Encoder, asked: Questions, *, device: torch.device) -> dict[str, np.ndarray]:
+def evaluate(model: Encoder, asked: EvalSet, *, device: torch.device) -> dict[str, np.ndarray]:
     """Rank of every user's target by protocol, each (E,); the model must be in eval mode.
 
     Where the questions ask for lists, ``"top-10"`` has each user's best items, int32 (E, 10): 0

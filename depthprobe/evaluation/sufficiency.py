@@ -28,7 +28,7 @@ TAIL_DRAWS = 10  # a bound needs at least so many bootstrap draws below it
 
 
 @dataclass(frozen=True)
-class Kept:
+class RetainedAccuracy:
     """What one candidate keeps of the reference's mean.
 
     ``kept`` is a two-sided interval for it alone; ``lower`` the one-sided bound that holds for
@@ -52,7 +52,7 @@ class Sufficiency:
     differ too much.
     """
 
-    rows: tuple[Kept, ...]
+    rows: tuple[RetainedAccuracy, ...]
     method: str | None
     depth: int | None
     users_needed: int | None
@@ -109,7 +109,7 @@ def sufficient_depth(
         draws = crossed[:, place]
         lower = lower_bound(draws, tail) if users > 1 else -math.inf
         kept = interval(value, draws, level=level) if users > 1 else _nothing(value)
-        rows.append(Kept(method, depth, kept, lower, lower >= 1 - margin))
+        rows.append(RetainedAccuracy(method, depth, kept, lower, lower >= 1 - margin))
     shown = [row for row in rows if row.shown]
     best = min(shown, key=lambda row: (row.depth, -row.kept.value), default=None)
     undecided, needed = None, None

@@ -17,7 +17,7 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.study import Backbone, SasRec
+from depthprobe.study import Backbone, SasRecSettings
 
 WEIGHTS = "trained.safetensors"
 
@@ -46,7 +46,7 @@ def build_recommender(
     return around(backbone, settings, items, seed=seed, train_items=train_items)
 
 
-def build_sasrec(settings: SasRec, *, items: int, longest: int) -> SASRec:
+def build_sasrec(settings: SasRecSettings, *, items: int, longest: int) -> SASRec:
     """SASRec before its training, by torch's present seed.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from depthprobe.evaluation.ranks import Questions, mean_ndcg
+from depthprobe.evaluation.ranks import EvalSet, mean_ndcg
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import Probed
 from depthprobe.probing.walk import rank_routes, route
@@ -38,7 +38,7 @@ class Removal:
 
 def greedy(
     model: Probed,
-    asked: Questions,
+    asked: EvalSet,
     *,
     device: torch.device,
     score: Score = mean_ndcg,

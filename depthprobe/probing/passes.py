@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from depthprobe.evaluation.ranks import BATCH, Encoder, Questions, Ranks
+from depthprobe.evaluation.ranks import BATCH, Encoder, EvalSet, Ranks
 from depthprobe.models.parts import check_readable, join_streams, split_streams
 from depthprobe.models.skipping import after_blocks
 from depthprobe.models.taps import tap_blocks
@@ -83,7 +83,7 @@ def exact(values: Tensor) -> Tensor:
 
 def passes(
     model: Probed,
-    asked: Questions,
+    asked: EvalSet,
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
@@ -136,7 +136,7 @@ def _check_read_out(model: Probed, vectors: Tensor, last: Tensor) -> None:
 
 @torch.inference_mode()
 def early_exit(
-    model: Probed, asked: Questions, *, device: torch.device, norm: bool = True
+    model: Probed, asked: EvalSet, *, device: torch.device, norm: bool = True
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target at each depth 0..L, by protocol, each (E,).
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from depthprobe.evaluation.ranks import BATCH, Questions, Ranks, mean_ndcg
+from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks, mean_ndcg
 from depthprobe.files import reserve
 from depthprobe.probing.passes import Probed, normed, passes, vectors_of
 
@@ -40,9 +40,9 @@ class Fitting:
 
 @dataclass(frozen=True)
 class CachedStates:
-    """Questions, and the states at every depth where a model answers them."""
+    """Users, and the states at every depth where a model answers them."""
 
-    asked: Questions
+    asked: EvalSet
     states: np.ndarray  # (E, L + 1, D), before the final norm, memory-mapped
 
     def at(self, rows: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ class Readouts:
 
 @torch.inference_mode()
 def cache_states(
-    model: Probed, asked: Questions, *, path: Path, device: torch.device
+    model: Probed, asked: EvalSet, *, path: Path, device: torch.device
 ) -> CachedStates:
     """Run the model once over the questions, into a memory-mapped file of E (L + 1) D numbers.
 
@@ -92,7 +92,7 @@ def cache_states(
 
 
 def _write(
-    model: Probed, asked: Questions, path: Path, device: torch.device, dtype: torch.dtype
+    model: Probed, asked: EvalSet, path: Path, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether all states fit the dtype; then they are in the file."""
     out: np.ndarray | None = None
@@ -274,7 +274,7 @@ def _normed(model: Probed, states: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def rank_readouts(
-    model: Probed, fitted: Readouts, asked: Questions, *, device: torch.device
+    model: Probed, fitted: Readouts, asked: EvalSet, *, device: torch.device
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target at each depth 0..L, by protocol, each (E,).
 

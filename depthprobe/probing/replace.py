@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable, find_projection
@@ -52,7 +52,7 @@ class Replacement:
 @torch.inference_mode()
 def fit_replacements(
     model: Probed,
-    asked: Questions,
+    asked: EvalSet,
     spans: Sequence[tuple[int, int]],
     *,
     device: torch.device,

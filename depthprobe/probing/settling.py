@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from depthprobe.evaluation.metrics import overlap, rank_biased_overlap
-from depthprobe.evaluation.ranks import Questions, top_items
+from depthprobe.evaluation.ranks import EvalSet, top_items
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import Probed, passes, vectors_of
 
@@ -83,7 +83,7 @@ class Settling:
 
 
 @torch.inference_mode()
-def settling(model: Probed, asked: Questions, *, device: torch.device, k: int = 10) -> Settling:
+def settling(model: Probed, asked: EvalSet, *, device: torch.device, k: int = 10) -> Settling:
     """Read every depth out of one pass and compare each user's answers with the last.
 
     Args:

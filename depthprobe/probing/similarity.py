@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from depthprobe.evaluation.ranks import BATCH, Questions
+from depthprobe.evaluation.ranks import BATCH, EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import Branch, check_readable, find_sublayers, join_streams
 from depthprobe.models.taps import first_tensor, input_state, tap_blocks
@@ -34,7 +34,7 @@ class Term:
     factor: float
 
 
-def find_sums(model: Probed, asked: Questions, *, device: torch.device) -> list[list[Term]]:
+def find_sums(model: Probed, asked: EvalSet, *, device: torch.device) -> list[list[Term]]:
     """What each block adds to its input, in order; nothing for a block that is no such sum.
 
     A branch may pass a norm before it is added, and be scaled, and so may the whole. The norm is
@@ -224,7 +224,7 @@ class Similarities:
 
 @torch.inference_mode()
 def similarities(
-    model: Probed, asked: Questions, *, device: torch.device, cka_users: int = 2048
+    model: Probed, asked: EvalSet, *, device: torch.device, cka_users: int = 2048
 ) -> Similarities:
     """Compare the states around blocks and parts of blocks, where users are read out.
 

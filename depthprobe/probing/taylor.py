@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import Probed, encode, prepare_prompt
 from depthprobe.probing.readout import score_gradient, working_dtype
@@ -19,7 +19,7 @@ CALIBRATION_BATCH = 32  # a backward pass keeps what an evaluation pass forgets
 
 def taylor_importance(
     model: Probed,
-    asked: Questions,
+    asked: EvalSet,
     *,
     device: torch.device,
     batch_size: int = CALIBRATION_BATCH,

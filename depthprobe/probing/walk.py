@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from depthprobe.evaluation.ranks import BATCH, Questions, Ranks
+from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
@@ -72,7 +72,7 @@ def blocks_run(routes: Sequence[Route]) -> int:
 
 @torch.inference_mode()
 def rank_routes(
-    model: Probed, asked: Questions, routes: Sequence[Route], *, device: torch.device
+    model: Probed, asked: EvalSet, routes: Sequence[Route], *, device: torch.device
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target on each route, by protocol, each (E,).
 
@@ -97,7 +97,7 @@ def rank_routes(
 
 def walk(
     model: Probed,
-    asked: Questions,
+    asked: EvalSet,
     routes: Sequence[Route],
     *,
     device: torch.device,

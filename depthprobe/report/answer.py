@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.evaluation.sufficiency import Kept, Sufficiency
+from depthprobe.evaluation.sufficiency import RetainedAccuracy, Sufficiency
 from depthprobe.report.numbers import FULL, HEADLINE, LEVEL, Point, RunLike, Summary, as_summary
 from depthprobe.report.style import (
     accuracy,
@@ -303,7 +303,7 @@ def _uncompared(summary: Summary) -> Answer:
     )
 
 
-def _row(sufficiency: Sufficiency) -> Kept:
+def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
     """The row of the sufficient depth; else the undecided one, else the most accurate."""
     key = (sufficiency.method, sufficiency.depth)
     if sufficiency.depth is None and sufficiency.undecided is not None:
@@ -312,7 +312,7 @@ def _row(sufficiency: Sufficiency) -> Kept:
     return next(found, max(sufficiency.rows, key=lambda row: row.kept.value))
 
 
-def _more_users(sufficiency: Sufficiency, row: Kept, floor: str) -> str:
+def _more_users(sufficiency: Sufficiency, row: RetainedAccuracy, floor: str) -> str:
     """What it would take to decide about the best candidate."""
     if sufficiency.users_needed is not None:
         return (

@@ -6,24 +6,25 @@ import hashlib
 import json
 import os
 import shutil
-import numpy as np
-import torch
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
+
 from depthprobe.cost.machine import machine
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.files import complete_folder
-from depthprobe.study import Recipe, base_of, settings_of
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import Trial
-from depthprobe.runs.team import processes_launched
+from depthprobe.runs.processes import launched_processes
+from depthprobe.study import Recipe, base_of, settings_of
 from depthprobe.training.checkpoint import FORMAT, identity, windows_digest
-from depthprobe.training.features import Wanted
-
+from depthprobe.training.features import FeatureSpec
 
 RESULTS, FEATURES = "trainings", "features"
 # a name or version of the model's own says nothing that its weights don't
@@ -52,7 +53,7 @@ def result_file(
             context.windows,
             recipe=recipe,
             seed=trial.seed,
-            processes=processes_launched(),
+            processes=launched_processes(),
         ),
         "weights": weights_digest(objective),
         "configs": [
@@ -64,13 +65,13 @@ def result_file(
         "distillation": asdict(settings.distillation) if base == "distill" else None,
         "teacher": context.teacher_mark(trial.seed, trial.blocks) if base == "distill" else None,
         "elastic": asdict(settings.elastic) if base == "elastic" else None,
-        "validation": questions_digest(context.validation),
+        "validation": eval_set_digest(context.validation),
         "machine": _machine(context),
     }
     return context.cache / RESULTS / f"{digest(decides)}.safetensors"
 
 
-def features_folder(context: Context, teacher: str, wanted: Wanted) -> Path | None:
+def features_folder(context: Context, teacher: str, wanted: FeatureSpec) -> Path | None:
     """The cache's folder of what a teacher says at the training windows; None without a cache.
 
     Args:
@@ -111,7 +112,7 @@ def weights_digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def questions_digest(asked: Questions) -> str:
+def eval_set_digest(asked: EvalSet) -> str:
     """Hash of who is asked for what after which history, and of what is never ranked."""
     found = hashlib.sha256()
     rows = [*asked.histories, *([] if asked.seen is None else asked.seen)]

@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
 from depthprobe.errors import BadInput
-from depthprobe.study import Slurm, Study
+from depthprobe.runs.processes import launched
 from depthprobe.runs.progress import Progress, Silent
-from depthprobe.runs.team import launched
+from depthprobe.study import Slurm, Study
+
 if TYPE_CHECKING:
     from submitit import Job
     from submitit.helpers import DelayedSubmission

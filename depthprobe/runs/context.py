@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import numpy as np
-import torch
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+
+import numpy as np
+import torch
 from torch import Tensor
+
 from depthprobe.cost.shapes import Products
 from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
-from depthprobe.evaluation.ranks import Encoder, Questions, evaluate, mean_ndcg, questions
-from depthprobe.evaluation.lists import Taken, what_was_taken
-from depthprobe.models.build import WEIGHTS, build_recommender, build_sasrec, learned_table, load_trained
+from depthprobe.evaluation.lists import TrainingPopularity, training_popularity
+from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_set, mean_ndcg
 from depthprobe.models.backbones import resolve_device
+from depthprobe.models.build import (
+    WEIGHTS,
+    build_recommender,
+    build_sasrec,
+    learned_table,
+    load_trained,
+)
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.study import Study, settings_of
 from depthprobe.runs.plan import Task, Trial, whole_trial
+from depthprobe.study import Study, settings_of
 from depthprobe.training.tracking import Track, tracked
-
 
 DATA, NEGATIVES, TIMING = "data", "negatives.npy", "timing.json"
 ITEM_TABLE, LEARNED = "item-table.npy", "learned"
@@ -98,7 +105,7 @@ class Context:
         return [window for window in found if len(window) > 1]
 
     @cached_property
-    def test(self) -> Questions:
+    def test(self) -> EvalSet:
         """The test questions, by both protocols where the catalogue allows the sampled one.
 
         Each user's best items are told too.
@@ -108,20 +115,20 @@ class Context:
         return replace(self.ask("test", negatives), lists=True)
 
     @cached_property
-    def taken(self) -> Taken:
+    def taken(self) -> TrainingPopularity:
         """What was taken in training, to hold the recommended items against."""
-        return what_was_taken(self.split)
+        return training_popularity(self.split)
 
     @cached_property
-    def validation(self) -> Questions:
+    def validation(self) -> EvalSet:
         """The validation questions of at most ``validation_users`` users."""
         return self.ask("validation", limit=self.study.protocol.validation_users)
 
     @cached_property
-    def training(self) -> Questions:
+    def training(self) -> EvalSet:
         """The last item of each training window, given those before it."""
         windows = self.windows
-        return Questions(
+        return EvalSet(
             users=np.arange(len(windows)),
             histories=[window[:-1] for window in windows],
             targets=np.array([window[-1] for window in windows], dtype=np.int32),
@@ -131,9 +138,9 @@ class Context:
 
     def ask(
         self, part: Part, negatives: np.ndarray | None = None, limit: int | None = None
-    ) -> Questions:
-        """Questions of a part, of at most so many users."""
-        return questions(
+    ) -> EvalSet:
+        """EvalSet of a part, of at most so many users."""
+        return make_eval_set(
             self.split,
             part,
             max_history=self.study.data.max_history,

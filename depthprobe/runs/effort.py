@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Literal
+
 from depthprobe.probing.readout import Fitting
 from depthprobe.probing.walk import Route, blocks_run, route, route_without
-from depthprobe.study import Recipe, Study, TRAINED, base_of, parse_layers, settings_of
 from depthprobe.runs.forecast import Job
 from depthprobe.runs.pieces import Rates, Sizes, between
 from depthprobe.runs.plan import BASELINES, Task, Trial
 from depthprobe.runs.probing import TAYLOR_USERS
-from depthprobe.training.distillation import wanted_features
-
+from depthprobe.study import TRAINED, Recipe, Study, base_of, parse_layers, settings_of
+from depthprobe.training.distillation import feature_spec
 
 RANKED = 3  # times the best ten items' seconds: ranks by two protocols, and the lists
 
@@ -70,7 +70,7 @@ def features_of(study: Study, task: Task) -> str | None:
     if base_of(task.method) != "distill":
         return None
     settings = settings_of(study, task.method)
-    wanted = wanted_features(
+    wanted = feature_spec(
         settings.distillation,
         settings.recipe,
         depth=task.trials[0].depth,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+
 from depthprobe.cost.workload import Workload
 from depthprobe.runs.context import Context
 from depthprobe.runs.effort import jobs_of, timing_seconds
@@ -12,7 +14,6 @@ from depthprobe.runs.forecast import Job, Span, longest_chain, schedule, slowed
 from depthprobe.runs.pieces import Sizes
 from depthprobe.runs.plan import BASELINES, Task
 from depthprobe.runs.rates import Found, measured_rates, timed_rates
-
 
 START = 4.0  # seconds until a worker has loaded its libraries and the log; on two Xeon cores
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-import pandas as pd
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from depthprobe.evaluation.slices import ALL
-from depthprobe.models.backbones import EMBEDDED, is_folder, pretrained, pretrained_tokenizer
-from depthprobe.study import Backbone, base_of, ranges, settings_of
-from depthprobe.runs.tables import METRICS
-from depthprobe.runs.store import Run, open_run
-from dataclasses import replace
+
+import pandas as pd
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
+
+from depthprobe.errors import BadInput
+from depthprobe.evaluation.slices import ALL
 from depthprobe.files import complete_folder
+from depthprobe.models.backbones import EMBEDDED, is_folder, pretrained, pretrained_tokenizer
 from depthprobe.models.build import around, load_trained, merge_lora
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.export import write_recommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.revision import pinned
 from depthprobe.probing.replace import fold_map, load_replacement
-from depthprobe.errors import BadInput
-from depthprobe.runs.context import Context, MODEL
+from depthprobe.runs.context import MODEL, Context
 from depthprobe.runs.plan import BASELINES, Trial, whole_trial
-
+from depthprobe.runs.store import Run, open_run
+from depthprobe.runs.tables import METRICS
+from depthprobe.study import Backbone, base_of, ranges, settings_of
 
 LONGEST = 120
 TAGS = ("depthprobe", "recommender-system", "sequential-recommendation", "layer-pruning")

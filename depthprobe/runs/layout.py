@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import datetime
-import numpy as np
-import pandas as pd
-import torch
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+
 from depthprobe.data.batches import negatives
 from depthprobe.data.prepared import read_data
 from depthprobe.data.splits import Split, make_split
-from depthprobe.data.storage import MANIFEST as DATA_MANIFEST, Sequences, load_data, write_data
+from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
+from depthprobe.data.storage import Sequences, load_data, write_data
+from depthprobe.errors import BadInput, check_writable
 from depthprobe.files import complete_file, remove_leftovers, write_json
 from depthprobe.models.backbones import pretrained_config
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
 from depthprobe.models.revision import pinned, pinned_now
-from depthprobe.study import METHODS as NAMES, Study, base_of, differences, load_study, study_to_toml
-from depthprobe.errors import BadInput, check_writable
 from depthprobe.runs import provenance
-from depthprobe.runs.context import CHECKPOINTS, DATA, ITEM_TABLE, LEARNED, NEGATIVES, PROBES, TRIALS
+from depthprobe.runs.context import (
+    CHECKPOINTS,
+    DATA,
+    ITEM_TABLE,
+    LEARNED,
+    NEGATIVES,
+    PROBES,
+    TRIALS,
+)
 from depthprobe.runs.plan import Task, plan
 from depthprobe.runs.progress import Progress
 from depthprobe.runs.records import SCHEMA
-from depthprobe.runs.tables import asked_slices, own_slices
 from depthprobe.runs.store import MANIFEST, STUDY, open_run
+from depthprobe.runs.tables import asked_slices, own_slices
+from depthprobe.study import METHODS as NAMES
+from depthprobe.study import Study, base_of, differences, load_study, study_to_toml
 from depthprobe.training.tracking import check_trackers
-
 
 NEGATIVE_SEED = 999
 TOO_SMALL = "sampled ranking is left out: some user has fewer than 999 items left to draw from"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import numpy as np
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
+
 from depthprobe.data.batches import length_buckets
 from depthprobe.data.splits import Split
 from depthprobe.study import Study, base_of, settings_of
-
 
 # a step's seconds in those of a plain one, where it was not timed. Of 26 kinds of students that
 # runs had timed on two cores the middle one took 1.15 times as long, those that follow scores 1.5

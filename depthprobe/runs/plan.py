@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from depthprobe.study import METHODS, SELECTIONS, Study, TRAINED, base_of, parse_blocks, parse_layers, settings_of
 
+import numpy as np
+
+from depthprobe.study import (
+    METHODS,
+    SELECTIONS,
+    TRAINED,
+    Study,
+    base_of,
+    parse_blocks,
+    parse_layers,
+    settings_of,
+)
 
 # what must be trained, at the same seed, before a method can run; SASRec is no need of a study
 # whose item table comes from elsewhere

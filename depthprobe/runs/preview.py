@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import torch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 from torch import Tensor
+
 from depthprobe.cost.memory import free_memory
 from depthprobe.data.splits import Split
-from depthprobe.models.backbones import EMBEDDED, check_weights, folder_of, is_folder, resolve_device
+from depthprobe.models.backbones import (
+    EMBEDDED,
+    check_weights,
+    folder_of,
+    is_folder,
+    resolve_device,
+)
 from depthprobe.models.item_tables import TEXT, item_texts, make_table
 from depthprobe.models.precision import check_attention, quantization
 from depthprobe.models.revision import backbone_revision
-from depthprobe.study import METHODS, Study, base_of
 from depthprobe.runs import provenance
-from depthprobe.runs.context import Context, LEARNED
+from depthprobe.runs.context import LEARNED, Context
 from depthprobe.runs.estimate import Crowd, Estimate, estimate_of, find_rates, shared_by
 from depthprobe.runs.forecast import Job, without_lost
 from depthprobe.runs.layout import Inputs, check_same_inputs, new_manifest, read_inputs
@@ -23,8 +30,9 @@ from depthprobe.runs.pieces import sizes_of
 from depthprobe.runs.plan import Task
 from depthprobe.runs.rates import Found, workload_of
 from depthprobe.runs.records import state_of
-from depthprobe.runs.sweep import jobs_at_once
 from depthprobe.runs.shared_parts import Part, made, shared_parts
+from depthprobe.runs.sweep import jobs_at_once
+from depthprobe.study import METHODS, Study, base_of
 
 
 @dataclass(frozen=True)

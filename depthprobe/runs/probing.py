@@ -5,33 +5,36 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-import numpy as np
-import pandas as pd
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
+
+import numpy as np
+import pandas as pd
 from filelock import FileLock
 from torch import nn
+
 from depthprobe.cost.parameters import count_parameters, parameters_by_block
 from depthprobe.files import write_json
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import merge_lora
-from depthprobe.models.recommender import Recommender
 from depthprobe.models.parts import find_sublayers
+from depthprobe.models.recommender import Recommender
+from depthprobe.probing.greedy import Removal, Span, greedy, nearest_spans
 from depthprobe.probing.passes import early_exit
 from depthprobe.probing.readout import cache_states, fit_lenses, fit_readouts, rank_readouts
-from depthprobe.probing.greedy import Removal, Span, greedy, nearest_spans
 from depthprobe.probing.replace import apply_replacement, fit_replacements
-from depthprobe.probing.settling import settling, to_frame as to_users
-from depthprobe.probing.similarity import similarities, to_frame as to_scores
+from depthprobe.probing.settling import settling
+from depthprobe.probing.settling import to_frame as to_users
+from depthprobe.probing.similarity import similarities
+from depthprobe.probing.similarity import to_frame as to_scores
 from depthprobe.probing.taylor import taylor_importance
 from depthprobe.probing.walk import Route, rank_routes, route, route_without
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import Task, Trial
 from depthprobe.runs.records import Result, Scores
-
 
 TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess  # noqa: S404 - asks git for its commit, with fixed arguments
-import psutil
-import torch
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from depthprobe.cost.machine import processor_name
 
+import psutil
+import torch
+
+from depthprobe.cost.machine import processor_name
 
 PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")
 

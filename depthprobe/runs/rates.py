@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import numpy as np
-import psutil
-import torch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
 from transformers import PreTrainedConfig
+
 from depthprobe.cost.actions import stepping
 from depthprobe.cost.curve import cost_table, read_shapes
 from depthprobe.cost.depths import Shape
@@ -19,14 +21,13 @@ from depthprobe.cost.memory import kinds_of
 from depthprobe.cost.prediction import training_bytes
 from depthprobe.cost.timing import interleaved_for
 from depthprobe.cost.workload import TOP, Workload
+from depthprobe.errors import BadInput
 from depthprobe.models.build import build_sasrec, prompt_tokens, suffix_tokens
 from depthprobe.models.recommender import Recommender
-from depthprobe.errors import BadInput
-from depthprobe.study import Study
-from depthprobe.runs.context import Context, LEARNED, TIMING
+from depthprobe.runs.context import LEARNED, TIMING, Context
 from depthprobe.runs.pieces import Rates, Sizes
 from depthprobe.runs.timing import covers
-
+from depthprobe.study import Study
 
 SECONDS = 4.0  # to time the backbone for; with what cannot be shortened three or four times as long
 BASELINE_SECONDS = 1.0

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pandas as pd
 import json
 import os
-from dataclasses import dataclass
-from torch import nn
-from depthprobe.models.recommender import Recommender
-from depthprobe.probing.replace import Replacement, save_replacement
-from depthprobe.runs.plan import Task, Trial
-from depthprobe.training.checkpoint import Fit
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
 from pyarrow.parquet import ParquetFile
-from depthprobe.evaluation.lists import LISTS, Taken, exposure, of_lists
+from torch import nn
+
+from depthprobe.errors import BadInput
+from depthprobe.evaluation.lists import LISTS, TrainingPopularity, exposure, of_lists
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.files import complete_folder, write_json
 from depthprobe.models.build import save_trained
-from depthprobe.errors import BadInput
+from depthprobe.models.recommender import Recommender
+from depthprobe.probing.replace import Replacement, save_replacement
 from depthprobe.runs.context import MODEL, PROBES, TRIALS
+from depthprobe.runs.plan import Task, Trial
+from depthprobe.training.checkpoint import Fit
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def write_result(
     result: Result,
     users: np.ndarray,
     *,
-    taken: Taken,
+    taken: TrainingPopularity,
     timing: dict[str, Any] | None,
     provenance: dict[str, Any],
     validation_users: int,

@@ -9,17 +9,18 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, Literal, Protocol
-from filelock import FileLock, Timeout
-from depthprobe.runs.plan import Task
-from depthprobe.runs.records import state_of, to_retry
-from depthprobe.runs.team import Team
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+from filelock import FileLock, Timeout
+
+from depthprobe.runs.plan import Task
+from depthprobe.runs.processes import ProcessGroup
+from depthprobe.runs.records import state_of, to_retry
 
 LOCKS = ".locks"
 WHOLE = ".run"  # what lays a run out, times it or writes its tables
@@ -40,9 +41,13 @@ class Claims:
     """
 
     def __init__(
-        self, folder: Path, outputs: Outputs, retry: Mapping[str, int], team: Team | None = None
+        self,
+        folder: Path,
+        outputs: Outputs,
+        retry: Mapping[str, int],
+        team: ProcessGroup | None = None,
     ) -> None:
-        self._folder, self._outputs, self._team = folder / LOCKS, outputs, team or Team()
+        self._folder, self._outputs, self._team = folder / LOCKS, outputs, team or ProcessGroup()
         self._locks: dict[str, FileLock] = {}
         self._retry = retry
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
-from depthprobe.runs.context import Context, DATA, ITEM_TABLE, LEARNED, NEGATIVES, TIMING
+from depthprobe.runs.context import DATA, ITEM_TABLE, LEARNED, NEGATIVES, TIMING, Context
 from depthprobe.runs.effort import asks_greedy, features_id, features_of, greedy_id
 from depthprobe.runs.plan import Task, whole_trial
 from depthprobe.runs.records import is_done

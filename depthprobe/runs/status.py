@@ -6,13 +6,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
 from depthprobe.errors import BadInput
-from depthprobe.runs.scheduler import held
 from depthprobe.runs.context import LOGS, PROBES, TRIALS
 from depthprobe.runs.plan import Task, plan
 from depthprobe.runs.records import read_record, state_of
+from depthprobe.runs.scheduler import held
 from depthprobe.runs.store import MANIFEST, STUDY, open_run
-
 
 TAIL = 4096  # bytes of a log that are looked at
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-import numpy as np
-import pandas as pd
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
+import pandas as pd
+
 from depthprobe.data.splits import make_split
-from depthprobe.data.storage import MANIFEST as DATA_MANIFEST, load_data
+from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
+from depthprobe.data.storage import load_data
+from depthprobe.errors import BadInput
 from depthprobe.evaluation.slices import Family, families
 from depthprobe.files import complete_file
-from depthprobe.errors import BadInput
-from depthprobe.study import Study, ranges, study_from_dict
 from depthprobe.runs.context import DATA, PROBES, TRIALS
-from depthprobe.runs.tables import metrics_table, read_slices
 from depthprobe.runs.records import SCORES, folders_of, read_record, read_users
-
+from depthprobe.runs.tables import metrics_table, read_slices
+from depthprobe.study import Study, ranges, study_from_dict
 
 MANIFEST, STUDY = "manifest.json", "study.toml"
 TABLES = ("trials.parquet", "metrics.parquet")

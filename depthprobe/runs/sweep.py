@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import json
 import time
-import torch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 from transformers.utils.logging import disable_progress_bar
+
 from depthprobe.files import write_json
 from depthprobe.models.backbones import resolve_device
 from depthprobe.models.revision import backbone_revision, describe
-from depthprobe.study import Study
 from depthprobe.runs import provenance, worker
-from depthprobe.runs.scheduler import Claims, Outcome, Queue, clear, run_here, run_in_processes, whole_run
-from depthprobe.runs.context import Context, TIMING
-from depthprobe.runs.layout import check_same_inputs, lay_out, new_manifest, read_inputs, repeating, shared_table, tidy
+from depthprobe.runs.context import TIMING, Context
+from depthprobe.runs.layout import (
+    check_same_inputs,
+    lay_out,
+    new_manifest,
+    read_inputs,
+    repeating,
+    shared_table,
+    tidy,
+)
 from depthprobe.runs.plan import Task
+from depthprobe.runs.processes import ProcessGroup, join_processes
 from depthprobe.runs.progress import Progress, Silent
 from depthprobe.runs.records import failures, read_record, state_of, to_retry, write_failure
+from depthprobe.runs.scheduler import (
+    Claims,
+    Outcome,
+    Queue,
+    clear,
+    run_here,
+    run_in_processes,
+    whole_run,
+)
+from depthprobe.runs.store import MANIFEST, TABLES, Run, open_run, write_tables
 from depthprobe.runs.tables import write_slices
-from depthprobe.runs.store import MANIFEST, Run, TABLES, open_run, write_tables
-from depthprobe.runs.team import Team, find_team
 from depthprobe.runs.timing import covers, measure
+from depthprobe.study import Study
 from depthprobe.training.loop import DivergedError
-
 
 MOST_JOBS = 4  # by default on a CPU: each job holds its own copy of the model
 
@@ -66,7 +83,7 @@ def run_sweep(
         BadInput: before anything is written, if the data, the backbone, the item table, the
             depths or a tracker can't be used, or the folder holds another study.
     """
-    team = find_team(study.device)
+    team = join_processes(study.device)
     watcher = (progress if team.writes else None) or Silent()
     disable_progress_bar()  # one bar a loaded model would drown what the watcher says
     folder = Path(output) if output is not None else Path("runs") / study.name
@@ -137,7 +154,7 @@ def _has_tables(folder: Path) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path, team: Team, watcher: Progress) -> Iterator[None]:
+def _alone(folder: Path, team: ProcessGroup, watcher: Progress) -> Iterator[None]:
     """Alone with the run; of a team, the first process is so for all."""
     with whole_run(folder, watcher.message) if team.writes else nullcontext():
         yield
@@ -167,7 +184,7 @@ def _outcomes(
     study: Study,
     origin: dict[str, Any],
     workers: int,
-    team: Team,
+    team: ProcessGroup,
 ) -> Iterator[Outcome]:
     """How the tasks end, in workers or in this process."""
     if not queue.waiting:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import math
-import numpy as np
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
 from depthprobe.data.readers.titles import What, read_attribute
 from depthprobe.data.splits import Split
-from depthprobe.evaluation.slices import ALL, Family, TAKEN, slice_means
-from depthprobe.files import complete_file
 from depthprobe.errors import BadInput
-from depthprobe.study import Protocol
-from collections.abc import Iterator, Sequence
-from typing import Any
 from depthprobe.evaluation.metrics import check_metrics, per_user_metric
+from depthprobe.evaluation.slices import ALL, TAKEN, Family, slice_means
+from depthprobe.files import complete_file
 from depthprobe.runs.context import TRIALS
 from depthprobe.runs.records import read_users
-
+from depthprobe.study import Protocol
 
 SLICES = "slices.parquet"
 

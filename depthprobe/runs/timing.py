@@ -7,22 +7,24 @@ of a matrix product does not depend on what it multiplies.
 from __future__ import annotations
 
 import tempfile
-import numpy as np
-import torch
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 from torch import Tensor, nn
+
 from depthprobe.cost.timing import interleaved
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.models.build import build_recommender
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import Recipe, Study, TRAINED, base_of, parse_layers, settings_of
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import BASELINES, Trial
-from depthprobe.training.distillation import Distiller, wanted_features
+from depthprobe.study import TRAINED, Recipe, Study, base_of, parse_layers, settings_of
+from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.distributed import FUSED
 from depthprobe.training.elastic import ElasticObjective
 from depthprobe.training.features import CachedTeacher, OnlineTeacher, Teacher, write_features
@@ -127,7 +129,7 @@ def _student(
     """A student of an untrained teacher, with features of its own."""
     settings = settings_of(study, method)
     losses, recipe = settings.distillation, study.recipe
-    wanted = wanted_features(losses, recipe, depth=model.depth, teacher_depth=whole.depth)
+    wanted = feature_spec(losses, recipe, depth=model.depth, teacher_depth=whole.depth)
     teacher: Teacher = OnlineTeacher(whole, wanted)
     if losses.features == "cached":
         folder.mkdir()

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import numpy as np
 import hashlib
 import json
 import shutil
 import time
-import torch
-from dataclasses import asdict, replace
-from depthprobe.cost.flops import epoch_flops, flops_per_user
-from depthprobe.models.recommender import Recommender
-from depthprobe.study import ASKED, Recipe, base_of, parse_layers, settings_of
-from depthprobe.runs.context import Context
-from depthprobe.runs.plan import Task, Trial, whole_trial
-from depthprobe.training.objectives import NextItem, asked
-from contextlib import suppress
-from pathlib import Path
-from filelock import FileLock
-from depthprobe.files import complete_folder, write_json
-from depthprobe.runs.cache import features_folder, result_file, share_folder
-from depthprobe.training.distillation import Distiller, wanted_features
-from depthprobe.training.features import CachedTeacher, OnlineTeacher, Teacher, Wanted, write_features
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import Cache
+
+from depthprobe.cost.flops import epoch_flops, flops_per_user
 from depthprobe.cost.parameters import count_parameters
 from depthprobe.evaluation.ranks import Encoder, evaluate, mean_ndcg
+from depthprobe.files import complete_folder, write_json
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.probing.passes import early_exit
+from depthprobe.models.recommender import Recommender
 from depthprobe.probing.greedy import nearest_spans
+from depthprobe.probing.passes import early_exit
+from depthprobe.runs.cache import features_folder, result_file, share_folder
+from depthprobe.runs.context import Context
+from depthprobe.runs.plan import Task, Trial, whole_trial
 from depthprobe.runs.probing import angular_distances, outside, part_of, removal
 from depthprobe.runs.records import Result, read_record
-from depthprobe.training.elastic import ElasticObjective
+from depthprobe.study import ASKED, Recipe, base_of, parse_layers, settings_of
 from depthprobe.training.checkpoint import Fit
+from depthprobe.training.distillation import Distiller, feature_spec
+from depthprobe.training.elastic import ElasticObjective
+from depthprobe.training.features import (
+    CachedTeacher,
+    FeatureSpec,
+    OnlineTeacher,
+    Teacher,
+    write_features,
+)
 from depthprobe.training.loop import fit
+from depthprobe.training.objectives import NextItem, asked
 
 
 def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
@@ -92,7 +100,7 @@ def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
         BadInput: if there is no trained teacher.
     """
     settings = settings_of(context.study, trial.method)
-    wanted = wanted_features(
+    wanted = feature_spec(
         settings.distillation, settings.recipe, depth=trial.depth, teacher_depth=trial.blocks
     )
     if not (wanted.ends or wanted.vectors or wanted.top):
@@ -104,7 +112,7 @@ def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
     return CachedTeacher(folder, context.windows, wanted), float(seconds)
 
 
-def _features(context: Context, trial: Trial, wanted: Wanted) -> Path:
+def _features(context: Context, trial: Trial, wanted: FeatureSpec) -> Path:
     """The folder of the features of all students of a seed; made by whoever comes first.
 
     It is named by what it depends on, the teacher's weights among it: features of another teacher
@@ -138,7 +146,7 @@ def _features(context: Context, trial: Trial, wanted: Wanted) -> Path:
     return folder
 
 
-def _of_all_students(context: Context, trial: Trial, wanted: Wanted) -> Wanted:
+def _of_all_students(context: Context, trial: Trial, wanted: FeatureSpec) -> FeatureSpec:
     """What the students of the study ask together, where they are compared at the same places."""
     study, asked = context.study, [wanted]
     for method in study.methods:
@@ -146,14 +154,14 @@ def _of_all_students(context: Context, trial: Trial, wanted: Wanted) -> Wanted:
             settings = settings_of(study, method)
             depths = {*parse_layers(settings.layers, trial.blocks), trial.depth}
             asked += [
-                wanted_features(
+                feature_spec(
                     settings.distillation, settings.recipe, depth=d, teacher_depth=trial.blocks
                 )
                 for d in depths
                 if d < trial.blocks
             ]
     asked = [each for each in asked if each.objective == wanted.objective]
-    return Wanted(
+    return FeatureSpec(
         objective=wanted.objective,
         ends=tuple(sorted({end for each in asked for end in each.ends})),
         vectors=any(each.vectors for each in asked),
@@ -162,6 +170,7 @@ def _of_all_students(context: Context, trial: Trial, wanted: Wanted) -> Wanted:
 
 
 # The methods that train a shallower model: from the backbone, out of the teacher, after it.
+
 
 def fine_tuned(context: Context, task: Task) -> Iterator[Result]:
     """The teacher, a variant cut from the pretrained backbone, or one without pretraining."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import json
 import multiprocessing
 import os
@@ -12,26 +11,29 @@ import sys
 import threading
 import time
 import traceback
-import torch
 from collections.abc import Callable, Iterator
-from depthprobe.cost.parameters import count_parameters
-from depthprobe.evaluation.ranks import evaluate
-from depthprobe.models.recommender import Popularity
-from depthprobe.runs.cache import result_file
-from depthprobe.runs.context import Context, LOGS, TIMING
-from depthprobe.runs.plan import Task
-from depthprobe.runs.probing import PROBES
-from depthprobe.runs.records import Result, Scores, is_done, write_result, write_scores
-from depthprobe.runs.training import distill, elastic, fine_tuned, heal
-from depthprobe.training.loop import fit
-from depthprobe.training.objectives import NextItem
 from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+import torch
 from transformers.utils.logging import disable_progress_bar
-from depthprobe.study import Study, base_of
+
+from depthprobe.cost.parameters import count_parameters
+from depthprobe.evaluation.ranks import evaluate
+from depthprobe.models.recommender import Popularity
+from depthprobe.runs.cache import result_file
+from depthprobe.runs.context import LOGS, TIMING, Context
+from depthprobe.runs.plan import Task
+from depthprobe.runs.probing import PROBES
+from depthprobe.runs.records import Result, Scores, is_done, write_result, write_scores
 from depthprobe.runs.timing import timing_of
+from depthprobe.runs.training import distill, elastic, fine_tuned, heal
+from depthprobe.study import Study, base_of
+from depthprobe.training.loop import fit
+from depthprobe.training.objectives import NextItem
 
 
 def popularity(context: Context, task: Task) -> Iterator[Result]:
@@ -82,6 +84,7 @@ METHODS: dict[str, Callable[[Context, Task], Iterator[Result | Scores]]] = {
 
 
 # Inside a worker process: a task becomes records.
+
 
 def _forget(checkpoint: Path) -> None:
     """Delete the checkpoint of a trial that has its record; the last one takes the folder along."""

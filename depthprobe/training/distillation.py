@@ -18,7 +18,7 @@ from depthprobe.models.parts import check_readable
 from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Distillation, Recipe
-from depthprobe.training.features import Said, Teacher, Wanted, asked_states
+from depthprobe.training.features import FeatureSpec, Teacher, TeacherOutputs, target_states
 from depthprobe.training.losses import (
     CHUNK_BYTES,
     catalogue_loss,
@@ -26,7 +26,7 @@ from depthprobe.training.losses import (
     fill_chosen,
     mean_loss,
 )
-from depthprobe.training.objectives import Batch, Objective, ask_last, asked_vectors
+from depthprobe.training.objectives import Batch, Objective, last_only, target_vectors
 
 TINY = 1e-12  # in place of the size of a state that is zero
 
@@ -202,12 +202,12 @@ def compared(settings: Distillation, recipe: Recipe) -> Objective:
     return "last" if settings.positions == "last" else recipe.objective
 
 
-def wanted_features(
+def feature_spec(
     settings: Distillation, recipe: Recipe, *, depth: int, teacher_depth: int
-) -> Wanted:
+) -> FeatureSpec:
     """What a student of some depth asks its teacher for."""
     ends = group_ends(teacher_depth, min(settings.groups, depth))
-    return Wanted(
+    return FeatureSpec(
         objective=compared(settings, recipe),
         ends=ends if settings.follows_states else (),
         vectors=bool(settings.logits) and not settings.top,
@@ -255,7 +255,7 @@ class Distiller(nn.Module):
         tapping = weights.follows_states or len(self.adapters) > 0
         # a tapped model runs uncompiled, so only where its states are read
         with tap_blocks(student.backbone) if tapping else nullcontext() as tap:
-            vectors = asked_vectors(student, batch, recipe)  # (N, d)
+            vectors = target_vectors(student, batch, recipe)  # (N, d)
         grouped = [tap.states[end] for end in self.ends] if tap is not None else []
         items = student.item_matrix()
         loss = vectors.new_zeros(())
@@ -263,10 +263,10 @@ class Distiller(nn.Module):
             part = catalogue_loss(vectors, items, batch.targets, recipe=recipe)
             loss = loss + weights.ce * part
         if self.teacher is not None:
-            at = ask_last(batch) if compared(weights, recipe) == "last" else batch
+            at = last_only(batch) if compared(weights, recipe) == "last" else batch
             said = self.teacher.at(at)
             if said.states is not None:
-                states = torch.stack([asked_states(student, s, at) for s in grouped]).float()
+                states = torch.stack([target_states(student, s, at) for s in grouped]).float()
                 loss = loss + state_loss(
                     states,
                     said.states,
@@ -282,7 +282,7 @@ class Distiller(nn.Module):
             loss = loss + weights.supervision * self._supervise(grouped[:-1], items, batch)
         return loss
 
-    def _follow_scores(self, vectors: Tensor, items: Tensor, said: Said) -> Tensor:
+    def _follow_scores(self, vectors: Tensor, items: Tensor, said: TeacherOutputs) -> Tensor:
         temperature = self.settings.temperature
         if said.top is not None and said.scores is not None:
             return top_kl(vectors, items, said.top, said.scores, temperature=temperature)

@@ -16,9 +16,9 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Elastic, Recipe
-from depthprobe.training.features import asked_states
+from depthprobe.training.features import target_states
 from depthprobe.training.losses import catalogue_loss
-from depthprobe.training.objectives import Batch, asked_vectors
+from depthprobe.training.objectives import Batch, target_vectors
 
 
 def dropout_rates(depth: int, most: float) -> np.ndarray:
@@ -51,10 +51,10 @@ class ElasticObjective(nn.Module):
         exits = draws.permutation(np.arange(1, depth))[: settings.exits]
         skipped = np.flatnonzero(dropped).tolist() if self.training else []
         with skip_blocks(model.backbone, skipped), tap_blocks(model.backbone) as tap:
-            vectors = asked_vectors(model, batch, self.recipe)  # (N, d)
+            vectors = target_vectors(model, batch, self.recipe)  # (N, d)
         loss = self._loss(vectors, batch)
         for depth_of_exit in exits.tolist():
-            state = asked_states(model, tap.states[depth_of_exit], batch)  # (N, D)
+            state = target_states(model, tap.states[depth_of_exit], batch)  # (N, D)
             normed = after_blocks(model.backbone, state[:, None])[:, 0]
             own = model.read_out(normed.to(vectors.dtype))
             loss = loss + settings.weight / len(exits) * self._loss(own, batch)

@@ -29,7 +29,7 @@ TOP_BYTES = 64 * 2**20  # of scores at once, when the best items are looked for
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FeatureSpec:
     """Which features: where, after how many blocks, and what of the scores.
 
     Attributes:
@@ -46,7 +46,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Said:
+class TeacherOutputs:
     """What the teacher says at N positions of a batch; None is what was not wanted."""
 
     states: Tensor | None = None  # (G, N, D) float32
@@ -58,7 +58,7 @@ class Said:
 class Teacher(Protocol):
     """What a student asks."""
 
-    def at(self, batch: Batch) -> Said:
+    def at(self, batch: Batch) -> TeacherOutputs:
         """What the teacher says where the batch is asked."""
         ...
 
@@ -66,7 +66,7 @@ class Teacher(Protocol):
 class CachedTeacher:
     """Features on disk."""
 
-    def __init__(self, folder: Path, windows: list[np.ndarray], wanted: Wanted) -> None:
+    def __init__(self, folder: Path, windows: list[np.ndarray], wanted: FeatureSpec) -> None:
         """Open what :func:`write_features` wrote for the windows, and hand on what is wanted.
 
         Raises:
@@ -86,7 +86,7 @@ class CachedTeacher:
             name: np.load(folder / name, mmap_mode="r") for name, used in names.items() if used
         }
 
-    def at(self, batch: Batch) -> Said:
+    def at(self, batch: Batch) -> TeacherOutputs:
         """What the teacher says where the batch is asked, on the batch's device."""
         device = batch.inputs.device
         rows = np.concatenate(
@@ -99,30 +99,30 @@ class CachedTeacher:
         if states is not None:
             states = _unpacked(states[:, self._columns]).float().transpose(0, 1)
         top, scores = (None if (p := found.get(n)) is None else p[:, best] for n in (TOP, SCORES))
-        return Said(states, found.get(VECTORS), top, scores)
+        return TeacherOutputs(states, found.get(VECTORS), top, scores)
 
 
 class OnlineTeacher:
     """A teacher that runs at every step, as SLMRec's does: for features that fit no disk."""
 
-    def __init__(self, model: Recommender, wanted: Wanted) -> None:
+    def __init__(self, model: Recommender, wanted: FeatureSpec) -> None:
         """Ask ``model``, in evaluation mode, for the wanted features."""
         self._model, self._wanted = model, wanted
 
     @torch.no_grad()
-    def at(self, batch: Batch) -> Said:
+    def at(self, batch: Batch) -> TeacherOutputs:
         """What the teacher says where the batch is asked."""
         said = _ask(self._model, batch, self._wanted)
         if said.states is None:
             return said
         rounded = _unpacked(_packed(said.states)).float()  # as they would be on disk
-        return Said(rounded, said.vectors, said.top, said.scores)
+        return TeacherOutputs(rounded, said.vectors, said.top, said.scores)
 
 
 def write_features(
     teacher: Recommender,
     windows: list[np.ndarray],
-    wanted: Wanted,
+    wanted: FeatureSpec,
     *,
     folder: Path,
     device: torch.device,
@@ -151,7 +151,7 @@ def write_features(
 def _write(
     teacher: Recommender,
     windows: list[np.ndarray],
-    wanted: Wanted,
+    wanted: FeatureSpec,
     folder: Path,
     device: torch.device,
     batch_size: int,
@@ -182,7 +182,7 @@ def _write(
     return True
 
 
-def _to_write(said: Said, dtype: torch.dtype) -> Iterator[tuple[str, np.ndarray | None]]:
+def _to_write(said: TeacherOutputs, dtype: torch.dtype) -> Iterator[tuple[str, np.ndarray | None]]:
     """Arrays by file; None in place of states that don't fit the dtype."""
     if said.states is not None:
         packed = _packed(said.states, dtype).transpose(0, 1)  # (N, G, D)
@@ -208,28 +208,28 @@ def _unpacked(packed: Tensor) -> Tensor:
     return packed.view(torch.bfloat16) if packed.dtype == torch.int16 else packed
 
 
-def _ask(teacher: Recommender, batch: Batch, wanted: Wanted) -> Said:
+def _ask(teacher: Recommender, batch: Batch, wanted: FeatureSpec) -> TeacherOutputs:
     """Run the teacher on a batch; nothing is rounded yet."""
     with tap_blocks(teacher.backbone) as tap:
         normed = teacher.states(batch.inputs, batch.lengths)
         states = None
         if wanted.ends:
             after = [tap.states[end] for end in wanted.ends]
-            states = torch.stack([asked_states(teacher, state, batch) for state in after])
+            states = torch.stack([target_states(teacher, state, batch) for state in after])
     if not (wanted.vectors or wanted.top):
-        return Said(states)
-    vectors = teacher.read_out(asked_states(teacher, normed, batch))  # (N, d)
+        return TeacherOutputs(states)
+    vectors = teacher.read_out(target_states(teacher, normed, batch))  # (N, d)
     kept = vectors.float() if wanted.vectors else None
     if not wanted.top:
-        return Said(states, kept)
+        return TeacherOutputs(states, kept)
     catalogue = teacher.item_matrix()[1:].to(vectors.dtype)
     rows = max(1, TOP_BYTES // (4 * len(catalogue)))
     best = [(part @ catalogue.T).topk(wanted.top, dim=1) for part in vectors.split(rows)]
     top = torch.cat([each.indices for each in best]).int() + 1
-    return Said(states, kept, top, torch.cat([each.values for each in best]).float())
+    return TeacherOutputs(states, kept, top, torch.cat([each.values for each in best]).float())
 
 
-def asked_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
+def target_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
     """A block's output (B, P, D) where the batch asks for the next item, (N, D)."""
     if batch.objective == "last":
         return states_at(states, model.last_place(batch.lengths))

@@ -72,7 +72,7 @@ def make_batch(
     )
 
 
-def ask_last(batch: Batch) -> Batch:
+def last_only(batch: Batch) -> Batch:
     """The same windows, asked at their last positions alone."""
     ends = torch.arange(len(batch.lengths), device=batch.lengths.device) * batch.inputs.shape[1]
     rows = ends + batch.lengths - 1
@@ -108,12 +108,12 @@ class NextItem(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean loss of the batch's next items, a scalar."""
-        vectors = asked_vectors(self.model, batch, self.recipe)  # (N, d)
+        vectors = target_vectors(self.model, batch, self.recipe)  # (N, d)
         items: Tensor = self.model.item_matrix()  # type: ignore[operator]
         return catalogue_loss(vectors, items, batch.targets, recipe=self.recipe)
 
 
-def asked_vectors(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
+def target_vectors(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
     """User vectors where the batch asks for the next item, (N, d)."""
     if recipe.objective == "last":
         last: Tensor = model(batch.inputs, batch.lengths)

@@ -12,7 +12,7 @@ from torch import Tensor
 from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import leave_one_out
-from depthprobe.evaluation.ranks import Questions, evaluate, mean_ndcg, questions, rank_targets
+from depthprobe.evaluation.ranks import EvalSet, evaluate, make_eval_set, mean_ndcg, rank_targets
 
 CPU = torch.device("cpu")
 
@@ -31,15 +31,15 @@ class LastItem:
 
 
 @pytest.fixture
-def asked() -> Questions:
+def asked() -> EvalSet:
     rng = np.random.default_rng(0)
     users = np.repeat(np.arange(40), 8).astype(str)
     items = np.concatenate([rng.permutation(30)[:8] for _ in range(40)]).astype(str)
     sequences = order_log(Log(users=encode_ids(users), items=encode_ids(items)))
-    return questions(leave_one_out(sequences), "test", max_history=3, filter_seen=True)
+    return make_eval_set(leave_one_out(sequences), "test", max_history=3, filter_seen=True)
 
 
-def test_equals_a_loop_over_users(asked: Questions) -> None:
+def test_equals_a_loop_over_users(asked: EvalSet) -> None:
     model = LastItem()
     found = evaluate(model, asked, device=CPU)["full"]
     for user in range(40):
@@ -52,7 +52,7 @@ def test_equals_a_loop_over_users(asked: Questions) -> None:
         assert found[user] == rank_targets(scores[None], target, exclude).item()
 
 
-def test_history_is_the_latest_items_before_the_target(asked: Questions) -> None:
+def test_history_is_the_latest_items_before_the_target(asked: EvalSet) -> None:
     assert asked.seen is not None
     assert {len(history) for history in asked.histories} == {3}
     assert {len(seen) for seen in asked.seen} == {7}
@@ -67,7 +67,8 @@ def test_limit_draws_the_same_users_each_time() -> None:
     sequences = order_log(Log(users=encode_ids(users), items=encode_ids(items)))
     split = leave_one_out(sequences)
     drawn = [
-        questions(split, "validation", max_history=3, filter_seen=False, limit=9) for _ in range(2)
+        make_eval_set(split, "validation", max_history=3, filter_seen=False, limit=9)
+        for _ in range(2)
     ]
     assert drawn[0].users.tolist() == drawn[1].users.tolist()
     assert len(set(drawn[0].users.tolist())) == 9
@@ -77,7 +78,7 @@ def test_mean_ndcg_by_hand() -> None:
     assert mean_ndcg(np.array([1, 3, 11])) == pytest.approx((1 + 0.5 + 0) / 3)
 
 
-def test_lists_are_the_best_items_not_seen(asked: Questions) -> None:
+def test_lists_are_the_best_items_not_seen(asked: EvalSet) -> None:
     model = LastItem()
     found = evaluate(model, replace(asked, lists=True), device=CPU)
     assert found.keys() == {"full", "top-10"}

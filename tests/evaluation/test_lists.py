@@ -15,7 +15,7 @@ from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import Split, leave_one_out, temporal
 from depthprobe.evaluation.lists import (
-    Taken,
+    TrainingPopularity,
     best_in_blocks,
     coverage,
     exposure,
@@ -23,7 +23,7 @@ from depthprobe.evaluation.lists import (
     of_lists,
     popularity_ratio,
     top_lists,
-    what_was_taken,
+    training_popularity,
 )
 from depthprobe.models.recommender import best_columns
 from depthprobe.study import Protocol
@@ -82,7 +82,7 @@ def test_by_hand() -> None:
     # ascending 0 0 1 2 2 4 with weights -5 -3 -1 1 3 5: 27 / (6 * 9)
     assert gini(counts) == pytest.approx(27 / 54, abs=1e-15)
     # popularity 10, 5, 1, 1, 2, 0: (40 + 10 + 2 + 2) / 9 = 6, and users took 4 on average
-    taken = Taken(np.array([10, 5, 1, 1, 2, 0]), usual=4.0)
+    taken = TrainingPopularity(np.array([10, 5, 1, 1, 2, 0]), usual=4.0)
     assert popularity_ratio(counts, taken) == pytest.approx(1.5, abs=1e-15)
     assert of_lists(counts, taken) == {
         "coverage@10": 4 / 6,
@@ -117,7 +117,7 @@ def make_split(*, users: int = 40) -> Split:
 
 def test_what_was_taken_agrees_with_loops() -> None:
     split = make_split()
-    found, sequences = what_was_taken(split), split.sequences
+    found, sequences = training_popularity(split), split.sequences
     popularity = dict.fromkeys(range(1, sequences.n_items + 1), 0)
     for user in range(sequences.n_users):
         for item in split.train_history(user).tolist():
@@ -132,7 +132,7 @@ def test_what_was_taken_agrees_with_loops() -> None:
 
 def test_the_ratio_is_that_of_mean_popularities() -> None:
     split = make_split()
-    taken = what_was_taken(split)
+    taken = training_popularity(split)
     draw = np.random.default_rng(1)
     lists = np.stack([draw.permutation(split.sequences.n_items)[:10] + 1 for _ in range(30)])
     shown = np.mean([[taken.popularity[item - 1] for item in row] for row in lists])
@@ -150,19 +150,19 @@ def test_users_without_training_do_not_count() -> None:
         log, Protocol(split="temporal", split_at=("1970-01-01T00:00:05", "1970-01-01T00:00:08"))
     )
     assert split.test.users.tolist() == [0, 1]
-    taken = what_was_taken(split)  # a and c train on x, y; b on nothing
+    taken = training_popularity(split)  # a and c train on x, y; b on nothing
     assert taken.popularity.tolist() == [2, 2, 0]
     assert taken.usual == 2
-    nobody = Taken(taken.popularity, math.nan)
+    nobody = TrainingPopularity(taken.popularity, math.nan)
     assert of_lists(np.array([1, 0, 0]), nobody).keys() == {"coverage@10", "gini@10"}
 
 
 def test_nothing_recommended_is_refused_or_empty() -> None:
-    taken = Taken(np.ones(3), 1.0)
+    taken = TrainingPopularity(np.ones(3), 1.0)
     nothing = exposure(np.zeros((4, 10), np.int32), 3)
     assert of_lists(nothing, taken) == {}
     for function in (coverage, gini):
         with pytest.raises(ValueError, match="of some recommended item"):
             function(nothing)
     with pytest.raises(ValueError, match="expected above 0"):
-        popularity_ratio(np.ones(3), Taken(np.ones(3), math.nan))
+        popularity_ratio(np.ones(3), TrainingPopularity(np.ones(3), math.nan))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.evaluation.ranks import Questions, mean_ndcg
+from depthprobe.evaluation.ranks import EvalSet, mean_ndcg
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.passes import passes
 from depthprobe.probing.readout import CachedStates
@@ -32,10 +32,10 @@ def teacher(
 
 
 @pytest.fixture
-def asked() -> Questions:
+def asked() -> EvalSet:
     rng = np.random.default_rng(0)
     histories = [rng.integers(1, 41, size=rng.integers(1, 9)) for _ in range(300)]
-    return Questions(
+    return EvalSet(
         users=np.arange(300),
         histories=histories,
         targets=rng.integers(1, 41, size=300),
@@ -45,23 +45,23 @@ def asked() -> Questions:
 
 
 @pytest.fixture
-def draw() -> Callable[[int, int], Questions]:
+def draw() -> Callable[[int, int], EvalSet]:
     """``draw(users, seed)``: other questions to the teacher."""
 
-    def make(users: int, seed: int) -> Questions:
+    def make(users: int, seed: int) -> EvalSet:
         rng = np.random.default_rng(seed)
         histories = [rng.integers(1, 41, size=rng.integers(1, 9)) for _ in range(users)]
-        return Questions(np.arange(users), histories, rng.integers(1, 41, size=users), None, None)
+        return EvalSet(np.arange(users), histories, rng.integers(1, 41, size=users), None, None)
 
     return make
 
 
 @pytest.fixture
-def states_of() -> Callable[[Recommender, Questions], CachedStates]:
+def states_of() -> Callable[[Recommender, EvalSet], CachedStates]:
     """``states_of(teacher, asked)``: the states as they are, in memory."""
 
     @torch.inference_mode()
-    def compute(model: Recommender, asked: Questions) -> CachedStates:
+    def compute(model: Recommender, asked: EvalSet) -> CachedStates:
         states = np.empty((len(asked.users), model.depth + 1, model.width))
         for batch in passes(model, asked, device=torch.device("cpu")):
             states[batch.chosen] = batch.states.transpose(0, 1).numpy()

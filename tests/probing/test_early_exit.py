@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import torch
 
-from depthprobe.evaluation.ranks import Questions, evaluate
+from depthprobe.evaluation.ranks import EvalSet, evaluate
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.passes import early_exit
@@ -15,7 +15,7 @@ from depthprobe.probing.passes import early_exit
 CPU = torch.device("cpu")
 
 
-def test_equals_truncated_models(teacher: Recommender, asked: Questions) -> None:
+def test_equals_truncated_models(teacher: Recommender, asked: EvalSet) -> None:
     found = early_exit(teacher, asked, device=CPU)
     assert len(found) == 6
     for depth in range(1, 6):
@@ -27,6 +27,6 @@ def test_equals_truncated_models(teacher: Recommender, asked: Questions) -> None
             np.testing.assert_array_equal(found[depth][protocol], ranks)
 
 
-def test_depths_differ(teacher: Recommender, asked: Questions) -> None:
+def test_depths_differ(teacher: Recommender, asked: EvalSet) -> None:
     found = early_exit(teacher, asked, device=CPU)
     assert len({tuple(ranks["full"]) for ranks in found}) == 6

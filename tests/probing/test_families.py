@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthprobe.evaluation.ranks import Questions, evaluate
+from depthprobe.evaluation.ranks import EvalSet, evaluate
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.families import families, family_config
 from depthprobe.models.recommender import Recommender
@@ -39,8 +39,8 @@ def make(family: str) -> Recommender:
 
 
 @pytest.fixture
-def few(asked: Questions) -> Questions:
-    return Questions(asked.users[:6], asked.histories[:6], asked.targets[:6], None, None)
+def few(asked: EvalSet) -> EvalSet:
+    return EvalSet(asked.users[:6], asked.histories[:6], asked.targets[:6], None, None)
 
 
 def is_one_line(message: str) -> bool:
@@ -49,7 +49,7 @@ def is_one_line(message: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families())
-def test_every_family_is_probed_or_refused(family: str, few: Questions) -> None:
+def test_every_family_is_probed_or_refused(family: str, few: EvalSet) -> None:
     try:
         model = make(family)
         evaluate(model, few, device=CPU)
@@ -72,7 +72,7 @@ def check(probe: Callable[[], np.ndarray]) -> None:
 
 @pytest.mark.parametrize("family", UNREADABLE)
 def test_states_that_cannot_be_read_out_are_refused_at_once(
-    family: str, few: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, few: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make(family)
     assert (taylor_importance(model, few, device=CPU) >= 0).all()  # needs no states
@@ -97,7 +97,7 @@ def test_states_that_cannot_be_read_out_are_refused_at_once(
         assert is_one_line(str(raised.value))
 
 
-def test_several_streams_are_read_out_as_by_a_cut_model(few: Questions) -> None:
+def test_several_streams_are_read_out_as_by_a_cut_model(few: EvalSet) -> None:
     torch.manual_seed(0)
     backbone = tiny_model(family_config("gemma3n_text"), depth=6)
     model = Recommender(backbone, torch.randn(41, 6), (3, 1)).to(backbone.dtype).eval()
@@ -116,7 +116,7 @@ def test_several_streams_are_read_out_as_by_a_cut_model(few: Questions) -> None:
     assert np.isnan(found.attention).all()  # its blocks are no sums
 
 
-def test_a_router_is_no_end_of_a_branch(few: Questions) -> None:
+def test_a_router_is_no_end_of_a_branch(few: EvalSet) -> None:
     # the norm behind Zaya's attention is called with its very output, and a router with the norm's
     found = similarities(make("zaya"), few, device=CPU)
     assert np.isfinite(found.influence).all()

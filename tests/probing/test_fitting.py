@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.readout import CachedStates, cache_states, score_gradient
 
 CPU = torch.device("cpu")
-Draw = Callable[[int, int], Questions]
-StatesOf = Callable[[Recommender, Questions], CachedStates]
+Draw = Callable[[int, int], EvalSet]
+StatesOf = Callable[[Recommender, EvalSet], CachedStates]
 
 
 def test_gradient_by_hand() -> None:
@@ -78,7 +78,7 @@ def test_scores_never_exist_as_a_whole() -> None:
 
 
 def test_cached_states(
-    teacher: Recommender, asked: Questions, states_of: StatesOf, tmp_path: Path
+    teacher: Recommender, asked: EvalSet, states_of: StatesOf, tmp_path: Path
 ) -> None:
     path = tmp_path / "states.npy"
     cached, expected = (
@@ -96,7 +96,7 @@ def test_cached_states(
 
 
 def test_cached_states_too_large_for_half(
-    teacher: Recommender, asked: Questions, states_of: StatesOf, tmp_path: Path
+    teacher: Recommender, asked: EvalSet, states_of: StatesOf, tmp_path: Path
 ) -> None:
     with torch.no_grad():
         teacher.backbone.layers[3].mlp.down_proj.weight.mul_(1e7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from depthprobe.evaluation.ranks import Questions, evaluate, mean_ndcg
+from depthprobe.evaluation.ranks import EvalSet, evaluate, mean_ndcg
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
@@ -18,13 +18,13 @@ from depthprobe.probing.greedy import Removal, greedy
 CPU = torch.device("cpu")
 
 
-def cut_score(teacher: Recommender, asked: Questions, kept: list[int]) -> float:
+def cut_score(teacher: Recommender, asked: EvalSet, kept: list[int]) -> float:
     cut = copy.deepcopy(teacher)
     keep_blocks(cut.backbone, kept)
     return mean_ndcg(evaluate(cut, asked, device=CPU)["full"])
 
 
-def naive(teacher: Recommender, asked: Questions, *, lazy: bool) -> Removal:
+def naive(teacher: Recommender, asked: EvalSet, *, lazy: bool) -> Removal:
     left = list(range(teacher.depth))
     order, scores, evaluated = [], [cut_score(teacher, asked, left)], 0
     stale: dict[int, float] = {}
@@ -48,7 +48,7 @@ def naive(teacher: Recommender, asked: Questions, *, lazy: bool) -> Removal:
 
 
 @pytest.mark.parametrize("lazy", [True, False])
-def test_equals_a_naive_loop(teacher: Recommender, asked: Questions, lazy: bool) -> None:
+def test_equals_a_naive_loop(teacher: Recommender, asked: EvalSet, lazy: bool) -> None:
     found, expected = (
         greedy(teacher, asked, device=CPU, lazy=lazy),
         naive(teacher, asked, lazy=lazy),
@@ -62,7 +62,7 @@ def test_equals_a_naive_loop(teacher: Recommender, asked: Questions, lazy: bool)
         assert found.evaluated == 5 + 4 + 3 + 2
 
 
-def test_finds_a_block_that_does_nothing(teacher: Recommender, asked: Questions) -> None:
+def test_finds_a_block_that_does_nothing(teacher: Recommender, asked: EvalSet) -> None:
     idle = find_blocks(teacher.backbone)[2]
     with torch.no_grad():
         idle.self_attn.o_proj.weight.zero_()
@@ -83,7 +83,7 @@ class Shift(nn.Module):
         return self.by.expand_as(state)
 
 
-def test_finds_two_blocks_that_undo_each_other(teacher: Recommender, asked: Questions) -> None:
+def test_finds_two_blocks_that_undo_each_other(teacher: Recommender, asked: EvalSet) -> None:
     blocks = find_blocks(teacher.backbone)
     by = 5 * torch.randn(16, dtype=torch.float64)
     with torch.no_grad():
@@ -97,18 +97,18 @@ def test_finds_two_blocks_that_undo_each_other(teacher: Recommender, asked: Ques
     assert found.scores[second + 1] > found.scores[first + 1]
 
 
-def peaked(teacher: Recommender, asked: Questions) -> Questions:
-    """Questions that the whole teacher answers best: its own first choice is each target."""
-    questions = Questions(asked.users, asked.histories, asked.targets, None, None)
+def peaked(teacher: Recommender, asked: EvalSet) -> EvalSet:
+    """EvalSet that the whole teacher answers best: its own first choice is each target."""
+    questions = EvalSet(asked.users, asked.histories, asked.targets, None, None)
     targets = np.empty(len(asked.users), dtype=np.int64)
     with torch.inference_mode():
         for chosen, histories, lengths in questions.batches(64, CPU):
             scores = teacher.encode(histories, lengths) @ teacher.item_matrix()[1:].T
             targets[chosen] = scores.argmax(dim=1).numpy() + 1
-    return Questions(asked.users, asked.histories, targets, None, None)
+    return EvalSet(asked.users, asked.histories, targets, None, None)
 
 
-def test_one_block_is_left_as_it_is(teacher: Recommender, asked: Questions) -> None:
+def test_one_block_is_left_as_it_is(teacher: Recommender, asked: EvalSet) -> None:
     keep_blocks(teacher.backbone, [3])
     found = greedy(teacher, asked, device=CPU)
     assert found.removed == ()

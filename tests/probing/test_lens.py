@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.passes import early_exit, passes
 from depthprobe.probing.readout import CachedStates, Fitting, fit_lenses, rank_readouts
 
 CPU = torch.device("cpu")
-Draw = Callable[[int, int], Questions]
-StatesOf = Callable[[Recommender, Questions], CachedStates]
+Draw = Callable[[int, int], EvalSet]
+StatesOf = Callable[[Recommender, EvalSet], CachedStates]
 
 
 def log_shares(model: Recommender, states: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def test_side_by_side_is_each_depth_alone(
 
 
 def test_starts_as_early_exit(
-    teacher: Recommender, asked: Questions, draw: Draw, states_of: StatesOf
+    teacher: Recommender, asked: EvalSet, draw: Draw, states_of: StatesOf
 ) -> None:
     cached = states_of(teacher, draw(30, 1))
     fitted = fit_lenses(teacher, cached, cached, device=CPU, seed=0, settings=Fitting(epochs=0))
@@ -76,7 +76,7 @@ def test_starts_as_early_exit(
 
 
 def test_last_depth_stays_the_teacher(
-    teacher: Recommender, asked: Questions, draw: Draw, states_of: StatesOf
+    teacher: Recommender, asked: EvalSet, draw: Draw, states_of: StatesOf
 ) -> None:
     cached = states_of(teacher, draw(80, 1))
     fitted = fit_lenses(
@@ -103,7 +103,7 @@ def test_approaches_the_teacher(teacher: Recommender, draw: Draw, states_of: Sta
         part = cached.asked
         told.append(
             CachedStates(
-                Questions(part.users, part.histories, best.numpy(), None, None), cached.states
+                EvalSet(part.users, part.histories, best.numpy(), None, None), cached.states
             )
         )
     settings = Fitting(epochs=10, batch_size=50, learning_rate=0.02)

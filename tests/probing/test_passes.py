@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
-from depthprobe.evaluation.ranks import Questions, evaluate
+from depthprobe.evaluation.ranks import EvalSet, evaluate
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.probing.greedy import greedy
 from depthprobe.probing.passes import Probed, early_exit, passes
@@ -53,7 +53,7 @@ def cut(kept: list[int]) -> Mine:
     return model
 
 
-def test_every_probe_of_a_model_of_ones_own(asked: Questions) -> None:
+def test_every_probe_of_a_model_of_ones_own(asked: EvalSet) -> None:
     model = Mine()
     depths = early_exit(model, asked, device=CPU)
     for depth in range(1, 5):
@@ -72,7 +72,7 @@ def test_every_probe_of_a_model_of_ones_own(asked: Questions) -> None:
     np.testing.assert_array_equal(settling(model, asked, device=CPU).final_rank, depths[4]["full"])
 
 
-def test_states_are_those_of_the_model(asked: Questions) -> None:
+def test_states_are_those_of_the_model(asked: EvalSet) -> None:
     model = Mine()
     with torch.inference_mode():
         for batch in passes(model, asked, device=CPU, batch_size=64):
@@ -85,14 +85,14 @@ def test_states_are_those_of_the_model(asked: Questions) -> None:
             assert batch.states.shape == (5, len(batch.chosen), 16)
 
 
-def test_a_model_read_out_elsewhere_is_refused(asked: Questions) -> None:
+def test_a_model_read_out_elsewhere_is_refused(asked: EvalSet) -> None:
     long = [h for h in asked.histories if len(h) > 1]
-    few = Questions(asked.users[: len(long)], long, asked.targets[: len(long)], None, None)
+    few = EvalSet(asked.users[: len(long)], long, asked.targets[: len(long)], None, None)
     with pytest.raises(ValueError, match="define last_place and read_out as encode has them"):
         early_exit(Mine(shift=1), few, device=CPU)
 
 
-def test_only_batches_are_in_memory(asked: Questions) -> None:
+def test_only_batches_are_in_memory(asked: EvalSet) -> None:
     # the states of a batch are free before the next one is asked for
     alive = []
     with torch.inference_mode():

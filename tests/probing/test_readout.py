@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.ranks import Questions, mean_ndcg
+from depthprobe.evaluation.ranks import EvalSet, mean_ndcg
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tiny import tiny_model
 from depthprobe.probing.passes import early_exit
@@ -27,8 +27,8 @@ from depthprobe.probing.readout import (
 )
 
 CPU = torch.device("cpu")
-Draw = Callable[[int, int], Questions]
-StatesOf = Callable[[Recommender, Questions], CachedStates]
+Draw = Callable[[int, int], EvalSet]
+StatesOf = Callable[[Recommender, EvalSet], CachedStates]
 
 
 def test_side_by_side_is_each_depth_alone(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import find_projection
@@ -31,10 +31,8 @@ SPANS = [(1, 2), (1, 4), (2, 3), (2, 5), (4, 5)]
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2", "gpt_neox", "phi", "opt", "falcon", "bloom"]
 
 
-def take(asked: Questions, users: int) -> Questions:
-    return Questions(
-        asked.users[:users], asked.histories[:users], asked.targets[:users], None, None
-    )
+def take(asked: EvalSet, users: int) -> EvalSet:
+    return EvalSet(asked.users[:users], asked.histories[:users], asked.targets[:users], None, None)
 
 
 def make(
@@ -46,7 +44,7 @@ def make(
     return Recommender(model, torch.randn(41, 6), prompt).double().eval()
 
 
-def encode_each(model: Recommender, asked: Questions) -> Tensor:
+def encode_each(model: Recommender, asked: EvalSet) -> Tensor:
     """User vectors (E, d), one user a pass: no padding."""
     found = []
     with torch.no_grad():
@@ -56,7 +54,7 @@ def encode_each(model: Recommender, asked: Questions) -> Tensor:
     return torch.cat(found)
 
 
-def outputs(model: Recommender, asked: Questions, modules: Sequence[nn.Module]) -> list[np.ndarray]:
+def outputs(model: Recommender, asked: EvalSet, modules: Sequence[nn.Module]) -> list[np.ndarray]:
     """What each module returns at every item of every user, (N, D)."""
     found: list[list[np.ndarray]] = [[] for _ in modules]
 
@@ -76,7 +74,7 @@ def outputs(model: Recommender, asked: Questions, modules: Sequence[nn.Module]) 
     return [np.concatenate(states[step]) for states in found]
 
 
-def stacked(model: Recommender, asked: Questions) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def stacked(model: Recommender, asked: EvalSet) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What each block's MLP wrote, and the state after each block."""
     blocks = list(find_blocks(model.backbone))
     found = outputs(model, asked, [*(block.mlp for block in blocks), *blocks])
@@ -93,7 +91,7 @@ def by_lstsq(m: np.ndarray, h: np.ndarray, g: np.ndarray, ridge: float) -> np.nd
 
 @pytest.mark.parametrize("ridge", [1e-4, 0.3])
 def test_equals_least_squares_on_stacked_states(
-    teacher: Recommender, asked: Questions, ridge: float
+    teacher: Recommender, asked: EvalSet, ridge: float
 ) -> None:
     few = take(asked, 40)
     found = fit_replacements(teacher, few, SPANS, device=CPU, ridge=ridge, batch_size=16)
@@ -110,7 +108,7 @@ def test_equals_least_squares_on_stacked_states(
 
 
 def test_a_vanishing_ridge_gives_the_formula_of_the_paper(
-    teacher: Recommender, asked: Questions
+    teacher: Recommender, asked: EvalSet
 ) -> None:
     few = take(asked, 40)
     (found,) = fit_replacements(teacher, few, [(2, 4)], device=CPU, ridge=1e-12)
@@ -122,9 +120,7 @@ def test_a_vanishing_ridge_gives_the_formula_of_the_paper(
 
 
 @pytest.mark.parametrize("ridge", [1e-9, 1e-3, 1.0, 1e3])
-def test_never_worse_than_plain_removal(
-    teacher: Recommender, asked: Questions, ridge: float
-) -> None:
+def test_never_worse_than_plain_removal(teacher: Recommender, asked: EvalSet, ridge: float) -> None:
     # also of fewer positions than the stream is wide
     for users in (1, 3, 300):
         few = take(asked, users)
@@ -132,7 +128,7 @@ def test_never_worse_than_plain_removal(
             assert one.error <= one.error_without
 
 
-def test_padding_and_batches_do_not_matter(teacher: Recommender, asked: Questions) -> None:
+def test_padding_and_batches_do_not_matter(teacher: Recommender, asked: EvalSet) -> None:
     few = take(asked, 80)
     alone = fit_replacements(teacher, few, SPANS, device=CPU, batch_size=1)
     for size in (7, 80):
@@ -142,14 +138,14 @@ def test_padding_and_batches_do_not_matter(teacher: Recommender, asked: Question
             assert one.error == pytest.approx(other.error, rel=1e-9)
 
 
-def test_a_span_of_identities_needs_no_map(teacher: Recommender, asked: Questions) -> None:
+def test_a_span_of_identities_needs_no_map(teacher: Recommender, asked: EvalSet) -> None:
     with skip_blocks(teacher.backbone, {2, 3}):
         (found,) = fit_replacements(teacher, asked, [(2, 4)], device=CPU, ridge=1e-9)
     np.testing.assert_array_equal(found.map, np.eye(teacher.width))
     assert (found.error, found.error_without) == (0, 0)
 
 
-def test_finds_a_planted_map(teacher: Recommender, asked: Questions) -> None:
+def test_finds_a_planted_map(teacher: Recommender, asked: EvalSet) -> None:
     blocks, width = find_blocks(teacher.backbone), teacher.width
     planted = torch.from_numpy(np.random.default_rng(0).normal(size=(width, width)))
     seen: dict[str, Tensor] = {}
@@ -165,7 +161,7 @@ def test_finds_a_planted_map(teacher: Recommender, asked: Questions) -> None:
     assert found.error < 1e-6 < found.error_without
 
 
-def check_applied(model: Recommender, asked: Questions, span: tuple[int, int]) -> Recommender:
+def check_applied(model: Recommender, asked: EvalSet, span: tuple[int, int]) -> Recommender:
     """The map folded in equals the map in a hook behind the projection of a plain cut."""
     (found,) = fit_replacements(model, asked, [span], device=CPU)
     assert found.error < found.error_without
@@ -187,7 +183,7 @@ def check_applied(model: Recommender, asked: Questions, span: tuple[int, int]) -
     return folded
 
 
-def test_applied_equals_a_map_in_a_hook(teacher: Recommender, asked: Questions) -> None:
+def test_applied_equals_a_map_in_a_hook(teacher: Recommender, asked: EvalSet) -> None:
     before = encode_each(teacher, take(asked, 20))
     for span in [(1, 3), (2, 5)]:
         check_applied(teacher, take(asked, 20), span)
@@ -195,7 +191,7 @@ def test_applied_equals_a_map_in_a_hook(teacher: Recommender, asked: Questions) 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 
 
-def test_a_folded_map_waits_for_the_cut(teacher: Recommender, asked: Questions) -> None:
+def test_a_folded_map_waits_for_the_cut(teacher: Recommender, asked: EvalSet) -> None:
     few = take(asked, 20)
     (found,) = fit_replacements(teacher, few, [(2, 4)], device=CPU)
     applied, folded = copy.deepcopy(teacher), copy.deepcopy(teacher)
@@ -212,7 +208,7 @@ def test_a_folded_map_waits_for_the_cut(teacher: Recommender, asked: Questions) 
     assert torch.equal(encode_each(folded, few), expected)
 
 
-def test_a_refused_cut_leaves_the_model_as_it_was(teacher: Recommender, asked: Questions) -> None:
+def test_a_refused_cut_leaves_the_model_as_it_was(teacher: Recommender, asked: EvalSet) -> None:
     (found,) = fit_replacements(teacher, take(asked, 20), [(2, 4)], device=CPU)
     blocks = find_blocks(teacher.backbone)
     blocks[4].self_attn.q_proj.weight = blocks[0].self_attn.q_proj.weight
@@ -224,7 +220,7 @@ def test_a_refused_cut_leaves_the_model_as_it_was(teacher: Recommender, asked: Q
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_and_reload(family: str, asked: Questions, tmp_path: Path) -> None:
+def test_families_and_reload(family: str, asked: EvalSet, tmp_path: Path) -> None:
     few = take(asked, 12)
     model = make(family, (3, 1, 2))
     with torch.no_grad():
@@ -244,7 +240,7 @@ def test_families_and_reload(family: str, asked: Questions, tmp_path: Path) -> N
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_a_prompt_repeated_in_each_row_is_left_out(asked: Questions) -> None:
+def test_a_prompt_repeated_in_each_row_is_left_out(asked: EvalSet) -> None:
     few = take(asked, 40)
     model = make("mistral", (3, 1, 2))
     model.lead = 3
@@ -265,7 +261,7 @@ def test_a_prompt_repeated_in_each_row_is_left_out(asked: Questions) -> None:
         ("deepseek_v3", "does not end in one linear map"),  # a shared expert beside the others
     ],
 )
-def test_refused_families(family: str, reason: str, asked: Questions) -> None:
+def test_refused_families(family: str, reason: str, asked: EvalSet) -> None:
     model = make(family, depth=5)
     last = model.depth - 1  # DeepSeek's first three blocks have no experts
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -277,7 +273,7 @@ def test_refused_families(family: str, reason: str, asked: Questions) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_a_factor_before_the_stream_is_refused(asked: Questions) -> None:
+def test_a_factor_before_the_stream_is_refused(asked: EvalSet) -> None:
     model = make("granite", residual_multiplier=0.25)
     with pytest.raises(ValueError, match="block 1 has a factor of 0.25 between"):
         fit_replacements(model, take(asked, 4), [(2, 3)], device=CPU)
@@ -322,7 +318,7 @@ def more(model: Recommender) -> None:
     ],
 )
 def test_weights_that_take_no_map(
-    teacher: Recommender, asked: Questions, spoil: Callable[[Recommender], None], reason: str
+    teacher: Recommender, asked: EvalSet, spoil: Callable[[Recommender], None], reason: str
 ) -> None:
     spoil(teacher)
     teacher.double()
@@ -340,16 +336,14 @@ def test_weights_that_take_no_map(
         ((-1, 2), "no span"),
     ],
 )
-def test_no_span(
-    teacher: Recommender, asked: Questions, span: tuple[int, int], reason: str
-) -> None:
+def test_no_span(teacher: Recommender, asked: EvalSet, span: tuple[int, int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         fit_replacements(teacher, take(asked, 4), [span], device=CPU)
     with pytest.raises(ValueError, match=reason):
         apply_replacement(teacher, Replacement(*span, np.eye(32), 0, 0))
 
 
-def test_bad_questions_ridge_and_width(teacher: Recommender, asked: Questions) -> None:
+def test_bad_questions_ridge_and_width(teacher: Recommender, asked: EvalSet) -> None:
     with pytest.raises(ValueError, match="no questions"):
         fit_replacements(teacher, take(asked, 0), [(1, 2)], device=CPU)
     with pytest.raises(ValueError, match="ridge is 0"):
@@ -361,7 +355,7 @@ def test_bad_questions_ridge_and_width(teacher: Recommender, asked: Questions) -
     assert fit_replacements(teacher, take(asked, 4), [], device=CPU) == []
 
 
-def test_half_precision_weights_are_rounded_once(asked: Questions) -> None:
+def test_half_precision_weights_are_rounded_once(asked: EvalSet) -> None:
     model = make("llama").to(torch.bfloat16)
     (found,) = fit_replacements(model, take(asked, 30), [(1, 3)], device=CPU)
     projection = find_blocks(model.backbone)[0].mlp.down_proj

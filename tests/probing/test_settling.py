@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.settling import (
@@ -25,7 +25,7 @@ L = 5
 
 
 @pytest.fixture
-def asked(asked: Questions) -> Questions:
+def asked(asked: EvalSet) -> EvalSet:
     """Also a user with four items left, one with none, and one with the target among the seen."""
     seen = list(asked.seen or [])
     seen[3] = np.setdiff1d(np.arange(1, 41), [7, 11, 20, 33])
@@ -41,9 +41,7 @@ def depth_0(teacher: Recommender, history: np.ndarray) -> np.ndarray:
     return np.asarray(teacher.read_out(teacher.backbone.norm(last))[0])
 
 
-def naive(
-    teacher: Recommender, asked: Questions
-) -> tuple[list[list[float]], list[list[list[int]]]]:
+def naive(teacher: Recommender, asked: EvalSet) -> tuple[list[list[float]], list[list[list[int]]]]:
     """Ranks and all items best first, [user][depth], by sorting in plain Python."""
     table = teacher.item_matrix().detach().numpy()
     cuts = [copy.deepcopy(teacher) for _ in range(L + 1)]
@@ -74,7 +72,7 @@ def settled(same: list[bool]) -> int:
     return next(depth for depth in range(L + 1) if all(same[depth:]))
 
 
-def test_equals_naive_loops(teacher: Recommender, asked: Questions) -> None:
+def test_equals_naive_loops(teacher: Recommender, asked: EvalSet) -> None:
     ranks, whole = naive(teacher, asked)
     for k in (10, 3):
         found = settling(teacher, asked, device=CPU, k=k)
@@ -111,8 +109,8 @@ def rbo(a: list[int], b: list[int], p: float = 0.9) -> float:
     return agreement[-1] * p ** len(b) + (1 - p) / p * series
 
 
-def test_without_seen_items_nothing_is_left_out(teacher: Recommender, asked: Questions) -> None:
-    asked = Questions(
+def test_without_seen_items_nothing_is_left_out(teacher: Recommender, asked: EvalSet) -> None:
+    asked = EvalSet(
         asked.users[:40], asked.histories[:40], asked.targets[:40], seen=None, negatives=None
     )
     found = settling(teacher, asked, device=CPU)
@@ -122,7 +120,7 @@ def test_without_seen_items_nothing_is_left_out(teacher: Recommender, asked: Que
     assert found.top_settled.tolist() == expected
 
 
-def test_blocks_that_do_nothing_settle_everything(teacher: Recommender, asked: Questions) -> None:
+def test_blocks_that_do_nothing_settle_everything(teacher: Recommender, asked: EvalSet) -> None:
     with torch.no_grad():
         for block in list(teacher.backbone.layers)[2:]:
             block.self_attn.o_proj.weight.zero_()
@@ -136,7 +134,7 @@ def test_blocks_that_do_nothing_settle_everything(teacher: Recommender, asked: Q
     assert found.overlap[1] < 0.95
 
 
-def test_small_dtypes_and_nothing_else_is_kept(teacher: Recommender, asked: Questions) -> None:
+def test_small_dtypes_and_nothing_else_is_kept(teacher: Recommender, asked: EvalSet) -> None:
     found = settling(teacher, asked, device=CPU)
     held = {name: (values.shape, values.dtype) for name, values in vars(found).items()}
     table, column = (300, L + 1), (300,)
@@ -213,6 +211,6 @@ def test_frame() -> None:
         to_frame(planted(), np.arange(5))
 
 
-def test_k_beyond_the_catalogue_is_refused(teacher: Recommender, asked: Questions) -> None:
+def test_k_beyond_the_catalogue_is_refused(teacher: Recommender, asked: EvalSet) -> None:
     with pytest.raises(ValueError, match="k is 41"):
         settling(teacher, asked, device=CPU, k=41)

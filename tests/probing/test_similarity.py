@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models import skipping
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
@@ -29,10 +29,8 @@ CPU = torch.device("cpu")
 ARRAYS = ("influence", "angular", "cka", "norms", "attention", "mlp")
 
 
-def first(asked: Questions, users: int) -> Questions:
-    return Questions(
-        asked.users[:users], asked.histories[:users], asked.targets[:users], None, None
-    )
+def first(asked: EvalSet, users: int) -> EvalSet:
+    return EvalSet(asked.users[:users], asked.histories[:users], asked.targets[:users], None, None)
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:
@@ -71,7 +69,7 @@ def by_hand(teacher: Recommender, history: np.ndarray) -> tuple[np.ndarray, np.n
     )
 
 
-def test_against_a_decoder_written_by_hand(teacher: Recommender, asked: Questions) -> None:
+def test_against_a_decoder_written_by_hand(teacher: Recommender, asked: EvalSet) -> None:
     few = first(asked, 40)
     found = similarities(teacher, few, device=CPU)
     pairs = [by_hand(teacher, history) for history in few.histories]
@@ -106,7 +104,7 @@ def test_against_a_decoder_written_by_hand(teacher: Recommender, asked: Question
 
 
 def test_batches_make_no_difference(
-    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch
+    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = similarities(teacher, asked, device=CPU, cka_users=100)
     monkeypatch.setattr(similarity, "BATCH", 7)
@@ -116,7 +114,7 @@ def test_batches_make_no_difference(
 
 
 def test_memory_does_not_grow_with_the_users(
-    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch
+    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = []
     put = similarity._Sample.put
@@ -131,7 +129,7 @@ def test_memory_does_not_grow_with_the_users(
     assert kept == [6 * 20 * 16] * 6
 
 
-def test_cka_of_a_sample(teacher: Recommender, asked: Questions) -> None:
+def test_cka_of_a_sample(teacher: Recommender, asked: EvalSet) -> None:
     found = similarities(teacher, asked, device=CPU, cka_users=60)
     assert found.cka_users == 60
     chosen = np.random.default_rng(0).permutation(300)[:60]
@@ -167,7 +165,7 @@ def test_cka_by_products_of_features_and_of_users(users: int, width: int) -> Non
 
 
 def test_a_state_that_all_users_share_has_no_cka(
-    llama_config: Callable[..., LlamaConfig], asked: Questions
+    llama_config: Callable[..., LlamaConfig], asked: EvalSet
 ) -> None:
     backbone = LlamaForCausalLM(llama_config(num_hidden_layers=3))
     model = Recommender(backbone, torch.randn(41, 6), (3,), suffix=(4, 5)).eval()
@@ -205,7 +203,7 @@ def recommender(family: str, prompt: tuple[int, ...] = (), **changes: Any) -> Re
 
 
 @torch.no_grad()
-def states_of(model: Recommender, asked: Questions, without_mlp: int | None = None) -> torch.Tensor:
+def states_of(model: Recommender, asked: EvalSet, without_mlp: int | None = None) -> torch.Tensor:
     """States (L + 1, B, D) of one batch, maybe with the MLP of a block left out."""
     skipped = set() if without_mlp is None else {without_mlp}
     ((_, histories, lengths),) = asked.batches(256, CPU)
@@ -217,7 +215,7 @@ def states_of(model: Recommender, asked: Questions, without_mlp: int | None = No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_against_blocks_without_their_mlp(family: str, asked: Questions) -> None:
+def test_parts_against_blocks_without_their_mlp(family: str, asked: EvalSet) -> None:
     model, few = recommender(family, (3, 1), **FAMILIES[family]), first(asked, 12)
     found = similarities(model, few, device=CPU)
     states = states_of(model, few)
@@ -231,13 +229,13 @@ def test_parts_against_blocks_without_their_mlp(family: str, asked: Questions) -
         assert min(found.attention[block], found.mlp[block]) > 1e-7
 
 
-def test_a_block_of_one_part(asked: Questions) -> None:
+def test_a_block_of_one_part(asked: EvalSet) -> None:
     found = similarities(recommender("mamba"), first(asked, 12), device=CPU)
     np.testing.assert_allclose(found.attention, found.influence, atol=1e-12)
     assert np.isnan(found.mlp).all()
 
 
-def test_blocks_that_are_no_sums_have_no_parts(asked: Questions) -> None:
+def test_blocks_that_are_no_sums_have_no_parts(asked: EvalSet) -> None:
     model = recommender("bert", is_decoder=True)
     found = similarities(model, first(asked, 12), device=CPU)
     assert np.isnan(found.attention).all()
@@ -247,7 +245,7 @@ def test_blocks_that_are_no_sums_have_no_parts(asked: Questions) -> None:
 
 
 def test_what_is_done_to_a_branch_outside_modules_is_noticed(
-    teacher: Recommender, asked: Questions
+    teacher: Recommender, asked: EvalSet
 ) -> None:
     block: Any = find_blocks(teacher.backbone)[2]
     scale = torch.linspace(0.5, 2, 16, dtype=torch.float64)  # one factor a feature: no module
@@ -278,7 +276,7 @@ def zero_outputs(block: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
-def test_a_planted_identity(family: str, asked: Questions) -> None:
+def test_a_planted_identity(family: str, asked: EvalSet) -> None:
     model = recommender(family)
     zero_outputs(find_blocks(model.backbone)[2])
     found = similarities(model, first(asked, 50), device=CPU)
@@ -294,7 +292,7 @@ def test_a_planted_identity(family: str, asked: Questions) -> None:
     np.testing.assert_allclose(found.angular[2, [0, 1, 4]], found.angular[3, [0, 1, 4]], atol=1e-12)
 
 
-def test_a_planted_reversal(teacher: Recommender, asked: Questions) -> None:
+def test_a_planted_reversal(teacher: Recommender, asked: EvalSet) -> None:
     usual = similarities(teacher, asked, device=CPU)
     blocks = find_blocks(teacher.backbone)
     zero_outputs(blocks[3])
@@ -313,7 +311,7 @@ def test_a_planted_reversal(teacher: Recommender, asked: Questions) -> None:
 
 
 def test_bfloat16_does_not_round_a_small_influence_away(
-    teacher: Recommender, asked: Questions
+    teacher: Recommender, asked: EvalSet
 ) -> None:
     block: Any = find_blocks(teacher.backbone)[2]
     with torch.no_grad():
@@ -334,7 +332,7 @@ def test_bfloat16_does_not_round_a_small_influence_away(
     np.testing.assert_allclose(found.norms, exact.norms, rtol=0.01)
 
 
-def test_bfloat16_parts_are_added_as_they_are(teacher: Recommender, asked: Questions) -> None:
+def test_bfloat16_parts_are_added_as_they_are(teacher: Recommender, asked: EvalSet) -> None:
     half, few = teacher.bfloat16(), first(asked, 200)  # one batch: its shape may matter
     found = similarities(half, few, device=CPU)
     seen: dict[tuple[str, int], torch.Tensor] = {}
@@ -375,7 +373,7 @@ def test_several_branches_of_one_kind_are_one_part() -> None:
     torch.testing.assert_close(found[1], 1 - torch.cosine_similarity(before, after))
 
 
-def test_the_model_is_left_as_it_was(teacher: Recommender, asked: Questions) -> None:
+def test_the_model_is_left_as_it_was(teacher: Recommender, asked: EvalSet) -> None:
     before = copy.deepcopy(teacher.state_dict())
     similarities(teacher, asked, device=CPU)
     for module in teacher.modules():
@@ -387,7 +385,7 @@ def test_the_model_is_left_as_it_was(teacher: Recommender, asked: Questions) -> 
 
 @pytest.mark.parametrize("call", range(1, 5))
 def test_the_model_is_left_as_it_was_after_an_error(
-    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch, call: int
+    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     encode, calls = teacher.encode, []
 
@@ -404,7 +402,7 @@ def test_the_model_is_left_as_it_was_after_an_error(
     assert not any("forward" in vars(module) for module in teacher.modules())
 
 
-def test_any_order_of_users(teacher: Recommender, asked: Questions) -> None:
+def test_any_order_of_users(teacher: Recommender, asked: EvalSet) -> None:
     order = np.random.default_rng(1).permutation(300)
     mixed = replace(
         asked, users=asked.users[order], histories=[asked.histories[user] for user in order]
@@ -414,7 +412,7 @@ def test_any_order_of_users(teacher: Recommender, asked: Questions) -> None:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-12)
 
 
-def test_one_user(teacher: Recommender, asked: Questions) -> None:
+def test_one_user(teacher: Recommender, asked: EvalSet) -> None:
     found = similarities(teacher, first(asked, 1), device=CPU)
     states, between = by_hand(teacher, asked.histories[0])
     for block in range(5):
@@ -425,7 +423,7 @@ def test_one_user(teacher: Recommender, asked: Questions) -> None:
 
 
 def test_the_first_model_of_its_kind(
-    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch
+    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = similarities(teacher, asked, device=CPU)
     # then the read-out runs a block more, to learn what it returns
@@ -435,7 +433,7 @@ def test_the_first_model_of_its_kind(
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
-def test_as_a_frame(teacher: Recommender, asked: Questions) -> None:
+def test_as_a_frame(teacher: Recommender, asked: EvalSet) -> None:
     found = similarities(teacher, asked, device=CPU)
     frame = to_frame(found)
     assert list(frame.columns) == ["score", "start", "end", "value"]
@@ -458,7 +456,7 @@ def test_as_a_frame(teacher: Recommender, asked: Questions) -> None:
 
 
 def test_bad_questions_and_models_are_refused(
-    llama_config: Callable[..., LlamaConfig], asked: Questions
+    llama_config: Callable[..., LlamaConfig], asked: EvalSet
 ) -> None:
     class Elsewhere(Recommender):
         def encode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -484,7 +482,7 @@ def test_a_state_that_differs_by_rounding_alone_has_no_cka(dtype: torch.dtype) -
 
 
 def test_a_bfloat16_sum_has_whole_factors_and_its_cka_is_not_rounded(
-    teacher: Recommender, asked: Questions
+    teacher: Recommender, asked: EvalSet
 ) -> None:
     few = first(asked, 200)
     half = copy.deepcopy(teacher).bfloat16()

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.ranks import Questions
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tiny import tiny_model
@@ -24,13 +24,11 @@ from depthprobe.probing.taylor import taylor_importance
 CPU = torch.device("cpu")
 
 
-def first(asked: Questions, users: int) -> Questions:
-    return Questions(
-        asked.users[:users], asked.histories[:users], asked.targets[:users], None, None
-    )
+def first(asked: EvalSet, users: int) -> EvalSet:
+    return EvalSet(asked.users[:users], asked.histories[:users], asked.targets[:users], None, None)
 
 
-def loss_of(model: Recommender, asked: Questions) -> torch.Tensor:
+def loss_of(model: Recommender, asked: EvalSet) -> torch.Tensor:
     """Mean cross-entropy over the catalogue, one user at a time."""
     losses = []
     for history, target in zip(asked.histories, asked.targets, strict=True):
@@ -41,7 +39,7 @@ def loss_of(model: Recommender, asked: Questions) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def by_autograd(model: Recommender, asked: Questions) -> list[float]:
+def by_autograd(model: Recommender, asked: EvalSet) -> list[float]:
     """To 1e-6 or so: Llama's norm computes in float32."""
     model = copy.deepcopy(model).requires_grad_(True)
     loss_of(model, asked).backward()
@@ -54,7 +52,7 @@ def by_autograd(model: Recommender, asked: Questions) -> list[float]:
 
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_against_autograd_user_by_user(
-    teacher: Recommender, asked: Questions, batch_size: int
+    teacher: Recommender, asked: EvalSet, batch_size: int
 ) -> None:
     few = first(asked, 40)
     found = taylor_importance(teacher, few, device=CPU, batch_size=batch_size)
@@ -64,7 +62,7 @@ def test_against_autograd_user_by_user(
     assert (found > 1e-3).all()
 
 
-def test_against_finite_differences(asked: Questions) -> None:
+def test_against_finite_differences(asked: EvalSet) -> None:
     few = first(asked, 4)
     # all of it in float64, as Llama's norm is not
     sizes = {"n_embd": 4, "n_head": 2, "n_inner": 3, "n_layer": 1, "n_positions": 32}
@@ -93,7 +91,7 @@ FAMILIES = ["llama", "gpt2", "gpt_neox", "mixtral"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("head", ["dot", "linear"])
-def test_families_and_a_planted_identity(family: str, head: Any, asked: Questions) -> None:
+def test_families_and_a_planted_identity(family: str, head: Any, asked: EvalSet) -> None:
     few = first(asked, 9)
     torch.manual_seed(0)
     backbone = tiny_model(CONFIG_MAPPING[family](), depth=4)
@@ -109,9 +107,7 @@ def test_families_and_a_planted_identity(family: str, head: Any, asked: Question
     assert (np.delete(found, 2) > 0).all()
 
 
-def test_frozen_weights_count_and_nothing_is_changed(
-    teacher: Recommender, asked: Questions
-) -> None:
+def test_frozen_weights_count_and_nothing_is_changed(teacher: Recommender, asked: EvalSet) -> None:
     few = first(asked, 20)
     expected = by_autograd(teacher, few)
     for number, parameter in enumerate(teacher.parameters()):
@@ -134,7 +130,7 @@ def test_frozen_weights_count_and_nothing_is_changed(
 
 
 def test_restored_after_an_error(
-    teacher: Recommender, asked: Questions, monkeypatch: pytest.MonkeyPatch
+    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher.requires_grad_(False)
     encode, calls = teacher.encode, []
@@ -154,7 +150,7 @@ def test_restored_after_an_error(
 
 
 def test_low_rank_adapters_count_beside_what_they_adapt(
-    teacher: Recommender, asked: Questions
+    teacher: Recommender, asked: EvalSet
 ) -> None:
     few = first(asked, 10)
     bare = taylor_importance(teacher, few, device=CPU)
@@ -166,7 +162,7 @@ def test_low_rank_adapters_count_beside_what_they_adapt(
     assert (found != bare).all()
 
 
-def test_half_precision_adds_up_in_float32(teacher: Recommender, asked: Questions) -> None:
+def test_half_precision_adds_up_in_float32(teacher: Recommender, asked: EvalSet) -> None:
     expected = taylor_importance(teacher, asked, device=CPU)
     half = copy.deepcopy(teacher)
     half.backbone.bfloat16()
@@ -174,7 +170,7 @@ def test_half_precision_adds_up_in_float32(teacher: Recommender, asked: Question
     np.testing.assert_allclose(found, expected, rtol=0.1)
 
 
-def test_quantised_weights_are_refused(teacher: Recommender, asked: Questions) -> None:
+def test_quantised_weights_are_refused(teacher: Recommender, asked: EvalSet) -> None:
     for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
         model = copy.deepcopy(teacher)
         mlp: Any = find_blocks(model.backbone)[3].mlp
@@ -187,14 +183,14 @@ def test_quantised_weights_are_refused(teacher: Recommender, asked: Questions) -
         taylor_importance(teacher, asked, device=CPU)
 
 
-def test_packed_weights_that_are_no_parameters(teacher: Recommender, asked: Questions) -> None:
+def test_packed_weights_that_are_no_parameters(teacher: Recommender, asked: EvalSet) -> None:
     teacher.backbone.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ValueError, match="probe the unquantised"):
         taylor_importance(teacher, asked, device=CPU)
 
 
 def test_gradients_add_up_before_they_are_made_positive(
-    teacher: Recommender, asked: Questions
+    teacher: Recommender, asked: EvalSet
 ) -> None:
     # the mean of |W dL/dW| over users is another, larger number
     alone = [
@@ -214,7 +210,7 @@ def test_gradients_add_up_before_they_are_made_positive(
     assert (np.mean(alone, axis=0) > 1.1 * found).all()
 
 
-def test_behind_a_suffix_and_where_gradients_are_off(asked: Questions) -> None:
+def test_behind_a_suffix_and_where_gradients_are_off(asked: EvalSet) -> None:
     few = first(asked, 10)
     backbone = tiny_model(CONFIG_MAPPING["llama"](), depth=3)
     model = Recommender(backbone, torch.randn(41, 6), (3, 1), suffix=(4, 5)).double().eval()
@@ -224,13 +220,13 @@ def test_behind_a_suffix_and_where_gradients_are_off(asked: Questions) -> None:
     np.testing.assert_allclose(found, by_autograd(model, few), rtol=1e-6)
 
 
-def test_no_questions(teacher: Recommender, asked: Questions) -> None:
+def test_no_questions(teacher: Recommender, asked: EvalSet) -> None:
     none = replace(asked, users=asked.users[:0], histories=[], targets=asked.targets[:0])
     with pytest.raises(ValueError, match="no questions"):
         taylor_importance(teacher, none, device=CPU)
 
 
-def test_an_unused_weight_does_not_matter(teacher: Recommender, asked: Questions) -> None:
+def test_an_unused_weight_does_not_matter(teacher: Recommender, asked: EvalSet) -> None:
     few = first(asked, 20)
     expected = taylor_importance(teacher, few, device=CPU)
     spare = nn.Parameter(torch.ones(3, dtype=torch.float64))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from depthprobe.evaluation.ranks import Questions, evaluate
+from depthprobe.evaluation.ranks import EvalSet, evaluate
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
@@ -33,7 +33,7 @@ def spans(depth: int) -> list[Route]:
     return [route(b for b in range(depth) if not i <= b < j) for i, j in pairs if j - i < depth]
 
 
-def test_every_subset_of_the_blocks(teacher: Recommender, asked: Questions) -> None:
+def test_every_subset_of_the_blocks(teacher: Recommender, asked: EvalSet) -> None:
     subsets = [kept for n in range(1, 6) for kept in itertools.combinations(range(5), n)]
     found = rank_routes(teacher, asked, [route(kept) for kept in subsets], device=CPU)
     assert len(found) == 31
@@ -45,7 +45,7 @@ def test_every_subset_of_the_blocks(teacher: Recommender, asked: Questions) -> N
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
-def test_every_part_left_out(teacher: Recommender, asked: Questions, part: str) -> None:
+def test_every_part_left_out(teacher: Recommender, asked: EvalSet, part: str) -> None:
     routes = [route_without(part, b, 5) for b in range(5)]  # type: ignore[arg-type]
     found = rank_routes(teacher, asked, routes, device=CPU)
     whole = evaluate(teacher, asked, device=CPU)["full"]
@@ -63,13 +63,13 @@ FAMILIES += ["qwen3_next", "mamba", "cohere", "mistral"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompt", [(), (3, 1, 2)], ids=["no prompt", "prompt"])
-def test_families(family: str, prompt: tuple[int, ...], asked: Questions) -> None:
+def test_families(family: str, prompt: tuple[int, ...], asked: EvalSet) -> None:
     torch.manual_seed(0)
     changes = {"bloom": {"n_layer": 4}, "mamba": {"num_hidden_layers": 4}}.get(family, {})
     model = tiny_model(CONFIG_MAPPING[family](**changes), depth=4)
     teacher = Recommender(model, torch.randn(41, 6), prompt).double().eval()
     depth = teacher.depth
-    few = Questions(asked.users[:40], asked.histories[:40], asked.targets[:40], None, None)
+    few = EvalSet(asked.users[:40], asked.histories[:40], asked.targets[:40], None, None)
     kept = [k for k in ([0, 1, 3], [1, 2, 3], [3], [0, 2, 3]) if max(k) < depth]
     found = [p.states for p in walk(teacher, few, [route(k) for k in kept], device=CPU)]
     for blocks, states in zip(kept, torch.cat(found, dim=1), strict=True):
@@ -78,8 +78,8 @@ def test_families(family: str, prompt: tuple[int, ...], asked: Questions) -> Non
         torch.testing.assert_close(states, expected[0], rtol=1e-9, atol=1e-12)
 
 
-def test_runs_the_blocks_that_it_says(teacher: Recommender, asked: Questions) -> None:
-    few = Questions(asked.users[:9], asked.histories[:9], asked.targets[:9], None, None)
+def test_runs_the_blocks_that_it_says(teacher: Recommender, asked: EvalSet) -> None:
+    few = EvalSet(asked.users[:9], asked.histories[:9], asked.targets[:9], None, None)
     routes, sizes = spans(5), []
     counted = find_blocks(teacher.backbone)
     for block in counted:
@@ -96,7 +96,7 @@ def test_price_of_a_walk(depth: int) -> None:
     assert blocks_run(spans(depth)) / depth <= 0.20 * depth**2
 
 
-def test_leaves_the_teacher_as_it_was(teacher: Recommender, asked: Questions) -> None:
+def test_leaves_the_teacher_as_it_was(teacher: Recommender, asked: EvalSet) -> None:
     before = evaluate(teacher, asked, device=CPU)["full"]
     rank_routes(teacher, asked, [route([1, 3]), route_without("mlp", 2, 5)], device=CPU)
     np.testing.assert_array_equal(evaluate(teacher, asked, device=CPU)["full"], before)
@@ -104,13 +104,13 @@ def test_leaves_the_teacher_as_it_was(teacher: Recommender, asked: Questions) ->
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 
 
-def test_states_do_not_depend_on_the_other_paths(teacher: Recommender, asked: Questions) -> None:
+def test_states_do_not_depend_on_the_other_paths(teacher: Recommender, asked: EvalSet) -> None:
     (alone,) = rank_routes(teacher, asked, [route([0, 4])], device=CPU)
     among = rank_routes(teacher, asked, [*spans(5), route([0, 4])], device=CPU)[-1]
     np.testing.assert_array_equal(alone["full"], among["full"])
 
 
 @pytest.mark.parametrize("kept", [[1, 0], [0, 5], [2, 2], [-1]])
-def test_no_path(teacher: Recommender, asked: Questions, kept: list[int]) -> None:
+def test_no_path(teacher: Recommender, asked: EvalSet, kept: list[int]) -> None:
     with pytest.raises(ValueError, match="is no route through 5 blocks"):
         rank_routes(teacher, asked, [route(kept)], device=CPU)

@@ -17,7 +17,7 @@ from depthprobe.report.page import build_report
 from depthprobe.report.reliance import reliance_table
 from depthprobe.runs.store import Run
 from depthprobe.runs.sweep import run_sweep
-from depthprobe.study import Backbone, Cost, Data, Protocol, Recipe, SasRec, Study
+from depthprobe.study import Backbone, Cost, Data, Protocol, Recipe, SasRecSettings, Study
 
 WANTED = ("full", "skip", "span", "drop-mlp", "similarity", "taylor", "early-exit", "finetune")
 
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     study = Study(
         name="reliance", layers="1,2,3,4", methods=WANTED, seeds=1, device="cpu", recipe=few,
         item_table="learned", item_width=8, protocol=Protocol(resamples=100),
-        data=Data(source=str(folder / "log.txt")), sasrec=SasRec(width=8, recipe=few),
+        data=Data(source=str(folder / "log.txt")), sasrec=SasRecSettings(width=8, recipe=few),
         backbone=Backbone(source=str(folder / "backbone"), prompt=""),
         cost=Cost(batch_size=8, warmup=0, rounds=1),
     )  # fmt: skip

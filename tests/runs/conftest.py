@@ -12,9 +12,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.models.backbones import embedded_tokenizer
-from depthprobe.study import Backbone, Cost, Data, Distillation, METHODS, Protocol, Recipe, SasRec, Study, Variant
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import (
+    METHODS,
+    Backbone,
+    Cost,
+    Data,
+    Distillation,
+    Protocol,
+    Recipe,
+    SasRecSettings,
+    Study,
+    Variant,
+)
 
 
 def write_log(path: Path, users: int = 60, items: int = 40) -> Path:
@@ -60,7 +71,7 @@ def study(
         device="cpu",
         data=Data(source=str(write_log(folder / "log.txt")), max_history=10),
         backbone=Backbone(source=str(write_backbone(folder / "backbone", config)), prompt="Next:"),
-        sasrec=SasRec(width=8, blocks=1, dropout=0.1, recipe=few),
+        sasrec=SasRecSettings(width=8, blocks=1, dropout=0.1, recipe=few),
         recipe=few,
         protocol=Protocol(resamples=100),
         cost=Cost(batch_size=16, warmup=1, rounds=3),

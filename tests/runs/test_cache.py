@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from depthprobe.errors import BadInput
-from depthprobe.study import Distillation, Protocol, Recipe, Study
 from depthprobe.runs.cache import RESULTS, weights_digest
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Distillation, Protocol, Recipe, Study
 
 METHODS = ("sasrec", "full", "finetune", "distill", "elastic")
 

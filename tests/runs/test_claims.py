@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from depthprobe.files import write_json
-from depthprobe.study import Study
-from depthprobe.runs.scheduler import Claims, LOCKS, clear, held, whole_run
 from depthprobe.runs.plan import Task, Trial
 from depthprobe.runs.records import failures, write_failure
-from depthprobe.runs.sweep import run_sweep
+from depthprobe.runs.scheduler import LOCKS, Claims, clear, held, whole_run
 from depthprobe.runs.store import open_run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Study
 
 TASK = Task("sasrec", 0, (Trial("sasrec", (), 0, 2),))
 SPAWN = multiprocessing.get_context("spawn")

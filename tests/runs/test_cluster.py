@@ -19,11 +19,11 @@ import submitit
 from submitit.core.utils import DelayedSubmission
 
 from depthprobe.errors import BadInput
-from depthprobe.study import Recipe, Slurm, Study, Tracking
 from depthprobe.runs import cluster
 from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, last_line, submit
 from depthprobe.runs.records import read_record
 from depthprobe.runs.store import open_run
+from depthprobe.study import Recipe, Slurm, Study, Tracking
 
 LOCAL = Slurm(minutes=30, gpus=0)
 

@@ -13,8 +13,8 @@ import pytest
 
 from depthprobe.errors import at_least
 from depthprobe.runs import scheduler as executors
-from depthprobe.runs.scheduler import Outcome, Queue, run_here, run_in_processes
 from depthprobe.runs.plan import Task, Trial
+from depthprobe.runs.scheduler import Outcome, Queue, run_here, run_in_processes
 
 SASREC, FULL, PROBE = (
     Task(method, 0, (Trial(method, kept, 0, 2),), needs)

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import depthprobe as dp
+from depthprobe.errors import BadInput
 from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.export import ExportedRecommender
-from depthprobe.errors import BadInput
-from depthprobe.study import Recipe, Study
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Recipe, Study
 
 RunOf = Callable[[str], Run]
 PROBED = ("full", "early-exit", "skip", "finetune")

@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 
 from depthprobe.data.prepared import read_data
 from depthprobe.data.splits import make_split
-from depthprobe.study import Distillation, Elastic, Protocol, Recipe, SasRec, Study, demo_study
 from depthprobe.runs.effort import jobs_of, timing_seconds
 from depthprobe.runs.forecast import Job, longest_chain, schedule, slowed, without_lost
 from depthprobe.runs.pieces import Rates, Sizes, between, padded_length, sizes_of
 from depthprobe.runs.plan import plan
+from depthprobe.study import (
+    Distillation,
+    Elastic,
+    Protocol,
+    Recipe,
+    SasRecSettings,
+    Study,
+    demo_study,
+)
 
 CHAIN = [
     Job("sasrec", 2),
@@ -90,7 +98,7 @@ STUDY = Study(
     methods=("popularity", "sasrec", "full", "early-exit", "skip", "finetune", "distill"),
     seeds=1,
     recipe=FEW,
-    sasrec=SasRec(recipe=replace(FEW, epochs=3)),
+    sasrec=SasRecSettings(recipe=replace(FEW, epochs=3)),
 )
 SIZES = Sizes(windows=25, train_length=5.0, test=5, test_length=5.0, validation=4)
 RATES = Rates(

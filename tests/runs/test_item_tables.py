@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from depthprobe.errors import BadInput
 from depthprobe.models.backbones import load_backbone, load_tokenizer
 from depthprobe.models.export import load_recommender
 from depthprobe.models.item_tables import balanced, embed_titles
 from depthprobe.report.facts import how_measured
-from depthprobe.report.page import build_report
 from depthprobe.report.numbers import summarise
-from depthprobe.errors import BadInput
-from depthprobe.study import Study
+from depthprobe.report.page import build_report
 from depthprobe.runs import layout
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Study
 
 ITEMS = 40
 IDS = [f"i{number}" for number in range(ITEMS)]

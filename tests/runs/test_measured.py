@@ -15,14 +15,14 @@ from depthprobe.data.batches import negatives
 from depthprobe.data.prepared import read_data
 from depthprobe.data.splits import make_split
 from depthprobe.data.storage import load_data
-from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.errors import BadInput
-from depthprobe.study import Data, Study
+from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.runs.context import Context
 from depthprobe.runs.layout import TOO_SMALL
 from depthprobe.runs.plan import Trial
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run, open_run, write_tables
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Data, Study
 
 
 def table(run: Run) -> pd.DataFrame:

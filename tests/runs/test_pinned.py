@@ -13,15 +13,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import depthprobe as dp
+from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.backbones import embedded_tokenizer
-from depthprobe.errors import BadInput
-from depthprobe.study import Study
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.progress import Silent
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run, open_run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Study
 
 OLD, NEW = "a" * 40, "b" * 40
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.study import METHODS, PROBES, Probing, Study, Variant
 from depthprobe.errors import BadInput
-from depthprobe.runs.worker import METHODS as FUNCTIONS
 from depthprobe.runs.plan import NEEDS, Trial, chosen_blocks, plan
+from depthprobe.runs.worker import METHODS as FUNCTIONS
+from depthprobe.study import METHODS, PROBES, Probing, Study, Variant
 
 
 def ids(study: Study, blocks: int) -> list[str]:

@@ -12,11 +12,11 @@ import pytest
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import early_exit
-from depthprobe.study import Probing, Study
 from depthprobe.runs import probing as probes
 from depthprobe.runs.context import Context
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run, open_run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Probing, Study
 
 
 def ranks(run: Run, trial: str) -> np.ndarray:

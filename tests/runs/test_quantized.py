@@ -17,14 +17,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.evaluation.ranks import evaluate
-from depthprobe.models.backbones import pretrained
+from depthprobe.models.backbones import embedded_tokenizer, pretrained
 from depthprobe.models.build import build_recommender
-from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.export import load_recommender
-from depthprobe.study import Study
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Study
 
 pytest.importorskip("bitsandbytes")
 METHODS = ("full", "early-exit", "finetune", "heal", "distill")

@@ -12,19 +12,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from depthprobe.evaluation.ranks import evaluate
+from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import metrics_from_ranks
+from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.export import load_recommender
 from depthprobe.report.page import build_report
-from depthprobe.errors import BadInput
-from depthprobe.study import Study
-from depthprobe.runs import layout, sweep as runner, worker
-from depthprobe.runs.context import Context, TIMING
+from depthprobe.runs import layout, worker
+from depthprobe.runs import sweep as runner
+from depthprobe.runs.context import TIMING, Context
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.plan import Trial
 from depthprobe.runs.records import failures
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run, open_run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Study
 from depthprobe.training.checkpoint import Checkpoint, Progress
 from depthprobe.training.distributed import Trained
 

@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from depthprobe.runs.scheduler import Claims
 from depthprobe.runs.plan import Task, Trial, plan
+from depthprobe.runs.scheduler import Claims
 from depthprobe.runs.status import status_of, working
 from depthprobe.runs.store import Run
 

@@ -11,10 +11,10 @@ from accelerate import tracking as trackers
 from accelerate.tracking import GeneralTracker
 
 from depthprobe.errors import BadInput
-from depthprobe.study import Study, Tracking
 from depthprobe.runs.context import TRACKING
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import open_run
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Study, Tracking
 
 
 class Files(GeneralTracker):

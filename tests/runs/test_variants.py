@@ -13,17 +13,16 @@ import pytest
 import torch
 
 from depthprobe.cost.flops import flops_per_user
+from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.probing.greedy import nearest_spans
-from depthprobe.errors import BadInput
-from depthprobe.study import Distillation, Heal, Study, Variant
-from depthprobe.runs.training import budgeted
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import Trial, whole_trial
-from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.store import Run
-from depthprobe.runs.training import FEATURES, teacher_for
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.runs.training import FEATURES, budgeted, teacher_for
+from depthprobe.study import Distillation, Heal, Study, Variant
 
 CPU = torch.device("cpu")
 

@@ -18,12 +18,17 @@ from depthprobe.study import Distillation, Recipe
 from depthprobe.training.distillation import (
     Distiller,
     catalogue_kl,
+    feature_spec,
     group_ends,
     state_loss,
     top_kl,
-    wanted_features,
 )
-from depthprobe.training.features import CachedTeacher, OnlineTeacher, Said, write_features
+from depthprobe.training.features import (
+    CachedTeacher,
+    OnlineTeacher,
+    TeacherOutputs,
+    write_features,
+)
 from depthprobe.training.loop import fit
 from depthprobe.training.losses import catalogue_cross_entropy
 from depthprobe.training.objectives import Batch, NextItem, make_batch
@@ -50,10 +55,10 @@ def test_groups_cover_the_model_evenly(depth: int, groups: int) -> None:
 class Fixed:
     """A teacher that says what it was given, whatever it is asked."""
 
-    def __init__(self, said: Said) -> None:
+    def __init__(self, said: TeacherOutputs) -> None:
         self.said = said
 
-    def at(self, _: Batch) -> Said:
+    def at(self, _: Batch) -> TeacherOutputs:
         return self.said
 
 
@@ -85,7 +90,7 @@ def test_slmrecs_loss_is_the_sum_of_its_parts(
     batch = make_batch(windows, np.arange(5), CPU, recipe.objective)
     last = "last" in (objective, positions)
     teacher = torch.randn(2, 5 if last else batch.count, 16)
-    whole = Distiller(student, weights, recipe, Fixed(Said(states=teacher)))
+    whole = Distiller(student, weights, recipe, Fixed(TeacherOutputs(states=teacher)))
     with torch.no_grad():
         after = parts_of(student, batch, (1, 2))
         states = torch.stack([rows_of(batch, state, last) for state in after])
@@ -108,7 +113,7 @@ def test_scores_are_followed(
     weights = Distillation(
         ce=0.5, logits=2.0, temperature=3.0, top=top, positions=positions, **NOTHING
     )  # type: ignore[arg-type]
-    wanted = wanted_features(weights, Recipe(), depth=2, teacher_depth=4)
+    wanted = feature_spec(weights, Recipe(), depth=2, teacher_depth=4)
     assert not wanted.ends
     batch, goal = make_batch(windows, np.arange(5), CPU, "every"), teacher.item_matrix()
     whole = Distiller(student, weights, Recipe(), OnlineTeacher(teacher, wanted), goal_items=goal)
@@ -130,7 +135,7 @@ def test_gradients_reach_the_student_and_its_adapters_alone(
 ) -> None:
     student, teacher = make_recommender(blocks=2), make_recommender().eval()
     weights = Distillation(groups=2, logits=1.0)
-    wanted = wanted_features(weights, Recipe(), depth=2, teacher_depth=4)
+    wanted = feature_spec(weights, Recipe(), depth=2, teacher_depth=4)
     online = OnlineTeacher(teacher, wanted)
     whole = Distiller(student, weights, Recipe(), online, goal_items=teacher.item_matrix())
     whole(make_batch(windows, np.arange(5), CPU, "every")).backward()
@@ -147,7 +152,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(
     teacher, twin = make_recommender().eval(), make_recommender().eval()
     batch = make_batch(windows, np.arange(8), CPU, "every")
     weights = Distillation(groups=4, cosine=1.0, norm=1.0, supervision=0.0, logits=1.0)
-    wanted = wanted_features(weights, Recipe(), depth=4, teacher_depth=4)
+    wanted = feature_spec(weights, Recipe(), depth=4, teacher_depth=4)
     online = OnlineTeacher(teacher, wanted)
     distiller = Distiller(twin, weights, Recipe(), online, goal_items=teacher.item_matrix())
     torch.testing.assert_close(distiller(batch), NextItem(twin, Recipe())(batch), rtol=0, atol=2e-2)
@@ -164,7 +169,7 @@ def test_a_cached_teacher_makes_the_same_student_to_the_bit(
 ) -> None:
     teacher = make_recommender().double().eval()
     weights = Distillation(groups=2, logits=1.0)
-    wanted = wanted_features(weights, Recipe(), depth=2, teacher_depth=4)
+    wanted = feature_spec(weights, Recipe(), depth=2, teacher_depth=4)
     write_features(teacher, windows, wanted, folder=tmp_path, device=CPU)
     students = []
     for source in (CachedTeacher(tmp_path, windows, wanted), OnlineTeacher(teacher, wanted)):

@@ -12,8 +12,8 @@ import torch
 
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
-from depthprobe.training.features import CachedTeacher, OnlineTeacher, Wanted, write_features
-from depthprobe.training.objectives import Batch, ask_last, make_batch
+from depthprobe.training.features import CachedTeacher, FeatureSpec, OnlineTeacher, write_features
+from depthprobe.training.objectives import Batch, last_only, make_batch
 
 CPU = torch.device("cpu")
 OBJECTIVES = ("every", "last")
@@ -21,7 +21,7 @@ Maker = Callable[..., Recommender]
 
 
 def cached(
-    teacher: Recommender, windows: list[np.ndarray], wanted: Wanted, folder: Path
+    teacher: Recommender, windows: list[np.ndarray], wanted: FeatureSpec, folder: Path
 ) -> CachedTeacher:
     folder.mkdir()
     write_features(teacher, windows, wanted, folder=folder, device=CPU, batch_size=7)
@@ -41,10 +41,10 @@ def test_states_and_scores_are_the_teachers(
     objective: str, make_recommender: Maker, windows: list[np.ndarray], tmp_path: Path
 ) -> None:
     teacher = make_recommender().eval()
-    wanted = Wanted(objective=objective, ends=(2, 3, 4), vectors=True, top=5)  # type: ignore[arg-type]
+    wanted = FeatureSpec(objective=objective, ends=(2, 3, 4), vectors=True, top=5)  # type: ignore[arg-type]
     cached(teacher, windows, wanted, tmp_path / "f")
     # a student may want less than there is
-    own = Wanted(objective=objective, ends=(2, 4), vectors=True, top=3)  # type: ignore[arg-type]
+    own = FeatureSpec(objective=objective, ends=(2, 4), vectors=True, top=3)  # type: ignore[arg-type]
     batch = make_batch(windows, np.array([4, 0, 9]), CPU, objective)  # type: ignore[arg-type]
     said = CachedTeacher(tmp_path / "f", windows, own).at(batch)
     with torch.no_grad(), tap_blocks(teacher.backbone) as tap:
@@ -70,7 +70,7 @@ def test_cached_and_online_say_the_same_to_the_bit(
 ) -> None:
     """In float64: in float32 another batch moves a number by its last bit, here and there."""
     teacher = make_recommender().double().eval()
-    wanted = Wanted(objective=objective, ends=(1, 4), vectors=True, top=top)  # type: ignore[arg-type]
+    wanted = FeatureSpec(objective=objective, ends=(1, 4), vectors=True, top=top)  # type: ignore[arg-type]
     on_disk, online = (
         cached(teacher, windows, wanted, tmp_path / "f"),
         OnlineTeacher(teacher, wanted),
@@ -87,11 +87,11 @@ def test_last_positions_alone_are_kept_where_they_are_wanted(
     make_recommender: Maker, windows: list[np.ndarray], tmp_path: Path
 ) -> None:
     teacher = make_recommender().eval()
-    last = cached(teacher, windows, Wanted("last", ends=(4,)), tmp_path / "last")
-    every = cached(teacher, windows, Wanted("every", ends=(4,)), tmp_path / "every")
+    last = cached(teacher, windows, FeatureSpec("last", ends=(4,)), tmp_path / "last")
+    every = cached(teacher, windows, FeatureSpec("every", ends=(4,)), tmp_path / "every")
     batch = make_batch(windows, np.array([3, 8]), CPU, "every")
     places = batch.lengths.cumsum(dim=0) - 1
-    found, direct = last.at(ask_last(batch)).states, every.at(batch).states
+    found, direct = last.at(last_only(batch)).states, every.at(batch).states
     assert found is not None
     assert direct is not None
     torch.testing.assert_close(found[0], direct[0, places], rtol=1e-3, atol=1e-5)
@@ -104,7 +104,7 @@ def test_states_behind_a_suffix(
     make_recommender: Maker, windows: list[np.ndarray], tmp_path: Path
 ) -> None:
     teacher = make_recommender(suffix=(5, 2)).eval()
-    stored = cached(teacher, windows, Wanted("last", ends=(4,)), tmp_path / "f")
+    stored = cached(teacher, windows, FeatureSpec("last", ends=(4,)), tmp_path / "f")
     said = stored.at(make_batch(windows, np.arange(6), CPU, "last")).states
     assert said is not None
     for user in range(6):
@@ -121,7 +121,7 @@ def test_states_too_large_for_float16_are_kept_in_bfloat16(
     teacher = make_recommender().eval()
     with torch.no_grad():
         teacher.input_adapter.weight.mul_(1e8)
-    wanted = Wanted("every", ends=(4,))
+    wanted = FeatureSpec("every", ends=(4,))
     stored = cached(teacher, windows, wanted, tmp_path / "f")
     batch = make_batch(windows, np.arange(4), CPU, "every")
     said, direct = stored.at(batch).states, OnlineTeacher(teacher, wanted).at(batch).states
@@ -138,13 +138,13 @@ def test_states_that_are_no_numbers_are_an_error(
     with torch.no_grad():
         teacher.input_adapter.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="infinite or NaN"):
-        cached(teacher, windows, Wanted("every", ends=(4,)), tmp_path / "f")
+        cached(teacher, windows, FeatureSpec("every", ends=(4,)), tmp_path / "f")
 
 
 def test_features_that_are_not_there_are_refused(
     make_recommender: Maker, windows: list[np.ndarray], tmp_path: Path
 ) -> None:
-    wanted = Wanted("every", ends=(2,))
+    wanted = FeatureSpec("every", ends=(2,))
     cached(make_recommender().eval(), windows, wanted, tmp_path / "f")
     for other in (
         replace(wanted, ends=(2, 3)),

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
-from depthprobe.training.objectives import NextItem, ask_last, make_batch
+from depthprobe.training.objectives import NextItem, last_only, make_batch
 
 CPU = torch.device("cpu")
 WINDOWS = [np.array([5, 6, 7]), np.array([8, 9]), np.array([1, 2, 3, 4])]
@@ -38,7 +38,7 @@ def test_the_last_is_asked_alone() -> None:
 
 def test_a_batch_can_be_asked_at_its_last_positions_alone() -> None:
     every, last = (make_batch(WINDOWS, np.array([2, 1, 0]), CPU, o) for o in ("every", "last"))
-    found = ask_last(every)
+    found = last_only(every)
     assert found.objective == "last"
     for name in ("rows", "targets", "last", "inputs"):
         assert torch.equal(getattr(found, name), getattr(last, name))

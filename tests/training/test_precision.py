@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Distillation, Recipe
-from depthprobe.training.distillation import Distiller, wanted_features
+from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.features import CachedTeacher, write_features
 from depthprobe.training.loop import Fit, fit
 from depthprobe.training.objectives import Batch, NextItem
@@ -134,7 +134,7 @@ def test_a_tapped_student_runs_uncompiled(
     make_recommender: Callable[..., Recommender], windows: list[np.ndarray], tmp_path: Path
 ) -> None:
     weights = Distillation(groups=2)
-    wanted = wanted_features(weights, Recipe(), depth=2, teacher_depth=4)
+    wanted = feature_spec(weights, Recipe(), depth=2, teacher_depth=4)
     write_features(make_recommender().eval(), windows, wanted, folder=tmp_path, device=CPU)
     teacher = CachedTeacher(tmp_path, windows, wanted)
     losses = []

@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """Which of how many processes this is."""
 
     rank: int = 0
@@ -48,25 +48,25 @@ class Team:
             torch.distributed.destroy_process_group()
 
 
-def processes_launched() -> int:
+def launched_processes() -> int:
     """How many processes a launcher started to work together; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched() -> bool:
     """Whether a launcher started several processes to work together."""
-    return processes_launched() > 1
+    return launched_processes() > 1
 
 
-def find_team(device: str) -> Team:
+def join_processes(device: str) -> ProcessGroup:
     """The team that the launcher made; alone without one.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``: where they will train.
     """
     if not launched():
-        return Team()
+        return ProcessGroup()
     from depthprobe.training.distributed import join
 
     state = join(device)
-    return Team(int(state.process_index), int(state.num_processes))
+    return ProcessGroup(int(state.process_index), int(state.num_processes))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.study import Study, study_to_toml
-from depthprobe.runs.sweep import run_sweep
+from depthprobe.runs.processes import ProcessGroup, join_processes
 from depthprobe.runs.store import open_run
-from depthprobe.runs.team import Team, find_team
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Study, study_to_toml
 
 # accelerate's own way to several processes; its --cpu would start one
 SETTINGS = {
@@ -44,8 +44,8 @@ def quiet(study: Study, batch_size: int) -> Study:
 
 
 def test_one_process_is_a_team() -> None:
-    assert find_team("cpu") == Team(rank=0, processes=1)
-    Team().wait()
+    assert join_processes("cpu") == ProcessGroup(rank=0, processes=1)
+    ProcessGroup().wait()
 
 
 @pytest.mark.slow

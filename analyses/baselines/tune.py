@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ def train(study: Study) -> Fit:
         validate=lambda: mean_ndcg(evaluate(model, asked, device=device)["full"]),
         seed=0,
         device=device,
-        log=lambda line: print(line, flush=True),
     )
 
 
@@ -99,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -43,10 +42,8 @@ TRACKING = "tracking"
 class Context:
     """A run's folder and study, and what is read from it when first needed."""
 
-    def __init__(
-        self, folder: Path, study: Study, *, log: Callable[[str], None] = lambda line: None
-    ) -> None:
-        self.folder, self.study, self.log = folder, study, log
+    def __init__(self, folder: Path, study: Study) -> None:
+        self.folder, self.study = folder, study
         self.device = resolve_device(study.device)
         # FLOPs by kept blocks and items: a run's models of the same blocks have the same shapes
         self.products: defaultdict[tuple[int, ...], dict[int, Products]] = defaultdict(dict)
@@ -83,7 +80,6 @@ class Context:
             project=self.study.name,
             run=trial.id,
             settings={"method": trial.method, "depth": trial.depth, "seed": trial.seed},
-            log=self.log,
         )
 
     @cached_property

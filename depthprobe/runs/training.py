@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ from depthprobe.training.features import (
 )
 from depthprobe.training.loop import fit
 from depthprobe.training.objectives import NextItem, asked
+
+logger = logging.getLogger(__name__)
 
 
 def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
@@ -131,10 +134,10 @@ def _features(context: Context, trial: Trial, wanted: FeatureSpec) -> Path:
             shutil.rmtree(stale)
         kept = features_folder(context, mark, whole)
         if kept is not None and kept.is_dir():
-            context.log(f"what the teacher of seed {trial.seed} says, from the cache")
+            logger.info("teacher features of seed %d: from the cache", trial.seed)
             share_folder(kept, folder)
             return folder
-        context.log(f"what the teacher of seed {trial.seed} says, for all students")
+        logger.info("teacher features of seed %d: computed for all students", trial.seed)
         teacher, windows = context.teacher(trial.seed, trial.blocks), context.windows
         began = time.perf_counter()
         with complete_folder(folder) as temporary:
@@ -297,7 +300,6 @@ def _fit(
             validate=validate,
             seed=trial.seed,
             device=context.device,
-            log=context.log,
             track=track,
             checkpoint=context.checkpoint(trial),
             result=result_file(context, trial, objective, recipe),

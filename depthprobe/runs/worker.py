@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -12,10 +13,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout, suppress
-from datetime import datetime
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -34,6 +41,8 @@ from depthprobe.runs.training import distill, elastic, fine_tuned, heal
 from depthprobe.study import Study, base_of
 from depthprobe.training.loop import fit
 from depthprobe.training.objectives import NextItem
+
+logger = logging.getLogger(__name__)
 
 
 def popularity(context: Context, task: Task) -> Iterator[Result]:
@@ -59,7 +68,6 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
             validate=lambda: context.validate(model),
             seed=trial.seed,
             device=context.device,
-            log=context.log,
             track=track,
             checkpoint=context.checkpoint(trial),
             result=result_file(context, trial, objective, recipe),
@@ -163,32 +171,45 @@ def begin(
     _Worker.provenance = origin
 
 
+@contextmanager
+def _logged_to(file: TextIO) -> Iterator[None]:
+    """The package's log lines go to the file, from the one process that writes."""
+    package = logging.getLogger("depthprobe")
+    handler = logging.StreamHandler(file) if _Worker.writes else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
 def work(task: Task) -> float:
-    """Do a task and write its records; returns its seconds. What it says goes to a log of its own.
+    """Do a task and write its records; returns its seconds. The task's log is a file of its own.
 
     In a process of its own, warnings and whatever else is printed go there, too.
     """
     log = _Worker.context.folder / LOGS / f"{task.id}.log"
     log.parent.mkdir(exist_ok=True)
-    with log.open("a", buffering=1, encoding="utf-8") as file:
-
-        def say(line: str) -> None:
-            if _Worker.writes:
-                print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=file, flush=True)
-
-        _Worker.context.log = say
-        with ExitStack() as stack:
-            if multiprocessing.parent_process() is not None:
-                stack.enter_context(redirect_stdout(file))
-                stack.enter_context(redirect_stderr(file))
-            say(f"begun by process {os.getpid()} on {platform.node()}")
-            try:
-                seconds = _work(task)
-            except Exception:
-                traceback.print_exc(file=file)
-                raise
-            say(f"done in {seconds:.1f} s")
-            return seconds
+    with (
+        log.open("a", buffering=1, encoding="utf-8") as file,
+        _logged_to(file),
+        ExitStack() as stack,
+    ):
+        if multiprocessing.parent_process() is not None:
+            stack.enter_context(redirect_stdout(file))
+            stack.enter_context(redirect_stderr(file))
+        logger.info("begun by process %d on %s", os.getpid(), platform.node())
+        try:
+            seconds = _work(task)
+        except Exception:
+            traceback.print_exc(file=file)
+            raise
+        logger.info("done in %.1f s", seconds)
+        return seconds
 
 
 def _work(task: Task) -> float:

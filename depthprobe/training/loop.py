@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from depthprobe.training.distributed import Trained, share, spread, start, whole
 from depthprobe.training.objectives import asked, make_batch
 from depthprobe.training.tracking import Track, nobody
 
+logger = logging.getLogger(__name__)
+
 # steps whose losses are read together on a GPU, which stands still while it is read
 TOGETHER = 16
 
@@ -42,7 +45,6 @@ def within_memory(
     *,
     seed: int,
     fit: Fit,
-    say: Callable[[str], None],
 ) -> Tensor:
     """As :func:`gradients`; in twice as many parts, from then on, where memory runs out.
 
@@ -52,7 +54,6 @@ def within_memory(
     Args:
         seed: of what is random in the step.
         fit: ``parts`` is how many parts a batch is computed in, and grows.
-        say: is told.
     """
     while True:
         torch.manual_seed(seed)
@@ -66,7 +67,11 @@ def within_memory(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         fit.parts = min(2 * fit.parts, len(chosen))
-        say(f"out of memory at step {fit.steps + 1}: batches are computed in {fit.parts} parts now")
+        logger.warning(
+            "out of memory at step %d: batches are computed in %d parts now",
+            fit.steps + 1,
+            fit.parts,
+        )
 
 
 def gradients(
@@ -105,13 +110,12 @@ class Pace:
     """Says from time to time where a training is, and how long it may still take.
 
     Args:
-        say: takes a line.
         begun: steps that were done before this process began.
         every: seconds between two lines, at least.
     """
 
-    def __init__(self, say: Callable[[str], None], begun: int, *, every: float = 10.0) -> None:
-        self.say, self._begun, self._every = say, begun, every
+    def __init__(self, begun: int, *, every: float = 10.0) -> None:
+        self._begun, self._every = begun, every
         self._start = self._told = time.perf_counter()
 
     def tell(self, steps: int, total: int, loss: float) -> None:
@@ -121,7 +125,7 @@ class Pace:
             return
         self._told = now
         left = (now - self._start) / (steps - self._begun) * (total - steps)
-        self.say(f"step {steps}/{total}  loss {loss:.4f}  at most {left:.0f} s left")
+        logger.info("step %d/%d  loss %.4f  at most %.0f s left", steps, total, loss, left)
 
 
 class Watch:
@@ -192,7 +196,6 @@ def fit(
     validate: Callable[[], float],
     seed: int,
     device: torch.device,
-    log: Callable[[str], None] = lambda line: None,
     track: Track = nobody,
     checkpoint: Path | None = None,
     result: Path | None = None,
@@ -209,9 +212,8 @@ def fit(
         validate: the score to maximise, called after each epoch with the objective in eval mode;
             in every process, and the first one's score counts.
         seed: decides batch order and dropout.
-        log: is told of each epoch, in the first process.
-        track: is told, there too, the loss and the score of each epoch, and the mean loss and the
-            learning rate of every so many steps.
+        track: is told, in the first process, the loss and the score of each epoch, and the mean
+            loss and the learning rate of every so many steps.
         checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds.
             It stays when the training ends, as one that has ended, until the caller deletes it:
             so nothing is lost if the process dies before its result is saved.
@@ -231,7 +233,6 @@ def fit(
     began = time.perf_counter()
     accelerator = start(recipe, device)
     processes = int(accelerator.num_processes)
-    say = log if accelerator.is_main_process else lambda line: None
     tell = track if accelerator.is_main_process else nobody
     progress = Progress(Fit(processes=processes, parts=recipe.accumulation))
     best: dict[str, Tensor] = {}
@@ -243,10 +244,10 @@ def fit(
     saved = None if kept is None else kept.result()
     if reused := saved is not None:
         saved.progress.fit.reused = True
-        say("an equal training has ended before: its result is taken")
+        logger.info("an equal training has ended before: its result is reused")
     elif store is not None and (saved := store.read()) is not None:
         saved.progress.fit.resumed_at.append(saved.progress.fit.steps)
-        say(f"going on from step {saved.progress.fit.steps}")
+        logger.info("resumed at step %d", saved.progress.fit.steps)
     if saved is not None:
         progress, best = saved.progress, saved.part("best")
         restore_weights(objective, saved.part("weights"))
@@ -261,7 +262,7 @@ def fit(
         if store is not None:
             store.write(trained, progress, best)
 
-    pace = Pace(say, done.steps)
+    pace = Pace(done.steps)
     with _compiled(trained.inner, recipe.compile):
         while not progress.ended:
             _train_epoch(
@@ -281,7 +282,9 @@ def fit(
                 score = trained.agree(validate())
             progress.end_epoch(score)
             loss = done.losses[-1]
-            say(f"epoch {done.epochs}/{recipe.epochs}  loss {loss:.4f}  ndcg@10 {score:.4f}")
+            logger.info(
+                "epoch %d/%d  loss %.4f  ndcg@10 %.4f", done.epochs, recipe.epochs, loss, score
+            )
             tell(done.steps, {"epoch": done.epochs, "loss": loss, "ndcg@10": score})
             if done.best_epoch == done.epochs:
                 best = _on_cpu(objective)
@@ -298,7 +301,7 @@ def fit(
         try:
             kept.write(trained, progress, best)
         except OSError as error:  # others' gain is no reason to lose this training
-            say(f"its result is not kept for others: {error}")
+            logger.warning("the result is not kept for other runs: %s", error)
     return done
 
 
@@ -330,7 +333,7 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         drawn = _seed_of(seed, fit.steps, trained.rank)
-        loss = within_memory(trained, windows, chosen, recipe, seed=drawn, fit=fit, say=pace.say)
+        loss = within_memory(trained, windows, chosen, recipe, seed=drawn, fit=fit)
         norm = whole(torch.nn.utils.clip_grad_norm_(weights, recipe.clip))
         fit.steps += 1
         progress.done += 1

@@ -5,6 +5,7 @@ A tracker is a guest: one that fails is left out, with a line in the log, and th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from accelerate.utils import LoggerType
 
 from depthprobe.errors import BadInput, nearest
+
+logger = logging.getLogger(__name__)
 
 # is told a training's step, and by name what was measured there; in the first process alone
 Track = Callable[[int, Mapping[str, float]], None]
@@ -55,7 +58,6 @@ def tracked(
     project: str,
     run: str,
     settings: Mapping[str, str | int],
-    log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Track]:
     """What a training inside tells its numbers to.
 
@@ -65,12 +67,11 @@ def tracked(
         project: what the runs of a study have in common.
         run: the name of this one.
         settings: what is recorded of it, once.
-        log: is told of a tracker that fails.
     """
     if not names:
         yield nobody
         return
-    guests = _Guests(names, lambda name: _start(name, folder, project, run), settings, log)
+    guests = _Guests(names, lambda name: _start(name, folder, project, run), settings)
     try:
         yield guests.tell
     finally:
@@ -85,9 +86,8 @@ class _Guests:
         names: Sequence[str],
         start: Callable[[str], GeneralTracker],
         settings: Mapping[str, str | int],
-        log: Callable[[str], None],
     ) -> None:
-        self._names, self._start, self._settings, self._log = list(names), start, settings, log
+        self._names, self._start, self._settings = list(names), start, settings
         self._trackers: dict[str, GeneralTracker] = {}
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
@@ -113,7 +113,9 @@ class _Guests:
             except Exception as error:  # whatever it was: no reason to lose a training
                 self._names.remove(name)
                 text = " ".join(str(error).split())
-                self._log(f"not tracked by {name} any more: {type(error).__name__}: {text}")
+                logger.warning(
+                    "not tracked by %s any more: %s: %s", name, type(error).__name__, text
+                )
 
 
 def _start(name: str, folder: Path, project: str, run: str) -> GeneralTracker:

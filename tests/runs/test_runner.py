@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,12 @@ def test_records_are_strict_json_and_say_where_they_come_from(small_run: Run) ->
         assert origin["backbone"].startswith("sha256:")
         assert origin["threads"] >= 1
     assert not list(small_run.path.rglob(".tmp-*"))
+
+
+def test_each_task_has_a_log_with_its_epochs(small_run: Run) -> None:
+    log = (small_run.path / "logs" / "full-s0.log").read_text(encoding="utf-8")
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 1/\d+  loss \d", log, re.MULTILINE)
+    assert "begun by process" in log
 
 
 def test_tables_are_recomputed_from_every_users_rank(small_run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -167,14 +168,15 @@ def test_parts_of_a_batch_equal_the_batch(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_a_step_without_room_is_taken_again_in_smaller_parts(windows: list[np.ndarray]) -> None:
+def test_a_step_without_room_is_taken_again_in_smaller_parts(
+    windows: list[np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
     def no_room(value: Tensor) -> Tensor:
         value.backward(retain_graph=True)  # some gradients are there already when it fails
         raise torch.OutOfMemoryError("no room")
 
     settings = Recipe(epochs=2, batch_size=8)
     models = [small_sasrec(drop=0.0).double(), small_sasrec(drop=0.0).double()]
-    said: list[str] = []
     plain, tight = NextItem(models[0], settings), NextItem(models[1], settings)
     found = [
         fit(
@@ -184,25 +186,26 @@ def test_a_step_without_room_is_taken_again_in_smaller_parts(windows: list[np.nd
             validate=lambda: 0.0,
             seed=0,
             device=CPU,
-            log=said.append,
         )
         for objective in (plain, Spoiled(tight, 2, no_room))
     ]
     assert [each.parts for each in found] == [1, 2]
-    assert [line for line in said if "out of memory at step 2" in line]
+    assert "out of memory at step 2: batches are computed in 2 parts now" in caplog.messages
     assert found[0].losses == pytest.approx(found[1].losses, abs=1e-10)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_pace_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_logged_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "depthprobe")
     clock = iter([0.0, 3.0, 12.0, 15.0, 22.5])
     monkeypatch.setattr(steps.time, "perf_counter", lambda: next(clock))
-    said: list[str] = []
-    pace = steps.Pace(said.append, 10)
+    pace = steps.Pace(10)
     for step in (11, 14, 15, 25):
         pace.tell(step, 40, 1.5)
-    assert said == [
+    assert caplog.messages == [
         "step 14/40  loss 1.5000  at most 78 s left",  # 12 s for 4 steps, 26 more
         "step 25/40  loss 1.5000  at most 22 s left",
     ]

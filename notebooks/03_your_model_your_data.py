@@ -40,7 +40,7 @@ from transformers import GPT2Config, GPT2Model, Qwen3Config, Qwen3ForCausalLM
 
 import depthprobe as dp
 from depthprobe.evaluation.ranks import EvalSet
-from depthprobe.probing.passes import Probed, early_exit
+from depthprobe.probing.passes import CausalEncoder, early_exit
 from depthprobe.probing.walk import rank_routes, route
 from depthprobe.study import Cleaning, Columns
 
@@ -172,7 +172,7 @@ table[["NDCG@10", "NDCG@10 low", "NDCG@10 high", "parameters total"]].round(3)
 
 
 # %%
-class Mine(torch.nn.Module, Probed):
+class Mine(torch.nn.Module, CausalEncoder):
     """A GPT-2 whose words are the products."""
 
     def __init__(self, items: int) -> None:
@@ -217,7 +217,7 @@ _ = mine.eval()
 # A `route` says which blocks run: here each block is left out once.
 
 # %%
-asked = EvalSet(np.arange(log.n_users), histories, targets, seen=histories, negatives=None)
+eval_set = EvalSet(np.arange(log.n_users), histories, targets, seen=histories, negatives=None)
 cpu = torch.device("cpu")
 
 
@@ -225,9 +225,9 @@ def ndcg(ranks: dict[str, np.ndarray]) -> float:
     return dp.metrics_from_ranks(ranks["full"])["NDCG@10"]
 
 
-exits = early_exit(mine, asked, device=cpu)
+exits = early_exit(mine, eval_set, device=cpu)
 without = [route([block for block in range(4) if block != left]) for left in range(4)]
-skipped = rank_routes(mine, asked, without, device=cpu)
+skipped = rank_routes(mine, eval_set, without, device=cpu)
 print("after so many blocks: ", *(f"{depth}: {ndcg(each):.3f}" for depth, each in enumerate(exits)))
 print(
     "without this block:   ", *(f"{block}: {ndcg(each):.3f}" for block, each in enumerate(skipped))
@@ -236,12 +236,12 @@ print(
 # %% [markdown]
 # Depth 0 is the last item's own vector and nothing else: what the blocks add is the rise from
 # there. A block whose absence changes little is a candidate to go. The other probes (similarities,
-# greedy removal, read-outs, settling) take the same `mine` and `asked`; the guide to probing lists
-# them.
+# greedy removal, read-outs, settling) take the same `mine` and `eval_set`; the guide to probing
+# lists them.
 #
 # One check, that costs nothing: all blocks kept must be the model itself.
 
 # %%
 with torch.inference_mode():
-    same = rank_routes(mine, asked, [route(range(4))], device=cpu)[0]
+    same = rank_routes(mine, eval_set, [route(range(4))], device=cpu)[0]
 assert np.array_equal(same["full"], exits[4]["full"])

@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from depthprobe.evaluation.lists import TOP
-from depthprobe.evaluation.metrics import per_user_metric
+from depthprobe.evaluation.metrics import TOP, per_user_metric
 from depthprobe.evaluation.ranks import CHUNK_BYTES, EvalSet, evaluate, rank_users
 from depthprobe.evaluation.statistics import bootstrap_difference, bootstrap_mean, bootstrap_ratio
 from depthprobe.models.sasrec import SASRec

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import bootstrap_ratio, trust
+from depthprobe.evaluation.statistics import bootstrap_ratio
+from depthprobe.evaluation.trust import trust
 from depthprobe.probing.walk import rank_routes, route
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import whole_trial

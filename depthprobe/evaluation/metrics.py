@@ -5,9 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from depthprobe.data.splits import Split
+
+TOP = 10  # items in a list
+LISTS = f"top-{TOP}"  # where lists stand beside ranks
 
 
 def metrics_from_ranks(ranks: Any, ks: Iterable[int] = (1, 5, 10)) -> dict[str, float]:
@@ -115,6 +121,115 @@ def _ranks(ranks: Any) -> np.ndarray:
     if bad.any():
         place = int(bad.argmax())
         raise ValueError(f"rank {place} is {checked[place]}, expected a number from 1")
+    return checked
+
+
+# What is recommended to all users together: how much of the catalogue, how evenly, how popular.
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPopularity:
+    """What was taken in training.
+
+    ``popularity`` int64 (I,): interactions of each item. ``usual``: the mean over the test's users
+    of the mean popularity of their training items, NaN if none of them has any.
+    """
+
+    popularity: np.ndarray
+    usual: float
+
+
+def exposure(lists: np.ndarray, n_items: int) -> np.ndarray:
+    """How many lists hold each item, int64 (I,): item i at place i - 1.
+
+    Args:
+        lists: (E, K) items 1..I, no item twice in a row; 0 for no item.
+    """
+    return np.bincount(np.asarray(lists).ravel(), minlength=n_items + 1)[1:]
+
+
+def coverage(counts: np.ndarray) -> float:
+    """The share of the catalogue that is recommended to anybody, in (0, 1].
+
+    Catalogue coverage (Herlocker et al. 2004; Ge, Delgado-Battenfeld and Jannach 2010). E lists of
+    K items can't cover more than ``E K / I``.
+
+    Args:
+        counts: how many lists hold each item, (I,); see :func:`exposure`.
+
+    Raises:
+        ValueError: if nothing is recommended.
+    """
+    return float((_counts(counts) > 0).mean())
+
+
+def gini(counts: np.ndarray) -> float:
+    """How unevenly items are recommended: 0 is each equally often, ``1 - 1 / I`` one item alone.
+
+    Half the mean absolute difference between two items' counts, over the mean count:
+    ``sum_i (2 i - I - 1) c_(i) / (I sum c)`` with counts in ascending order, items that nobody
+    gets included (Shani and Gunawardana 2011, who divide by I - 1).
+
+    Args:
+        counts: how many lists hold each item, (I,).
+
+    Raises:
+        ValueError: if nothing is recommended.
+    """
+    ordered = np.sort(_counts(counts)).astype(np.float64)
+    weights = 2 * np.arange(1, len(ordered) + 1) - len(ordered) - 1
+    return float(weights @ ordered / (len(ordered) * ordered.sum()))
+
+
+def popularity_ratio(counts: np.ndarray, taken: TrainingPopularity) -> float:
+    """Mean popularity of what is recommended, over that of what users took; 1 is as popular.
+
+    The popularity of an item is its number of training interactions. With lists of one length the
+    numerator is the average recommendation popularity (Yin et al. 2012), and the value is 1 + the
+    relative change of group average popularity, with all users as one group (Abdollahpouri et al.
+    2019, arXiv 1907.13286).
+
+    Args:
+        counts: how many lists hold each item, (I,).
+
+    Raises:
+        ValueError: if nothing is recommended, or nobody took anything.
+    """
+    if not taken.usual > 0:
+        raise ValueError(f"the popularity of what users took is {taken.usual}, expected above 0")
+    shown = _counts(counts)
+    return float(shown @ taken.popularity / shown.sum() / taken.usual)
+
+
+def list_metrics(counts: np.ndarray, taken: TrainingPopularity) -> dict[str, float]:
+    """``coverage@10``, ``gini@10`` and ``popularity@10`` of what was recommended.
+
+    Empty where nothing was; without the last where no tested user took anything in training.
+    """
+    if not counts.any():
+        return {}
+    found = {f"coverage@{TOP}": coverage(counts), f"gini@{TOP}": gini(counts)}
+    if taken.usual > 0:
+        found[f"popularity@{TOP}"] = popularity_ratio(counts, taken)
+    return found
+
+
+def training_popularity(split: Split) -> TrainingPopularity:
+    """The popularity of each item in training, and of what the test's users took there."""
+    sequences, users = split.sequences, split.test.users
+    items = np.asarray(sequences.items)
+    popularity = np.bincount(items[split.trained], minlength=sequences.n_items + 1)
+    sums = np.concatenate([[0], np.cumsum(popularity[items])])  # (N + 1,)
+    starts, stops = np.asarray(sequences.offsets)[users], split.train_stop[users]
+    some = stops > starts
+    means = (sums[stops] - sums[starts])[some] / (stops - starts)[some]
+    return TrainingPopularity(popularity[1:], float(means.mean()) if len(means) else math.nan)
+
+
+def _counts(counts: np.ndarray) -> np.ndarray:
+    checked = np.asarray(counts)
+    if checked.ndim != 1 or not checked.any():
+        raise ValueError(f"expected counts (I,) of some recommended item, got {checked.shape}")
     return checked
 
 

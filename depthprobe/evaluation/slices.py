@@ -17,7 +17,7 @@ SHORT, LONG = 0.2, 0.2  # shares of the training interactions that the head and 
 GROUPS = ("head", "middle", "tail", "cold")
 MOST = 8  # labels of an own column that are slices of their own
 OTHER, UNKNOWN = "other", "unknown"
-TAKEN = frozenset({ALL, "history", "target", "user"})  # names that no own column may have
+RESERVED = frozenset({ALL, "history", "target", "user"})  # names that no own column may have
 
 
 @dataclass(frozen=True, eq=False)

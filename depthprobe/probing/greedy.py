@@ -10,7 +10,7 @@ import torch
 
 from depthprobe.evaluation.ranks import EvalSet, mean_ndcg
 from depthprobe.models.blocks import find_blocks
-from depthprobe.probing.passes import Probed
+from depthprobe.probing.passes import CausalEncoder
 from depthprobe.probing.walk import rank_routes, route
 
 Score = Callable[[np.ndarray], float]
@@ -37,8 +37,8 @@ class Removal:
 
 
 def greedy(
-    model: Probed,
-    asked: EvalSet,
+    model: CausalEncoder,
+    eval_set: EvalSet,
     *,
     device: torch.device,
     score: Score = mean_ndcg,
@@ -53,7 +53,7 @@ def greedy(
 
     Args:
         model: in evaluation mode.
-        asked: the questions to choose by: of validation, never of the test.
+        eval_set: the questions to choose by: of validation, never of the test.
         score: of all users' full ranks; higher is better. NDCG@10 by default.
         lazy: False measures every block at every removal, about L^2 / 6 passes.
     """
@@ -65,10 +65,10 @@ def greedy(
         nonlocal evaluated
         evaluated += len(blocks)
         routes = [route(b for b in left if b != out) for out in blocks]
-        ranks = rank_routes(model, asked, routes, device=device)
+        ranks = rank_routes(model, eval_set, routes, device=device)
         return {out: score(each["full"]) for out, each in zip(blocks, ranks, strict=True)}
 
-    (whole,) = rank_routes(model, asked, [route(left)], device=device)
+    (whole,) = rank_routes(model, eval_set, [route(left)], device=device)
     scores, removed = [score(whole["full"])], list[int]()
     damage = dict.fromkeys(left, -np.inf)  # as it was when last measured
     while len(left) > 1:

@@ -19,7 +19,7 @@ from depthprobe.models.taps import tap_blocks
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # half precision: 3e-2
 
 
-class Probed(Encoder, Protocol):
+class CausalEncoder(Encoder, Protocol):
     """What can be probed: an encoder whose vectors are read out of a causal decoder's last block.
 
     Inherit from it and set ``backbone``; ``encode`` and ``item_matrix`` are the model's own. The
@@ -38,7 +38,7 @@ class Probed(Encoder, Protocol):
 
 
 @dataclass(frozen=True)
-class Pass:
+class BatchStates:
     """A batch of users and the states that a pass left of them."""
 
     chosen: np.ndarray  # (B,) indices of the users
@@ -47,14 +47,16 @@ class Pass:
     states: Tensor  # (L + 1, B, D) before the first and after each block, where users are read out
 
 
-def prepare_prompt(model: Probed) -> Cache | None:
+def prepare_prompt(model: CausalEncoder) -> Cache | None:
     """The prompt that all users share, run once; None for a model that has none."""
     prepare = getattr(model, "prepare_prompt", None)
     cache: Cache | None = prepare() if prepare is not None else None
     return cache
 
 
-def encode(model: Probed, histories: Tensor, lengths: Tensor, prompt: Cache | None) -> Tensor:
+def encode(
+    model: CausalEncoder, histories: Tensor, lengths: Tensor, prompt: Cache | None
+) -> Tensor:
     """User vectors (B, d) of histories (B, T) behind a prompt that has run."""
     if prompt is None:
         return model.encode(histories, lengths)
@@ -63,12 +65,12 @@ def encode(model: Probed, histories: Tensor, lengths: Tensor, prompt: Cache | No
     return vectors
 
 
-def vectors_of(model: Probed, states: Tensor) -> Tensor:
+def vectors_of(model: CausalEncoder, states: Tensor) -> Tensor:
     """User vectors (K, B, d) from states (K, B, D) of blocks, through the final norm."""
     return model.read_out(normed(model, states).to(model.item_matrix().dtype))
 
 
-def normed(model: Probed, states: Tensor) -> Tensor:
+def normed(model: CausalEncoder, states: Tensor) -> Tensor:
     """What follows the blocks, on states (K, B, D) of blocks: (K, B, D')."""
     # one position each: a batch can be longer than the model's table of positions
     single = split_streams(model.backbone, states.flatten(0, 1))
@@ -82,13 +84,13 @@ def exact(values: Tensor) -> Tensor:
 
 
 def passes(
-    model: Probed,
-    asked: EvalSet,
+    model: CausalEncoder,
+    eval_set: EvalSet,
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
     batch_size: int = BATCH,
-) -> Iterator[Pass]:
+) -> Iterator[BatchStates]:
     """Encode all users once, and yield each batch with its states; nothing else is kept.
 
     The caller decides about gradients: probing runs this in inference mode.
@@ -105,17 +107,19 @@ def passes(
     check_readable(model.backbone)
     prompt, first = prepare_prompt(model), True
     with tap_blocks(model.backbone, dtype=None) as tap:
-        for chosen, histories, lengths in asked.batches(batch_size, device):
+        for chosen, histories, lengths in eval_set.batches(batch_size, device):
             tap.positions = model.last_place(lengths)
             vectors = encode(model, histories, lengths, prompt)
             states = torch.stack([join_streams(state) for state in tap.states])
             if first:
                 _check_read_out(model, vectors, states[-1])
                 first = False
-            yield Pass(chosen, histories, lengths, states if dtype is None else states.to(dtype))
+            yield BatchStates(
+                chosen, histories, lengths, states if dtype is None else states.to(dtype)
+            )
 
 
-def _check_read_out(model: Probed, vectors: Tensor, last: Tensor) -> None:
+def _check_read_out(model: CausalEncoder, vectors: Tensor, last: Tensor) -> None:
     """Refuse a model of somebody's own whose last place or read-out is another than it says."""
     found = vectors_of(model, last[None])[0].detach()
     own = vectors.detach().double()
@@ -136,7 +140,7 @@ def _check_read_out(model: Probed, vectors: Tensor, last: Tensor) -> None:
 
 @torch.inference_mode()
 def early_exit(
-    model: Probed, asked: EvalSet, *, device: torch.device, norm: bool = True
+    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, norm: bool = True
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target at each depth 0..L, by protocol, each (E,).
 
@@ -153,19 +157,19 @@ def early_exit(
     """
     items = model.item_matrix()
     found: list[Ranks] = []
-    for batch in passes(model, asked, device=device):
+    for batch in passes(model, eval_set, device=device):
         if norm:
             vectors = vectors_of(model, batch.states)  # (L + 1, B, d)
         else:
             own = vectors_of(model, batch.states[-1:])  # (1, B, d)
             vectors = torch.cat([_read_as_they_are(model, batch.states[:-1]), own])
-        found = found or [Ranks(len(asked.users)) for _ in vectors]
+        found = found or [Ranks(len(eval_set.users)) for _ in vectors]
         for ranks, each in zip(found, vectors, strict=True):
-            ranks.put(batch.chosen, asked.rank(batch.chosen, each, items))
+            ranks.put(batch.chosen, eval_set.rank(batch.chosen, each, items))
     return [ranks.values for ranks in found]
 
 
-def _read_as_they_are(model: Probed, states: Tensor) -> Tensor:
+def _read_as_they_are(model: CausalEncoder, states: Tensor) -> Tensor:
     """(K, B, D) to user vectors (K, B, d), past the final norm."""
     width = normed(model, states[:1]).shape[-1]
     if width != states.shape[-1]:

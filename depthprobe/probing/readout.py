@@ -19,10 +19,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks, mean_ndcg
 from depthprobe.files import reserve
-from depthprobe.probing.passes import Probed, normed, passes, vectors_of
+from depthprobe.probing.passes import CausalEncoder, normed, passes, vectors_of
 
 # model, states (K, B, D), weight (K, D, d), bias (K, 1, d) -> user vectors (K, B, d)
-Read = Callable[[Probed, Tensor, Tensor, Tensor], Tensor]
+Read = Callable[[CausalEncoder, Tensor, Tensor, Tensor], Tensor]
 # states (L + 1, B, D), targets (B,) -> what `score_gradient` wants
 Wanted = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,7 +42,7 @@ class Fitting:
 class CachedStates:
     """Users, and the states at every depth where a model answers them."""
 
-    asked: EvalSet
+    eval_set: EvalSet
     states: np.ndarray  # (E, L + 1, D), before the final norm, memory-mapped
 
     def at(self, rows: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -61,14 +61,14 @@ class Readouts:
     epochs: np.ndarray  # (L + 1,) the epoch whose weights these are; 0: before the first
     ndcg: np.ndarray  # (L + 1,) validation NDCG@10 by full ranking, after that epoch
 
-    def vectors(self, model: Probed, states: Tensor) -> Tensor:
+    def vectors(self, model: CausalEncoder, states: Tensor) -> Tensor:
         """States (L + 1, B, D), before the final norm, to user vectors (L + 1, B, d)."""
         return self.read(model, states.to(self.weight.dtype), self.weight, self.bias)
 
 
 @torch.inference_mode()
 def cache_states(
-    model: Probed, asked: EvalSet, *, path: Path, device: torch.device
+    model: CausalEncoder, eval_set: EvalSet, *, path: Path, device: torch.device
 ) -> CachedStates:
     """Run the model once over the questions, into a memory-mapped file of E (L + 1) D numbers.
 
@@ -83,26 +83,26 @@ def cache_states(
         ValueError: without questions, for a backbone without one state a position after each
             block, or if a state is not finite.
     """
-    if not len(asked.users):
+    if not len(eval_set.users):
         raise ValueError("no questions to cache the states of")
     for dtype in (torch.float16, torch.float32):
-        if _write(model, asked, path, device, dtype):
-            return CachedStates(asked, np.load(path, mmap_mode="r"))
+        if _write(model, eval_set, path, device, dtype):
+            return CachedStates(eval_set, np.load(path, mmap_mode="r"))
     raise ValueError("a state is infinite or NaN")
 
 
 def _write(
-    model: Probed, asked: EvalSet, path: Path, device: torch.device, dtype: torch.dtype
+    model: CausalEncoder, eval_set: EvalSet, path: Path, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether all states fit the dtype; then they are in the file."""
     out: np.ndarray | None = None
-    for batch in passes(model, asked, device=device):
+    for batch in passes(model, eval_set, device=device):
         states = batch.states.transpose(0, 1).to(dtype)  # (B, L + 1, D)
         if not torch.isfinite(states).all():
             return False
         rows = states.cpu().numpy()
         if out is None:
-            shape = (len(asked.users), *rows.shape[1:])
+            shape = (len(eval_set.users), *rows.shape[1:])
             out = np.lib.format.open_memmap(path, mode="w+", dtype=rows.dtype, shape=shape)
             reserve(path)
         out[batch.chosen] = rows
@@ -110,7 +110,7 @@ def _write(
 
 
 def fit_side_by_side(
-    model: Probed,
+    model: CausalEncoder,
     train: CachedStates,
     validation: CachedStates,
     *,
@@ -136,9 +136,9 @@ def fit_side_by_side(
     optimizer = torch.optim.AdamW(
         maps, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    batches = math.ceil(len(train.asked.users) / settings.batch_size)
+    batches = math.ceil(len(train.eval_set.users) / settings.batch_size)
     schedule = CosineAnnealingLR(optimizer, T_max=settings.epochs * batches)
-    targets = torch.from_numpy(train.asked.targets.astype(np.int64))
+    targets = torch.from_numpy(train.eval_set.targets.astype(np.int64))
     kept = [each.detach().clone() for each in maps]
     ndcg = _validate(model, validation, read, kept)
     epochs = np.zeros(len(ndcg), dtype=np.int64)
@@ -199,16 +199,16 @@ def _mean_items(vectors: Tensor, table: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _validate(
-    model: Probed, cached: CachedStates, read: Read, maps: Sequence[Tensor]
+    model: CausalEncoder, cached: CachedStates, read: Read, maps: Sequence[Tensor]
 ) -> np.ndarray:
     """NDCG@10 of each depth, (L + 1,), by full ranking."""
-    asked, items, weight = cached.asked, model.item_matrix(), maps[0]
-    ranks = np.empty((len(weight), len(asked.users)))
-    for start in range(0, len(asked.users), BATCH):
-        chosen = np.arange(start, min(start + BATCH, len(asked.users)))
+    eval_set, items, weight = cached.eval_set, model.item_matrix(), maps[0]
+    ranks = np.empty((len(weight), len(eval_set.users)))
+    for start in range(0, len(eval_set.users), BATCH):
+        chosen = np.arange(start, min(start + BATCH, len(eval_set.users)))
         vectors = read(model, cached.at(chosen, weight.device, weight.dtype), *maps)
         for each, found in zip(vectors, ranks, strict=True):
-            found[chosen] = asked.rank(chosen, each, items)["full"]
+            found[chosen] = eval_set.rank(chosen, each, items)["full"]
     return np.array([mean_ndcg(each) for each in ranks])
 
 
@@ -225,7 +225,7 @@ def working_dtype(items: Tensor) -> torch.dtype:
 
 
 def fit_readouts(
-    model: Probed,
+    model: CausalEncoder,
     train: CachedStates,
     validation: CachedStates,
     *,
@@ -262,19 +262,19 @@ def fit_readouts(
     )
 
 
-def read_linear(model: Probed, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def read_linear(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``norm(h) W + b`` at each depth: (K, B, D), (K, D, d), (K, 1, d) -> (K, B, d)."""
     return torch.baddbmm(bias, _normed(model, states), weight)
 
 
 @torch.no_grad()
-def _normed(model: Probed, states: Tensor) -> Tensor:
+def _normed(model: CausalEncoder, states: Tensor) -> Tensor:
     return normed(model, states.to(model.backbone.dtype)).to(states.dtype)
 
 
 @torch.inference_mode()
 def rank_readouts(
-    model: Probed, fitted: Readouts, asked: EvalSet, *, device: torch.device
+    model: CausalEncoder, fitted: Readouts, eval_set: EvalSet, *, device: torch.device
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target at each depth 0..L, by protocol, each (E,).
 
@@ -284,11 +284,11 @@ def rank_readouts(
         model: in evaluation mode, the one that the read-outs were fitted to.
     """
     items = model.item_matrix()
-    found = [Ranks(len(asked.users)) for _ in fitted.weight]
-    for batch in passes(model, asked, device=device):
+    found = [Ranks(len(eval_set.users)) for _ in fitted.weight]
+    for batch in passes(model, eval_set, device=device):
         vectors = fitted.vectors(model, batch.states)
         for ranks, each in zip(found, vectors, strict=True):
-            ranks.put(batch.chosen, asked.rank(batch.chosen, each, items))
+            ranks.put(batch.chosen, eval_set.rank(batch.chosen, each, items))
     return [ranks.values for ranks in found]
 
 
@@ -303,7 +303,7 @@ SAMPLE = 1024  # users that the size of a depth's states is taken from
 
 
 def fit_lenses(
-    model: Probed,
+    model: CausalEncoder,
     train: CachedStates,
     validation: CachedStates,
     *,
@@ -332,7 +332,7 @@ def fit_lenses(
     moves = torch.ones_like(size)
     size[-1] = moves[-1] = 0
 
-    def read(model: Probed, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def read(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return read_translated(model, states, moves * weight, size * bias)
 
     fitted = fit_side_by_side(
@@ -351,10 +351,10 @@ def fit_lenses(
     )
 
 
-def read_translated(model: Probed, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def read_translated(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``U(norm(h + h A' + b))``: (K, B, D), (K, D, D), (K, 1, D) -> (K, B, d)."""
     return _unembed(model, states + torch.baddbmm(bias, states, weight))
 
 
-def _unembed(model: Probed, states: Tensor) -> Tensor:
+def _unembed(model: CausalEncoder, states: Tensor) -> Tensor:
     return vectors_of(model, states.to(model.backbone.dtype)).to(states.dtype)

@@ -30,7 +30,7 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable, find_projection
 from depthprobe.models.taps import tap_blocks
-from depthprobe.probing.passes import Probed, encode, exact, prepare_prompt
+from depthprobe.probing.passes import CausalEncoder, encode, exact, prepare_prompt
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.
@@ -51,8 +51,8 @@ class Replacement:
 
 @torch.inference_mode()
 def fit_replacements(
-    model: Probed,
-    asked: EvalSet,
+    model: CausalEncoder,
+    eval_set: EvalSet,
     spans: Sequence[tuple[int, int]],
     *,
     device: torch.device,
@@ -73,7 +73,7 @@ def fit_replacements(
 
     Args:
         model: in evaluation mode.
-        asked: the calibration users; their targets are not used.
+        eval_set: the calibration users; their targets are not used.
         spans: blocks [start, end), 0-based; start at least 1, as block start - 1 takes the map.
         ridge: a in units of ``trace(G) / D``, more than 0. It matters where there are few
             positions for the width: from some 100 D of them on, 0.01 and less do the same.
@@ -88,7 +88,7 @@ def fit_replacements(
             the output of one plain linear map of its own: a norm or a factor between them, a
             mixture of experts, quantised, shared or low-rank adapted weights.
     """
-    if not len(asked.users):
+    if not len(eval_set.users):
         raise ValueError("no questions to fit a map on")
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}: it must be more than 0")
@@ -100,7 +100,7 @@ def fit_replacements(
     sums = _Sums(spans)
     prompt = prepare_prompt(model)
     with tap_blocks(model.backbone, consume=sums.take), _listening(projections, sums.written):
-        for _, histories, lengths in asked.batches(batch_size, device):
+        for _, histories, lengths in eval_set.batches(batch_size, device):
             sums.first = int(getattr(model, "lead", 0))  # a prompt repeated in each row
             sums.last = model.last_place(lengths)
             encode(model, histories, lengths, prompt)
@@ -109,7 +109,7 @@ def fit_replacements(
 
 
 @torch.no_grad()
-def fold_map(model: Probed, replacement: Replacement) -> None:
+def fold_map(model: CausalEncoder, replacement: Replacement) -> None:
     """Fold the map into the block before the span, in place; all blocks stay.
 
     What it is worth shows once the span is left out, by a cut or a route past it. The product is
@@ -125,7 +125,7 @@ def fold_map(model: Probed, replacement: Replacement) -> None:
 
 
 @torch.no_grad()
-def apply_replacement(model: Probed, replacement: Replacement) -> None:
+def apply_replacement(model: CausalEncoder, replacement: Replacement) -> None:
     """Fold the map into the block before the span and remove the span, in place.
 
     The backbone is then a plain model of fewer blocks, as after ``keep_blocks``.
@@ -142,7 +142,7 @@ def apply_replacement(model: Probed, replacement: Replacement) -> None:
         weight.copy_(value)
 
 
-def _folded(model: Probed, replacement: Replacement) -> list[tuple[Tensor, Tensor]]:
+def _folded(model: CausalEncoder, replacement: Replacement) -> list[tuple[Tensor, Tensor]]:
     """The weights that take the map, each with its new value in float64."""
     _check_span(model, replacement.start, replacement.end)
     projection = find_projection(model.backbone, replacement.start - 1)
@@ -158,11 +158,11 @@ def _folded(model: Probed, replacement: Replacement) -> list[tuple[Tensor, Tenso
     return found
 
 
-def _depth(model: Probed) -> int:
+def _depth(model: CausalEncoder) -> int:
     return len(find_blocks(model.backbone))
 
 
-def _check_span(model: Probed, start: int, end: int) -> None:
+def _check_span(model: CausalEncoder, start: int, end: int) -> None:
     depth = _depth(model)
     if start == 0:
         raise ValueError(f"span [0, {end}): no block before it could take the map")

@@ -17,7 +17,7 @@ import torch
 from depthprobe.evaluation.metrics import overlap, rank_biased_overlap
 from depthprobe.evaluation.ranks import EvalSet, top_items
 from depthprobe.models.blocks import find_blocks
-from depthprobe.probing.passes import Probed, passes, vectors_of
+from depthprobe.probing.passes import CausalEncoder, passes, vectors_of
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,21 @@ class Settling:
 
 
 @torch.inference_mode()
-def settling(model: Probed, asked: EvalSet, *, device: torch.device, k: int = 10) -> Settling:
+def settling(
+    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, k: int = 10
+) -> Settling:
     """Read every depth out of one pass and compare each user's answers with the last.
 
     Args:
         model: in evaluation mode.
-        asked: seen items are left out of the lists where it has them, as out of the ranks.
+        eval_set: seen items are left out of the lists where it has them, as out of the ranks.
         k: length of the top lists; a user with fewer items left has a shorter one.
 
     Raises:
         ValueError: if ``k`` is not in 1..I.
     """
-    asked = replace(asked, negatives=None)  # the sampled protocol has no top list
-    n_users, n_depths = len(asked.users), len(find_blocks(model.backbone)) + 1
+    eval_set = replace(eval_set, negatives=None)  # the sampled protocol has no top list
+    n_users, n_depths = len(eval_set.users), len(find_blocks(model.backbone)) + 1
     found = Settling(
         ranks=np.empty((n_users, n_depths), np.float32),
         top_settled=np.empty(n_users, np.int16),
@@ -104,12 +106,12 @@ def settling(model: Probed, asked: EvalSet, *, device: torch.device, k: int = 10
         rbos=np.empty((n_users, n_depths), np.float32),
     )
     items = model.item_matrix()
-    for batch in passes(model, asked, device=device):
+    for batch in passes(model, eval_set, device=device):
         chosen = batch.chosen
-        seen = None if asked.seen is None else [asked.seen[i] for i in chosen]
+        seen = None if eval_set.seen is None else [eval_set.seen[i] for i in chosen]
         lists = np.empty((len(chosen), n_depths, k), np.int64)
         for depth, vectors in enumerate(vectors_of(model, batch.states)):  # (B, d)
-            found.ranks[chosen, depth] = asked.rank(chosen, vectors, items)["full"]
+            found.ranks[chosen, depth] = eval_set.rank(chosen, vectors, items)["full"]
             lists[:, depth] = top_items(vectors, items, k=k, seen=seen)[0].numpy()
         found.top_settled[chosen] = settled_depths(lists)
         found.set_settled[chosen] = settled_depths(lists, ordered=False)

@@ -20,7 +20,7 @@ from depthprobe.evaluation.ranks import BATCH, EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import Branch, check_readable, find_sublayers, join_streams
 from depthprobe.models.taps import first_tensor, input_state, tap_blocks
-from depthprobe.probing.passes import Probed, encode, exact, passes, prepare_prompt
+from depthprobe.probing.passes import CausalEncoder, encode, exact, passes, prepare_prompt
 
 FEW = 8  # users from whom is learnt how a block adds its branches up
 
@@ -34,7 +34,7 @@ class Term:
     factor: float
 
 
-def find_sums(model: Probed, asked: EvalSet, *, device: torch.device) -> list[list[Term]]:
+def find_sums(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> list[list[Term]]:
     """What each block adds to its input, in order; nothing for a block that is no such sum.
 
     A branch may pass a norm before it is added, and be scaled, and so may the whole. The norm is
@@ -43,14 +43,14 @@ def find_sums(model: Probed, asked: EvalSet, *, device: torch.device) -> list[li
 
     Args:
         model: in evaluation mode.
-        asked: some of their users are looked at, the first ones.
+        eval_set: some of their users are looked at, the first ones.
 
     Raises:
         ValueError: if the model is not read out as it says.
     """
     blocks = find_blocks(model.backbone)
     sublayers = _sublayers(blocks, model)
-    few = replace(asked, users=asked.users[:FEW], histories=asked.histories[:FEW])
+    few = replace(eval_set, users=eval_set.users[:FEW], histories=eval_set.histories[:FEW])
     # a pass of its own, as it checks the read-out, which runs some modules on other states
     (batch,) = passes(model, few, device=device)
     places, prompt = model.last_place(batch.lengths), prepare_prompt(model)
@@ -69,7 +69,7 @@ def find_sums(model: Probed, asked: EvalSet, *, device: torch.device) -> list[li
     return found
 
 
-def _sublayers(blocks: nn.ModuleList, model: Probed) -> list[list[Branch]]:
+def _sublayers(blocks: nn.ModuleList, model: CausalEncoder) -> list[list[Branch]]:
     """The branches of each block; none where a block is no sum."""
     kinds = [repr(block) for block in blocks]  # blocks of the same modules have the same branches
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
@@ -89,7 +89,7 @@ class Added:
 
 
 @contextmanager
-def watched(model: Probed, sums: Sequence[Sequence[Term]]) -> Iterator[Added]:
+def watched(model: CausalEncoder, sums: Sequence[Sequence[Term]]) -> Iterator[Added]:
     """Within the context, passes leave the outputs of the terms, once the places are set."""
     added = Added([[torch.empty(0)] * len(terms) for terms in sums])
 
@@ -224,7 +224,7 @@ class Similarities:
 
 @torch.inference_mode()
 def similarities(
-    model: Probed, asked: EvalSet, *, device: torch.device, cka_users: int = 2048
+    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, cka_users: int = 2048
 ) -> Similarities:
     """Compare the states around blocks and parts of blocks, where users are read out.
 
@@ -245,18 +245,18 @@ def similarities(
         ValueError: without questions, for a backbone without one state a position after each
             block, or if the model is not read out as it says.
     """
-    users = len(asked.users)
+    users = len(eval_set.users)
     if not users:
         raise ValueError("no questions to compare the states of")
     check_readable(model.backbone)
-    sums = find_sums(model, asked, device=device)
+    sums = find_sums(model, eval_set, device=device)
     depth = len(sums)
     sample = _Sample(users, cka_users)
     influence, parts = np.zeros(depth), np.zeros((depth, 2))
     angular, norms = np.zeros((depth + 1, depth + 1)), np.zeros(depth + 1)
     prompt = prepare_prompt(model)
     with tap_blocks(model.backbone) as tap, watched(model, sums) as added:
-        for chosen, histories, lengths in asked.batches(BATCH, device):
+        for chosen, histories, lengths in eval_set.batches(BATCH, device):
             tap.positions = added.places = model.last_place(lengths)
             encode(model, histories, lengths, prompt)
             states = torch.stack([join_streams(state) for state in tap.states])  # (L + 1, B, D)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.blocks import find_blocks
-from depthprobe.probing.passes import Probed, encode, prepare_prompt
+from depthprobe.probing.passes import CausalEncoder, encode, prepare_prompt
 from depthprobe.probing.readout import score_gradient, working_dtype
 
 CALIBRATION_BATCH = 32  # a backward pass keeps what an evaluation pass forgets
 
 
 def taylor_importance(
-    model: Probed,
-    asked: EvalSet,
+    model: CausalEncoder,
+    eval_set: EvalSet,
     *,
     device: torch.device,
     batch_size: int = CALIBRATION_BATCH,
@@ -35,25 +35,25 @@ def taylor_importance(
 
     Args:
         model: in evaluation mode.
-        asked: the calibration users; their targets are used.
+        eval_set: the calibration users; their targets are used.
         batch_size: users at once; the result is the same, memory and time are not.
 
     Raises:
         ValueError: without questions, or if a weight is quantised, so that it has no gradient.
     """
-    users = len(asked.users)
+    users = len(eval_set.users)
     if not users:
         raise ValueError("no questions to take a gradient of")
     blocks = find_blocks(model.backbone)
     _check_weights(model, blocks)
     weights = list(dict.fromkeys(blocks.parameters()))
     total: dict[Tensor, Tensor] = {}
-    targets = torch.from_numpy(asked.targets.astype(np.int64))
+    targets = torch.from_numpy(eval_set.targets.astype(np.int64))
     # the caller may be in inference mode, whose tensors remember no gradient
     with torch.inference_mode(False), torch.enable_grad(), _requiring_gradients(weights):
         items = model.item_matrix().detach()
         table = items[1:].to(working_dtype(items))  # (I, d)
-        for chosen, histories, lengths in asked.batches(batch_size, device):
+        for chosen, histories, lengths in eval_set.batches(batch_size, device):
             # anew for each batch: its part of the graph is gone after the backward pass
             vectors = encode(model, histories, lengths, prepare_prompt(model))  # (B, d)
             goal = targets[chosen].to(device)
@@ -72,7 +72,7 @@ def taylor_importance(
     return np.array(found, dtype=np.float64) / users
 
 
-def _check_weights(model: Probed, blocks: nn.ModuleList) -> None:
+def _check_weights(model: CausalEncoder, blocks: nn.ModuleList) -> None:
     for name, weight in blocks.named_parameters():
         # the 8-bit floats are for storage only
         if not weight.is_floating_point() or weight.element_size() < 2:

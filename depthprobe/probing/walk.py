@@ -24,7 +24,7 @@ from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
 from depthprobe.models.skipping import Plan, plan_skip, refuse_shared, standing_in
 from depthprobe.models.taps import BlockCalls, first_tensor, record_calls
-from depthprobe.probing.passes import Pass, Probed, encode, prepare_prompt, vectors_of
+from depthprobe.probing.passes import BatchStates, CausalEncoder, encode, prepare_prompt, vectors_of
 
 
 class Step(NamedTuple):
@@ -72,7 +72,7 @@ def blocks_run(routes: Sequence[Route]) -> int:
 
 @torch.inference_mode()
 def rank_routes(
-    model: Probed, asked: EvalSet, routes: Sequence[Route], *, device: torch.device
+    model: CausalEncoder, eval_set: EvalSet, routes: Sequence[Route], *, device: torch.device
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target on each route, by protocol, each (E,).
 
@@ -87,22 +87,22 @@ def rank_routes(
             part; for a backbone that has no state to read out after each block.
     """
     check_readable(model.backbone)
-    found = [Ranks(len(asked.users)) for _ in routes]
+    found = [Ranks(len(eval_set.users)) for _ in routes]
     items = model.item_matrix()
-    for batch in walk(model, asked, routes, device=device):
+    for batch in walk(model, eval_set, routes, device=device):
         for ranks, vectors in zip(found, vectors_of(model, batch.states), strict=True):
-            ranks.put(batch.chosen, asked.rank(batch.chosen, vectors, items))
+            ranks.put(batch.chosen, eval_set.rank(batch.chosen, vectors, items))
     return [ranks.values for ranks in found]
 
 
 def walk(
-    model: Probed,
-    asked: EvalSet,
+    model: CausalEncoder,
+    eval_set: EvalSet,
     routes: Sequence[Route],
     *,
     device: torch.device,
     batch_size: int = BATCH,
-) -> Iterator[Pass]:
+) -> Iterator[BatchStates]:
     """Yield each batch with its state at the end of each route, (routes, B, D), before the norm."""
     if not routes:
         return
@@ -122,13 +122,13 @@ def walk(
             prompt = prepare_prompt(model)
         if prompt is not None:
             walker.run_prompt(tree, calls, calls.states[0])
-        for chosen, histories, lengths in asked.batches(batch_size, device):
+        for chosen, histories, lengths in eval_set.batches(batch_size, device):
             with standing_in(every), record_calls(blocks) as calls:
                 encode(model, histories, lengths, prompt)
             place = model.last_place(lengths)
             ends = dict(walker.run(tree, calls, calls.states[0], place))
             states = torch.stack([ends[index] for index in range(len(routes))])
-            yield Pass(chosen, histories, lengths, states)
+            yield BatchStates(chosen, histories, lengths, states)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from depthprobe.evaluation.statistics import Interval, trust
+from depthprobe.evaluation.statistics import Interval
+from depthprobe.evaluation.trust import trust
 from depthprobe.report.numbers import FULL, HEADLINE, RunLike, Summary, as_summary
 from depthprobe.report.style import NONE, bounds, method_style
 from depthprobe.report.tables import Cell, Row, Table

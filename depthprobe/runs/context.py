@@ -16,7 +16,7 @@ from torch import Tensor
 from depthprobe.cost.shapes import Products
 from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
-from depthprobe.evaluation.lists import TrainingPopularity, training_popularity
+from depthprobe.evaluation.metrics import TrainingPopularity, training_popularity
 from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_set, mean_ndcg
 from depthprobe.models.backbones import resolve_device
 from depthprobe.models.build import (

@@ -15,8 +15,13 @@ from pyarrow.parquet import ParquetFile
 from torch import nn
 
 from depthprobe.errors import BadInput
-from depthprobe.evaluation.lists import LISTS, TrainingPopularity, exposure, of_lists
-from depthprobe.evaluation.metrics import metrics_from_ranks
+from depthprobe.evaluation.metrics import (
+    LISTS,
+    TrainingPopularity,
+    exposure,
+    list_metrics,
+    metrics_from_ranks,
+)
 from depthprobe.files import complete_folder, write_json
 from depthprobe.models.build import save_trained
 from depthprobe.models.recommender import Recommender
@@ -82,7 +87,7 @@ def write_result(
     metrics = {protocol: metrics_from_ranks(values) for protocol, values in ranks.items()}
     lists = result.ranks.get(LISTS, np.zeros((0, 0), np.int32))
     counts = exposure(lists, len(taken.popularity))  # (I,)
-    metrics["full"] |= of_lists(counts, taken)
+    metrics["full"] |= list_metrics(counts, taken)
     training = None
     validation = None
     if fit is not None:

@@ -14,7 +14,7 @@ from depthprobe.data.readers.titles import What, read_attribute
 from depthprobe.data.splits import Split
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import check_metrics, per_user_metric
-from depthprobe.evaluation.slices import ALL, TAKEN, Family, slice_means
+from depthprobe.evaluation.slices import ALL, RESERVED, Family, slice_means
 from depthprobe.files import complete_file
 from depthprobe.runs.context import TRIALS
 from depthprobe.runs.records import read_users
@@ -48,7 +48,7 @@ def own_slices(protocol: Protocol, split: Split) -> pd.DataFrame:
         field = f"protocol.{what}_slices"
         for setting in settings:
             name, values = read_attribute(setting, kind, field=field, wanted=set(ids[kind]))
-            if name in TAKEN or name in frame:
+            if name in RESERVED or name in frame:
                 raise BadInput(field, setting, f"another name for the column {name!r}: it is taken")
             frame[name] = [values.get(key, "") for key in ids[kind]]
     return frame

@@ -39,24 +39,26 @@ def asked() -> EvalSet:
     return make_eval_set(leave_one_out(sequences), "test", max_history=3, filter_seen=True)
 
 
-def test_equals_a_loop_over_users(asked: EvalSet) -> None:
+def test_equals_a_loop_over_users(eval_set: EvalSet) -> None:
     model = LastItem()
-    found = evaluate(model, asked, device=CPU)["full"]
+    found = evaluate(model, eval_set, device=CPU)["full"]
     for user in range(40):
-        scores = model.table[int(asked.histories[user][-1])] @ model.table.T
+        scores = model.table[int(eval_set.histories[user][-1])] @ model.table.T
         exclude = torch.zeros(1, 31, dtype=torch.bool)
         exclude[0, 0] = True
-        assert asked.seen is not None
-        exclude[0, asked.seen[user].astype(np.int64)] = True
-        target = torch.tensor([int(asked.targets[user])])
+        assert eval_set.seen is not None
+        exclude[0, eval_set.seen[user].astype(np.int64)] = True
+        target = torch.tensor([int(eval_set.targets[user])])
         assert found[user] == rank_targets(scores[None], target, exclude).item()
 
 
-def test_history_is_the_latest_items_before_the_target(asked: EvalSet) -> None:
-    assert asked.seen is not None
-    assert {len(history) for history in asked.histories} == {3}
-    assert {len(seen) for seen in asked.seen} == {7}
-    for history, seen, target in zip(asked.histories, asked.seen, asked.targets, strict=True):
+def test_history_is_the_latest_items_before_the_target(eval_set: EvalSet) -> None:
+    assert eval_set.seen is not None
+    assert {len(history) for history in eval_set.histories} == {3}
+    assert {len(seen) for seen in eval_set.seen} == {7}
+    for history, seen, target in zip(
+        eval_set.histories, eval_set.seen, eval_set.targets, strict=True
+    ):
         assert history.tolist() == seen[-3:].tolist()
         assert target not in seen
 
@@ -78,16 +80,16 @@ def test_mean_ndcg_by_hand() -> None:
     assert mean_ndcg(np.array([1, 3, 11])) == pytest.approx((1 + 0.5 + 0) / 3)
 
 
-def test_lists_are_the_best_items_not_seen(asked: EvalSet) -> None:
+def test_lists_are_the_best_items_not_seen(eval_set: EvalSet) -> None:
     model = LastItem()
-    found = evaluate(model, replace(asked, lists=True), device=CPU)
+    found = evaluate(model, replace(eval_set, lists=True), device=CPU)
     assert found.keys() == {"full", "top-10"}
-    assert found["full"].tolist() == evaluate(model, asked, device=CPU)["full"].tolist()
+    assert found["full"].tolist() == evaluate(model, eval_set, device=CPU)["full"].tolist()
     lists = found["top-10"]
     assert (lists.shape, lists.dtype) == ((40, 10), np.int32)
-    assert asked.seen is not None
-    for user, (seen, row) in enumerate(zip(asked.seen, lists.tolist(), strict=True)):
-        scores = model.table[int(asked.histories[user][-1])] @ model.table.T
+    assert eval_set.seen is not None
+    for user, (seen, row) in enumerate(zip(eval_set.seen, lists.tolist(), strict=True)):
+        scores = model.table[int(eval_set.histories[user][-1])] @ model.table.T
         order = scores[1:].sort(descending=True, stable=True).indices + 1
         best = [item for item in order.tolist() if item not in set(seen.tolist())]
         assert row == best[:10]

@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.prepared import order_log
 from depthprobe.data.splits import Split, leave_one_out, temporal
-from depthprobe.evaluation.lists import (
+from depthprobe.evaluation.metrics import (
     TrainingPopularity,
-    best_in_blocks,
     coverage,
     exposure,
     gini,
-    of_lists,
+    list_metrics,
     popularity_ratio,
-    top_lists,
     training_popularity,
 )
+from depthprobe.evaluation.ranks import best_in_blocks, top_lists
 from depthprobe.models.recommender import best_columns
 from depthprobe.study import Protocol
 
@@ -84,7 +83,7 @@ def test_by_hand() -> None:
     # popularity 10, 5, 1, 1, 2, 0: (40 + 10 + 2 + 2) / 9 = 6, and users took 4 on average
     taken = TrainingPopularity(np.array([10, 5, 1, 1, 2, 0]), usual=4.0)
     assert popularity_ratio(counts, taken) == pytest.approx(1.5, abs=1e-15)
-    assert of_lists(counts, taken) == {
+    assert list_metrics(counts, taken) == {
         "coverage@10": 4 / 6,
         "gini@10": pytest.approx(0.5),
         "popularity@10": pytest.approx(1.5),
@@ -154,13 +153,13 @@ def test_users_without_training_do_not_count() -> None:
     assert taken.popularity.tolist() == [2, 2, 0]
     assert taken.usual == 2
     nobody = TrainingPopularity(taken.popularity, math.nan)
-    assert of_lists(np.array([1, 0, 0]), nobody).keys() == {"coverage@10", "gini@10"}
+    assert list_metrics(np.array([1, 0, 0]), nobody).keys() == {"coverage@10", "gini@10"}
 
 
 def test_nothing_recommended_is_refused_or_empty() -> None:
     taken = TrainingPopularity(np.ones(3), 1.0)
     nothing = exposure(np.zeros((4, 10), np.int32), 3)
-    assert of_lists(nothing, taken) == {}
+    assert list_metrics(nothing, taken) == {}
     for function in (coverage, gini):
         with pytest.raises(ValueError, match="of some recommended item"):
             function(nothing)

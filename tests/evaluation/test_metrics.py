@@ -65,13 +65,13 @@ def test_agrees_with_trec_eval() -> None:
     draw = np.random.default_rng(0)
     scores = draw.permuted(np.tile(np.arange(200.0), (300, 1)), axis=1)  # no ties
     targets = draw.integers(200, size=300)
-    asked = {str(user): {str(item): 1} for user, item in enumerate(targets)}
+    eval_set = {str(user): {str(item): 1} for user, item in enumerate(targets)}
     answered = {
         str(user): {str(item): score for item, score in enumerate(row.tolist())}
         for user, row in enumerate(scores)
     }
     measures = {"ndcg_cut.1,5,10", "success.1,5,10", "recip_rank"}
-    told = list(pytrec_eval.RelevanceEvaluator(asked, measures).evaluate(answered).values())
+    told = list(pytrec_eval.RelevanceEvaluator(eval_set, measures).evaluate(answered).values())
     names = {"NDCG@{}": "ndcg_cut_{}", "HR@{}": "success_{}"}
     expected = {
         own.format(k): np.mean([user[theirs.format(k)] for user in told])

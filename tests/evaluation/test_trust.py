@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau, spearmanr
 
-from depthprobe.evaluation.statistics import correlations, reliability, trust
+from depthprobe.evaluation.trust import correlations, reliability, trust
 
 COLUMNS = ["spearman", "spearman_low", "spearman_high", "kendall", "kendall_low", "kendall_high"]
 
@@ -257,7 +257,7 @@ def test_equal_damages_stay_tied_in_each_half() -> None:
 def test_reliability_by_blocks_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = np.arange(5) + np.random.default_rng(0).normal(0, 9, size=(101, 5))
     whole = reliability(losses)
-    monkeypatch.setattr("depthprobe.evaluation.statistics.AT_ONCE", 7)
+    monkeypatch.setattr("depthprobe.evaluation.trust.AT_ONCE", 7)
     assert reliability(losses) == whole
     assert reliability(losses * 2.0**-40) == whole
     assert reliability(losses, seed=1) != whole

@@ -58,14 +58,14 @@ def draw() -> Callable[[int, int], EvalSet]:
 
 @pytest.fixture
 def states_of() -> Callable[[Recommender, EvalSet], CachedStates]:
-    """``states_of(teacher, asked)``: the states as they are, in memory."""
+    """``states_of(teacher, eval_set)``: the states as they are, in memory."""
 
     @torch.inference_mode()
-    def compute(model: Recommender, asked: EvalSet) -> CachedStates:
-        states = np.empty((len(asked.users), model.depth + 1, model.width))
-        for batch in passes(model, asked, device=torch.device("cpu")):
+    def compute(model: Recommender, eval_set: EvalSet) -> CachedStates:
+        states = np.empty((len(eval_set.users), model.depth + 1, model.width))
+        for batch in passes(model, eval_set, device=torch.device("cpu")):
             states[batch.chosen] = batch.states.transpose(0, 1).numpy()
-        return CachedStates(asked, states)
+        return CachedStates(eval_set, states)
 
     return compute
 

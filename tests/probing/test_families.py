@@ -39,8 +39,8 @@ def make(family: str) -> Recommender:
 
 
 @pytest.fixture
-def few(asked: EvalSet) -> EvalSet:
-    return EvalSet(asked.users[:6], asked.histories[:6], asked.targets[:6], None, None)
+def few(eval_set: EvalSet) -> EvalSet:
+    return EvalSet(eval_set.users[:6], eval_set.histories[:6], eval_set.targets[:6], None, None)
 
 
 def is_one_line(message: str) -> bool:

@@ -78,12 +78,12 @@ def test_scores_never_exist_as_a_whole() -> None:
 
 
 def test_cached_states(
-    teacher: Recommender, asked: EvalSet, states_of: StatesOf, tmp_path: Path
+    teacher: Recommender, eval_set: EvalSet, states_of: StatesOf, tmp_path: Path
 ) -> None:
     path = tmp_path / "states.npy"
     cached, expected = (
-        cache_states(teacher, asked, path=path, device=CPU),
-        states_of(teacher, asked),
+        cache_states(teacher, eval_set, path=path, device=CPU),
+        states_of(teacher, eval_set),
     )
     assert cached.states.dtype == np.float16
     assert cached.states.shape == (300, 6, 16)
@@ -96,26 +96,26 @@ def test_cached_states(
 
 
 def test_cached_states_too_large_for_half(
-    teacher: Recommender, asked: EvalSet, states_of: StatesOf, tmp_path: Path
+    teacher: Recommender, eval_set: EvalSet, states_of: StatesOf, tmp_path: Path
 ) -> None:
     with torch.no_grad():
         teacher.backbone.layers[3].mlp.down_proj.weight.mul_(1e7)
-    cached = cache_states(teacher, asked, path=tmp_path / "states.npy", device=CPU)
+    cached = cache_states(teacher, eval_set, path=tmp_path / "states.npy", device=CPU)
     assert cached.states.dtype == np.float32
     assert abs(cached.states).max() > 65504
     np.testing.assert_allclose(
-        cached.states, states_of(teacher, asked).states, rtol=2**-24, atol=1e-9
+        cached.states, states_of(teacher, eval_set).states, rtol=2**-24, atol=1e-9
     )
 
 
 def test_cached_states_refused(teacher: Recommender, draw: Draw, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no questions"):
         cache_states(teacher, draw(0, 0), path=tmp_path / "states.npy", device=CPU)
-    asked = draw(300, 0)
-    for history in asked.histories:
+    eval_set = draw(300, 0)
+    for history in eval_set.histories:
         history[history == 40] = 39
-    asked.histories[17] = np.array([40])  # among the shortest: not in the first batch
+    eval_set.histories[17] = np.array([40])  # among the shortest: not in the first batch
     with torch.no_grad():
         teacher.items.weight[40] = torch.nan
     with pytest.raises(ValueError, match="infinite or NaN"):
-        cache_states(teacher, asked, path=tmp_path / "states.npy", device=CPU)
+        cache_states(teacher, eval_set, path=tmp_path / "states.npy", device=CPU)

@@ -51,7 +51,7 @@ def test_side_by_side_is_each_depth_alone(
             [a, b],
             loss=lambda rows, k=depth, f=translated: divergence(goal[rows], f(x[rows, k])),
             scores=lambda k=depth, f=translated: f(v[:, k]),
-            targets=torch.from_numpy(validation.asked.targets),
+            targets=torch.from_numpy(validation.eval_set.targets),
             epochs=6,
             learning_rate=0.02,
         )
@@ -64,19 +64,19 @@ def test_side_by_side_is_each_depth_alone(
 
 
 def test_starts_as_early_exit(
-    teacher: Recommender, asked: EvalSet, draw: Draw, states_of: StatesOf
+    teacher: Recommender, eval_set: EvalSet, draw: Draw, states_of: StatesOf
 ) -> None:
     cached = states_of(teacher, draw(30, 1))
     fitted = fit_lenses(teacher, cached, cached, device=CPU, seed=0, settings=Fitting(epochs=0))
-    found = rank_readouts(teacher, fitted, asked, device=CPU)
-    for ranks, expected in zip(found, early_exit(teacher, asked, device=CPU), strict=True):
+    found = rank_readouts(teacher, fitted, eval_set, device=CPU)
+    for ranks, expected in zip(found, early_exit(teacher, eval_set, device=CPU), strict=True):
         assert ranks.keys() == {"full", "sampled-7"}
         for protocol in expected:
             np.testing.assert_array_equal(ranks[protocol], expected[protocol])
 
 
 def test_last_depth_stays_the_teacher(
-    teacher: Recommender, asked: EvalSet, draw: Draw, states_of: StatesOf
+    teacher: Recommender, eval_set: EvalSet, draw: Draw, states_of: StatesOf
 ) -> None:
     cached = states_of(teacher, draw(80, 1))
     fitted = fit_lenses(
@@ -86,21 +86,21 @@ def test_last_depth_stays_the_teacher(
     assert not fitted.weight[-1].any()
     assert not fitted.bias[-1].any()
     with torch.inference_mode():
-        for batch in list(passes(teacher, asked, device=CPU)):
+        for batch in list(passes(teacher, eval_set, device=CPU)):
             vectors = fitted.vectors(teacher, batch.states)[-1]
             own = teacher.encode(batch.histories, batch.lengths)
             torch.testing.assert_close(vectors, own, rtol=0, atol=1e-14)
-    found = rank_readouts(teacher, fitted, asked, device=CPU)[-1]
-    expected = early_exit(teacher, asked, device=CPU)[-1]
+    found = rank_readouts(teacher, fitted, eval_set, device=CPU)[-1]
+    expected = early_exit(teacher, eval_set, device=CPU)[-1]
     np.testing.assert_array_equal(found["full"], expected["full"])
 
 
 def test_approaches_the_teacher(teacher: Recommender, draw: Draw, states_of: StatesOf) -> None:
-    asked, told = draw(800, 1), []
-    for cached in (states_of(teacher, asked), states_of(teacher, draw(200, 2))):
+    eval_set, told = draw(800, 1), []
+    for cached in (states_of(teacher, eval_set), states_of(teacher, draw(200, 2))):
         with torch.no_grad():  # the targets are what the teacher would say
             best = log_shares(teacher, torch.from_numpy(cached.states[:, -1])).argmax(1) + 1
-        part = cached.asked
+        part = cached.eval_set
         told.append(
             CachedStates(
                 EvalSet(part.users, part.histories, best.numpy(), None, None), cached.states

@@ -37,7 +37,7 @@ def test_side_by_side_is_each_depth_alone(
     train, validation = states_of(teacher, draw(150, 1)), states_of(teacher, draw(90, 2))
     settings = Fitting(epochs=12, batch_size=40, learning_rate=0.05, patience=2)
     fitted = fit_readouts(teacher, train, validation, device=CPU, seed=3, settings=settings)
-    items, y = teacher.item_matrix(), torch.from_numpy(train.asked.targets)
+    items, y = teacher.item_matrix(), torch.from_numpy(train.eval_set.targets)
     for depth in range(6):
         with torch.no_grad():
             x, v = (
@@ -55,7 +55,7 @@ def test_side_by_side_is_each_depth_alone(
             list(head.parameters()),
             loss=lambda rows, x=x, f=scores: cross_entropy(f(x[rows]), y[rows] - 1),
             scores=lambda v=v, f=scores: f(v),
-            targets=torch.from_numpy(validation.asked.targets),
+            targets=torch.from_numpy(validation.eval_set.targets),
             epochs=12,
             learning_rate=0.05,
         )
@@ -72,7 +72,7 @@ def planted(teacher: Recommender, cached: CachedStates, depth: int) -> CachedSta
         normed = teacher.backbone.norm(torch.from_numpy(cached.states[:, depth]))
         head = torch.randn(16, 6, generator=torch.Generator().manual_seed(5)).double()
         targets = (normed @ head @ teacher.item_matrix()[1:].T).argmax(dim=1) + 1
-    return CachedStates(replace(cached.asked, targets=targets.numpy()), cached.states)
+    return CachedStates(replace(cached.eval_set, targets=targets.numpy()), cached.states)
 
 
 def test_finds_what_the_head_cannot_read(
@@ -84,9 +84,9 @@ def test_finds_what_the_head_cannot_read(
     )
     settings = Fitting(epochs=15, batch_size=100, learning_rate=0.1)
     fitted = fit_readouts(teacher, train, validation, device=CPU, seed=0, settings=settings)
-    ranks = rank_readouts(teacher, fitted, test.asked, device=CPU)
+    ranks = rank_readouts(teacher, fitted, test.eval_set, device=CPU)
     found = [np.mean(each["full"] == 1) for each in ranks]
-    exits = [np.mean(each["full"] == 1) for each in early_exit(teacher, test.asked, device=CPU)]
+    exits = [np.mean(each["full"] == 1) for each in early_exit(teacher, test.eval_set, device=CPU)]
     assert found[2] > 0.9
     assert max(exits) < 0.25
     assert int(np.argmax(found)) == 2
@@ -101,7 +101,7 @@ def test_finds_nothing_where_nothing_is(
     settings = Fitting(epochs=5, batch_size=100, learning_rate=0.05)
     fitted = fit_readouts(teacher, train, validation, device=CPU, seed=0, settings=settings)
     by_chance = mean_ndcg(np.arange(1, 41))
-    for ranks in rank_readouts(teacher, fitted, test.asked, device=CPU):
+    for ranks in rank_readouts(teacher, fitted, test.eval_set, device=CPU):
         assert mean_ndcg(ranks["full"]) == pytest.approx(by_chance, abs=0.03)
 
 
@@ -111,7 +111,7 @@ def test_scores_are_those_of_the_weights_it_returns(
     train, validation = states_of(teacher, draw(100, 1)), states_of(teacher, draw(300, 2))
     settings = Fitting(epochs=4, batch_size=32, learning_rate=0.1)
     fitted = fit_readouts(teacher, train, validation, device=CPU, seed=0, settings=settings)
-    ranks = rank_readouts(teacher, fitted, validation.asked, device=CPU)
+    ranks = rank_readouts(teacher, fitted, validation.eval_set, device=CPU)
     found = [mean_ndcg(each["full"]) for each in ranks]
     np.testing.assert_allclose(found, fitted.ndcg, rtol=1e-12)
     assert (fitted.ndcg > 0).all()
@@ -153,10 +153,10 @@ def test_half_precision_and_other_decoders(family: str, draw: Draw, tmp_path: Pa
     backbone = tiny_model(CONFIG_MAPPING[family](**changes.get(family, {})), depth=3)
     teacher = Recommender(backbone, torch.randn(41, 6), ()).eval()
     teacher.backbone.bfloat16()
-    asked = draw(60, 0)
-    cached = cache_states(teacher, asked, path=tmp_path / "states.npy", device=CPU)
+    eval_set = draw(60, 0)
+    cached = cache_states(teacher, eval_set, path=tmp_path / "states.npy", device=CPU)
     settings = Fitting(epochs=20, batch_size=20, learning_rate=0.1, patience=20)
     fitted = fit_readouts(teacher, cached, cached, device=CPU, seed=0, settings=settings)
     assert fitted.weight.dtype == torch.float32
     assert (fitted.ndcg > 1.5 * mean_ndcg(np.arange(1, 41))).all()  # they learn their users
-    assert len(rank_readouts(teacher, fitted, asked, device=CPU)) == 4
+    assert len(rank_readouts(teacher, fitted, eval_set, device=CPU)) == 4

@@ -31,8 +31,10 @@ SPANS = [(1, 2), (1, 4), (2, 3), (2, 5), (4, 5)]
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2", "gpt_neox", "phi", "opt", "falcon", "bloom"]
 
 
-def take(asked: EvalSet, users: int) -> EvalSet:
-    return EvalSet(asked.users[:users], asked.histories[:users], asked.targets[:users], None, None)
+def take(eval_set: EvalSet, users: int) -> EvalSet:
+    return EvalSet(
+        eval_set.users[:users], eval_set.histories[:users], eval_set.targets[:users], None, None
+    )
 
 
 def make(
@@ -44,17 +46,19 @@ def make(
     return Recommender(model, torch.randn(41, 6), prompt).double().eval()
 
 
-def encode_each(model: Recommender, asked: EvalSet) -> Tensor:
+def encode_each(model: Recommender, eval_set: EvalSet) -> Tensor:
     """User vectors (E, d), one user a pass: no padding."""
     found = []
     with torch.no_grad():
-        for history in asked.histories:
+        for history in eval_set.histories:
             ids = torch.from_numpy(history)[None]
             found.append(model.encode(ids, torch.tensor([ids.shape[1]])))
     return torch.cat(found)
 
 
-def outputs(model: Recommender, asked: EvalSet, modules: Sequence[nn.Module]) -> list[np.ndarray]:
+def outputs(
+    model: Recommender, eval_set: EvalSet, modules: Sequence[nn.Module]
+) -> list[np.ndarray]:
     """What each module returns at every item of every user, (N, D)."""
     found: list[list[np.ndarray]] = [[] for _ in modules]
 
@@ -66,7 +70,7 @@ def outputs(model: Recommender, asked: EvalSet, modules: Sequence[nn.Module]) ->
         return hook
 
     handles = [m.register_forward_hook(keep(f)) for m, f in zip(modules, found, strict=True)]
-    encode_each(model, asked)
+    encode_each(model, eval_set)
     for handle in handles:
         handle.remove()
     # a shared prompt is a pass of its own, before each user's
@@ -74,10 +78,10 @@ def outputs(model: Recommender, asked: EvalSet, modules: Sequence[nn.Module]) ->
     return [np.concatenate(states[step]) for states in found]
 
 
-def stacked(model: Recommender, asked: EvalSet) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def stacked(model: Recommender, eval_set: EvalSet) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What each block's MLP wrote, and the state after each block."""
     blocks = list(find_blocks(model.backbone))
-    found = outputs(model, asked, [*(block.mlp for block in blocks), *blocks])
+    found = outputs(model, eval_set, [*(block.mlp for block in blocks), *blocks])
     return found[: len(blocks)], found[len(blocks) :]
 
 
@@ -91,9 +95,9 @@ def by_lstsq(m: np.ndarray, h: np.ndarray, g: np.ndarray, ridge: float) -> np.nd
 
 @pytest.mark.parametrize("ridge", [1e-4, 0.3])
 def test_equals_least_squares_on_stacked_states(
-    teacher: Recommender, asked: EvalSet, ridge: float
+    teacher: Recommender, eval_set: EvalSet, ridge: float
 ) -> None:
-    few = take(asked, 40)
+    few = take(eval_set, 40)
     found = fit_replacements(teacher, few, SPANS, device=CPU, ridge=ridge, batch_size=16)
     assert [(one.start, one.end) for one in found] == SPANS
     written, after = stacked(teacher, few)
@@ -108,9 +112,9 @@ def test_equals_least_squares_on_stacked_states(
 
 
 def test_a_vanishing_ridge_gives_the_formula_of_the_paper(
-    teacher: Recommender, asked: EvalSet
+    teacher: Recommender, eval_set: EvalSet
 ) -> None:
-    few = take(asked, 40)
+    few = take(eval_set, 40)
     (found,) = fit_replacements(teacher, few, [(2, 4)], device=CPU, ridge=1e-12)
     written, after = stacked(teacher, few)
     m, h, g = written[1], after[1], after[3]
@@ -120,16 +124,18 @@ def test_a_vanishing_ridge_gives_the_formula_of_the_paper(
 
 
 @pytest.mark.parametrize("ridge", [1e-9, 1e-3, 1.0, 1e3])
-def test_never_worse_than_plain_removal(teacher: Recommender, asked: EvalSet, ridge: float) -> None:
+def test_never_worse_than_plain_removal(
+    teacher: Recommender, eval_set: EvalSet, ridge: float
+) -> None:
     # also of fewer positions than the stream is wide
     for users in (1, 3, 300):
-        few = take(asked, users)
+        few = take(eval_set, users)
         for one in fit_replacements(teacher, few, SPANS, device=CPU, ridge=ridge):
             assert one.error <= one.error_without
 
 
-def test_padding_and_batches_do_not_matter(teacher: Recommender, asked: EvalSet) -> None:
-    few = take(asked, 80)
+def test_padding_and_batches_do_not_matter(teacher: Recommender, eval_set: EvalSet) -> None:
+    few = take(eval_set, 80)
     alone = fit_replacements(teacher, few, SPANS, device=CPU, batch_size=1)
     for size in (7, 80):
         found = fit_replacements(teacher, few, SPANS, device=CPU, batch_size=size)
@@ -138,14 +144,14 @@ def test_padding_and_batches_do_not_matter(teacher: Recommender, asked: EvalSet)
             assert one.error == pytest.approx(other.error, rel=1e-9)
 
 
-def test_a_span_of_identities_needs_no_map(teacher: Recommender, asked: EvalSet) -> None:
+def test_a_span_of_identities_needs_no_map(teacher: Recommender, eval_set: EvalSet) -> None:
     with skip_blocks(teacher.backbone, {2, 3}):
-        (found,) = fit_replacements(teacher, asked, [(2, 4)], device=CPU, ridge=1e-9)
+        (found,) = fit_replacements(teacher, eval_set, [(2, 4)], device=CPU, ridge=1e-9)
     np.testing.assert_array_equal(found.map, np.eye(teacher.width))
     assert (found.error, found.error_without) == (0, 0)
 
 
-def test_finds_a_planted_map(teacher: Recommender, asked: EvalSet) -> None:
+def test_finds_a_planted_map(teacher: Recommender, eval_set: EvalSet) -> None:
     blocks, width = find_blocks(teacher.backbone), teacher.width
     planted = torch.from_numpy(np.random.default_rng(0).normal(size=(width, width)))
     seen: dict[str, Tensor] = {}
@@ -154,16 +160,16 @@ def test_finds_a_planted_map(teacher: Recommender, asked: EvalSet) -> None:
         blocks[0].register_forward_hook(lambda _, __, out: seen.update(h=out)),
         blocks[2].register_forward_hook(lambda *_: seen["h"] - seen["m"] + seen["m"] @ planted),
     ]
-    (found,) = fit_replacements(teacher, asked, [(1, 3)], device=CPU, ridge=1e-13)
+    (found,) = fit_replacements(teacher, eval_set, [(1, 3)], device=CPU, ridge=1e-13)
     for handle in handles:
         handle.remove()
     np.testing.assert_allclose(found.map, planted.numpy(), rtol=0, atol=1e-7)
     assert found.error < 1e-6 < found.error_without
 
 
-def check_applied(model: Recommender, asked: EvalSet, span: tuple[int, int]) -> Recommender:
+def check_applied(model: Recommender, eval_set: EvalSet, span: tuple[int, int]) -> Recommender:
     """The map folded in equals the map in a hook behind the projection of a plain cut."""
-    (found,) = fit_replacements(model, asked, [span], device=CPU)
+    (found,) = fit_replacements(model, eval_set, [span], device=CPU)
     assert found.error < found.error_without
     kept = [b for b in range(model.depth) if not span[0] <= b < span[1]]
     plain, hooked, folded = (copy.deepcopy(model) for _ in range(3))
@@ -173,26 +179,26 @@ def check_applied(model: Recommender, asked: EvalSet, span: tuple[int, int]) -> 
     projection.register_forward_hook(lambda _, __, out: out @ torch.from_numpy(found.map))
     apply_replacement(folded, found)
     assert folded.depth == len(kept)
-    expected = encode_each(hooked, asked)
-    torch.testing.assert_close(encode_each(folded, asked), expected, rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(encode_each(plain, asked), expected, rtol=1e-3)
-    (goal,) = outputs(model, asked, [find_blocks(model.backbone)[span[1] - 1]])
+    expected = encode_each(hooked, eval_set)
+    torch.testing.assert_close(encode_each(folded, eval_set), expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(encode_each(plain, eval_set), expected, rtol=1e-3)
+    (goal,) = outputs(model, eval_set, [find_blocks(model.backbone)[span[1] - 1]])
     for cut, error in ((folded, found.error), (plain, found.error_without)):
-        (state,) = outputs(cut, asked, [find_blocks(cut.backbone)[span[0] - 1]])
+        (state,) = outputs(cut, eval_set, [find_blocks(cut.backbone)[span[0] - 1]])
         assert error == pytest.approx(np.linalg.norm(state - goal) / np.linalg.norm(goal), rel=1e-6)
     return folded
 
 
-def test_applied_equals_a_map_in_a_hook(teacher: Recommender, asked: EvalSet) -> None:
-    before = encode_each(teacher, take(asked, 20))
+def test_applied_equals_a_map_in_a_hook(teacher: Recommender, eval_set: EvalSet) -> None:
+    before = encode_each(teacher, take(eval_set, 20))
     for span in [(1, 3), (2, 5)]:
-        check_applied(teacher, take(asked, 20), span)
-    assert torch.equal(encode_each(teacher, take(asked, 20)), before)
+        check_applied(teacher, take(eval_set, 20), span)
+    assert torch.equal(encode_each(teacher, take(eval_set, 20)), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 
 
-def test_a_folded_map_waits_for_the_cut(teacher: Recommender, asked: EvalSet) -> None:
-    few = take(asked, 20)
+def test_a_folded_map_waits_for_the_cut(teacher: Recommender, eval_set: EvalSet) -> None:
+    few = take(eval_set, 20)
     (found,) = fit_replacements(teacher, few, [(2, 4)], device=CPU)
     applied, folded = copy.deepcopy(teacher), copy.deepcopy(teacher)
     apply_replacement(applied, found)
@@ -208,8 +214,8 @@ def test_a_folded_map_waits_for_the_cut(teacher: Recommender, asked: EvalSet) ->
     assert torch.equal(encode_each(folded, few), expected)
 
 
-def test_a_refused_cut_leaves_the_model_as_it_was(teacher: Recommender, asked: EvalSet) -> None:
-    (found,) = fit_replacements(teacher, take(asked, 20), [(2, 4)], device=CPU)
+def test_a_refused_cut_leaves_the_model_as_it_was(teacher: Recommender, eval_set: EvalSet) -> None:
+    (found,) = fit_replacements(teacher, take(eval_set, 20), [(2, 4)], device=CPU)
     blocks = find_blocks(teacher.backbone)
     blocks[4].self_attn.q_proj.weight = blocks[0].self_attn.q_proj.weight
     before = copy.deepcopy(teacher.state_dict())
@@ -220,8 +226,8 @@ def test_a_refused_cut_leaves_the_model_as_it_was(teacher: Recommender, asked: E
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_and_reload(family: str, asked: EvalSet, tmp_path: Path) -> None:
-    few = take(asked, 12)
+def test_families_and_reload(family: str, eval_set: EvalSet, tmp_path: Path) -> None:
+    few = take(eval_set, 12)
     model = make(family, (3, 1, 2))
     with torch.no_grad():
         for name, weight in model.backbone.named_parameters():
@@ -240,8 +246,8 @@ def test_families_and_reload(family: str, asked: EvalSet, tmp_path: Path) -> Non
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_a_prompt_repeated_in_each_row_is_left_out(asked: EvalSet) -> None:
-    few = take(asked, 40)
+def test_a_prompt_repeated_in_each_row_is_left_out(eval_set: EvalSet) -> None:
+    few = take(eval_set, 40)
     model = make("mistral", (3, 1, 2))
     model.lead = 3
     (found,) = fit_replacements(model, few, [(1, 3)], device=CPU, ridge=1e-2)
@@ -261,22 +267,22 @@ def test_a_prompt_repeated_in_each_row_is_left_out(asked: EvalSet) -> None:
         ("deepseek_v3", "does not end in one linear map"),  # a shared expert beside the others
     ],
 )
-def test_refused_families(family: str, reason: str, asked: EvalSet) -> None:
+def test_refused_families(family: str, reason: str, eval_set: EvalSet) -> None:
     model = make(family, depth=5)
     last = model.depth - 1  # DeepSeek's first three blocks have no experts
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=reason) as raised:
-        fit_replacements(model, take(asked, 4), [(last, last + 1)], device=CPU)
+        fit_replacements(model, take(eval_set, 4), [(last, last + 1)], device=CPU)
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=reason):
         apply_replacement(model, Replacement(last, last + 1, np.eye(32), 0, 0))
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_a_factor_before_the_stream_is_refused(asked: EvalSet) -> None:
+def test_a_factor_before_the_stream_is_refused(eval_set: EvalSet) -> None:
     model = make("granite", residual_multiplier=0.25)
     with pytest.raises(ValueError, match="block 1 has a factor of 0.25 between"):
-        fit_replacements(model, take(asked, 4), [(2, 3)], device=CPU)
+        fit_replacements(model, take(eval_set, 4), [(2, 3)], device=CPU)
 
 
 def adapted(model: Recommender) -> None:
@@ -318,12 +324,12 @@ def more(model: Recommender) -> None:
     ],
 )
 def test_weights_that_take_no_map(
-    teacher: Recommender, asked: EvalSet, spoil: Callable[[Recommender], None], reason: str
+    teacher: Recommender, eval_set: EvalSet, spoil: Callable[[Recommender], None], reason: str
 ) -> None:
     spoil(teacher)
     teacher.double()
     with pytest.raises(ValueError, match=reason):
-        fit_replacements(teacher, take(asked, 4), [(1, 2)], device=CPU)
+        fit_replacements(teacher, take(eval_set, 4), [(1, 2)], device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -336,28 +342,30 @@ def test_weights_that_take_no_map(
         ((-1, 2), "no span"),
     ],
 )
-def test_no_span(teacher: Recommender, asked: EvalSet, span: tuple[int, int], reason: str) -> None:
+def test_no_span(
+    teacher: Recommender, eval_set: EvalSet, span: tuple[int, int], reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
-        fit_replacements(teacher, take(asked, 4), [span], device=CPU)
+        fit_replacements(teacher, take(eval_set, 4), [span], device=CPU)
     with pytest.raises(ValueError, match=reason):
         apply_replacement(teacher, Replacement(*span, np.eye(32), 0, 0))
 
 
-def test_bad_questions_ridge_and_width(teacher: Recommender, asked: EvalSet) -> None:
+def test_bad_questions_ridge_and_width(teacher: Recommender, eval_set: EvalSet) -> None:
     with pytest.raises(ValueError, match="no questions"):
-        fit_replacements(teacher, take(asked, 0), [(1, 2)], device=CPU)
+        fit_replacements(teacher, take(eval_set, 0), [(1, 2)], device=CPU)
     with pytest.raises(ValueError, match="ridge is 0"):
-        fit_replacements(teacher, take(asked, 4), [(1, 2)], device=CPU, ridge=0)
-    (found,) = fit_replacements(teacher, take(asked, 4), [(1, 2)], device=CPU)
+        fit_replacements(teacher, take(eval_set, 4), [(1, 2)], device=CPU, ridge=0)
+    (found,) = fit_replacements(teacher, take(eval_set, 4), [(1, 2)], device=CPU)
     with pytest.raises(ValueError, match="the stream 16 wide"):
         apply_replacement(teacher, replace(found, map=np.eye(15)))
     assert teacher.depth == 5
-    assert fit_replacements(teacher, take(asked, 4), [], device=CPU) == []
+    assert fit_replacements(teacher, take(eval_set, 4), [], device=CPU) == []
 
 
-def test_half_precision_weights_are_rounded_once(asked: EvalSet) -> None:
+def test_half_precision_weights_are_rounded_once(eval_set: EvalSet) -> None:
     model = make("llama").to(torch.bfloat16)
-    (found,) = fit_replacements(model, take(asked, 30), [(1, 3)], device=CPU)
+    (found,) = fit_replacements(model, take(eval_set, 30), [(1, 3)], device=CPU)
     projection = find_blocks(model.backbone)[0].mlp.down_proj
     exact = torch.from_numpy(found.map).T @ projection.weight.detach().double()
     apply_replacement(model, found)

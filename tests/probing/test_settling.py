@@ -25,13 +25,13 @@ L = 5
 
 
 @pytest.fixture
-def asked(asked: EvalSet) -> EvalSet:
+def asked(eval_set: EvalSet) -> EvalSet:
     """Also a user with four items left, one with none, and one with the target among the seen."""
-    seen = list(asked.seen or [])
+    seen = list(eval_set.seen or [])
     seen[3] = np.setdiff1d(np.arange(1, 41), [7, 11, 20, 33])
     seen[8] = np.arange(1, 41)
-    seen[9] = np.append(seen[9], asked.targets[9])
-    return replace(asked, seen=seen)
+    seen[9] = np.append(seen[9], eval_set.targets[9])
+    return replace(eval_set, seen=seen)
 
 
 @torch.no_grad()
@@ -41,18 +41,20 @@ def depth_0(teacher: Recommender, history: np.ndarray) -> np.ndarray:
     return np.asarray(teacher.read_out(teacher.backbone.norm(last))[0])
 
 
-def naive(teacher: Recommender, asked: EvalSet) -> tuple[list[list[float]], list[list[list[int]]]]:
+def naive(
+    teacher: Recommender, eval_set: EvalSet
+) -> tuple[list[list[float]], list[list[list[int]]]]:
     """Ranks and all items best first, [user][depth], by sorting in plain Python."""
     table = teacher.item_matrix().detach().numpy()
     cuts = [copy.deepcopy(teacher) for _ in range(L + 1)]
     for depth in range(1, L):
         keep_blocks(cuts[depth].backbone, range(depth))
     ranks, lists = [], []
-    for place, history in enumerate(asked.histories):
+    for place, history in enumerate(eval_set.histories):
         ranks.append([])
         lists.append([])
-        seen = set() if asked.seen is None else set(asked.seen[place].tolist())
-        target = int(asked.targets[place])
+        seen = set() if eval_set.seen is None else set(eval_set.seen[place].tolist())
+        target = int(eval_set.targets[place])
         for depth, cut in enumerate(cuts):
             if depth == 0:
                 vector = depth_0(cut, history)
@@ -72,10 +74,10 @@ def settled(same: list[bool]) -> int:
     return next(depth for depth in range(L + 1) if all(same[depth:]))
 
 
-def test_equals_naive_loops(teacher: Recommender, asked: EvalSet) -> None:
-    ranks, whole = naive(teacher, asked)
+def test_equals_naive_loops(teacher: Recommender, eval_set: EvalSet) -> None:
+    ranks, whole = naive(teacher, eval_set)
     for k in (10, 3):
-        found = settling(teacher, asked, device=CPU, k=k)
+        found = settling(teacher, eval_set, device=CPU, k=k)
         agree(found, ranks, [[top[:k] for top in tops] for tops in whole])
 
 
@@ -109,23 +111,27 @@ def rbo(a: list[int], b: list[int], p: float = 0.9) -> float:
     return agreement[-1] * p ** len(b) + (1 - p) / p * series
 
 
-def test_without_seen_items_nothing_is_left_out(teacher: Recommender, asked: EvalSet) -> None:
-    asked = EvalSet(
-        asked.users[:40], asked.histories[:40], asked.targets[:40], seen=None, negatives=None
+def test_without_seen_items_nothing_is_left_out(teacher: Recommender, eval_set: EvalSet) -> None:
+    eval_set = EvalSet(
+        eval_set.users[:40],
+        eval_set.histories[:40],
+        eval_set.targets[:40],
+        seen=None,
+        negatives=None,
     )
-    found = settling(teacher, asked, device=CPU)
-    ranks, lists = naive(teacher, asked)
+    found = settling(teacher, eval_set, device=CPU)
+    ranks, lists = naive(teacher, eval_set)
     np.testing.assert_array_equal(found.ranks, ranks)
     expected = [settled([top[:10] == tops[-1][:10] for top in tops]) for tops in lists]
     assert found.top_settled.tolist() == expected
 
 
-def test_blocks_that_do_nothing_settle_everything(teacher: Recommender, asked: EvalSet) -> None:
+def test_blocks_that_do_nothing_settle_everything(teacher: Recommender, eval_set: EvalSet) -> None:
     with torch.no_grad():
         for block in list(teacher.backbone.layers)[2:]:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
-    found = settling(teacher, asked, device=CPU)
+    found = settling(teacher, eval_set, device=CPU)
     assert found.top_settled.max() == 2
     assert found.rank_settled.max() <= 2
     assert found.best_depth.max() <= 2
@@ -134,8 +140,8 @@ def test_blocks_that_do_nothing_settle_everything(teacher: Recommender, asked: E
     assert found.overlap[1] < 0.95
 
 
-def test_small_dtypes_and_nothing_else_is_kept(teacher: Recommender, asked: EvalSet) -> None:
-    found = settling(teacher, asked, device=CPU)
+def test_small_dtypes_and_nothing_else_is_kept(teacher: Recommender, eval_set: EvalSet) -> None:
+    found = settling(teacher, eval_set, device=CPU)
     held = {name: (values.shape, values.dtype) for name, values in vars(found).items()}
     table, column = (300, L + 1), (300,)
     assert held == {
@@ -211,6 +217,6 @@ def test_frame() -> None:
         to_frame(planted(), np.arange(5))
 
 
-def test_k_beyond_the_catalogue_is_refused(teacher: Recommender, asked: EvalSet) -> None:
+def test_k_beyond_the_catalogue_is_refused(teacher: Recommender, eval_set: EvalSet) -> None:
     with pytest.raises(ValueError, match="k is 41"):
-        settling(teacher, asked, device=CPU, k=41)
+        settling(teacher, eval_set, device=CPU, k=41)

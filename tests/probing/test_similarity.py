@@ -29,8 +29,10 @@ CPU = torch.device("cpu")
 ARRAYS = ("influence", "angular", "cka", "norms", "attention", "mlp")
 
 
-def first(asked: EvalSet, users: int) -> EvalSet:
-    return EvalSet(asked.users[:users], asked.histories[:users], asked.targets[:users], None, None)
+def first(eval_set: EvalSet, users: int) -> EvalSet:
+    return EvalSet(
+        eval_set.users[:users], eval_set.histories[:users], eval_set.targets[:users], None, None
+    )
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:
@@ -69,8 +71,8 @@ def by_hand(teacher: Recommender, history: np.ndarray) -> tuple[np.ndarray, np.n
     )
 
 
-def test_against_a_decoder_written_by_hand(teacher: Recommender, asked: EvalSet) -> None:
-    few = first(asked, 40)
+def test_against_a_decoder_written_by_hand(teacher: Recommender, eval_set: EvalSet) -> None:
+    few = first(eval_set, 40)
     found = similarities(teacher, few, device=CPU)
     pairs = [by_hand(teacher, history) for history in few.histories]
     states = np.stack([pair[0] for pair in pairs])  # (B, L + 1, D)
@@ -104,17 +106,17 @@ def test_against_a_decoder_written_by_hand(teacher: Recommender, asked: EvalSet)
 
 
 def test_batches_make_no_difference(
-    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch
+    teacher: Recommender, eval_set: EvalSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = similarities(teacher, asked, device=CPU, cka_users=100)
+    whole = similarities(teacher, eval_set, device=CPU, cka_users=100)
     monkeypatch.setattr(similarity, "BATCH", 7)
-    pieces = similarities(teacher, asked, device=CPU, cka_users=100)
+    pieces = similarities(teacher, eval_set, device=CPU, cka_users=100)
     for name in ARRAYS:
         np.testing.assert_allclose(getattr(pieces, name), getattr(whole, name), atol=1e-12)
 
 
 def test_memory_does_not_grow_with_the_users(
-    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch
+    teacher: Recommender, eval_set: EvalSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = []
     put = similarity._Sample.put
@@ -125,19 +127,19 @@ def test_memory_does_not_grow_with_the_users(
 
     monkeypatch.setattr(similarity, "BATCH", 50)
     monkeypatch.setattr(similarity._Sample, "put", watched)
-    assert similarities(teacher, asked, device=CPU, cka_users=20).cka_users == 20
+    assert similarities(teacher, eval_set, device=CPU, cka_users=20).cka_users == 20
     assert kept == [6 * 20 * 16] * 6
 
 
-def test_cka_of_a_sample(teacher: Recommender, asked: EvalSet) -> None:
-    found = similarities(teacher, asked, device=CPU, cka_users=60)
+def test_cka_of_a_sample(teacher: Recommender, eval_set: EvalSet) -> None:
+    found = similarities(teacher, eval_set, device=CPU, cka_users=60)
     assert found.cka_users == 60
     chosen = np.random.default_rng(0).permutation(300)[:60]
-    states = np.stack([by_hand(teacher, asked.histories[user])[0] for user in chosen])
+    states = np.stack([by_hand(teacher, eval_set.histories[user])[0] for user in chosen])
     for low, high in ((0, 5), (1, 3), (4, 5)):
         expected = linear_cka(states[:, low], states[:, high])
         assert found.cka[low, high] == pytest.approx(expected, abs=1e-12)
-    everyone = similarities(teacher, asked, device=CPU)
+    everyone = similarities(teacher, eval_set, device=CPU)
     assert everyone.cka_users == 300
     assert np.abs(everyone.cka - found.cka).max() > 1e-3
     np.testing.assert_array_equal(everyone.influence, found.influence)
@@ -165,11 +167,11 @@ def test_cka_by_products_of_features_and_of_users(users: int, width: int) -> Non
 
 
 def test_a_state_that_all_users_share_has_no_cka(
-    llama_config: Callable[..., LlamaConfig], asked: EvalSet
+    llama_config: Callable[..., LlamaConfig], eval_set: EvalSet
 ) -> None:
     backbone = LlamaForCausalLM(llama_config(num_hidden_layers=3))
     model = Recommender(backbone, torch.randn(41, 6), (3,), suffix=(4, 5)).eval()
-    found = similarities(model, asked, device=CPU)
+    found = similarities(model, eval_set, device=CPU)
     assert np.isnan(found.cka[0]).all()
     assert np.isnan(found.cka[:, 0]).all()
     assert np.isfinite(found.cka[1:, 1:]).all()
@@ -203,10 +205,12 @@ def recommender(family: str, prompt: tuple[int, ...] = (), **changes: Any) -> Re
 
 
 @torch.no_grad()
-def states_of(model: Recommender, asked: EvalSet, without_mlp: int | None = None) -> torch.Tensor:
+def states_of(
+    model: Recommender, eval_set: EvalSet, without_mlp: int | None = None
+) -> torch.Tensor:
     """States (L + 1, B, D) of one batch, maybe with the MLP of a block left out."""
     skipped = set() if without_mlp is None else {without_mlp}
-    ((_, histories, lengths),) = asked.batches(256, CPU)
+    ((_, histories, lengths),) = eval_set.batches(256, CPU)
     with skip_blocks(model.backbone, skipped, part="mlp"), tap_blocks(model.backbone) as tap:
         prompt = model.prepare_prompt()
         tap.positions = model.last_place(lengths)
@@ -215,8 +219,8 @@ def states_of(model: Recommender, asked: EvalSet, without_mlp: int | None = None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_against_blocks_without_their_mlp(family: str, asked: EvalSet) -> None:
-    model, few = recommender(family, (3, 1), **FAMILIES[family]), first(asked, 12)
+def test_parts_against_blocks_without_their_mlp(family: str, eval_set: EvalSet) -> None:
+    model, few = recommender(family, (3, 1), **FAMILIES[family]), first(eval_set, 12)
     found = similarities(model, few, device=CPU)
     states = states_of(model, few)
     for block in range(model.depth):
@@ -229,15 +233,15 @@ def test_parts_against_blocks_without_their_mlp(family: str, asked: EvalSet) -> 
         assert min(found.attention[block], found.mlp[block]) > 1e-7
 
 
-def test_a_block_of_one_part(asked: EvalSet) -> None:
-    found = similarities(recommender("mamba"), first(asked, 12), device=CPU)
+def test_a_block_of_one_part(eval_set: EvalSet) -> None:
+    found = similarities(recommender("mamba"), first(eval_set, 12), device=CPU)
     np.testing.assert_allclose(found.attention, found.influence, atol=1e-12)
     assert np.isnan(found.mlp).all()
 
 
-def test_blocks_that_are_no_sums_have_no_parts(asked: EvalSet) -> None:
+def test_blocks_that_are_no_sums_have_no_parts(eval_set: EvalSet) -> None:
     model = recommender("bert", is_decoder=True)
-    found = similarities(model, first(asked, 12), device=CPU)
+    found = similarities(model, first(eval_set, 12), device=CPU)
     assert np.isnan(found.attention).all()
     assert np.isnan(found.mlp).all()
     for name in ("influence", "angular", "cka", "norms"):
@@ -245,7 +249,7 @@ def test_blocks_that_are_no_sums_have_no_parts(asked: EvalSet) -> None:
 
 
 def test_what_is_done_to_a_branch_outside_modules_is_noticed(
-    teacher: Recommender, asked: EvalSet
+    teacher: Recommender, eval_set: EvalSet
 ) -> None:
     block: Any = find_blocks(teacher.backbone)[2]
     scale = torch.linspace(0.5, 2, 16, dtype=torch.float64)  # one factor a feature: no module
@@ -256,7 +260,7 @@ def test_what_is_done_to_a_branch_outside_modules_is_noticed(
         return between + scale * block.mlp(block.post_attention_layernorm(between))
 
     block.forward = forward
-    found = similarities(teacher, first(asked, 20), device=CPU)
+    found = similarities(teacher, first(eval_set, 20), device=CPU)
     assert np.isnan(found.attention).tolist() == [False, False, True, False, False]
     assert np.isnan(found.mlp).tolist() == [False, False, True, False, False]
 
@@ -276,10 +280,10 @@ def zero_outputs(block: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
-def test_a_planted_identity(family: str, asked: EvalSet) -> None:
+def test_a_planted_identity(family: str, eval_set: EvalSet) -> None:
     model = recommender(family)
     zero_outputs(find_blocks(model.backbone)[2])
-    found = similarities(model, first(asked, 50), device=CPU)
+    found = similarities(model, first(eval_set, 50), device=CPU)
     for values in (found.influence, found.attention, found.mlp):
         assert values[2] == pytest.approx(0, abs=1e-12)
         assert (np.delete(values, 2) > 1e-6).all()
@@ -292,14 +296,14 @@ def test_a_planted_identity(family: str, asked: EvalSet) -> None:
     np.testing.assert_allclose(found.angular[2, [0, 1, 4]], found.angular[3, [0, 1, 4]], atol=1e-12)
 
 
-def test_a_planted_reversal(teacher: Recommender, asked: EvalSet) -> None:
-    usual = similarities(teacher, asked, device=CPU)
+def test_a_planted_reversal(teacher: Recommender, eval_set: EvalSet) -> None:
+    usual = similarities(teacher, eval_set, device=CPU)
     blocks = find_blocks(teacher.backbone)
     zero_outputs(blocks[3])
     # a factor on the whole sum: it changes no part's share
     for block, factor in ((blocks[3], -2), (blocks[0], 0.5)):
         block.register_forward_hook(lambda _, __, output, factor=factor: factor * output)
-    found = similarities(teacher, asked, device=CPU)
+    found = similarities(teacher, eval_set, device=CPU)
     assert found.influence[3] == pytest.approx(2, abs=1e-12)
     assert found.angular[3, 4] == pytest.approx(1, abs=1e-7)
     assert found.cka[3, 4] == pytest.approx(1, abs=1e-12)
@@ -311,17 +315,17 @@ def test_a_planted_reversal(teacher: Recommender, asked: EvalSet) -> None:
 
 
 def test_bfloat16_does_not_round_a_small_influence_away(
-    teacher: Recommender, asked: EvalSet
+    teacher: Recommender, eval_set: EvalSet
 ) -> None:
     block: Any = find_blocks(teacher.backbone)[2]
     with torch.no_grad():
         block.self_attn.o_proj.weight.mul_(1e-2)
         block.mlp.down_proj.weight.mul_(1e-2)
-    exact = similarities(teacher, asked, device=CPU)
+    exact = similarities(teacher, eval_set, device=CPU)
     half = copy.deepcopy(teacher)
     half.backbone.bfloat16()
-    found = similarities(half, asked, device=CPU)
-    states = torch.cat([each.states.detach() for each in passes(half, asked, device=CPU)], dim=1)
+    found = similarities(half, eval_set, device=CPU)
+    states = torch.cat([each.states.detach() for each in passes(half, eval_set, device=CPU)], dim=1)
     assert states.dtype == torch.bfloat16
     rounded = 1 - torch.cosine_similarity(states[2], states[3], dim=-1).mean()
     assert float(rounded) == 0 or abs(float(rounded) / exact.influence[2] - 1) > 0.5
@@ -332,8 +336,8 @@ def test_bfloat16_does_not_round_a_small_influence_away(
     np.testing.assert_allclose(found.norms, exact.norms, rtol=0.01)
 
 
-def test_bfloat16_parts_are_added_as_they_are(teacher: Recommender, asked: EvalSet) -> None:
-    half, few = teacher.bfloat16(), first(asked, 200)  # one batch: its shape may matter
+def test_bfloat16_parts_are_added_as_they_are(teacher: Recommender, eval_set: EvalSet) -> None:
+    half, few = teacher.bfloat16(), first(eval_set, 200)  # one batch: its shape may matter
     found = similarities(half, few, device=CPU)
     seen: dict[tuple[str, int], torch.Tensor] = {}
     for index, block in enumerate(find_blocks(half.backbone)):
@@ -373,9 +377,9 @@ def test_several_branches_of_one_kind_are_one_part() -> None:
     torch.testing.assert_close(found[1], 1 - torch.cosine_similarity(before, after))
 
 
-def test_the_model_is_left_as_it_was(teacher: Recommender, asked: EvalSet) -> None:
+def test_the_model_is_left_as_it_was(teacher: Recommender, eval_set: EvalSet) -> None:
     before = copy.deepcopy(teacher.state_dict())
-    similarities(teacher, asked, device=CPU)
+    similarities(teacher, eval_set, device=CPU)
     for module in teacher.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -385,7 +389,7 @@ def test_the_model_is_left_as_it_was(teacher: Recommender, asked: EvalSet) -> No
 
 @pytest.mark.parametrize("call", range(1, 5))
 def test_the_model_is_left_as_it_was_after_an_error(
-    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch, call: int
+    teacher: Recommender, eval_set: EvalSet, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     encode, calls = teacher.encode, []
 
@@ -397,24 +401,26 @@ def test_the_model_is_left_as_it_was_after_an_error(
 
     monkeypatch.setattr(teacher, "encode", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        similarities(teacher, asked, device=CPU)
+        similarities(teacher, eval_set, device=CPU)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
     assert not any("forward" in vars(module) for module in teacher.modules())
 
 
-def test_any_order_of_users(teacher: Recommender, asked: EvalSet) -> None:
+def test_any_order_of_users(teacher: Recommender, eval_set: EvalSet) -> None:
     order = np.random.default_rng(1).permutation(300)
     mixed = replace(
-        asked, users=asked.users[order], histories=[asked.histories[user] for user in order]
+        eval_set,
+        users=eval_set.users[order],
+        histories=[eval_set.histories[user] for user in order],
     )
-    one, other = (similarities(teacher, each, device=CPU) for each in (asked, mixed))
+    one, other = (similarities(teacher, each, device=CPU) for each in (eval_set, mixed))
     for name in ARRAYS:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-12)
 
 
-def test_one_user(teacher: Recommender, asked: EvalSet) -> None:
-    found = similarities(teacher, first(asked, 1), device=CPU)
-    states, between = by_hand(teacher, asked.histories[0])
+def test_one_user(teacher: Recommender, eval_set: EvalSet) -> None:
+    found = similarities(teacher, first(eval_set, 1), device=CPU)
+    states, between = by_hand(teacher, eval_set.histories[0])
     for block in range(5):
         expected = 1 - cosine(states[block], between[block])
         assert found.attention[block] == pytest.approx(expected, abs=1e-12)
@@ -423,18 +429,18 @@ def test_one_user(teacher: Recommender, asked: EvalSet) -> None:
 
 
 def test_the_first_model_of_its_kind(
-    teacher: Recommender, asked: EvalSet, monkeypatch: pytest.MonkeyPatch
+    teacher: Recommender, eval_set: EvalSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = similarities(teacher, asked, device=CPU)
+    expected = similarities(teacher, eval_set, device=CPU)
     # then the read-out runs a block more, to learn what it returns
     monkeypatch.setattr(skipping, "_extra_outputs", {})
-    found = similarities(teacher, asked, device=CPU)
+    found = similarities(teacher, eval_set, device=CPU)
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
-def test_as_a_frame(teacher: Recommender, asked: EvalSet) -> None:
-    found = similarities(teacher, asked, device=CPU)
+def test_as_a_frame(teacher: Recommender, eval_set: EvalSet) -> None:
+    found = similarities(teacher, eval_set, device=CPU)
     frame = to_frame(found)
     assert list(frame.columns) == ["score", "start", "end", "value"]
     assert frame.groupby("score").size().to_dict() == {
@@ -456,7 +462,7 @@ def test_as_a_frame(teacher: Recommender, asked: EvalSet) -> None:
 
 
 def test_bad_questions_and_models_are_refused(
-    llama_config: Callable[..., LlamaConfig], asked: EvalSet
+    llama_config: Callable[..., LlamaConfig], eval_set: EvalSet
 ) -> None:
     class Elsewhere(Recommender):
         def encode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -464,8 +470,8 @@ def test_bad_questions_and_models_are_refused(
 
     backbone = LlamaForCausalLM(llama_config(num_hidden_layers=2))
     with pytest.raises(ValueError, match=r"Elsewhere.encode does not return read_out"):
-        similarities(Elsewhere(backbone, torch.randn(41, 6), ()).eval(), asked, device=CPU)
-    none = replace(asked, users=asked.users[:0], histories=[], targets=asked.targets[:0])
+        similarities(Elsewhere(backbone, torch.randn(41, 6), ()).eval(), eval_set, device=CPU)
+    none = replace(eval_set, users=eval_set.users[:0], histories=[], targets=eval_set.targets[:0])
     with pytest.raises(ValueError, match="no questions"):
         similarities(Recommender(backbone, torch.randn(41, 6), ()).eval(), none, device=CPU)
 
@@ -482,9 +488,9 @@ def test_a_state_that_differs_by_rounding_alone_has_no_cka(dtype: torch.dtype) -
 
 
 def test_a_bfloat16_sum_has_whole_factors_and_its_cka_is_not_rounded(
-    teacher: Recommender, asked: EvalSet
+    teacher: Recommender, eval_set: EvalSet
 ) -> None:
-    few = first(asked, 200)
+    few = first(eval_set, 200)
     half = copy.deepcopy(teacher).bfloat16()
     # fitted to rounded sums, a factor would be 1 but for 1e-3 or so
     with torch.no_grad():

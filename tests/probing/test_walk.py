@@ -33,25 +33,25 @@ def spans(depth: int) -> list[Route]:
     return [route(b for b in range(depth) if not i <= b < j) for i, j in pairs if j - i < depth]
 
 
-def test_every_subset_of_the_blocks(teacher: Recommender, asked: EvalSet) -> None:
+def test_every_subset_of_the_blocks(teacher: Recommender, eval_set: EvalSet) -> None:
     subsets = [kept for n in range(1, 6) for kept in itertools.combinations(range(5), n)]
-    found = rank_routes(teacher, asked, [route(kept) for kept in subsets], device=CPU)
+    found = rank_routes(teacher, eval_set, [route(kept) for kept in subsets], device=CPU)
     assert len(found) == 31
     for kept, ranks in zip(subsets, found, strict=True):
-        expected = evaluate(cut_to(teacher, kept), asked, device=CPU)
+        expected = evaluate(cut_to(teacher, kept), eval_set, device=CPU)
         assert ranks.keys() == expected.keys() == {"full", "sampled-7"}
         for protocol in expected:
             np.testing.assert_array_equal(ranks[protocol], expected[protocol])
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
-def test_every_part_left_out(teacher: Recommender, asked: EvalSet, part: str) -> None:
+def test_every_part_left_out(teacher: Recommender, eval_set: EvalSet, part: str) -> None:
     routes = [route_without(part, b, 5) for b in range(5)]  # type: ignore[arg-type]
-    found = rank_routes(teacher, asked, routes, device=CPU)
-    whole = evaluate(teacher, asked, device=CPU)["full"]
+    found = rank_routes(teacher, eval_set, routes, device=CPU)
+    whole = evaluate(teacher, eval_set, device=CPU)["full"]
     for block, ranks in enumerate(found):
         with skip_blocks(teacher.backbone, {block}, part=part):  # type: ignore[arg-type]
-            expected = evaluate(teacher, asked, device=CPU)
+            expected = evaluate(teacher, eval_set, device=CPU)
         np.testing.assert_array_equal(ranks["full"], expected["full"])
         assert not np.array_equal(ranks["full"], whole)
 
@@ -63,13 +63,13 @@ FAMILIES += ["qwen3_next", "mamba", "cohere", "mistral"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompt", [(), (3, 1, 2)], ids=["no prompt", "prompt"])
-def test_families(family: str, prompt: tuple[int, ...], asked: EvalSet) -> None:
+def test_families(family: str, prompt: tuple[int, ...], eval_set: EvalSet) -> None:
     torch.manual_seed(0)
     changes = {"bloom": {"n_layer": 4}, "mamba": {"num_hidden_layers": 4}}.get(family, {})
     model = tiny_model(CONFIG_MAPPING[family](**changes), depth=4)
     teacher = Recommender(model, torch.randn(41, 6), prompt).double().eval()
     depth = teacher.depth
-    few = EvalSet(asked.users[:40], asked.histories[:40], asked.targets[:40], None, None)
+    few = EvalSet(eval_set.users[:40], eval_set.histories[:40], eval_set.targets[:40], None, None)
     kept = [k for k in ([0, 1, 3], [1, 2, 3], [3], [0, 2, 3]) if max(k) < depth]
     found = [p.states for p in walk(teacher, few, [route(k) for k in kept], device=CPU)]
     for blocks, states in zip(kept, torch.cat(found, dim=1), strict=True):
@@ -78,8 +78,8 @@ def test_families(family: str, prompt: tuple[int, ...], asked: EvalSet) -> None:
         torch.testing.assert_close(states, expected[0], rtol=1e-9, atol=1e-12)
 
 
-def test_runs_the_blocks_that_it_says(teacher: Recommender, asked: EvalSet) -> None:
-    few = EvalSet(asked.users[:9], asked.histories[:9], asked.targets[:9], None, None)
+def test_runs_the_blocks_that_it_says(teacher: Recommender, eval_set: EvalSet) -> None:
+    few = EvalSet(eval_set.users[:9], eval_set.histories[:9], eval_set.targets[:9], None, None)
     routes, sizes = spans(5), []
     counted = find_blocks(teacher.backbone)
     for block in counted:
@@ -96,21 +96,21 @@ def test_price_of_a_walk(depth: int) -> None:
     assert blocks_run(spans(depth)) / depth <= 0.20 * depth**2
 
 
-def test_leaves_the_teacher_as_it_was(teacher: Recommender, asked: EvalSet) -> None:
-    before = evaluate(teacher, asked, device=CPU)["full"]
-    rank_routes(teacher, asked, [route([1, 3]), route_without("mlp", 2, 5)], device=CPU)
-    np.testing.assert_array_equal(evaluate(teacher, asked, device=CPU)["full"], before)
+def test_leaves_the_teacher_as_it_was(teacher: Recommender, eval_set: EvalSet) -> None:
+    before = evaluate(teacher, eval_set, device=CPU)["full"]
+    rank_routes(teacher, eval_set, [route([1, 3]), route_without("mlp", 2, 5)], device=CPU)
+    np.testing.assert_array_equal(evaluate(teacher, eval_set, device=CPU)["full"], before)
     assert not any("forward" in vars(module) for module in teacher.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 
 
-def test_states_do_not_depend_on_the_other_paths(teacher: Recommender, asked: EvalSet) -> None:
-    (alone,) = rank_routes(teacher, asked, [route([0, 4])], device=CPU)
-    among = rank_routes(teacher, asked, [*spans(5), route([0, 4])], device=CPU)[-1]
+def test_states_do_not_depend_on_the_other_paths(teacher: Recommender, eval_set: EvalSet) -> None:
+    (alone,) = rank_routes(teacher, eval_set, [route([0, 4])], device=CPU)
+    among = rank_routes(teacher, eval_set, [*spans(5), route([0, 4])], device=CPU)[-1]
     np.testing.assert_array_equal(alone["full"], among["full"])
 
 
 @pytest.mark.parametrize("kept", [[1, 0], [0, 5], [2, 2], [-1]])
-def test_no_path(teacher: Recommender, asked: EvalSet, kept: list[int]) -> None:
+def test_no_path(teacher: Recommender, eval_set: EvalSet, kept: list[int]) -> None:
     with pytest.raises(ValueError, match="is no route through 5 blocks"):
-        rank_routes(teacher, asked, [route(kept)], device=CPU)
+        rank_routes(teacher, eval_set, [route(kept)], device=CPU)

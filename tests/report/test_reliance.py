@@ -12,7 +12,7 @@ from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import reliability
+from depthprobe.evaluation.trust import reliability
 from depthprobe.report.page import build_report
 from depthprobe.report.reliance import reliance_table
 from depthprobe.runs.store import Run

@@ -1,0 +1,230 @@
+"""Can a cheap score be trusted: does it order candidates as the measured damage does?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from depthprobe.evaluation.statistics import as_arms, interval, resampled_means
+
+FEWEST = 3  # candidates: two are in order or not, and a correlation of 1 says nothing
+SPLITS = 200  # of the users: their chance moves a reliability by 0.01 to 0.05
+AT_ONCE = 4096  # users whose damages and halves are in work at the same time
+COLUMNS = [
+    "score",
+    "candidates",
+    "users",
+    "reliability",
+    "spearman",
+    "spearman_low",
+    "spearman_high",
+    "kendall",
+    "kendall_low",
+    "kendall_high",
+]
+
+
+def trust(
+    scores: Mapping[str, Any],
+    reference: Any,
+    outcomes: Any,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Rank correlations of each score with the measured damage, and their intervals.
+
+    The damage of a candidate is the mean over users of ``reference - outcome``. Intervals are
+    percentile bootstraps over users, with the same draws for all scores: the damage is computed
+    again in each, and the scores and candidates stay what they are. So they hold for these
+    candidates and other users, and leave out that the score itself was estimated.
+
+    Noise in the damage hides an order, and a resample carries the users' noise twice. Where many
+    neighbours in the order of damage are no farther apart than their standard errors, the estimate
+    is too near to 0 and the interval nearer still, most of all for a good score: the bound at 0's
+    side then holds and the other one does not. Such a low correlation may be the users' fault:
+    their :func:`reliability` says how high a correlation can be.
+
+    Args:
+        scores: by name (M,), higher for a candidate believed to be more important.
+        reference: a per-user metric of the whole model, (U,), such as NDCG@10.
+        outcomes: the same without each candidate, (U, M).
+        resamples: bootstrap draws.
+        level: two-sided confidence.
+        seed: of the draws, and of the splits of the users.
+
+    Returns:
+        One row a score: score, candidates (M), users (U), reliability (of the damages, so the same
+        in each row), then spearman and kendall, each with _low and _high. These are NaN for a
+        score that holds NaN or is constant, for fewer than 3 candidates, and where all damages are
+        equal. Resamples with equal damages count against both bounds.
+
+    Raises:
+        ValueError: if shapes disagree, or a metric is NaN or infinite.
+    """
+    whole, without = np.asarray(reference, np.float64), np.asarray(outcomes, np.float64)
+    if whole.ndim != 1 or without.ndim != 2 or len(whole) != len(without):
+        raise ValueError(
+            f"expected reference (U,) and outcomes (U, M), got {whole.shape} and {without.shape}"
+        )
+    users, candidates = without.shape
+    table = {name: np.asarray(values, np.float64) for name, values in scores.items()}
+    for name, values in table.items():
+        if values.shape != (candidates,):
+            raise ValueError(f"score {name!r} is {values.shape}, expected ({candidates},)")
+    damages, sound = np.empty((1, 0)), math.nan
+    if candidates:
+        lost = np.subtract(whole, without.T, order="C")  # (M, U)
+        arms = as_arms(list(lost))  # M of (1, U)
+        sound = reliability(lost.T, seed=seed)
+        damage = np.stack([arm.mean(axis=1) for arm in arms], axis=1)  # (1, M)
+        drawn = resampled_means(arms, resamples=resamples, seed=seed)
+        # the damage itself first, then each resample's
+        damages = np.concatenate([damage, *(both for both, _ in drawn)])  # (1 + R, M)
+    rows: list[dict[str, Any]] = []
+    for name, values in table.items():
+        spearman, kendall = correlations(values, damages)
+        rows.append(
+            {"score": name, "candidates": candidates, "users": users, "reliability": sound}
+            | _with_bounds("spearman", spearman, users, level)
+            | _with_bounds("kendall", kendall, users, level)
+        )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def reliability(losses: Any, *, splits: int = SPLITS, seed: int = 0) -> float:
+    """How well these users order the candidates by damage: split halves, stepped up to all users.
+
+    The users are split at random into two halves (one has a user more where the count is odd),
+    each half has its own damages, and Spearman's rho between the two, averaged over splits, is the
+    reliability r of half of the users. That of all is ``2 r / (1 + r)`` (Spearman-Brown). The
+    formula is one for linear correlations, so with ranks it is an approximation.
+
+    It is the squared correlation of the damages with those that endlessly many such users would
+    give: about ``sqrt(reliability)`` is the highest correlation that a score can be expected to
+    have, unless it was measured on the same users and shares their noise. With few candidates it
+    is rough: damages of nothing but noise give 0.2 on average for four candidates, and above 0.7 in
+    one of twenty cases; 0.1 and 0.3 for fifty. It knows of chance between users only, not of the
+    chance in training a variant.
+
+    Args:
+        losses: by user and candidate, (U, M); a damage is a mean over users.
+        splits: how many; the average is over these.
+        seed: of the splits.
+
+    Returns:
+        From 0 to 1. 0 too where halves disagree more than by chance, since no share is negative.
+        A half in which all damages are equal orders nothing and counts as a correlation of 0. NaN
+        for fewer than 2 users or 3 candidates, and where the damages of all users are equal.
+
+    Raises:
+        ValueError: if the shape is another, or a loss is NaN or infinite.
+    """
+    table = np.asarray(losses, np.float64)
+    if table.ndim != 2 or not np.isfinite(table).all():
+        raise ValueError(f"expected finite losses (U, M), got {table.shape}")
+    users, candidates = table.shape
+    if users < 2 or candidates < FEWEST:
+        return math.nan
+    first, second = _halves(table, splits, seed)
+    if not np.ptp(first[0] + second[0]):
+        return math.nan
+    middle = (candidates + 1) / 2
+    one, other = (pd.DataFrame(half).rank(axis=1).to_numpy() - middle for half in (first, second))
+    found = _share((one * other).sum(axis=1), (one**2).sum(axis=1) * (other**2).sum(axis=1))
+    half = float(np.nan_to_num(found).mean())
+    return 2 * half / (1 + half) if half > 0 else 0.0
+
+
+def correlations(score: Any, damage: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Spearman's rho and Kendall's tau-b of a score with each row of damages.
+
+    Tied values share their mean rank in rho. Infinities are allowed: only the order is read.
+
+    Args:
+        score: (M,).
+        damage: (R, M), each row another measurement of all candidates: a resample, a seed.
+
+    Returns:
+        Two (R,) float64; NaN for fewer than 3 candidates, and where the score or the row is
+        constant or holds NaN.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    values, rows = np.asarray(score, np.float64), np.asarray(damage, np.float64)
+    if values.ndim != 1 or rows.ndim != 2 or rows.shape[1] != len(values):
+        raise ValueError(
+            f"expected a score (M,) and damages (R, M), got {values.shape} and {rows.shape}"
+        )
+    n_rows, candidates = rows.shape
+    nothing = np.full(n_rows, np.nan)
+    if candidates < FEWEST or np.isnan(values).any():
+        return nothing, nothing.copy()
+    # twice each rank, less its mean, is the sum of the signs of the differences to all others
+    # (tied ranks too), and whole numbers, so that no rounding enters before the division
+    ranks, of_score = np.empty_like(rows), np.empty_like(values)
+    agreeing, untied = np.zeros(n_rows), np.zeros(n_rows)
+    untied_score = 0.0
+    for place in range(candidates):
+        signs = _signs(rows[:, place, None], rows)  # (R, M)
+        of_this = _signs(values[place], values)  # (M,)
+        ranks[:, place], of_score[place] = signs.sum(axis=1), of_this.sum()
+        agreeing += signs @ of_this
+        untied += np.abs(signs).sum(axis=1)
+        untied_score += np.abs(of_this).sum()
+    spearman = _share(ranks @ of_score, (ranks**2).sum(axis=1) * (of_score**2).sum())
+    kendall = _share(agreeing, untied * untied_score)
+    unknown = np.isnan(rows).any(axis=1)
+    spearman[unknown] = kendall[unknown] = np.nan
+    return spearman, kendall
+
+
+def _halves(table: np.ndarray, splits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over the users of each half, of losses (U, M): two (splits, M), in units of their own.
+
+    Losses become whole numbers, so small that every sum of them is exact: in whatever order they
+    are added, equal damages stay tied, and a half is the rest of all.
+    """
+    users, candidates = table.shape
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros((splits, users), bool)
+    for row in chosen:
+        row[rng.choice(users, users // 2, replace=False, shuffle=False)] = True
+    # float64 holds whole numbers up to 2^53; the sum of all is below 2^52, and rounding adds U / 2
+    largest = max(table.max(), -table.min())
+    exponent = 52 - int(np.frexp(largest)[1]) - users.bit_length()
+    first, total = np.zeros((splits, candidates)), np.zeros(candidates)
+    for start in range(0, users, AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        whole = np.rint(np.ldexp(table[part], exponent))  # (at once, M)
+        first += chosen[:, part].astype(np.float64) @ whole
+        total += whole.sum(axis=0)
+    return first, total - first
+
+
+def _signs(value: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """1 where others are below, -1 where above; a difference would make NaN of equal infinities."""
+    return (value > others).astype(np.float64) - (value < others)
+
+
+def _share(part: np.ndarray, square: np.ndarray) -> np.ndarray:
+    """``part / sqrt(square)``; NaN where that is 0."""
+    share: np.ndarray = part / np.sqrt(np.where(square > 0, square, np.nan))
+    return share
+
+
+def _with_bounds(name: str, found: np.ndarray, users: int, level: float) -> dict[str, float]:
+    """The first of (1 + R,) correlations, and bounds from the others."""
+    value, low, high = float(found[0]), -1.0, 1.0
+    if math.isnan(value):
+        low = high = value
+    elif users > 1:
+        bounds = interval(value, found[1:], level=level)
+        low, high = max(low, bounds.low), min(high, bounds.high)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}

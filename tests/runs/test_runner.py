@@ -97,7 +97,7 @@ def test_records_are_strict_json_and_say_where_they_come_from(small_run: Run) ->
 
 
 def test_each_task_has_a_log_with_its_epochs(small_run: Run) -> None:
-    log = (small_run.path / "logs" / "full-s0.log").read_text(encoding="utf-8")
+    log = (small_run.path / "logs" / "full-d03-s0.log").read_text(encoding="utf-8")
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 1/\d+  loss \d", log, re.MULTILINE)
     assert "begun by process" in log
 

@@ -31,7 +31,7 @@ class LastItem:
 
 
 @pytest.fixture
-def asked() -> EvalSet:
+def eval_set() -> EvalSet:
     rng = np.random.default_rng(0)
     users = np.repeat(np.arange(40), 8).astype(str)
     items = np.concatenate([rng.permutation(30)[:8] for _ in range(40)]).astype(str)

@@ -32,7 +32,7 @@ def teacher(
 
 
 @pytest.fixture
-def asked() -> EvalSet:
+def eval_set() -> EvalSet:
     rng = np.random.default_rng(0)
     histories = [rng.integers(1, 41, size=rng.integers(1, 9)) for _ in range(300)]
     return EvalSet(

@@ -25,7 +25,7 @@ L = 5
 
 
 @pytest.fixture
-def asked(eval_set: EvalSet) -> EvalSet:
+def eval_set(eval_set: EvalSet) -> EvalSet:
     """Also a user with four items left, one with none, and one with the target among the seen."""
     seen = list(eval_set.seen or [])
     seen[3] = np.setdiff1d(np.arange(1, 41), [7, 11, 20, 33])

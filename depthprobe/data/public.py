@@ -1,231 +1,41 @@
-"""A file from an http address: resumed where it was cut, verified, whole or not there."""
+"""Public logs by name, fetched once from their owners' addresses into a cache.
+
+``ml-1m`` is MovieLens 1M, ``amazon-2014:Beauty`` the 5-core of a category of the Amazon reviews.
+Addresses and checksums lie in one table, :data:`SETS`. Imports nothing heavy: the command line
+looks here to tell a name from a path.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import re
 import shutil
-import sys
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile
 
 from depthprobe import __version__
 from depthprobe.errors import BadInput, nearest
 from depthprobe.files import complete_file, remove_leftovers
 
-ATTEMPTS = 5  # in one call, for a connection that is cut or a server that is busy
-PAUSE = 1.0  # seconds before the second attempt, twice as long before each further one
-TIMEOUT = 30.0  # seconds without a byte
-CHUNK = 1 << 20  # bytes
-
-_SPAN = re.compile(r"bytes (\d+)-\d+/(\d+)")
-
-
-class _RefusedError(Exception):
-    """The address gives nothing usable; trying again is of no use."""
-
-
-class _CutError(Exception):
-    """The server can't go on at present; another attempt may succeed."""
-
-
-def download(
-    url: str,
-    path: Path,
-    *,
-    size: int | None = None,
-    checksum: str | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
-) -> Path:
-    """Fetch an address to ``path``; a file that is already there is verified and kept.
-
-    What has come lies in ``<name>.part`` until it is complete and verified; the next call goes on
-    from there, if the server still has the same file. One process at a time: the caller sees to it.
-
-    Args:
-        size: bytes, where published.
-        checksum: ``sha256:...`` or ``md5:...``, where published.
-        progress: called with the bytes there and the bytes in all (None: the server doesn't say),
-            once before the first byte of an attempt and then about every megabyte.
-
-    Raises:
-        BadInput: if the address can't be fetched, the file is not as published, or can't be
-            written; the message names the address, the reason and the path.
-    """
-    if not url.startswith(("https://", "http://")):
-        raise BadInput("download", url, "an https or http address")
-    part = path.with_name(f"{path.name}.part")
-    try:
-        if path.exists():
-            if wrong := _difference(path, size, checksum):
-                raise BadInput("download", path.name, f"{wrong}; delete {path} and run again")
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = progress or (lambda *_: None)
-        _persist(lambda: _append(url, part, size=size, checksum=checksum, progress=report))
-        if wrong := _difference(part, size, checksum):
-            _discard(part)
-            raise _RefusedError(wrong)
-        _validator(part).unlink(missing_ok=True)
-        part.replace(path)
-    except _RefusedError as error:
-        why = f"{url} could not be fetched: {error}"
-        allowed = f"{why}; download it by hand to {path} and run again"
-        raise BadInput("download", path.name, allowed) from error
-    except OSError as error:  # of the disk: those of the network are caught where they arise
-        allowed = f"{path} can't be written: {_reason(error)}"
-        raise BadInput("download", path.name, allowed) from error
-    return path
-
-
-def _persist(attempt: Callable[[], None]) -> None:
-    """Try again, after longer and longer pauses, what was cut off."""
-    for number in range(ATTEMPTS):
-        try:
-            return attempt()
-        except _CutError as error:
-            if number == ATTEMPTS - 1:
-                raise _RefusedError(str(error)) from error
-            time.sleep(PAUSE * 2**number)
-
-
-def _append(
-    url: str,
-    part: Path,
-    *,
-    size: int | None,
-    checksum: str | None,
-    progress: Callable[[int, int | None], None],
-) -> None:
-    """Ask for what the part lacks; start again where the server can't give only that."""
-    there = part.stat().st_size if part.exists() else 0
-    if there and there == size:
-        return
-    known = _validator(part).read_text(encoding="utf-8") if _validator(part).exists() else ""
-    headers = {"User-Agent": f"depthprobe/{__version__}", "Accept-Encoding": "identity"}
-    if there and (known or checksum):  # else nothing would tell two versions spliced together
-        headers["Range"] = f"bytes={there}-"
-        if known:
-            headers["If-Range"] = known
-    with _open(Request(url, headers=headers), part) as response:  # noqa: S310 - http, see above
-        done, total = _span(response, part, there)
-        if size is not None and total not in {None, size}:
-            raise _RefusedError(f"it offers {total} bytes, {size} are published")
-        with part.open("ab" if done else "wb") as file:
-            if not done:
-                _validator(part).write_text(_version(response), encoding="utf-8")
-            progress(done, total)
-            while chunk := _read(response):
-                file.write(chunk)
-                done += len(chunk)
-                progress(done, total)
-            file.flush()
-            os.fsync(file.fileno())
-    if total is not None and done < total:
-        raise _CutError(f"the connection was cut after {done} of {total} bytes")
-
-
-def _open(request: Request, part: Path) -> HTTPResponse:
-    try:
-        response: HTTPResponse = urlopen(request, timeout=TIMEOUT)  # noqa: S310 - http, see above
-    except HTTPError as error:
-        error.close()
-        if error.code == 416:  # the part is longer than the file is by now
-            _discard(part)
-        again = error.code in {416, 429} or error.code >= 500
-        raise (_CutError if again else _RefusedError)(
-            f"HTTP {error.code} {error.reason}"
-        ) from error
-    except (OSError, HTTPException) as error:
-        raise _RefusedError(_reason(error)) from error
-    return response
-
-
-def _span(response: HTTPResponse, part: Path, there: int) -> tuple[int, int | None]:
-    """Where the response's bytes begin, and the size of the file if the server says it."""
-    if response.status != 206:
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdigit() else None
-    span = _SPAN.fullmatch(response.headers.get("Content-Range", ""))
-    if span is None or int(span[1]) != there:
-        _discard(part)
-        raise _CutError("the server gave other bytes than were asked for")
-    return there, int(span[2])
-
-
-def _read(response: HTTPResponse) -> bytes:
-    try:
-        return response.read(CHUNK)
-    except (OSError, HTTPException) as error:
-        raise _CutError(f"the connection was cut ({_reason(error)})") from error
-
-
-def _version(response: HTTPResponse) -> str:
-    """What tells this version of the file from another: a strong ETag, else the date."""
-    etag = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
-
-
-def _validator(part: Path) -> Path:
-    """Where the version that a part belongs to is kept."""
-    return part.with_name(f"{part.name}.version")
-
-
-def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _validator(part).unlink(missing_ok=True)
-
-
-def _difference(path: Path, size: int | None, checksum: str | None) -> str:
-    """How a file differs from what is published; empty if it does not."""
-    there = path.stat().st_size
-    if size is not None and there != size:
-        return f"it has {there} bytes, {size} are published"
-    if checksum is None:
-        return ""
-    algorithm, _, published = checksum.partition(":")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, algorithm).hexdigest()
-    return "" if digest == published else f"its {algorithm} is {digest}, {published} is published"
-
-
-def _reason(error: Exception) -> str:
-    """Why, in one line."""
-    reason = error.reason if isinstance(error, URLError) else error
-    text = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
-    return " ".join(text.split()) or type(error).__name__
-
-
-# Public logs by name, fetched once from their official addresses into a cache.
-#
-# ``ml-1m`` is MovieLens 1M, ``amazon-2014:Beauty`` the 5-core of a category of the Amazon reviews.
-# Addresses and checksums lie in one table, :data:`SETS`. Imports nothing heavy: the command line
-# asks here whether a source is a name or a path.
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes at once are then the user's care
-    fcntl = None  # type: ignore[assignment]
+RETRIES = 3  # of a download that is cut, after 1, 2 and 3 seconds
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data"
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PublicFile:
-    """A file as published; of a zip, ``members`` are what is taken out of it.
+    """A file as published, its ``size`` in bytes; of a zip, ``members`` are unpacked.
 
-    ``size`` in bytes and ``checksum`` (``sha256:...`` or ``md5:...``) where they are published.
+    ``checksum`` is ``sha256:...`` or ``md5:...``, where one is published.
     """
 
     url: str
@@ -239,14 +49,14 @@ class PublicFile:
         return self.url.rpartition("/")[2]
 
     @property
-    def gives(self) -> tuple[str, ...]:
+    def contents(self) -> tuple[str, ...]:
         """The names of the files that a reader finds in the end."""
-        return tuple(member.rpartition("/")[2] for member in self.members) or (self.name,)
+        return tuple(Path(member).name for member in self.members) or (self.name,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublicSet:
-    """A public log: the files to fetch, what it is, and what its owners ask for."""
+    """A public log: the files to fetch, what it is, and its owners' terms."""
 
     name: str
     about: str
@@ -327,40 +137,39 @@ _AMAZON = (
 )
 
 
-def _table() -> Iterator[PublicSet]:
+def _movielens() -> Iterator[PublicSet]:
     for name, about, members, size, checksum in _MOVIELENS:
+        url, parts = f"{GROUPLENS}/{name}.zip", tuple(members.split())
         readme = f"{name}-README.{'txt' if name in {'ml-100k', 'ml-1m'} else 'html'}"
-        url = f"{GROUPLENS}/{name}.zip"
         yield PublicSet(
             name=name,
             about=f"MovieLens, {about}",
-            files=(
-                PublicFile(url=url, size=size, checksum=checksum, members=tuple(members.split())),
-            ),
+            files=(PublicFile(url=url, size=size, checksum=checksum, members=parts),),
             terms="for research, not for commercial use without GroupLens's permission, to be "
             f"acknowledged in publications; all conditions: {GROUPLENS}/{readme}",
             citation="https://doi.org/10.1145/2827872",
         )
+
+
+def _amazon() -> Iterator[PublicSet]:
     for year, reviews, metadata, page, citation, categories in _AMAZON:
         for name in categories.split():
             yield PublicSet(
                 name=f"amazon-{year}:{name}",
                 about=f"Amazon reviews to {year}, 5-core of {name.replace('_', ' ')}",
-                files=(
-                    PublicFile(url=reviews.format(name)),
-                    PublicFile(url=metadata.format(name)),
-                ),
+                files=tuple(PublicFile(url=url.format(name)) for url in (reviews, metadata)),
                 terms="no licence is given; collected from amazon.com by J. McAuley's group, "
                 f"for research, to be cited: {page}",
                 citation=citation,
             )
 
 
-SETS: dict[str, PublicSet] = {one.name: one for one in _table()}
+# MovieLens first, then Amazon by year and category
+SETS: dict[str, PublicSet] = {one.name: one for one in (*_movielens(), *_amazon())}
 
 
 def public_sets() -> list[PublicSet]:
-    """All sets, MovieLens first, then Amazon by year and category."""
+    """All sets, in the order of the table."""
     return list(SETS.values())
 
 
@@ -392,81 +201,94 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "depthprobe"
 
 
-def obtain(name: str, *, say: Callable[[str], None] | None = None) -> Path:
-    """The folder in the cache with the raw files of a public set, fetched if they lack.
+def fetch(name: str) -> Path:
+    """The folder in the cache with the raw files of a public set, fetched if they are missing.
 
-    What is said goes to stderr, or to ``say``: the terms before anything is fetched, then each
-    address with its size. A file that was put into the cache by hand is verified and taken.
+    The terms are logged before anything is fetched. A file that was put into the cache by hand is
+    verified and used.
 
     Raises:
         BadInput: if there is no such set, an address can't be reached, a file is not as
             published, or the cache can't be written.
     """
     public = public_set(name)
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     folder = cache_folder() / "datasets" / name.replace(":", "/")
-    if _complete(public, folder):
+    if _is_complete(public, folder):
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.with_name(f"{folder.name}.lock"), say):
-            if not _complete(public, folder):
+        with _locked(folder.with_name(f"{folder.name}.lock")):
+            if not _is_complete(public, folder):  # another process may have filled it meanwhile
                 remove_leftovers(folder)
-                say(f"{name}: {public.terms}")
+                log.warning("%s: %s", name, public.terms)
                 for file in public.files:
-                    _place(file, folder, say)
+                    _fetch_file(file, folder)
     except OSError as error:
         allowed = f"a folder that can be written ({error.strerror or error})"
         raise BadInput("DEPTHPROBE_CACHE", folder, allowed) from error
     return folder
 
 
-def _complete(public: PublicSet, folder: Path) -> bool:
-    return all((folder / name).is_file() for file in public.files for name in file.gives)
+def _is_complete(public: PublicSet, folder: Path) -> bool:
+    return all((folder / name).is_file() for file in public.files for name in file.contents)
 
 
 @contextmanager
-def _alone(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other process fills the same folder; the lock dies with its process."""
-    with lock.open("a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for another process, which holds {lock}")
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path) -> Iterator[None]:
+    """Fill a folder alone, across processes and threads; the lock dies with its process."""
+    from filelock import FileLock, Timeout
 
-
-def _place(file: PublicFile, folder: Path, say: Callable[[str], None]) -> None:
-    # an archive lies beside the folder, which holds nothing but what a reader reads
-    path = (folder.parent if file.members else folder) / file.name
-    progress = _progress(file.url, say)
-    download(file.url, path, size=file.size, checksum=file.checksum, progress=progress)
-    if not file.members:
-        return
+    lock = FileLock(path, thread_local=False)
     try:
-        with ZipFile(path) as archive:
-            for member, name in zip(file.members, file.gives, strict=True):
-                with complete_file(folder / name) as temporary, temporary.open("wb") as target:
-                    shutil.copyfileobj(archive.open(member), target)
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.warning("waiting for another process, which holds %s", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch_file(file: PublicFile, folder: Path) -> None:
+    import pooch
+
+    # an archive lies beside the folder, which holds only what a reader reads
+    place = folder.parent if file.members else folder
+    path = place / file.name
+    pooch.get_logger().setLevel("ERROR")
+    log.warning("fetching %s to %s", file.url, place)
+    store = pooch.Pooch(
+        path=place,
+        base_url="",
+        registry={file.name: file.checksum},
+        urls={file.name: file.url},
+        retry_if_failed=RETRIES,
+    )
+    # identity: a file that is published compressed stays so
+    headers = {"User-Agent": f"depthprobe/{__version__}", "Accept-Encoding": "identity"}
+    try:
+        store.fetch(file.name, downloader=pooch.HTTPDownloader(chunk_size=2**20, headers=headers))
+    except (OSError, ValueError) as error:  # of the network, the disk, or the checksum
+        fault = f"{file.url} could not be fetched ({' '.join(str(error).split())[:300]})"
+        if path.exists():
+            fault = f"{path} is not the published file, and {fault}"
+        allowed = f"{fault}; download it by hand to {path} and run again"
+        raise BadInput("data.source", file.name, allowed) from error
+    if file.members:
+        _unpack(path, file, folder)
+
+
+def _unpack(archive: Path, file: PublicFile, folder: Path) -> None:
+    try:
+        with ZipFile(archive) as opened:
+            for member, name in zip(file.members, file.contents, strict=True):
+                with (
+                    complete_file(folder / name) as temporary,
+                    temporary.open("wb") as target,
+                    opened.open(member) as source,
+                ):
+                    shutil.copyfileobj(source, target)
     except (BadZipFile, KeyError, EOFError, zlib.error) as error:
         allowed = f"a zip with {', '.join(file.members)} ({error}); delete it and run again"
-        raise BadInput("data.source", path, allowed) from error
-
-
-def _progress(url: str, say: Callable[[str], None]) -> Callable[[int, int | None], None]:
-    """Say the address and the size once, and on a terminal every tenth of it."""
-    tenths = -1
-
-    def report(done: int, total: int | None) -> None:
-        nonlocal tenths
-        now = 10 * done // total if total else 0
-        if tenths < 0:
-            of = f", {total / 1e6:,.1f} MB" if total else ""
-            say(f"fetching {url}{of}" + (f", {done / 1e6:,.1f} MB are here" if done else ""))
-        elif now > tenths and sys.stderr.isatty():
-            say(f"  {10 * now} %")
-        tenths = max(tenths, now)
-
-    return report
+        raise BadInput("data.source", archive, allowed) from error

@@ -259,7 +259,7 @@ FORMATS: dict[str, Format] = {
 
 
 def _located(source: str | Path) -> Path:
-    from depthprobe.data.public import is_public, obtain, public_sets
+    from depthprobe.data.public import fetch, is_public, public_sets
 
     path = Path(source)
     try:
@@ -268,7 +268,7 @@ def _located(source: str | Path) -> Path:
     except OSError as error:
         raise BadInput(FIELD, source, f"a path to look at ({error.strerror})") from error
     if is_public(str(source)):
-        return obtain(str(source))
+        return fetch(str(source))
     families = dict.fromkeys(one.family for one in public_sets())
     names = nearest(str(source), [EMBEDDED, *families])
     allowed = f"no such path; expected that of a log or of a prepared folder, or a name: {names}"

@@ -237,7 +237,7 @@ def test_a_public_set_by_its_name_unless_a_path_has_it(
 ) -> None:
     write(tmp_path / "cache" / "ratings.dat", lines("::"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("depthprobe.data.public.obtain", lambda name: tmp_path / "cache")
+    monkeypatch.setattr("depthprobe.data.public.fetch", lambda name: tmp_path / "cache")
     assert len(read_log("ml-1m")) == 4
     write(tmp_path / "ml-1m", "1 2\n")
     assert len(read_log("ml-1m")) == 1

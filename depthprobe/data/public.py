@@ -251,7 +251,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fetch_file(file: PublicFile, folder: Path) -> None:
-    import pooch
+    import pooch  # type: ignore[import-untyped]
 
     # an archive lies beside the folder, which holds only what a reader reads
     place = folder.parent if file.members else folder

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from depthprobe.data.batches import length_buckets, negatives, pad
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import bootstrap_mean, bootstrap_ratio
+from depthprobe.methods import Trial
 from depthprobe.models.recommender import Popularity
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import Trial, plan
+from depthprobe.runs.plan import plan
 from depthprobe.runs.store import Run, open_run
 
 BATCH = 256

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.methods import base_of, names
 from depthprobe.report.numbers import FULL, HEADLINE, Summary, summarise
 from depthprobe.report.style import method_style
 from depthprobe.report.tables import ablation_table
 from depthprobe.runs.store import Run, open_run
-from depthprobe.study import TRAINED, base_of
 
 BASELINES = ("popularity", "sasrec", "full", "early-exit", "readout")
 
@@ -30,7 +30,11 @@ def kept(run: Run, summary: Summary) -> Iterator[str]:
     yield "|---|---|" + "---|" * (len(depths) + 1)
     for method in run.study.methods:
         points = {point.depth: point for point in summary.points if point.method == method}
-        if method not in BASELINES and base_of(method) not in TRAINED or not points:
+        if (
+            method not in BASELINES
+            and base_of(method) not in names("trained", "control")
+            or not points
+        ):
             continue
         cells = [
             percent(points[depth].ratio[FULL, HEADLINE]) if depth in points else ""

@@ -22,7 +22,7 @@ from depthprobe.evaluation.statistics import bootstrap_ratio
 from depthprobe.evaluation.trust import trust
 from depthprobe.probing.walk import rank_routes, route
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import whole_trial
+from depthprobe.runs.plan import full_trial
 from depthprobe.runs.store import Run, open_run
 
 METRIC = "NDCG@10"
@@ -96,7 +96,7 @@ def teachers(
     scores: dict[str, list[list[float]]] = {}
     routes = [route(kept) for kept in (tuple(range(blocks)), *choices)]
     for seed in range(run.study.seeds):
-        model = context.trained(whole_trial("full", seed, blocks))
+        model = context.trained(full_trial("full", seed, blocks))
         for kept, ranks in zip(
             choices,
             rank_routes(model, context.test, routes, device=context.device)[1:],

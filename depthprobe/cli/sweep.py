@@ -25,7 +25,8 @@ from depthprobe.cli.options import (
 from depthprobe.cli.progress import watch
 from depthprobe.cli.tables import show_frame
 from depthprobe.errors import BadInput
-from depthprobe.study import METHODS, PROBES, TRAINED, Study, base_of
+from depthprobe.methods import METHODS, base_of, names
+from depthprobe.study import Study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,13 +49,18 @@ class Phase:
 PHASES = {
     phase.name: phase
     for phase in (
-        Phase("sweep", "Accuracy, size and time against depth, and the report.", METHODS),
+        Phase("sweep", "Accuracy, size and time against depth, and the report.", tuple(METHODS)),
         Phase(
             "train",
             "The baselines, the teacher and the variants alone.",
-            ("popularity", "sasrec", "full", *(name for name in TRAINED if name != "distill")),
+            (
+                "popularity",
+                "sasrec",
+                "full",
+                *(name for name in names("trained", "control") if name != "distill"),
+            ),
         ),
-        Phase("probe", "What needs no training but the teacher's.", PROBES),
+        Phase("probe", "What needs no training but the teacher's.", names("probe")),
         Phase("distill", "The students alone.", ("distill",)),
     )
 }

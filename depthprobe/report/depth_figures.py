@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.methods import base_of, method_order, names
 from depthprobe.report.drawing import (
     SIZE,
     Array,
@@ -44,20 +45,18 @@ from depthprobe.report.style import (
     count,
     figure_style,
     in_percent,
-    method_order,
     method_style,
     significant,
     times,
 )
 from depthprobe.report.tables import SERVING, TRAINING, change_of, timed
-from depthprobe.runs.plan import BASELINES
-from depthprobe.study import PROBES, base_of, ranges
+from depthprobe.study import ranges
 
 # Not drawn as a curve over depth: baselines, the teacher, probes with many kept sets at a depth.
-NOT_CURVES = BY_BLOCK | {*BASELINES, "full"}
+NOT_CURVES = BY_BLOCK | {*names("baseline"), "full"}
 MOST_VARIANTS = 8  # of one method that are told apart in a figure
 # Without training: may be far below the teacher.
-READ_ONLY = frozenset(PROBES) | CONTROLS
+READ_ONLY = frozenset(names("probe")) | CONTROLS
 
 
 def curves(summary: Summary, metric: str) -> dict[str, list[Point]]:
@@ -196,7 +195,7 @@ def cost_reading(summary: Summary, cost: str, metric: str = HEADLINE) -> str:
         return ""
     name = "parameters" if cost == "parameters" else f"{cost} time"
     front = ", ".join(
-        method_style(p.method).label + ("" if p.method in BASELINES else f" {p.depth}")
+        method_style(p.method).label + ("" if p.method in names("baseline") else f" {p.depth}")
         for p in pareto_front(points, cost, metric)
     )
     return f"{metric} against {name}. On the means, beaten by no other in both: {front}."

@@ -21,8 +21,7 @@ from depthprobe.evaluation.statistics import (
     resampled_means,
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
-from depthprobe.report.style import method_order
-from depthprobe.study import base_of
+from depthprobe.methods import METHODS, base_of, method_order, names
 
 Array = NDArray[np.float64]
 FULL, SAMPLED = "full", "sampled-999"
@@ -260,23 +259,12 @@ def _rounds(record: Mapping[str, Any] | None, parts: Sequence[str]) -> tuple[flo
 # A run reduced to the numbers of its report, every bootstrap computed once.
 
 # Probes with many kept sets at a depth: each set is a point of its own.
-BY_BLOCK = frozenset({"skip", "span", "interval", "drop-attention", "drop-mlp"})
+BY_BLOCK = frozenset(name for name, method in METHODS.items() if method.by_block)
 # They show where depth matters; none of them is a model on offer.
-SHOWN_ONLY = frozenset(
-    {
-        "early-exit-raw",
-        "readout",
-        "tuned-lens",
-        "skip",
-        "span",
-        "interval",
-        "drop-attention",
-        "drop-mlp",
-    }
-)
+SHOWN_ONLY = frozenset(name for name in names("probe") if not METHODS[name].candidate)
+CONTROLS = frozenset(names("control"))
 # Compared with the teacher, but no answer: baselines, the teacher, a control, a probe.
-CONTROLS = frozenset({"random-init", "random-selection"})
-NOT_CANDIDATES = frozenset({"popularity", "sasrec", "full"}) | CONTROLS | SHOWN_ONLY
+NOT_CANDIDATES = frozenset(name for name, method in METHODS.items() if not method.candidate)
 Key = tuple[str, int]  # (method, depth), as the sufficient depth names candidates
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from matplotlib import rc_context
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.study import METHODS, base_of
+from depthprobe.methods import METHODS
 
 INK, MUTED, GRID = "#1b1f24", "#5b636d", "#e3e6ea"
 NONE = "–"  # what a table shows where nothing was measured
@@ -19,7 +19,7 @@ NONE = "–"  # what a table shows where nothing was measured
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """The look of a method; colours keep 3:1 on white and differ for colour-blind readers."""
+    """The look of a method in figures and tables."""
 
     label: str
     colour: str
@@ -27,57 +27,30 @@ class MethodStyle:
     line: str = "-"
 
 
-# The markers differ too, so that no figure is read by colour alone.
-METHOD_STYLES = {
-    "full": MethodStyle("teacher", INK, "D"),
-    "distill": MethodStyle("distilled", "#c2500a", "o"),
-    "heal": MethodStyle("healed", "#00805e", "^"),
-    "finetune": MethodStyle("fine-tuned", "#0069a8", "s"),
-    "early-exit": MethodStyle("early exit", "#9b4f96", "."),
-    "random-init": MethodStyle("random init", "#857200", "X", "--"),
-    "early-exit-raw": MethodStyle("exit, no norm", "#b06aab", "x", ":"),
-    "readout": MethodStyle("read-out", "#a35c00", "p", "--"),
-    "tuned-lens": MethodStyle("tuned lens", "#6b5aa8", "*", "--"),
-    "greedy": MethodStyle("greedy", "#4a55b8", "d"),
-    "replace": MethodStyle("linear map", "#00786f", "<", "-."),
-    "skip": MethodStyle("skip", "#35618e", "o"),
-    "span": MethodStyle("span left out", "#4f79a6", "_"),
-    "interval": MethodStyle("every n-th left out", "#6a6f9e", "|"),
-    "drop-attention": MethodStyle("attention left out", "#b3365b", "1"),
-    "drop-mlp": MethodStyle("MLP left out", "#5c7a1f", "2"),
-    "elastic": MethodStyle("elastic", "#7a4a00", "h"),
-    "random-selection": MethodStyle("random blocks", "#6f6a3a", "H", "--"),
-    "sasrec": MethodStyle("SASRec", "#4d5761", "P", "--"),
-    "popularity": MethodStyle("popularity", "#858d96", "v", ":"),
-}
-ORDER = METHODS
 # what variants of a method are told apart by; which one has which depends on its name alone
 VARIANT_COLOURS = ("#0069a8", "#c2500a", "#00805e", "#9b4f96", "#857200", "#b3365b", "#4a55b8")
 VARIANT_MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
 
 
-def method_style(method: str) -> MethodStyle:
-    """The look of a method; one without an entry gets a plain one under its own name.
+def method_style(name: str) -> MethodStyle:
+    """The look of a method; one that is not known gets a plain one under its own name.
 
-    A selection or variant has its method's name before its own, and its own colour and marker.
+    A selection or variant has its method's label before its own, and its own colour and marker.
     """
-    base, colon, name = method.partition(":")
-    style = METHOD_STYLES.get(base, MethodStyle(base, MUTED, "h", "-."))
+    base, colon, variant = name.partition(":")
+    if base not in METHODS:
+        return MethodStyle(name, MUTED, "h", "-.")
+    method = METHODS[base]
+    style = MethodStyle(method.label, method.colour, method.marker, method.line)
     if not colon:
         return style
-    return replace(style, label=f"{style.label}: {name}", **_own_look(name))
+    return replace(style, label=f"{style.label}: {variant}", **_own_look(variant))
 
 
 def _own_look(name: str) -> dict[str, str]:
     place = zlib.crc32(name.encode())
     colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
     return {"colour": colour, "marker": VARIANT_MARKERS[place % len(VARIANT_MARKERS)], "line": "-."}
-
-
-def method_order(method: str) -> tuple[int, str]:
-    """Sort key: baselines, teacher, what needs no training, what is trained, the rest by name."""
-    base = base_of(method)
-    return (ORDER.index(base) if base in ORDER else len(ORDER), method)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from depthprobe.evaluation.metrics import check_metrics
 from depthprobe.evaluation.slices import ALL, FEWEST
 from depthprobe.evaluation.statistics import Interval, interval, resampled_means
 from depthprobe.files import complete_file
+from depthprobe.methods import base_of, method_order, names
 from depthprobe.report.numbers import (
     BY_BLOCK,
     CONTROLS,
@@ -35,15 +36,12 @@ from depthprobe.report.style import (
     accuracy,
     bounds,
     count,
-    method_order,
     method_style,
     percent,
     significant,
     times,
 )
-from depthprobe.runs.plan import BASELINES
 from depthprobe.runs.tables import OF_LISTS
-from depthprobe.study import TRAINED, base_of
 
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 BRIEF = SHOWN[1:]  # of a trial, on the page: the file has all
@@ -113,7 +111,7 @@ def depth_table(run: RunLike | Summary, *, protocol: str = FULL) -> Table | None
         cells = [
             Cell(method_style(point.method).label),
             Cell(
-                NONE if point.method in BASELINES else str(point.depth),
+                NONE if point.method in names("baseline") else str(point.depth),
                 f"without {point.removed}" if point.removed and point.method == "greedy" else "",
             ),
             *[Cell(str(len(point.seeds)))] * differ,
@@ -425,7 +423,11 @@ _Change = tuple[int, Interval, Interval]  # seeds, difference, ratio
 def _pairs(summary: Summary) -> list[tuple[Point, Point]]:
     """Each trained point beside the fine-tuned one of its depth, by depth."""
     plain = {point.depth: point for point in summary.of(FINETUNED)}
-    others = [p for p in summary.points if base_of(p.method) in TRAINED and p.method != FINETUNED]
+    others = [
+        p
+        for p in summary.points
+        if base_of(p.method) in names("trained", "control") and p.method != FINETUNED
+    ]
     return [
         (point, plain[depth]) for depth in sorted(plain) for point in others if point.depth == depth
     ]
@@ -612,7 +614,7 @@ def lists_table(run: RunLike | Summary) -> Table | None:
     """
     summary = as_summary(run)
     found = _of_lists(summary)
-    shown = (*summary.of(*BASELINES, "full"), *_chosen(summary))
+    shown = (*summary.of(*names("baseline"), "full"), *_chosen(summary))
     rows, numbers = [], []
     for point in sorted(shown, key=summary.points.index):
         values = {
@@ -621,7 +623,7 @@ def lists_table(run: RunLike | Summary) -> Table | None:
         }
         if not any(values.values()):
             continue
-        depth = NONE if point.method in BASELINES else str(point.depth)
+        depth = NONE if point.method in names("baseline") else str(point.depth)
         cells = [Cell(method_style(point.method).label), Cell(depth)]
         cells += [_seeds(name, values[name]) for name in OF_LISTS]
         state = "teacher" if point.method == "full" else ""
@@ -643,7 +645,7 @@ def _chosen(summary: Summary) -> tuple[Point, ...]:
     tried: Counter[int] = Counter()
     for point in summary.points:
         value, base = point.value(HEADLINE), base_of(point.method)
-        if value is None or base not in TRAINED or base in CONTROLS:
+        if value is None or base not in names("trained", "control") or base in CONTROLS:
             continue
         if not 0 < point.depth < (summary.blocks or 0):
             continue

@@ -19,10 +19,10 @@ from transformers import PreTrainedConfig
 from depthprobe.cost.machine import machine
 from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.files import complete_folder
+from depthprobe.methods import Trial, base_of
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import Trial
 from depthprobe.runs.processes import launched_processes
-from depthprobe.study import Recipe, base_of, settings_of
+from depthprobe.study import Recipe, settings_of
 from depthprobe.training.checkpoint import FORMAT, identity, windows_digest
 from depthprobe.training.features import FeatureSpec
 

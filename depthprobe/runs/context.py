@@ -18,6 +18,7 @@ from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.metrics import TrainingPopularity, training_popularity
 from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_set, mean_ndcg
+from depthprobe.methods import Task, Trial
 from depthprobe.models.backbones import resolve_device
 from depthprobe.models.build import (
     WEIGHTS,
@@ -28,7 +29,7 @@ from depthprobe.models.build import (
 )
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.runs.plan import Task, Trial, whole_trial
+from depthprobe.runs.plan import full_trial
 from depthprobe.study import Study, settings_of
 from depthprobe.training.tracking import Track, tracked
 
@@ -162,7 +163,7 @@ class Context:
     def sasrec(self, seed: int) -> SASRec:
         """The trained baseline, in eval mode."""
         model = self.new_sasrec(seed)
-        load_trained(model, self.trial_folder(whole_trial("sasrec", seed, 0)) / MODEL)
+        load_trained(model, self.trial_folder(full_trial("sasrec", seed, 0)) / MODEL)
         return model.eval()
 
     @property
@@ -209,11 +210,11 @@ class Context:
     @lru_cache(maxsize=1)  # noqa: B019
     def teacher(self, seed: int, blocks: int) -> Recommender:
         """The trained teacher; the latest one stays in memory, since many tasks read it."""
-        return self.trained(whole_trial("full", seed, blocks))
+        return self.trained(full_trial("full", seed, blocks))
 
     @lru_cache(maxsize=8)  # noqa: B019
     def teacher_mark(self, seed: int, blocks: int) -> str:
         """What names the trained teacher's weights: what was made from them goes by it."""
-        weights = self.trial_folder(whole_trial("full", seed, blocks)) / MODEL / WEIGHTS
+        weights = self.trial_folder(full_trial("full", seed, blocks)) / MODEL / WEIGHTS
         with weights.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from depthprobe.methods import Task, Trial, base_of, names
 from depthprobe.probing.readout import Fitting
 from depthprobe.probing.walk import Route, blocks_run, route, route_without
 from depthprobe.runs.forecast import Job
 from depthprobe.runs.pieces import Rates, Sizes, between
-from depthprobe.runs.plan import BASELINES, Task, Trial
 from depthprobe.runs.probing import TAYLOR_USERS
-from depthprobe.study import TRAINED, Recipe, Study, base_of, parse_layers, settings_of
+from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.distillation import feature_spec
 
 RANKED = 3  # times the best ten items' seconds: ranks by two protocols, and the lists
@@ -106,7 +106,7 @@ def _seconds(study: Study, task: Task, sizes: Sizes, rates: Rates, processes: in
     base = base_of(task.method)
     if base == "popularity":
         return RANKED * rates.score * sizes.test
-    if base not in ("sasrec", "full", *TRAINED):
+    if base not in ("sasrec", "full", *names("trained", "control")):
         return probe_seconds(study, task, sizes, rates)
     settings, depth = settings_of(study, task.method), task.trials[-1].depth
     recipe = study.sasrec.recipe if base == "sasrec" else settings.recipe
@@ -125,7 +125,7 @@ def _seconds(study: Study, task: Task, sizes: Sizes, rates: Rates, processes: in
 
 def epochs_of(study: Study, task: Task, rates: Rates, recipe: Recipe) -> int:
     """At most so many epochs; under ``budget = "compute"`` more for a shallower model."""
-    if study.budget == "steps" or task.method in (*BASELINES, "full"):
+    if study.budget == "steps" or task.method in (*names("baseline"), "full"):
         return recipe.epochs
     depth, models = task.trials[-1].depth, 1
     if base_of(task.method) == "elastic":
@@ -177,7 +177,7 @@ def _route(trial: Trial) -> Route:
 
 def timing_seconds(study: Study, blocks: int, rates: Rates, *, whole: bool) -> float:
     """Seconds of the timing of every depth with which a run begins, alone on the machine."""
-    methods = [name for name in study.methods if name not in BASELINES]
+    methods = [name for name in study.methods if name not in names("baseline")]
     layers = [study.layers, *(settings_of(study, name).layers for name in methods)]
     depths = {blocks, *(d for each in layers for d in parse_layers(each, blocks))} if whole else ()
     a_round = rates.step["train:sasrec"] + study.cost.batch_size * rates.encode["sasrec"]

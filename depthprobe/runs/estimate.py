@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from depthprobe.cost.workload import Workload
+from depthprobe.methods import Task, names
 from depthprobe.runs.context import Context
 from depthprobe.runs.effort import jobs_of, timing_seconds
 from depthprobe.runs.forecast import Job, Span, longest_chain, schedule, slowed
 from depthprobe.runs.pieces import Sizes
-from depthprobe.runs.plan import BASELINES, Task
 from depthprobe.runs.rates import Found, measured_rates, timed_rates
 
 START = 4.0  # seconds until a worker has loaded its libraries and the log; on two Xeon cores
@@ -77,7 +77,7 @@ def find_rates(
 
 def any_depth(tasks: Sequence[Task]) -> bool:
     """Whether anything but baselines is among the tasks."""
-    return any(task.method not in BASELINES for task in tasks)
+    return any(task.method not in names("baseline") for task in tasks)
 
 
 def estimate_of(

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.slices import ALL
 from depthprobe.files import complete_folder
+from depthprobe.methods import Trial, base_of, names
 from depthprobe.models.backbones import EMBEDDED, is_folder, pretrained, pretrained_tokenizer
 from depthprobe.models.build import around, load_trained, merge_lora
 from depthprobe.models.cutting import keep_blocks
@@ -23,10 +24,10 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.models.revision import pinned
 from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import MODEL, Context
-from depthprobe.runs.plan import BASELINES, Trial, whole_trial
+from depthprobe.runs.plan import full_trial
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.tables import METRICS
-from depthprobe.study import Backbone, base_of, ranges, settings_of
+from depthprobe.study import Backbone, ranges, settings_of
 
 LONGEST = 120
 TAGS = ("depthprobe", "recommender-system", "sequential-recommendation", "layer-pruning")
@@ -217,7 +218,7 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     target = Path(folder)
     if record["status"] != "done":
         raise BadInput("trial", trial, f"a trial that is done (it failed: {record['error']})")
-    if record["method"] in BASELINES:
+    if record["method"] in names("baseline"):
         allowed = f"a recommender with a backbone; {record['method']} has none to export"
         raise BadInput("trial", trial, allowed)
     if record["method"] in MEASURED_ONLY or not record["kept"]:
@@ -228,7 +229,7 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     recorded = run.manifest["backbone"]
     study = replace(run.study, backbone=pinned(run.study.backbone, recorded["revision"]))
     context, blocks = Context(run.path, study), int(recorded["blocks"])
-    what = Trial(record["method"], tuple(record["kept"]), int(record["seed"]), blocks)
+    what = Trial(trial, record["method"], tuple(record["kept"]), int(record["seed"]), blocks)
     model, backbone = _rebuild(context, what)
     sequences = context.sequences
     with complete_folder(target) as temporary:
@@ -251,9 +252,9 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
     """The trial's recommender, and the causal language model whose blocks it uses."""
     settings, source = context.study.backbone, trial
     if trial.method in CUT_FROM_TEACHER:
-        source = whole_trial("full", trial.seed, trial.blocks)
+        source = full_trial("full", trial.seed, trial.blocks)
     if base_of(trial.method) == "elastic":
-        source = whole_trial(trial.method, trial.seed, trial.blocks)
+        source = full_trial(trial.method, trial.seed, trial.blocks)
     weights, own = (context.trial_folder(each) / MODEL for each in (source, trial))
     for needed in {weights, own} if trial.method == "replace" else {weights}:
         if not needed.is_dir():

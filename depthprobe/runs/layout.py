@@ -20,6 +20,7 @@ from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.files import complete_file, remove_leftovers, write_json
+from depthprobe.methods import Task, method_order
 from depthprobe.models.backbones import pretrained_config
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
 from depthprobe.models.revision import pinned, pinned_now
@@ -33,13 +34,12 @@ from depthprobe.runs.context import (
     PROBES,
     TRIALS,
 )
-from depthprobe.runs.plan import Task, plan
+from depthprobe.runs.plan import plan
 from depthprobe.runs.progress import Progress
 from depthprobe.runs.records import SCHEMA
 from depthprobe.runs.store import MANIFEST, STUDY, open_run
 from depthprobe.runs.tables import asked_slices, own_slices
-from depthprobe.study import METHODS as NAMES
-from depthprobe.study import Study, base_of, differences, load_study, study_to_toml
+from depthprobe.study import Study, differences, load_study, study_to_toml
 from depthprobe.training.tracking import check_trackers
 
 NEGATIVE_SEED = 999
@@ -120,9 +120,9 @@ def continued(folder: Path, study: Study) -> Study:
         allowed = f"another folder, or the study it began with ({'; '.join(changed)})"
         raise BadInput("output", str(folder), allowed)
     methods = {*before.methods, *study.methods}
-    names = sorted(methods, key=lambda name: (NAMES.index(base_of(name)), name))
+    ordered = tuple(sorted(methods, key=method_order))
     variants = {**before.variants, **study.variants}
-    return replace(study, name=before.name, methods=tuple(names), variants=variants)
+    return replace(study, name=before.name, methods=ordered, variants=variants)
 
 
 def _entries(folder: Path) -> list[Path]:

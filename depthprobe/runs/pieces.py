@@ -10,7 +10,8 @@ import numpy as np
 
 from depthprobe.data.batches import length_buckets
 from depthprobe.data.splits import Split
-from depthprobe.study import Study, base_of, settings_of
+from depthprobe.methods import base_of
+from depthprobe.study import Study, settings_of
 
 # a step's seconds in those of a plain one, where it was not timed. Of 26 kinds of students that
 # runs had timed on two cores the middle one took 1.15 times as long, those that follow scores 1.5

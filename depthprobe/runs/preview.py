@@ -11,6 +11,7 @@ from torch import Tensor
 
 from depthprobe.cost.memory import free_memory
 from depthprobe.data.splits import Split
+from depthprobe.methods import Task, method_order
 from depthprobe.models.backbones import (
     EMBEDDED,
     check_weights,
@@ -27,12 +28,11 @@ from depthprobe.runs.estimate import Crowd, Estimate, estimate_of, find_rates, s
 from depthprobe.runs.forecast import Job, without_lost
 from depthprobe.runs.layout import Inputs, check_same_inputs, new_manifest, read_inputs
 from depthprobe.runs.pieces import sizes_of
-from depthprobe.runs.plan import Task
 from depthprobe.runs.rates import Found, workload_of
 from depthprobe.runs.records import state_of
 from depthprobe.runs.shared_parts import Part, made, shared_parts
 from depthprobe.runs.sweep import jobs_at_once
-from depthprobe.study import METHODS, Study, base_of
+from depthprobe.study import Study
 
 
 @dataclass(frozen=True)
@@ -202,4 +202,4 @@ def _rows(context: Context, tasks: Sequence[Task], failed: set[str]) -> list[Row
         bad = sum(lost and state != "done" for lost, state in found)
         told = bad or sum(state == "failed" for _, state in found)
         rows.append(Row(method, len(own), len(found), done, told, len(found) - done - bad))
-    return sorted(rows, key=lambda row: METHODS.index(base_of(row.method)))
+    return sorted(rows, key=lambda row: method_order(row.method))

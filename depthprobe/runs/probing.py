@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from torch import nn
 
 from depthprobe.cost.parameters import count_parameters, parameters_by_block
 from depthprobe.files import write_json
+from depthprobe.methods import Task, Trial
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import merge_lora
 from depthprobe.models.parts import find_sublayers
@@ -33,22 +33,25 @@ from depthprobe.probing.similarity import to_frame as to_scores
 from depthprobe.probing.taylor import taylor_importance
 from depthprobe.probing.walk import Route, rank_routes, route, route_without
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import Task, Trial
 from depthprobe.runs.records import Result, Scores
 
 TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
 
 
-def early_exits(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher read out after each block, behind the final norm or past it."""
+def early_exits(context: Context, task: Task, *, norm: bool = True) -> Iterator[Result]:
+    """The teacher read out after each block, behind the final norm or without it."""
     teacher = _teacher(context, task)
-    norm = task.method == "early-exit"
     ranks = early_exit(teacher, context.test, device=context.device, norm=norm)
     for trial in task.trials:
         yield Result(trial, ranks[trial.depth], part_of(teacher, trial))
 
 
-def walks(context: Context, task: Task) -> Iterator[Result]:
+def raw_exits(context: Context, task: Task) -> Iterator[Result]:
+    """The teacher read out after each block, without the final norm."""
+    return early_exits(context, task, norm=False)
+
+
+def walk_blocks(context: Context, task: Task) -> Iterator[Result]:
     """The teacher with blocks left out, or with a part of one."""
     teacher = _teacher(context, task)
     routes = [_route(trial) for trial in task.trials]
@@ -57,30 +60,30 @@ def walks(context: Context, task: Task) -> Iterator[Result]:
         yield Result(trial, ranks, part_of(teacher, trial))
 
 
-def spans(context: Context, task: Task) -> Iterator[Result]:
+def walk_spans(context: Context, task: Task) -> Iterator[Result]:
     """The teacher without each run of blocks, or without those that angular distance picks."""
     if not context.study.probing.spans:
-        yield from walks(context, task)
+        yield from walk_blocks(context, task)
         return
     angular = angular_distances(context, task.seed, task.blocks)
     trials = []
     for trial in task.trials:
         ranked = nearest_spans(angular, trial.blocks - trial.depth)
         trials.append(replace(trial, kept=outside(ranked[trial.place or 0], trial.blocks)))
-    yield from walks(context, replace(task, trials=tuple(trials)))
+    yield from walk_blocks(context, replace(task, trials=tuple(trials)))
 
 
-def removals(context: Context, task: Task) -> Iterator[Result]:
+def walk_greedy(context: Context, task: Task) -> Iterator[Result]:
     """The teacher after each greedy removal, chosen by the validation questions."""
     found = removal(context, task.seed, task.blocks)
     trials = [replace(trial, kept=found.kept(trial.depth)) for trial in task.trials]
-    yield from walks(context, replace(task, trials=tuple(trials)))
+    yield from walk_blocks(context, replace(task, trials=tuple(trials)))
 
 
-def read_outs(context: Context, task: Task) -> Iterator[Result]:
+def read_outs(context: Context, task: Task, *, lens: bool = False) -> Iterator[Result]:
     """A head fitted at each depth: to the targets, or to what the teacher says (tuned lens)."""
     teacher, device = _teacher(context, task), context.device
-    fit = fit_readouts if task.method == "readout" else fit_lenses
+    fit = fit_lenses if lens else fit_readouts
     with tempfile.TemporaryDirectory(dir=context.shared) as folder:
         train, validation = (
             cache_states(teacher, asked, path=Path(folder, f"{name}.npy"), device=device)
@@ -89,11 +92,16 @@ def read_outs(context: Context, task: Task) -> Iterator[Result]:
         fitted = fit(teacher, train, validation, device=device, seed=task.seed)
     found = rank_readouts(teacher, fitted, context.test, device=device)
     # a read-out takes the place of the teacher's own adapter; a translator comes before it
-    more = fitted.weight[0].numel() + fitted.bias[0].numel() if task.method == "tuned-lens" else 0
+    more = fitted.weight[0].numel() + fitted.bias[0].numel() if lens else 0
     for trial in task.trials:
         counts = part_of(teacher, trial)
         counts |= {name: counts[name] + more for name in ("adapters", "total")}
         yield Result(trial, found[trial.depth], counts)
+
+
+def tuned_lenses(context: Context, task: Task) -> Iterator[Result]:
+    """A translator fitted at each depth to what the teacher answers."""
+    return read_outs(context, task, lens=True)
 
 
 def replacements(context: Context, task: Task) -> Iterator[Result]:
@@ -120,13 +128,13 @@ def replacements(context: Context, task: Task) -> Iterator[Result]:
         yield Result(done, ranks, part_of(teacher, done), replacement=found)
 
 
-def compare(context: Context, task: Task) -> Iterator[Scores]:
+def compare_states(context: Context, task: Task) -> Iterator[Scores]:
     """How alike the states around blocks are, by validation users."""
     teacher = _teacher(context, task)
     yield Scores(to_scores(similarities(teacher, context.validation, device=context.device)))
 
 
-def weigh(context: Context, task: Task) -> Iterator[Scores]:
+def weigh_blocks(context: Context, task: Task) -> Iterator[Scores]:
     """What the weights of each block matter to the loss of some validation users."""
     asked = context.ask("validation", limit=TAYLOR_USERS)
     found = taylor_importance(_teacher(context, task), asked, device=context.device)
@@ -135,28 +143,10 @@ def weigh(context: Context, task: Task) -> Iterator[Scores]:
     yield Scores(frame)
 
 
-def settle(context: Context, task: Task) -> Iterator[Scores]:
+def settle_users(context: Context, task: Task) -> Iterator[Scores]:
     """At which depth each test user's answers are the last ones."""
     found = settling(_teacher(context, task), context.test, device=context.device)
     yield Scores(to_users(found, context.test.users))
-
-
-PROBES: dict[str, Callable[[Context, Task], Iterator[Result | Scores]]] = {
-    "early-exit": early_exits,
-    "early-exit-raw": early_exits,
-    "readout": read_outs,
-    "tuned-lens": read_outs,
-    "skip": walks,
-    "span": spans,
-    "interval": walks,
-    "greedy": removals,
-    "drop-attention": walks,
-    "drop-mlp": walks,
-    "replace": replacements,
-    "similarity": compare,
-    "taylor": weigh,
-    "settling": settle,
-}
 
 
 def removal(context: Context, seed: int, blocks: int) -> Removal:
@@ -188,16 +178,9 @@ def _teacher(context: Context, task: Task) -> Recommender:
 
 
 def _route(trial: Trial) -> Route:
-    part = _part(trial)
-    if part is None or trial.dropped is None:
+    if trial.part is None or trial.dropped is None:
         return route(trial.kept)
-    return route_without(part, trial.dropped, trial.blocks)
-
-
-def _part(trial: Trial) -> Literal["attention", "mlp"] | None:
-    """Which part of a block the trial drops."""
-    name = trial.method.removeprefix("drop-")
-    return cast("Literal['attention', 'mlp']", name) if trial.dropped is not None else None
+    return route_without(trial.part, trial.dropped, trial.blocks)
 
 
 def part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
@@ -206,7 +189,7 @@ def part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
     blocks = parameters_by_block(teacher)
     lighter = sum(blocks[b] for b in trial.kept) - counts["blocks"]
     if trial.dropped is not None:
-        lighter = -_weights_of(teacher, trial.dropped, mixing=_part(trial) == "attention")
+        lighter = -_weights_of(teacher, trial.dropped, mixing=trial.part == "attention")
     return counts | {
         "blocks": counts["blocks"] + lighter,
         "total": counts["total"] + lighter,

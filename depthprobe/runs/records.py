@@ -23,11 +23,11 @@ from depthprobe.evaluation.metrics import (
     metrics_from_ranks,
 )
 from depthprobe.files import complete_folder, write_json
+from depthprobe.methods import Task, Trial
 from depthprobe.models.build import save_trained
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.replace import Replacement, save_replacement
 from depthprobe.runs.context import MODEL, PROBES, TRIALS
-from depthprobe.runs.plan import Task, Trial
 from depthprobe.training.checkpoint import Fit
 
 

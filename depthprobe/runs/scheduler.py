@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from filelock import FileLock, Timeout
 
-from depthprobe.runs.plan import Task
+from depthprobe.methods import Task
 from depthprobe.runs.processes import ProcessGroup
 from depthprobe.runs.records import state_of, to_retry
 

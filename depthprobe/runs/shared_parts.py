@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
+from depthprobe.methods import Task
 from depthprobe.runs.context import DATA, ITEM_TABLE, LEARNED, NEGATIVES, TIMING, Context
 from depthprobe.runs.effort import asks_greedy, features_id, features_of, greedy_id
-from depthprobe.runs.plan import Task, whole_trial
+from depthprobe.runs.plan import full_trial
 from depthprobe.runs.records import is_done
 from depthprobe.runs.training import FEATURES
 
@@ -33,7 +34,7 @@ def shared_parts(
     study, shared = context.study, context.shared
 
     def trials(method: str) -> Part:
-        own = [whole_trial(method, seed, blocks) for seed in range(study.seeds)]
+        own = [full_trial(method, seed, blocks) for seed in range(study.seeds)]
         done = sum(is_done(context.trial_folder(trial)) for trial in own)
         return Part(method, len(own), done)
 
@@ -46,7 +47,7 @@ def shared_parts(
     parts += [
         trials(method)
         for method in ("sasrec", "full")
-        if whole_trial(method, 0, blocks).id in needed
+        if full_trial(method, 0, blocks).id in needed
     ]
     features = {name for task in tasks if (name := features_of(study, task)) is not None}
     if features:
@@ -62,7 +63,7 @@ def made(context: Context, blocks: int) -> frozenset[str]:
     """Features and greedy removals in the folder, of teachers that are there, too."""
     found = set()
     for seed in range(context.study.seeds):
-        if not is_done(context.trial_folder(whole_trial("full", seed, blocks))):
+        if not is_done(context.trial_folder(full_trial("full", seed, blocks))):
             continue
         for objective in ("every", "last"):
             if any(context.shared.glob(f"{FEATURES}-s{seed}-{objective}-*")):

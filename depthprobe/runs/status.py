@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from depthprobe.errors import BadInput
+from depthprobe.methods import Task
 from depthprobe.runs.context import LOGS, PROBES, TRIALS
-from depthprobe.runs.plan import Task, plan
+from depthprobe.runs.plan import plan
 from depthprobe.runs.records import read_record, state_of
 from depthprobe.runs.scheduler import held
 from depthprobe.runs.store import MANIFEST, STUDY, open_run

@@ -13,6 +13,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.files import write_json
+from depthprobe.methods import Task
 from depthprobe.models.backbones import resolve_device
 from depthprobe.models.revision import backbone_revision, describe
 from depthprobe.runs import provenance, worker
@@ -26,7 +27,6 @@ from depthprobe.runs.layout import (
     shared_table,
     tidy,
 )
-from depthprobe.runs.plan import Task
 from depthprobe.runs.processes import ProcessGroup, join_processes
 from depthprobe.runs.progress import Progress, Silent
 from depthprobe.runs.records import failures, read_record, state_of, to_retry, write_failure

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from depthprobe.cost.timing import interleaved
 from depthprobe.data.batches import length_buckets, pad
+from depthprobe.methods import Trial, base_of, names
 from depthprobe.models.build import build_recommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import BASELINES, Trial
-from depthprobe.study import TRAINED, Recipe, Study, base_of, parse_layers, settings_of
+from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.distributed import FUSED
 from depthprobe.training.elastic import ElasticObjective
@@ -99,17 +99,17 @@ def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str,
     seconds = measured["seconds"]
     if base == "popularity" or f"encode:{key}" not in seconds:
         return None
-    names = {"encode": f"encode:{key}", "score": "score", "latency": f"latency:{key}"}
+    actions = {"encode": f"encode:{key}", "score": "score", "latency": f"latency:{key}"}
     own = settings_of(study, trial.method).recipe
     alike = replace(own, epochs=study.recipe.epochs) == study.recipe
     if base == "distill":
-        names["train_step"] = f"{trial.method}:{key}" if alike else ""
+        actions["train_step"] = f"{trial.method}:{key}" if alike else ""
     elif base == "elastic":
-        names["train_step"] = f"{trial.method}:{trial.blocks}" if alike else ""
-    elif base == "sasrec" or (base in ("full", *TRAINED) and alike):
-        names["train_step"] = f"train:{key}"
+        actions["train_step"] = f"{trial.method}:{trial.blocks}" if alike else ""
+    elif base == "sasrec" or (base in ("full", *names("trained", "control")) and alike):
+        actions["train_step"] = f"train:{key}"
     return {
-        name: {"seconds": seconds[action]} for name, action in names.items() if action in seconds
+        name: {"seconds": seconds[action]} for name, action in actions.items() if action in seconds
     }
 
 
@@ -147,7 +147,7 @@ def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
 
 
 def _depths(context: Context, blocks: int) -> list[int]:
-    if set(context.study.methods) <= set(BASELINES):
+    if set(context.study.methods) <= set(names("baseline")):
         return []
     study = context.study
     every = [study.layers, *(settings_of(study, name).layers for name in study.methods)]

@@ -23,16 +23,17 @@ from depthprobe.cost.flops import epoch_flops, flops_per_user
 from depthprobe.cost.parameters import count_parameters
 from depthprobe.evaluation.ranks import Encoder, evaluate, mean_ndcg
 from depthprobe.files import complete_folder, write_json
+from depthprobe.methods import Task, Trial, base_of
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.recommender import Popularity, Recommender
 from depthprobe.probing.greedy import nearest_spans
 from depthprobe.probing.passes import early_exit
 from depthprobe.runs.cache import features_folder, result_file, share_folder
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import Task, Trial, whole_trial
+from depthprobe.runs.plan import full_trial
 from depthprobe.runs.probing import angular_distances, outside, part_of, removal
 from depthprobe.runs.records import Result, read_record
-from depthprobe.study import ASKED, Recipe, base_of, parse_layers, settings_of
+from depthprobe.study import TEACHER_SELECTIONS, Recipe, parse_layers, settings_of
 from depthprobe.training.checkpoint import Fit
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.elastic import ElasticObjective
@@ -61,7 +62,7 @@ def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
         return recipe
     whole = _whole_epoch(context, trial)
     models = 1
-    if settings.base == "elastic":
+    if settings.method.settings == "elastic":
         below = [d for d in parse_layers(context.study.layers, trial.blocks) if d < trial.blocks]
         models = 1 + len(below)
     own = trained_epoch(context, trial, model)
@@ -74,9 +75,9 @@ def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
     lengths = np.array([len(window) - 1 for window in context.windows])
     positions = int(asked(context.windows, settings.recipe.objective).sum())
     scored: float = positions
-    if settings.base == "elastic":
+    if settings.method.settings == "elastic":
         scored *= 1 + min(settings.elastic.exits, model.depth - 1)
-    if settings.base == "distill":
+    if settings.method.settings == "distillation":
         losses = settings.distillation
         compared = len(lengths) if losses.positions == "last" else positions
         followed = compared if losses.logits and not losses.top else 0
@@ -87,7 +88,7 @@ def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
 
 def _whole_epoch(context: Context, trial: Trial) -> int:
     """FLOPs of an epoch of the teacher's."""
-    whole = whole_trial("full", trial.seed, trial.blocks)
+    whole = full_trial("full", trial.seed, trial.blocks)
     return trained_epoch(context, whole, context.new_recommender(whole))
 
 
@@ -175,10 +176,41 @@ def _of_all_students(context: Context, trial: Trial, wanted: FeatureSpec) -> Fea
 # The methods that train a shallower model: from the backbone, out of the teacher, after it.
 
 
-def fine_tuned(context: Context, task: Task) -> Iterator[Result]:
+def popularity(context: Context, task: Task) -> Iterator[Result]:
+    """Items by how often the training parts hold them."""
+    split, sequences = context.split, context.sequences
+    users = range(sequences.n_users)
+    training = np.concatenate([split.train_history(user) for user in users])
+    model = Popularity(training, sequences.n_items).to(context.device)
+    ranks = evaluate(model, context.test, device=context.device)
+    yield Result(task.trials[0], ranks, count_parameters(model))
+
+
+def sasrec(context: Context, task: Task) -> Iterator[Result]:
+    """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
+    (trial,) = task.trials
+    model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
+    objective = NextItem(model, recipe)
+    with context.tracked(trial) as track:
+        done = fit(
+            objective,
+            context.windows,
+            recipe=recipe,
+            validate=lambda: context.validate(model),
+            seed=trial.seed,
+            device=context.device,
+            track=track,
+            checkpoint=context.checkpoint(trial),
+            result=result_file(context, trial, objective, recipe),
+        )
+    ranks = evaluate(model, context.test, device=context.device)
+    yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
+
+
+def fine_tune(context: Context, task: Task) -> Iterator[Result]:
     """The teacher, a variant cut from the pretrained backbone, or one without pretraining."""
     trial = _with_blocks(context, task.trials[0])
-    chosen = settings_of(context.study, trial.method).asks_teacher
+    chosen = settings_of(context.study, trial.method).needs_teacher
     taught = _seconds_of_teacher(context, trial) if chosen else 0.0
     yield replace(_train(context, trial, context.new_recommender(trial)), taught=taught)
 
@@ -205,7 +237,7 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
         goal = context.teacher(trial.seed, trial.blocks).item_matrix().detach()
     distiller = Distiller(student, weights, settings.recipe, teacher, goal_items=goal)
     taught = seconds
-    if teacher is not None or from_teacher or settings.select in ASKED:
+    if teacher is not None or from_teacher or settings.select in TEACHER_SELECTIONS:
         taught += _seconds_of_teacher(context, trial)
     yield replace(_train(context, trial, student, distiller.to(context.device)), taught=taught)
 
@@ -249,14 +281,14 @@ def _with_blocks(context: Context, trial: Trial) -> Trial:
 
 
 def _cut_teacher(context: Context, trial: Trial) -> Recommender:
-    model = context.trained(whole_trial("full", trial.seed, trial.blocks))
+    model = context.trained(full_trial("full", trial.seed, trial.blocks))
     keep_blocks(model.backbone, trial.kept)
     return model
 
 
 def _seconds_of_teacher(context: Context, trial: Trial) -> float:
     """How long the teacher was trained."""
-    record = read_record(context.trial_folder(whole_trial("full", trial.seed, trial.blocks)))
+    record = read_record(context.trial_folder(full_trial("full", trial.seed, trial.blocks)))
     return float(record["costs"]["training"]["seconds"]) if record else 0.0
 
 

@@ -1,4 +1,4 @@
-"""The methods: one function each, one entry each in one table."""
+"""Inside a worker process: a task becomes records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -24,74 +24,16 @@ from contextlib import (
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from depthprobe.cost.parameters import count_parameters
-from depthprobe.evaluation.ranks import evaluate
-from depthprobe.models.recommender import Popularity
-from depthprobe.runs.cache import result_file
+from depthprobe.methods import Task, method_of
 from depthprobe.runs.context import LOGS, TIMING, Context
-from depthprobe.runs.plan import Task
-from depthprobe.runs.probing import PROBES
-from depthprobe.runs.records import Result, Scores, is_done, write_result, write_scores
+from depthprobe.runs.records import Scores, is_done, write_result, write_scores
 from depthprobe.runs.timing import timing_of
-from depthprobe.runs.training import distill, elastic, fine_tuned, heal
-from depthprobe.study import Study, base_of
-from depthprobe.training.loop import fit
-from depthprobe.training.objectives import NextItem
+from depthprobe.study import Study
 
 logger = logging.getLogger(__name__)
-
-
-def popularity(context: Context, task: Task) -> Iterator[Result]:
-    """Items by how often the training parts hold them."""
-    split, sequences = context.split, context.sequences
-    users = range(sequences.n_users)
-    training = np.concatenate([split.train_history(user) for user in users])
-    model = Popularity(training, sequences.n_items).to(context.device)
-    ranks = evaluate(model, context.test, device=context.device)
-    yield Result(task.trials[0], ranks, count_parameters(model))
-
-
-def sasrec(context: Context, task: Task) -> Iterator[Result]:
-    """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
-    (trial,) = task.trials
-    model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
-    objective = NextItem(model, recipe)
-    with context.tracked(trial) as track:
-        done = fit(
-            objective,
-            context.windows,
-            recipe=recipe,
-            validate=lambda: context.validate(model),
-            seed=trial.seed,
-            device=context.device,
-            track=track,
-            checkpoint=context.checkpoint(trial),
-            result=result_file(context, trial, objective, recipe),
-        )
-    ranks = evaluate(model, context.test, device=context.device)
-    yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
-
-
-# by the method before the colon
-METHODS: dict[str, Callable[[Context, Task], Iterator[Result | Scores]]] = {
-    "popularity": popularity,
-    "sasrec": sasrec,
-    "full": fine_tuned,
-    **PROBES,
-    "finetune": fine_tuned,
-    "heal": heal,
-    "distill": distill,
-    "elastic": elastic,
-    "random-init": fine_tuned,
-    "random-selection": fine_tuned,
-}
-
-
-# Inside a worker process: a task becomes records.
 
 
 def _forget(checkpoint: Path) -> None:
@@ -216,7 +158,7 @@ def _work(task: Task) -> float:
     context = _Worker.context
     began = time.perf_counter()
     measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
-    for result in METHODS[base_of(task.method)](context, task):
+    for result in method_of(task.method).runner()(context, task):
         if not _Worker.writes:
             continue
         if isinstance(result, Scores):

@@ -10,7 +10,8 @@ import pytest
 from depthprobe.cli.options import StudyFlags, default_output, make_study
 from depthprobe.cli.sweep import PHASES, restrict
 from depthprobe.errors import BadInput
-from depthprobe.study import METHODS, PROBES, Recipe, Study, Variant, demo_study
+from depthprobe.methods import METHODS, names
+from depthprobe.study import Recipe, Study, Variant, demo_study
 
 
 def test_no_flags_are_the_demo() -> None:
@@ -93,10 +94,10 @@ def test_a_run_stays_below_runs(name: str) -> None:
 
 
 def test_a_phase_keeps_its_own_methods() -> None:
-    study = Study(methods=METHODS)
+    study = Study(methods=tuple(METHODS))
     kept = {name: restrict(study, PHASES[name], chosen=False).methods for name in PHASES}
-    assert kept["sweep"] == METHODS
-    assert kept["probe"] == PROBES
+    assert kept["sweep"] == tuple(METHODS)
+    assert kept["probe"] == names("probe")
     assert kept["distill"] == ("distill",)
     assert {*kept["train"], *kept["probe"], *kept["distill"]} == set(METHODS)
 

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 from depthprobe.files import write_json
-from depthprobe.runs.plan import Task, Trial
+from depthprobe.methods import Task
+from depthprobe.runs.plan import trial_of
 from depthprobe.runs.records import failures, write_failure
 from depthprobe.runs.scheduler import LOCKS, Claims, clear, held, whole_run
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study
 
-TASK = Task("sasrec", 0, (Trial("sasrec", (), 0, 2),))
+TASK = Task("sasrec", 0, (trial_of("sasrec", (), 0, 2),))
 SPAWN = multiprocessing.get_context("spawn")
 
 

@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 
 from depthprobe.errors import at_least
+from depthprobe.methods import Task
 from depthprobe.runs import scheduler as executors
-from depthprobe.runs.plan import Task, Trial
+from depthprobe.runs.plan import trial_of
 from depthprobe.runs.scheduler import Outcome, Queue, run_here, run_in_processes
 
 SASREC, FULL, PROBE = (
-    Task(method, 0, (Trial(method, kept, 0, 2),), needs)
+    Task(method, 0, (trial_of(method, kept, 0, 2),), needs)
     for method, kept, needs in (
         ("sasrec", (), ()),
         ("full", (0, 1), ("sasrec-s0",)),
         ("early-exit", (0,), ("full-d02-s0",)),
     )
 )
-OTHERS = [Task("popularity", seed, (Trial("popularity", (), seed, 2),)) for seed in range(4)]
+OTHERS = [Task("popularity", seed, (trial_of("popularity", (), seed, 2),)) for seed in range(4)]
 
 
 class _State:

@@ -19,7 +19,7 @@ from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.runs.context import Context
 from depthprobe.runs.layout import TOO_SMALL
-from depthprobe.runs.plan import Trial
+from depthprobe.runs.plan import trial_of
 from depthprobe.runs.store import Run, open_run, write_tables
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Data, Study
@@ -102,7 +102,7 @@ def test_lists_of_a_trial_are_those_of_its_model(small_run: Run) -> None:
     from depthprobe.evaluation.ranks import top_items
 
     context = Context(small_run.path, small_run.study)
-    model = context.trained(Trial("finetune", (0, 1), 0, 3))
+    model = context.trained(trial_of("finetune", (0, 1), 0, 3))
     counts = np.zeros(context.sequences.n_items + 1, dtype=int)
     for chosen, histories, lengths in context.test.batches(16, context.device):
         assert context.test.seen is not None

@@ -10,21 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.errors import BadInput
-from depthprobe.runs.plan import NEEDS, Trial, chosen_blocks, plan
-from depthprobe.runs.worker import METHODS as FUNCTIONS
-from depthprobe.study import METHODS, PROBES, Probing, Study, Variant
+from depthprobe.methods import METHODS, Method, chosen_blocks, names
+from depthprobe.runs.plan import plan, trial_of
+from depthprobe.study import Probing, Study, Variant
 
 
 def ids(study: Study, blocks: int) -> list[str]:
     return [task.id for task in plan(study, blocks)]
 
 
-def test_every_method_has_a_function_and_a_place_in_the_plan() -> None:
-    assert set(METHODS) == set(FUNCTIONS) == set(NEEDS)
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_every_method_has_a_function_that_runs_it(method: Method) -> None:
+    assert callable(method.runner())
+    assert set(method.needs) <= set(METHODS)
 
 
 def test_what_a_method_needs_is_planned_before_it() -> None:
-    tasks = plan(Study(layers="1,2", methods=METHODS, seeds=2), 3)
+    tasks = plan(Study(layers="1,2", methods=tuple(METHODS), seeds=2), 3)
     known: set[str] = set()
     for task in tasks:
         assert set(task.needs) <= known
@@ -57,10 +59,10 @@ def test_full_depth_is_the_teacher_and_not_a_variant() -> None:
 
 
 def test_probes_cover_every_depth_and_every_block_whatever_layers_says() -> None:
-    tasks = plan(Study(layers="1", methods=PROBES, seeds=1), 4)
+    tasks = plan(Study(layers="1", methods=names("probe"), seeds=1), 4)
     trials = [trial for task in tasks for trial in task.trials]
-    depths = {m: [t.depth for t in trials if t.method == m] for m in PROBES}
-    removed = {m: [t.removed for t in trials if t.method == m] for m in PROBES}
+    depths = {m: [t.depth for t in trials if t.method == m] for m in names("probe")}
+    removed = {m: [t.removed for t in trials if t.method == m] for m in names("probe")}
     assert depths["early-exit"] == depths["early-exit-raw"] == depths["tuned-lens"] == [0, 1, 2, 3]
     assert depths["readout"] == [0, 1, 2, 3, 4]
     assert depths["greedy"] == depths["replace"] == [1, 2, 3]
@@ -74,7 +76,7 @@ def test_probes_cover_every_depth_and_every_block_whatever_layers_says() -> None
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 12])
 def test_every_trial_has_a_name_of_its_own(blocks: int) -> None:
-    tasks = plan(Study(layers="all", methods=METHODS, seeds=2), blocks)
+    tasks = plan(Study(layers="all", methods=tuple(METHODS), seeds=2), blocks)
     names = [trial.id for task in tasks for trial in task.trials]
     assert len(set(names)) == len(names)
     assert len({task.id for task in tasks}) == len(tasks)
@@ -87,11 +89,10 @@ def test_depths_the_backbone_does_not_have(layers: str) -> None:
 
 
 def test_names_say_what_is_left_out() -> None:
-    assert Trial("finetune", (0, 1), 0, 4).id == "finetune-d02-s0"
-    assert Trial("heal:ends", (0, 3), 0, 4).id == "heal-ends-d02-s0"
+    assert trial_of("finetune", (0, 1), 0, 4).id == "finetune-d02-s0"
+    assert trial_of("heal:ends", (0, 3), 0, 4).id == "heal-ends-d02-s0"
     # every block but the last is a truncation for one method and a skip for another
-    assert Trial("skip", (0, 1, 2), 0, 4).id == "skip-b03-s0"
-    assert Trial("early-exit", (0, 1, 2), 0, 4).id == "early-exit-d03-s0"
+    assert trial_of("early-exit", (0, 1, 2), 0, 4).id == "early-exit-d03-s0"
 
 
 def kept(method: str, layers: str = "1,3", blocks: int = 8, **settings: Any) -> list[Any]:

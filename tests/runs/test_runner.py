@@ -16,13 +16,14 @@ import pytest
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.evaluation.ranks import evaluate
+from depthprobe.methods import METHODS
 from depthprobe.models.export import load_recommender
 from depthprobe.report.page import build_report
-from depthprobe.runs import layout, worker
+from depthprobe.runs import layout
 from depthprobe.runs import sweep as runner
 from depthprobe.runs.context import TIMING, Context
 from depthprobe.runs.export import export_trial
-from depthprobe.runs.plan import Trial
+from depthprobe.runs.plan import trial_of
 from depthprobe.runs.records import failures
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
@@ -118,10 +119,10 @@ def test_tables_are_recomputed_from_every_users_rank(small_run: Run) -> None:
 def test_models_on_disk_give_the_ranks_of_the_record(small_run: Run) -> None:
     context = Context(small_run.path, small_run.study)
     trials = [
-        Trial("full", (0, 1, 2), 1, 3),
-        Trial("heal", (0, 1), 0, 3),
-        Trial("distill", (0,), 1, 3),
-        Trial("random-init", (0, 1, 2), 0, 3),
+        trial_of("full", (0, 1, 2), 1, 3),
+        trial_of("heal", (0, 1), 0, 3),
+        trial_of("distill", (0,), 1, 3),
+        trial_of("random-init", (0, 1, 2), 0, 3),
     ]
     for trial in trials:
         found = evaluate(context.trained(trial), context.test, device=context.device)
@@ -272,7 +273,7 @@ def test_a_trial_that_fails_is_recorded_and_tried_again_if_asked(
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setitem(worker.METHODS, "popularity", fail)
+        patch.setitem(METHODS, "popularity", replace(METHODS["popularity"], run=fail))
         run = run_sweep(tiny, tmp_path / "run", jobs=0)
     assert [trial for trial, _ in run.failed] == ["popularity-s0"]
     assert "MemoryError: no room" in run.failed[0][1]
@@ -283,7 +284,7 @@ def test_a_trial_that_fails_is_recorded_and_tried_again_if_asked(
     assert len(left.failed) == 1
     known = failures(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setitem(worker.METHODS, "popularity", fail)
+        patch.setitem(METHODS, "popularity", replace(METHODS["popularity"], run=fail))
         run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=known)
     assert watcher.planned == ["popularity-s0"]
     run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=known)

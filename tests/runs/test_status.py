@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from depthprobe.runs.plan import Task, Trial, plan
+from depthprobe.methods import Task
+from depthprobe.runs.plan import plan, trial_of
 from depthprobe.runs.scheduler import Claims
 from depthprobe.runs.status import status_of, working
 from depthprobe.runs.store import Run
@@ -37,7 +38,7 @@ def test_states_of_tasks(small_run: Run, tmp_path: Path) -> None:
 
 
 def test_the_last_line_without_its_time(tmp_path: Path) -> None:
-    task = Task("sasrec", 0, (Trial("sasrec", (), 0, 2),))
+    task = Task("sasrec", 0, (trial_of("sasrec", (), 0, 2),))
     claims = Claims(tmp_path, lambda task: [tmp_path / "trials" / task.id], {})
     assert claims.take(task) == "ours"
     (tmp_path / "logs").mkdir()

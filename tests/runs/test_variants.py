@@ -18,7 +18,7 @@ from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.probing.greedy import nearest_spans
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import Trial, whole_trial
+from depthprobe.runs.plan import full_trial, trial_of
 from depthprobe.runs.store import Run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.training import FEATURES, budgeted, teacher_for
@@ -38,7 +38,7 @@ def context(small_run: Run) -> Context:
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_elastic_at_a_depth_is_it_cut_there(small_run: Run, context: Context, depth: int) -> None:
-    model = context.trained(whole_trial("elastic", 1, 3))
+    model = context.trained(full_trial("elastic", 1, 3))
     keep_blocks(model.backbone, range(depth))
     ranks = evaluate(model, context.test, device=CPU)["full"]
     users = small_run.users
@@ -86,7 +86,7 @@ def test_flops_are_those_of_the_trials_own_model(
     own = small_run.trials.query("method == @method and depth < 3")
     for _, row in own.iterrows():
         kept = tuple(small_run.record(row["trial"])["kept"])
-        model = context.trained(Trial(method, kept, row["seed"], 3))
+        model = context.trained(trial_of(method, kept, row["seed"], 3))
         assert row["flops_user"] == flops_per_user(model, length)
     assert own["flops_user"].nunique() == 2
 
@@ -100,7 +100,7 @@ def test_features_are_made_once_a_seed_and_belong_to_one_teacher(
     ]
     copy = shutil.copytree(small_run.path, tmp_path / "copy")
     shutil.copytree(copy / "trials/full-d03-s1", copy / "trials/full-d03-s0", dirs_exist_ok=True)
-    student = Trial("distill", (0, 1), 0, 3)
+    student = trial_of("distill", (0, 1), 0, 3)
     teacher_for(Context(copy, small_run.study), student)
     (after,) = copy.glob(f"shared/{FEATURES}-s0-*")
     assert after.name != folders[0].name  # of another teacher: made anew, the old ones deleted
@@ -112,14 +112,14 @@ def test_equal_compute_buys_shallow_models_more_epochs(small_run: Run) -> None:
 
     def epoch(depth: int, models: float = 1.0) -> float:
         """Forward and backward over each window, and the catalogue at each of its positions."""
-        model = context.new_recommender(Trial("finetune", tuple(range(depth)), 0, 3))
+        model = context.new_recommender(trial_of("finetune", tuple(range(depth)), 0, 3))
         scores = 2 * context.sequences.n_items * model.item_matrix().shape[1]
         users = [many * (flops_per_user(model, items) - scores) for items, many in read.items()]
         positions = sum(many * items for items, many in read.items())
         return 3.0 * (sum(users) + models * scores * positions)
 
     def epochs(method: str, depth: int) -> int:
-        made = Trial(method, tuple(range(depth)), 0, 3)
+        made = trial_of(method, tuple(range(depth)), 0, 3)
         return budgeted(context, made, context.new_recommender(made)).epochs
 
     assert epochs("full", 3) == 3
@@ -129,7 +129,7 @@ def test_equal_compute_buys_shallow_models_more_epochs(small_run: Run) -> None:
     assert epochs("finetune", 1) > 3
     # depths 1, 2 and 3 in one training, each step of which scores twice
     assert epochs("elastic", 3) == round(3 * 3 * epoch(3) / epoch(3, models=2))
-    same, shallow = Context(small_run.path, small_run.study), Trial("finetune", (0,), 0, 3)
+    same, shallow = Context(small_run.path, small_run.study), trial_of("finetune", (0,), 0, 3)
     assert budgeted(same, shallow, same.new_recommender(shallow)).epochs == 3
 
 

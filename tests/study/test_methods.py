@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from depthprobe.errors import BadInput
+from depthprobe.methods import METHODS, names
 from depthprobe.study import (
-    METHODS,
     Distillation,
     Elastic,
     Heal,
@@ -93,19 +93,20 @@ def test_healing_takes_a_part_of_the_epochs() -> None:
 
 
 def test_selections_have_names_of_their_own() -> None:
-    study = Study(methods=METHODS)
+    study = Study(methods=tuple(METHODS))
     for name in ("ends", "interval", "angular", "greedy"):
         assert settings_of(study, f"finetune:{name}").select == name
     assert settings_of(study, "finetune").select == "prefix"
     assert settings_of(study, "random-selection").select == "random"
 
 
-def test_who_asks_the_teacher() -> None:
-    study = Study(methods=METHODS)
-    asking = {name for name in METHODS if settings_of(study, name).asks_teacher}
+def test_who_needs_the_teacher() -> None:
+    study = Study(methods=tuple(METHODS))
+    trained = names("trained", "control")
+    asking = {name for name in trained if settings_of(study, name).needs_teacher}
     assert asking == {"heal", "distill"}
-    assert settings_of(study, "finetune:greedy").asks_teacher
-    assert not settings_of(study, "finetune:ends").asks_teacher
+    assert settings_of(study, "finetune:greedy").needs_teacher
+    assert not settings_of(study, "finetune:ends").needs_teacher
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.errors import BadInput
+from depthprobe.methods import METHODS
 from depthprobe.study import (
-    METHODS,
     Backbone,
     Data,
     Recipe,
@@ -48,7 +48,7 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
     [
         ("sedes = 2", ["sedes", "did you mean seeds?"]),
         ("[recipe]\nepoch = 2", ["recipe.epoch", "did you mean epochs?"]),
-        ("[sasrec.recipe]\nepochs = 0", ["recipe.epochs", "0", "at least 1"]),
+        ("[sasrec.recipe]\nepochs = 0", ["sasrec.recipe.epochs", "0", "at least 1"]),
         ('seeds = "two"', ["seeds", "'two'", "int"]),
         ("seeds = true", ["seeds", "True", "int"]),
         ("seeds = 1.5", ["seeds", "1.5", "int"]),
@@ -128,7 +128,7 @@ studies = st.builds(
     Study,
     name=names,
     layers=st.sampled_from(["all", "auto", "1-12", "1,2,4"]),
-    methods=st.lists(st.sampled_from(METHODS), min_size=1, unique=True).map(tuple),
+    methods=st.lists(st.sampled_from(tuple(METHODS)), min_size=1, unique=True).map(tuple),
     seeds=st.integers(1, 9),
     device=st.sampled_from(["auto", "cpu", "cuda", "mps"]),
     data=st.builds(Data, source=names, max_history=st.integers(1, 500)),

@@ -1,0 +1,645 @@
+"""The methods: one record each, and everybody who needs to know of a method asks its record.
+
+The planner asks for its trials, the worker for what runs it, the dry run for its work, the report
+for its label and role. To add a method, add a record to :data:`METHODS`; from another package, call
+:func:`register` in a module that the entry-point group ``depthprobe.methods`` names.
+
+A trained method may be named once more with a selection of blocks or a variant of the study after a
+colon: ``heal:ends``, ``distill:cos``. Both are then methods of their own, with one record.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal
+
+from depthprobe.errors import BadInput, nearest
+
+if TYPE_CHECKING:
+    from depthprobe.study import Study
+
+Role = Literal["baseline", "teacher", "probe", "trained", "control"]
+Part = Literal["attention", "mlp"]
+Kept = tuple[int, ...]  # indices of the blocks that are kept
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One (method, kept blocks, seed): one record.
+
+    Attributes:
+        id: the name of the trial and of its folder.
+        kept: the blocks that are kept; the first ones, for a trial whose blocks are searched for,
+            until it has run. Empty for what has no backbone, and at depth 0.
+        blocks: of the full backbone; 0 for what has none.
+        dropped: the block that loses a part; it counts as kept.
+        part: which part it loses.
+        place: of a screened span, how many of its length have a smaller angular distance.
+    """
+
+    id: str
+    method: str
+    kept: Kept
+    seed: int
+    blocks: int
+    dropped: int | None = None
+    part: Part | None = None
+    place: int | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many blocks are kept."""
+        return len(self.kept)
+
+    @property
+    def removed(self) -> Kept:
+        """Blocks that are not kept, or that lack a part."""
+        if self.dropped is not None:
+            return (self.dropped,)
+        return tuple(block for block in range(self.blocks) if block not in self.kept)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does in one go: all trials that share one pass or one training.
+
+    Attributes:
+        trials: none where a table is made.
+        needs: ids of trials that must be done before.
+        blocks: of the full backbone.
+    """
+
+    method: str
+    seed: int
+    trials: tuple[Trial, ...]
+    needs: tuple[str, ...] = ()
+    blocks: int = 0
+
+    @property
+    def id(self) -> str:
+        """The only trial's id, or the method's for a shared pass."""
+        if len(self.trials) == 1:
+            return self.trials[0].id
+        return f"{self.method.replace(':', '-')}-s{self.seed}"
+
+    @property
+    def names(self) -> set[str]:
+        """What other tasks may need it by: its own id, and its trials'."""
+        return {self.id, *(trial.id for trial in self.trials)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method plans its trials from: one seed of a study on one backbone.
+
+    Attributes:
+        name: of the method, with its variant: ``distill:cos``.
+        blocks: of the full backbone.
+        depths: that the study asks for, ascending.
+        select: which blocks stay.
+        picked: the blocks themselves, where ``select`` lists them.
+        study: all settings.
+    """
+
+    name: str
+    seed: int
+    blocks: int
+    depths: tuple[int, ...]
+    select: str
+    picked: Kept | None
+    study: Study
+
+    def trial(self, kept: Iterable[int], tag: str | None = None, **more: Any) -> Trial:
+        """A trial of this request; ``tag`` tells it from others, its depth by default."""
+        kept = tuple(kept)
+        tag = f"d{len(kept):02d}" if tag is None else tag
+        parts = filter(None, (self.name.replace(":", "-"), tag, f"s{self.seed}"))
+        return Trial("-".join(parts), self.name, kept, self.seed, self.blocks, **more)
+
+
+Groups = list[tuple[Trial, ...]]  # the trials of each task
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a study trains and evaluates on; what a method's work is counted from."""
+
+    windows: int  # histories that are trained on
+    validation: int  # users
+    test: int  # users
+    epochs: int = 0  # of the method's recipe, at most
+    steps: int = 0  # an epoch
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a task takes, in units that the timing rig measures.
+
+    Attributes:
+        encode: users encoded, by depth; of SASRec's by ``"sasrec"``.
+        score: users whose catalogue is scored.
+        steps: training steps, by the depth of what is trained; of SASRec's by ``"sasrec"``.
+    """
+
+    encode: Mapping[int | str, float] = field(default_factory=dict)
+    score: float = 0.0
+    steps: Mapping[int | str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """All that is known of a method.
+
+    Attributes:
+        name: as studies and the command line write it.
+        label: as figures and tables write it.
+        summary: one phrase for help, glossary and docs.
+        role: ``baseline`` (no backbone), ``teacher``, ``probe`` (trains no block), ``trained``
+            (a shallower model), ``control`` (trained too, but no answer).
+        run: what runs a task: ``"module:function"`` below ``depthprobe``, or a callable. It takes
+            the context and the task, and yields a ``Result`` a trial, or ``Scores``.
+        trials: the trials of each task, from a :class:`Request`.
+        work: what a task takes, for the estimate.
+        needs: methods whose trial of the same seed must be done before.
+        table: it leaves a table of scores in place of trials.
+        by_block: its trials are told apart by the blocks they remove, not by their depth.
+        candidate: it may be the answer: a sufficient depth.
+        exportable: its model can be written: its ``own`` weights, or the ``teacher``'s, cut.
+        settings: the table of the study that it reads beside ``recipe``.
+        select: its own selection of blocks, where the name says which.
+        selectable: it takes a selection after a colon.
+        fresh: its blocks begin without their pretraining.
+        default: it is part of a study that names no methods.
+        colour: in figures; at least 3:1 on white, told apart by colour-blind readers.
+        marker: matplotlib's.
+        line: matplotlib's.
+        reference: where it comes from.
+    """
+
+    name: str
+    label: str
+    summary: str
+    role: Role
+    run: str | Callable[..., Any]
+    trials: Callable[[Request], Groups]
+    work: Callable[[Task, Sizes, Study], Work]
+    needs: tuple[str, ...] = ()
+    table: bool = False
+    by_block: bool = False
+    candidate: bool = False
+    exportable: Literal["own", "teacher"] | None = None
+    settings: str = ""
+    select: str = "prefix"
+    selectable: bool = False
+    fresh: bool = False
+    default: bool = False
+    colour: str = "#5b636d"
+    marker: str = "h"
+    line: str = "-."
+    reference: str = ""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains a model with blocks of the backbone."""
+        return self.role in ("teacher", "trained", "control")
+
+    @property
+    def takes_variants(self) -> bool:
+        """Whether a name may follow it after a colon."""
+        return self.role in ("trained", "control")
+
+    def runner(self) -> Callable[..., Any]:
+        """What runs a task, imported now."""
+        if callable(self.run):
+            return self.run
+        module, _, name = self.run.partition(":")
+        place = module if module.startswith("depthprobe.") else f"depthprobe.{module}"
+        runner: Callable[..., Any] = getattr(importlib.import_module(place), name)
+        return runner
+
+
+# --- which trials a method has ---------------------------------------------------------------
+
+
+def full_depth(request: Request) -> Groups:
+    """One trial that keeps all blocks."""
+    return [(request.trial(range(request.blocks)),)]
+
+
+def no_backbone(request: Request) -> Groups:
+    """One trial without a backbone."""
+    name = request.name
+    return [(Trial(f"{name}-s{request.seed}", name, (), request.seed, 0),)]
+
+
+def no_trials(request: Request) -> Groups:
+    """One task that leaves a table."""
+    return [()]
+
+
+def prefixes(first: int, last: int = 0) -> Callable[[Request], Groups]:
+    """The first blocks at every depth from ``first`` to ``blocks + last``, all in one pass."""
+
+    def trials(request: Request) -> Groups:
+        depths = range(first, request.blocks + last + 1)
+        return [tuple(request.trial(range(depth)) for depth in depths)]
+
+    return trials
+
+
+def each_run(lengths: Callable[[int], Iterable[int]]) -> Callable[[Request], Groups]:
+    """The teacher without each run of neighbouring blocks of some lengths."""
+
+    def trials(request: Request) -> Groups:
+        runs = [
+            range(start, start + length)
+            for length in lengths(request.blocks)
+            for start in range(request.blocks - length + 1)
+        ]
+        return [tuple(_without(request, run) for run in runs)]
+
+    return trials
+
+
+def spans(request: Request) -> Groups:
+    """Every run of two blocks or more; or of each length those with the smallest turn."""
+    most, blocks = request.study.probing.spans, request.blocks
+    if not most:
+        return each_run(lambda blocks: range(2, blocks))(request)
+    return [
+        tuple(
+            request.trial(range(blocks - length), f"d{blocks - length:02d}-n{n + 1}", place=n)
+            for length in range(2, blocks)
+            for n in range(min(most, blocks - length + 1))
+        )
+    ]
+
+
+def every_nth(request: Request) -> Groups:
+    """The teacher without every second, every third, ... block."""
+    every = range(request.blocks)
+    return [
+        tuple(
+            request.trial([b for b in every if (b + 1) % step], f"e{step:02d}")
+            for step in range(2, request.blocks + 1)
+        )
+    ]
+
+
+def each_part(part: Part) -> Callable[[Request], Groups]:
+    """All blocks, one of them without its attention or its MLP."""
+
+    def trials(request: Request) -> Groups:
+        every = range(request.blocks)
+        return [tuple(request.trial(every, f"b{b:02d}", dropped=b, part=part) for b in every)]
+
+    return trials
+
+
+def selected(request: Request) -> Groups:
+    """A trial a depth below the full one, or the one that the selection lists."""
+    if request.picked is not None:
+        return [(request.trial(request.picked),)]
+    return _by_depth(request, {depth for depth in request.depths if depth < request.blocks})
+
+
+def selected_and_full(request: Request) -> Groups:
+    """A trial a depth and one of full depth, for a control of the teacher too."""
+    own = request.study.variants.get(request.name.partition(":")[2])
+    more = {request.blocks} if own is None or own.layers is None else set()
+    return _by_depth(request, {*request.depths} | more)
+
+
+def chosen_blocks(select: str, depth: int, blocks: int, *, seed: int) -> Kept:
+    """The blocks that a selection keeps; the first ones where it must ask the teacher.
+
+    >>> [chosen_blocks(name, 3, 8, seed=0) for name in ("prefix", "ends", "interval")]
+    [(0, 1, 2), (0, 1, 7), (0, 4, 7)]
+    """
+    if select == "ends":
+        first = (depth + 1) // 2
+        return (*range(first), *range(blocks - depth + first, blocks))
+    if select == "interval":
+        # evenly from the first block to the last, halves rounded up
+        gap = (blocks - 1) / (depth - 1) if depth > 1 else 0.0
+        return tuple(int(place * gap + 0.5) for place in range(depth))
+    if select == "random":
+        import numpy as np  # the command line imports this module, and numpy takes its time
+
+        drawn = np.random.default_rng((seed, depth)).choice(blocks, depth, replace=False)
+        return tuple(sorted(int(block) for block in drawn))
+    return tuple(range(depth))
+
+
+def _by_depth(request: Request, depths: set[int]) -> Groups:
+    # the deepest first: the longest task should not start last
+    return [
+        (request.trial(chosen_blocks(request.select, depth, request.blocks, seed=request.seed)),)
+        for depth in sorted(depths, reverse=True)
+    ]
+
+
+def _without(request: Request, run: range) -> Trial:
+    first, last = run[0], run[-1]
+    tag = f"b{first:02d}" if first == last else f"b{first:02d}-{last:02d}"
+    return request.trial([b for b in range(request.blocks) if b not in run], tag)
+
+
+# --- what a task takes -----------------------------------------------------------------------
+
+RANKED = 3  # times the best items' seconds: ranks by two protocols, and the lists
+FITTED_EPOCHS = 10  # of a read-out, at most
+
+
+def ranks_popularity(task: Task, sizes: Sizes, study: Study) -> Work:
+    """The catalogue scored for each test user."""
+    return Work(score=RANKED * sizes.test)
+
+
+def trains_sasrec(task: Task, sizes: Sizes, study: Study) -> Work:
+    """SASRec's own training, validated after each epoch."""
+    users = sizes.epochs * sizes.validation + sizes.test
+    steps: dict[int | str, float] = {"sasrec": sizes.epochs * sizes.steps}
+    return Work(encode={"sasrec": users}, score=RANKED * users, steps=steps)
+
+
+def trains(task: Task, sizes: Sizes, study: Study) -> Work:
+    """A training at the depth of its deepest trial, each trial read out at each validation."""
+    depth, read_outs = task.trials[-1].depth, len(task.trials)
+    read_outs += read_outs > 1  # all depths of one pass, and depth 0
+    users = sizes.epochs * sizes.validation + sizes.test
+    return Work(
+        encode={depth: users},
+        score=RANKED * read_outs * users,
+        steps={depth: sizes.epochs * sizes.steps},
+    )
+
+
+def reads_every_depth(task: Task, sizes: Sizes, study: Study) -> Work:
+    """One pass over the test users, ranked at every depth."""
+    return Work({task.blocks: sizes.test}, RANKED * (task.blocks + 1) * sizes.test)
+
+
+def fits_every_depth(passes: int) -> Callable[[Task, Sizes, Study], Work]:
+    """States kept once, a map fitted at every depth: so many catalogue products a step."""
+
+    def work(task: Task, sizes: Sizes, study: Study) -> Work:
+        depths = task.blocks + 1
+        epoch = passes * sizes.windows + RANKED * sizes.validation
+        users = sizes.windows + sizes.validation + sizes.test
+        score = depths * (FITTED_EPOCHS * epoch + RANKED * sizes.test)
+        return Work({task.blocks: users}, score)
+
+    return work
+
+
+def walks(task: Task, sizes: Sizes, study: Study) -> Work:
+    """Shallower models in one walk over the teacher's blocks: what they share is run once."""
+    prefixes = {trial.kept[:depth] for trial in task.trials for depth in range(1, trial.depth + 1)}
+    # a block without a part is a branch of its own, and so is all that follows it
+    extra = sum(task.blocks - trial.dropped for trial in task.trials if trial.dropped is not None)
+    blocks = len(prefixes) + extra
+    score = RANKED * len(task.trials) * sizes.test
+    return Work({task.blocks: blocks / max(1, task.blocks) * sizes.test}, score)
+
+
+def walks_found(passes: int) -> Callable[[Task, Sizes, Study], Work]:
+    """Shallower models whose blocks are found by so many passes over validation users."""
+
+    def work(task: Task, sizes: Sizes, study: Study) -> Work:
+        blocks = sum(trial.depth for trial in task.trials)
+        users = blocks / max(1, task.blocks) * sizes.test + passes * sizes.validation
+        return Work({task.blocks: users}, RANKED * len(task.trials) * sizes.test)
+
+    return work
+
+
+def validation_passes(passes: int, most: int | None = None) -> Callable[[Task, Sizes, Study], Work]:
+    """So many passes over validation users, or over the first of them."""
+
+    def work(task: Task, sizes: Sizes, study: Study) -> Work:
+        users = sizes.validation if most is None else min(most, sizes.validation)
+        return Work({task.blocks: passes * users})
+
+    return work
+
+
+# --- the table -------------------------------------------------------------------------------
+
+INK = "#1b1f24"
+METHODS: dict[str, Method] = {}  # by name, in the order of reports
+
+
+def register(method: Method) -> Method:
+    """Make a method known, under its name; returns it.
+
+    Raises:
+        BadInput: for a name that is taken by another, or a need that is not known.
+    """
+    taken = METHODS.get(method.name)
+    if taken is not None and taken != method:
+        raise BadInput("method", method.name, "a name that no method has")
+    for need in method.needs:
+        method_of(need)
+    METHODS[method.name] = method
+    return method
+
+
+def base_of(name: str) -> str:
+    """The method before the colon.
+
+    >>> base_of("distill:cos"), base_of("skip")
+    ('distill', 'skip')
+    """
+    return name.partition(":")[0]
+
+
+def method_of(name: str) -> Method:
+    """The record of a method, of a variant that of its method.
+
+    Raises:
+        BadInput: for a name that is no method.
+    """
+    base = base_of(name)
+    if base not in METHODS:
+        raise BadInput("methods", name, nearest(base, METHODS))
+    return METHODS[base]
+
+
+def names(*roles: Role) -> tuple[str, ...]:
+    """The methods of some roles, in the order of reports."""
+    return tuple(name for name, method in METHODS.items() if method.role in roles)
+
+
+def method_order(name: str) -> tuple[int, str]:
+    """Sort key: the order of the table, variants by name; what is not known comes last."""
+    base = base_of(name)
+    return (list(METHODS).index(base) if base in METHODS else len(METHODS), name)
+
+
+TEACHER, SASREC = ("full",), ("sasrec",)
+
+# fmt: off
+for _method in (
+    Method(
+        name="popularity", label="popularity", role="baseline", default=True,
+        summary="items by how often the training parts hold them",
+        run="runs.training:popularity", trials=no_backbone, work=ranks_popularity, colour="#858d96",
+        marker="v", line=":",
+    ),
+    Method(
+        name="sasrec", label="SASRec", role="baseline", settings="sasrec", default=True,
+        summary="the non-LLM baseline, and where the item embeddings come from",
+        run="runs.training:sasrec", trials=no_backbone, work=trains_sasrec, colour="#4d5761",
+        marker="P", line="--", reference="arXiv 1808.09781",
+    ),
+    Method(
+        name="full", label="teacher", role="teacher", needs=SASREC, default=True,
+        summary="the teacher: the recommender with all its blocks, trained",
+        run="runs.training:fine_tune", trials=full_depth, work=trains, exportable="own", colour=INK,
+        marker="D", line="-",
+    ),
+    Method(
+        name="early-exit", label="early exit", role="probe", needs=TEACHER, default=True,
+        summary="the teacher read out after each block, behind the final norm",
+        run="runs.probing:early_exits", trials=prefixes(0, -1), work=reads_every_depth,
+        candidate=True, exportable="teacher", colour="#9b4f96", marker=".", line="-",
+    ),
+    Method(
+        name="early-exit-raw", label="exit, no norm", role="probe", needs=TEACHER,
+        summary="the teacher read out after each block, without the final norm, as SLMRec does",
+        run="runs.probing:raw_exits", trials=prefixes(0, -1), work=reads_every_depth,
+        colour="#b06aab", marker="x", line=":", reference="arXiv 2405.17890",
+    ),
+    Method(
+        name="readout", label="read-out", role="probe", needs=TEACHER,
+        summary="a fresh output adapter fitted at each depth of the frozen teacher",
+        run="runs.probing:read_outs", trials=prefixes(0), work=fits_every_depth(2),
+        colour="#a35c00", marker="p", line="--",
+    ),
+    Method(
+        name="tuned-lens", label="tuned lens", role="probe", needs=TEACHER,
+        summary="a translator fitted at each depth to the teacher's answers, before its own head",
+        run="runs.probing:tuned_lenses", trials=prefixes(0, -1), work=fits_every_depth(4),
+        colour="#6b5aa8", marker="*", line="--", reference="arXiv 2303.08112",
+    ),
+    Method(
+        name="skip", label="skip", role="probe", needs=TEACHER, by_block=True, default=True,
+        summary="the teacher without one block",
+        run="runs.probing:walk_blocks", trials=each_run(lambda blocks: range(1, min(2, blocks))),
+        work=walks, exportable="teacher", colour="#35618e", marker="o", line="-",
+    ),
+    Method(
+        name="span", label="span left out", role="probe", needs=TEACHER, by_block=True,
+        summary="the teacher without a run of neighbouring blocks",
+        run="runs.probing:walk_spans", trials=spans, work=walks_found(1), exportable="teacher",
+        colour="#4f79a6", marker="_", line="-", reference="arXiv 2403.17887",
+    ),
+    Method(
+        name="interval", label="every n-th left out", role="probe", needs=TEACHER, by_block=True,
+        summary="the teacher without every n-th block",
+        run="runs.probing:walk_blocks", trials=every_nth, work=walks, exportable="teacher",
+        colour="#6a6f9e", marker="|", line="-",
+    ),
+    Method(
+        name="greedy", label="greedy", role="probe", needs=TEACHER, candidate=True,
+        summary="the teacher without the blocks that are missed least, removed one by one",
+        run="runs.probing:walk_greedy", trials=prefixes(1, -1), work=walks_found(0),
+        exportable="teacher", colour="#4a55b8", marker="d", line="-", reference="arXiv 2402.09025",
+    ),
+    Method(
+        name="drop-attention", label="attention left out", role="probe", needs=TEACHER,
+        by_block=True,
+        summary="the teacher without the attention of one block",
+        run="runs.probing:walk_blocks", trials=each_part("attention"), work=walks,
+        colour="#b3365b", marker="1", line="-", reference="arXiv 2406.15786",
+    ),
+    Method(
+        name="drop-mlp", label="MLP left out", role="probe", needs=TEACHER, by_block=True,
+        summary="the teacher without the MLP of one block",
+        run="runs.probing:walk_blocks", trials=each_part("mlp"), work=walks,
+        colour="#5c7a1f", marker="2", line="-", reference="arXiv 2406.15786",
+    ),
+    Method(
+        name="replace", label="linear map", role="probe", needs=TEACHER, candidate=True,
+        summary="the teacher with a fitted linear map in place of a run of blocks",
+        run="runs.probing:replacements", trials=prefixes(1, -1), work=walks_found(5),
+        exportable="teacher", colour="#00786f", marker="<", line="-.", reference="arXiv 2505.02819",
+    ),
+    Method(
+        name="similarity", label="similarity", role="probe", needs=TEACHER, table=True,
+        summary="how much blocks, their parts and runs of blocks turn the state",
+        run="runs.probing:compare_states", trials=no_trials, work=validation_passes(1),
+        reference="arXiv 2403.03853",
+    ),
+    Method(
+        name="taylor", label="Taylor", role="probe", needs=TEACHER, table=True,
+        summary="what the weights of each block matter to the loss",
+        run="runs.probing:weigh_blocks", trials=no_trials, work=validation_passes(3, most=512),
+        reference="arXiv 2402.02834",
+    ),
+    Method(
+        name="settling", label="settling", role="probe", needs=TEACHER, table=True,
+        summary="at which depth each user's answer is the last one",
+        run="runs.probing:settle_users", trials=no_trials, work=reads_every_depth,
+    ),
+    Method(
+        name="finetune", label="fine-tuned", role="trained", needs=SASREC, candidate=True,
+        summary="a variant: cut out of the pretrained backbone, then trained",
+        run="runs.training:fine_tune", trials=selected, work=trains, exportable="own",
+        selectable=True, default=True, colour="#0069a8", marker="s", line="-",
+    ),
+    Method(
+        name="heal", label="healed", role="trained", needs=TEACHER, candidate=True,
+        summary="cut out of the trained teacher, then trained further",
+        run="runs.training:heal", trials=selected, work=trains, exportable="own", settings="heal",
+        selectable=True, colour="#00805e", marker="^", line="-",
+    ),
+    Method(
+        name="distill", label="distilled", role="trained", needs=TEACHER, candidate=True,
+        summary="a student: a variant trained to follow the teacher's states or scores",
+        run="runs.training:distill", trials=selected, work=trains, exportable="own",
+        settings="distillation", selectable=True, default=True, colour="#c2500a", marker="o",
+        line="-", reference="arXiv 2405.17890",
+    ),
+    Method(
+        name="elastic", label="elastic", role="trained", needs=SASREC, candidate=True,
+        summary="one model trained to be good at every depth, cut there",
+        run="runs.training:elastic", trials=prefixes(1), work=trains, exportable="own",
+        settings="elastic", colour="#7a4a00", marker="h", line="-", reference="arXiv 2404.16710",
+    ),
+    Method(
+        name="random-init", label="random init", role="control", needs=SASREC, fresh=True,
+        summary="the same architecture without pretraining, trained",
+        run="runs.training:fine_tune", trials=selected_and_full, work=trains, exportable="own",
+        colour="#857200", marker="X", line="--",
+    ),
+    Method(
+        name="random-selection", label="random blocks", role="control", needs=SASREC,
+        summary="blocks drawn at random, then trained",
+        run="runs.training:fine_tune", trials=selected, work=trains, exportable="own",
+        select="random", colour="#6f6a3a", marker="H", line="--",
+    ),
+):
+    register(_method)
+# fmt: on
+
+
+def _load_others() -> None:
+    """Import what other packages register; one that fails is named and left out."""
+    for entry in entry_points(group="depthprobe.methods"):
+        try:
+            loaded = entry.load()
+            if isinstance(loaded, Method):
+                register(loaded)
+        except Exception as error:  # noqa: BLE001 - somebody else's code, whatever it raises
+            warnings.warn(
+                f"methods of {entry.value}: {type(error).__name__}: {error}", stacklevel=2
+            )
+
+
+_load_others()

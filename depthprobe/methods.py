@@ -432,17 +432,19 @@ def validation_passes(passes: int, most: int | None = None) -> Callable[[Task, S
 
 INK = "#1b1f24"
 METHODS: dict[str, Method] = {}  # by name, in the order of reports
+BUILT_IN: set[str] = set()  # names that nobody may take
 
 
 def register(method: Method) -> Method:
     """Make a method known, under its name; returns it.
 
+    One that was registered before is replaced, as when a notebook's cell runs again.
+
     Raises:
-        BadInput: for a name that is taken by another, or a need that is not known.
+        BadInput: for the name of one of our own methods, or a need that is not known.
     """
-    taken = METHODS.get(method.name)
-    if taken is not None and taken != method:
-        raise BadInput("method", method.name, "a name that no method has")
+    if method.name in BUILT_IN:
+        raise BadInput("method", method.name, "a name that none of depthprobe's methods has")
     for need in method.needs:
         method_of(need)
     METHODS[method.name] = method
@@ -627,6 +629,7 @@ for _method in (
 ):
     register(_method)
 # fmt: on
+BUILT_IN.update(METHODS)
 
 
 def _load_others() -> None:

@@ -810,7 +810,12 @@ def override(study: Study, **changes: Any) -> Study:
     """A study with dotted fields replaced, e.g. ``{"data.cleaning.core": 5}``; None is skipped."""
     for key, value in changes.items():
         if value is not None:
-            study = _with(study, key, value)
+            try:
+                study = _with(study, key, value)
+            except BadInput as error:  # a recipe does not know whose it is
+                if error.field.rpartition(".")[2] != key.rpartition(".")[2]:
+                    raise
+                raise BadInput(key, error.value, error.allowed) from None
     return study
 
 

@@ -1,14 +1,26 @@
-"""Methods by name: selections of blocks and variants behind a colon, and what they stand for."""
+"""The table of methods, and what a name with a selection or a variant behind a colon stands for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from depthprobe.errors import BadInput
-from depthprobe.methods import METHODS, names
+from depthprobe.methods import (
+    METHODS,
+    Method,
+    _load_others,
+    full_depth,
+    method_of,
+    method_order,
+    names,
+    register,
+    walks,
+)
 from depthprobe.study import (
     Distillation,
     Elastic,
@@ -187,3 +199,50 @@ def test_blocks_by_index(text: str, blocks: tuple[int, ...]) -> None:
 def test_blocks_that_are_none(text: str) -> None:
     with pytest.raises(BadInput, match="select"):
         parse_blocks(text, 12)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_a_record_is_complete(method: Method) -> None:
+    assert callable(method.runner())
+    assert set(method.needs) <= set(METHODS)
+    assert method.label
+    assert method.summary[-1] != "."
+    assert method.candidate <= (method.exportable is not None)
+    assert method.table <= (method.exportable is None)
+
+
+def plain(**changes: Any) -> Method:
+    record = {"name": "swapped", "label": "swapped", "summary": "two blocks swapped"}
+    made = {"role": "probe", "run": abs, "trials": full_depth, "work": walks, "needs": ("full",)}
+    return Method(**{**record, **made, **changes})
+
+
+def test_a_method_is_registered_once_and_known_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("depthprobe.methods.METHODS", dict(METHODS))
+    register(plain(label="first try"))
+    method = register(plain())  # a notebook's cell that runs again
+    assert method_of("swapped") is method
+    assert "swapped" in names("probe")
+    assert method_order("settling") < method_order("swapped") < method_order("unknown")
+    with pytest.raises(BadInput, match="a name that none of depthprobe's methods has"):
+        register(plain(name="full"))
+    with pytest.raises(BadInput, match="did you mean full"):
+        register(plain(name="third", needs=("ful",)))
+
+
+def test_methods_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        value = "other.package"
+
+        def __init__(self, load: Callable[[], Any]) -> None:
+            self.load = load
+
+    def broken() -> None:
+        raise ImportError("no such thing")
+
+    monkeypatch.setattr("depthprobe.methods.METHODS", dict(METHODS))
+    entries = [Entry(broken), Entry(plain)]
+    monkeypatch.setattr("depthprobe.methods.entry_points", lambda group: entries)
+    with pytest.warns(UserWarning, match="other.package: ImportError: no such thing"):
+        _load_others()
+    assert "swapped" in names("probe")  # in spite of the broken one before it

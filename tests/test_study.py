@@ -17,7 +17,9 @@ from depthprobe.study import (
     Backbone,
     Data,
     Recipe,
+    Slurm,
     Study,
+    Tracking,
     demo_study,
     differences,
     load_study,
@@ -207,8 +209,9 @@ def test_override_skips_none_and_reaches_into_sections() -> None:
     changed = override(study, layers="1", **{"data.source": "log.txt", "recipe.epochs": 2})
     assert (changed.layers, changed.data.source, changed.recipe.epochs) == ("1", "log.txt", 2)
     assert (changed.seeds, changed.data.max_history) == (3, study.data.max_history)
-    with pytest.raises(BadInput, match=r"recipe\.epochs"):
-        override(study, **{"recipe.epochs": 0})
+    for key in ("recipe.epochs", "sasrec.recipe.epochs"):
+        with pytest.raises(BadInput, match=rf"^{key}: 0"):
+            override(study, **{key: 0})
 
 
 def test_differences_name_each_changed_field() -> None:
@@ -278,3 +281,47 @@ def test_bad_input_survives_pickling() -> None:
     error = BadInput("layers", Path("x"), "depths")
     again = pickle.loads(pickle.dumps(error))  # noqa: S301
     assert (str(again), again.field, again.value) == (str(error), "layers", Path("x"))
+
+
+RUNNING = """
+[slurm]
+partition = "gpu"
+minutes = 90
+setup = ["module load cuda"]
+
+[tracking]
+to = ["tensorboard", "wandb"]
+"""
+
+
+def test_tables_of_a_study_file(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(RUNNING, encoding="utf-8")
+    study = load_study(path)
+    assert study.slurm == Slurm(partition="gpu", minutes=90, setup=("module load cuda",))
+    assert study.tracking == Tracking(to=("tensorboard", "wandb"))
+    path.write_text(study_to_toml(study), encoding="utf-8")
+    assert load_study(path) == study
+
+
+def test_a_run_may_go_on_elsewhere_and_be_tracked_otherwise() -> None:
+    study = Study()
+    other = override(study, **{"slurm.gpus": 0, "tracking.to": ("wandb",)})
+    assert other != study
+    assert other.digest() == study.digest()
+    assert differences(study, other) == []
+    assert differences(study, override(other, **{"recipe.epochs": 9})) == ["recipe.epochs: 6 -> 9"]
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Slurm(minutes=0), "slurm.minutes"),
+        (lambda: Slurm(gpus=-1), "slurm.gpus"),
+        (lambda: Slurm(memory_gb=0), "slurm.memory_gb"),
+        (lambda: Tracking(to=("wandb", "wandb")), "tracking.to"),
+    ],
+)
+def test_settings_of_jobs_and_trackers_are_checked(make: Any, named: str) -> None:
+    with pytest.raises(BadInput, match=f"^{named}"):
+        make()

@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.cutting import block_kinds
-from depthprobe.models.reloading import INDEX_ATTRIBUTE
+from depthprobe.models.cutting import INDEX_ATTRIBUTE, block_kinds
 
 
 def first_alike(backbone: nn.Module) -> list[int]:

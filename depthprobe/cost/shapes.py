@@ -29,9 +29,9 @@ from transformers.integrations import hub_kernels
 
 from depthprobe.cost.kinds import first_alike
 from depthprobe.models.blocks import find_blocks, list_at
+from depthprobe.models.cutting import PER_BLOCK_WEIGHTS
 from depthprobe.models.prompt import shared_prompt
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.reloading import PER_BLOCK_WEIGHTS
 from depthprobe.models.taps import paused_taps
 
 NEEDS_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)

@@ -1,12 +1,14 @@
-"""Where to compute."""
+"""Backbones: the embedded default, a folder or a commit on the hub; loaded, hashed, described."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from depthprobe.errors import BadInput
+from depthprobe.models.blocks import find_blocks
 from depthprobe.models.precision import (
     check_attention,
     check_dtype,
@@ -39,6 +42,34 @@ from depthprobe.models.precision import (
     quantization,
 )
 from depthprobe.study import ATTENTIONS, Backbone
+
+Source = str | os.PathLike[str]
+EMBEDDED = "embedded"
+ALLOWED = f'"{EMBEDDED}", a folder with config.json and safetensors weights, or a hub model id'
+# what the libraries raise for a source that can't be used; a missing package is an ImportError
+FAILURES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HASH = "sha256:"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+# Recomputed by the model: old checkpoints stored them.
+HARMLESS = re.compile(
+    r"(^|\.)(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|attn\.bias|attention\.bias)$"
+)
+# The embedded default: a small Llama and a byte-level tokenizer, made on the spot, no download.
+BLOCKS, WIDTH, HEADS, INTERMEDIATE, POSITIONS = 12, 32, 2, 88, 512
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
+
+_auto: Any = AutoModelForCausalLM  # untyped in transformers
 
 
 def resolve_device(name: str) -> torch.device:
@@ -56,39 +87,28 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-# Where a backbone comes from: the embedded one, a place on disk, or a commit on the hub.
-
-EMBEDDED = "embedded"
-ALLOWED = f'"{EMBEDDED}", a folder with config.json and safetensors weights, or a hub model id'
-# what the libraries raise for a source that can't be used; a missing package is an ImportError
-FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
-COMMIT = re.compile(r"[0-9a-f]{40}")
+# Where a backbone comes from.
 
 
-def is_folder(path_or_id: str | os.PathLike[str]) -> bool:
+def is_folder(source: Source) -> bool:
     """Whether this names a place on disk rather than a model on the hub."""
-    text = os.fspath(path_or_id)
+    text = os.fspath(source)
     return (
-        not isinstance(path_or_id, str)
+        not isinstance(source, str)
         or text.startswith((".", "~", os.sep))
         or text.count(os.sep) > 1
         or os.path.exists(text)
     )
 
 
-def folder_of(path_or_id: str | os.PathLike[str]) -> Path:
+def folder_of(source: Source) -> Path:
     """The path of a source on disk."""
-    return Path(path_or_id).expanduser()
+    return Path(source).expanduser()
 
 
-def location(path_or_id: str | os.PathLike[str]) -> str:
-    """What the libraries are given: a path without ``~``, or the hub id."""
-    return str(folder_of(path_or_id)) if is_folder(path_or_id) else os.fspath(path_or_id)
-
-
-def offline(path_or_id: str | os.PathLike[str]) -> bool:
+def offline(source: Source) -> bool:
     """Whether only local files can serve; without a name server the hub client retries for 30 s."""
-    if is_folder(path_or_id):
+    if is_folder(source):
         return True
     if getproxies():
         return False
@@ -99,18 +119,19 @@ def offline(path_or_id: str | os.PathLike[str]) -> bool:
     return False
 
 
-def resolve_revision(path_or_id: str | os.PathLike[str], revision: str | None = None) -> str | None:
+def resolve_revision(source: Source, revision: str | None = None) -> str | None:
     """The commit that a branch or tag of a hub id points to now; None for what is not on the hub.
 
     Without a network it is the commit in the local cache.
 
     Args:
+        source: as for :func:`load_backbone`.
         revision: branch, tag or commit; None is ``main``.
 
     Raises:
         BadInput: if there is no such model or revision.
     """
-    if str(path_or_id) == EMBEDDED or is_folder(path_or_id):
+    if str(source) == EMBEDDED or is_folder(source):
         return None
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
@@ -118,96 +139,54 @@ def resolve_revision(path_or_id: str | os.PathLike[str], revision: str | None = 
         # the cache keeps files by commit; what the configuration object knows of it depends on
         # the version of transformers
         file = hf_hub_download(
-            os.fspath(path_or_id),
+            os.fspath(source),
             "config.json",
             revision=revision or "main",
-            local_files_only=offline(path_or_id),
+            local_files_only=offline(source),
         )
     except FAILURES as error:
-        raise cannot("found", path_or_id, error) from error
-    parent = Path(file).parent.name
-    if not COMMIT.fullmatch(parent):
+        raise _cannot("found", source, error) from error
+    commit = Path(file).parent.name
+    if not COMMIT.fullmatch(commit):
         allowed = "a model whose hub says which commit it serves, or a downloaded folder"
-        raise BadInput("backbone", str(path_or_id), allowed)
-    return parent
+        raise BadInput("backbone", str(source), allowed)
+    return commit
 
 
-def cannot(what: str, path_or_id: str | os.PathLike[str], error: Exception) -> BadInput:
+def _cannot(what: str, source: Source, error: Exception) -> BadInput:
     """A library's error as one line; ``what`` could not be done with the source."""
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
-    return BadInput("backbone", str(path_or_id), f"cannot be {what} ({reason}): {ALLOWED}")
+    return BadInput("backbone", str(source), f"cannot be {what} ({reason}): {ALLOWED}")
 
 
-# What a checkpoint must hold: safetensors weights, each of them the model's.
-
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# Recomputed by the model: old checkpoints stored them.
-HARMLESS = re.compile(
-    r"(^|\.)(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|attn\.bias|attention\.bias)$"
-)
+def _location(source: Source) -> str:
+    """What the libraries are given: a path without ``~``, or the hub id."""
+    return str(folder_of(source)) if is_folder(source) else os.fspath(source)
 
 
-def check_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors weights.
-
-    Raises:
-        BadInput: if there are none, or pickled ones alone.
-    """
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLED]
-    if pickled:
-        raise BadInput(
-            "backbone",
-            str(folder),
-            f"only pickled weights in it ({pickled[0]}), which can run code when loaded:"
-            " convert them with save_pretrained to safetensors",
-        )
-    raise BadInput("backbone", str(folder), f"no weights (*.safetensors) in it: {ALLOWED}")
+def _origin(source: Source, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What the libraries' ``from_pretrained`` are given beside it, to find one commit's files."""
+    _check_trust(source, revision, trust_remote_code)
+    return {
+        "revision": revision or "main",
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": offline(source),
+    }
 
 
-def check_keys(path_or_id: str | os.PathLike[str], loaded: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are not exactly the model's.
-
-    Args:
-        loaded: what ``from_pretrained(output_loading_info=True)`` told.
-
-    Raises:
-        BadInput: for missing, unexpected or mismatched keys.
-    """
-    unexpected = [key for key in loaded["unexpected_keys"] if not HARMLESS.search(key)]
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]]
-    for what, keys in (
-        ("missing", list(loaded["missing_keys"])),
-        ("unexpected", unexpected),
-        ("of another shape than the configuration says", mismatched),
-    ):
-        if keys:
-            shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-            raise BadInput(
-                "backbone",
-                str(path_or_id),
-                f"{len(keys)} of its weights are {what} ({shown}):"
-                " the checkpoint must fit its configuration",
-            )
+def _check_trust(source: Source, revision: str | None, trust_remote_code: bool) -> None:
+    if trust_remote_code and revision is None and not is_folder(source):
+        raise BadInput("revision", None, "a commit or tag, required by trust_remote_code")
 
 
-# The embedded default: a small Llama and a byte-level tokenizer, made on the spot, no download.
-
-BLOCKS = 12
-WIDTH = 32
-HEADS = 2
-INTERMEDIATE = 88
-POSITIONS = 512
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
-VOCABULARY = 256 + len(SPECIAL_TOKENS)
+# The embedded default.
 
 
 def embedded_config() -> LlamaConfig:
     """The configuration of the embedded backbone."""
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=256 + len(SPECIAL_TOKENS),
         hidden_size=WIDTH,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=BLOCKS,
@@ -229,8 +208,8 @@ def embedded_backbone(seed: int = 0) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs too
         model: Any = LlamaForCausalLM(embedded_config())  # untyped in transformers
-    found: LlamaForCausalLM = model.float().eval()
-    return found
+    backbone: LlamaForCausalLM = model.float().eval()
+    return backbone
 
 
 def embedded_tokenizer() -> PreTrainedTokenizerFast:
@@ -253,13 +232,11 @@ def embedded_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-# Load a backbone, its configuration or its tokenizer from a folder, a hub id or "embedded".
-
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+# Load a backbone, its configuration or its tokenizer.
 
 
 def load_backbone(
-    path_or_id: str | os.PathLike[str],
+    path_or_id: Source,
     *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
@@ -267,6 +244,7 @@ def load_backbone(
     quantize: str | None = None,
     trust_remote_code: bool = False,
     random_init: int | None = None,
+    weights: bool = True,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, with every weight accounted for.
 
@@ -282,6 +260,8 @@ def load_backbone(
         trust_remote_code: run Python code from the hub; only with a ``revision``.
         random_init: a seed: the same architecture with fresh weights, from the configuration
             alone; the caller's random state is left as it is.
+        weights: False checks the names and shapes of the weights, and reads none of them: the
+            model is on the meta device (but for the small embedded one).
 
     Raises:
         BadInput: if there is no such backbone, its weights are absent, pickled or unreadable, or
@@ -293,53 +273,216 @@ def load_backbone(
     if fewer_bits and (random_init is not None or str(path_or_id) == EMBEDDED):
         raise BadInput("quantize", quantize, "pretrained weights: random ones can't be quantised")
     packed = quantization(quantize)
+    options: dict[str, Any] = {} if chosen is None else {"attn_implementation": chosen}
     if str(path_or_id) == EMBEDDED:
         return _embedded(random_init or 0, kind, chosen)
     _check_trust(path_or_id, revision, trust_remote_code)
     commit = resolve_revision(path_or_id, revision)
     config = backbone_config(path_or_id, revision=commit, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if chosen is not None:
-        options["attn_implementation"] = chosen
-    else:
+    if chosen is None:
         for written in _attentions(config):
             check_attention(written)
     if random_init is not None:
-        return _from_config(path_or_id, config, kind, random_init, options)
-    if is_folder(path_or_id):
-        check_weights(folder_of(path_or_id))
-    if packed is not None:
-        if getattr(config, "quantization_config", None):
-            raise BadInput("quantize", quantize, "a checkpoint that is not quantised already")
+        options["trust_remote_code"] = trust_remote_code
+        return _random(path_or_id, config, kind, random_init, options)
+    quantized = bool(getattr(config, "quantization_config", None))
+    if packed is not None and quantized:
+        raise BadInput("quantize", quantize, "a checkpoint that is not quantised already")
+    if not weights and not quantized:
+        options["device_map"] = "meta"
+    elif packed is not None:
         options |= {"quantization_config": packed, "device_map": placement()}
-    auto: Any = AutoModelForCausalLM  # untyped in transformers
+    options |= {"dtype": kind} | _origin(path_or_id, commit, trust_remote_code)
+    model = _read_weights(path_or_id, config, options)
+    if packed is not None:
+        mark_quantized(model)
+    return model.eval()
+
+
+def _embedded(seed: int, dtype: str | torch.dtype, attention: str | None) -> PreTrainedModel:
+    model: Any = embedded_backbone(seed)
+    if dtype != "auto":
+        model = model.to(dtype=dtype)
+    if attention is not None:
+        try:
+            model.set_attn_implementation(attention)
+        except FAILURES as error:
+            raise _cannot(f"run with attention {attention}", EMBEDDED, error) from error
+    ready: PreTrainedModel = model.eval()
+    return ready
+
+
+def _random(
+    source: Source,
+    config: PreTrainedConfig,
+    dtype: str | torch.dtype,
+    seed: int,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    """A model with fresh weights, from the configuration alone."""
+    chosen = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.float32)
     try:
-        model, loaded = auto.from_pretrained(
-            location(path_or_id),
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs
+            model: PreTrainedModel = _auto.from_config(config, dtype=chosen, **options)
+    except FAILURES as error:
+        raise _cannot("built", source, error) from error
+    return model.eval()
+
+
+def _read_weights(
+    source: Source, config: PreTrainedConfig, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The pretrained model; BadInput if its weights are not those of its configuration."""
+    if is_folder(source):
+        check_weights(folder_of(source))
+    try:
+        model: PreTrainedModel
+        model, loaded = _auto.from_pretrained(
+            _location(source),
             config=config,
-            revision=commit or "main",
-            dtype=kind,
-            local_files_only=offline(path_or_id),
             use_safetensors=True,
             output_loading_info=True,
             **options,
         )
     except FAILURES as error:
-        raise cannot("loaded", path_or_id, error) from error
-    check_keys(path_or_id, loaded)
-    if packed is not None:
-        mark_quantized(model)
-    return _ready(model)
+        raise _cannot("loaded", source, error) from error
+    for what, names in (
+        ("missing", loaded["missing_keys"]),
+        ("unexpected", [key for key in loaded["unexpected_keys"] if not HARMLESS.search(key)]),
+        ("of another shape than the configuration says", loaded["mismatched_keys"]),
+    ):
+        if names:
+            keys = sorted(name if isinstance(name, str) else name[0] for name in names)
+            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            raise BadInput(
+                "backbone",
+                str(source),
+                f"{len(keys)} of its weights are {what} ({shown}):"
+                " the checkpoint must fit its configuration",
+            )
+    return model
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors weights.
+
+    Raises:
+        BadInput: if there are none, or pickled ones alone.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLED]
+    if pickled:
+        raise BadInput(
+            "backbone",
+            str(folder),
+            f"only pickled weights in it ({pickled[0]}), which can run code when loaded:"
+            " convert them with save_pretrained to safetensors",
+        )
+    raise BadInput("backbone", str(folder), f"no weights (*.safetensors) in it: {ALLOWED}")
+
+
+def backbone_config(
+    path_or_id: Source, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The configuration of a backbone; no weights are read or downloaded.
+
+    Args:
+        path_or_id: as for :func:`load_backbone`; also the path of a ``config.json``.
+        revision: of a hub id.
+        trust_remote_code: run Python code from the hub; only with a ``revision``.
+
+    Raises:
+        BadInput: if there is none.
+    """
+    if str(path_or_id) == EMBEDDED:
+        return embedded_config()
+    origin = _origin(path_or_id, revision, trust_remote_code)
+    if is_folder(path_or_id):
+        _check_config_file(path_or_id)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(_location(path_or_id), **origin)
+    except FAILURES as error:
+        raise _cannot("found", path_or_id, error) from error
+    for written in _attentions(config):
+        if written not in ATTENTIONS:
+            allowed = f"a configuration without attention {written!r}: a kernel to download and run"
+            raise BadInput("backbone", str(path_or_id), allowed)
+    return config
+
+
+def _check_config_file(source: Source) -> None:
+    """Refuse a place on disk without a configuration in JSON."""
+    path = folder_of(source)
+    if not path.exists():
+        raise BadInput("backbone", str(source), f"no such folder: expected {ALLOWED}")
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        hint = " (it holds an adapter: merge it into its base first)" if adapter else ""
+        raise BadInput("backbone", str(source), f"no config.json in it{hint}: {ALLOWED}")
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise _cannot("read: its configuration is not JSON", source, error) from error
+
+
+def _attentions(config: PreTrainedConfig) -> Iterator[str]:
+    """What the configuration and its parts say that their attention should be."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        # transformers has no public name for what it reads from ``attn_implementation``
+        written = getattr(part, "_attn_implementation", None)
+        if isinstance(written, str):
+            yield written
+
+
+def load_tokenizer(
+    path_or_id: Source, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a backbone; arguments as for :func:`load_backbone`.
+
+    Raises:
+        BadInput: if there is none.
+    """
+    if str(path_or_id) == EMBEDDED:
+        return embedded_tokenizer()
+    if is_folder(path_or_id):
+        folder = folder_of(path_or_id)
+        if not folder.is_dir():
+            raise BadInput("backbone", str(path_or_id), f"no such folder: expected {ALLOWED}")
+        # Without any of these the library makes up an empty tokenizer.
+        if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+            raise BadInput("backbone", str(path_or_id), "no tokenizer in it (tokenizer.json)")
+    origin = _origin(path_or_id, revision, trust_remote_code)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            _location(path_or_id), **origin
+        )
+    except FAILURES as error:
+        raise _cannot("given a tokenizer", path_or_id, error) from error
+    return tokenizer
+
+
+# The backbone of a study.
 
 
 def pretrained(
-    settings: Backbone, *, random_init: int | None = None, plain: bool = False
+    settings: Backbone,
+    *,
+    random_init: int | None = None,
+    plain: bool = False,
+    weights: bool = True,
 ) -> PreTrainedModel:
-    """The backbone that a study's settings describe, whole.
+    """The backbone that a study's settings describe, at full depth.
 
     Args:
         random_init: as for :func:`load_backbone`.
         plain: with ordinary weights, of the same values where they are quantised.
+        weights: as for :func:`load_backbone`.
+
+    Raises:
+        BadInput: as :func:`load_backbone`, and if its blocks can't be found.
     """
     model = load_backbone(
         settings.source,
@@ -349,7 +492,9 @@ def pretrained(
         quantize=settings.quantize,
         trust_remote_code=settings.trust_remote_code,
         random_init=random_init,
+        weights=weights,
     )
+    find_blocks(model)
     return plain_weights(model) if plain else model
 
 
@@ -371,129 +516,69 @@ def pretrained_tokenizer(settings: Backbone) -> PreTrainedTokenizerBase:
     )
 
 
-def backbone_config(
-    path_or_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedConfig:
-    """The configuration of a backbone; no weights are read or downloaded.
+def backbone_revision(settings: Backbone) -> str:
+    """Which weights exactly: the hub's commit, or ``sha256:`` of configuration and weights.
+
+    Raises:
+        BadInput: if the hub has no such model or revision.
+    """
+    if settings.source != EMBEDDED and not is_folder(settings.source):
+        return str(resolve_revision(settings.source, settings.revision))
+    digest = hashlib.sha256()
+    if settings.source == EMBEDDED:
+        model = embedded_backbone()
+        digest.update(model.config.to_json_string().encode())
+        for name, weight in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy())
+    else:
+        folder = folder_of(settings.source)
+        for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(4 * 2**20):
+                    digest.update(chunk)
+    return f"{HASH}{digest.hexdigest()[:16]}"
+
+
+def pinned(settings: Backbone, recorded: str | None) -> Backbone:
+    """The settings with the recorded commit in place of a branch or tag, which may move.
 
     Args:
-        path_or_id: as for :func:`load_backbone`; also the path of a ``config.json``.
-        revision: of a hub id.
-        trust_remote_code: run Python code from the hub; only with a ``revision``.
+        recorded: what :func:`backbone_revision` gave when the run began; None and hashes change
+            nothing.
+    """
+    if recorded is None or recorded.startswith(HASH):
+        return settings
+    return replace(settings, revision=recorded)
+
+
+def pinned_now(settings: Backbone) -> Backbone:
+    """The settings with the commit that their branch or tag points to now; a folder has none.
 
     Raises:
-        BadInput: if there is none.
+        BadInput: if the hub has no such model or revision.
     """
-    if str(path_or_id) == EMBEDDED:
-        return embedded_config()
-    _check_trust(path_or_id, revision, trust_remote_code)
-    if is_folder(path_or_id):
-        path = folder_of(path_or_id)
-        if not path.exists():
-            raise BadInput("backbone", str(path_or_id), f"no such folder: expected {ALLOWED}")
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            adapter = (path / "adapter_config.json").is_file()
-            hint = " (it holds an adapter: merge it into its base first)" if adapter else ""
-            raise BadInput("backbone", str(path_or_id), f"no config.json in it{hint}: {ALLOWED}")
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise cannot("read: its configuration is not JSON", path_or_id, error) from error
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            location(path_or_id),
-            revision=revision or "main",
-            trust_remote_code=trust_remote_code,
-            local_files_only=offline(path_or_id),
-        )
-    except FAILURES as error:
-        raise cannot("found", path_or_id, error) from error
-    for written in _attentions(config):
-        if written not in ATTENTIONS:
-            allowed = f"a configuration without attention {written!r}: a kernel to download and run"
-            raise BadInput("backbone", str(path_or_id), allowed)
-    return config
+    return pinned(settings, resolve_revision(settings.source, settings.revision))
 
 
-def _attentions(config: PreTrainedConfig) -> Iterator[str]:
-    """What the configuration and its parts say that their attention should be."""
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        written = getattr(part, "_attn_implementation", None)
-        if isinstance(written, str):
-            yield written
+def describe(settings: Backbone, revision: str) -> dict[str, Any]:
+    """What a run records of its backbone. Weights are checked to be there, none is read.
 
-
-def load_tokenizer(
-    path_or_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone; arguments as for :func:`load_backbone`.
+    Args:
+        revision: what :func:`backbone_revision` says.
 
     Raises:
-        BadInput: if there is none.
+        BadInput: as :func:`pretrained`.
     """
-    if str(path_or_id) == EMBEDDED:
-        return embedded_tokenizer()
-    if is_folder(path_or_id):
-        folder = folder_of(path_or_id)
-        if not folder.is_dir():
-            raise BadInput("backbone", str(path_or_id), f"no such folder: expected {ALLOWED}")
-        # Without any of these the library makes up an empty tokenizer.
-        if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
-            raise BadInput("backbone", str(path_or_id), "no tokenizer in it (tokenizer.json)")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            location(path_or_id),
-            revision=revision or "main",
-            trust_remote_code=trust_remote_code,
-            local_files_only=offline(path_or_id),
-        )
-    except FAILURES as error:
-        raise cannot("given a tokenizer", path_or_id, error) from error
-    return tokenizer
-
-
-def _check_trust(
-    path_or_id: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
-) -> None:
-    if trust_remote_code and revision is None and not is_folder(path_or_id):
-        raise BadInput("revision", None, "a commit or tag, required by trust_remote_code")
-
-
-def _embedded(seed: int, dtype: str | torch.dtype, attention: str | None) -> PreTrainedModel:
-    model = _ready(embedded_backbone(seed), dtype)
-    if attention is not None:
-        try:
-            model.set_attn_implementation(attention)
-        except FAILURES as error:
-            raise cannot(f"run with attention {attention}", EMBEDDED, error) from error
-    return model
-
-
-def _from_config(
-    path_or_id: str | os.PathLike[str],
-    config: PreTrainedConfig,
-    dtype: str | torch.dtype,
-    seed: int,
-    options: dict[str, Any],
-) -> PreTrainedModel:
-    auto: Any = AutoModelForCausalLM
-    chosen = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.float32)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs
-            model = auto.from_config(config, dtype=chosen, **options)
-    except FAILURES as error:
-        raise cannot("built", path_or_id, error) from error
-    return _ready(model)
-
-
-def _ready(model: Any, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    found: PreTrainedModel = model.eval() if dtype == "auto" else model.to(dtype=dtype).eval()
-    return found
+    model = pretrained(settings, weights=False)
+    text_config = model.config.get_text_config(decoder=True)
+    return {
+        "source": settings.source,
+        "revision": revision,
+        "blocks": int(text_config.num_hidden_layers),
+        "width": int(text_config.hidden_size),
+        "family": str(text_config.model_type),
+        "parameters": int(model.num_parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from depthprobe.errors import BadInput
+
+
+def refusal(model: nn.Module, reason: str) -> BadInput:
+    """What a user reads where an architecture can't be cut, skipped or read out; one line."""
+    return BadInput("backbone", type(model).__name__, reason)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -17,13 +27,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        outer = inner
+        inner = extract_model_from_parallel(inner, keep_torch_compile=False)
+        if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
-        elif isinstance(getattr(inner, "module", None), nn.Module):
-            inner = inner.module
-        else:
+        if inner is outer:
             raise ValueError(f"{type(model).__name__} is not a Hugging Face PreTrainedModel")
     return inner
 
@@ -35,7 +43,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     candidate) that is as long as the text configuration's ``num_hidden_layers``. Sees through PEFT.
 
     Raises:
-        ValueError: if there is no such list, more than one, or the model is no plain decoder.
+        BadInput: if there is no such list, more than one, or the model is no plain decoder.
     """
     owner, name = locate(unwrap(model))
     return list_at(owner, name)
@@ -45,7 +53,7 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
     """The decoder without its language-model head: embeddings, blocks, final norm.
 
     Raises:
-        ValueError: as :func:`find_blocks`.
+        BadInput: as :func:`find_blocks`.
     """
     inner = unwrap(model)
     if inner.base_model is not inner:
@@ -63,27 +71,23 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model wants its token ids, also when accelerate keeps its weights elsewhere."""
     embeddings: Any = model.get_input_embeddings()
     device: torch.device = embeddings.weight.device
-    hook = getattr(embeddings, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
+    # accelerate has no public way to ask where an offloaded module computes
+    execution = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return torch.device(execution) if device.type == "meta" and execution is not None else device
 
 
 def list_at(owner: nn.Module, name: str) -> nn.ModuleList:
     """The ``ModuleList`` at a path, typed."""
-    found = owner.get_submodule(name)
-    if not isinstance(found, nn.ModuleList):
+    blocks = owner.get_submodule(name)
+    if not isinstance(blocks, nn.ModuleList):
         raise ValueError(f"{name} of {type(owner).__name__} is not a ModuleList")
-    return found
+    return blocks
 
 
 def locate(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """The base model and the path of the blocks in it.
-
-    Raises:
-        ValueError: as :func:`find_blocks`.
-    """
+    """The base model and the path of the blocks in it; raises as :func:`find_blocks`."""
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: only decoders can be cut")
+        raise refusal(model, "it is an encoder-decoder: only decoders can be cut")
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     base: nn.Module = model.base_model
     paths = _candidates(base, depth)
@@ -93,22 +97,21 @@ def locate(model: PreTrainedModel) -> tuple[nn.Module, str]:
         paths = _candidates(base, depth)
     if len(paths) != 1:
         what = "no list of blocks" if not paths else f"more than one list of blocks ({paths})"
-        raise ValueError(
-            f"{type(model).__name__} has {what} as long as its configuration says"
-            f" (num_hidden_layers={depth})"
-        )
+        reason = f"it has {what} as long as its configuration says (num_hidden_layers={depth})"
+        raise refusal(model, reason)
     return base, paths[0]
 
 
 def _candidates(base: nn.Module, depth: int | None) -> list[str]:
-    found: list[str] = []
+    """Paths of lists as long as the model is deep, outermost first, whose entries have parts."""
+    paths: list[str] = []
     for name, module in base.named_modules():
-        nested = any(name.startswith(outer + ".") for outer in found)
+        nested = any(name.startswith(outer + ".") for outer in paths)
         as_long = isinstance(module, nn.ModuleList) and len(module) == depth
         # a block is made of modules; a list of projections or of rotary tables is none of blocks
         if as_long and not nested and all(any(part.children()) for part in module):
-            found.append(name)
-    return found
+            paths.append(name)
+    return paths
 
 
 def keys_are_read(blocks: nn.ModuleList) -> bool:
@@ -119,9 +122,20 @@ def keys_are_read(blocks: nn.ModuleList) -> bool:
     return any(getattr(module, "is_kv_shared_layer", False) for module in blocks.modules())
 
 
-# Per-layer embeddings (Gemma 3n and 4): what every block reads of a token beside the stream.
-#
-# They are looked up by token; a pass over embeddings has none to look up, so it is given the ids.
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module's own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# Per-layer embeddings (Gemma 3n and 4): every block reads some of a token beside the stream. They
+# are looked up by token. A pass over embeddings has no tokens, so it is given their ids.
 
 
 def has_per_layer(decoder: nn.Module) -> bool:

@@ -1,4 +1,11 @@
-"""Which configuration fields speak of single blocks, and what they become after a cut."""
+"""Cut blocks out of a Hugging Face model so that what is left is an ordinary, shallower model.
+
+In three steps. The configuration of the shallower model is derived from the old one. That
+configuration is written and read back, both models are built on the meta device, and every
+sub-module, shape and setting is compared: a difference is a block's index, which moves with its
+block, or a reason to refuse, since the cut model would silently come back as another one. Only then
+is the model changed.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +13,10 @@ import copy
 import math
 import operator
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +24,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from depthprobe.errors import BadInput
-from depthprobe.models.blocks import find_blocks, list_at, locate, unwrap
-from depthprobe.models.reloading import compare_reload
+from depthprobe.models.blocks import find_blocks, keys_are_read, list_at, locate, refusal, unwrap
 
-# One entry a block: sliced.
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Configuration fields. One entry a block: sliced.
 PER_BLOCK_LISTS = (
     "layer_types",
     "mlp_layer_types",
@@ -50,6 +60,52 @@ LEADING_BLOCKS = (
 )
 # The last n blocks are special.
 TRAILING_BLOCKS = ("num_kv_shared_layers",)
+# Kinds of blocks in which no position sees another through keys and values.
+RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp"})
+
+INDEX_ATTRIBUTE = re.compile(r"(layer|block)_?(idx|index|id|number)$")
+# Weights outside the blocks that hold a chunk for each of them (Gemma 3n and 4).
+PER_BLOCK_WEIGHTS = re.compile(r"(^|\.)(embed_tokens_per_layer|per_layer_model_projection)(\.|$)")
+
+
+def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
+    """Remove all blocks but ``kept``, in place, and return the model.
+
+    The model gets a new ``ModuleList`` and a new configuration (the old configuration object may
+    be shared with other models and is not changed); block indices inside the blocks are renumbered,
+    so caches, ``save_pretrained`` and ``from_pretrained`` work as for any model of that depth.
+    Works on a causal language model, on its base model, and under PEFT.
+
+    Args:
+        model: a Hugging Face decoder.
+        kept: increasing, unique, original indices, 0-based; at least one.
+
+    Raises:
+        BadInput: if ``kept`` is not that, or if the cut model would not survive ``save_pretrained``
+            and ``from_pretrained``; the model is unchanged.
+    """
+    inner = unwrap(model)
+    owner, name = locate(inner)
+    blocks = find_blocks(inner)
+    chosen = _check_kept(kept, len(blocks))
+    if len(chosen) == len(blocks):
+        return model
+    _refuse_unsafe(model, inner, name, chosen)
+    new_config = cut_config(inner.config, chosen)
+    changes = _compare_reload(inner, new_config, chosen)
+
+    # from here on nothing is refused: the list, indices in the blocks, settings and weights outside
+    parent, _, attribute = name.rpartition(".")
+    setattr(owner.get_submodule(parent), attribute, nn.ModuleList(blocks[old] for old in chosen))
+    remaining = list_at(owner, name)
+    for block, path, index_name, value in changes.inside:
+        setattr(remaining[block].get_submodule(path), index_name, value)
+    for path, settings in changes.outside.items():
+        vars(inner.base_model.get_submodule(path)).update(settings)
+    for path, dim in changes.chunked.items():
+        _keep_chunks(inner.base_model, path, dim, len(blocks), chosen)
+    _replace_config(model, inner.config, new_config)
+    return model
 
 
 def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
@@ -64,10 +120,9 @@ def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfi
     """
     new = copy.deepcopy(config)
     text = new.get_text_config(decoder=True)
-    depth = text.num_hidden_layers
     position = {old: index for index, old in enumerate(kept)}
     with as_plain_fields(text) as overrides:
-        for name, value in _changes(text, kept, depth, position).items():
+        for name, value in _changed_fields(text, kept, position).items():
             if not is_computed(text, name):
                 setattr(text, name, value)
         if not is_computed(text, "num_hidden_layers"):
@@ -83,14 +138,12 @@ def block_kinds(config: PreTrainedConfig) -> list[tuple[Any, ...]]:
     text = copy.deepcopy(config.get_text_config(decoder=True))
     depth = text.num_hidden_layers
     with as_plain_fields(text) as overrides:
-        found = [getattr(text, name, None) for name in PER_BLOCK_LISTS]
-        lists = [v for v in found if isinstance(v, list | tuple) and len(v) == depth]
-        indices = [getattr(text, name, None) for name in BLOCK_INDICES]
-        chosen = [v for v in indices if isinstance(v, list | tuple)]
+        lists = [v for v in _sequences(text, PER_BLOCK_LISTS).values() if len(v) == depth]
+        indices = _sequences(text, BLOCK_INDICES).values()
         return [
             (
                 *(str(values[block]) for values in lists),
-                *(block in values for values in chosen),
+                *(block in values for values in indices),
                 str(overrides.get(block)),
             )
             for block in range(depth)
@@ -108,8 +161,8 @@ def as_plain_fields(config: PreTrainedConfig) -> Iterator[dict[int, dict[str, An
     """
     heterogeneous = getattr(config, "is_heterogeneous", False)
     # Read before anything changes: as a property it is derived from the other fields.
-    found = config.to_dict()["per_layer_config"] if heterogeneous else {}
-    overrides = {int(block): dict(fields) for block, fields in found.items()}
+    written = config.to_dict()["per_layer_config"] if heterogeneous else {}
+    overrides = {int(block): dict(fields) for block, fields in written.items()}
     if heterogeneous:
         config.per_layer_config = None
     yield overrides
@@ -120,23 +173,27 @@ def as_plain_fields(config: PreTrainedConfig) -> Iterator[dict[int, dict[str, An
 
 def is_computed(config: PreTrainedConfig, name: str) -> bool:
     """Whether the configuration derives a field from others (a read-only property)."""
-    found = getattr(type(config), config.attribute_map.get(name, name), None)
-    return isinstance(found, property) and found.fset is None
+    attribute = getattr(type(config), config.attribute_map.get(name, name), None)
+    return isinstance(attribute, property) and attribute.fset is None
 
 
-def _changes(
-    text: PreTrainedConfig, kept: Sequence[int], depth: int, position: dict[int, int]
+def _sequences(text: PreTrainedConfig, names: Iterable[str]) -> dict[str, Sequence[Any]]:
+    """The fields of these names that are lists."""
+    values = {name: getattr(text, name, None) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, list | tuple)}
+
+
+def _changed_fields(
+    text: PreTrainedConfig, kept: Sequence[int], position: dict[int, int]
 ) -> dict[str, Any]:
     """The fields that a cut changes, and what they become."""
+    depth = text.num_hidden_layers
     changes: dict[str, Any] = {}
-    for name in PER_BLOCK_LISTS:
-        values = getattr(text, name, None)
-        if isinstance(values, list | tuple) and len(values) == depth:
+    for name, values in _sequences(text, PER_BLOCK_LISTS).items():
+        if len(values) == depth:
             changes[name] = [values[old] for old in kept]
-    for name in BLOCK_INDICES:
-        values = getattr(text, name, None)
-        if isinstance(values, list | tuple):
-            changes[name] = [position[old] for old in values if old in position]
+    for name, values in _sequences(text, BLOCK_INDICES).items():
+        changes[name] = [position[old] for old in values if old in position]
     for name in LEADING_BLOCKS:
         value = getattr(text, name, None)
         if isinstance(value, int):
@@ -154,77 +211,16 @@ def _changes(
         changes["scale_depth"] = text.scale_depth * math.sqrt(len(kept) / depth)
     if isinstance(getattr(text, "block_types", None), list):  # a pattern, repeated over the blocks
         changes["block_types"] = [text.block_types[old % len(text.block_types)] for old in kept]
-    changes |= _gpt_neo_pattern(changes.get("attention_layers"), text)
-    changes |= _sparse_step(text, kept)
+    # GPT-Neo derives its per-block list from [[kinds, repeats], ...]: one group a block
+    if "attention_layers" in changes and hasattr(text, "attention_types"):
+        changes["attention_types"] = [[[kind], 1] for kind in changes["attention_layers"]]
+    # Qwen's mixtures have experts in every n-th block: an explicit list of the dense blocks
+    step = getattr(text, "decoder_sparse_step", None)
+    if isinstance(step, int) and step > 1:
+        explicit = getattr(text, "mlp_only_layers", None) or []
+        dense = [new for new, old in enumerate(kept) if old in explicit or (old + 1) % step]
+        changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     return changes
-
-
-def _gpt_neo_pattern(attention: list[str] | None, config: PreTrainedConfig) -> dict[str, Any]:
-    """GPT-Neo derives its per-block list from ``[[kinds, repeats], ...]``: one group a block."""
-    if attention is None or not hasattr(config, "attention_types"):
-        return {}
-    return {"attention_types": [[[kind], 1] for kind in attention]}
-
-
-def _sparse_step(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """Qwen MoE models: experts in every n-th block, as an explicit list of the dense blocks."""
-    step = getattr(config, "decoder_sparse_step", None)
-    if not isinstance(step, int) or step <= 1:
-        return {}
-    explicit = getattr(config, "mlp_only_layers", None) or []
-    dense = [new for new, old in enumerate(kept) if old in explicit or (old + 1) % step]
-    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-
-
-# Cut blocks out of a Hugging Face model so that what is left is an ordinary, shallower model.
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
-
-# Kinds of blocks in which no position sees another through keys and values.
-RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp"})
-
-
-def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
-    """Remove all blocks but ``kept``, in place, and return the model.
-
-    The model gets a new ``ModuleList`` and a new configuration (the old configuration object may
-    be shared with other models and is not changed); block indices inside the blocks are renumbered,
-    so caches, ``save_pretrained`` and ``from_pretrained`` work as for any model of that depth.
-    Works on a causal language model, on its base model, and under PEFT.
-
-    Before anything is changed, the model that the new configuration describes is compared with the
-    old one, block by block (sub-modules, shapes, settings), on the meta device: a cut that would
-    not survive ``save_pretrained`` and ``from_pretrained`` is refused.
-
-    Args:
-        model: a Hugging Face decoder.
-        kept: increasing, unique, original indices, 0-based; at least one.
-
-    Raises:
-        BadInput: if ``kept`` is not that.
-        ValueError: if the architecture cannot be cut this way; the model is unchanged.
-    """
-    inner = unwrap(model)
-    owner, name = locate(inner)
-    blocks = find_blocks(inner)
-    chosen = _check_kept(kept, len(blocks))
-    if len(chosen) == len(blocks):
-        return model
-    _refuse_unsafe(model, inner, name, chosen)
-    new_config = cut_config(inner.config, chosen)
-    changes = compare_reload(inner, new_config, chosen)
-
-    parent, _, attribute = name.rpartition(".")
-    setattr(owner.get_submodule(parent), attribute, nn.ModuleList(blocks[old] for old in chosen))
-    remaining = list_at(owner, name)
-    for item in changes.inside:
-        setattr(remaining[item.block].get_submodule(item.path), item.attribute, item.value)
-    for path, settings in changes.outside.items():
-        vars(inner.base_model.get_submodule(path)).update(settings)
-    for path, dim in changes.chunked.items():
-        _keep_chunks(inner.base_model, path, dim, len(blocks), chosen)
-    _replace_config(model, inner.config, new_config)
-    return model
 
 
 def _check_kept(kept: Iterable[int], depth: int) -> tuple[int, ...]:
@@ -243,33 +239,30 @@ def _check_kept(kept: Iterable[int], depth: int) -> tuple[int, ...]:
 def _refuse_unsafe(
     model: nn.Module, inner: PreTrainedModel, name: str, chosen: tuple[int, ...]
 ) -> None:
-    family = type(inner).__name__
+    """Refuse what no comparison of configurations can find."""
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
     inside = re.compile(rf"(^|\.){re.escape(name)}\.\d+\.")
-    owners: dict[int, int] = {}
-    for index, block in enumerate(find_blocks(inner)):
-        for parameter in block.parameters():
-            owners.setdefault(id(parameter), index)
+    owners: dict[int, int] = {}  # a weight's identity -> the first block that has it
     shared = any(
-        owners[id(p)] != index for index, b in enumerate(find_blocks(inner)) for p in b.parameters()
+        owners.setdefault(id(parameter), index) != index
+        for index, block in enumerate(find_blocks(inner))
+        for parameter in block.parameters()
     )
     if shared or any(inside.search(key) for pair in tied.items() for key in pair):
-        raise ValueError(f"{family} cannot be cut: its blocks share weights with each other")
+        raise refusal(inner, "it cannot be cut: its blocks share weights with each other")
     if getattr(inner.config, "rescale_every", 0):
-        raise ValueError(f"{family} cannot be cut: it rescales its weights by their block's index")
+        raise refusal(inner, "it cannot be cut: it rescales its weights by their block's index")
     for adapter in getattr(model, "peft_config", {}).values():
         if getattr(adapter, "layers_to_transform", None) is not None:
-            raise ValueError(
-                "cannot cut under an adapter with layers_to_transform: cut first, adapt afterwards"
-            )
-    kinds = getattr(inner.config.get_text_config(decoder=True), "layer_types", None)
-    if not kinds:
-        return
+            reason = "an adapter with layers_to_transform is around it: cut first, adapt afterwards"
+            raise refusal(inner, f"it cannot be cut: {reason}")
+    kinds = getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or []
     attentive = [kind not in RECURRENT for kind in kinds]
     if any(attentive) and not any(attentive[old] for old in chosen):
-        raise ValueError(
-            f"{family} cannot be cut to blocks {list(chosen)}: none of them has attention, and a"
-            " hybrid needs at least one such block to count positions"
+        raise refusal(
+            inner,
+            f"it cannot be cut to blocks {list(chosen)}: none of them has attention, and a"
+            " hybrid needs at least one such block to count positions",
         )
 
 
@@ -291,3 +284,129 @@ def _replace_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConf
         for name, value in list(vars(module).items()):
             if id(value) in replacement:
                 setattr(module, name, replacement[id(value)])
+
+
+# What a reload would make of the cut model, found without memory.
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What a cut changes beside the list of blocks."""
+
+    inside: list[tuple[int, str, str, int]] = field(default_factory=list)
+    """New index of the block, path inside it, attribute that holds an index, its new value."""
+    outside: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> settings
+    chunked: dict[str, int] = field(default_factory=dict)  # weight -> dimension with block chunks
+
+
+def _compare_reload(
+    inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
+) -> _Changes:
+    """What must change so that the cut model is what its configuration, once reloaded, describes.
+
+    Raises:
+        BadInput: if a kept block, or another weight, would come back as a different one.
+    """
+    before = _skeleton(inner, inner.config, reloaded=False)  # what is in memory
+    after = _skeleton(inner, new_config, reloaded=True)
+    old_blocks, new_blocks = find_blocks(before), find_blocks(after)
+    if len(new_blocks) != len(chosen):
+        raise refusal(inner, "it cannot be cut: the depth in its configuration is not obeyed")
+    changes = _Changes()
+    position = {old: new for new, old in enumerate(chosen)}
+    for new, old in enumerate(chosen):
+        for path, attribute, was, becomes in _differences(old_blocks[old], new_blocks[new]):
+            if attribute == "store_full_length_kv" and not keys_are_read(new_blocks):
+                continue  # whether it keeps what no block reads
+            is_index = type(was) is int and type(becomes) is int
+            if not is_index or not INDEX_ATTRIBUTE.search(attribute):
+                raise refusal(
+                    inner,
+                    f"it cannot be cut to blocks {list(chosen)}: reloaded, block {old} would"
+                    f" become block {new} with {path or 'its'} {attribute} = {becomes!r},"
+                    f" not {was!r}",
+                )
+            if position.get(was) != becomes:
+                raise refusal(
+                    inner,
+                    f"it cannot be cut to blocks {list(chosen)}: block {old} depends on"
+                    f" block {was} ({attribute})",
+                )
+            changes.inside.append((new, path, attribute, becomes))
+    prefix = next(path for path, module in before.named_modules() if module is old_blocks)
+    stored = before.state_dict().keys() | after.state_dict().keys()
+    for path, attribute, was, becomes in _differences(before, after, without=prefix):
+        is_shape = attribute == "shape"
+        if is_shape and PER_BLOCK_WEIGHTS.search(path):
+            # the one dimension in which they differ
+            (changes.chunked[path],) = [d for d, size in enumerate(was) if size != becomes[d]]
+        # A rotary table of a kind of attention that no block has any more may disappear.
+        elif is_shape and (path in stored or (was and becomes)):
+            reason = f"it cannot be cut: the shape of {path} depends on the number of blocks"
+            raise refusal(inner, reason)
+        elif PER_BLOCK_WEIGHTS.search(path) or (type(becomes) is int and "layer" in attribute):
+            changes.outside.setdefault(path, {})[attribute] = becomes
+    return changes
+
+
+def _skeleton(
+    inner: PreTrainedModel, config: PreTrainedConfig, *, reloaded: bool
+) -> PreTrainedModel:
+    """The base model that a configuration describes, maybe once read back; it holds no memory."""
+    kind: Any = type(inner.base_model)
+    saved = copy.deepcopy(config)
+    try:
+        if reloaded:
+            with tempfile.TemporaryDirectory() as folder:
+                config.save_pretrained(folder)
+                saved = type(config).from_pretrained(folder)
+        # from_pretrained, too, sets what a file can only name
+        saved.get_text_config(decoder=True).dtype = inner.dtype
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = kind(saved)
+    except Exception as error:  # a configuration checks itself in its own ways
+        line = str(error).partition("\n")[0]
+        reason = f"it cannot be cut: its configuration does not rebuild it ({line})"
+        raise refusal(inner, reason) from error
+    return skeleton
+
+
+def _differences(
+    old: nn.Module, new: nn.Module, *, without: str | None = None
+) -> Iterator[tuple[str, str, Any, Any]]:
+    """(path, attribute, old value, new value) of all that differs between two module trees."""
+    old_facts, new_facts = _facts(old, without), _facts(new, without)
+    for path in sorted(old_facts.keys() | new_facts.keys()):
+        left, right = old_facts.get(path, {}), new_facts.get(path, {})
+        for attribute in sorted(left.keys() | right.keys()):
+            was, becomes = left.get(attribute), right.get(attribute)
+            if not _same(was, becomes):
+                yield path, attribute, was, becomes
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-12)  # derived anew from the number of blocks
+    return type(one) is type(other) and one == other
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):  # such as which shared module a block's index stands for
+        return all(isinstance(item, int) for pair in value.items() for item in pair)
+    return isinstance(value, bool | int | float | str | None)
+
+
+def _facts(root: nn.Module, without: str | None) -> dict[str, dict[str, Any]]:
+    """Class, plain settings and shapes of every sub-module, parameter and buffer."""
+    facts: dict[str, dict[str, Any]] = {}
+    for path, module in root.named_modules():
+        facts[path] = {"class": type(module).__name__} | {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith("_") and _is_plain(value)
+        }
+    for path, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        facts[path] = {"shape": tuple(tensor.shape)}
+    if without is not None:
+        facts = {path: fact for path, fact in facts.items() if not path.startswith(without)}
+    return facts

@@ -20,10 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from depthprobe.models.blocks import find_blocks, input_device, unwrap
-from depthprobe.models.taps import BlockCalls, first_tensor, input_state, paused_taps, record_calls
+from depthprobe.models.blocks import evaluating, find_blocks, input_device, refusal, unwrap
+from depthprobe.models.taps import (
+    BlockCalls,
+    first_tensor,
+    input_state,
+    paused_taps,
+    record_calls,
+    removed_after,
+)
 
-Part = Literal["attention", "mlp"]
+Part = Literal["block", "attention", "mlp"]
 TOKENS = 4  # fewer than any attention window, and enough for one position to see another
 ATTEMPTS = 64  # sets of modules tried on a block before it counts as no sum of branches
 
@@ -40,23 +47,6 @@ class Branch:
     extra: int | None  # values it returns beside the state; None: the state alone
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one call of a sub-module looked like."""
-
-    source: Any  # the state it was called with
-    output: Any
-
-    def like(self, state: Tensor) -> bool:
-        """Whether it returned a state, position by position, maybe with the batch flattened."""
-        source, found = self.source, first_tensor(self.output)
-        if not isinstance(source, Tensor) or not isinstance(found, Tensor) or not found.dim():
-            return False
-        positions = (source.shape[:-1], (source.shape[:-1].numel(),))
-        same_size = found.shape[-1] == state.shape[-1] and found.numel() == state.numel()
-        return same_size and found.shape[:-1] in positions
-
-
 def find_sublayers(model: nn.Module, indices: Iterable[int] | None = None) -> list[list[Branch]]:
     """The branches of each block, in the order in which they run.
 
@@ -68,17 +58,24 @@ def find_sublayers(model: nn.Module, indices: Iterable[int] | None = None) -> li
         indices: blocks to look at; None: all.
 
     Raises:
-        ValueError: if a block is not a sum of its input and its sub-layers.
+        BadInput: if a block is not a sum of its input and its sub-layers.
     """
     inner = unwrap(model)
     blocks = find_blocks(inner)
     chosen = range(len(blocks)) if indices is None else list(indices)
-    with torch.no_grad(), paused_taps(), evaluating(inner), original_forwards(inner):
-        calls = calls_on_few_tokens(inner)
-        return [_branches(_replay(blocks[index], calls, index)) for index in chosen]
+    with _undisturbed(inner):
+        calls = _calls_on_few_tokens(inner)
+        return [_branches(inner, _Replay(blocks[index], calls, index)) for index in chosen]
 
 
-def calls_on_few_tokens(model: PreTrainedModel) -> BlockCalls:
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Passes inside are those of the plain model in evaluation mode, and leave no trace."""
+    with torch.no_grad(), paused_taps(), evaluating(model), original_forwards(model):
+        yield
+
+
+def _calls_on_few_tokens(model: PreTrainedModel) -> BlockCalls:
     """How the blocks are called in a pass over ``TOKENS`` tokens, to call them so again."""
     embeddings: Any = model.get_input_embeddings()
     # from the end: the first ids are often padding, and some models see those differently
@@ -87,18 +84,6 @@ def calls_on_few_tokens(model: PreTrainedModel) -> BlockCalls:
     with record_calls(find_blocks(model)) as calls:
         model.base_model(input_ids=ids, use_cache=False)
     return calls
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Replaced:
@@ -116,15 +101,15 @@ class Replaced:
 @contextmanager
 def original_forwards(model: nn.Module) -> Iterator[None]:
     """Undo the skips that are in force, for a while."""
-    found: list[tuple[nn.Module, Any]] = []
+    undone: list[tuple[nn.Module, Any]] = []
     try:
         for module in model.modules():
             while isinstance(current := vars(module).get("forward"), Replaced):
-                found.append((module, current))
+                undone.append((module, current))
                 restore_forward(module, current.before)
         yield
     finally:
-        for module, forward in reversed(found):
+        for module, forward in reversed(undone):
             vars(module)["forward"] = forward
 
 
@@ -136,39 +121,56 @@ def restore_forward(module: nn.Module, before: Callable[..., Any] | None) -> Non
         vars(module)["forward"] = before
 
 
-_Run = Callable[[Collection[str], Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class _Replay:
     """A block called again as in the recorded pass."""
 
     block: nn.Module
-    state: Tensor  # (..., T, D), its input
-    run: _Run  # with the outputs of these sub-modules set to zero, on this state
+    calls: BlockCalls
+    index: int
 
+    @property
+    def state(self) -> Tensor:
+        """The block's input, (..., T, D)."""
+        return self.calls.states[self.index].detach()
 
-def _replay(block: nn.Module, calls: BlockCalls, index: int) -> _Replay:
-    def run(zeroed: Collection[str], state: Tensor) -> Tensor:
+    def run(self, state: Tensor, zeroed: Collection[str] = ()) -> Tensor:
+        """The block's output on a state, with the outputs of these sub-modules set to zero."""
+
         def silence(_: nn.Module, __: Any, output: Any) -> Any:
             zero = torch.zeros_like(first_tensor(output))
             rebuild = getattr(type(output), "_make", type(output))  # named tuples have their own
             return rebuild([zero, *output[1:]]) if isinstance(output, tuple | list) else zero
 
-        handles = [block.get_submodule(p).register_forward_hook(silence) for p in zeroed]
-        try:
-            output: Tensor = first_tensor(calls.repeat(block, index, state.clone()))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with removed_after(
+            [self.block.get_submodule(p).register_forward_hook(silence) for p in zeroed]
+        ):
+            # a copy, as some blocks add to their input in place
+            output: Tensor = first_tensor(self.calls.repeat(self.block, self.index, state.clone()))
         return output
 
-    return _Replay(block, calls.states[index].detach().clone(), run)
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of a sub-module looked like."""
+
+    state: Any  # that it was called with
+    output: Any
+
+    def returned_state(self, like: Tensor) -> bool:
+        """Whether it returned a state, position by position, maybe with the batch flattened."""
+        source, result = self.state, first_tensor(self.output)
+        if not isinstance(source, Tensor) or not isinstance(result, Tensor) or not result.dim():
+            return False
+        positions = (source.shape[:-1], (source.shape[:-1].numel(),))
+        same_size = result.shape[-1] == like.shape[-1] and result.numel() == like.numel()
+        return same_size and result.shape[:-1] in positions
 
 
-def _branches(replay: _Replay) -> list[Branch]:
-    seen = _observe(replay)
-    waiting = deque([_outermost(replay, seen, "")])
+def _branches(model: PreTrainedModel, replay: _Replay) -> list[Branch]:
+    """Search for the modules that end the branches, from the outermost ones inwards."""
+    calls = _observe(replay)
+    waiting = deque([_outermost(replay, calls, "")])
     tried: set[tuple[str, ...]] = set()
     while waiting and len(tried) < ATTEMPTS:
         paths = waiting.popleft()
@@ -177,24 +179,25 @@ def _branches(replay: _Replay) -> list[Branch]:
         tried.add(paths)
         if _is_identity(replay, paths):
             needed = _needed(replay, paths)
-            return [_branch(replay, seen, needed, path) for path in needed]
+            return [_branch(replay, calls, needed, path) for path in needed]
         # one of them holds the stream itself, or ends in a norm that adds a bias: look inside it
         for place, path in enumerate(paths):
-            inner = _outermost(replay, seen, path)
+            inner = _outermost(replay, calls, path)
             waiting.append((*paths[:place], *inner, *paths[place + 1 :]))
-    raise ValueError(
+    raise refusal(
+        model,
         f"the blocks ({type(replay.block).__name__}) are not sums of their input and sub-layers, so"
-        " leaving one out is not defined"
+        " leaving one out is not defined",
     )
 
 
-def _observe(replay: _Replay) -> dict[str, _Seen]:
+def _observe(replay: _Replay) -> dict[str, _Call]:
     """The sub-modules that run, in order of their return."""
-    seen: dict[str, _Seen] = {}
+    calls: dict[str, _Call] = {}
 
     def hook(path: str) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            seen[path] = _Seen(input_state(args, kwargs), out)
+            calls[path] = _Call(input_state(args, kwargs), out)
 
         return after
 
@@ -203,73 +206,78 @@ def _observe(replay: _Replay) -> dict[str, _Seen]:
         for path, module in replay.block.named_modules()
         if path
     ]
-    try:
-        replay.run((), replay.state)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    with removed_after(handles):
+        replay.run(replay.state)
+    return calls
 
 
-def _outermost(replay: _Replay, seen: dict[str, _Seen], within: str) -> tuple[str, ...]:
+def _outermost(replay: _Replay, calls: dict[str, _Call], within: str) -> tuple[str, ...]:
     """The largest modules below ``within`` that return a state and hold a matrix, in order."""
     prefix = f"{within}." if within else ""
-    found: list[str] = []
+    largest: list[str] = []
     for path, module in replay.block.named_modules():
         below = path.startswith(prefix) and path != within
-        nested = any(path.startswith(f"{outer}.") for outer in found)
-        if not below or nested or path not in seen or not seen[path].like(replay.state):
+        nested = any(path.startswith(f"{outer}.") for outer in largest)
+        if not below or nested or path not in calls:
             continue
-        if any(parameter.dim() > 1 for parameter in module.parameters()):
-            found.append(path)
-    return tuple(sorted(found, key=list(seen).index))
+        has_matrix = any(parameter.dim() > 1 for parameter in module.parameters())
+        if has_matrix and calls[path].returned_state(replay.state):
+            largest.append(path)
+    return tuple(sorted(largest, key=list(calls).index))
 
 
 def _is_identity(replay: _Replay, zeroed: Collection[str]) -> bool:
     """Whether the block returns its input, or a multiple of it, with these outputs at zero."""
-    # at another size at each position: a norm would return a normed state as it was
     state = _disturbed(replay.state)
-    found, state = replay.run(zeroed, state).double(), state.double()
-    if found.shape != state.shape:
+    result, state = replay.run(state, zeroed).double(), state.double()
+    if result.shape != state.shape:
         return False
-    factor = (found * state).sum() / state.square().sum()
+    factor = (result * state).sum() / state.square().sum()  # least squares: result = factor state
     scale = (factor * state).abs().max()
-    error = (found - factor * state).abs().max() / scale
+    error = (result - factor * state).abs().max() / scale
     allowed = 1e-5 if replay.state.dtype in (torch.float32, torch.float64) else 3e-2
     return bool(factor.abs() > allowed and error <= allowed)
 
 
 def _disturbed(state: Tensor) -> Tensor:
-    """Another state: of no constant sum, no constant size, other than what any norm returns."""
+    """Another state: of no constant sum, and of another size at each position.
+
+    A norm would return a normed state as it was, and look like no norm at all.
+    """
     *_, tokens, width = state.shape
-    wave = torch.arange(tokens * width, dtype=torch.float64).sin().reshape(tokens, width)
-    growth = torch.arange(1, tokens + 1, dtype=torch.float64)[:, None]
     size = float(state.double().square().mean().sqrt()) or 1.0
-    return state + (wave * growth * size).to(state)
+    return state + (_wave(tokens, width) * size).to(state)
+
+
+def _wave(tokens: int, width: int) -> Tensor:
+    """Numbers in float64, (T, D), that grow with the position."""
+    wave = torch.arange(tokens * width, dtype=torch.float64).sin().reshape(tokens, width)
+    return wave * torch.arange(1, tokens + 1, dtype=torch.float64)[:, None]
 
 
 def _needed(replay: _Replay, paths: tuple[str, ...]) -> tuple[str, ...]:
     """Without those whose silence changes nothing once the later ones are silent."""
-    kept = list(paths)
+    needed = list(paths)
     for path in paths:
-        fewer = [other for other in kept if other != path]
+        fewer = [other for other in needed if other != path]
         if fewer and _is_identity(replay, fewer):
-            kept = fewer
-    return tuple(kept)
+            needed = fewer
+    return tuple(needed)
 
 
-def _branch(replay: _Replay, seen: dict[str, _Seen], paths: tuple[str, ...], path: str) -> Branch:
+def _branch(replay: _Replay, calls: dict[str, _Call], paths: tuple[str, ...], path: str) -> Branch:
+    """What one of the branches does: change all positions but the last, and see if that changes."""
     others = [other for other in paths if other != path]
     before = replay.state
     after = _disturbed(before)
     after[..., -1, :] = before[..., -1, :]
-    one, other = replay.run(others, before)[..., -1, :], replay.run(others, after)[..., -1, :]
-    output = seen[path].output
+    last, changed = (replay.run(state, others)[..., -1, :] for state in (before, after))  # (..., D)
+    output = calls[path].output
     state: Tensor = first_tensor(output)
     return Branch(
         path=path,
-        mixes=bool((one - other).abs().max() > _rounding(state.dtype) * state.abs().max()),
-        flat=state.dim() < seen[path].source.dim(),
+        mixes=bool((last - changed).abs().max() > _rounding(state.dtype) * state.abs().max()),
+        flat=state.dim() < calls[path].state.dim(),
         width=state.shape[-1],
         dtype=state.dtype,
         extra=len(output) - 1 if isinstance(output, tuple) else None,
@@ -282,11 +290,9 @@ def _rounding(dtype: torch.dtype) -> float:
     return min(64 * max(torch.finfo(kind).eps for kind in (dtype, torch.float32)), 0.06)
 
 
-# Whether the state between blocks can be read out at each depth, and that of several streams.
-#
-# AltUp (Gemma 3n) passes several streams from block to block, of which the model makes one
-# behind the
-# last. All of them are the state: joined, they are compared and kept like any other.
+# Read-out by depth. AltUp (Gemma 3n) passes several streams from block to block and makes one of
+# them behind the last. All of them are the state: joined, they are compared and kept like any
+# other.
 
 
 def check_readable(model: nn.Module, *, streams: bool = True) -> None:
@@ -299,20 +305,26 @@ def check_readable(model: nn.Module, *, streams: bool = True) -> None:
         streams: whether several of them can be dealt with, or plain states alone.
 
     Raises:
-        ValueError: in that case, or if a block does not run on text.
+        BadInput: in that case, or if a block does not run on text.
     """
     inner = unwrap(model)
-    with torch.no_grad(), paused_taps(), evaluating(inner), original_forwards(inner):
-        states = calls_on_few_tokens(inner).states
+    with _undisturbed(inner):
+        states = _calls_on_few_tokens(inner).states
     family = inner.config.get_text_config(decoder=True).model_type
-    idle = [index for index, state in enumerate(states) if _is_none(state)]
+    idle = [
+        index
+        for index, state in enumerate(states)
+        if not isinstance(state, Tensor) or not state.numel()
+    ]
     if idle:
-        raise ValueError(f"{family} can't be read out by depth: blocks {idle} do not run on text")
+        reason = f"{family} can't be read out by depth: blocks {idle} do not run on text"
+        raise refusal(inner, reason)
     shape = tuple(states[0].shape)
     if shape[-3:-1] != (1, TOKENS) or len(shape) > (4 if streams else 3):
-        raise ValueError(
+        raise refusal(
+            inner,
             f"{family} can't be read out by depth: its blocks hand on {shape} for {TOKENS} tokens,"
-            f" not states (1, {TOKENS}, D) or streams of them"
+            f" not states (1, {TOKENS}, D) or streams of them",
         )
 
 
@@ -330,15 +342,11 @@ def split_streams(model: nn.Module, states: Tensor) -> Tensor:
     return streams[:, :, None]
 
 
-def _is_none(state: object) -> bool:
-    return not isinstance(state, Tensor) or not state.numel()
+# The linear map that ends a block's MLP. If what it returns goes into the stream as it is, a map of
+# the stream can be folded into its weights. Names are not trusted: a pass over a few tokens shows
+# what the module computes, and what the block makes of it.
 
-
-# The linear map that ends a block's MLP, if what it returns goes into the stream as it is.
-#
-# A map of the stream can then be folded into its weights. Nothing is believed for a name: a pass
-# over
-# a few tokens shows what the module computes, and what the block makes of it.
+_States = dict[nn.Module, tuple[Tensor, Tensor]]  # a module's first input and output
 
 
 def find_projection(model: nn.Module, index: int) -> Any:
@@ -365,11 +373,11 @@ def find_projection(model: nn.Module, index: int) -> Any:
     if len(branches) != 1:
         raise ValueError(f"block {index} has {len(branches)} MLPs, not one to fold a map into")
     branch = block.get_submodule(branches[0].path)
-    with torch.no_grad(), paused_taps(), evaluating(inner), original_forwards(inner):
-        again = _replay_linear(inner, index)
-        seen, before = _observe_linear(branch, again)
-        written = seen[branch][1]  # M
-        same = [m for m, (_, out) in seen.items() if _equal(out, written)]
+    with _undisturbed(inner):
+        replay = _Replay(block, _calls_on_few_tokens(inner), index)
+        states, before = _observe_inside(branch, replay)
+        written = states[branch][1]  # M
+        same = [m for m, (_, output) in states.items() if _equal(output, written)]
         if any(hasattr(module, "base_layer") for module in same):
             raise ValueError(f"the MLP of block {index} is under an adapter: merge it first")
         linear = [module for module in same if isinstance(module, nn.Linear | Conv1D)]
@@ -379,42 +387,23 @@ def find_projection(model: nn.Module, index: int) -> Any:
             )
         projection = linear[-1]
         _check_weights(inner, projection, index)
-        _check_linear(projection, *seen[projection], index)
-        _check_added(projection, written, before, again, index)
+        _check_linear(projection, *states[projection], index)
+        _check_added(projection, written, before, replay)
     return projection
 
 
-def _replay_linear(model: PreTrainedModel, index: int) -> Callable[[], Tensor]:
-    """The block's output (B, T, D), computed again on the same few tokens."""
-    block, calls = find_blocks(model)[index], calls_on_few_tokens(model)
-    state = calls.states[index].clone()
-
-    def again() -> Tensor:
-        # some blocks add to their input in place
-        found: Tensor = first_tensor(calls.repeat(block, index, state.clone()))
-        return found
-
-    return again
-
-
-_SeenLinear = dict[nn.Module, tuple[Tensor, Tensor]]  # a module's first input and output
-
-
-def _observe_linear(branch: nn.Module, again: Callable[[], Tensor]) -> tuple[_SeenLinear, Tensor]:
-    seen: _SeenLinear = {}
+def _observe_inside(branch: nn.Module, replay: _Replay) -> tuple[_States, Tensor]:
+    """What the modules of a branch read and return, and what the block returns, (B, T, D)."""
+    states: _States = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found = first_tensor(output)
-        if isinstance(found, Tensor) and args:
-            seen[module] = (args[0].clone(), found.clone())
+        result = first_tensor(output)
+        if isinstance(result, Tensor) and args:
+            states[module] = (args[0].clone(), result.clone())
 
-    handles = [module.register_forward_hook(hook) for module in branch.modules()]
-    try:
-        output = again()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, output
+    with removed_after([module.register_forward_hook(hook) for module in branch.modules()]):
+        output = replay.run(replay.state)
+    return states, output
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -422,12 +411,14 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _check_weights(model: nn.Module, projection: Any, index: int) -> None:
+    """That weight and bias are plain parameters of this module alone."""
     where = f"the MLP's last linear map in block {index}"
+    own = dict(projection.named_parameters(recurse=False))
     for name in ("weight", "bias"):
         value = getattr(projection, name)
         if value is None and name == "bias":
             continue
-        if projection._parameters.get(name) is None:
+        if name not in own:
             raise ValueError(f"{where} computes its {name} from others: it takes no map")
         # the 8-bit floats are for storage only
         if value.is_meta or not value.is_floating_point() or value.element_size() < 2:
@@ -439,39 +430,30 @@ def _check_weights(model: nn.Module, projection: Any, index: int) -> None:
 
 def _check_linear(projection: Any, source: Tensor, output: Tensor, index: int) -> None:
     matrix = projection.weight if isinstance(projection, Conv1D) else projection.weight.T
-    found = source @ matrix
-    found = found if projection.bias is None else found + projection.bias
-    error = _exact(found - output).norm() / _exact(output).norm().clamp_min(1e-300)
+    product = source @ matrix
+    product = product if projection.bias is None else product + projection.bias
+    error = _exact(product - output).norm() / _exact(output).norm().clamp_min(1e-300)
     if not float(error) <= 64 * torch.finfo(output.dtype).eps:
         raise ValueError(f"the MLP of block {index} does more than its last weights times an input")
 
 
-def _check_added(
-    projection: nn.Module,
-    written: Tensor,
-    before: Tensor,
-    again: Callable[[], Tensor],
-    index: int,
-) -> None:
+def _check_added(projection: nn.Module, written: Tensor, before: Tensor, replay: _Replay) -> None:
     """That the stream takes M as it is, and that nothing else in the block reads it."""
-    # another size at each position: a norm would return a normed state as it was
-    wave = torch.arange(written.numel(), dtype=torch.float64).sin().reshape(TOKENS, -1)
-    wave *= torch.arange(1, TOKENS + 1)[:, None] * float(_exact(before).square().mean().sqrt())
-    other = wave.reshape(written.shape).to(written)  # Z
-    handle = projection.register_forward_hook(lambda *_: other.clone())
-    try:
-        after = again()
-    finally:
-        handle.remove()
+    size = float(_exact(before).square().mean().sqrt())
+    other = (_wave(TOKENS, written.numel() // TOKENS) * size).reshape(written.shape).to(written)
+    with projection.register_forward_hook(lambda *_: other.clone()):  # Z
+        after = replay.run(replay.state)
     change = _exact(other).reshape(before.shape) - _exact(written).reshape(before.shape)
-    found = _exact(after) - _exact(before)
+    moved = _exact(after) - _exact(before)
     terms = _exact(before).abs() + _exact(after).abs() + change.abs()
-    if bool(((found - change).abs() <= 16 * torch.finfo(before.dtype).eps * terms).all()):
+    if bool(((moved - change).abs() <= 16 * torch.finfo(before.dtype).eps * terms).all()):
         return
-    factor = (found * change).sum() / change.square().sum()
-    scaled = (found - factor * change).norm() <= 1e-2 * found.norm()
+    factor = (moved * change).sum() / change.square().sum()
+    scaled = (moved - factor * change).norm() <= 1e-2 * moved.norm()
     between = f"a factor of {float(factor):.3g}" if scaled else "a norm, or more than a sum,"
-    raise ValueError(f"block {index} has {between} between its MLP and the stream: no map fits in")
+    raise ValueError(
+        f"block {replay.index} has {between} between its MLP and the stream: no map fits in"
+    )
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.import_utils import (
     is_bitsandbytes_available,
@@ -16,13 +12,11 @@ from transformers.utils.import_utils import (
     is_flash_attn_3_available,
 )
 
-from depthprobe.errors import BadInput
-from depthprobe.models.blocks import find_blocks
-from depthprobe.models.parts import restore_forward
+from depthprobe.errors import BadInput, one_of
 from depthprobe.study import ATTENTIONS, QUANTIZATIONS
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-# what transformers says on a quantised model; accelerate and peft ask for it
+# what transformers says on a quantised model; accelerate and peft look for it
 MARKS = (
     "is_quantized",
     "is_loaded_in_4bit",
@@ -40,14 +34,13 @@ def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    if dtype not in DTYPES:
-        raise BadInput("dtype", dtype, ", ".join(DTYPES))
-    found: torch.dtype = getattr(torch, dtype)
-    return found
+    one_of("dtype", dtype, DTYPES)
+    named: torch.dtype = getattr(torch, dtype)
+    return named
 
 
 def check_attention(attention: str | None) -> str | None:
-    """What transformers is asked for; None leaves it the choice.
+    """The implementation that transformers is to use; None leaves it the choice.
 
     Raises:
         BadInput: for what is not one of transformers' own implementations (it would take another
@@ -56,13 +49,12 @@ def check_attention(attention: str | None) -> str | None:
     """
     if attention is None or attention == "auto":
         return None
-    if attention not in ATTENTIONS:
-        raise BadInput("attention", attention, f"one of {', '.join(ATTENTIONS)}")
-    found = {
-        "flash_attention_2": is_flash_attn_2_available,
-        "flash_attention_3": is_flash_attn_3_available,
+    one_of("attention", attention, ATTENTIONS)
+    absent = {
+        "flash_attention_2": not is_flash_attn_2_available(),
+        "flash_attention_3": not is_flash_attn_3_available(),
     }
-    if attention in found and not found[attention]():
+    if absent.get(attention):
         allowed = "the package flash-attn installed and a CUDA GPU, or eager, sdpa, flex_attention"
         raise BadInput("attention", attention, allowed)
     return attention
@@ -83,26 +75,21 @@ def quantization(quantize: str | None) -> BitsAndBytesConfig | None:
     """
     if quantize is None or quantize == "none":
         return None
-    if quantize not in QUANTIZATIONS:
-        raise BadInput("quantize", quantize, f"one of {', '.join(QUANTIZATIONS)}")
+    one_of("quantize", quantize, QUANTIZATIONS)
     if not can_quantize():
         allowed = "bitsandbytes (pip install 'depthprobe[quantize]') and a CUDA GPU"
         raise BadInput("quantize", quantize, allowed)
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if quantize == "4bit":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        options["bnb_4bit_compute_dtype"] = torch.bfloat16
     make: Any = BitsAndBytesConfig  # untyped in transformers
-    config: BitsAndBytesConfig = (
-        make(load_in_8bit=True)
-        if quantize == "8bit"
-        else make(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    )
+    config: BitsAndBytesConfig = make(**options)
     return config
 
 
 def placement() -> dict[str, int]:
-    """Where quantised weights are loaded: whole, on the GPU that ``cuda`` means here."""
+    """Where quantised weights are loaded: all of them on the GPU that ``cuda`` means here."""
     return {"": torch.cuda.current_device()}
 
 
@@ -126,50 +113,3 @@ def plain_weights(model: PreTrainedModel) -> PreTrainedModel:
     for name in MARKS:
         vars(base).pop(name, None)
     return plain
-
-
-# Gradient checkpointing of the blocks that leaves a shared prompt where it is.
-#
-# A layer of transformers that checkpoints itself drops the cache it is given, with a warning and no
-# error, so the items would no longer see the prompt. Here each block is run again as it was called,
-# cache included: ``torch.utils.checkpoint`` in its non-reentrant form, because gradients must reach
-# keys and values that no block has among its arguments.
-
-
-@contextmanager
-def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
-    """Passes inside keep what enters a block; the backward pass, inside or after, runs it again.
-
-    Same numbers, dropout included: the random state is the first run's. Hooks on the blocks, a tap
-    among them, fire once. A cache must be one that a second run doesn't change.
-
-    Args:
-        model: a Hugging Face decoder, also under PEFT.
-    """
-    blocks = find_blocks(model)
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            vars(block)["forward"] = _run_again(block.forward)
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            restore_forward(block, forward)
-
-
-def take_over(model: PreTrainedModel) -> bool:
-    """Switch transformers' own checkpointing off; returns whether it was on.
-
-    Somebody else may have switched it on: peft does where it prepares quantised weights.
-    """
-    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in on:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    return bool(on)
-
-
-def _run_again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

@@ -12,21 +12,26 @@ the same, its variance larger.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from depthprobe.models.blocks import input_device, per_layer
-from depthprobe.models.parts import evaluating
+from depthprobe.models.blocks import evaluating, find_blocks, input_device, per_layer
+from depthprobe.models.skipping import standing_in
 from depthprobe.models.taps import paused_taps
 
 SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 # what a model calls its cache: from transformers 5.24 on, before, and before where it recurs
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+logger = logging.getLogger(__name__)
 
 
 class _Recorder(DynamicLayer):
@@ -67,7 +72,7 @@ class _SharedLayer(DynamicLayer):
         """Prompt and new keys and values, (B, H, P + T, d)."""
         users = key_states.shape[0]
         prompt = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
-        keys, values = (part.expand(users, -1, -1, -1) for part in prompt)
+        keys, values = (part.expand(users, -1, -1, -1) for part in prompt)  # (B, H, P, d)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
@@ -82,16 +87,16 @@ def shared_prompt(
         first: the position id of the first token.
         order: as for :func:`sharing_cache`.
     """
-    filled = recording_cache()
+    recorded = recording_cache()
     embeddings: Any = backbone.get_input_embeddings()
     backbone(
         inputs_embeds=embeddings(prompt)[None],  # (1, P, D)
-        position_ids=first + torch.arange(len(prompt), device=prompt.device)[None],
-        **{cache_argument(backbone): filled},
+        position_ids=first + torch.arange(len(prompt), device=prompt.device)[None],  # (1, P)
+        **{cache_argument(backbone): recorded},
         use_cache=True,
         **per_layer(backbone, prompt[None]),
     )
-    return sharing_cache(filled, order)
+    return sharing_cache(recorded, order)
 
 
 def cache_argument(decoder: nn.Module) -> str:
@@ -123,49 +128,100 @@ def first_position(decoder: PreTrainedModel) -> int:
     """
     config = decoder.config.get_text_config(decoder=True)
     tables = sum(isinstance(module, nn.Embedding) for module in decoder.modules())
-    device = input_device(decoder)
-    if tables < 2 or config.pad_token_id is None or device.type == "meta":
+    if tables < 2 or config.pad_token_id is None or input_device(decoder).type == "meta":
         return 0
-    embeddings: Any = decoder.get_input_embeddings()
-    width = embeddings.weight.shape[1]
-    token = torch.ones(1, 1, width, dtype=decoder.dtype, device=device)
-    beside = per_layer(decoder, torch.zeros(1, 1, dtype=torch.long, device=device))
-    starts = [None, torch.tensor([[0]]), torch.tensor([[config.pad_token_id + 1]])]
-    with torch.no_grad(), evaluating(decoder), paused_taps():
-        own, zero, behind = (
-            decoder(
-                inputs_embeds=token,
-                position_ids=None if start is None else start.to(device),
-                use_cache=False,
-                **beside,
-            )[0]
-            for start in starts
-        )
-    same = torch.equal(own, behind) and not torch.equal(own, zero)
-    return int(config.pad_token_id) + 1 if same else 0
+    behind = int(config.pad_token_id) + 1
+    # the same token at no position in particular, at 0, and behind the padding's row
+    own, zero, after_padding = (_run_one_token(decoder, start)[0] for start in (None, 0, behind))
+    same = torch.equal(own, after_padding) and not torch.equal(own, zero)
+    return behind if same else 0
 
 
 def can_share_prompt(decoder: PreTrainedModel) -> bool:
     """Whether all that a decoder remembers of a prompt is keys and values, one pair a block.
 
     A recurrence or a convolution keeps a state that every user changes, some families have caches
-    of their own, and some ignore the cache they are given. Found out with one pass over one token;
-    the model's random state, mode and taps stay as they are.
+    of their own, and some ignore the cache they are given. Proved with one pass over one token; the
+    model's random state, mode and taps stay as they are. Why a prompt can't be shared is logged.
     """
+    reason = _obstacle_to_sharing(decoder)
+    if reason:
+        logger.info("%s: the prompt is repeated for every user: %s", type(decoder).__name__, reason)
+    return not reason
+
+
+def _obstacle_to_sharing(decoder: PreTrainedModel) -> str:
+    """Why a prompt can't be shared; empty where it can."""
     config = decoder.config.get_text_config(decoder=True)
-    if any(type(layer) not in SHAREABLE for layer in DynamicCache(config=config).layers):
-        return False
-    filled = DynamicCache()
+    layers: list[Any] = DynamicCache(config=config).layers
+    others = {type(layer).__name__ for layer in layers if type(layer) not in SHAREABLE}
+    if others:
+        return f"its cache has layers that are no keys and values ({', '.join(sorted(others))})"
+    cache = DynamicCache()
+    try:
+        _run_one_token(decoder, None, cache)
+    except AttributeError as error:
+        # a family with a cache class of its own looks for what a DynamicCache does not have (xLSTM)
+        if error.obj is not cache:
+            raise
+        return f"it wants a cache of its own ({error})"
+    lengths = [layer.get_seq_length() for layer in cache.layers if layer.is_initialized]
+    if lengths != [1] * config.num_hidden_layers:
+        return f"one token left {lengths} tokens in the layers of the cache"
+    return ""
+
+
+def _run_one_token(
+    decoder: PreTrainedModel, position: int | None, cache: Cache | None = None
+) -> Any:
+    """The output of one pass over one token in evaluation mode; the cache is filled."""
     embeddings: Any = decoder.get_input_embeddings()
     width, device = embeddings.weight.shape[1], input_device(decoder)
-    token = torch.zeros(1, 1, width, dtype=decoder.dtype, device=device)
-    given: dict[str, Any] = {cache_argument(decoder): filled}
-    given |= per_layer(decoder, torch.zeros(1, 1, dtype=torch.long, device=device))
+    given: dict[str, Any] = per_layer(decoder, torch.zeros(1, 1, dtype=torch.long, device=device))
+    if position is not None:
+        given["position_ids"] = torch.tensor([[position]], device=device)
+    if cache is not None:
+        given[cache_argument(decoder)] = cache
+    token = torch.ones(1, 1, width, dtype=decoder.dtype, device=device)
     with torch.no_grad(), evaluating(decoder), paused_taps():
-        try:
-            decoder(inputs_embeds=token, **given, use_cache=True)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            return False  # it has no such cache
-    layers: list[Any] = filled.layers
-    lengths = [layer.get_seq_length() for layer in layers if layer.is_initialized]
-    return lengths == [1] * config.num_hidden_layers
+        return decoder(inputs_embeds=token, use_cache=cache is not None, **given)
+
+
+# Gradient checkpointing of the blocks that leaves a shared prompt where it is.
+#
+# A layer of transformers that checkpoints itself drops the cache it is given, with a warning and no
+# error, so the items would no longer see the prompt. Here each block is run again as it was called,
+# cache included: ``torch.utils.checkpoint`` in its non-reentrant form, because gradients must reach
+# keys and values that no block has among its arguments.
+
+
+@contextmanager
+def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
+    """Passes inside keep what enters a block; the backward pass, inside or after, runs it again.
+
+    Same numbers, dropout included: the random state is the first run's. Hooks on the blocks, a tap
+    among them, fire once. A cache must be one that a second run doesn't change.
+
+    Args:
+        model: a Hugging Face decoder, also under PEFT.
+    """
+    with standing_in([(block, _run_again(block.forward)) for block in find_blocks(model)]):
+        yield
+
+
+def take_over(model: PreTrainedModel) -> bool:
+    """Switch transformers' own checkpointing off; returns whether it was on.
+
+    Somebody else may have switched it on: peft does where it prepares quantised weights.
+    """
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in on:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    return bool(on)
+
+
+def _run_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

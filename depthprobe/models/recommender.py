@@ -1,4 +1,4 @@
-"""The best of each row of scores in one defined order, so that ties never shuffle a list."""
+"""The LLM recommender, the popularity baseline, and the best items of a row of scores."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from depthprobe.models.blocks import find_blocks, find_decoder, has_per_layer, no_token, per_layer
-from depthprobe.models.precision import checkpointed_blocks, take_over
-from depthprobe.models.prompt import cache_argument, can_share_prompt, first_position, shared_prompt
+from depthprobe.models.prompt import (
+    cache_argument,
+    can_share_prompt,
+    checkpointed_blocks,
+    first_position,
+    shared_prompt,
+    take_over,
+)
 
 
 def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` highest of each row, best first, the lower column first on ties.
 
-    What a stable sort of the row gives, for the price of a ``topk``: that one finds the values,
-    but which of the columns that share the k-th value it returns is left to chance. Only rows
-    where such columns are left over are looked at again.
+    The result of a stable sort of the row for the price of a ``topk``. That one finds the values,
+    but leaves to chance which of the columns that share the k-th value it returns. Only rows with
+    more of these than places are looked at again.
 
     Args:
         scores: (C, I), floating point; infinities are allowed.
@@ -31,29 +37,33 @@ def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Columns, int64 (C, k), and their scores (C, k).
     """
     width = scores.shape[1]
-    values, columns = scores.topk(min(k + 1, width), dim=1)
+    values, columns = scores.topk(min(k + 1, width), dim=1)  # (C, k + 1)
     if k < width:
-        over = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]  # (R,)
+        # rows where the value of place k goes on at place k + 1, (R,)
+        over = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
         values, columns = values[:, :k], columns[:, :k]
         # a quarter at a time: working on them takes no more memory than the scores themselves
         for rows in over.split(len(scores) // 4 + 1):
             columns[rows] = _lowest(scores[rows], values[rows], columns[rows])
-    columns = columns.sort(dim=1).values  # by column ...
+    # by column, then by score with a stable sort: ties stay in the order of their columns
+    columns = columns.sort(dim=1).values
     values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return columns.gather(1, order), values  # ... then by score: ties stay in column order
+    return columns.gather(1, order), values
 
 
 def _lowest(scores: Tensor, values: Tensor, columns: Tensor) -> Tensor:
     """(R, k) columns of a ``topk``, those at the last value replaced by the lowest ones at it."""
     width, k = scores.shape[1], values.shape[1]
     limit = values[:, -1:]  # (R, 1)
+    # the columns at the limit, lowest first: every other column counts as ``width``
     places = torch.arange(width, dtype=torch.int32, device=scores.device)
     level = torch.where(scores == limit, places, width)  # (R, I)
-    lowest = level.topk(k, dim=1, largest=False).indices  # ascending; first the columns at limit
-    apart = values != limit  # the best of a row: all its columns above the limit
-    ahead = apart.sum(dim=1, keepdim=True)
+    lowest = level.topk(k, dim=1, largest=False).indices  # (R, k)
+    # columns above the limit stay; behind them, place n takes the n-th of the lowest
+    above = values != limit
+    ahead = above.sum(dim=1, keepdim=True)
     turn = (torch.arange(k, device=scores.device) - ahead).clamp(min=0)
-    return torch.where(apart, columns, lowest.gather(1, turn))
+    return torch.where(above, columns, lowest.gather(1, turn))
 
 
 # The popularity baseline: every user gets the items that the training parts hold most often.
@@ -82,11 +92,9 @@ class Popularity(nn.Module):
 # The LLM recommender: prompt, item history, pretrained blocks, scores of the items.
 #
 # SLMRec's model: item embedding -> input adapter -> blocks -> output adapter -> dot product with
-# the
-# item table; or E4SRec's: a linear map from the last state to the items. It reads the next item out
-# at *every* position of a history, so one pass trains all its targets; or, after a suffix of
-# tokens,
-# once a user, which is the layout of both papers.
+# the item table; or E4SRec's: a linear map from the last state to the items. It reads the next item
+# out at *every* position of a history, so one pass trains all its targets; or, after a suffix of
+# tokens, once a user, which is the layout of both papers.
 
 
 class Recommender(nn.Module):
@@ -182,8 +190,9 @@ class Recommender(nn.Module):
             return nullcontext()
         if take_over(self.backbone):
             self.checkpointing = True
-        wanted = self.checkpointing and torch.is_grad_enabled()
-        return checkpointed_blocks(self.backbone) if wanted else nullcontext()
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpointed_blocks(self.backbone)
+        return nullcontext()
 
     def item_matrix(self) -> Tensor:
         """What user vectors are scored against, (I + 1, d); row 0 is padding."""
@@ -210,15 +219,18 @@ class Recommender(nn.Module):
         self, histories: Tensor, lengths: Tensor | None, prompt: Cache | None
     ) -> dict[str, Any]:
         """Arguments of the backbone for histories (B, T); ``prompt`` is what has already run."""
+        # items in the backbone's width; the suffix goes behind the last item of each user
         embeddings = self.input_adapter(self.items(histories))  # (B, T, D)
         if len(self.suffix):
             if lengths is None:
                 raise ValueError("a recommender with a suffix reads users out once, after it")
             tokens = self.token_embeddings(self.suffix).to(embeddings.dtype)
             embeddings = _insert(embeddings, tokens, lengths)  # (B, T+S, D)
+        # a prompt that can't be shared stands before the items of every user
         if self.lead:
             tokens = self.token_embeddings(self.prompt).expand(len(histories), -1, -1)
             embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)  # (B, P+T, D)
+        # a shared one is in the cache: positions go on behind it
         first = self.first + len(self.prompt) - self.lead
         positions = torch.arange(first, first + embeddings.shape[1], device=histories.device)
         beside = {}
@@ -282,6 +294,7 @@ def _insert(embeddings: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
     The padding moves behind them, where a causal model does not see it.
     """
     longer = torch.cat([embeddings, tokens.expand(len(embeddings), -1, -1)], dim=1)
+    # which token of the suffix a position holds: 0 right behind the last item
     place = torch.arange(longer.shape[1], device=lengths.device) - lengths[:, None]  # (B, T + S)
     inside = (place >= 0) & (place < len(tokens))
     return torch.where(inside[..., None], tokens[place.clamp(0, len(tokens) - 1)], longer)

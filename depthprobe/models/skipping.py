@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,16 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
 from depthprobe.errors import BadInput
-from depthprobe.models.blocks import find_blocks, find_decoder, input_device, keys_are_read, unwrap
-from depthprobe.models.parts import Branch, Replaced, evaluating, find_sublayers, restore_forward
+from depthprobe.models.blocks import (
+    evaluating,
+    find_blocks,
+    find_decoder,
+    input_device,
+    keys_are_read,
+    refusal,
+    unwrap,
+)
+from depthprobe.models.parts import Branch, Part, Replaced, find_sublayers, restore_forward
 from depthprobe.models.taps import input_state, paused_taps
 
 PARTS = ("block", "attention", "mlp")
@@ -25,10 +33,7 @@ _extra_outputs: dict[type[nn.Module], int | None] = {}
 
 @contextmanager
 def skip_blocks(
-    model: nn.Module,
-    skipped: Iterable[int],
-    *,
-    part: Literal["block", "attention", "mlp"] = "block",
+    model: nn.Module, skipped: Iterable[int], *, part: Part = "block"
 ) -> Iterator[None]:
     """Within the context, the blocks ``skipped``, or one part of each, leave the state unchanged.
 
@@ -50,21 +55,15 @@ def skip_blocks(
             convolution or a recurrence; or its ``mlp``: what does not, also a mixture of experts.
 
     Raises:
-        BadInput: if an index is not a block's, or there is no such part.
-        ValueError: if a later block reads the keys and values of a skipped one, if a block has no
-            such part or is no sum of parts; inside the context, if the cache was not made under
-            the same skip.
+        BadInput: if an index is not a block's, or there is no such part; if a later block reads the
+            keys and values of a skipped one, if a block has no such part or is no sum of parts.
+        ValueError: inside the context, if the cache was not made under the same skip.
     """
     with standing_in(plan_skip(model, skipped, part=part)):
         yield
 
 
-def plan_skip(
-    model: nn.Module,
-    skipped: Iterable[int],
-    *,
-    part: Literal["block", "attention", "mlp"] = "block",
-) -> Plan:
+def plan_skip(model: nn.Module, skipped: Iterable[int], *, part: Part = "block") -> Plan:
     """What :func:`skip_blocks` does, to be done again and again with :func:`standing_in`.
 
     Arguments and what is raised as there. Holds as long as the model's modules are the same.
@@ -73,9 +72,26 @@ def plan_skip(
     indices = _check_skipped(skipped, len(blocks))
     if part not in PARTS:
         raise BadInput("part", part, ", ".join(PARTS))
+    plan: Plan = []
     if part == "block":
-        return _whole_blocks(model, blocks, indices)
-    return _branches(model, blocks, indices, part)
+        for index in indices:
+            if not set(range(index + 1, len(blocks))) <= set(indices):
+                refuse_shared(blocks, index)
+            extra = _count_extra_outputs(unwrap(model), blocks[index])
+            plan.append((blocks[index], _pass_through(index, extra)))
+        return plan
+    sublayers = find_sublayers(model, indices) if indices else []
+    for index, branches in zip(indices, sublayers, strict=True):
+        chosen = [branch for branch in branches if branch.mixes == (part == "attention")]
+        if not chosen:
+            raise refusal(unwrap(model), f"block {index} has no {part} to skip")
+        if part == "attention":
+            refuse_shared(blocks, index)
+        for place, branch in enumerate(chosen):
+            module = blocks[index].get_submodule(branch.path)
+            # all mixers of a block share one layer of the cache, which grows once a pass
+            plan.append((module, _nothing(branch, index if place == 0 else None)))
+    return plan
 
 
 @contextmanager
@@ -109,11 +125,11 @@ def after_blocks(model: nn.Module, state: Tensor) -> Tensor:
     """
     inner = unwrap(model)
     blocks = find_blocks(inner)
-    last = len(blocks) - 1
+    # skip all blocks, and let the last one return the given state in place of the embeddings
     ids = torch.zeros(state.shape[-3:-1], dtype=torch.long, device=state.device)  # (B, T)
     with paused_taps(), skip_blocks(inner, range(len(blocks))):
-        extra = _count_extra_outputs(inner, blocks[last])
-        vars(blocks[last])["forward"] = lambda *_, **__: _as_output(state, extra)
+        extra = _count_extra_outputs(inner, blocks[-1])
+        vars(blocks[-1])["forward"] = lambda *_, **__: _as_output(state, extra)
         result: Tensor = find_decoder(inner)(input_ids=ids, use_cache=False)[0]
     return result
 
@@ -130,33 +146,9 @@ def _check_skipped(skipped: Iterable[int], depth: int) -> list[int]:
     return indices
 
 
-def _whole_blocks(model: nn.Module, blocks: nn.ModuleList, indices: list[int]) -> Plan:
-    plan = []
-    for index in indices:
-        if not set(range(index + 1, len(blocks))) <= set(indices):
-            refuse_shared(blocks, index)
-        extra = _count_extra_outputs(unwrap(model), blocks[index])
-        plan.append((blocks[index], _pass_through(index, extra)))
-    return plan
-
-
-def _branches(model: nn.Module, blocks: nn.ModuleList, indices: list[int], part: str) -> Plan:
-    plan = []
-    sublayers = find_sublayers(model, indices) if indices else []
-    for index, found in zip(indices, sublayers, strict=True):
-        chosen = [branch for branch in found if branch.mixes == (part == "attention")]
-        if not chosen:
-            raise ValueError(f"block {index} has no {part} to skip")
-        if part == "attention":
-            refuse_shared(blocks, index)
-        for place, branch in enumerate(chosen):
-            module = blocks[index].get_submodule(branch.path)
-            # all mixers of a block share one layer of the cache, which grows once a pass
-            plan.append((module, _nothing(branch, index if place == 0 else None)))
-    return plan
-
-
 def _pass_through(index: int, extra: int | None) -> Callable[..., Any]:
+    """A block that returns its input."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         state: Tensor = input_state(args, kwargs)
         _keep_length(args, kwargs, index, state)
@@ -166,6 +158,8 @@ def _pass_through(index: int, extra: int | None) -> Callable[..., Any]:
 
 
 def _nothing(branch: Branch, index: int | None) -> Callable[..., Any]:
+    """A branch that adds zeros to the stream; the block's index if the cache is to grow."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         state: Tensor = input_state(args, kwargs)
         if index is not None:
@@ -213,26 +207,27 @@ def refuse_shared(blocks: nn.ModuleList, index: int) -> None:
     """Refuse to leave out a block whose keys and values later ones read.
 
     Raises:
-        ValueError: if it is one.
+        BadInput: if it is one.
     """
     stores = any(getattr(m, "store_full_length_kv", False) for m in blocks[index].modules())
     if stores and keys_are_read(blocks):
-        raise ValueError("cannot skip a block whose keys and values later blocks read")
+        raise BadInput("skip", index, "cannot skip a block whose keys and values later blocks read")
 
 
 def _count_extra_outputs(model: PreTrainedModel, block: nn.Module) -> int | None:
     """Whether blocks of this class return a tuple, learnt from one pass over one token."""
     kind = type(block)
     if kind not in _extra_outputs:
-        seen: list[Any] = []
-        handle = block.register_forward_hook(lambda _, __, output: seen.append(output))
+        outputs: list[Any] = []
         ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-        try:
-            with torch.no_grad(), paused_taps(), evaluating(model):
-                model.base_model(input_ids=ids, use_cache=False)
-        finally:
-            handle.remove()
-        (output,) = seen
+        with (
+            block.register_forward_hook(lambda _, __, output: outputs.append(output)),
+            torch.no_grad(),
+            paused_taps(),
+            evaluating(model),
+        ):
+            model.base_model(input_ids=ids, use_cache=False)
+        (output,) = outputs
         several = isinstance(output, tuple | list)
         _extra_outputs[kind] = len(output) - 1 if several else None
     return _extra_outputs[kind]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from depthprobe.models.blocks import find_blocks
@@ -82,6 +83,7 @@ class BlockTap:
                 self.check_complete()
             self.clear()
         if self.positions is not None:
+            # (..., B, T, D) -> (..., B, D): one position a row; streams (A, B, T, D) keep their A
             rows = torch.arange(state.shape[-3], device=state.device)
             state = state[..., rows, self.positions.to(state.device), :]
         if self._dtype is not None:
@@ -137,14 +139,11 @@ def tap_blocks(
 
     handles = [blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
     handles += [block.register_forward_hook(after(index)) for index, block in enumerate(blocks)]
-    try:
+    with removed_after(handles):
         with torch.compiler.set_stance("force_eager"):
             yield tap
         if consume is not None:
             tap.check_complete()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -155,6 +154,16 @@ def paused_taps() -> Iterator[None]:
         yield
     finally:
         _paused.reset(token)
+
+
+@contextmanager
+def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are removed on leaving, also after an exception."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class BlockCalls:
@@ -192,11 +201,7 @@ class BlockCalls:
 
 @contextmanager
 def record_calls(blocks: nn.ModuleList) -> Iterator[BlockCalls]:
-    """Record how each block is called during each forward pass, to call it so again.
-
-    Yields:
-        the :class:`BlockCalls`, complete after a forward pass.
-    """
+    """Record how each block is called during each forward pass, to call it so again."""
     calls = BlockCalls(len(blocks))
 
     def hook(index: int) -> Any:
@@ -205,15 +210,13 @@ def record_calls(blocks: nn.ModuleList) -> Iterator[BlockCalls]:
 
         return before
 
-    handles = [
-        block.register_forward_pre_hook(hook(index), with_kwargs=True)
-        for index, block in enumerate(blocks)
-    ]
-    try:
+    with removed_after(
+        [
+            block.register_forward_pre_hook(hook(index), with_kwargs=True)
+            for index, block in enumerate(blocks)
+        ]
+    ):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def input_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,12 +16,17 @@ from depthprobe.errors import BadInput
 from depthprobe.evaluation.slices import ALL
 from depthprobe.files import complete_folder
 from depthprobe.methods import Trial, base_of, names
-from depthprobe.models.backbones import EMBEDDED, is_folder, pretrained, pretrained_tokenizer
+from depthprobe.models.backbones import (
+    EMBEDDED,
+    is_folder,
+    pinned,
+    pretrained,
+    pretrained_tokenizer,
+)
 from depthprobe.models.build import around, load_trained, merge_lora
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.export import write_recommender
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.revision import pinned
 from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import MODEL, Context
 from depthprobe.runs.plan import full_trial

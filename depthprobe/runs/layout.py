@@ -21,9 +21,8 @@ from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.files import complete_file, remove_leftovers, write_json
 from depthprobe.methods import Task, method_order
-from depthprobe.models.backbones import pretrained_config
+from depthprobe.models.backbones import pinned, pinned_now, pretrained_config
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
-from depthprobe.models.revision import pinned, pinned_now
 from depthprobe.runs import provenance
 from depthprobe.runs.context import (
     CHECKPOINTS,

@@ -14,6 +14,7 @@ from depthprobe.data.splits import Split
 from depthprobe.methods import Task, method_order
 from depthprobe.models.backbones import (
     EMBEDDED,
+    backbone_revision,
     check_weights,
     folder_of,
     is_folder,
@@ -21,7 +22,6 @@ from depthprobe.models.backbones import (
 )
 from depthprobe.models.item_tables import TEXT, item_texts, make_table
 from depthprobe.models.precision import check_attention, quantization
-from depthprobe.models.revision import backbone_revision
 from depthprobe.runs import provenance
 from depthprobe.runs.context import LEARNED, Context
 from depthprobe.runs.estimate import Crowd, Estimate, estimate_of, find_rates, shared_by

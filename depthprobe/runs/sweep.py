@@ -14,8 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.files import write_json
 from depthprobe.methods import Task
-from depthprobe.models.backbones import resolve_device
-from depthprobe.models.revision import backbone_revision, describe
+from depthprobe.models.backbones import backbone_revision, describe, resolve_device
 from depthprobe.runs import provenance, worker
 from depthprobe.runs.context import TIMING, Context
 from depthprobe.runs.layout import (

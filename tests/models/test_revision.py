@@ -12,12 +12,15 @@ import torch
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import (
+    backbone_revision,
+    describe,
     embedded_backbone,
     load_backbone,
+    pinned,
+    pinned_now,
     pretrained,
     resolve_revision,
 )
-from depthprobe.models.revision import backbone_revision, describe, pinned, pinned_now
 from depthprobe.study import Backbone
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -114,7 +117,7 @@ def test_the_embedded_backbone_is_hashed_in_memory(tmp_path, monkeypatch):
     assert first == backbone_revision(Backbone(dtype="bfloat16"))
     changed = embedded_backbone()
     weight(changed).data[0, 0] += 1
-    monkeypatch.setattr("depthprobe.models.revision.embedded_backbone", lambda: changed)
+    monkeypatch.setattr("depthprobe.models.backbones.embedded_backbone", lambda: changed)
     assert backbone_revision(Backbone()) != first
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, RobertaConfig
 
 from depthprobe.models.blocks import find_blocks, no_token, per_layer
 from depthprobe.models.build import make_trainable
-from depthprobe.models.precision import checkpointed_blocks
+from depthprobe.models.prompt import checkpointed_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Backbone

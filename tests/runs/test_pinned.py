@@ -109,7 +109,7 @@ def test_a_run_with_nothing_to_do_loads_no_weights(
     studies = {"a": replace(on_hub, methods=("popularity",)), "b": tiny}
     for name, study in studies.items():
         run_sweep(study, tmp_path / name, jobs=0)
-    for module in ("backbones", "revision", "build"):
+    for module in ("backbones", "build"):
         name = "load_backbone" if module == "backbones" else "pretrained"
         monkeypatch.setattr(
             f"depthprobe.models.{module}.{name}", lambda *_, **__: pytest.fail("loaded")

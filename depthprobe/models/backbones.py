@@ -296,7 +296,7 @@ def load_backbone(
     model = _read_weights(path_or_id, config, options)
     if packed is not None:
         mark_quantized(model)
-    return model.eval()
+    return model
 
 
 def _embedded(seed: int, dtype: str | torch.dtype, attention: str | None) -> PreTrainedModel:
@@ -327,7 +327,8 @@ def _random(
             model: PreTrainedModel = _auto.from_config(config, dtype=chosen, **options)
     except FAILURES as error:
         raise _cannot("built", source, error) from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _read_weights(
@@ -361,6 +362,7 @@ def _read_weights(
                 f"{len(keys)} of its weights are {what} ({shown}):"
                 " the checkpoint must fit its configuration",
             )
+    model.eval()
     return model
 
 

@@ -153,8 +153,8 @@ def can_share_prompt(decoder: PreTrainedModel) -> bool:
 def _obstacle_to_sharing(decoder: PreTrainedModel) -> str:
     """Why a prompt can't be shared; empty where it can."""
     config = decoder.config.get_text_config(decoder=True)
-    layers: list[Any] = DynamicCache(config=config).layers
-    others = {type(layer).__name__ for layer in layers if type(layer) not in SHAREABLE}
+    own = DynamicCache(config=config).layers
+    others = {type(layer).__name__ for layer in own if type(layer) not in SHAREABLE}
     if others:
         return f"its cache has layers that are no keys and values ({', '.join(sorted(others))})"
     cache = DynamicCache()
@@ -165,7 +165,8 @@ def _obstacle_to_sharing(decoder: PreTrainedModel) -> str:
         if error.obj is not cache:
             raise
         return f"it wants a cache of its own ({error})"
-    lengths = [layer.get_seq_length() for layer in cache.layers if layer.is_initialized]
+    layers: list[Any] = cache.layers
+    lengths = [layer.get_seq_length() for layer in layers if layer.is_initialized]
     if lengths != [1] * config.num_hidden_layers:
         return f"one token left {lengths} tokens in the layers of the cache"
     return ""

@@ -26,13 +26,13 @@ def rows(run: Run) -> list[str]:
     table = full.pivot(index="user", columns="trial", values="rank")  # (U, trials)
     found = []
     for method in run.study.methods:
-        records = [r for r in run.records if r["method"] == method and r["status"] == "done"]
+        records = [r for r in run.records if r.method == method and r.done]
         if not records:
             continue
-        ranks = [table[r["id"]] for r in records]
+        ranks = [table[r.id] for r in records]
         cells = [run.study.name, method, str(len(records))]
-        fits = [r["costs"]["training"] for r in records if r["costs"]["training"]]
-        cells.append(", ".join(f"{fit['best_epoch']}/{fit['epochs']}" for fit in fits) or "-")
+        fits = [r.training for r in records if r.training]
+        cells.append(", ".join(f"{fit.best_epoch}/{fit.epochs}" for fit in fits) or "-")
         for name in METRICS:
             values = [per_user_metric(seed, name) for seed in ranks]  # (S, U)
             interval = bootstrap_mean(values, resamples=RESAMPLES)

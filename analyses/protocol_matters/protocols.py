@@ -128,7 +128,7 @@ def models(context: Context, wanted: set[Arm], run: Run) -> Iterator[tuple[Arm, 
     training = np.concatenate([context.split.train_history(user) for user in users])
     yield ("popularity", 0), Popularity(training, sequences.n_items).eval()
     yield ("all items alike", 0), Same(sequences.n_items).eval()
-    for task in plan(context.study, int(run.manifest["backbone"]["blocks"])):
+    for task in plan(context.study, run.manifest.backbone.blocks):
         for trial in task.trials:
             if (trial.method, trial.depth) in wanted and context.trial_folder(trial).is_dir():
                 yield (trial.method, trial.depth), _load(context, trial)
@@ -142,7 +142,7 @@ def main() -> None:
     options = _options()
     run = open_run(options.run)
     context = Context(options.run, run.study)
-    whole, cut = int(run.manifest["backbone"]["blocks"]), options.student
+    whole, cut = run.manifest.backbone.blocks, options.student
     claims: dict[str, tuple[Arm, Arm]] = {
         "the teacher is better than SASRec": (("full", whole), ("sasrec", 0)),
         f"{cut} distilled blocks are better than the teacher": (("distill", cut), ("full", whole)),

@@ -22,7 +22,7 @@ LINE = re.compile(r"(\S+ \S+) (?:begun by process (\d+) on (\S+)|done in ([\d.]+
 
 def main() -> None:
     run = open_run(sys.argv[1])
-    tasks = {task.id: task for task in plan(run.study, int(run.manifest["backbone"]["blocks"]))}
+    tasks = {task.id: task for task in plan(run.study, run.manifest.backbone.blocks)}
     spans: dict[str, list[tuple[datetime, datetime, str]]] = {}  # by worker
     ends: dict[str, datetime] = {}  # by what the task makes
     work = list[float]()
@@ -49,7 +49,7 @@ def main() -> None:
     print(f"{statistics.median(work):.0f} s in the middle")
     print(f"{len(free)} gaps without waiting: {sum(free):.0f} s in all, longest {max(free):.0f} s")
     print(f"a task: {sum(free) / len(free):.3f} s; of a minute: {sum(free) / len(free) / 60:.2%}")
-    once = run.manifest["wall_seconds"] - sum(work) / len(spans)
+    once = run.manifest.wall_seconds - sum(work) / len(spans)
     print(f"beside them, once: {once:.1f} s (timing depths, workers that begin and idle, tables)")
     print(f"{len(waited)} with waiting for another task: {sum(waited):.0f} s in all")
 

@@ -24,7 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from depthprobe.files import write_json
-from depthprobe.runs.store import MANIFEST, STUDY, TABLES, Run, open_run
+from depthprobe.runs.records import MANIFEST
+from depthprobe.runs.store import STUDY, TABLES, Run, open_run
 from depthprobe.study import load_study, study_to_toml
 
 LARGE = 60.0  # seconds after which a measurement is not repeated
@@ -38,7 +39,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="records-"))
     run = _many(options.run, folder / "run", options.records)
     opened = open_run(run)
-    print(f"{len(opened.records)} records, {opened.manifest['data']['users']} users", flush=True)
+    print(f"{len(opened.records)} records, {opened.manifest.data.users} users", flush=True)
     _row("sweep", run, 1)  # which writes the tables
     for action in ("trials", "metrics", "continue"):
         _row(action, run, options.rounds)

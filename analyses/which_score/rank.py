@@ -33,7 +33,7 @@ Spans = dict[tuple[int, int], float]
 def main() -> None:
     run = open_run(sys.argv[1])
     folder = Path(sys.argv[1])
-    blocks = int(run.manifest["backbone"]["blocks"])
+    blocks = run.manifest.backbone.blocks
     tuned = fine_tuned(run)  # kept -> (S, U)
     choices = sorted(set(tuned) - {tuple(range(blocks))}, key=lambda kept: (len(kept), kept))
     untrained, scores = teachers(run, folder, choices, blocks)
@@ -80,10 +80,10 @@ def fine_tuned(run: Run) -> dict[Kept, np.ndarray]:
         name: frame["rank"].to_numpy()
         for name, frame in run.users[run.users["protocol"] == "full"].groupby("trial")
     }
-    for record in sorted(run.records, key=lambda record: record["seed"]):
-        if record["method"] == "full" or record["method"].startswith("finetune"):
-            values = per_user_metric(ranks[record["id"]], METRIC)
-            found.setdefault(tuple(record["kept"]), []).append(values)
+    for record in sorted(run.records, key=lambda record: record.seed):
+        if record.method == "full" or record.method.startswith("finetune"):
+            values = per_user_metric(ranks[record.id], METRIC)
+            found.setdefault(record.kept, []).append(values)
     return {kept: np.stack(values) for kept, values in found.items()}
 
 

@@ -21,7 +21,7 @@ FEWEST = 100  # users of a group that is told of
 def main() -> None:
     run = open_run(sys.argv[1])
     values = by_arm(run)
-    blocks = int(run.manifest["backbone"]["blocks"])
+    blocks = run.manifest.backbone.blocks
     depths = sorted({depth for method, depth in values if method == "finetune"})
     users = next(iter(values.values())).shape[1]
     print(f"{run.study.name}: {users:,} users, {run.study.seeds} seeds\n")
@@ -34,10 +34,10 @@ def by_arm(run: Run) -> dict[tuple[str, int], np.ndarray]:
     found: dict[tuple[str, int], list[np.ndarray]] = {}
     full = run.users[run.users["protocol"] == "full"]
     ranks = {name: frame["rank"].to_numpy() for name, frame in full.groupby("trial")}
-    for record in sorted(run.records, key=lambda record: record["seed"]):
-        if record["method"] in (*METHODS, "full"):
-            values = per_user_metric(ranks[record["id"]], "NDCG@10")
-            found.setdefault((record["method"], record["depth"]), []).append(values)
+    for record in sorted(run.records, key=lambda record: record.seed):
+        if record.method in (*METHODS, "full"):
+            values = per_user_metric(ranks[record.id], "NDCG@10")
+            found.setdefault((record.method, record.depth), []).append(values)
     return {arm: np.stack(values) for arm, values in found.items()}
 
 

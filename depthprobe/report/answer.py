@@ -73,8 +73,8 @@ def _training(summary: Summary) -> list[str]:
     """A teacher that was cut off is an easy one to match."""
     last = int(summary.run.study.recipe.epochs)
     for record in summary.run.records:
-        training = (record.get("costs") or {}).get("training") or {}
-        if record["method"] == "full" and training.get("best_epoch") == last:
+        training = record.training
+        if record.method == "full" and training is not None and training.best_epoch == last:
             return [
                 f"The teacher was best at its last epoch ({last}): a longer training may change "
                 "the comparison."
@@ -98,7 +98,7 @@ def _pretraining(summary: Summary, chosen: Point | None) -> list[str]:
 
 
 def _data(summary: Summary) -> list[str]:
-    study, data = summary.run.study, summary.run.manifest.get("data", {})
+    study, data = summary.run.study, summary.run.manifest.data
     found = []
     if study.data.source == "embedded":
         found.append("The log is the generated default: the numbers say nothing about another log.")
@@ -106,12 +106,12 @@ def _data(summary: Summary) -> list[str]:
         found.append(
             "The backbone is the small embedded one with random weights: pretraining has no part."
         )
-    return found + [f"Data: {_sentence(warning)}" for warning in data.get("warnings", ())]
+    return found + [f"Data: {_sentence(warning)}" for warning in data.warnings]
 
 
 def _times(summary: Summary) -> list[str]:
     timed = any(point.speed for point in summary.points)
-    conditions = summary.run.manifest.get("timing") or {}
+    conditions = summary.run.manifest.timing or {}
     if not timed:
         return ["No times were compared: what a shallower model saves in time is not shown."]
     if conditions.get("device", "cpu") == "cpu":

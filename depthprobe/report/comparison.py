@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -25,6 +25,9 @@ from depthprobe.report.numbers import FULL, HEADLINE, RunLike, Summary, as_summa
 from depthprobe.report.page import environment, inline_svg
 from depthprobe.report.style import NONE, method_style, percent, times_faster
 from depthprobe.report.tables import Cell, Row, Table, save_table, share_cell, three
+
+if TYPE_CHECKING:
+    from depthprobe.runs.records import Dataset
 
 FIGURE, TABLE = "kept_side_by_side", "answers"
 QUESTION = ("margin", "split", "seen items")  # with another of these, another thing is asked
@@ -136,13 +139,13 @@ def differences(summaries: Sequence[Summary]) -> dict[str, str]:
         "margin": lambda s: f"{100 * s.margin:g} %",
         "split": lambda s: _split(s.run.study.protocol),
         "seen items": lambda s: "left out" if s.run.study.protocol.filter_seen else "ranked too",
-        "data": lambda s: _data(s.run.manifest.get("data", {})),
-        "backbone": lambda s: base_name(s.run.manifest.get("backbone", {}).get("source", NONE)),
-        "item embeddings": lambda s: str(s.run.manifest.get("item_table", {}).get("source", NONE)),
+        "data": lambda s: _data(s.run.manifest.data),
+        "backbone": lambda s: base_name(s.run.manifest.backbone.source),
+        "item embeddings": lambda s: s.run.manifest.item_table.source,
         "epochs": lambda s: str(s.run.study.recipe.epochs),
         "seeds": lambda s: str(len(s.seeds_compared)),
-        "machine": lambda s: _machine(s.run.manifest.get("machine", {})),
-        "version": lambda s: str(s.run.manifest.get("versions", {}).get("depthprobe", NONE)),
+        "machine": lambda s: s.run.manifest.machine.name,
+        "version": lambda s: s.run.manifest.versions.get("depthprobe", NONE),
     }
     found = {}
     for word, value in named.items():
@@ -216,18 +219,13 @@ def _split(protocol: Any) -> str:
     return f"{protocol.split}{at}"
 
 
-def _data(data: Mapping[str, Any]) -> str:
-    return f"{data.get('name', NONE)} ({str(data.get('fingerprint', ''))[:8]})"
+def _data(data: Dataset) -> str:
+    return f"{data.name} ({data.fingerprint[:8]})"
 
 
 def _data_name(summary: Summary) -> str:
     manifest = summary.run.manifest
-    backbone = base_name(manifest.get("backbone", {}).get("source", ""))
-    return ", ".join(filter(None, (manifest.get("data", {}).get("name"), backbone)))
-
-
-def _machine(machine: Mapping[str, Any]) -> str:
-    return str(machine.get("gpu") or machine.get("cpu") or NONE)
+    return f"{manifest.data.name}, {base_name(manifest.backbone.source)}"
 
 
 def _times(ratio: Any) -> Cell:

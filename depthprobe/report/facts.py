@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from depthprobe.report.numbers import SAMPLED, Summary
 from depthprobe.report.style import count, significant
 from depthprobe.study import Study
+
+if TYPE_CHECKING:
+    from depthprobe.runs.records import BackboneFacts, Dataset, Git, ItemTable, Machine, Record
 
 SIZES = ("users", "items", "interactions")
 SPLITS = {
@@ -25,18 +28,18 @@ SPLITS = {
 def conditions(summary: Summary) -> tuple[str, ...]:
     """The conditions of the first screen, each a few words."""
     run, manifest = summary.run, summary.run.manifest
-    data, machine = manifest.get("data", {}), manifest.get("machine", {})
+    data = manifest.data
     tested = max((point.users for point in summary.points), default=0)
     seeds = int(run.study.seeds)
     said = [
-        f"data {data['name']}" if data.get("name") else "",
-        f"{data['users']:,} users ({tested:,} tested)" if data.get("users") else "",
-        f"{data['items']:,} items" if data.get("items") else "",
-        f"backbone {base_name(manifest.get('backbone', {}).get('source', ''))}",
+        f"data {data.name}",
+        f"{data.users:,} users ({tested:,} tested)",
+        f"{data.items:,} items",
+        f"backbone {base_name(manifest.backbone.source)}",
         f"{seeds} seed{'' if seeds == 1 else 's'}",
-        f"{_split_name(run.study, data.get('split', {}))}, full ranking"
+        f"{_split_name(run.study, data.split)}, full ranking"
         + (", seen items left out" if run.study.protocol.filter_seen else ""),
-        _machine(machine),
+        _machine(manifest.machine),
     ]
     return tuple(part for part in said if part)
 
@@ -52,13 +55,13 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
     run, manifest = summary.run, summary.run.manifest
     study = run.study
     facts = [
-        ("data", _data(manifest.get("data", {}))),
-        ("cleaning", _cleaning(manifest.get("data", {}).get("cleaning", ()))),
-        ("warnings", "; ".join(manifest.get("data", {}).get("warnings", ())) or "none"),
-        ("backbone", _backbone(manifest.get("backbone", {}), study)),
-        ("item embeddings", _item_embeddings(manifest.get("item_table", {}))),
+        ("data", _data(manifest.data)),
+        ("cleaning", _cleaning(manifest.data.cleaning)),
+        ("warnings", "; ".join(manifest.data.warnings) or "none"),
+        ("backbone", _backbone(manifest.backbone, study)),
+        ("item embeddings", _item_embeddings(manifest.item_table)),
         ("training", _training(study)),
-        ("split", _split(study, manifest.get("data", {}).get("split", {}))),
+        ("split", _split(study, manifest.data.split)),
         ("ranking", "Every item of the catalogue is ranked for every tested user; items seen "
                     f"before are {'left out' if study.protocol.filter_seen else 'ranked too'}. "
                     "A rank is the mean rank over ties, so equal scores earn nothing."),
@@ -70,27 +73,24 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
                              f"within {100 * study.protocol.margin:g} % with 95 % confidence, for "
                              "all candidates at once (Bonferroni). Early exits and all trained "
                              "methods are candidates; baselines, random init and skips are not."),
-        ("timing", _timing(manifest.get("timing") or {})),
+        ("timing", _timing(manifest.timing or {})),
         ("reused trainings", _reused(run.records)),
-        ("machine", _machine(manifest.get("machine", {}), long=True)),
-        ("versions", _pairs(manifest.get("versions", {}))),
-        ("git commit", _git(manifest.get("git") or {})),
-        ("study", f"{study.name}, hash {manifest.get('study_hash', 'not recorded')}"),
-        ("wall time", _duration(manifest.get("wall_seconds"))),
+        ("machine", _machine(manifest.machine, long=True)),
+        ("versions", _pairs(manifest.versions)),
+        ("git commit", _git(manifest.git)),
+        ("study", f"{study.name}, hash {manifest.study_hash}"),
+        ("wall time", _duration(manifest.wall_seconds)),
     ]  # fmt: skip
     return tuple((word, text) for word, text in facts if text)
 
 
-def _data(data: Mapping[str, Any]) -> str:
-    if not data:
-        return ""
-    sizes = [f"{data[key]:,} {key}" for key in SIZES if key in data]
-    said = [f"{data.get('name', 'unnamed')}: {', '.join(sizes)}"]
-    rest = {k: v for k, v in data.get("statistics", {}).items() if k not in SIZES}
+def _data(data: Dataset) -> str:
+    sizes = [f"{getattr(data, key):,} {key}" for key in SIZES]
+    said = [f"{data.name}: {', '.join(sizes)}"]
+    rest = {k: v for k, v in data.statistics.items() if k not in SIZES}
     if rest:
         said.append(_pairs(rest))
-    if data.get("fingerprint"):
-        said.append(f"fingerprint {str(data['fingerprint'])[:16]}")
+    said.append(f"fingerprint {data.fingerprint[:16]}")
     return "; ".join(said)
 
 
@@ -127,33 +127,24 @@ def _split(study: Any, split: Mapping[str, Any]) -> str:
     return " ".join(said)
 
 
-def _backbone(backbone: Mapping[str, Any], study: Any) -> str:
-    if not backbone:
-        return ""
-    said = [str(backbone.get("source", "")), str(backbone.get("family") or "")]
-    if backbone.get("blocks"):
-        said.append(f"{backbone['blocks']} blocks")
-    if backbone.get("width"):
-        said.append(f"width {backbone['width']}")
-    if backbone.get("parameters"):
-        said.append(f"{count(backbone['parameters'])} parameters")
-    said += [f"revision {backbone['revision']}"] if backbone.get("revision") else []
+def _backbone(backbone: BackboneFacts, study: Any) -> str:
+    said = [backbone.source, backbone.family, f"{backbone.blocks} blocks"]
+    said += [f"width {backbone.width}", f"{count(backbone.parameters)} parameters"]
+    said += [f"revision {backbone.revision}"] if backbone.revision else []
     said += [f"tuning {study.backbone.tuning}", f"{study.backbone.dtype}"]
     return ", ".join(part for part in said if part)
 
 
-def _item_embeddings(table: Mapping[str, Any]) -> str:
-    if not table:
-        return ""
+def _item_embeddings(table: ItemTable) -> str:
     made = {
         "sasrec": "learnt by SASRec from the same training data, anew for each seed",
         "text": "titles through the backbone, mean over the tokens of the last normed states",
         "learned": "random at first, anew for each seed",
-    }.get(table["source"], f"from {table['source']}")
-    trained = "trained with the recommender" if table.get("trained") else "frozen"
-    said = [made, f"width {table['width']}", trained]
-    if table.get("sha256"):
-        said += ["centred and scaled", "the same for all seeds", table["sha256"]]
+    }.get(table.source, f"from {table.source}")
+    trained = "trained with the recommender" if table.trained else "frozen"
+    said = [made, f"width {table.width}", trained]
+    if table.sha256:
+        said += ["centred and scaled", "the same for all seeds", table.sha256]
     return ", ".join(said)
 
 
@@ -200,10 +191,9 @@ def _timing(timing: Mapping[str, Any]) -> str:
     )
 
 
-def _reused(records: Iterable[Mapping[str, Any]]) -> str:
+def _reused(records: Iterable[Record]) -> str:
     """How many trainings come from the cache: their seconds were measured in another run."""
-    trainings = [(record.get("costs") or {}).get("training") for record in records]
-    found = sum(bool(each and each.get("reused")) for each in trainings)
+    found = sum(record.training is not None and record.training.reused for record in records)
     if not found:
         return ""
     return (
@@ -212,24 +202,20 @@ def _reused(records: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def _machine(machine: Mapping[str, Any], *, long: bool = False) -> str:
-    if not machine:
-        return ""
-    name = machine.get("gpu") or machine.get("cpu") or machine.get("device", "")
-    said = [str(name)]
-    if machine.get("cores"):
-        said.append(f"{machine['cores']} cores")
+def _machine(machine: Machine, *, long: bool = False) -> str:
+    said = [machine.name]
+    if machine.cores:
+        said.append(f"{machine.cores} cores")
     if long:
-        said += [f"{machine['threads']} threads"] if machine.get("threads") else []
-        said += [f"{significant(machine['memory_gib'])} GiB"] if machine.get("memory_gib") else []
-        said += [f"device {machine['device']}"] if machine.get("device") else []
+        said += [f"{significant(machine.memory_gib)} GiB"] if machine.memory_gib else []
+        said += [f"device {machine.device}"] if machine.device else []
     return ", ".join(said)
 
 
-def _git(git: Mapping[str, Any]) -> str:
-    if not git.get("commit"):
+def _git(git: Git | None) -> str:
+    if git is None or not git.commit:
         return ""
-    return f"{git['commit']}{', with uncommitted changes' if git.get('dirty') else ''}"
+    return f"{git.commit}{', with uncommitted changes' if git.dirty else ''}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,9 @@ from depthprobe.evaluation.statistics import (
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
 from depthprobe.methods import METHODS, base_of, method_order, names
+
+if TYPE_CHECKING:
+    from depthprobe.runs.records import Manifest, Record
 
 Array = NDArray[np.float64]
 FULL, SAMPLED = "full", "sampled-999"
@@ -119,7 +122,7 @@ Measured = dict[tuple[str, str], Interval]  # by protocol and metric
 def make_points(
     groups: Sequence[pd.DataFrame],
     ranks: Ranks,
-    records: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Record],
     *,
     resamples: int,
 ) -> list[Point]:
@@ -223,7 +226,7 @@ def _parameters(trial: pd.Series) -> dict[str, float]:
 
 
 def _timing(
-    own: Group, teacher: Group, records: Mapping[str, Mapping[str, Any]]
+    own: Group, teacher: Group, records: Mapping[str, Record]
 ) -> tuple[dict[str, Spread], dict[str, Interval]]:
     """Medians of each kind of time, and how many times faster than the teacher."""
     time: dict[str, Spread] = {}
@@ -247,10 +250,10 @@ def _timing(
     return time, speed
 
 
-def _rounds(record: Mapping[str, Any] | None, parts: Sequence[str]) -> tuple[float, ...]:
+def _rounds(record: Record | None, parts: Sequence[str]) -> tuple[float, ...]:
     """Seconds of each round, the parts of a round added; empty if one was not measured."""
-    timing = ((record or {}).get("costs") or {}).get("timing") or {}
-    rounds = [(timing.get(part) or {}).get("seconds") or () for part in parts]
+    timing = (record.costs.timing if record and record.costs else None) or {}
+    rounds = [timing[part].seconds if part in timing else [] for part in parts]
     if not all(rounds) or len({len(seconds) for seconds in rounds}) > 1:
         return ()
     return tuple(float(sum(seconds)) for seconds in zip(*rounds, strict=True))
@@ -276,9 +279,9 @@ class RunLike(Protocol):
     @property
     def study(self) -> Any: ...  # noqa: D102
     @property
-    def manifest(self) -> Mapping[str, Any]: ...  # noqa: D102
+    def manifest(self) -> Manifest: ...  # noqa: D102
     @property
-    def records(self) -> Sequence[Mapping[str, Any]]: ...  # noqa: D102
+    def records(self) -> Sequence[Record]: ...  # noqa: D102
     @property
     def trials(self) -> pd.DataFrame: ...  # noqa: D102
     @property
@@ -353,13 +356,11 @@ def summarise(run: RunLike | str | Path) -> Summary:
         by = {name: done[name].mask(one, "") for name in ("kept", "removed")}
         groups = [rows for _, rows in done.groupby(["method", "depth", *by.values()], sort=False)]
     ranks = Ranks(run.users)
-    records = {str(record["id"]): record for record in run.records}
+    records = {record.id: record for record in run.records}
     made = make_points(groups, ranks, records, resamples=int(protocol.resamples))
     points = sorted(made, key=_by_method)
     reference = next((point for point in points if point.method == "full"), None)
-    blocks = run.manifest.get("backbone", {}).get("blocks")
-    if blocks is None and reference is not None:
-        blocks = reference.depth
+    blocks = run.manifest.backbone.blocks
     offered = _candidates(points, blocks)
     seeds, candidates = _common_seeds(reference, offered)
     sufficiency = None
@@ -381,7 +382,7 @@ def summarise(run: RunLike | str | Path) -> Summary:
     return Summary(
         run=run,
         points=tuple(points),
-        blocks=int(blocks) if blocks else None,
+        blocks=blocks,
         margin=float(protocol.margin),
         sufficiency=sufficiency,
         candidates=candidates,

@@ -110,8 +110,8 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         tables=tables,
         facts=how_measured(summary),
         negatives=negatives_of(run.study),
-        command=run.manifest.get("command") or "",
-        created=str(run.manifest.get("created", ""))[:10],
+        command=run.manifest.command or "",
+        created=run.manifest.created[:10],
         words=WORDS,
     )  # fmt: skip
     target = Path(output) if output is not None else run.path / "report.html"

@@ -30,6 +30,7 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import MODEL, Context
 from depthprobe.runs.plan import full_trial
+from depthprobe.runs.records import Git, Record
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.tables import METRICS
 from depthprobe.study import Backbone, ranges, settings_of
@@ -45,21 +46,21 @@ PARTS = {
 }
 
 
-def model_card(run: Run, record: dict[str, Any]) -> str:
+def model_card(run: Run, record: Record) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads.
 
     Whatever comes from data or models is shortened and quoted: a name can't break the page.
     """
-    backbone, kept = run.manifest["backbone"], record["kept"]
-    source = _public_name(backbone["source"])
+    backbone, kept = run.manifest.backbone, record.kept
+    source = _public_name(backbone.source)
     return "\n".join(
         [
             *_front_matter(run),
-            f"# {_code(record['id'])}",
+            f"# {_code(record.id)}",
             "",
-            f"A sequential recommender of depth {record['depth']}: blocks {ranges(kept)} of the"
-            f" {backbone['blocks']} of {_code(source)} (numbered from 0), method"
-            f" {_code(record['method'])}, seed {record['seed']}. Made with depthprobe.",
+            f"A sequential recommender of depth {record.depth}: blocks {ranges(kept)} of the"
+            f" {backbone.blocks} of {_code(source)} (numbered from 0), method"
+            f" {_code(record.method)}, seed {record.seed}. Made with depthprobe.",
             "",
             "## Use",
             "",
@@ -96,7 +97,7 @@ def model_card(run: Run, record: dict[str, Any]) -> str:
 
 
 def _front_matter(run: Run) -> list[str]:
-    source = str(run.manifest["backbone"]["source"])
+    source = run.manifest.backbone.source
     on_hub = source != EMBEDDED and not is_folder(source)
     return [
         "---",
@@ -112,9 +113,9 @@ def _front_matter(run: Run) -> list[str]:
     ]
 
 
-def _accuracy(run: Run, record: dict[str, Any]) -> list[str]:
-    found, data = run.metrics, run.manifest["data"]
-    found = found[(found["trial"] == record["id"]) & (found["split"] == "test")]
+def _accuracy(run: Run, record: Record) -> list[str]:
+    found, data = run.metrics, run.manifest.data
+    found = found[(found["trial"] == record.id) & (found["split"] == "test")]
     chosen = found[(found["slice"] == ALL) & found["metric"].isin(METRICS)]
     rows = [
         f"| {row.metric} | {row.protocol} | {row.value:.4f} | {_interval(row)} | {row.users} |"
@@ -125,8 +126,8 @@ def _accuracy(run: Run, record: dict[str, Any]) -> list[str]:
         _protocol(name, run.study.protocol.negatives) for name in chosen["protocol"].unique()
     ]
     return [
-        f"Test users of {_code(data['name'])} ({data['users']:,} users, {data['items']:,} items,"
-        f" {data['interactions']:,} interactions), {run.study.protocol.split} split; a user's seen"
+        f"Test users of {_code(data.name)} ({data.users:,} users, {data.items:,} items,"
+        f" {data.interactions:,} interactions), {run.study.protocol.split} split; a user's seen"
         f" items are {filtered}. {' '.join(protocols)}",
         "",
         "| metric | protocol | value | 95 % interval over users | users |",
@@ -146,26 +147,27 @@ def _interval(row: Any) -> str:
     return "" if pd.isna(row.ci_low) else f"{row.ci_low:.4f} to {row.ci_high:.4f}"
 
 
-def _size(record: dict[str, Any]) -> list[str]:
-    counts = record["costs"]["parameters"]
+def _size(record: Record) -> list[str]:
+    counts = record.costs.parameters if record.costs else {}
     rows = [f"| {name} | {counts[key]:,} |" for key, name in PARTS.items() if key in counts]
     return ["| part | parameters |", "|---|---:|", *rows]
 
 
-def _provenance(run: Run, record: dict[str, Any], source: str) -> list[str]:
-    origin, settings = record["provenance"], run.study.backbone
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
-    git = origin.get("git") or {}
-    dirty = " with changes" if git.get("dirty") else ""
+def _provenance(run: Run, record: Record, source: str) -> list[str]:
+    origin, settings = record.provenance, run.study.backbone
+    assert origin is not None  # noqa: S101 - every record that is done has one
+    versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    git = origin.git or Git()
+    dirty = " with changes" if git.dirty else ""
     facts = {
-        "study": f"{_code(run.study.name)}, hash {_code(origin['study'])}",
-        "data": f"{_code(run.manifest['data']['name'])}, fingerprint {_code(origin['data'])}",
-        "backbone": f"{_code(source)}, revision {_code(origin['backbone'])}",
+        "study": f"{_code(run.study.name)}, hash {_code(origin.study)}",
+        "data": f"{_code(run.manifest.data.name)}, fingerprint {_code(origin.data)}",
+        "backbone": f"{_code(source)}, revision {_code(origin.backbone)}",
         "settings": f"dtype {settings.dtype}, attention {settings.attention},"
         f" quantize {settings.quantize}, tuning {settings.tuning}",
-        "trained on": _code(origin["device"]),
+        "trained on": _code(origin.device),
         "versions": _code(versions, 400),
-        "code": f"{_code(git['commit'])}{dirty}" if git.get("commit") else "not from a checkout",
+        "code": f"{_code(git.commit)}{dirty}" if git.commit else "not from a checkout",
     }
     return [f"- {name}: {fact}" for name, fact in facts.items()]
 
@@ -221,20 +223,20 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     run = open_run(run_path)
     record = run.record(trial)
     target = Path(folder)
-    if record["status"] != "done":
-        raise BadInput("trial", trial, f"a trial that is done (it failed: {record['error']})")
-    if record["method"] in names("baseline"):
-        allowed = f"a recommender with a backbone; {record['method']} has none to export"
+    if not record.done:
+        raise BadInput("trial", trial, f"a trial that is done (it failed: {record.error})")
+    if record.method in names("baseline"):
+        allowed = f"a recommender with a backbone; {record.method} has none to export"
         raise BadInput("trial", trial, allowed)
-    if record["method"] in MEASURED_ONLY or not record["kept"]:
-        allowed = f"a model of whole blocks; {record['method']} at this depth measures, and is none"
+    if record.method in MEASURED_ONLY or not record.kept:
+        allowed = f"a model of whole blocks; {record.method} at this depth measures, and is none"
         raise BadInput("trial", trial, allowed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
-    recorded = run.manifest["backbone"]
-    study = replace(run.study, backbone=pinned(run.study.backbone, recorded["revision"]))
-    context, blocks = Context(run.path, study), int(recorded["blocks"])
-    what = Trial(trial, record["method"], tuple(record["kept"]), int(record["seed"]), blocks)
+    recorded = run.manifest.backbone
+    study = replace(run.study, backbone=pinned(run.study.backbone, recorded.revision))
+    context, blocks = Context(run.path, study), recorded.blocks
+    what = Trial(trial, record.method, record.kept, record.seed, blocks)
     model, backbone = _rebuild(context, what)
     sequences = context.sequences
     with complete_folder(target) as temporary:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from depthprobe.data.splits import Split, make_split
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.errors import BadInput, check_writable
-from depthprobe.files import complete_file, remove_leftovers, write_json
+from depthprobe.files import complete_file, remove_leftovers
 from depthprobe.methods import Task, method_order
 from depthprobe.models.backbones import pinned, pinned_now, pretrained_config
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
@@ -35,8 +34,17 @@ from depthprobe.runs.context import (
 )
 from depthprobe.runs.plan import plan
 from depthprobe.runs.progress import Progress
-from depthprobe.runs.records import SCHEMA
-from depthprobe.runs.store import MANIFEST, STUDY, open_run
+from depthprobe.runs.records import (
+    MANIFEST,
+    BackboneFacts,
+    Dataset,
+    ItemTable,
+    Manifest,
+    Sampled,
+    read_manifest,
+    write_manifest,
+)
+from depthprobe.runs.store import STUDY
 from depthprobe.runs.tables import asked_slices, own_slices
 from depthprobe.study import Study, differences, load_study, study_to_toml
 from depthprobe.training.tracking import check_trackers
@@ -61,7 +69,7 @@ class Inputs:
 
     study: Study
     working: Study
-    before: dict[str, Any] | None
+    before: Manifest | None
     tasks: list[Task]
     split: Split
     slices: pd.DataFrame | None
@@ -87,7 +95,7 @@ def read_inputs(study: Study, folder: Path) -> Inputs:
         check_writable("cache", Path(study.cache).expanduser())
     asked, study = study, continued(folder, study)
     before = manifest_before(folder)
-    recorded = None if before is None else before["backbone"]["revision"]
+    recorded = None if before is None else before.backbone.revision
     backbone = pinned_now(pinned(study.backbone, recorded))
     config = pretrained_config(backbone).get_text_config(decoder=True)
     tasks = plan(asked, int(config.num_hidden_layers))
@@ -128,27 +136,27 @@ def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def manifest_before(folder: Path) -> dict[str, Any] | None:
+def manifest_before(folder: Path) -> Manifest | None:
     """The manifest of the run that is continued; None where a run begins."""
-    return open_run(folder).manifest if (folder / MANIFEST).is_file() else None
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def check_same_inputs(
-    folder: Path, before: dict[str, Any] | None, manifest: dict[str, Any], revision: str
+    folder: Path, before: Manifest | None, manifest: Manifest, revision: str
 ) -> None:
     """Refuse to mix records of other data, weights or embeddings under the same names."""
     if before is None:
         return
     for name, was, now in (
-        ("data", before["data"]["fingerprint"], manifest["data"]["fingerprint"]),
-        ("backbone", before["backbone"]["revision"], revision),
-        ("item table", before["item_table"]["sha256"], manifest["item_table"]["sha256"]),
+        ("data", before.data.fingerprint, manifest.data.fingerprint),
+        ("backbone", before.backbone.revision, revision),
+        ("item table", before.item_table.sha256, manifest.item_table.sha256),
     ):
         if was != now:
             allowed = f"another folder: the {name} has changed since this run began"
             raise BadInput("output", str(folder), allowed)
-    kept = ("created", "wall_seconds", "timing", "backbone")
-    manifest |= {key: before[key] for key in kept}
+    for name in ("created", "wall_seconds", "timing", "backbone"):
+        setattr(manifest, name, getattr(before, name))
 
 
 def repeating(folder: Path, study: Study, command: str | None, so_far: str | None) -> str | None:
@@ -159,9 +167,9 @@ def repeating(folder: Path, study: Study, command: str | None, so_far: str | Non
     return command if asked >= had or so_far is None else f"{so_far}\n{command}"
 
 
-def new_slices(study: Study, split: Split, before: dict[str, Any] | None) -> pd.DataFrame | None:
+def new_slices(study: Study, split: Split, before: Manifest | None) -> pd.DataFrame | None:
     """The own columns of the slices, read; None if the run has them already, or needs none."""
-    had = {"user": [], "item": []} if before is None else before.get("slices")
+    had = {"user": [], "item": []} if before is None else before.slices
     same = had is not None and asked_slices(study.protocol) == had
     return None if same else own_slices(study.protocol, split)
 
@@ -194,21 +202,21 @@ def shared_table(
 
 
 def lay_out(
-    folder: Path, study: Study, split: Split, table: Tensor | None, manifest: dict[str, Any]
+    folder: Path, study: Study, split: Split, table: Tensor | None, manifest: Manifest
 ) -> None:
     """Write what trials share; a folder that has it already is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder)
     shared = folder / "shared"
     drawn = _draw_negatives(study, split, shared)
-    manifest["sampled"] = None
+    manifest.sampled = None
     if drawn is not None or (shared / NEGATIVES).exists():
-        manifest["sampled"] = {"negatives": study.protocol.negatives, "seed": NEGATIVE_SEED}
+        manifest.sampled = Sampled(study.protocol.negatives, NEGATIVE_SEED)
     elif study.protocol.sampled:
-        manifest["data"]["warnings"].append(TOO_SMALL)
+        manifest.data.warnings.append(TOO_SMALL)
     with complete_file(folder / STUDY) as temporary:
         temporary.write_text(study_to_toml(study), encoding="utf-8")
-    write_json(folder / MANIFEST, manifest)
+    write_manifest(folder, manifest)
     if not (shared / DATA / DATA_MANIFEST).is_file():
         write_data(split.sequences, shared / DATA)
     if table is not None and not (shared / ITEM_TABLE).exists():
@@ -238,40 +246,39 @@ def new_manifest(
     study: Study,
     split: Split,
     table: Tensor | None,
+    backbone: BackboneFacts,
     device: torch.device,
     command: str | None,
-) -> dict[str, Any]:
-    """The manifest of a run that begins, without its backbone."""
+) -> Manifest:
+    """The manifest of a run that begins."""
     sequences = split.sequences
-    return {
-        "schema": SCHEMA,
-        "study_hash": study.digest(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "data": {
-            "name": sequences.name,
-            "users": sequences.n_users,
-            "items": sequences.n_items,
-            "interactions": sequences.n_interactions,
-            "fingerprint": sequences.fingerprint,
-            "warnings": [*sequences.warnings, *split.warnings],
-            "statistics": sequences.statistics,
-            "cleaning": [asdict(step) for step in sequences.cleaning],
-            "split": split.statistics,
-        },
-        "item_table": {
-            "source": study.item_table,
-            "width": _table_width(study) if table is None else table.shape[1],
-            "trained": study.trains_items,
-            "sha256": None if table is None else table_hash(table),
-        },
-        "slices": asked_slices(study.protocol),
-        "machine": provenance.machine(device),
-        "versions": provenance.versions(),
-        "git": provenance.git_state(),
-        "timing": None,
-        "wall_seconds": 0.0,
-    }
+    return Manifest(
+        study_hash=study.digest(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        data=Dataset(
+            name=sequences.name,
+            users=sequences.n_users,
+            items=sequences.n_items,
+            interactions=sequences.n_interactions,
+            fingerprint=sequences.fingerprint,
+            warnings=[*sequences.warnings, *split.warnings],
+            statistics=sequences.statistics,
+            cleaning=[asdict(step) for step in sequences.cleaning],
+            split=split.statistics,
+        ),
+        item_table=ItemTable(
+            source=study.item_table,
+            width=_table_width(study) if table is None else table.shape[1],
+            trained=study.trains_items,
+            sha256=None if table is None else table_hash(table),
+        ),
+        slices=asked_slices(study.protocol),
+        machine=provenance.machine(device),
+        versions=provenance.versions(),
+        git=provenance.git_state(),
+        backbone=backbone,
+    )
 
 
 def _table_width(study: Study) -> int:

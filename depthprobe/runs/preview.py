@@ -162,9 +162,9 @@ def _check(inputs: Inputs, folder: Path, device: torch.device) -> int | None:
     table = _table(study, inputs.split, device)
     _check_backbone(study)
     if before is not None:
-        manifest = new_manifest(study, inputs.split, table, device, None)
+        manifest = new_manifest(study, inputs.split, table, before.backbone, device, None)
         if study.item_table == TEXT:  # it is made of the titles and the backbone
-            manifest["item_table"] = before["item_table"]
+            manifest.item_table = before.item_table
         check_same_inputs(folder, before, manifest, backbone_revision(study.backbone))
     if study.item_table == TEXT:
         return int(inputs.config.hidden_size)

@@ -7,26 +7,26 @@ import platform
 import subprocess  # noqa: S404 - asks git for its commit, with fixed arguments
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from depthprobe.cost.machine import processor_name
+from depthprobe.runs.records import Git, Machine
 
 PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> Machine:
     """Processor, memory and accelerator of this machine."""
-    return {
-        "device": device.type,
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "cpu": processor_name(),
-        "cores": available_cores(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.system(),
-    }
+    return Machine(
+        device=device.type,
+        gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
+        cpu=processor_name(),
+        cores=available_cores(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        system=platform.system(),
+    )
 
 
 def available_cores() -> int:
@@ -40,14 +40,14 @@ def versions() -> dict[str, str]:
     return found | {name: metadata.version(name) for name in PACKAGES}
 
 
-def git_state() -> dict[str, Any] | None:
+def git_state() -> Git | None:
     """Commit and dirt of the code's checkout; None outside one."""
     here = Path(__file__).resolve().parent
     # installed into a virtual environment, the package may lie in somebody else's checkout
     if not _git(here, "ls-files", "--error-unmatch", Path(__file__).name):
         return None
     commit = _git(here, "rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(_git(here, "status", "--porcelain", "-uno"))}
+    return Git(commit, bool(_git(here, "status", "--porcelain", "-uno")))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

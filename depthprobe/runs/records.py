@@ -1,16 +1,17 @@
-"""What a task finds: trials, or a table."""
+"""What a run's folder holds, typed once: the only reader and writer of records and manifest."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pandas as pd
+from msgspec import Struct
 from pyarrow.parquet import ParquetFile
 from torch import nn
 
@@ -30,10 +31,202 @@ from depthprobe.probing.replace import Replacement, save_replacement
 from depthprobe.runs.context import MODEL, PROBES, TRIALS
 from depthprobe.training.checkpoint import Fit
 
+Status = Literal["done", "failed"]
+SCHEMA = 1  # of records and manifest; raise it when the meaning of a key changes
+RECORD, MANIFEST = "record.json", "manifest.json"
+USERS, ITEMS, SCORES = "users.parquet", "items.parquet", "scores.parquet"
+
+
+# --- the manifest: what all trials of a run share ------------------------------------------------
+
+
+class Dataset(Struct):
+    """The log that a run was begun with."""
+
+    name: str
+    users: int
+    items: int
+    interactions: int
+    fingerprint: str
+    warnings: list[str] = []
+    statistics: dict[str, Any] = {}
+    cleaning: list[dict[str, Any]] = []  # what each step left
+    split: dict[str, Any] = {}
+
+
+class BackboneFacts(Struct):
+    """The backbone that a run was begun with; ``revision`` is a commit or a hash."""
+
+    source: str
+    revision: str | None
+    blocks: int
+    width: int
+    family: str
+    parameters: int
+    dtype: str = ""
+
+
+class ItemTable(Struct):
+    """Where the item embeddings come from; the hash is of a table that all seeds share."""
+
+    source: str
+    width: int
+    trained: bool = False
+    sha256: str | None = None
+
+
+class Machine(Struct):
+    """What a run was begun on."""
+
+    device: str = ""
+    gpu: str | None = None
+    cpu: str = ""
+    cores: int | None = None
+    memory_gib: float | None = None
+    system: str = ""
+
+    @property
+    def name(self) -> str:
+        """The accelerator, else the processor."""
+        return self.gpu or self.cpu or self.device
+
+
+class Git(Struct):
+    """The code's checkout."""
+
+    commit: str | None = None
+    dirty: bool = False
+
+
+class Sampled(Struct):
+    """How the negatives of sampled ranking were drawn."""
+
+    negatives: str
+    seed: int
+
+
+class Manifest(Struct, kw_only=True):
+    """What all trials of a run share, and where it comes from.
+
+    Attributes:
+        slices: the columns by which the test's users are sliced, of users and of items.
+        timing: the conditions under which every depth was timed.
+    """
+
+    schema: int = SCHEMA
+    study_hash: str
+    created: str
+    command: str | None = None
+    data: Dataset
+    item_table: ItemTable
+    slices: dict[str, list[str]] | None = None
+    machine: Machine
+    versions: dict[str, str]
+    git: Git | None = None
+    timing: dict[str, Any] | None = None
+    wall_seconds: float = 0.0
+    backbone: BackboneFacts
+    sampled: Sampled | None = None
+
+
+# --- records: one trial, or one table of a probe -------------------------------------------------
+
+
+class Provenance(Struct):
+    """Which study, data, weights, code and machine a record comes from."""
+
+    study: str
+    data: str
+    backbone: str | None
+    git: Git | None
+    versions: dict[str, str]
+    device: str
+    device_type: str
+    threads: int
+
+
+class Validation(Struct):
+    """The best validation score, and over how many users."""
+
+    ndcg: float = msgspec.field(name="NDCG@10")
+    users: int
+
+
+class TrainingCosts(Struct):
+    """What a training took and how it went; ``losses`` and ``validation`` are by epoch."""
+
+    epochs: int
+    steps: int
+    seconds: float
+    teacher_seconds: float = 0.0
+    flops: int | None = None
+    processes: int = 1
+    parts: int = 1  # that a batch was computed in
+    reused: bool = False  # from the cache
+    resumed_at: list[int] = []  # steps
+    best_epoch: int = 0
+    losses: list[float] = []
+    validation: list[float] = []
+
+
+class Rounds(Struct):
+    """Seconds of each round of a measurement."""
+
+    seconds: list[float]
+
+
+class Costs(Struct):
+    """What a trial takes; ``flops_user`` is of a user with a median history."""
+
+    parameters: dict[str, int] = {}
+    flops_user: int | None = None
+    prompt: str | None = None
+    training: TrainingCosts | None = None
+    timing: dict[str, Rounds] | None = None
+
+
+class Record(Struct, kw_only=True):
+    """One trial, done or failed; or the table of a probe, which keeps no blocks of its own.
+
+    Attributes:
+        metrics: by split, protocol and name.
+        attempts: how often in a row it failed.
+        seconds: that a table took.
+    """
+
+    schema: int = SCHEMA
+    id: str
+    method: str
+    kept: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    depth: int = 0
+    seed: int
+    status: Status
+    error: str | None = None
+    provenance: Provenance | None = None
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    validation: Validation | None = None
+    costs: Costs | None = None
+    attempts: int | None = None
+    seconds: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it succeeded."""
+        return self.status == "done"
+
+    @property
+    def training(self) -> TrainingCosts | None:
+        """What its training took, if it had one."""
+        return self.costs.training if self.costs else None
+
+
+# --- what a task yields --------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a trial found: test ranks by protocol, and the model and its training if it has one.
+    """A trial that ran: test ranks by protocol, and the model and its training if it has one.
 
     Attributes:
         ranks: of every test user, (E,) by protocol; and under ``"top-10"`` the best items, (E, 10).
@@ -52,11 +245,6 @@ class Result:
     model: nn.Module | None = None
     replacement: Replacement | None = None
 
-    @property
-    def prompt(self) -> str | None:
-        """``shared``, ``repeated`` or ``none``; None for what has no model of its own."""
-        return self.model.prompt_mode if isinstance(self.model, Recommender) else None
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -65,10 +253,7 @@ class Scores:
     frame: pd.DataFrame
 
 
-# One record a trial: complete, or absent.
-
-SCHEMA = 1
-RECORD, USERS, ITEMS, SCORES = "record.json", "users.parquet", "items.parquet", "scores.parquet"
+# --- writing -------------------------------------------------------------------------------------
 
 
 def write_result(
@@ -76,47 +261,42 @@ def write_result(
     result: Result,
     users: np.ndarray,
     *,
-    taken: TrainingPopularity,
-    timing: dict[str, Any] | None,
-    provenance: dict[str, Any],
+    popularity: TrainingPopularity,
+    timing: Mapping[str, Any] | None,
+    provenance: Provenance,
     validation_users: int,
 ) -> None:
-    """Write a finished trial, complete or not at all: users, items, model, the record last."""
-    trial, fit = result.trial, result.fit
+    """Write a finished trial, complete or not at all: users, items, model, record."""
+    fit, model = result.fit, result.model
     ranks = {name: values for name, values in result.ranks.items() if name != LISTS}
     metrics = {protocol: metrics_from_ranks(values) for protocol, values in ranks.items()}
     lists = result.ranks.get(LISTS, np.zeros((0, 0), np.int32))
-    counts = exposure(lists, len(taken.popularity))  # (I,)
-    metrics["full"] |= list_metrics(counts, taken)
-    training = None
-    validation = None
+    counts = exposure(lists, len(popularity.popularity))  # (I,)
+    metrics["full"] |= list_metrics(counts, popularity)
+    record = _trial_record(result.trial, "done", None, provenance)
+    record.metrics = {"test": metrics}
+    record.costs = Costs(
+        parameters=result.parameters,
+        flops_user=result.flops,
+        prompt=model.prompt_mode if isinstance(model, Recommender) else None,
+        timing=msgspec.convert(timing, dict[str, Rounds] | None),
+    )
     if fit is not None:
-        training = {
-            "epochs": fit.epochs,
-            "steps": fit.steps,
-            "seconds": round(fit.seconds, 3),
-            "teacher_seconds": round(result.taught, 3),
-            "flops": result.training_flops,
-            "processes": fit.processes,
-            "parts": fit.parts,
-            "reused": fit.reused,
-            "resumed_at": fit.resumed_at,
-            "best_epoch": fit.best_epoch,
-            "losses": fit.losses,
-            "validation": fit.scores,
-        }
-        validation = {"NDCG@10": fit.best_score, "users": validation_users}
-    record = _record(trial, "done", None, provenance) | {
-        "metrics": {"test": metrics},
-        "validation": validation,
-        "costs": {
-            "parameters": result.parameters,
-            "flops_user": result.flops,
-            "prompt": result.prompt,
-            "training": training,
-            "timing": timing,
-        },
-    }
+        record.validation = Validation(ndcg=fit.best_score, users=validation_users)
+        record.costs.training = TrainingCosts(
+            epochs=fit.epochs,
+            steps=fit.steps,
+            seconds=round(fit.seconds, 3),
+            teacher_seconds=round(result.taught, 3),
+            flops=result.training_flops,
+            processes=fit.processes,
+            parts=fit.parts,
+            reused=fit.reused,
+            resumed_at=fit.resumed_at,
+            best_epoch=fit.best_epoch,
+            losses=fit.losses,
+            validation=fit.scores,
+        )
     with complete_folder(folder) as temporary:
         parts = [
             pd.DataFrame({"user": users.astype(np.int32), "protocol": name, "rank": values})
@@ -126,97 +306,117 @@ def write_result(
         shown = np.flatnonzero(counts)
         items = {"item": (shown + 1).astype(np.int32), "lists": counts[shown].astype(np.int32)}
         pd.DataFrame(items).to_parquet(temporary / ITEMS, index=False)
-        if result.model is not None:
-            save_trained(result.model, temporary / MODEL)
+        if model is not None:
+            save_trained(model, temporary / MODEL)
         if result.replacement is not None:
             save_replacement(result.replacement, temporary / MODEL)
-        write_json(temporary / RECORD, record)
+        _write(temporary / RECORD, record)
 
 
 def write_scores(
-    folder: Path, task: Task, scores: Scores, *, provenance: dict[str, Any], seconds: float
+    folder: Path, task: Task, scores: Scores, *, provenance: Provenance, seconds: float
 ) -> None:
     """Write a task's table and its record, complete or not at all."""
-    record = _table_record(task, "done", None, provenance) | {"seconds": round(seconds, 3)}
+    record = _table_record(task, "done", None, provenance)
+    record.seconds = round(seconds, 3)
     with complete_folder(folder) as temporary:
         scores.frame.to_parquet(temporary / SCORES, index=False)
-        write_json(temporary / RECORD, record)
+        _write(temporary / RECORD, record)
 
 
-def write_failure(folders: list[Path], task: Task, error: str, provenance: dict[str, Any]) -> None:
+def write_failure(folders: list[Path], task: Task, error: str, provenance: Provenance) -> None:
     """Write the records of a task that failed, with the reason in one line; what is done stays."""
-    told = " ".join(error.split())
-    nothing: dict[str, Any] = {"metrics": {}, "validation": None, "costs": None}
-    records = [_record(t, "failed", told, provenance) | nothing for t in task.trials]
-    records = records or [_table_record(task, "failed", told, provenance)]
+    reason = " ".join(error.split())
+    records = [_trial_record(trial, "failed", reason, provenance) for trial in task.trials]
+    records = records or [_table_record(task, "failed", reason, provenance)]
     for folder, record in zip(folders, records, strict=True):
         if not is_done(folder):
-            counted = record | {"attempts": attempts(folder) + 1}
+            record.attempts = attempts(folder) + 1
             with complete_folder(folder) as temporary:
-                write_json(temporary / RECORD, counted)
+                _write(temporary / RECORD, record)
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a trial has a record that says it succeeded."""
-    record = read_record(folder)
-    return record is not None and record["status"] == "done"
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a run, atomically."""
+    _write(folder / MANIFEST, manifest)
 
 
-def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
-    """Where a task is, by the folders that it leaves: ``failed`` if one of them says so."""
-    found = [record["status"] if (record := read_record(each)) else "left" for each in folders]
-    if all(status == "done" for status in found):
-        return "done"
-    return "failed" if "failed" in found else "left"
+def _write(path: Path, content: Struct) -> None:
+    # numpy's floats become Python's; through json, since msgspec writes a NaN as null
+    write_json(path, msgspec.to_builtins(content, enc_hook=lambda value: value.item()))
 
 
-def attempts(folder: Path) -> int:
-    """How often in a row what belongs in a folder has failed; 0 if it holds no failure."""
-    record = read_record(folder)
-    if record is None or record["status"] != "failed":
-        return 0
-    return int(record.get("attempts", 1))
+def _trial_record(
+    trial: Trial, status: Status, error: str | None, provenance: Provenance
+) -> Record:
+    return Record(
+        id=trial.id,
+        method=trial.method,
+        kept=trial.kept,
+        removed=trial.removed,
+        depth=trial.depth,
+        seed=trial.seed,
+        status=status,
+        error=error,
+        provenance=provenance,
+    )
 
 
-def failures(run: Path) -> dict[str, int]:
-    """The names of what has failed in a run, and how often: what a command may try once more."""
-    every = [folder for place in (TRIALS, PROBES) for folder in folders_of(run / place)]
-    return {folder.name: count for folder in every if (count := attempts(folder))}
+def _table_record(task: Task, status: Status, error: str | None, provenance: Provenance) -> Record:
+    return Record(
+        id=task.id,
+        method=task.method,
+        seed=task.seed,
+        status=status,
+        error=error,
+        provenance=provenance,
+    )
 
 
-def to_retry(folders: Sequence[Path], known: Mapping[str, int]) -> bool:
-    """Whether all that a failed task left failed is as it was known: nobody has tried since."""
-    found = {folder.name: attempts(folder) for folder in folders}
-    return all(known.get(name) == count for name, count in found.items() if count)
+# --- reading -------------------------------------------------------------------------------------
 
 
-def folders_of(place: Path) -> list[Path]:
-    """What is in a folder of trials or probes, by name; nothing of one that is not there."""
-    try:
-        return [place / name for name in sorted(os.listdir(place))]
-    except FileNotFoundError:
-        return []
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a run.
 
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a trial's folder; None if it is absent or damaged, so that it is made anew.
-
-    One that is done without its table is damaged.
+    Raises:
+        BadInput: if it can't be read, or another version of the format wrote it.
     """
     try:
-        with open(os.path.join(folder, RECORD), encoding="utf-8") as file:
-            record = json.load(file)
-    except (OSError, ValueError):
+        content = (folder / MANIFEST).read_bytes()
+        schema = msgspec.json.decode(content, type=_Version).schema
+        if schema == SCHEMA:
+            return msgspec.json.decode(content, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BadInput("run", str(folder), f"readable {MANIFEST} ({error})") from None
+    allowed = f"a run of format {SCHEMA}; this one has format {schema}: read it with the version"
+    raise BadInput("run", str(folder), f"{allowed} of depthprobe that wrote it")
+
+
+class _Version(Struct):
+    schema: int
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a trial's folder; None if it is absent or damaged, so that it is made anew.
+
+    One that is done without its table is damaged, and so is one of another version.
+    """
+    try:
+        # a run may have ten thousand of these: a Path would take longer than the decoding
+        with open(os.path.join(folder, RECORD), "rb") as file:
+            record = msgspec.json.decode(file.read(), type=Record)
+    except (OSError, msgspec.MsgspecError):
         return None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if record.schema != SCHEMA:
         return None
     tables = (os.path.join(folder, name) for name in (USERS, SCORES))
-    if record["status"] == "done" and not any(map(os.path.exists, tables)):
+    if record.done and not any(map(os.path.exists, tables)):
         return None
     return record
 
 
-def read_users(folder: Path, record: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By protocol, whom a finished trial ranked and the ranks of their targets, (U,) each.
 
     Raises:
@@ -232,9 +432,9 @@ def read_users(folder: Path, record: Mapping[str, Any]) -> dict[str, tuple[np.nd
         codes = kinds.indices.to_numpy()
         for code, protocol in enumerate(kinds.dictionary.to_pylist()):
             found[protocol] = users[codes == code], ranks[codes == code]
-        for protocol, said in record.get("metrics", {}).get("test", {}).items():
+        for protocol, recorded in record.metrics.get("test", {}).items():
             now = metrics_from_ranks(found[protocol][1])
-            if any(abs(said.get(name, value) - value) > 1e-9 for name, value in now.items()):
+            if any(abs(recorded.get(name, value) - value) > 1e-9 for name, value in now.items()):
                 raise ValueError("other metrics than the record's")
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -244,32 +444,46 @@ def read_users(folder: Path, record: Mapping[str, Any]) -> dict[str, tuple[np.nd
     return found
 
 
-def _table_record(
-    task: Task, status: str, error: str | None, provenance: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "id": task.id,
-        "method": task.method,
-        "seed": task.seed,
-        "status": status,
-        "error": error,
-        "provenance": provenance,
-    }
+def folders_of(place: Path) -> list[Path]:
+    """What is in a folder of trials or probes, by name; nothing of one that is not there."""
+    try:
+        return [place / name for name in sorted(os.listdir(place))]
+    except FileNotFoundError:
+        return []
 
 
-def _record(
-    trial: Trial, status: str, error: str | None, provenance: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "id": trial.id,
-        "method": trial.method,
-        "kept": list(trial.kept),
-        "removed": list(trial.removed),
-        "depth": trial.depth,
-        "seed": trial.seed,
-        "status": status,
-        "error": error,
-        "provenance": provenance,
-    }
+# --- the state of a task, by what it left --------------------------------------------------------
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a trial has a record that says it succeeded."""
+    record = read_record(folder)
+    return record is not None and record.done
+
+
+def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
+    """Where a task is, by the folders that it leaves: ``failed`` if one of them says so."""
+    states = [record.status if (record := read_record(each)) else "left" for each in folders]
+    if all(status == "done" for status in states):
+        return "done"
+    return "failed" if "failed" in states else "left"
+
+
+def attempts(folder: Path) -> int:
+    """How often in a row what belongs in a folder has failed; 0 if it holds no failure."""
+    record = read_record(folder)
+    if record is None or record.done:
+        return 0
+    return 1 if record.attempts is None else record.attempts
+
+
+def failures(run: Path) -> dict[str, int]:
+    """The names of what has failed in a run, and how often: what a command may try once more."""
+    every = [folder for place in (TRIALS, PROBES) for folder in folders_of(run / place)]
+    return {folder.name: count for folder in every if (count := attempts(folder))}
+
+
+def to_retry(folders: Sequence[Path], known: Mapping[str, int]) -> bool:
+    """Whether all that a failed task left failed is as it was known: nobody has tried since."""
+    found = {folder.name: attempts(folder) for folder in folders}
+    return all(known.get(name) == count for name, count in found.items() if count)

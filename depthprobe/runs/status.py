@@ -11,9 +11,9 @@ from depthprobe.errors import BadInput
 from depthprobe.methods import Task
 from depthprobe.runs.context import LOGS, PROBES, TRIALS
 from depthprobe.runs.plan import plan
-from depthprobe.runs.records import read_record, state_of
+from depthprobe.runs.records import MANIFEST, read_record, state_of
 from depthprobe.runs.scheduler import held
-from depthprobe.runs.store import MANIFEST, STUDY, open_run
+from depthprobe.runs.store import STUDY, open_run
 
 TAIL = 4096  # bytes of a log that are looked at
 
@@ -50,7 +50,7 @@ def status_of(folder: Path) -> Status:
         raise BadInput("run", str(folder), "a run that has begun; this one is being laid out")
     run = open_run(folder)
     found, at_work = Status(), {each.task: each for each in working(folder)}
-    for task in plan(run.study, int(run.manifest["backbone"]["blocks"])):
+    for task in plan(run.study, run.manifest.backbone.blocks):
         state, reason = _state(folder, task)
         if state != "done" and task.id in at_work:
             state = "working"
@@ -89,5 +89,5 @@ def _state(folder: Path, task: Task) -> tuple[str, str]:
     state = state_of(outputs)
     if state != "failed":
         return state, ""
-    errors = (record["error"] for path in outputs if (record := read_record(path)))
+    errors = (record.error for path in outputs if (record := read_record(path)))
     return state, " ".join(str(next(filter(None, errors), "")).split())

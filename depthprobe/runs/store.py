@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tomllib
 from functools import cached_property
 from pathlib import Path
@@ -20,46 +19,56 @@ from depthprobe.errors import BadInput
 from depthprobe.evaluation.slices import Family, families
 from depthprobe.files import complete_file
 from depthprobe.runs.context import DATA, PROBES, TRIALS
-from depthprobe.runs.records import SCORES, folders_of, read_record, read_users
+from depthprobe.runs.records import (
+    MANIFEST,
+    SCORES,
+    Costs,
+    Manifest,
+    Record,
+    folders_of,
+    read_manifest,
+    read_record,
+    read_users,
+)
 from depthprobe.runs.tables import metrics_table, read_slices
 from depthprobe.study import Study, ranges, study_from_dict
 
-MANIFEST, STUDY = "manifest.json", "study.toml"
+STUDY = "study.toml"
 TABLES = ("trials.parquet", "metrics.parquet")
 
 
 class Run:
     """A run opened for reading: its study, its records, and tables made from them."""
 
-    def __init__(self, path: Path, study: Study, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, study: Study, manifest: Manifest) -> None:
         self.path, self.study, self.manifest = path, study, manifest
 
     @cached_property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """All records, done and failed, in the order of their names; a damaged one is no record."""
         found = map(read_record, folders_of(self.path / TRIALS))
         return [record for record in found if record is not None]
 
-    def record(self, trial: str) -> dict[str, Any]:
+    def record(self, trial: str) -> Record:
         """The record of one trial.
 
         Raises:
             BadInput: if the run has no such trial.
         """
         for record in self.records:
-            if record["id"] == trial:
+            if record.id == trial:
                 return record
-        known = ", ".join(record["id"] for record in self.records) or "none yet"
+        known = ", ".join(record.id for record in self.records) or "none yet"
         raise BadInput("trial", trial, f"one of {known}")
 
     @property
     def failed(self) -> list[tuple[str, str]]:
         """(trial, error) of each failed trial, and of each table that could not be made."""
         every = [*self.records, *self._probes]
-        return [(r["id"], r["error"]) for r in every if r["status"] == "failed"]
+        return [(r.id, r.error or "") for r in every if not r.done]
 
     @cached_property
-    def _probes(self) -> list[dict[str, Any]]:
+    def _probes(self) -> list[Record]:
         """The records of the tables under ``probes``."""
         found = map(read_record, folders_of(self.path / PROBES))
         return [record for record in found if record is not None]
@@ -70,9 +79,9 @@ class Run:
         Empty where the run has no such table.
         """
         frames = [
-            pd.read_parquet(self.path / PROBES / record["id"] / SCORES).assign(seed=record["seed"])
+            pd.read_parquet(self.path / PROBES / record.id / SCORES).assign(seed=record.seed)
             for record in self._probes
-            if record["method"] == method and record["status"] == "done"
+            if record.method == method and record.done
         ]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -86,11 +95,11 @@ class Run:
         """Rank of each test user's target: trial, user, protocol, rank."""
         frames = []
         for record in self.records:
-            if record["status"] == "done":
+            if record.done:
                 for protocol, (users, ranks) in read_users(
-                    self.path / TRIALS / record["id"], record
+                    self.path / TRIALS / record.id, record
                 ).items():
-                    told = {"trial": record["id"], "user": users, "protocol": protocol}
+                    told = {"trial": record.id, "user": users, "protocol": protocol}
                     frames.append(pd.DataFrame(told | {"rank": ranks}))
         if not frames:
             return pd.DataFrame(columns=["trial", "user", "protocol", "rank"])
@@ -114,9 +123,9 @@ class Run:
     @cached_property
     def _mark(self) -> str:
         """What names the content of the metrics table."""
-        parts = ("id", "status", "metrics", "validation")
-        told = [[record.get(part) for part in parts] for record in self.records]
-        return hashlib.sha256(repr((told, self.manifest.get("slices"))).encode()).hexdigest()[:16]
+        made_from = [(r.id, r.status, r.metrics, r.validation) for r in self.records]
+        content = repr((made_from, self.manifest.slices))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def compute_metrics(self) -> pd.DataFrame:
         """The metrics table, recomputed from every user's rank.
@@ -125,7 +134,7 @@ class Run:
             BadInput: if the ranks of a trial can't be read, or are not those of its record.
             ValueError: if the metrics of a trial break the bounds between them.
         """
-        done = [record for record in self.records if record["status"] == "done"]
+        done = [record for record in self.records if record.done]
         asked, cuts = self._cuts
         resamples = self.study.protocol.resamples
         return metrics_table(self.path, done, asked, cuts, resamples=resamples)
@@ -167,11 +176,10 @@ def open_run(path: str | Path) -> Run:
             "run", str(path), f"a folder that sweep wrote ({MANIFEST} and {STUDY} in it)"
         )
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         content = tomllib.loads((folder / STUDY).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadInput("run", str(path), f"readable {MANIFEST} and {STUDY} ({error})") from None
-    return Run(folder, study_from_dict(content), manifest)
+        raise BadInput("run", str(path), f"readable {STUDY} ({error})") from None
+    return Run(folder, study_from_dict(content), read_manifest(folder))
 
 
 def write_tables(run: Run) -> None:
@@ -185,29 +193,27 @@ def write_tables(run: Run) -> None:
     run.__dict__.pop("metrics", None)
 
 
-def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
-    costs = record["costs"] or {}
-    training, timing = costs.get("training") or {}, costs.get("timing") or {}
+def _trial_row(record: Record) -> dict[str, Any]:
+    costs = record.costs or Costs()
+    training, timing = costs.training, costs.timing or {}
     row = {
-        "trial": record["id"],
-        "method": record["method"],
-        "depth": record["depth"],
-        "kept": ranges(record["kept"]),
-        "removed": ranges(record["removed"]),
-        "seed": record["seed"],
-        "status": record["status"],
-        "error": record["error"],
+        "trial": record.id,
+        "method": record.method,
+        "depth": record.depth,
+        "kept": ranges(record.kept),
+        "removed": ranges(record.removed),
+        "seed": record.seed,
+        "status": record.status,
+        "error": record.error,
     }
     none = float("nan")
-    parts = ("blocks", "token_embeddings", "adapters", "item_table", "total", "trainable")
-    for name in parts:
-        row[f"parameters_{name}"] = (costs.get("parameters") or {}).get(name, none)
-    flops = costs.get("flops_user")
-    row["flops_user"] = none if flops is None else flops
+    for name in ("blocks", "token_embeddings", "adapters", "item_table", "total", "trainable"):
+        row[f"parameters_{name}"] = costs.parameters.get(name, none)
+    row["flops_user"] = none if costs.flops_user is None else costs.flops_user
     for name in ("steps", "epochs", "seconds", "teacher_seconds", "flops"):
-        value = training.get(name)
+        value = None if training is None else getattr(training, name)
         row[f"training_{name}"] = none if value is None else value
     for name in ("train_step", "encode", "score", "latency"):
-        values = timing.get(name, {}).get("seconds")
-        row[f"{name}_ms"] = 1000 * median(values) if values else none
+        rounds = timing[name].seconds if name in timing else ()
+        row[f"{name}_ms"] = 1000 * median(rounds) if rounds else none
     return row

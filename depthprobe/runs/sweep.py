@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -28,7 +27,19 @@ from depthprobe.runs.layout import (
 )
 from depthprobe.runs.processes import ProcessGroup, join_processes
 from depthprobe.runs.progress import Progress, Silent
-from depthprobe.runs.records import failures, read_record, state_of, to_retry, write_failure
+from depthprobe.runs.records import (
+    MANIFEST,
+    BackboneFacts,
+    Manifest,
+    Provenance,
+    failures,
+    read_manifest,
+    read_record,
+    state_of,
+    to_retry,
+    write_failure,
+    write_manifest,
+)
 from depthprobe.runs.scheduler import (
     Claims,
     Outcome,
@@ -38,7 +49,7 @@ from depthprobe.runs.scheduler import (
     run_in_processes,
     whole_run,
 )
-from depthprobe.runs.store import MANIFEST, TABLES, Run, open_run, write_tables
+from depthprobe.runs.store import TABLES, Run, open_run, write_tables
 from depthprobe.runs.tables import write_slices
 from depthprobe.runs.timing import covers, measure
 from depthprobe.study import Study
@@ -91,13 +102,15 @@ def run_sweep(
     retry = failures(folder) if retry_failed is True else retry_failed or {}
     working, before, slices = inputs.working, inputs.before, inputs.slices
     table = shared_table(working, inputs.split.sequences, folder, device, watcher)
-    manifest = new_manifest(inputs.study, inputs.split, table, device, command)
     revision = backbone_revision(working.backbone)
-    check_same_inputs(folder, before, manifest, revision)
-    if before is None:  # else nothing may be left to do, and loading takes long
-        manifest["backbone"] = describe(working.backbone, revision)
-    else:
-        manifest["command"] = repeating(folder, study, command, before["command"])
+    # of a run that is continued nothing may be left to do, and loading takes long
+    backbone = (
+        BackboneFacts(**describe(working.backbone, revision)) if before is None else before.backbone
+    )
+    manifest = new_manifest(inputs.study, inputs.split, table, backbone, device, command)
+    if before is not None:
+        check_same_inputs(folder, before, manifest, revision)
+        manifest.command = repeating(folder, study, command, before.command)
 
     began = time.perf_counter()
     team.wait()  # all have read the folder as it was
@@ -111,7 +124,7 @@ def run_sweep(
                     write_slices(slices, folder / "shared")
             waiting, done, failed = team.agree(_sorted(context, inputs.tasks, retry))
             if waiting and team.writes:
-                _measure_once(context, manifest["backbone"]["blocks"], watcher)
+                _measure_once(context, manifest.backbone.blocks, watcher)
     if overtaken:  # another sweep has begun the run since it was looked at: this one continues it
         return run_sweep(
             study,
@@ -181,7 +194,7 @@ def _outcomes(
     queue: Queue,
     folder: Path,
     study: Study,
-    origin: dict[str, Any],
+    origin: Provenance,
     workers: int,
     team: ProcessGroup,
 ) -> Iterator[Outcome]:
@@ -202,27 +215,23 @@ def _outcomes(
 
 def _update_manifest(context: Context, seconds: float) -> None:
     """The times that this sweep adds; others may have changed the rest since."""
-    manifest = json.loads((context.folder / MANIFEST).read_text(encoding="utf-8"))
-    timing = context.shared / TIMING
-    conditions = json.loads(timing.read_text())["conditions"] if timing.exists() else None
-    spent = manifest["wall_seconds"] + seconds
-    write_json(
-        context.folder / MANIFEST,
-        manifest | {"timing": conditions, "wall_seconds": round(spent, 1)},
+    manifest, timing = read_manifest(context.folder), context.shared / TIMING
+    manifest.timing = json.loads(timing.read_text())["conditions"] if timing.exists() else None
+    manifest.wall_seconds = round(manifest.wall_seconds + seconds, 1)
+    write_manifest(context.folder, manifest)
+
+
+def _provenance(manifest: Manifest, device: torch.device, threads: int) -> Provenance:
+    return Provenance(
+        study=manifest.study_hash,
+        data=manifest.data.fingerprint,
+        backbone=manifest.backbone.revision,
+        git=manifest.git,
+        versions=manifest.versions,
+        device=manifest.machine.gpu or manifest.machine.cpu,
+        device_type=device.type,
+        threads=threads,
     )
-
-
-def _provenance(manifest: dict[str, Any], device: torch.device, threads: int) -> dict[str, Any]:
-    return {
-        "study": manifest["study_hash"],
-        "data": manifest["data"]["fingerprint"],
-        "backbone": manifest["backbone"]["revision"],
-        "git": manifest["git"],
-        "versions": manifest["versions"],
-        "device": manifest["machine"]["gpu"] or manifest["machine"]["cpu"],
-        "device_type": device.type,
-        "threads": threads,
-    }
 
 
 def _measure_once(context: Context, blocks: int, watcher: Progress) -> None:
@@ -243,7 +252,7 @@ def jobs_at_once(asked: int | None, device: torch.device, tasks: int) -> int:
     return min(max(1, torch.cuda.device_count()), tasks)
 
 
-def _report(outcome: Outcome, context: Context, origin: dict[str, Any], watcher: Progress) -> None:
+def _report(outcome: Outcome, context: Context, origin: Provenance, watcher: Progress) -> None:
     task = outcome.task
     if outcome.elsewhere:
         told = "failed" if outcome.error else "done"
@@ -262,10 +271,9 @@ def _score(context: Context, task: Task) -> str:
     record = read_record(context.trial_folder(task.trials[0]))
     if record is None:
         return ""
-    told = f"NDCG@10 {record['metrics']['test']['full']['NDCG@10']:.4f}"
-    training = record["costs"]["training"]
-    if training is not None and training["parts"] > 1:
-        told += f", batches in {training['parts']} parts"
-    if training is not None and training["reused"]:
-        told += ", trained before"
-    return told
+    note, training = f"NDCG@10 {record.metrics['test']['full']['NDCG@10']:.4f}", record.training
+    if training is not None and training.parts > 1:
+        note += f", batches in {training.parts} parts"
+    if training is not None and training.reused:
+        note += ", trained before"
+    return note

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from depthprobe.evaluation.metrics import check_metrics, per_user_metric
 from depthprobe.evaluation.slices import ALL, RESERVED, Family, slice_means
 from depthprobe.files import complete_file
 from depthprobe.runs.context import TRIALS
-from depthprobe.runs.records import read_users
+from depthprobe.runs.records import Record, read_users
 from depthprobe.study import Protocol
 
 SLICES = "slices.parquet"
@@ -82,7 +81,7 @@ COLUMNS = (
 FULL = "full"
 DRAW_BYTES = 128 * 2**20  # of the bootstrap's draws that are held at once
 
-Record = dict[str, Any]
+Row = dict[str, object]
 
 
 def metrics_table(
@@ -131,7 +130,7 @@ def _by_users(folder: Path, records: Sequence[Record]) -> Iterator[tuple[str, np
     """Trials by protocol and by whom they rank: all the same users, unless files were changed."""
     groups: dict[tuple[str, bytes], tuple[np.ndarray, Ranked]] = {}
     for record in records:
-        for protocol, (users, ranks) in read_users(folder / TRIALS / record["id"], record).items():
+        for protocol, (users, ranks) in read_users(folder / TRIALS / record.id, record).items():
             key = protocol, users.tobytes()
             groups.setdefault(key, (users, []))[1].append((record, ranks.astype(np.float64)))
     for (protocol, _), (users, group) in sorted(groups.items(), key=lambda each: each[0]):
@@ -184,9 +183,9 @@ def _repeated(records: Sequence[Record], rows: int) -> dict[str, np.ndarray]:
     }
 
 
-def _of_lists(record: Record, users: int) -> list[Record]:
+def _of_lists(record: Record, users: int) -> list[Row]:
     """What the record says of the items recommended to all users together."""
-    full = record.get("metrics", {}).get("test", {}).get(FULL, {})
+    full = record.metrics.get("test", {}).get(FULL, {})
     where = {"split": "test", "users": users}
     return [
         _row(record) | where | {"metric": name, "value": full[name]}
@@ -195,18 +194,20 @@ def _of_lists(record: Record, users: int) -> list[Record]:
     ]
 
 
-def _of_validation(record: Record) -> list[Record]:
-    said = record["validation"]
-    if said is None:
+def _of_validation(record: Record) -> list[Row]:
+    best = record.validation
+    if best is None:
         return []
-    where = {"split": "validation", "users": said["users"]}
-    return [_row(record) | where | {"metric": "NDCG@10", "value": said["NDCG@10"]}]
+    where = {"split": "validation", "users": best.users}
+    return [_row(record) | where | {"metric": "NDCG@10", "value": best.ndcg}]
 
 
-def _row(record: Record) -> Record:
-    names = {"trial": "id", "method": "method", "depth": "depth", "seed": "seed"}
+def _row(record: Record) -> Row:
     return {
-        **{column: record[key] for column, key in names.items()},
+        "trial": record.id,
+        "method": record.method,
+        "depth": record.depth,
+        "seed": record.seed,
         "protocol": FULL,
         "slice": ALL,
         "ci_low": math.nan,

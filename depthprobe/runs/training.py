@@ -289,7 +289,7 @@ def _cut_teacher(context: Context, trial: Trial) -> Recommender:
 def _seconds_of_teacher(context: Context, trial: Trial) -> float:
     """How long the teacher was trained."""
     record = read_record(context.trial_folder(full_trial("full", trial.seed, trial.blocks)))
-    return float(record["costs"]["training"]["seconds"]) if record else 0.0
+    return record.training.seconds if record and record.training else 0.0
 
 
 def _train(

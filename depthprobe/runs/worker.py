@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.methods import Task, method_of
 from depthprobe.runs.context import LOGS, TIMING, Context
-from depthprobe.runs.records import Scores, is_done, write_result, write_scores
+from depthprobe.runs.records import Provenance, Scores, is_done, write_result, write_scores
 from depthprobe.runs.timing import timing_of
 from depthprobe.study import Study
 
@@ -56,11 +56,11 @@ class _Worker:
     """What one process keeps between its tasks."""
 
     context: Context
-    provenance: dict[str, Any]
+    provenance: Provenance
     writes: bool
 
 
-def prepare(started: Counter, folder: str, study: Study, origin: dict[str, Any]) -> None:
+def prepare(started: Counter, folder: str, study: Study, origin: Provenance) -> None:
     """Make a process of its own ready: quiet, bound to its parent, with its share of the machine.
 
     Args:
@@ -74,7 +74,7 @@ def prepare(started: Counter, folder: str, study: Study, origin: dict[str, Any])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # what is said between two tasks, none should hear: the terminal belongs to the progress
     sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    torch.set_num_threads(origin["threads"])
+    torch.set_num_threads(origin.threads)
     disable_progress_bar()
     begin(folder, study, origin)
 
@@ -98,7 +98,7 @@ def _end_with_parent() -> None:
 def begin(
     folder: str,
     study: Study,
-    origin: dict[str, Any],
+    origin: Provenance,
     *,
     writes: bool = True,
 ) -> None:
@@ -173,7 +173,7 @@ def _work(task: Task) -> float:
             folder,
             result,
             context.test.users,
-            taken=context.taken,
+            popularity=context.taken,
             timing=timing_of(result.trial, measured, context.study),
             provenance=_Worker.provenance,
             validation_users=len(context.validation.users),

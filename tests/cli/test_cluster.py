@@ -50,7 +50,8 @@ def test_jobs_are_submitted_and_waited_for(
         raise BadInput("run", "this far", "enough for a test")
 
     ends(monkeypatch, lambda: {"31_0": "ValueError: no"})
-    record = {"schema": 1, "status": "failed", "attempts": 2}
+    record = {"schema": 1, "id": "sasrec-s0", "method": "sasrec", "seed": 0, "status": "failed"}
+    record |= {"attempts": 2}
     write_json(RUN / "trials" / "sasrec-s0" / "record.json", record)
     (RUN / "study.toml").write_text(study_to_toml(demo_study()))
     monkeypatch.setattr("depthprobe.runs.store.open_run", open_run)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
 
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.report.numbers import Summary, summarise
+from depthprobe.runs.records import Costs, Manifest, Record
 from depthprobe.study import Study, override
 
 BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
@@ -48,11 +50,11 @@ class FakeRun:
 
     path: Path
     study: Study
-    manifest: dict[str, Any]
+    manifest: Manifest
     trials: pd.DataFrame
     metrics: pd.DataFrame
     users: pd.DataFrame
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     slices: pd.DataFrame = field(default_factory=pd.DataFrame)
     probes: dict[str, pd.DataFrame] = field(default_factory=dict)
 
@@ -121,10 +123,10 @@ def make_run(
             failed = (method, depth, seed) in set(failing)
             own = np.random.default_rng([seed, zlib.crc32(trial.encode())])
             row = _row(trial, method, depth, kept, removed, seed)
-            record = {"schema": 1, "id": trial, "method": method, "costs": {"timing": None}}
+            record = Record(id=trial, method=method, seed=seed, status="done", costs=Costs())
             if failed:
                 row |= {"status": "failed", "error": error, "parameters_total": np.nan}
-                record |= {"status": "failed", "costs": None}
+                record.status, record.costs = "failed", None
             else:
                 level = strength(method, depth, removed) + gain(method, depth)
                 noise = 1.2 * luck + 0.5 * shared + 0.1 * own.normal(size=users)
@@ -136,15 +138,16 @@ def make_run(
                     ranks.append(_users(trial, protocol, values))
                     tidy += _metrics(trial, method, depth, seed, protocol, values)
                 if timing and (depth in {1, 2, 4, 8, 12} or method == "sasrec"):
-                    record["costs"]["timing"] = _timing(method, depth)
-                    row |= _medians(record["costs"]["timing"])
+                    timings = _timing(method, depth)
+                    record.costs = msgspec.convert({"timing": timings}, Costs)
+                    row |= _medians(timings)
             rows.append(row)
             records.append(record)
     columns = ["trial", "user", "protocol", "rank"]
     return FakeRun(
         path=path,
         study=study,
-        manifest=_manifest(dataset, backbone, users, timing),
+        manifest=msgspec.convert(_manifest(dataset, backbone, users, timing), Manifest),
         trials=pd.DataFrame(rows),
         metrics=pd.DataFrame(tidy),
         users=pd.concat(ranks) if ranks else pd.DataFrame(columns=columns),
@@ -225,9 +228,10 @@ def _manifest(dataset: str, backbone: str, users: int, timing: bool) -> dict[str
             "source": backbone, "revision": None, "blocks": BLOCKS, "width": 256, "family": "llama",
             "parameters": 12_900_000,
         },
+        "item_table": {"source": "sasrec", "width": 64},
         "machine": {
             "device": "cpu", "cpu": "Example CPU 2.4 GHz", "cores": 2, "memory_gib": 7.8,
-            "threads": 2, "gpu": None,
+            "gpu": None,
         },
         "versions": {"depthprobe": "0.1.0", "python": "3.11.9", "torch": "2.13.0"},
         "git": {"commit": "0f1e2d3c4b5a69788796a5b4c3d2e1f001234567", "dirty": False},

@@ -11,6 +11,7 @@ import pytest
 from depthprobe.report.answer import caveats
 from depthprobe.report.facts import conditions, how_measured
 from depthprobe.report.numbers import Summary, summarise
+from depthprobe.runs.records import TrainingCosts
 from depthprobe.study import override
 
 Make = Callable[..., Any]
@@ -45,7 +46,8 @@ SPLITS = {
 def summary_of(make: Make, folder: Path, name: str, **data: object) -> Summary:
     run = make(folder, methods=["full", "finetune"], seeds=1, users=60)
     run.study = override(run.study, **{"protocol.split": name})
-    run.manifest["data"] |= data
+    for key, value in data.items():
+        setattr(run.manifest.data, key, value)
     return summarise(run)
 
 
@@ -96,5 +98,6 @@ def test_trainings_from_the_cache_are_counted(make: Make, tmp_path: Path) -> Non
     run = make(tmp_path, methods=["full", "finetune"], seeds=1, users=60)
     assert "reused trainings" not in dict(how_measured(summarise(run)))
     for record in run.records:
-        record["costs"]["training"] = {"reused": record["method"] == "full"}
+        reused = record.method == "full"
+        record.costs.training = TrainingCosts(epochs=1, steps=1, seconds=1.0, reused=reused)
     assert dict(how_measured(summarise(run)))["reused trainings"].startswith("1 trials")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 
 from depthprobe.errors import BadInput
 from depthprobe.report.figures import FIGURES
@@ -47,18 +48,19 @@ class Page(HTMLParser):
 
 def _write_folder(run: Any, folder: Path) -> None:
     """The made-up run as files."""
-    (folder / "manifest.json").write_text(json.dumps(run.manifest), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(to_builtins(run.manifest)), encoding="utf-8")
     (folder / "study.toml").write_text(study_to_toml(run.study), encoding="utf-8")
     for record, (_, row) in zip(run.records, run.trials.iterrows(), strict=True):
-        place = folder / "trials" / record["id"]
+        place = folder / "trials" / record.id
         place.mkdir(parents=True)
         removed = _numbers(row["removed"])
         kept = [block for block in range(12) if block not in removed]
-        costs = record["costs"] | {"parameters": {"total": row["parameters_total"]}}
-        whole = record | {"kept": kept, "removed": removed, "costs": costs, "validation": None}
+        whole = to_builtins(record)
+        costs = whole["costs"] | {"parameters": {"total": int(row["parameters_total"])}}
+        whole |= {"kept": kept, "removed": removed, "costs": costs, "validation": None}
         whole |= {name: row[name] for name in ("depth", "seed", "status", "error")}
         (place / "record.json").write_text(json.dumps(whole), encoding="utf-8")
-        users = run.users[run.users["trial"] == record["id"]]
+        users = run.users[run.users["trial"] == record.id]
         users.drop(columns="trial").to_parquet(place / "users.parquet", index=False)
 
 
@@ -157,10 +159,10 @@ def test_everything_foreign_is_escaped(make: Make, tmp_path: Path) -> None:
                failing=[("distill", 4, 0)], error=f"ValueError: {EVIL}", dataset=EVIL,
                backbone=EVIL)  # fmt: skip
     run.study = override(run.study, name=EVIL)
-    run.manifest["data"]["warnings"] = [EVIL]
-    run.manifest["data"]["statistics"] = {EVIL: EVIL}
-    run.manifest["command"] = f"depthprobe sweep '{EVIL}'"
-    run.manifest["machine"]["cpu"] = EVIL
+    run.manifest.data.warnings = [EVIL]
+    run.manifest.data.statistics = {EVIL: EVIL}
+    run.manifest.command = f"depthprobe sweep '{EVIL}'"
+    run.manifest.machine.cpu = EVIL
     page = _read(build_report(run))
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert page.text.count(EVIL) >= 6  # shown, as text

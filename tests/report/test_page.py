@@ -12,6 +12,7 @@ import pytest
 
 from depthprobe.report.comparison import build_comparison
 from depthprobe.report.page import build_report
+from depthprobe.runs.records import Machine
 from depthprobe.study import override
 
 html5lib = pytest.importorskip("html5lib")
@@ -104,12 +105,13 @@ def test_foreign_names_do_nothing(make: Make, tmp_path: Path, evil: str) -> None
             frame["trial"] = frame["trial"] + evil
         run.users["trial"] += evil
         for record in run.records:
-            record["id"] += evil
+            record.id += evil
         users = sorted(set(run.users["user"]))
         kinds = pd.Categorical([evil] * len(users))
         run.slices = pd.DataFrame({"user": users, evil: kinds})
-        run.manifest |= {"command": evil, "machine": {"cpu": evil}, "versions": {evil: evil}}
-        run.manifest["data"] |= {"warnings": [evil], "statistics": {evil: evil}}
+        run.manifest.command, run.manifest.versions = evil, {evil: evil}
+        run.manifest.machine = Machine(cpu=evil)
+        run.manifest.data.warnings, run.manifest.data.statistics = [evil], {evil: evil}
         runs.append(run)
     pages = [build_report(runs[0]), build_comparison(runs, tmp_path / "both.html")]
     for path in pages:

@@ -85,9 +85,9 @@ def test_only_users_that_both_ranked_are_compared() -> None:
 
 def test_times_are_medians_and_a_shared_measurement_counts_once(run: Any, summary: Summary) -> None:
     point = _point(summary, "finetune", 4)
-    record = next(r for r in run.records if r["id"] == point.trials[0])
-    timing = record["costs"]["timing"]
-    both = np.add(timing["encode"]["seconds"], timing["score"]["seconds"])
+    record = next(r for r in run.records if r.id == point.trials[0])
+    timing = record.costs.timing
+    both = np.add(timing["encode"].seconds, timing["score"].seconds)
     assert point.time["inference"].median == pytest.approx(1e3 * np.median(both))
     assert point.time["inference"].rounds == len(both)  # though two seeds' records hold it
     assert point.speed["training"].value > 2

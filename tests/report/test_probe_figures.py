@@ -114,7 +114,7 @@ def test_costs_by_depth_are_those_of_the_plainest_model(summary: Summary) -> Non
 def test_one_round_of_timing_draws_no_endless_bar(make: Callable[..., Any], tmp_path: Path) -> None:
     run = make(tmp_path, users=60, seeds=1, methods={"full", "finetune"})
     for record in run.records:
-        for rounds in (record["costs"]["timing"] or {}).values():
-            rounds["seconds"] = rounds["seconds"][:1]
+        for rounds in (record.costs.timing or {}).values():
+            rounds.seconds = rounds.seconds[:1]
     low, high = speed_vs_depth(summarise(run)).get_ylim()
     assert 0 < low < 1 < high < 100

@@ -12,17 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import to_builtins
 
 from depthprobe.files import write_json
 from depthprobe.methods import Task
 from depthprobe.runs.plan import trial_of
-from depthprobe.runs.records import failures, write_failure
+from depthprobe.runs.records import Provenance, Record, failures, write_failure
 from depthprobe.runs.scheduler import LOCKS, Claims, clear, held, whole_run
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study
 
 TASK = Task("sasrec", 0, (trial_of("sasrec", (), 0, 2),))
+ORIGIN = Provenance("study", "data", None, None, {}, "a machine", "cpu", 1)
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -38,11 +40,12 @@ def done(folder: Path) -> None:
     place = folder / "trials" / TASK.id
     place.mkdir(parents=True, exist_ok=True)
     (place / "users.parquet").touch()
-    write_json(place / "record.json", {"schema": 1, "status": "done"})
+    record = Record(id=TASK.id, method=TASK.method, seed=0, status="done")
+    write_json(place / "record.json", to_builtins(record))
 
 
 def fail(folder: Path) -> None:
-    write_failure(outputs(folder)(TASK), TASK, "no luck", {})
+    write_failure(outputs(folder)(TASK), TASK, "no luck", ORIGIN)
 
 
 def hold(folder: Path) -> None:

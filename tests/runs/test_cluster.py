@@ -74,7 +74,7 @@ def test_two_jobs_do_everything_once(sweep: SharedSweep, running: list[submitit.
     run = open_run(sweep.folder)
     assert sorted(run.trials["trial"]) == ["popularity-s0", "sasrec-s0"]
     assert set(run.trials["status"]) == {"done"}
-    assert run.manifest["command"] == "typed"
+    assert run.manifest.command == "typed"
     assert said[0].startswith("jobs: ")
     assert said[-1] == "jobs: 2 ended"
     assert not list(Path(sweep.folder, "checkpoints").glob("*"))
@@ -114,7 +114,7 @@ def test_a_job_that_is_pre_empted_goes_on(
     assert log.count("Starting with") == 2
     record = read_record(Path(sweep.folder, "trials", "sasrec-s0"))
     assert record is not None
-    assert record["costs"]["training"]["epochs"] == 400
+    assert record.training.epochs == 400
 
 
 def test_what_is_queued_again_is_the_same(sweep: SharedSweep) -> None:

@@ -142,14 +142,14 @@ def test_ranks_of_the_export_are_the_trials(
     record = run.record(trial)
     model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(told.values())
-    assert model.config.num_hidden_layers == len(model.model.layers) == record["depth"]
+    assert model.config.num_hidden_layers == len(model.model.layers) == record.depth
     expected = torch.bfloat16 if name == "bfloat16" else torch.float32
     assert model.dtype == loaded.model.backbone.dtype == expected
     assert {p.dtype for p in model.parameters()} == {expected}
     assert AutoTokenizer.from_pretrained(folder)("Next:")["input_ids"]
     assert not [part for part, _ in model.named_parameters() if "lora" in part]
     if name == "lora":  # not only taken off, but added to the weights
-        source = dp.load_backbone(run.study.backbone.source).model.layers[record["kept"][0]]
+        source = dp.load_backbone(run.study.backbone.source).model.layers[record.kept[0]]
         exported = model.model.layers[0]
         assert torch.equal(exported.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
         assert not torch.equal(exported.mlp.up_proj.weight, source.mlp.up_proj.weight)
@@ -222,7 +222,7 @@ def test_the_checkpoints_own_dtype_is_kept(
     backbone = replace(study.backbone, source=str(tmp_path / "backbone"), dtype="auto")
     few = replace(study, methods=("full",), layers="1", seeds=1, backbone=backbone)
     run = run_sweep(few, tmp_path / "run", jobs=0)
-    assert run.manifest["backbone"]["dtype"] == "bfloat16"
+    assert run.manifest.backbone.dtype == "bfloat16"
     loaded = dp.load_recommender(export_trial(run.path, "full-d02-s0", tmp_path / "model"))
     assert loaded.model.backbone.dtype == torch.bfloat16
     np.testing.assert_array_equal(ranks_alone(loaded, run), recorded(run, "full-d02-s0"))

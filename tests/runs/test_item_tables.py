@@ -67,7 +67,7 @@ def check_complete(run: Run, folder: Path, width: int) -> None:
     assert (trained["encode_ms"] > 0).all()
     table = np.load(run.path / TABLE)
     assert (table.shape, table.dtype) == ((ITEMS + 1, width), np.float32)
-    assert run.manifest["item_table"]["width"] == width
+    assert run.manifest.item_table.width == width
     exported = export_trial(run.path, "distill-d01-s0", folder)
     loaded = load_recommender(exported)
     np.testing.assert_array_equal(loaded.model.item_matrix().numpy(), table)
@@ -76,7 +76,7 @@ def check_complete(run: Run, folder: Path, width: int) -> None:
     assert build_report(run).is_file()
     words = dict(how_measured(summarise(run)))["item embeddings"]
     assert f"width {width}" in words
-    assert run.manifest["item_table"]["sha256"] in words
+    assert run.manifest.item_table.sha256 in words
 
 
 def test_titles_through_the_backbone(titled: Study, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_vectors_from_a_file(titled: Study, tmp_path: Path) -> None:
     (plain.parent / "vectors.ids.txt").unlink()
     study = replace(titled, item_table=str(plain), seeds=2, methods=("popularity",))
     other = run_sweep(study, tmp_path / "other", jobs=0)
-    assert other.manifest["item_table"]["sha256"] == run.manifest["item_table"]["sha256"]
+    assert other.manifest.item_table.sha256 == run.manifest.item_table.sha256
     context = Context(other.path, study)
     assert context.item_table(0) is context.item_table(1)
     np.testing.assert_array_equal(np.load(run.path / TABLE), context.item_table(1).numpy())
@@ -155,5 +155,5 @@ def test_worker_processes_read_the_same_table(titled: Study, tmp_path: Path) -> 
     there = run_sweep(titled, tmp_path / "there", jobs=2)
     assert not there.failed
     for trial in ("full-d03-s0", "distill-d01-s0"):
-        left, right = here.record(trial)["metrics"], there.record(trial)["metrics"]
+        left, right = here.record(trial).metrics, there.record(trial).metrics
         assert left == right

@@ -20,6 +20,7 @@ from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.runs.context import Context
 from depthprobe.runs.layout import TOO_SMALL
 from depthprobe.runs.plan import trial_of
+from depthprobe.runs.records import Sampled
 from depthprobe.runs.store import Run, open_run, write_tables
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Data, Study
@@ -88,7 +89,7 @@ def test_what_is_recommended_is_recomputed_from_the_items(small_run: Run) -> Non
             "gini@10": np.abs(counts[:, None] - counts).mean() / 2 / counts.mean(),
             "popularity@10": (counts * popularity).sum() / counts.sum() / usual,
         }
-        record = small_run.record(trial)["metrics"]["test"]["full"]
+        record = small_run.record(trial).metrics["test"]["full"]
         for name, value in expected.items():
             assert record[name] == pytest.approx(value, abs=1e-12)
             row = found.loc[(trial, name)]
@@ -149,7 +150,7 @@ def test_negatives_are_drawn_as_the_study_says(kind: str, tiny: Study, tmp_path:
         tiny, methods=("popularity",), protocol=protocol, data=Data(source=str(log), max_history=10)
     )
     run = run_sweep(study, tmp_path / "run", jobs=0)
-    assert run.manifest["sampled"] == {"negatives": kind, "seed": 999}
+    assert run.manifest.sampled == Sampled(kind, 999)
     drawn = np.load(run.path / "shared" / "negatives.npy")
     split = make_split(load_data(run.path / "shared" / "data"), protocol)
     pool = split.sequences.items[split.trained]
@@ -167,11 +168,11 @@ def test_negatives_are_drawn_as_the_study_says(kind: str, tiny: Study, tmp_path:
 
 def test_a_small_catalogue_says_why_it_has_no_sampled_ranking(tiny: Study, tmp_path: Path) -> None:
     run = run_sweep(replace(tiny, methods=("popularity",)), tmp_path / "run", jobs=0)
-    assert run.manifest["sampled"] is None
-    assert TOO_SMALL in run.manifest["data"]["warnings"]
+    assert run.manifest.sampled is None
+    assert TOO_SMALL in run.manifest.data.warnings
     asked = replace(tiny, methods=("popularity",), protocol=replace(tiny.protocol, sampled=False))
     run = run_sweep(asked, tmp_path / "none", jobs=0)
-    assert TOO_SMALL not in run.manifest["data"]["warnings"]
+    assert TOO_SMALL not in run.manifest.data.warnings
 
 
 def test_own_columns_are_slices_and_may_be_added_later(tiny: Study, tmp_path: Path) -> None:

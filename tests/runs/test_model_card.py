@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -27,8 +26,8 @@ def hostile(run: Run) -> Run:
     """The run as if its data and backbone had been named by somebody who wants a page broken."""
     changed = open_run(run.path)
     changed.manifest = copy.deepcopy(run.manifest)
-    changed.manifest["data"]["name"] = HOSTILE
-    changed.manifest["backbone"]["source"] = f"org/{HOSTILE}"
+    changed.manifest.data.name = HOSTILE
+    changed.manifest.backbone.source = f"org/{HOSTILE}"
     changed.study = replace(run.study, name=HOSTILE)
     return changed
 
@@ -50,14 +49,14 @@ def test_figures_are_the_records(small_run: Run) -> None:
         expected = found.iloc[0][["value", "ci_low", "ci_high"]].to_list()
         assert list(map(float, numbers)) == pytest.approx(expected, abs=5.1e-5)
         assert int(users) == found.iloc[0]["users"]
-    total = record["costs"]["parameters"]["total"]
+    total = record.costs.parameters["total"]
     assert f"| all | {total:,} |" in body
     for fact in (
         "depth 2: blocks 0-1 of the 3",
         small_run.study.digest(),
-        small_run.manifest["data"]["fingerprint"],
-        small_run.manifest["backbone"]["revision"],
-        f"transformers {record['provenance']['versions']['transformers']}",
+        small_run.manifest.data.fingerprint,
+        small_run.manifest.backbone.revision,
+        f"transformers {record.provenance.versions['transformers']}",
         "its own licence applies",
     ):
         assert fact in body
@@ -65,7 +64,8 @@ def test_figures_are_the_records(small_run: Run) -> None:
 
 def test_a_base_on_the_hub_is_named(small_run: Run) -> None:
     run = open_run(small_run.path)
-    run.manifest["backbone"] |= {"source": "org/model", "revision": "a" * 40}
+    run.manifest.backbone.source = "org/model"
+    run.manifest.backbone.revision = "a" * 40
     front, body = split(model_card(run, small_run.record(TRIAL)))
     assert front["base_model"] == "org/model"
     assert "`org/model`, revision" in body
@@ -91,6 +91,6 @@ def test_names_from_outside_stay_inside_their_quotes(small_run: Run) -> None:
 def test_the_card_is_strict_about_nothing_missing(small_run: Run) -> None:
     """Records of trials without a training, and of a run outside a checkout, have a card too."""
     for trial in ("early-exit-d01-s0", "skip-b01-s0", "full-d03-s0"):
-        record = json.loads(json.dumps(small_run.record(trial)))
-        record["provenance"]["git"] = None
+        record = copy.deepcopy(small_run.record(trial))
+        record.provenance.git = None
         assert "not from a checkout" in model_card(small_run, record)

@@ -78,16 +78,16 @@ def test_a_run_stays_at_the_commit_it_began_with(on_hub: Study, hub: Path, tmp_p
 
     run = run_sweep(on_hub, tmp_path / "run", jobs=0, progress=Moves(hub))
     assert (hub / "refs" / "main").read_text() == NEW
-    assert run.manifest["backbone"]["revision"] == OLD
+    assert run.manifest.backbone.revision == OLD
     assert run.study.backbone.revision is None
     np.testing.assert_array_equal(ranks(run, trials[0]), ranks(expected[OLD], trials[0]))
 
     continued = run_sweep(replace(on_hub, methods=("full",)), run.path, jobs=0)
-    assert continued.manifest["backbone"]["revision"] == OLD
+    assert continued.manifest.backbone.revision == OLD
     np.testing.assert_array_equal(ranks(continued, trials[1]), ranks(expected[OLD], trials[1]))
     for record in continued.records:
-        assert record["provenance"]["backbone"] == OLD
-        assert record["provenance"]["study"] == on_hub.digest()
+        assert record.provenance.backbone == OLD
+        assert record.provenance.study == on_hub.digest()
 
     folder = export_trial(run.path, trials[0], tmp_path / "model")
     context = Context(run.path, run.study)
@@ -100,7 +100,7 @@ def test_a_run_stays_at_the_commit_it_began_with(on_hub: Study, hub: Path, tmp_p
     with pytest.raises(BadInput, match=r"backbone\.revision: None -> "):
         run_sweep(other, run.path, jobs=0)
     fresh = run_sweep(on_hub, tmp_path / "fresh", jobs=0)
-    assert fresh.manifest["backbone"]["revision"] == NEW
+    assert fresh.manifest.backbone.revision == NEW
 
 
 def test_a_run_with_nothing_to_do_loads_no_weights(

@@ -41,24 +41,24 @@ def test_methods_that_ask_the_same_agree(small_run: Run) -> None:
 
 def test_a_search_records_the_blocks_that_it_found(small_run: Run) -> None:
     for seed in (0, 1):
-        kept = {d: small_run.record(f"greedy-d{d:02d}-s{seed}")["kept"] for d in (1, 2)}
+        kept = {d: small_run.record(f"greedy-d{d:02d}-s{seed}").kept for d in (1, 2)}
         assert set(kept[1]) < set(kept[2]) < {0, 1, 2}
         (out,) = {0, 1, 2} - set(kept[2])
         np.testing.assert_array_equal(
             ranks(small_run, f"greedy-d02-s{seed}"), ranks(small_run, f"skip-b{out:02d}-s{seed}")
         )
         replaced = small_run.record(f"replace-d02-s{seed}")
-        assert replaced["removed"] in ([1], [2])  # the first block carries no map
-        assert small_run.record(f"replace-d01-s{seed}")["removed"] == [1, 2]
+        assert replaced.removed in ((1,), (2,))  # the first block carries no map
+        assert small_run.record(f"replace-d01-s{seed}").removed == (1, 2)
 
 
 def test_a_part_is_counted_and_its_block_is_kept(small_run: Run) -> None:
     record = small_run.record("drop-mlp-b01-s0")
-    assert (record["depth"], record["kept"], record["removed"]) == (3, [0, 1, 2], [1])
+    assert (record.depth, record.kept, record.removed) == (3, (0, 1, 2), (1,))
     teacher = Context(small_run.path, small_run.study).teacher(0, 3)
     mlp = sum(weight.numel() for weight in find_blocks(teacher.backbone)[1].mlp.parameters())
-    whole = small_run.record("full-d03-s0")["costs"]["parameters"]
-    assert record["costs"]["parameters"]["total"] == whole["total"] - mlp
+    whole = small_run.record("full-d03-s0").costs.parameters
+    assert record.costs.parameters["total"] == whole["total"] - mlp
 
 
 def test_readings_without_the_norm_are_others(small_run: Run) -> None:
@@ -67,7 +67,7 @@ def test_readings_without_the_norm_are_others(small_run: Run) -> None:
     for depth in range(3):
         raw, normed = (f"early-exit{name}-d{depth:02d}-s0" for name in ("-raw", ""))
         expected = metrics_from_ranks(found[depth]["full"])
-        assert expected.items() <= small_run.record(raw)["metrics"]["test"]["full"].items()
+        assert expected.items() <= small_run.record(raw).metrics["test"]["full"].items()
         assert not np.array_equal(ranks(small_run, raw), ranks(small_run, normed))
 
 

@@ -66,9 +66,9 @@ def test_two_processes_equal_one_with_twice_the_batch(study: Study, tmp_path: Pa
     alone = run_sweep(quiet(study, 16), tmp_path / "alone", jobs=0)
     assert set(together.trials["trial"]) == set(alone.trials["trial"])
     for trial in ("sasrec-s0", "full-d03-s0"):
-        ours, theirs = (run.record(trial)["costs"]["training"] for run in (together, alone))
-        assert (ours["processes"], theirs["processes"]) == (2, 1)
-        assert ours["steps"] == theirs["steps"]
-        assert ours["validation"] == pytest.approx(theirs["validation"], abs=1e-4)
-        assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
+        ours, theirs = (run.record(trial).costs.training for run in (together, alone))
+        assert (ours.processes, theirs.processes) == (2, 1)
+        assert ours.steps == theirs.steps
+        assert ours.validation == pytest.approx(theirs.validation, abs=1e-4)
+        assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
     assert not (folder / "checkpoints").exists()

@@ -91,7 +91,7 @@ def test_records_are_strict_json_and_say_where_they_come_from(small_run: Run) ->
         assert record["status"] == "done"
         origin = record["provenance"]
         assert origin["study"] == small_run.study.digest()
-        assert origin["data"] == small_run.manifest["data"]["fingerprint"]
+        assert origin["data"] == small_run.manifest.data.fingerprint
         assert origin["backbone"].startswith("sha256:")
         assert origin["threads"] >= 1
     assert not list(small_run.path.rglob(".tmp-*"))
@@ -151,7 +151,7 @@ def test_costs_grow_with_depth(small_run: Run) -> None:
     assert sizes["flops_user"].is_monotonic_increasing
     for name in ("train_step_ms", "encode_ms", "score_ms", "latency_ms"):
         assert (sizes[name] > 0).all()
-    raw = small_run.record("full-d03-s0")["costs"]["timing"]["encode"]["seconds"]
+    raw = small_run.record("full-d03-s0").costs.timing["encode"].seconds
     assert len(raw) == small_run.study.cost.rounds
 
 
@@ -163,7 +163,7 @@ def test_the_baselines_alone_wait_for_no_depths_times_and_later_methods_get_them
     measured = json.loads((folder / "shared" / TIMING).read_text())["seconds"]
     assert measured.keys() == {"score", "encode:sasrec", "train:sasrec"}
     run = run_sweep(replace(tiny, methods=("finetune",)), folder, jobs=0)
-    assert run.record("finetune-d01-s0")["costs"]["timing"]["encode"]["seconds"]
+    assert run.record("finetune-d01-s0").costs.timing["encode"].seconds
 
 
 def test_an_export_stands_alone_and_ranks_the_same(small_run: Run, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_the_command_of_a_run_makes_all_of_it(tiny: Study, tmp_path: Path) -> No
     def swept(command: str, *methods: str) -> str:
         few = replace(tiny, methods=methods)
         run = run_sweep(few, tmp_path / "run", jobs=0, command=command)
-        return str(run.manifest["command"])
+        return str(run.manifest.command)
 
     assert swept("first", "popularity") == "first"
     assert swept("again", "popularity") == "first"  # it adds nothing
@@ -298,7 +298,7 @@ class Killed(BaseException):
     """No fault that anybody catches."""
 
 
-@pytest.mark.parametrize("place", ["write_json", "write_data"])
+@pytest.mark.parametrize("place", ["write_manifest", "write_data"])
 def test_a_sweep_killed_while_it_is_laid_out_begins_again(
     place: str, tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,7 +384,7 @@ def test_worker_processes_give_the_same_numbers(
 def test_the_report_of_a_real_run(small_run: Run) -> None:
     """The page stands on real records, and says when the teacher ran out of epochs."""
     page = build_report(small_run).read_text(encoding="utf-8")
-    best = [small_run.record(f"full-d03-s{s}")["costs"]["training"]["best_epoch"] for s in (0, 1)]
+    best = [small_run.record(f"full-d03-s{s}").costs.training.best_epoch for s in (0, 1)]
     assert ("was best at its last epoch" in page) == (3 in best)
     for word in ("random init", "fine-tuned", "distilled", "healed", "SASRec"):
         assert word in page
@@ -394,7 +394,7 @@ def test_a_sweep_cut_short_goes_on_in_the_middle_of_a_training(
     tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_sweep(tiny, tmp_path / "whole", jobs=0)
-    steps = whole.record("sasrec-s0")["costs"]["training"]["steps"]
+    steps = whole.record("sasrec-s0").costs.training.steps
     write = Checkpoint.write
 
     def write_and_die(self: Checkpoint, trained: Trained, progress: Progress, best: Any) -> None:
@@ -409,8 +409,8 @@ def test_a_sweep_cut_short_goes_on_in_the_middle_of_a_training(
             run_sweep(tiny, tmp_path / "cut", jobs=0)
     assert (tmp_path / "cut" / "checkpoints" / "sasrec-s0.safetensors").is_file()
     again = run_sweep(tiny, tmp_path / "cut", jobs=0)
-    trained = again.record("sasrec-s0")["costs"]["training"]
-    assert trained["resumed_at"] == [steps - 2]
-    assert trained["losses"] == whole.record("sasrec-s0")["costs"]["training"]["losses"]
+    trained = again.record("sasrec-s0").costs.training
+    assert trained.resumed_at == [steps - 2]
+    assert trained.losses == whole.record("sasrec-s0").costs.training.losses
     assert again.users.equals(whole.users)
     assert not (tmp_path / "cut" / "checkpoints").exists()

@@ -85,7 +85,7 @@ def test_flops_are_those_of_the_trials_own_model(
     length = int(np.median([len(history) for history in context.test.histories]))
     own = small_run.trials.query("method == @method and depth < 3")
     for _, row in own.iterrows():
-        kept = tuple(small_run.record(row["trial"])["kept"])
+        kept = tuple(small_run.record(row["trial"]).kept)
         model = context.trained(trial_of(method, kept, row["seed"], 3))
         assert row["flops_user"] == flops_per_user(model, length)
     assert own["flops_user"].nunique() == 2

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from depthprobe.evaluation.ranks import BATCH, EvalSet
+from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.passes import encode, passes, prepare_prompt, vectors_of
 from depthprobe.probing.similarity import similarities
@@ -79,8 +79,8 @@ def main() -> None:
 @torch.inference_mode()
 def _encode(model: Recommender, asked: EvalSet) -> None:
     prompt = prepare_prompt(model)
-    for _, histories, lengths in asked.batches(BATCH, CPU):
-        encode(model, histories, lengths, prompt)
+    for _ in asked.map_batches(lambda _, *batch: encode(model, *batch, prompt), device=CPU):
+        pass
 
 
 @torch.inference_mode()

@@ -38,7 +38,7 @@ class Family:
 
 
 def families(split: Split, own: Mapping[str, Sequence[str]] | None = None) -> list[Family]:
-    """``history`` and ``target``, of the users whom the split's test asks, and own ones.
+    """``history`` and ``target`` of the split's test users, and own families.
 
     Args:
         own: labels of these users by the name of the family, see :func:`by_label`.
@@ -50,7 +50,7 @@ def families(split: Split, own: Mapping[str, Sequence[str]] | None = None) -> li
     groups = popularity_groups(popularity)[split.targets("test") - 1]
     return [
         by_length(places - np.asarray(split.sequences.offsets)[users]),
-        _family("target", groups, GROUPS),
+        _used("target", groups, GROUPS),
         *(by_label(name, labels) for name, labels in (own or {}).items()),
     ]
 
@@ -62,37 +62,35 @@ def by_length(lengths: np.ndarray) -> Family:
         lengths: items before the target, all of them and not only those that a model reads, (E,).
     """
     levels = np.searchsorted(2 ** np.arange(40), lengths)  # places of the upper bounds
-    top = int(levels.max(initial=0))
-    bounds = [(2 ** (level - 1) + 1 if level else 1, 2**level) for level in range(top + 1)]
+    bounds = [(1, 1), *((2 ** (n - 1) + 1, 2**n) for n in range(1, int(levels.max(initial=0)) + 1))]
     names = [str(low) if low == high else f"{low}-{high}" for low, high in bounds]
-    return _family("history", levels, names)
+    return _used("history", levels, names)
 
 
 def by_label(name: str, labels: Sequence[str]) -> Family:
-    """The most frequent labels, then ``other``, then ``unknown`` for the empty one.
-
-    Args:
-        labels: of each user, (E,).
-    """
+    """The most frequent labels (E,), then ``other``, then ``unknown`` for the empty one."""
     counts = Counter(label for label in labels if label not in {"", OTHER, UNKNOWN})
     common = sorted(counts, key=lambda label: (-counts[label], label))[:MOST]
     place = {label: index for index, label in enumerate([*common, OTHER, UNKNOWN])}
     codes = [place.get(label or UNKNOWN, len(common)) for label in labels]
-    return _family(name, np.array(codes, dtype=np.int64), list(place))
+    return _used(name, np.array(codes, dtype=np.int64), list(place))
+
+
+def _used(name: str, codes: np.ndarray, labels: Sequence[str]) -> Family:
+    """A family without the labels that nobody has."""
+    used, codes = np.unique(codes, return_inverse=True)
+    return Family(name, tuple(labels[place] for place in used), codes.astype(np.int64))
 
 
 def popularity_groups(popularity: np.ndarray) -> np.ndarray:
     """Head, middle, tail and cold items: places in :data:`GROUPS`, int64 (I,).
 
     The head are the most popular items, as many as it takes to hold 20 % of the training
-    interactions; the tail the least popular ones that hold 20 %; the middle is the rest
+    interactions (I,); the tail the least popular ones that hold 20 %; the middle is the rest
     (Abdollahpouri et al. 2021, arXiv 2103.06364). Cold items have none. Items of equal popularity
     stay together: in the head or the tail if some of them are needed there, in the middle if in
     both. The most popular ones are the head always, and the least popular the tail, unless all are
     equal.
-
-    Args:
-        popularity: training interactions of each item, (I,).
     """
     counts, level = np.unique(popularity, return_inverse=True)  # ascending
     held = counts * np.bincount(level)  # interactions of each level
@@ -136,17 +134,17 @@ def slice_means(
         NaN. One user alone has infinite ones.
     """
     n_users, width = values.shape
+    # a cell: the users that are in the same slice of every family
     keys = np.stack([np.zeros(n_users, np.int64), *(family.codes for family in cuts)])
     cells, owner = np.unique(keys, axis=1, return_inverse=True)  # (1 + F, cells), (U,)
-    order = np.argsort(owner, kind="stable")
-    ends = np.cumsum(np.bincount(owner))
-    spans = [slice(stop - n, stop) for stop, n in zip(ends, np.bincount(owner), strict=True)]
-    ordered = values[order]
+    order = np.argsort(owner, kind="stable")  # users of a cell stand together
+    ordered, held = values[order], np.bincount(owner)
+    spans = [slice(stop - n, stop) for stop, n in zip(np.cumsum(held), held, strict=True)]
     names = [ALL, *(name for family in cuts for name in family.slices)]
     first = np.cumsum([0, 1, *(len(family.labels) for family in cuts)])[:-1]
     member = cells + first[:, None]  # which slices a cell is part of, places in `names`
 
-    def added(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def add_up(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sums and sizes of every slice, of weights (C, U): (S, C, M), (S, C)."""
         sums = np.zeros((len(names), len(weights), width))
         sizes = np.zeros((len(names), len(weights)))
@@ -158,32 +156,24 @@ def slice_means(
                 sizes[place] += size
         return sums, sizes
 
-    whole, counts = added(np.ones((1, n_users)))
+    totals, counts = add_up(np.ones((1, n_users)))
     users = counts[:, 0].astype(int)
     bounds = np.full((len(names), 2, width), np.nan)
-    wanted = (users >= FEWEST) | (np.arange(len(names)) == 0)
+    large = (users >= FEWEST) | (np.arange(len(names)) == 0)
     if n_users > 1:
-        draws = np.empty((int(wanted.sum()), resamples, width))
-        done = 0
+        draws, done = np.empty((int(large.sum()), resamples, width)), 0
         for weights in weight_chunks(n_users, resamples=resamples, seed=seed):
-            sums, sizes = added(weights[:, order])
-            with np.errstate(invalid="ignore"):
-                draws[:, done : done + len(weights)] = (sums / sizes[:, :, None])[wanted]
+            sums, sizes = add_up(weights[:, order])
+            draws[:, done : done + len(weights)] = sums[large] / sizes[large][:, :, None]
             done += len(weights)
-        for place, drawn in zip(np.flatnonzero(wanted), draws, strict=True):
-            low, high = percentile_bounds(drawn, level=level)
-            sure = (low == high) & (place > 0)
-            bounds[place] = np.where(sure, np.nan, [low, high])
+        for place, own in zip(np.flatnonzero(large), draws, strict=True):
+            low, high = percentile_bounds(own, level=level)
+            constant = (low == high) & (place > 0)
+            bounds[place] = np.where(constant, np.nan, [low, high])
     else:
         bounds[0] = [[-np.inf], [np.inf]]
     return {
-        name: (int(users[place]), np.stack([whole[place, 0] / users[place], *bounds[place]]))
+        name: (int(users[place]), np.stack([totals[place, 0] / users[place], *bounds[place]]))
         for place, name in enumerate(names)
         if users[place]
     }
-
-
-def _family(name: str, codes: np.ndarray, labels: Sequence[str]) -> Family:
-    """Without the labels that nobody has."""
-    used, codes = np.unique(codes, return_inverse=True)
-    return Family(name, tuple(labels[place] for place in used), codes.astype(np.int64))

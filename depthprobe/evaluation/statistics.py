@@ -1,4 +1,9 @@
-"""Percentile bootstrap intervals: paired over users, crossed with seeds.
+"""Intervals: percentile bootstraps, paired over users, crossed with seeds.
+
+The one place that makes an :class:`Interval`. Values are per user, (U,), or (S, U) with a row a
+seed. ``bootstrap_mean``, ``bootstrap_means``, ``bootstrap_difference``, ``bootstrap_ratio`` and
+``median_ratio`` are complete; who has a statistic of its own applies it to the means of
+``resampled_means`` and hands the result to ``interval``.
 
 Users are resampled exactly (multinomial weights, Efron 1979) and, where there are several seeds,
 seeds independently of them, as both are samples: a crossed or "pigeonhole" bootstrap (Owen 2007,
@@ -34,97 +39,58 @@ class Interval:
 def bootstrap_mean(
     values: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Mean of per-user values, shape (U,), or (S, U) with a row a seed.
+    """Mean of per-user values, (U,) or (S, U).
 
     Raises:
-        ValueError: if there are no values, or one is NaN or infinite.
+        ValueError: if there are no values, or one is NaN or infinite; so do all functions here.
     """
     return _bootstrap([values], lambda means: means[..., 0], resamples, level, seed)
+
+
+def bootstrap_difference(
+    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """``mean(candidate) - mean(reference)``, paired by user and seed."""
+    arms = [candidate, reference]
+    return _bootstrap(arms, lambda means: means[..., 0] - means[..., 1], resamples, level, seed)
+
+
+def bootstrap_ratio(
+    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """``mean(candidate) / mean(reference)``, paired by user and seed.
+
+    A resample in which the reference's mean is 0 counts against both bounds, so that they become
+    infinite where such resamples are frequent. The reference's own mean must not be 0.
+    """
+    if not np.any(np.mean(as_arms([candidate, reference])[1])):
+        raise ValueError("the reference's mean is 0: a ratio to it has no meaning")
+    return _bootstrap(
+        [candidate, reference], lambda means: shares(means)[..., 0], resamples, level, seed
+    )
 
 
 def bootstrap_means(
     values: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> list[Interval]:
-    """Mean of each of M per-user quantities, (U, M), by the same draws of users.
-
-    Raises:
-        ValueError: if there are no values, or one is NaN or infinite.
-    """
+    """Mean of each of M per-user quantities, (U, M), by the same draws of users."""
     (table,) = as_arms([values])  # (U, M)
     if len(table) == 1:
         return [Interval(float(value), -np.inf, np.inf) for value in table[0]]
     chunks = weight_chunks(len(table), resamples=resamples, seed=seed)
     draws = np.concatenate([weights @ table for weights in chunks])  # (R, M)
     bounds = percentile_bounds(draws, level=level)
-    found = np.stack([table.mean(axis=0), *bounds], axis=1).tolist()
-    return [Interval(*each) for each in found]
-
-
-def weight_chunks(n_users: int, *, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Multinomial weights of bootstrap draws over users, with sum 1: (C, U), R rows in all."""
-    rng = np.random.default_rng(seed)
-    chunk = max(1, WEIGHT_BYTES // (8 * n_users))
-    for start in range(0, resamples, chunk):
-        yield _weights(rng, min(chunk, resamples - start), n_users)
-
-
-def bootstrap_difference(
-    candidate: Any,
-    reference: Any,
-    *,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """``mean(candidate) - mean(reference)``, paired by user and seed; arguments (S, U) or (U,).
-
-    Raises:
-        ValueError: if the shapes differ, or a value is NaN or infinite.
-    """
-    arms = [candidate, reference]
-    return _bootstrap(arms, lambda means: means[..., 0] - means[..., 1], resamples, level, seed)
-
-
-def bootstrap_ratio(
-    candidate: Any,
-    reference: Any,
-    *,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """``mean(candidate) / mean(reference)``, paired by user and seed; arguments (S, U) or (U,).
-
-    A resample in which the reference's mean is 0 counts against both bounds, so that they become
-    infinite where such resamples are frequent.
-
-    Raises:
-        ValueError: if the shapes differ, a value is NaN or infinite, or the reference's mean is 0.
-    """
-    if not np.any(np.mean(as_arms([candidate, reference])[1])):
-        raise ValueError("the reference's mean is 0: a ratio to it has no meaning")
-    return _bootstrap([candidate, reference], _ratio, resamples, level, seed)
+    return [Interval(*each) for each in np.stack([table.mean(axis=0), *bounds], axis=1).tolist()]
 
 
 def median_ratio(
-    candidate: Any,
-    reference: Any,
-    *,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Median over paired rounds of ``reference / candidate``: the speed-up of the candidate.
 
     Args:
-        candidate: seconds in each round, (n,).
+        candidate: seconds in each round, (n,), above 0.
         reference: seconds in the same rounds, (n,): what slows a whole round down cancels.
-        resamples: bootstrap draws of rounds.
-        level: two-sided confidence.
-        seed: of the draws.
-
-    Raises:
-        ValueError: if the shapes differ or a time is not above 0.
     """
     times = np.asarray(candidate, np.float64), np.asarray(reference, np.float64)
     if times[0].ndim != 1 or times[0].shape != times[1].shape or not times[0].size:
@@ -138,12 +104,62 @@ def median_ratio(
     return interval(float(np.median(ratios)), np.median(ratios[draws], axis=1), level=level)
 
 
-def as_arms(arms: Sequence[Any]) -> list[np.ndarray]:
-    """Check that all arms are finite and of one shape; each becomes float64 (S, U).
+def _bootstrap(
+    arms: Sequence[Any],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    resamples: int,
+    level: float,
+    seed: int,
+) -> Interval:
+    """Interval of ``statistic``, a function of means (..., A)."""
+    checked = as_arms(arms)
+    value = float(statistic(np.array([arm.mean() for arm in checked])))
+    if checked[0].shape[1] == 1:
+        return Interval(value, -np.inf, np.inf)
+    drawn = resampled_means(checked, resamples=resamples, seed=seed)
+    return interval(value, np.concatenate([statistic(both) for both, _ in drawn]), level=level)
 
-    Raises:
-        ValueError: saying what was found.
+
+def shares(means: np.ndarray) -> np.ndarray:
+    """Means over that of the last arm, (..., A) -> (..., A - 1); NaN where that is 0."""
+    bottom = means[..., -1:]
+    share: np.ndarray = means[..., :-1] / np.where(bottom == 0, np.nan, bottom)
+    return share
+
+
+def interval(value: float, draws: np.ndarray, *, level: float) -> Interval:
+    """The percentile interval of bootstrap draws, (R,)."""
+    low, high = percentile_bounds(draws[:, None], level=level)[:, 0].tolist()
+    return Interval(value, low, high)
+
+
+def percentile_bounds(draws: np.ndarray, *, level: float) -> np.ndarray:
+    """Percentile bounds of M quantities from draws (R, M): low and high, (2, M).
+
+    Bounds are draws, never between. NaN counts against both.
     """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a number between 0 and 1")
+    tail = (1 - level) / 2
+    return np.stack([_quantiles(draws, tail), -_quantiles(-draws, tail)])
+
+
+def lower_bound(draws: np.ndarray, tail: float) -> float:
+    """The ``tail`` quantile of draws, shape (R,); NaN draws count as -inf."""
+    return float(_quantiles(draws[:, None], tail)[0])
+
+
+def _quantiles(draws: np.ndarray, tail: float) -> np.ndarray:
+    """The ``tail`` quantile of each column of (R, M); NaN draws count as -inf."""
+    rows = np.ascontiguousarray(draws.T)  # (M, R)
+    rows = np.where(np.isnan(rows), -np.inf, rows)
+    # no interpolation, which would make NaN of infinite draws
+    place = math.floor((rows.shape[1] - 1) * tail)
+    return np.asarray(np.partition(rows, place, axis=1)[:, place])
+
+
+def as_arms(arms: Sequence[Any]) -> list[np.ndarray]:
+    """Check that all arms are finite and of one shape; each becomes float64 (S, U)."""
     checked = []
     for values in arms:
         if hasattr(values, "detach"):  # a tensor; this module needs no torch
@@ -195,61 +211,20 @@ def resampled_means(
         yield np.einsum("cas,cs->ca", means, seeds), means.mean(axis=2)
 
 
-def interval(value: float, draws: np.ndarray, *, level: float) -> Interval:
-    """The percentile interval of bootstrap draws, shape (R,); bounds are draws, never between."""
-    low, high = percentile_bounds(draws[:, None], level=level)[:, 0].tolist()
-    return Interval(value, low, high)
+def weight_chunks(n_users: int, *, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Multinomial weights of bootstrap draws over users, with sum 1: (C, U), R rows in all."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, WEIGHT_BYTES // (8 * n_users))
+    for start in range(0, resamples, chunk):
+        yield _weights(rng, min(chunk, resamples - start), n_users)
 
 
-def percentile_bounds(draws: np.ndarray, *, level: float) -> np.ndarray:
-    """Percentile bounds of M quantities from draws (R, M): low and high, (2, M).
-
-    Bounds are draws, never between. NaN counts against both.
-
-    Raises:
-        ValueError: if ``level`` is not between 0 and 1.
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}, expected a number between 0 and 1")
-    tail = (1 - level) / 2
-    return np.stack([_quantiles(draws, tail), -_quantiles(-draws, tail)])
-
-
-def lower_bound(draws: np.ndarray, tail: float) -> float:
-    """The ``tail`` quantile of draws, shape (R,); NaN draws count as -inf."""
-    return float(_quantiles(draws[:, None], tail)[0])
-
-
-def _quantiles(draws: np.ndarray, tail: float) -> np.ndarray:
-    """The ``tail`` quantile of each column of (R, M); NaN draws count as -inf."""
-    rows = np.ascontiguousarray(draws.T)  # (M, R)
-    rows = np.where(np.isnan(rows), -np.inf, rows)
-    # "lower" does not interpolate, which would make NaN of infinite draws
-    place = math.floor((rows.shape[1] - 1) * tail)
-    return np.asarray(np.partition(rows, place, axis=1)[:, place])
-
-
-def _bootstrap(
-    arms: Sequence[Any],
-    statistic: Callable[[np.ndarray], np.ndarray],
-    resamples: int,
-    level: float,
-    seed: int,
-) -> Interval:
-    """Interval of ``statistic``, a function of means (..., A)."""
-    checked = as_arms(arms)
-    value = float(statistic(np.array([arm.mean() for arm in checked])))
-    if checked[0].shape[1] == 1:
-        return Interval(value, -np.inf, np.inf)
-    drawn = resampled_means(checked, resamples=resamples, seed=seed)
-    return interval(value, np.concatenate([statistic(both) for both, _ in drawn]), level=level)
-
-
-def _ratio(means: np.ndarray) -> np.ndarray:
-    """NaN where the reference, the last arm, is 0."""
-    bottom = means[..., 1]
-    ratio: np.ndarray = means[..., 0] / np.where(bottom == 0, np.nan, bottom)
-    return ratio
+def _weights(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """Multinomial weights with sum 1, float64 (count, size): how often each is drawn, / size."""
+    draws = rng.integers(size, size=(count, size))
+    draws += np.arange(count)[:, None] * size
+    weights: np.ndarray = np.bincount(draws.ravel(), minlength=count * size).reshape(count, size)
+    return weights / size
 
 
 def _alike(arms: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -277,18 +252,11 @@ def _weights_by_group(
 ) -> np.ndarray:
     """Multinomial weights of K groups and of the users in none, (count, K + apart), sum 1."""
     weights = np.empty((count, len(sizes) + apart))
-    shares = np.append(sizes, apart) / n_users
-    drawn = rng.multinomial(n_users, shares, size=count)  # (count, K + 1)
+    drawn = rng.multinomial(
+        n_users, np.append(sizes, apart) / n_users, size=count
+    )  # (count, K + 1)
     weights[:, : len(sizes)] = drawn[:, :-1]
     if apart:
         for row, left in zip(weights, drawn[:, -1], strict=True):
             row[len(sizes) :] = np.bincount(rng.integers(apart, size=left), minlength=apart)
     return weights / n_users
-
-
-def _weights(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """Multinomial weights with sum 1, float64 (count, size): how often each is drawn, / size."""
-    draws = rng.integers(size, size=(count, size))
-    draws += np.arange(count)[:, None] * size
-    weights: np.ndarray = np.bincount(draws.ravel(), minlength=count * size).reshape(count, size)
-    return weights / size

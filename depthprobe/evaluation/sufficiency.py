@@ -22,6 +22,7 @@ from depthprobe.evaluation.statistics import (
     interval,
     lower_bound,
     resampled_means,
+    shares,
 )
 
 TAIL_DRAWS = 10  # a bound needs at least so many bootstrap draws below it
@@ -29,7 +30,7 @@ TAIL_DRAWS = 10  # a bound needs at least so many bootstrap draws below it
 
 @dataclass(frozen=True)
 class RetainedAccuracy:
-    """What one candidate keeps of the reference's mean.
+    """A candidate's share of the teacher's mean.
 
     ``kept`` is a two-sided interval for it alone; ``lower`` the one-sided bound that holds for
     all candidates at once; ``shown`` says that ``lower >= 1 - margin``.
@@ -75,15 +76,14 @@ def sufficient_depth(
 
     Args:
         candidates: per-user values of a metric, (S, U) or (U,), by method and depth.
-        reference: the teacher's values, of the same shape, users and seeds.
+        reference: the teacher's values, of the same shape, users and seeds; their mean above 0.
         margin: the relative loss that is acceptable, 0.01 is 1 %.
         level: confidence.
         resamples: bootstrap draws; more are made when many candidates need a farther tail.
         seed: of the draws.
 
     Raises:
-        ValueError: if shapes differ, a value is NaN or infinite, the reference's mean is not
-            above 0, or the margin or level is not between 0 and 1.
+        ValueError: for a value that is not allowed.
     """
     if not 0 <= margin < 1 or not 0 < level < 1:
         raise ValueError(f"margin is {margin} and level is {level}, expected numbers in [0, 1)")
@@ -101,14 +101,15 @@ def sufficient_depth(
     tail = (1 - level) / len(names)
     resamples = max(resamples, math.ceil(TAIL_DRAWS / tail))
     drawn = list(resampled_means(arms, resamples=resamples, seed=seed))
-    crossed = _kept(np.concatenate([both for both, _ in drawn]))  # (R, A - 1)
-    by_user = _kept(np.concatenate([alone for _, alone in drawn]))
+    crossed = shares(np.concatenate([both for both, _ in drawn]))  # (R, A - 1)
+    by_user = shares(np.concatenate([users_alone for _, users_alone in drawn]))
     rows = []
     for place, (method, depth) in enumerate(names):
-        value = float(arms[place].mean() / bottom)
-        draws = crossed[:, place]
-        lower = lower_bound(draws, tail) if users > 1 else -math.inf
-        kept = interval(value, draws, level=level) if users > 1 else _nothing(value)
+        value, draws = float(arms[place].mean() / bottom), crossed[:, place]
+        if users > 1:
+            lower, kept = lower_bound(draws, tail), interval(value, draws, level=level)
+        else:  # one user says nothing about others
+            lower, kept = -math.inf, Interval(value, -math.inf, math.inf)
         rows.append(RetainedAccuracy(method, depth, kept, lower, lower >= 1 - margin))
     shown = [row for row in rows if row.shown]
     best = min(shown, key=lambda row: (row.depth, -row.kept.value), default=None)
@@ -131,17 +132,6 @@ def sufficient_depth(
         margin=margin,
         level=level,
     )
-
-
-def _kept(means: np.ndarray) -> np.ndarray:
-    """Share of the reference, the last column: (R, A) -> (R, A - 1); NaN where that is 0."""
-    bottom = means[:, -1:]
-    share: np.ndarray = means[:, :-1] / np.where(bottom == 0, np.nan, bottom)
-    return share
-
-
-def _nothing(value: float) -> Interval:
-    return Interval(value, -math.inf, math.inf)
 
 
 def _users_needed(

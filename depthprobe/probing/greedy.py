@@ -13,22 +13,16 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import CausalEncoder
 from depthprobe.probing.walk import rank_routes, route
 
-Score = Callable[[np.ndarray], float]
+Span = tuple[int, int]  # [start, end)
 
 
 @dataclass(frozen=True)
 class Removal:
-    """The blocks in the order in which they went, the last one left out of it.
+    """The blocks in the order in which they went, the last one left out of it."""
 
-    Attributes:
-        removed: (L - 1,) block indices.
-        scores: (L,) of the whole model, and after each removal; by full ranking.
-        evaluated: how many shallower models were scored to find it.
-    """
-
-    removed: tuple[int, ...]
-    scores: tuple[float, ...]
-    evaluated: int
+    removed: tuple[int, ...]  # (L - 1,) block indices
+    scores: tuple[float, ...]  # (L,) at full depth, and after each removal; by full ranking
+    evaluated: int  # how many shallower models were scored to find it
 
     def kept(self, depth: int) -> tuple[int, ...]:
         """The blocks that are left at a depth, 1..L."""
@@ -41,24 +35,23 @@ def greedy(
     eval_set: EvalSet,
     *,
     device: torch.device,
-    score: Score = mean_ndcg,
+    score: Callable[[np.ndarray], float] = mean_ndcg,
     lazy: bool = True,
 ) -> Removal:
     """Remove the block whose absence costs the least, down to a single one.
 
     The first removal is chosen from all single skips, which one walk measures. After that, lazily:
     the damage of a block is measured anew only while it is the smallest known, and the block goes
-    if it still is. A removal seldom makes another block dispensable, so most are never asked again;
-    one whose damage has fallen below the smallest is missed. Of equal ones the last goes.
+    if it still is. A removal seldom makes another block dispensable, so most are not measured
+    again; one whose damage has fallen below the smallest is missed. Of equal ones the last goes.
 
     Args:
         model: in evaluation mode.
-        eval_set: the questions to choose by: of validation, never of the test.
+        eval_set: the users to choose by: of validation, never of the test.
         score: of all users' full ranks; higher is better. NDCG@10 by default.
         lazy: False measures every block at every removal, about L^2 / 6 passes.
     """
-    depth = len(find_blocks(model.backbone))
-    left = list(range(depth))
+    left = list(range(len(find_blocks(model.backbone))))
     evaluated = 0
 
     def scores_without(blocks: list[int]) -> dict[int, float]:
@@ -68,8 +61,8 @@ def greedy(
         ranks = rank_routes(model, eval_set, routes, device=device)
         return {out: score(each["full"]) for out, each in zip(blocks, ranks, strict=True)}
 
-    (whole,) = rank_routes(model, eval_set, [route(left)], device=device)
-    scores, removed = [score(whole["full"])], list[int]()
+    (full_depth,) = rank_routes(model, eval_set, [route(left)], device=device)
+    scores, removed = [score(full_depth["full"])], list[int]()
     damage = dict.fromkeys(left, -np.inf)  # as it was when last measured
     while len(left) > 1:
         fresh: dict[int, float] = {}  # the score without each block that is measured now
@@ -85,13 +78,8 @@ def greedy(
     return Removal(tuple(removed), tuple(scores), evaluated)
 
 
-# Which runs of blocks are worth a look, by how little they turn the state (arXiv 2403.17887).
-
-Span = tuple[int, int]  # [start, end)
-
-
 def nearest_spans(angular: np.ndarray, length: int, *, first: int = 0) -> list[Span]:
-    """All runs of so many blocks, that with the smallest angular distance between its ends first.
+    """All runs of ``length`` blocks, those that turn the state least first (arXiv 2403.17887).
 
     Args:
         angular: distances between the states around L blocks, (L + 1, L + 1).

@@ -1,17 +1,18 @@
-"""One pass over the users: what a recommender must offer to be probed, and its states."""
+"""One pass over the users: what a model must offer to be probed, its states, and early exit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from depthprobe.evaluation.ranks import BATCH, Encoder, EvalSet, Ranks
+from depthprobe.evaluation.ranks import BATCH, Encoder, EvalSet
 from depthprobe.models.parts import check_readable, join_streams, split_streams
 from depthprobe.models.skipping import after_blocks
 from depthprobe.models.taps import tap_blocks
@@ -20,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # half precision: 3e-2
 
 
 class CausalEncoder(Encoder, Protocol):
-    """What can be probed: an encoder whose vectors are read out of a causal decoder's last block.
+    """An encoder whose vectors are read out of a causal decoder's last block: it can be probed.
 
     Inherit from it and set ``backbone``; ``encode`` and ``item_matrix`` are the model's own. The
     defaults suit a model that returns the last hidden state of the last item, as it is.
@@ -39,7 +40,7 @@ class CausalEncoder(Encoder, Protocol):
 
 @dataclass(frozen=True)
 class BatchStates:
-    """A batch of users and the states that a pass left of them."""
+    """A batch of users and their states."""
 
     chosen: np.ndarray  # (B,) indices of the users
     histories: Tensor  # (B, T)
@@ -74,8 +75,18 @@ def normed(model: CausalEncoder, states: Tensor) -> Tensor:
     """What follows the blocks, on states (K, B, D) of blocks: (K, B, D')."""
     # one position each: a batch can be longer than the model's table of positions
     single = split_streams(model.backbone, states.flatten(0, 1))
-    after = after_blocks(model.backbone, single)
-    return after.view(*states.shape[:2], -1)
+    return after_blocks(model.backbone, single).view(*states.shape[:2], -1)
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Within the context, call each hook with its module, args, kwargs and output."""
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def exact(values: Tensor) -> Tensor:
@@ -84,46 +95,39 @@ def exact(values: Tensor) -> Tensor:
 
 
 def passes(
-    model: CausalEncoder,
-    eval_set: EvalSet,
-    *,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    batch_size: int = BATCH,
+    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, batch_size: int = BATCH
 ) -> Iterator[BatchStates]:
     """Encode all users once, and yield each batch with its states; nothing else is kept.
 
-    The caller decides about gradients: probing runs this in inference mode.
-
-    Args:
-        model: in evaluation mode.
-        dtype: of the states; None: as they are. Similarities want float32, as bfloat16 rounds the
-            difference of neighbouring states away.
+    The caller decides about gradients: probing runs this in inference mode. The model must be in
+    evaluation mode.
 
     Raises:
         ValueError: for a backbone that has no state to read out after each block, or if the
             vectors of the first batch are not what its states are read out to.
     """
     check_readable(model.backbone)
-    prompt, first = prepare_prompt(model), True
-    with tap_blocks(model.backbone, dtype=None) as tap:
-        for chosen, histories, lengths in eval_set.batches(batch_size, device):
-            tap.positions = model.last_place(lengths)
-            vectors = encode(model, histories, lengths, prompt)
-            states = torch.stack([join_streams(state) for state in tap.states])
-            if first:
-                _check_read_out(model, vectors, states[-1])
-                first = False
-            yield BatchStates(
-                chosen, histories, lengths, states if dtype is None else states.to(dtype)
-            )
+    prompt, checked = prepare_prompt(model), False
+
+    def run(chosen: np.ndarray, histories: Tensor, lengths: Tensor) -> tuple[Tensor, BatchStates]:
+        tap.positions = model.last_place(lengths)
+        vectors = encode(model, histories, lengths, prompt)
+        states = torch.stack([join_streams(state) for state in tap.states])
+        return vectors, BatchStates(chosen, histories, lengths, states)
+
+    with tap_blocks(model.backbone) as tap:
+        for _, (vectors, batch) in eval_set.map_batches(run, device=device, size=batch_size):
+            if not checked:
+                _check_read_out(model, vectors, batch.states[-1])
+                checked = True
+            yield batch
 
 
 def _check_read_out(model: CausalEncoder, vectors: Tensor, last: Tensor) -> None:
     """Refuse a model of somebody's own whose last place or read-out is another than it says."""
-    found = vectors_of(model, last[None])[0].detach()
+    read = vectors_of(model, last[None])[0].detach()
     own = vectors.detach().double()
-    error = (found.double() - own).abs().max() if found.shape == own.shape else torch.inf
+    error = (read.double() - own).abs().max() if read.shape == own.shape else torch.inf
     scale = float(own.abs().max())
     if not float(error) <= TOLERANCE.get(last.dtype, 3e-2) * max(scale, 1e-12):
         raise ValueError(
@@ -132,45 +136,36 @@ def _check_read_out(model: CausalEncoder, vectors: Tensor, last: Tensor) -> None
         )
 
 
-# Early exit: the teacher read out after every block, no training, all depths in one pass.
-#
-# The state after block k of a causal model is the state of the model cut to its first k blocks, so
-# one pass holds every truncated model.
-
-
 @torch.inference_mode()
 def early_exit(
     model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, norm: bool = True
 ) -> list[dict[str, np.ndarray]]:
-    """Ranks of every user's target at each depth 0..L, by protocol, each (E,).
+    """Ranks of every user's target read out after each block, 0..L, by protocol, each (E,).
 
-    Nothing is kept but the last positions of the current batch, so memory does not grow with the
-    users.
+    The state after block k of a causal model is the state of the model cut to its first k blocks,
+    so one pass holds every truncated model. Only the last positions of a batch are kept.
 
     Args:
         model: in evaluation mode.
         norm: apply the final norm before the read-out, as a cut model does. Without it, SLMRec's
-            reading, the whole depth alone is the model's own.
+            reading, the full depth alone is the model's own.
 
     Raises:
         ValueError: without the norm, for a backbone whose final states have another width.
     """
-    items = model.item_matrix()
-    found: list[Ranks] = []
-    for batch in passes(model, eval_set, device=device):
+
+    def read(states: Tensor) -> Tensor:  # (L + 1, B, D) -> (L + 1, B, d)
         if norm:
-            vectors = vectors_of(model, batch.states)  # (L + 1, B, d)
-        else:
-            own = vectors_of(model, batch.states[-1:])  # (1, B, d)
-            vectors = torch.cat([_read_as_they_are(model, batch.states[:-1]), own])
-        found = found or [Ranks(len(eval_set.users)) for _ in vectors]
-        for ranks, each in zip(found, vectors, strict=True):
-            ranks.put(batch.chosen, eval_set.rank(batch.chosen, each, items))
-    return [ranks.values for ranks in found]
+            return vectors_of(model, states)
+        return torch.cat([_past_norm(model, states[:-1]), vectors_of(model, states[-1:])])
+
+    batches = passes(model, eval_set, device=device)
+    vectors = ((batch.chosen, read(batch.states)) for batch in batches)
+    return eval_set.rank_models(vectors, model.item_matrix())
 
 
-def _read_as_they_are(model: CausalEncoder, states: Tensor) -> Tensor:
-    """(K, B, D) to user vectors (K, B, d), past the final norm."""
+def _past_norm(model: CausalEncoder, states: Tensor) -> Tensor:
+    """States (K, B, D) to user vectors (K, B, d), past the final norm."""
     width = normed(model, states[:1]).shape[-1]
     if width != states.shape[-1]:
         raise ValueError(

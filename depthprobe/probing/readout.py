@@ -1,7 +1,16 @@
-"""Affine maps at every depth of a frozen model, fitted side by side on cached states.
+"""Read-outs at every depth of a frozen teacher: fresh output adapters, and tuned lenses.
 
-The states are computed once and kept on disk; then all depths are fitted in one loop, since they
-share the batches, the catalogue and the clock, and nothing else.
+Early exit reads every depth with the one head that was trained behind the last block. Where it
+fails, either the depth does not know the answer yet, or that head cannot read it there. A head
+fitted at the depth itself tells these apart (a linear probe: Alain and Bengio, arXiv 1610.01644).
+
+A tuned lens keeps the teacher's head and fits a translator in front of it, which turns a depth's
+state into what the head expects behind the last block: ``U(norm(h + A h + b))`` (Belrose et al.,
+arXiv 2303.08112). It learns the teacher's distribution over the items and never sees a target, so
+it shows when the teacher has made up its mind; a read-out shows when the target can be known.
+
+Both are affine maps. The states are computed once and kept on disk; then all depths are fitted in
+one loop, since they share the batches, the catalogue and the clock, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,14 +26,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks, mean_ndcg
+from depthprobe.evaluation.ranks import BATCH, EvalSet, mean_ndcg
 from depthprobe.files import reserve
 from depthprobe.probing.passes import CausalEncoder, normed, passes, vectors_of
 
+LENS_USERS = 1024  # users that the size of a depth's states is taken from
+
 # model, states (K, B, D), weight (K, D, d), bias (K, 1, d) -> user vectors (K, B, d)
-Read = Callable[[CausalEncoder, Tensor, Tensor, Tensor], Tensor]
-# states (L + 1, B, D), targets (B,) -> what `score_gradient` wants
-Wanted = Callable[[Tensor, Tensor], Tensor]
+ReadFunction = Callable[[CausalEncoder, Tensor, Tensor, Tensor], Tensor]
+# states (L + 1, B, D), targets (B,) -> the goal of `score_gradient`
+GoalFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Fitting:
 
 @dataclass(frozen=True)
 class CachedStates:
-    """Users, and the states at every depth where a model answers them."""
+    """Users, and their states at every depth where a model reads them out."""
 
     eval_set: EvalSet
     states: np.ndarray  # (E, L + 1, D), before the final norm, memory-mapped
@@ -53,9 +64,9 @@ class CachedStates:
 
 @dataclass(frozen=True)
 class Readouts:
-    """What reads users out of each depth, as fitted, and when it was at its best."""
+    """Fitted maps of each depth, and when each was at its best."""
 
-    read: Read
+    read: ReadFunction
     weight: Tensor  # (L + 1, D, d)
     bias: Tensor  # (L + 1, 1, d)
     epochs: np.ndarray  # (L + 1,) the epoch whose weights these are; 0: before the first
@@ -70,7 +81,7 @@ class Readouts:
 def cache_states(
     model: CausalEncoder, eval_set: EvalSet, *, path: Path, device: torch.device
 ) -> CachedStates:
-    """Run the model once over the questions, into a memory-mapped file of E (L + 1) D numbers.
+    """Run the model once over the users, into a memory-mapped file of E (L + 1) D numbers.
 
     In float16, half as large and read twice as fast; in float32 where a state does not fit, as
     the few huge features of some language models do not.
@@ -80,18 +91,18 @@ def cache_states(
         path: of the file, ending in ``.npy``; overwritten.
 
     Raises:
-        ValueError: without questions, for a backbone without one state a position after each
-            block, or if a state is not finite.
+        ValueError: without users, for a backbone without one state a position after each block, or
+            if a state is not finite.
     """
     if not len(eval_set.users):
-        raise ValueError("no questions to cache the states of")
+        raise ValueError("no users to cache the states of")
     for dtype in (torch.float16, torch.float32):
-        if _write(model, eval_set, path, device, dtype):
+        if _write_states(model, eval_set, path, device, dtype):
             return CachedStates(eval_set, np.load(path, mmap_mode="r"))
     raise ValueError("a state is infinite or NaN")
 
 
-def _write(
+def _write_states(
     model: CausalEncoder, eval_set: EvalSet, path: Path, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether all states fit the dtype; then they are in the file."""
@@ -107,121 +118,6 @@ def _write(
             reserve(path)
         out[batch.chosen] = rows
     return True
-
-
-def fit_side_by_side(
-    model: CausalEncoder,
-    train: CachedStates,
-    validation: CachedStates,
-    *,
-    read: Read,
-    weight: Tensor,
-    wanted: Wanted,
-    device: torch.device,
-    seed: int,
-    settings: Fitting,
-) -> Readouts:
-    """Fit an affine map at each depth, all in one loop over the users: no depth sees another.
-
-    Every step of AdamW is element by element, and the loss is a sum over depths, so a depth ends
-    where it would if it were fitted alone. Each keeps the weights of its best epoch.
-
-    Args:
-        read: how a map is used.
-        weight: where the maps start, (L + 1, D, d); their biases start at zero.
-        wanted: what the scores of a batch are pulled to.
-    """
-    table = model.item_matrix().detach()[1:].to(device, weight.dtype)  # (I, d)
-    maps = [weight.clone().requires_grad_(), torch.zeros_like(weight[:, :1]).requires_grad_()]
-    optimizer = torch.optim.AdamW(
-        maps, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    batches = math.ceil(len(train.eval_set.users) / settings.batch_size)
-    schedule = CosineAnnealingLR(optimizer, T_max=settings.epochs * batches)
-    targets = torch.from_numpy(train.eval_set.targets.astype(np.int64))
-    kept = [each.detach().clone() for each in maps]
-    ndcg = _validate(model, validation, read, kept)
-    epochs = np.zeros(len(ndcg), dtype=np.int64)
-    for epoch in range(1, settings.epochs + 1):
-        order = np.random.default_rng((seed, epoch)).permutation(len(targets))
-        for rows in np.split(order, range(settings.batch_size, len(order), settings.batch_size)):
-            rows.sort()  # for the disk's sake
-            states = train.at(rows, device, weight.dtype)
-            with torch.no_grad():
-                goal = wanted(states, targets[torch.from_numpy(rows)].to(device))
-            with torch.enable_grad():
-                vectors = read(model, states, *maps)  # (L + 1, B, d)
-            pull = score_gradient(vectors.detach(), table, goal)
-            # not backward(): the model's own weights are to get no gradient
-            for each, slope in zip(maps, torch.autograd.grad(vectors, maps, pull), strict=True):
-                each.grad = slope
-            optimizer.step()
-            schedule.step()
-        found = _validate(model, validation, read, maps)
-        better = (found > ndcg) & (epoch - epochs <= settings.patience)
-        ndcg[better], epochs[better] = found[better], epoch
-        chosen = torch.from_numpy(better).to(device)
-        for each, now in zip(kept, maps, strict=True):
-            each[chosen] = now.detach()[chosen]
-        if (epoch - epochs >= settings.patience).all():
-            break
-    return Readouts(read, kept[0], kept[1], epochs, ndcg)
-
-
-@torch.no_grad()
-def score_gradient(vectors: Tensor, table: Tensor, wanted: Tensor) -> Tensor:
-    """The gradient of each depth's mean cross-entropy by its user vectors, (K, B, d).
-
-    With scores ``s = v E'`` it is ``(softmax(s) E - wanted item) / B``. The first term is attention
-    of users to items, whose kernels go through the catalogue tile by tile (Dao et al., arXiv
-    2205.14135): no graph is needed, and the scores never exist as a whole.
-
-    Args:
-        vectors: (K, B, d).
-        table: the catalogue without padding, (I, d).
-        wanted: targets (B,), counted from 1; or user vectors (B, d), whose shares of the items
-            are wanted: then it is the gradient of the KL divergence from them, too.
-    """
-    users = vectors.shape[1]
-    # where torch has no such kernel (float64 on a GPU) there are scores: of one depth at a time
-    depths = len(vectors) if vectors.device.type == "cpu" else 1
-    means = torch.cat([_mean_items(part, table) for part in vectors.split(depths)])
-    goal = _mean_items(wanted, table) if wanted.dim() > 1 else table[wanted - 1]  # (B, d)
-    return means.sub_(goal).div_(users)
-
-
-def _mean_items(vectors: Tensor, table: Tensor) -> Tensor:
-    """``softmax(v E') E``: users (..., d) to the items that they expect, (..., d)."""
-    items = table[None, None]
-    found = scaled_dot_product_attention(vectors.flatten(0, -2)[None, None], items, items, scale=1)
-    return found.view_as(vectors)
-
-
-@torch.no_grad()
-def _validate(
-    model: CausalEncoder, cached: CachedStates, read: Read, maps: Sequence[Tensor]
-) -> np.ndarray:
-    """NDCG@10 of each depth, (L + 1,), by full ranking."""
-    eval_set, items, weight = cached.eval_set, model.item_matrix(), maps[0]
-    ranks = np.empty((len(weight), len(eval_set.users)))
-    for start in range(0, len(eval_set.users), BATCH):
-        chosen = np.arange(start, min(start + BATCH, len(eval_set.users)))
-        vectors = read(model, cached.at(chosen, weight.device, weight.dtype), *maps)
-        for each, found in zip(vectors, ranks, strict=True):
-            found[chosen] = eval_set.rank(chosen, each, items)["full"]
-    return np.array([mean_ndcg(each) for each in ranks])
-
-
-def working_dtype(items: Tensor) -> torch.dtype:
-    """What read-outs are fitted in: float32, or float64 for a float64 model."""
-    return torch.promote_types(items.dtype, torch.float32)
-
-
-# Read-outs: a fresh linear output adapter at every depth of a frozen teacher.
-#
-# Early exit reads every depth with the one head that was trained behind the last block. Where it
-# fails, either the depth does not know the answer yet, or that head cannot read it there. A head
-# fitted at the depth itself tells these apart (a linear probe: Alain and Bengio, arXiv 1610.01644).
 
 
 def fit_readouts(
@@ -240,29 +136,28 @@ def fit_readouts(
 
     Args:
         model: in evaluation mode, the one that the states are of.
-        train: one question a user; what it was trained on itself will do, but then the deepest
-            states may know the targets better than those of new users do.
+        train: what the model was trained on itself will do, but then the deepest states may know
+            the targets better than those of new users do.
         validation: what chooses each depth's epoch.
         seed: of the order of the users.
     """
     items = model.item_matrix()
-    sample = train.at(np.arange(1), device, working_dtype(items))
+    sample = train.at(np.arange(1), device, _working_dtype(items))
     width = _normed(model, sample).shape[-1]
-    start = torch.zeros(len(sample), width, items.shape[1]).to(sample)
-    return fit_side_by_side(
+    return _fit_side_by_side(
         model,
         train,
         validation,
-        read=read_linear,
-        weight=start,
-        wanted=lambda _, targets: targets,
+        read=_read_linear,
+        weight=torch.zeros(len(sample), width, items.shape[1]).to(sample),
+        goal=lambda _, targets: targets,
         device=device,
         seed=seed,
         settings=settings or Fitting(),
     )
 
 
-def read_linear(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _read_linear(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``norm(h) W + b`` at each depth: (K, B, D), (K, D, d), (K, 1, d) -> (K, B, d)."""
     return torch.baddbmm(bias, _normed(model, states), weight)
 
@@ -270,36 +165,6 @@ def read_linear(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tens
 @torch.no_grad()
 def _normed(model: CausalEncoder, states: Tensor) -> Tensor:
     return normed(model, states.to(model.backbone.dtype)).to(states.dtype)
-
-
-@torch.inference_mode()
-def rank_readouts(
-    model: CausalEncoder, fitted: Readouts, eval_set: EvalSet, *, device: torch.device
-) -> list[dict[str, np.ndarray]]:
-    """Ranks of every user's target at each depth 0..L, by protocol, each (E,).
-
-    From one pass over the users; nothing is kept but the states of the current batch.
-
-    Args:
-        model: in evaluation mode, the one that the read-outs were fitted to.
-    """
-    items = model.item_matrix()
-    found = [Ranks(len(eval_set.users)) for _ in fitted.weight]
-    for batch in passes(model, eval_set, device=device):
-        vectors = fitted.vectors(model, batch.states)
-        for ranks, each in zip(found, vectors, strict=True):
-            ranks.put(batch.chosen, eval_set.rank(batch.chosen, each, items))
-    return [ranks.values for ranks in found]
-
-
-# Tuned lens: how far each depth is from the final answer, through the teacher's own head.
-#
-# A translator at each depth turns its state into what the head expects behind the last block,
-# ``U(norm(h + A h + b))`` (Belrose et al., arXiv 2303.08112). It learns the teacher's distribution
-# over the items and never sees a target, so it shows when the teacher has made up its mind; a
-# read-out shows when the target can be known.
-
-SAMPLE = 1024  # users that the size of a depth's states is taken from
 
 
 def fit_lenses(
@@ -315,17 +180,11 @@ def fit_lenses(
 
     By the KL divergence from the model's own distribution over the items to the translated one.
     All start at zero, which is early exit, and a depth where nothing does better on the validation
-    targets stays there. The model stays as it is.
-
-    Args:
-        model: in evaluation mode, the one that the states are of.
-        train: its targets are not used.
-        validation: what chooses each depth's epoch, by NDCG@10 as for read-outs.
-        seed: of the order of the users.
+    targets stays there. Arguments as for :func:`fit_readouts`; the targets of ``train`` are not
+    used.
     """
-    sample = train.at(
-        np.arange(min(SAMPLE, len(train.states))), device, working_dtype(model.item_matrix())
-    )
+    rows = np.arange(min(LENS_USERS, len(train.states)))
+    sample = train.at(rows, device, _working_dtype(model.item_matrix()))  # (L + 1, B, D)
     # steps of one length would move a bias far at depth 0, whose states are small, and hardly
     # behind the other blocks
     size = sample.square().mean(dim=(1, 2), keepdim=True).sqrt()  # (L + 1, 1, 1)
@@ -333,28 +192,150 @@ def fit_lenses(
     size[-1] = moves[-1] = 0
 
     def read(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return read_translated(model, states, moves * weight, size * bias)
+        return _read_translated(model, states, moves * weight, size * bias)
 
-    fitted = fit_side_by_side(
+    fitted = _fit_side_by_side(
         model,
         train,
         validation,
         read=read,
         weight=sample.new_zeros(len(sample), sample.shape[-1], sample.shape[-1]),
-        wanted=lambda states, _: _unembed(model, states[-1:])[0],
+        goal=lambda states, _: _unembed(model, states[-1:])[0],
         device=device,
         seed=seed,
         settings=settings or Fitting(),
     )
-    return replace(
-        fitted, read=read_translated, weight=moves * fitted.weight, bias=size * fitted.bias
-    )
+    weight, bias = moves * fitted.weight, size * fitted.bias
+    return replace(fitted, read=_read_translated, weight=weight, bias=bias)
 
 
-def read_translated(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _read_translated(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``U(norm(h + h A' + b))``: (K, B, D), (K, D, D), (K, 1, D) -> (K, B, d)."""
     return _unembed(model, states + torch.baddbmm(bias, states, weight))
 
 
 def _unembed(model: CausalEncoder, states: Tensor) -> Tensor:
     return vectors_of(model, states.to(model.backbone.dtype)).to(states.dtype)
+
+
+def _fit_side_by_side(
+    model: CausalEncoder,
+    train: CachedStates,
+    validation: CachedStates,
+    *,
+    read: ReadFunction,
+    weight: Tensor,
+    goal: GoalFunction,
+    device: torch.device,
+    seed: int,
+    settings: Fitting,
+) -> Readouts:
+    """Fit an affine map at each depth, all in one loop over the users: no depth sees another.
+
+    Every step of AdamW is element by element, and the loss is a sum over depths, so a depth ends
+    where it would if it were fitted alone. Each keeps the weights of its best epoch.
+
+    Args:
+        read: how a map is used.
+        weight: where the maps start, (L + 1, D, d); their biases start at zero.
+        goal: what the scores of a batch are pulled to.
+    """
+    table = model.item_matrix().detach()[1:].to(device, weight.dtype)  # (I, d)
+    maps = [weight.clone().requires_grad_(), torch.zeros_like(weight[:, :1]).requires_grad_()]
+    optimizer = torch.optim.AdamW(
+        maps, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    batches = math.ceil(len(train.eval_set.users) / settings.batch_size)
+    schedule = CosineAnnealingLR(optimizer, T_max=settings.epochs * batches)
+    targets = torch.from_numpy(train.eval_set.targets.astype(np.int64))
+    best = [each.detach().clone() for each in maps]
+    best_ndcg = _validate(model, validation, read, best)  # (L + 1,)
+    best_epoch = np.zeros(len(best_ndcg), dtype=np.int64)
+    for epoch in range(1, settings.epochs + 1):
+        order = np.random.default_rng((seed, epoch)).permutation(len(targets))
+        for rows in np.split(order, range(settings.batch_size, len(order), settings.batch_size)):
+            rows.sort()  # for the disk's sake
+            states = train.at(rows, device, weight.dtype)  # (L + 1, B, D)
+            with torch.no_grad():
+                batch_goal = goal(states, targets[torch.from_numpy(rows)].to(device))
+            with torch.enable_grad():
+                vectors = read(model, states, *maps)  # (L + 1, B, d)
+            slope = score_gradient(vectors.detach(), table, batch_goal)
+            # not backward(): the model's own weights are to get no gradient
+            for each, grad in zip(maps, torch.autograd.grad(vectors, maps, slope), strict=True):
+                each.grad = grad
+            optimizer.step()
+            schedule.step()
+        ndcg = _validate(model, validation, read, maps)
+        # a depth that has run out of patience is not looked at again, as if it had stopped
+        better = (ndcg > best_ndcg) & (epoch - best_epoch <= settings.patience)
+        best_ndcg[better], best_epoch[better] = ndcg[better], epoch
+        depths = torch.from_numpy(better).to(device)
+        for each, now in zip(best, maps, strict=True):
+            each[depths] = now.detach()[depths]
+        if (epoch - best_epoch >= settings.patience).all():
+            break
+    return Readouts(read, best[0], best[1], best_epoch, best_ndcg)
+
+
+@torch.no_grad()
+def _validate(
+    model: CausalEncoder, cached: CachedStates, read: ReadFunction, maps: Sequence[Tensor]
+) -> np.ndarray:
+    """NDCG@10 of each depth, (L + 1,), by full ranking."""
+    eval_set, items, weight = cached.eval_set, model.item_matrix(), maps[0]
+    ranks = np.empty((len(weight), len(eval_set.users)))
+    for start in range(0, len(eval_set.users), BATCH):
+        chosen = np.arange(start, min(start + BATCH, len(eval_set.users)))
+        vectors = read(model, cached.at(chosen, weight.device, weight.dtype), *maps)
+        for own, row in zip(vectors, ranks, strict=True):
+            row[chosen] = eval_set.rank(chosen, own, items)["full"]
+    return np.array([mean_ndcg(row) for row in ranks])
+
+
+@torch.no_grad()
+def score_gradient(vectors: Tensor, table: Tensor, goal: Tensor) -> Tensor:
+    """The gradient of each depth's mean cross-entropy by its user vectors, (K, B, d).
+
+    With scores ``s = v E'`` it is ``(softmax(s) E - goal) / B``. The first term is attention of
+    users to items, whose kernels go through the catalogue tile by tile (Dao et al., arXiv
+    2205.14135): no graph is needed, and the scores never exist as a whole.
+
+    Args:
+        vectors: (K, B, d).
+        table: the catalogue without padding, (I, d).
+        goal: targets (B,), counted from 1; or user vectors (B, d), whose shares of the items are
+            the goal: then it is the gradient of the KL divergence from them, too.
+    """
+    users = vectors.shape[1]
+    # where torch has no such kernel (float64 on a GPU) there are scores: of one depth at a time
+    depths = len(vectors) if vectors.device.type == "cpu" else 1
+    means = torch.cat([_mean_items(part, table) for part in vectors.split(depths)])
+    goal = _mean_items(goal, table) if goal.dim() > 1 else table[goal - 1]  # (B, d)
+    return means.sub_(goal).div_(users)
+
+
+def _mean_items(vectors: Tensor, table: Tensor) -> Tensor:
+    """``softmax(v E') E``: users (..., d) to the items that they expect, (..., d)."""
+    items = table[None, None]
+    queries = vectors.flatten(0, -2)[None, None]
+    return scaled_dot_product_attention(queries, items, items, scale=1).view_as(vectors)
+
+
+def _working_dtype(items: Tensor) -> torch.dtype:
+    """What read-outs are fitted in: float32, or float64 for a float64 model."""
+    return torch.promote_types(items.dtype, torch.float32)
+
+
+@torch.inference_mode()
+def rank_readouts(
+    model: CausalEncoder, fitted: Readouts, eval_set: EvalSet, *, device: torch.device
+) -> list[dict[str, np.ndarray]]:
+    """Ranks of every user's target at each depth 0..L, by protocol, each (E,), from one pass.
+
+    Args:
+        model: in evaluation mode, the one that the read-outs were fitted to.
+    """
+    batches = passes(model, eval_set, device=device)
+    vectors = ((batch.chosen, fitted.vectors(model, batch.states)) for batch in batches)
+    return eval_set.rank_models(vectors, model.item_matrix())

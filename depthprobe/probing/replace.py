@@ -12,8 +12,7 @@ Only M is mapped. What attention and the blocks before wrote, r, passes as it do
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable, find_projection
 from depthprobe.models.taps import tap_blocks
-from depthprobe.probing.passes import CausalEncoder, encode, exact, prepare_prompt
+from depthprobe.probing.passes import CausalEncoder, encode, exact, hooked, prepare_prompt
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.
@@ -68,8 +67,8 @@ def fit_replacements(
     but it also deletes what M writes in directions that these users hardly show.
 
     Positions are those of a user's items, up to the one that is read out (with what follows the
-    items before it); neither padding nor a prompt counts. Sums are float64; memory is a (D, D)
-    matrix for each span and each start, however many users there are.
+    items before it); neither padding nor a prompt counts. Sums are float64; memory is two (D, D)
+    matrices for each span and each start, however many users there are.
 
     Args:
         model: in evaluation mode.
@@ -83,29 +82,122 @@ def fit_replacements(
         one :class:`Replacement` a span, in their order.
 
     Raises:
-        ValueError: without questions; for no such span; for a backbone without one state a
-            position after each block; or if what the block before a span writes is not, as it is,
-            the output of one plain linear map of its own: a norm or a factor between them, a
-            mixture of experts, quantised, shared or low-rank adapted weights.
+        ValueError: without users; for no such span; for a backbone without one state a position
+            after each block; or if what the block before a span writes is not, as it is, the output
+            of one plain linear map of its own: a norm or a factor between them, a mixture of
+            experts, quantised, shared or low-rank adapted weights.
     """
     if not len(eval_set.users):
-        raise ValueError("no questions to fit a map on")
+        raise ValueError("no users to fit a map on")
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}: it must be more than 0")
     for start, end in spans:
         _check_span(model, start, end)
     check_readable(model.backbone)
+    total = batch = _NormalEquations(spans)
+
+    def keep(start: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, ___: Any, output: Tensor) -> None:
+            batch.written[start] = output.clone()  # some blocks add to it in place
+
+        return hook
+
     starts = {start for start, _ in spans}
-    projections = {start: find_projection(model.backbone, start - 1) for start in starts}
-    sums = _Sums(spans)
+    hooks = [(find_projection(model.backbone, start - 1), keep(start)) for start in starts]
+
+    def run(_: np.ndarray, histories: Tensor, lengths: Tensor) -> _NormalEquations:
+        nonlocal batch
+        tap.clear()  # of a pass that ran out of memory
+        batch = _NormalEquations(spans)
+        batch.first = int(getattr(model, "lead", 0))  # a prompt repeated in each row
+        batch.last = model.last_place(lengths)
+        encode(model, histories, lengths, prompt)
+        tap.check_complete()
+        return batch
+
     prompt = prepare_prompt(model)
-    with tap_blocks(model.backbone, consume=sums.take), _listening(projections, sums.written):
-        for _, histories, lengths in eval_set.batches(batch_size, device):
-            sums.first = int(getattr(model, "lead", 0))  # a prompt repeated in each row
-            sums.last = model.last_place(lengths)
-            encode(model, histories, lengths, prompt)
-    factors = {start: _factor(sums.gram[start], ridge) for start in starts}
-    return [_solve(sums, span, factors[span[0]]) for span in spans]
+    with (
+        tap_blocks(model.backbone, consume=lambda k, state: batch.add_state(k, state)) as tap,
+        hooked(hooks),
+    ):
+        for _, sums in eval_set.map_batches(run, device=device, size=batch_size):
+            total.add(sums)
+    factors = {start: _factor(total.gram[start], ridge) for start in starts}
+    return [_solve(total, span, factors[span[0]]) for span in spans]
+
+
+class _NormalEquations:
+    """What the least squares need of all positions, added up as the states of a pass come in."""
+
+    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
+        self.first, self.last = 0, torch.empty(0)  # a row's real places: first to last (B,)
+        self.written: dict[int, Tensor] = {}  # M by start, as the projection returned it
+        self.gram: dict[int, Tensor] = {}  # by start: M'M, (D, D)
+        self.cross: dict[tuple[int, int], Tensor] = {}  # by span: M'(h_end - h_start), (D, D)
+        self.moved: dict[tuple[int, int], Tensor] = {}  # ||h_end - h_start||^2
+        self.size: dict[tuple[int, int], Tensor] = {}  # ||h_end||^2
+        self._spans = sorted(set(spans))
+        self._until = dict(self._spans)  # by start: the largest end
+        self._places = {place for span in spans for place in span}
+        self._open: dict[int, tuple[Tensor, Tensor]] = {}  # by start: M and h_start, (N, D)
+
+    def add_state(self, k: int, state: Tensor) -> None:
+        """Use the state (B, T, D) after k blocks: the end of some spans, the start of others."""
+        if k not in self._places:
+            return
+        here = self._real(state, state)
+        for span in self._spans:
+            if span[1] == k:
+                output, before = self._open[span[0]]
+                moved = here - before
+                self.cross[span] = output.T @ moved
+                self.moved[span] = moved.square().sum()
+                self.size[span] = here.square().sum()
+        # the states of a start are held up to its last end, and no longer
+        self._open = {s: states for s, states in self._open.items() if k < self._until[s]}
+        if k in self._until:
+            output = self._real(self.written.pop(k), state)
+            self.gram[k] = output.T @ output
+            self._open[k] = (output, here)
+
+    def add(self, other: _NormalEquations) -> None:
+        """Add the sums of another batch."""
+        for name in ("gram", "cross", "moved", "size"):
+            mine, its = getattr(self, name), getattr(other, name)
+            for key, value in its.items():
+                mine[key] = mine[key].add_(value) if key in mine else value
+
+    def _real(self, values: Tensor, state: Tensor) -> Tensor:
+        """The real positions of values like the state, in float64, (N, D)."""
+        if values.numel() != state.numel():
+            raise ValueError("an MLP's last linear map did not see every position (experts?)")
+        places = torch.arange(state.shape[-2], device=values.device)
+        real = (places >= self.first) & (places <= self.last.to(values.device)[:, None])  # (B, T)
+        return exact(values.reshape(state.shape)[real])
+
+
+def _factor(gram: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of G + a I, (D, D)."""
+    size = gram.diagonal().mean()
+    # an MLP that wrote nothing: any positive a gives the identity
+    shift = ridge * size if size > 0 else torch.ones_like(size)
+    factor: Tensor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
+    return factor
+
+
+def _solve(sums: _NormalEquations, span: tuple[int, int], factor: Tensor) -> Replacement:
+    gram, cross = sums.gram[span[0]], sums.cross[span]
+    change = torch.cholesky_solve(cross, factor)  # T - I
+    # ||M (T - I) - E||^2 from the sums alone
+    left = (change * (gram @ change - 2 * cross)).sum() + sums.moved[span]
+    size = sums.size[span]
+    return Replacement(
+        start=span[0],
+        end=span[1],
+        map=np.eye(len(gram)) + change.cpu().numpy(),
+        error=float((left.clamp_min(0) / size).sqrt()),
+        error_without=float((sums.moved[span] / size).sqrt()),
+    )
 
 
 @torch.no_grad()
@@ -168,90 +260,6 @@ def _check_span(model: CausalEncoder, start: int, end: int) -> None:
         raise ValueError(f"span [0, {end}): no block before it could take the map")
     if not 0 < start < end <= depth:
         raise ValueError(f"[{start}, {end}) is no span of {depth} blocks")
-
-
-@contextmanager
-def _listening(projections: Mapping[int, nn.Module], written: dict[int, Tensor]) -> Iterator[None]:
-    """What each projection returns, under the start of the span behind it."""
-
-    def keep(start: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            written[start] = output.clone()  # some blocks add to it in place
-
-        return hook
-
-    handles = [m.register_forward_hook(keep(start)) for start, m in projections.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Sums:
-    """What the fits need of all positions, added up as the states of a pass come in."""
-
-    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
-        self.first, self.last = 0, torch.empty(0)  # a row's real places: first to last (B,)
-        self.written: dict[int, Tensor] = {}  # M by start, as the projection returned it
-        self.gram: dict[int, Tensor] = {}  # by start: M'M, (D, D)
-        self.cross: dict[tuple[int, int], Tensor] = {}  # by span: M'(h_end - h_start), (D, D)
-        self.moved: dict[tuple[int, int], Tensor] = {}  # ||h_end - h_start||^2
-        self.size: dict[tuple[int, int], Tensor] = {}  # ||h_end||^2
-        self._spans = sorted(set(spans))
-        self._until = dict(self._spans)  # by start: the largest end
-        self._places = {place for span in spans for place in span}
-        self._open: dict[int, tuple[Tensor, Tensor]] = {}  # by start: M and h_start, (N, D)
-
-    def take(self, k: int, state: Tensor) -> None:
-        """Add what the state (B, T, D) after k blocks tells."""
-        if k not in self._places:
-            return
-        here = self._real(state, state)
-        for span in self._spans:
-            if span[1] == k:
-                output, before = self._open[span[0]]
-                moved = here - before
-                self.cross[span] = self.cross.get(span, 0) + output.T @ moved
-                self.moved[span] = self.moved.get(span, 0) + moved.square().sum()
-                self.size[span] = self.size.get(span, 0) + here.square().sum()
-        self._open = {s: kept for s, kept in self._open.items() if k < self._until[s]}
-        if k in self._until:
-            output = self._real(self.written.pop(k), state)
-            self.gram[k] = self.gram.get(k, 0) + output.T @ output
-            self._open[k] = (output, here)
-
-    def _real(self, values: Tensor, state: Tensor) -> Tensor:
-        """The real positions of values like the state, in float64, (N, D)."""
-        if values.numel() != state.numel():
-            raise ValueError("an MLP's last linear map did not see every position (experts?)")
-        places = torch.arange(state.shape[-2], device=values.device)
-        real = (places >= self.first) & (places <= self.last.to(values.device)[:, None])  # (B, T)
-        return exact(values.reshape(state.shape)[real])
-
-
-def _factor(gram: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of G + a I, (D, D)."""
-    size = gram.diagonal().mean()
-    # an MLP that wrote nothing: any positive a gives the identity
-    shift = ridge * size if size > 0 else torch.ones_like(size)
-    factor: Tensor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
-    return factor
-
-
-def _solve(sums: _Sums, span: tuple[int, int], factor: Tensor) -> Replacement:
-    gram, cross = sums.gram[span[0]], sums.cross[span]
-    change = torch.cholesky_solve(cross, factor)  # T - I
-    # ||M (T - I) - E||^2 from the sums alone
-    left = (change * (gram @ change - 2 * cross)).sum() + sums.moved[span]
-    size = sums.size[span]
-    return Replacement(
-        start=span[0],
-        end=span[1],
-        map=np.eye(len(gram)) + change.cpu().numpy(),
-        error=float((left.clamp_min(0) / size).sqrt()),
-        error_without=float((sums.moved[span] / size).sqrt()),
-    )
 
 
 # A fitted linear map on disk: with the teacher's weights it makes the shallower model again.

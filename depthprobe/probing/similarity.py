@@ -1,13 +1,12 @@
-"""How blocks add their branches up: what each adds to its input, in which order, by which factors.
+"""How much blocks, parts of a block and runs of blocks turn the state where users are read out.
 
-``models.sublayers`` finds the modules that the branches come from; here is found what becomes of
-their outputs until they are added, from the states that a few users really have.
+All from one pass over the users, in memory that does not grow with them. None of it looks at a
+target: these are the cheap measures of redundancy, to be held against what a cut really costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,186 +19,16 @@ from depthprobe.evaluation.ranks import BATCH, EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import Branch, check_readable, find_sublayers, join_streams
 from depthprobe.models.taps import first_tensor, input_state, tap_blocks
-from depthprobe.probing.passes import CausalEncoder, encode, exact, passes, prepare_prompt
+from depthprobe.probing.passes import (
+    CausalEncoder,
+    encode,
+    exact,
+    hooked,
+    passes,
+    prepare_prompt,
+)
 
 FEW = 8  # users from whom is learnt how a block adds its branches up
-
-
-@dataclass(frozen=True)
-class Term:
-    """A module whose output, times a factor, a block adds to its input: a branch's end."""
-
-    path: str  # inside the block
-    mixes: bool  # attention, else MLP
-    factor: float
-
-
-def find_sums(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> list[list[Term]]:
-    """What each block adds to its input, in order; nothing for a block that is no such sum.
-
-    A branch may pass a norm before it is added, and be scaled, and so may the whole. The norm is
-    the module that is called with the very tensor that the branch returned; the factors are those
-    that make the sum the block's output.
-
-    Args:
-        model: in evaluation mode.
-        eval_set: some of their users are looked at, the first ones.
-
-    Raises:
-        ValueError: if the model is not read out as it says.
-    """
-    blocks = find_blocks(model.backbone)
-    sublayers = _sublayers(blocks, model)
-    few = replace(eval_set, users=eval_set.users[:FEW], histories=eval_set.histories[:FEW])
-    # a pass of its own, as it checks the read-out, which runs some modules on other states
-    (batch,) = passes(model, few, device=device)
-    places, prompt = model.last_place(batch.lengths), prepare_prompt(model)
-    with tap_blocks(model.backbone) as tap, _followed(blocks, sublayers) as ends:
-        tap.positions = places
-        encode(model, batch.histories, batch.lengths, prompt)
-    found = []
-    for index, branches in enumerate(sublayers):
-        last = [ends.get((index, branch.path)) for branch in branches]
-        ran = [end for end in last if end is not None]
-        outputs = [_at(end.kept, places) for end in ran]
-        factors = _factors(tap.states[index], outputs, tap.states[index + 1])
-        whole = bool(factors) and len(ran) == len(branches)
-        terms = zip(ran, branches, factors, strict=True) if whole else ()
-        found.append([Term(end.path, branch.mixes, factor) for end, branch, factor in terms])
-    return found
-
-
-def _sublayers(blocks: nn.ModuleList, model: CausalEncoder) -> list[list[Branch]]:
-    """The branches of each block; none where a block is no sum."""
-    kinds = [repr(block) for block in blocks]  # blocks of the same modules have the same branches
-    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    try:
-        branches_of = dict(zip(firsts, find_sublayers(model.backbone, firsts), strict=True))
-    except ValueError:
-        return [[] for _ in blocks]
-    return [branches_of[kinds.index(kind)] for kind in kinds]
-
-
-@dataclass
-class Added:
-    """The outputs of each block's terms in the latest pass, (B, D) where users are read out."""
-
-    outputs: list[list[Tensor]]
-    places: Tensor | None = None  # (B,)
-
-
-@contextmanager
-def watched(model: CausalEncoder, sums: Sequence[Sequence[Term]]) -> Iterator[Added]:
-    """Within the context, passes leave the outputs of the terms, once the places are set."""
-    added = Added([[torch.empty(0)] * len(terms) for terms in sums])
-
-    def keep(block: int, place: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if added.places is not None:
-                added.outputs[block][place] = _at(first_tensor(output), added.places)
-
-        return hook
-
-    handles = [
-        block.get_submodule(term.path).register_forward_hook(keep(index, place))
-        for index, block in enumerate(find_blocks(model.backbone))
-        for place, term in enumerate(sums[index])
-    ]
-    try:
-        yield added
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _at(output: Tensor, places: Tensor) -> Tensor:
-    """The state of each user at one place, (B, D), from (B, T, D) or a flattened batch (B T, D)."""
-    rows = output.reshape(-1, output.shape[-1])
-    starts = torch.arange(0, len(rows), len(rows) // len(places), device=rows.device)
-    return rows.index_select(0, starts + places.to(rows.device))
-
-
-@dataclass(frozen=True)
-class _End:
-    """The last module that a branch's output has passed."""
-
-    path: str  # inside the block
-    output: Tensor  # the tensor that it returned, to know it by
-    kept: Tensor  # a copy, since a block may add to the tensor in place
-
-
-@contextmanager
-def _followed(
-    blocks: nn.ModuleList, sublayers: Sequence[Sequence[Branch]]
-) -> Iterator[dict[tuple[int, str], _End]]:
-    """Where each branch, by block and path, ends in the latest pass."""
-    ends: dict[tuple[int, str], _End] = {}
-
-    def follow(block: int, path: str) -> Callable[..., None]:
-        branches = [branch.path for branch in sublayers[block]]
-
-        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            state, source = first_tensor(output), input_state(args, kwargs)
-            for branch in branches:
-                end = ends.get((block, branch))
-                # of its size: a router of experts may be called with it, too
-                passed = end is not None and end.output is source and _alike(state, source)
-                if path == branch or passed:
-                    ends[block, branch] = _End(path, state, state.clone())
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(follow(index, path), with_kwargs=True)
-        for index, block in enumerate(blocks)
-        for path, module in block.named_modules()
-        if path and sublayers[index]
-    ]
-    try:
-        yield ends
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _alike(one: object, other: Tensor) -> bool:
-    return isinstance(one, Tensor) and one.shape == other.shape
-
-
-def _factors(state: Tensor, added: Sequence[Tensor], result: Tensor) -> list[float]:
-    """By what each of ``added`` is multiplied in ``result / c = state + their sum``, all (B, D).
-
-    Empty if there are no such numbers. Rounding is relative to the terms, so each equation is
-    weighed by the size of its own: else a few huge features would hide all others.
-    """
-    terms = torch.stack([state, *added]).cpu().double().flatten(1)  # (k, B D)
-    goal = result.cpu().double().flatten()
-    weight = (terms.abs().sum(dim=0) + goal.abs()).clamp_min(1e-300)
-    terms, goal = terms / weight, goal / weight
-    if not (added and terms.isfinite().all() and goal.isfinite().all()):
-        return []
-
-    def error(numbers: Tensor) -> float:
-        return float((numbers @ terms - goal).square().mean())
-
-    found = torch.linalg.lstsq(terms.T, goal[:, None], driver="gelsd").solution[:, 0]
-    plain = torch.ones_like(found)
-    # k numbers fitted to rounding errors too fit a little better than the true ones, mostly all 1
-    if error(plain) <= error(found) * (1 + 9 * len(terms) / len(goal)):
-        found = plain
-    # some of a float64 model's work is float32 whatever its weights are
-    rounding = max(torch.finfo(kind).eps for kind in (result.dtype, torch.float32))
-    if error(found) > (4 * rounding) ** 2 or found[0] == 0:
-        return []
-    factors: list[float] = (found[1:] / found[0]).tolist()
-    return factors
-
-
-# How much blocks, parts of a block and runs of blocks turn the state where users are read out.
-#
-# All from one pass over the users, in memory that does not grow with them. None of it looks at a
-# target: these are the cheap measures of redundancy, to be held against what a cut really costs.
-
 CONSTANT = 1e-10  # of a state's size: less than what two users' states can differ by
 ROWS = 128  # of the sample's Gram matrices at once
 
@@ -224,7 +53,12 @@ class Similarities:
 
 @torch.inference_mode()
 def similarities(
-    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, cka_users: int = 2048
+    model: CausalEncoder,
+    eval_set: EvalSet,
+    *,
+    device: torch.device,
+    cka_users: int = 2048,
+    batch_size: int = BATCH,
 ) -> Similarities:
     """Compare the states around blocks and parts of blocks, where users are read out.
 
@@ -242,34 +76,54 @@ def similarities(
         cka_users: at most so many users' states are kept, for CKA; drawn with a fixed seed.
 
     Raises:
-        ValueError: without questions, for a backbone without one state a position after each
-            block, or if the model is not read out as it says.
+        ValueError: without users, for a backbone without one state a position after each block, or
+            if the model is not read out as it says.
     """
     users = len(eval_set.users)
     if not users:
-        raise ValueError("no questions to compare the states of")
+        raise ValueError("no users to compare the states of")
     check_readable(model.backbone)
     sums = find_sums(model, eval_set, device=device)
     depth = len(sums)
+    outputs = [[torch.empty(0)] * len(terms) for terms in sums]  # of each block's terms, (B, D)
+    places = torch.empty(0)  # (B,) where the users of the batch are read out
+
+    def keep(block: int, place: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
+            outputs[block][place] = _at(first_tensor(output), places)
+
+        return hook
+
+    hooks = [
+        (block.get_submodule(term.path), keep(index, place))
+        for index, block in enumerate(find_blocks(model.backbone))
+        for place, term in enumerate(sums[index])
+    ]
+
+    def run(_: np.ndarray, histories: Tensor, lengths: Tensor) -> Tensor:
+        nonlocal places
+        tap.positions = places = model.last_place(lengths)
+        encode(model, histories, lengths, prompt)
+        return torch.stack([join_streams(state) for state in tap.states])  # (L + 1, B, D)
+
     sample = _Sample(users, cka_users)
     influence, parts = np.zeros(depth), np.zeros((depth, 2))
     angular, norms = np.zeros((depth + 1, depth + 1)), np.zeros(depth + 1)
     prompt = prepare_prompt(model)
-    with tap_blocks(model.backbone) as tap, watched(model, sums) as added:
-        for chosen, histories, lengths in eval_set.batches(BATCH, device):
-            tap.positions = added.places = model.last_place(lengths)
-            encode(model, histories, lengths, prompt)
-            states = torch.stack([join_streams(state) for state in tap.states])  # (L + 1, B, D)
+    with tap_blocks(model.backbone) as tap, hooked(hooks):
+        for chosen, states in eval_set.map_batches(run, device=device, size=batch_size):
             sample.put(chosen, states)
-            states = exact(states)
-            size = states.norm(dim=2, keepdim=True)
-            unit = (states / size).transpose(0, 1)
+            wide = exact(states)
+            size = wide.norm(dim=2, keepdim=True)  # (L + 1, B, 1)
+            unit = (wide / size).transpose(0, 1)  # (B, L + 1, D)
             cosines = torch.bmm(unit, unit.mT).clamp_(-1, 1)  # (B, L + 1, L + 1)
-            influence += _sum(1 - cosines.diagonal(1, 1, 2), 0)
+            influence += _sum(1 - cosines.diagonal(1, 1, 2), 0)  # neighbouring states
             angular += _sum(cosines.acos(), 0) / np.pi
             norms += _sum(size[..., 0], 1)
-            turned = [_turns(*each) for each in zip(states[:-1], sums, added.outputs, strict=True)]
-            parts += _sum(torch.stack(turned), 2)
+            by_part = [
+                _part_influence(*each) for each in zip(wide[:-1], sums, outputs, strict=True)
+            ]
+            parts += _sum(torch.stack(by_part), 2)
     np.fill_diagonal(angular, 0)
     return Similarities(
         influence=influence / users,
@@ -282,21 +136,21 @@ def similarities(
     )
 
 
-def to_frame(found: Similarities) -> pd.DataFrame:
+def to_frame(similarities: Similarities) -> pd.DataFrame:
     """One row a value: ``score``, the blocks [``start``, ``end``) that it speaks of, ``value``.
 
     Of a symmetric matrix each pair of states is there once, as the span between them. A norm has
     start = end = k: the state before block k, or after the last one.
     """
-    states = np.arange(len(found.norms))
+    states = np.arange(len(similarities.norms))
     pairs, blocks = np.triu_indices(len(states), 1), (states[:-1], states[1:])
     scores = [
-        ("block-influence", blocks, found.influence),
-        ("angular-distance", pairs, found.angular[pairs]),
-        ("cka", pairs, found.cka[pairs]),
-        ("norm", (states, states), found.norms),
-        ("attention-influence", blocks, found.attention),
-        ("mlp-influence", blocks, found.mlp),
+        ("block-influence", blocks, similarities.influence),
+        ("angular-distance", pairs, similarities.angular[pairs]),
+        ("cka", pairs, similarities.cka[pairs]),
+        ("norm", (states, states), similarities.norms),
+        ("attention-influence", blocks, similarities.attention),
+        ("mlp-influence", blocks, similarities.mlp),
     ]
     frames = [
         pd.DataFrame({"score": score, "start": start, "end": end, "value": value})
@@ -333,10 +187,10 @@ class _Sample:
     def cka(self) -> np.ndarray:
         """``||Y'X||^2 / (||X'X|| ||Y'Y||)`` of each two, (L + 1, L + 1); uses the states up."""
         for kept in self._states:
-            whole = exact(kept)
-            centred = whole - whole.mean(dim=0)
+            state = exact(kept)
+            centred = state - state.mean(dim=0)
             scale = centred.norm()  # products of states of size 1 stay in any dtype's range
-            varied = bool(scale > CONSTANT * whole.norm())
+            varied = bool(scale > CONSTANT * state.norm())
             kept.copy_(centred.div_(scale if varied else torch.nan))
         depths, users, width = self._states.shape
         # a product of features costs n D^2 for each of the pairs, one of users n^2 D for each state
@@ -364,18 +218,144 @@ def _by_user(states: Tensor) -> Tensor:
     return common
 
 
-def _turns(state: Tensor, terms: Sequence[Term], outputs: Sequence[Tensor]) -> Tensor:
+# Parts of a block: what it adds to its input, in which order, by which factors.
+#
+# `find_sublayers` finds the modules that the branches come from; here is found what becomes of
+# their outputs until they are added, from the states that a few users really have.
+
+
+@dataclass(frozen=True)
+class Term:
+    """A module whose output, times a factor, a block adds to its input: a branch's end."""
+
+    path: str  # inside the block
+    mixes: bool  # attention, else MLP
+    factor: float
+
+
+def _part_influence(state: Tensor, terms: Sequence[Term], outputs: Sequence[Tensor]) -> Tensor:
     """``1 - cos(x, x + f)`` of attention and of MLP by user, (2, B), from a block's input (B, D).
 
     Several branches of one kind are one part.
     """
     added = [term.factor * exact(output) for term, output in zip(terms, outputs, strict=True)]
-    found = state.new_full((2, len(state)), torch.nan)
+    influence = state.new_full((2, len(state)), torch.nan)
     for part, mixes in enumerate((True, False)):
         own = [place for place, term in enumerate(terms) if term.mixes == mixes]
         if own:
             before = sum(added[: own[0]], start=state)
             after = sum((added[place] for place in own), start=before)
             cosine = (before * after).sum(dim=1) / (before.norm(dim=1) * after.norm(dim=1))
-            found[part] = 1 - cosine.clamp_(-1, 1)
-    return found
+            influence[part] = 1 - cosine.clamp_(-1, 1)
+    return influence
+
+
+@dataclass(frozen=True)
+class _BranchEnd:
+    """The last module that a branch's output has passed."""
+
+    path: str  # inside the block
+    output: Tensor  # the tensor that it returned, to know it by
+    copy: Tensor  # since a block may add to the tensor in place
+
+
+def find_sums(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> list[list[Term]]:
+    """What each block adds to its input, in order; nothing for a block that is no such sum.
+
+    A branch may pass a norm before it is added, and be scaled, and so may the whole sum. The norm
+    is the module that is called with the very tensor that the branch returned; the factors are
+    those that make the sum the block's output.
+
+    Args:
+        model: in evaluation mode.
+        eval_set: some of its users are looked at, the first ones.
+    """
+    blocks = find_blocks(model.backbone)
+    branches_of = _branches(blocks, model)
+    few = replace(eval_set, users=eval_set.users[:FEW], histories=eval_set.histories[:FEW])
+    # a pass of its own, as it checks the read-out, which runs some modules on other states
+    (batch,) = passes(model, few, device=device)
+    ends: dict[tuple[int, str], _BranchEnd] = {}  # by block and branch
+
+    def follow(block: int, path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            state, source = first_tensor(output), input_state(args, kwargs)
+            for branch in branches_of[block]:
+                end = ends.get((block, branch.path))
+                # of its size: a router of experts may be called with it, too
+                passed = end is not None and end.output is source and _same_shape(state, source)
+                if path == branch.path or passed:
+                    ends[block, branch.path] = _BranchEnd(path, state, state.clone())
+
+        return hook
+
+    hooks = [
+        (module, follow(index, path))
+        for index, block in enumerate(blocks)
+        for path, module in block.named_modules()
+        if path and branches_of[index]
+    ]
+    places, prompt = model.last_place(batch.lengths), prepare_prompt(model)
+    with tap_blocks(model.backbone) as tap, hooked(hooks):
+        tap.positions = places
+        encode(model, batch.histories, batch.lengths, prompt)
+    sums: list[list[Term]] = []
+    for index, branches in enumerate(branches_of):
+        own = [ends[index, b.path] for b in branches if (index, b.path) in ends]
+        outputs = [_at(end.copy, places) for end in own]
+        factors = _factors(tap.states[index], outputs, tap.states[index + 1])
+        is_sum = bool(factors) and len(own) == len(branches)
+        terms = zip(own, branches, factors, strict=True) if is_sum else ()
+        sums.append([Term(end.path, branch.mixes, factor) for end, branch, factor in terms])
+    return sums
+
+
+def _branches(blocks: nn.ModuleList, model: CausalEncoder) -> list[list[Branch]]:
+    """The branches of each block; none where a block is no sum."""
+    kinds = [repr(block) for block in blocks]  # blocks of the same modules have the same branches
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    try:
+        branches_of = dict(zip(firsts, find_sublayers(model.backbone, firsts), strict=True))
+    except ValueError:
+        return [[] for _ in blocks]
+    return [branches_of[kinds.index(kind)] for kind in kinds]
+
+
+def _same_shape(one: object, other: Tensor) -> bool:
+    return isinstance(one, Tensor) and one.shape == other.shape
+
+
+def _at(output: Tensor, places: Tensor) -> Tensor:
+    """The state of each user at one place, (B, D), from (B, T, D) or a flattened batch (B T, D)."""
+    rows = output.reshape(-1, output.shape[-1])
+    starts = torch.arange(0, len(rows), len(rows) // len(places), device=rows.device)
+    return rows.index_select(0, starts + places.to(rows.device))
+
+
+def _factors(state: Tensor, added: Sequence[Tensor], result: Tensor) -> list[float]:
+    """By what each of ``added`` is multiplied in ``result / c = state + their sum``, all (B, D).
+
+    Empty if there are no such numbers. Rounding is relative to the terms, so each equation is
+    weighed by the size of its own: else a few huge features would hide all others.
+    """
+    terms = torch.stack([state, *added]).cpu().double().flatten(1)  # (k, B D)
+    goal = result.cpu().double().flatten()
+    weight = (terms.abs().sum(dim=0) + goal.abs()).clamp_min(1e-300)
+    terms, goal = terms / weight, goal / weight
+    if not (added and terms.isfinite().all() and goal.isfinite().all()):
+        return []
+
+    def error(numbers: Tensor) -> float:
+        return float((numbers @ terms - goal).square().mean())
+
+    fitted = torch.linalg.lstsq(terms.T, goal[:, None], driver="gelsd").solution[:, 0]
+    plain = torch.ones_like(fitted)
+    # k numbers fitted to rounding errors too fit a little better than the true ones, mostly all 1
+    if error(plain) <= error(fitted) * (1 + 9 * len(terms) / len(goal)):
+        fitted = plain
+    # some of a float64 model's work is float32 whatever its weights are
+    rounding = max(torch.finfo(kind).eps for kind in (result.dtype, torch.float32))
+    if error(fitted) > (4 * rounding) ** 2 or fitted[0] == 0:
+        return []
+    factors: list[float] = (fitted[1:] / fitted[0]).tolist()
+    return factors

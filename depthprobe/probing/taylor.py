@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import CausalEncoder, encode, prepare_prompt
-from depthprobe.probing.readout import score_gradient, working_dtype
+from depthprobe.probing.readout import score_gradient
 
 CALIBRATION_BATCH = 32  # a backward pass keeps what an evaluation pass forgets
 
@@ -39,37 +39,45 @@ def taylor_importance(
         batch_size: users at once; the result is the same, memory and time are not.
 
     Raises:
-        ValueError: without questions, or if a weight is quantised, so that it has no gradient.
+        ValueError: without users, or if a weight is quantised, so that it has no gradient.
     """
-    users = len(eval_set.users)
-    if not users:
-        raise ValueError("no questions to take a gradient of")
+    if not len(eval_set.users):
+        raise ValueError("no users to take a gradient of")
     blocks = find_blocks(model.backbone)
     _check_weights(model, blocks)
     weights = list(dict.fromkeys(blocks.parameters()))
-    total: dict[Tensor, Tensor] = {}
     targets = torch.from_numpy(eval_set.targets.astype(np.int64))
+
+    def gradients(
+        chosen: np.ndarray, histories: Tensor, lengths: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Of the sum of the users' losses, by each weight."""
+        # the prompt anew for each batch: its part of the graph is gone after the backward pass
+        vectors = encode(model, histories, lengths, prepare_prompt(model))  # (B, d)
+        slope = score_gradient(
+            vectors.detach().to(table.dtype)[None], table, targets[chosen].to(device)
+        )[0]
+        # the sum over users, not the mean: half precision loses what is small
+        slope = (len(chosen) * slope).to(vectors.dtype)
+        # not backward(): nothing is to be added to the model's own gradients
+        return torch.autograd.grad(vectors, weights, slope, allow_unused=True)
+
+    total: dict[Tensor, Tensor] = {}
     # the caller may be in inference mode, whose tensors remember no gradient
     with torch.inference_mode(False), torch.enable_grad(), _requiring_gradients(weights):
-        items = model.item_matrix().detach()
-        table = items[1:].to(working_dtype(items))  # (I, d)
-        for chosen, histories, lengths in eval_set.batches(batch_size, device):
-            # anew for each batch: its part of the graph is gone after the backward pass
-            vectors = encode(model, histories, lengths, prepare_prompt(model))  # (B, d)
-            goal = targets[chosen].to(device)
-            pull = score_gradient(vectors.detach().to(table.dtype)[None], table, goal)[0]
-            # the sum over users, not the mean: half precision loses what is small
-            pull = (len(chosen) * pull).to(vectors.dtype)
-            # not backward(): nothing is to be added to the model's own gradients
-            slopes = torch.autograd.grad(vectors, weights, pull, allow_unused=True)
+        table = model.item_matrix().detach()[1:]  # (I, d)
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        batches = eval_set.map_batches(gradients, device=device, size=batch_size)
+        for _, slopes in batches:
             for weight, slope in zip(weights, slopes, strict=True):
                 if slope is not None:  # an expert may have had no user
-                    total[weight] = total.get(weight, 0) + slope.to(working_dtype(weight))
-    found = [
+                    wide = torch.promote_types(weight.dtype, torch.float32)
+                    total[weight] = total.get(weight, 0) + slope.to(wide)
+    importance = [
         sum(float((p.detach() * total[p]).abs().sum()) for p in block.parameters() if p in total)
         for block in blocks
     ]
-    return np.array(found, dtype=np.float64) / users
+    return np.array(importance, dtype=np.float64) / len(eval_set.users)
 
 
 def _check_weights(model: CausalEncoder, blocks: nn.ModuleList) -> None:

@@ -18,13 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks
+from depthprobe.evaluation.ranks import BATCH, EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
 from depthprobe.models.skipping import Plan, plan_skip, refuse_shared, standing_in
 from depthprobe.models.taps import BlockCalls, first_tensor, record_calls
-from depthprobe.probing.passes import BatchStates, CausalEncoder, encode, prepare_prompt, vectors_of
+from depthprobe.probing.passes import (
+    BatchStates,
+    CausalEncoder,
+    encode,
+    prepare_prompt,
+    vectors_of,
+)
 
 
 class Step(NamedTuple):
@@ -49,16 +55,27 @@ def route_without(part: Literal["attention", "mlp"], block: int, depth: int) -> 
 
 @dataclass
 class _Node:
-    """Where routes that begin alike stand after a step."""
+    """The state that routes share after the steps from the root to here."""
 
-    ending: list[int] = field(default_factory=list)  # the routes that end here
+    ending: list[int] = field(default_factory=list)  # indices of the routes that end here
     after: dict[Step, _Node] = field(default_factory=dict)
-    prompt: Cache | None = None  # its keys and values in this step's block, on this route
+    prompt: Cache | None = None  # its keys and values in the last step's block, on this route
 
     @property
     def size(self) -> int:
         """How many blocks are run from here on."""
         return sum(1 + child.size for child in self.after.values())
+
+
+def _tree(routes: Sequence[Route]) -> _Node:
+    """A trie: routes [0, 1], [0, 2] and [1, 2] run block 0 once, and five blocks in all."""
+    root = _Node()
+    for index, steps in enumerate(routes):
+        node = root
+        for step in steps:
+            node = node.after.setdefault(step, _Node())
+        node.ending.append(index)
+    return root
 
 
 def blocks_run(routes: Sequence[Route]) -> int:
@@ -87,12 +104,9 @@ def rank_routes(
             part; for a backbone that has no state to read out after each block.
     """
     check_readable(model.backbone)
-    found = [Ranks(len(eval_set.users)) for _ in routes]
-    items = model.item_matrix()
-    for batch in walk(model, eval_set, routes, device=device):
-        for ranks, vectors in zip(found, vectors_of(model, batch.states), strict=True):
-            ranks.put(batch.chosen, eval_set.rank(batch.chosen, vectors, items))
-    return [ranks.values for ranks in found]
+    batches = walk(model, eval_set, routes, device=device)
+    vectors = ((batch.chosen, vectors_of(model, batch.states)) for batch in batches)
+    return eval_set.rank_models(vectors, model.item_matrix())
 
 
 def walk(
@@ -116,25 +130,30 @@ def walk(
     }
     walker = _Walker(blocks, plans)
     every = plan_skip(model.backbone, range(len(blocks)))
-    # no block runs in these passes: they tell how the blocks are called
+
+    def run(chosen: np.ndarray, histories: Tensor, lengths: Tensor) -> BatchStates:
+        # No block runs in this encoding. It makes the embeddings and shows what each block is
+        # called with (mask, positions, cache), so that the walk can call it so on other states.
+        with standing_in(every), record_calls(blocks) as calls:
+            encode(model, histories, lengths, prompt)
+        ends = dict(walker.run(tree, calls, calls.states[0], model.last_place(lengths)))
+        states = torch.stack([ends[index] for index in range(len(routes))])  # (routes, B, D)
+        return BatchStates(chosen, histories, lengths, states)
+
     with torch.compiler.set_stance("force_eager"):
         with standing_in(every), record_calls(blocks) as calls:
             prompt = prepare_prompt(model)
         if prompt is not None:
+            # the prompt's keys and values depend on the blocks before: one run for each route
             walker.run_prompt(tree, calls, calls.states[0])
-        for chosen, histories, lengths in eval_set.batches(batch_size, device):
-            with standing_in(every), record_calls(blocks) as calls:
-                encode(model, histories, lengths, prompt)
-            place = model.last_place(lengths)
-            ends = dict(walker.run(tree, calls, calls.states[0], place))
-            states = torch.stack([ends[index] for index in range(len(routes))])
-            yield BatchStates(chosen, histories, lengths, states)
+        for _, batch in eval_set.map_batches(run, device=device, size=batch_size):
+            yield batch
 
 
 @dataclass(frozen=True)
 class _Walker:
     blocks: nn.ModuleList
-    plans: dict[Step, Plan]
+    plans: dict[Step, Plan]  # of the steps that leave a part out
 
     def run_prompt(self, node: _Node, calls: BlockCalls, state: Tensor) -> None:
         """Leave each node the prompt's keys and values in its block, behind the steps before it."""
@@ -148,7 +167,10 @@ class _Walker:
     def run(
         self, node: _Node, calls: BlockCalls, state: Tensor, place: Tensor
     ) -> Iterator[tuple[int, Tensor]]:
-        """The state (B, D) at ``place`` where each route ends, by the route's index."""
+        """The state (B, D) at ``place`` where each route ends, by the route's index.
+
+        Depth first: ``state`` (B, T, D) is held once for each step on the way from the root.
+        """
         if node.ending:
             rows = torch.arange(len(place), device=place.device)
             last = join_streams(state[..., rows, place, :])
@@ -161,16 +183,6 @@ class _Walker:
             output = calls.repeat(self.blocks[step.block], step.block, state, cache)
         after: Tensor = first_tensor(output)
         return after
-
-
-def _tree(routes: Sequence[Route]) -> _Node:
-    root = _Node()
-    for index, steps in enumerate(routes):
-        node = root
-        for step in steps:
-            node = node.after.setdefault(step, _Node())
-        node.ending.append(index)
-    return root
 
 
 def _check(blocks: nn.ModuleList, routes: Sequence[Route]) -> None:

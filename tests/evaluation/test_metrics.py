@@ -1,5 +1,8 @@
+"""Metrics of ranks against trec_eval and sklearn, of lists against plain loops."""
+
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -8,11 +11,23 @@ import pytrec_eval
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import ndcg_score, top_k_accuracy_score
+from sklearn.metrics import ndcg_score
 
-from depthprobe.evaluation.metrics import check_metrics, metrics_from_ranks, per_user_metric
+from depthprobe.data.log import Log, encode_ids
+from depthprobe.data.prepared import order_log
+from depthprobe.data.splits import leave_one_out, temporal
+from depthprobe.evaluation.metrics import (
+    TrainingPopularity,
+    check_metrics,
+    exposure,
+    gini,
+    list_metrics,
+    metrics_from_ranks,
+    per_user_metric,
+    training_popularity,
+)
 from depthprobe.evaluation.ranks import rank_targets
-from depthprobe.evaluation.statistics import bootstrap_mean
+from depthprobe.study import Protocol
 
 HALVES = st.lists(st.integers(2, 60).map(lambda twice: twice / 2), min_size=1, max_size=40)
 
@@ -49,35 +64,23 @@ def test_means_of_per_user_values(ranks: list[float]) -> None:
         assert value == pytest.approx(values.mean(), abs=1e-12)
 
 
-@pytest.mark.parametrize("k", [1, 3, 10])
-def test_agrees_with_sklearn(k: int) -> None:
-    draw = np.random.default_rng(k)
-    scores = draw.permuted(np.tile(np.arange(30.0), (50, 1)), axis=1)  # no ties
-    targets = draw.integers(30, size=50)
-    relevance = np.eye(30)[targets]
-    found = metrics_from_ranks(rank_targets(scores, targets), ks=(k,))
-    assert found[f"NDCG@{k}"] == pytest.approx(ndcg_score(relevance, scores, k=k), abs=1e-12)
-    hits = top_k_accuracy_score(targets, scores, k=k, labels=np.arange(30))
-    assert found[f"HR@{k}"] == pytest.approx(hits, abs=1e-12)
-
-
 def test_agrees_with_trec_eval() -> None:
     draw = np.random.default_rng(0)
     scores = draw.permuted(np.tile(np.arange(200.0), (300, 1)), axis=1)  # no ties
     targets = draw.integers(200, size=300)
-    eval_set = {str(user): {str(item): 1} for user, item in enumerate(targets)}
+    relevant = {str(user): {str(item): 1} for user, item in enumerate(targets)}
     answered = {
         str(user): {str(item): score for item, score in enumerate(row.tolist())}
         for user, row in enumerate(scores)
     }
     measures = {"ndcg_cut.1,5,10", "success.1,5,10", "recip_rank"}
-    told = list(pytrec_eval.RelevanceEvaluator(eval_set, measures).evaluate(answered).values())
+    per_user = list(pytrec_eval.RelevanceEvaluator(relevant, measures).evaluate(answered).values())
     names = {"NDCG@{}": "ndcg_cut_{}", "HR@{}": "success_{}"}
     expected = {
-        own.format(k): np.mean([user[theirs.format(k)] for user in told])
+        own.format(k): np.mean([user[theirs.format(k)] for user in per_user])
         for own, theirs in names.items()
         for k in (1, 5, 10)
-    } | {"MRR": np.mean([user["recip_rank"] for user in told])}
+    } | {"MRR": np.mean([user["recip_rank"] for user in per_user])}
     assert metrics_from_ranks(rank_targets(scores, targets)) == pytest.approx(expected, abs=1e-12)
 
 
@@ -95,17 +98,6 @@ def test_agrees_with_sklearn_over_ties_within_a_list() -> None:
         assert found == pytest.approx(own, abs=1e-12)
         # the gain at the mean rank is below the mean of the gains: ties are never a way up
         assert per_user_metric([rank], "NDCG@12")[0] <= found + 1e-12
-
-
-def test_random_scores_hit_at_chance() -> None:
-    draw = np.random.default_rng(0)
-    ranks = rank_targets(draw.random((20_000, 200)), draw.integers(200, size=20_000))
-    hits = metrics_from_ranks(ranks)["HR@10"]
-    assert abs(hits - 0.05) < 4 * (0.05 * 0.95 / 20_000) ** 0.5
-    found = bootstrap_mean(per_user_metric(ranks, "HR@10"), level=0.999)
-    assert found.value == hits
-    assert found.low < 10 / 200 < found.high
-    assert found.high - found.low < 0.012
 
 
 @given(HALVES)
@@ -175,3 +167,65 @@ def test_bad_input_is_refused() -> None:
             per_user_metric([1], name)
     with pytest.raises(ValueError, match="HR@0"):
         metrics_from_ranks([1], ks=(0,))
+
+
+def test_list_metrics_by_hand() -> None:
+    lists = np.array([[1, 2, 3], [1, 2, 0], [1, 5, 3], [1, 0, 0]])  # of six items
+    counts = exposure(lists, 6)
+    assert counts.tolist() == [4, 2, 2, 0, 1, 0]
+    # popularity 10, 5, 1, 1, 2, 0: (40 + 10 + 2 + 2) / 9 = 6, and users chose 4 on average
+    training = TrainingPopularity(np.array([10, 5, 1, 1, 2, 0]), usual=4.0)
+    assert list_metrics(counts, training) == {
+        "coverage@10": 4 / 6,
+        # ascending 0 0 1 2 2 4 with weights -5 -3 -1 1 3 5: 27 / (6 * 9)
+        "gini@10": pytest.approx(27 / 54, abs=1e-15),
+        "popularity@10": pytest.approx(1.5, abs=1e-15),
+    }
+    assert list_metrics(np.zeros(6, int), training) == {}
+    nobody = TrainingPopularity(training.popularity, math.nan)
+    assert list_metrics(counts, nobody).keys() == {"coverage@10", "gini@10"}
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=30).filter(any))
+def test_gini_is_half_the_relative_mean_difference(counts: list[int]) -> None:
+    pairs = [abs(a - b) for a, b in itertools.product(counts, repeat=2)]
+    expected = sum(pairs) / len(pairs) / 2 / (sum(counts) / len(counts))
+    assert gini(np.array(counts)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_gini_at_the_ends_of_its_scale() -> None:
+    assert gini(np.full(50, 3)) == pytest.approx(0, abs=1e-15)
+    assert gini(np.eye(50)[7]) == pytest.approx(1 - 1 / 50, abs=1e-15)
+
+
+def test_training_popularity_agrees_with_loops() -> None:
+    draw = np.random.default_rng(0)
+    rows = [(25 * draw.random(draw.integers(3, 9)) ** 2).astype(int) for _ in range(40)]
+    owner = np.repeat(np.arange(40), [len(row) for row in rows])
+    items = [f"{item:02d}" for item in np.concatenate(rows)]
+    split = leave_one_out(order_log(Log(encode_ids(owner), encode_ids(items))))
+    training, sequences = training_popularity(split), split.sequences
+    popularity = dict.fromkeys(range(1, sequences.n_items + 1), 0)
+    for user in range(sequences.n_users):
+        for item in split.train_history(user).tolist():
+            popularity[item] += 1
+    assert training.popularity.tolist() == list(popularity.values())
+    means = []
+    for user in split.test.users.tolist():
+        own = split.train_history(user).tolist()
+        means.append(sum(popularity[item] for item in own) / len(own))
+    assert training.usual == pytest.approx(sum(means) / len(means), abs=1e-12)
+
+
+def test_users_without_training_do_not_count() -> None:
+    """Under the temporal split a user may have begun after training ended."""
+    users = ["a"] * 4 + ["b"] * 3 + ["c"] * 2
+    items = ["x", "y", "z", "x"] + ["x", "y", "z"] + ["x", "y"]
+    times = np.array([0, 1, 5, 9, 6, 7, 9, 0, 1])
+    log = order_log(Log(encode_ids(users), encode_ids(items), times=times))
+    points = ("1970-01-01T00:00:05", "1970-01-01T00:00:08")
+    split = temporal(log, Protocol(split="temporal", split_at=points))
+    assert split.test.users.tolist() == [0, 1]
+    training = training_popularity(split)  # a and c train on x, y; b on nothing
+    assert training.popularity.tolist() == [2, 2, 0]
+    assert training.usual == 2

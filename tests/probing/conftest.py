@@ -1,9 +1,10 @@
-"""A tiny float64 recommender with weights that matter, questions to it, and naive fits."""
+"""A tiny float64 recommender with weights that matter, users and targets, and naive fits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,8 +46,21 @@ def eval_set() -> EvalSet:
 
 
 @pytest.fixture
+def first(eval_set: EvalSet) -> EvalSet:
+    """Its first 40 users, for loops over users."""
+    return replace(
+        eval_set,
+        users=eval_set.users[:40],
+        histories=eval_set.histories[:40],
+        targets=eval_set.targets[:40],
+        seen=(eval_set.seen or [])[:40],
+        negatives=None,
+    )
+
+
+@pytest.fixture
 def draw() -> Callable[[int, int], EvalSet]:
-    """``draw(users, seed)``: other questions to the teacher."""
+    """``draw(users, seed)``: other users and targets."""
 
     def make(users: int, seed: int) -> EvalSet:
         rng = np.random.default_rng(seed)

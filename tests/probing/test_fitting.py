@@ -109,7 +109,7 @@ def test_cached_states_too_large_for_half(
 
 
 def test_cached_states_refused(teacher: Recommender, draw: Draw, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no questions"):
+    with pytest.raises(ValueError, match="no users"):
         cache_states(teacher, draw(0, 0), path=tmp_path / "states.npy", device=CPU)
     eval_set = draw(300, 0)
     for history in eval_set.histories:

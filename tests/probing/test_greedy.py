@@ -102,8 +102,9 @@ def peaked(teacher: Recommender, eval_set: EvalSet) -> EvalSet:
     questions = EvalSet(eval_set.users, eval_set.histories, eval_set.targets, None, None)
     targets = np.empty(len(eval_set.users), dtype=np.int64)
     with torch.inference_mode():
-        for chosen, histories, lengths in questions.batches(64, CPU):
-            scores = teacher.encode(histories, lengths) @ teacher.item_matrix()[1:].T
+        encoded = questions.map_batches(lambda _, *batch: teacher.encode(*batch), device=CPU)
+        for chosen, vectors in encoded:
+            scores = vectors @ teacher.item_matrix()[1:].T
             targets[chosen] = scores.argmax(dim=1).numpy() + 1
     return EvalSet(eval_set.users, eval_set.histories, targets, None, None)
 

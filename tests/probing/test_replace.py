@@ -352,7 +352,7 @@ def test_no_span(
 
 
 def test_bad_questions_ridge_and_width(teacher: Recommender, eval_set: EvalSet) -> None:
-    with pytest.raises(ValueError, match="no questions"):
+    with pytest.raises(ValueError, match="no users"):
         fit_replacements(teacher, take(eval_set, 0), [(1, 2)], device=CPU)
     with pytest.raises(ValueError, match="ridge is 0"):
         fit_replacements(teacher, take(eval_set, 4), [(1, 2)], device=CPU, ridge=0)

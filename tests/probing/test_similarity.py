@@ -109,8 +109,7 @@ def test_batches_make_no_difference(
     teacher: Recommender, eval_set: EvalSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = similarities(teacher, eval_set, device=CPU, cka_users=100)
-    monkeypatch.setattr(similarity, "BATCH", 7)
-    pieces = similarities(teacher, eval_set, device=CPU, cka_users=100)
+    pieces = similarities(teacher, eval_set, device=CPU, cka_users=100, batch_size=7)
     for name in ARRAYS:
         np.testing.assert_allclose(getattr(pieces, name), getattr(whole, name), atol=1e-12)
 
@@ -125,9 +124,9 @@ def test_memory_does_not_grow_with_the_users(
         put(self, *args)
         kept.append(self._states.numel())
 
-    monkeypatch.setattr(similarity, "BATCH", 50)
     monkeypatch.setattr(similarity._Sample, "put", watched)
-    assert similarities(teacher, eval_set, device=CPU, cka_users=20).cka_users == 20
+    found = similarities(teacher, eval_set, device=CPU, cka_users=20, batch_size=50)
+    assert found.cka_users == 20
     assert kept == [6 * 20 * 16] * 6
 
 
@@ -210,7 +209,7 @@ def states_of(
 ) -> torch.Tensor:
     """States (L + 1, B, D) of one batch, maybe with the MLP of a block left out."""
     skipped = set() if without_mlp is None else {without_mlp}
-    ((_, histories, lengths),) = eval_set.batches(256, CPU)
+    ((_, (_, histories, lengths)),) = eval_set.map_batches(lambda *batch: batch, device=CPU)
     with skip_blocks(model.backbone, skipped, part="mlp"), tap_blocks(model.backbone) as tap:
         prompt = model.prepare_prompt()
         tap.positions = model.last_place(lengths)
@@ -348,7 +347,7 @@ def test_bfloat16_parts_are_added_as_they_are(teacher: Recommender, eval_set: Ev
 
             block.get_submodule(part).register_forward_hook(keep)
     states = states_of(half, few)
-    ((_, _, lengths),) = few.batches(256, CPU)
+    ((_, (_, _, lengths)),) = few.map_batches(lambda *batch: batch, device=CPU)
     for index in range(5):
         attended, changed = (
             seen[part, index][torch.arange(200), lengths - 1].double()
@@ -370,7 +369,7 @@ def test_several_branches_of_one_kind_are_one_part() -> None:
         Term(str(k), mixes, factor)
         for k, (mixes, factor) in enumerate([(True, 1.0), (False, 0.5), (False, 2.0)])
     ]
-    found = similarity._turns(state, terms, [one, two, three])
+    found = similarity._part_influence(state, terms, [one, two, three])
     before = state + one
     after = before + 0.5 * two + 2 * three
     torch.testing.assert_close(found[0], 1 - torch.cosine_similarity(state, before))
@@ -472,7 +471,7 @@ def test_bad_questions_and_models_are_refused(
     with pytest.raises(ValueError, match=r"Elsewhere.encode does not return read_out"):
         similarities(Elsewhere(backbone, torch.randn(41, 6), ()).eval(), eval_set, device=CPU)
     none = replace(eval_set, users=eval_set.users[:0], histories=[], targets=eval_set.targets[:0])
-    with pytest.raises(ValueError, match="no questions"):
+    with pytest.raises(ValueError, match="no users"):
         similarities(Recommender(backbone, torch.randn(41, 6), ()).eval(), none, device=CPU)
 
 
@@ -499,6 +498,6 @@ def test_a_bfloat16_sum_has_whole_factors_and_its_cka_is_not_rounded(
         assert [term.factor for term in terms] == [1, 1]
     states = states_of(half, few).numpy()
     expected = [[linear_cka(one, other) for one in states] for other in states]
-    ((order, *_),) = few.batches(256, CPU)
+    ((order, *_),) = few.map_batches(lambda *batch: batch, device=CPU)
     assert len(order) == 200
     np.testing.assert_allclose(similarities(half, few, device=CPU).cka, expected, rtol=1e-5)

@@ -226,7 +226,7 @@ def test_behind_a_suffix_and_where_gradients_are_off(eval_set: EvalSet) -> None:
 
 def test_no_questions(teacher: Recommender, eval_set: EvalSet) -> None:
     none = replace(eval_set, users=eval_set.users[:0], histories=[], targets=eval_set.targets[:0])
-    with pytest.raises(ValueError, match="no questions"):
+    with pytest.raises(ValueError, match="no users"):
         taylor_importance(teacher, none, device=CPU)
 
 

@@ -26,9 +26,8 @@ from depthprobe.runs.context import Context
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.distributed import FUSED
-from depthprobe.training.elastic import ElasticObjective
 from depthprobe.training.features import CachedTeacher, OnlineTeacher, Teacher, write_features
-from depthprobe.training.objectives import Batch, NextItem, make_batch
+from depthprobe.training.objectives import Batch, ElasticObjective, NextItem, make_batch
 
 
 def measure(context: Context, blocks: int) -> dict[str, Any]:

@@ -36,7 +36,6 @@ from depthprobe.runs.records import Result, read_record
 from depthprobe.study import TEACHER_SELECTIONS, Recipe, parse_layers, settings_of
 from depthprobe.training.checkpoint import Fit
 from depthprobe.training.distillation import Distiller, feature_spec
-from depthprobe.training.elastic import ElasticObjective
 from depthprobe.training.features import (
     CachedTeacher,
     FeatureSpec,
@@ -45,7 +44,7 @@ from depthprobe.training.features import (
     write_features,
 )
 from depthprobe.training.loop import fit
-from depthprobe.training.objectives import NextItem, asked
+from depthprobe.training.objectives import ElasticObjective, NextItem, count_targets
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
     """FLOPs of an epoch of a trial's training; of distillation without its teacher's."""
     settings = settings_of(context.study, trial.method)
     lengths = np.array([len(window) - 1 for window in context.windows])
-    positions = int(asked(context.windows, settings.recipe.objective).sum())
+    positions = int(count_targets(context.windows, settings.recipe.objective).sum())
     scored: float = positions
     if settings.method.settings == "elastic":
         scored *= 1 + min(settings.elastic.exits, model.depth - 1)

@@ -1,36 +1,34 @@
-"""Training in several processes, as ``accelerate launch`` starts them: DDP, or FSDP 2.
+"""An objective with its optimiser, in one process or in those of ``accelerate launch``.
 
-Each process computes a share of every batch. The objective is wrapped whole, since it calls its
-model more than once a step (the prompt, the items) and reads weights outside the model's forward.
+Each process computes a share of every batch, by DDP or FSDP 2. The objective is wrapped in full: it
+calls its model more than once a step (the prompt, the items) and reads weights outside the model's
+forward.
 
-Under FSDP a copy of the objective is sharded and trained, and the objective itself stays whole: it
-takes the copy's weights before each validation. So what validates and saves sees an ordinary
-module, and each process needs room for the weights beside its share of gradients and moments.
+Under FSDP a copy of the objective is sharded and trained, and the objective itself stays in full:
+it takes the copy's weights before each validation. So an ordinary module validates and is saved,
+and each process needs room for the weights beside its share of gradients and moments.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
-    GradientAccumulationPlugin,
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import AdamW
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, AdamW
 
 from depthprobe.errors import BadInput
 from depthprobe.models.recommender import Recommender
@@ -39,6 +37,7 @@ from depthprobe.study import Recipe
 EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # AdamW in one kernel: 4 times faster than a loop over the weights on a CPU, more on a GPU
 FUSED = ("cpu", "cuda")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def join(device: str) -> PartialState:
@@ -54,103 +53,33 @@ def join(device: str) -> PartialState:
     return PartialState(cpu=device == "cpu")
 
 
-def start(recipe: Recipe, device: torch.device) -> Accelerator:
-    """An accelerator for one training; the processes and their group are those that there are.
-
-    Raises:
-        BadInput: for a kind of FSDP that would train wrongly.
-    """
-    # the state is a process-wide singleton that would leak from the training before; the group of
-    # processes is torch's and stays
-    AcceleratorState._reset_state(reset_partial_state=True)
-    plugin = _fsdp_plugin()
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if recipe.precision == "bfloat16" else "no",
-        # said outright, or the launcher's settings would scale the gradients a second time
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # a token table that only a prompt reads gets no gradient without one
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        fsdp_plugin=plugin,
-    )
-    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate shards on accelerators alone and would fall back to DDP without a word
-        accelerator.state.fsdp_plugin = plugin
-        for state in (accelerator.state, PartialState()):  # one is copied from the other at times
-            state.distributed_type = DistributedType.FSDP
-    return accelerator
-
-
-def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
-    """What ``accelerate launch --use_fsdp`` asks for."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
-    version, policy = (os.environ.get(f"FSDP_{k}") for k in ("VERSION", "AUTO_WRAP_POLICY"))
-    if version != "2":
-        raise BadInput("accelerate launch --fsdp_version", version, "2")
-    if policy not in {None, "NO_WRAP", "TRANSFORMER_BASED_WRAP"}:
-        allowed = "NO_WRAP or TRANSFORMER_BASED_WRAP"
-        raise BadInput("accelerate launch --fsdp_auto_wrap_policy", policy, allowed)
-    if os.environ.get(EFFICIENT, "false").lower() == "true":
-        allowed = "false: every process validates, with all weights"
-        raise BadInput("accelerate launch --fsdp_cpu_ram_efficient_loading", True, allowed)
-    # computing in bfloat16 is autocast's, as without FSDP: gradients are summed in float32
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
-
-
-class _Called(nn.Module):
-    """What accelerate wraps and marks in place of the objective, which stays as it was."""
-
-    def __init__(self, objective: nn.Module) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, batch: Any) -> Tensor:
-        value: Tensor = self.objective(batch)
-        return value
-
-
 @dataclass(frozen=True)
-class Trained:
-    """An objective under training: what is called, and the weights that its optimiser moves."""
+class Engine:
+    """An objective with its optimiser, and what wraps it for the processes that train it.
 
-    accelerator: Accelerator
-    objective: nn.Module  # whole
+    AdamW updates ``masters``. A weight of 16 bits has a float32 copy there: a step of 1e-3 of a
+    weight's size would be rounded away in bfloat16, again and again. Other weights are their own.
+    """
+
+    objective: nn.Module  # in full
     inner: nn.Module  # the objective, or the copy of it that is sharded
     called: nn.Module  # what wraps that
-    weights: Mapping[str, Tensor]  # trained ones by name: the objective's own, or shards of a copy
+    weights: Mapping[str, Tensor]  # the trained ones by name: the objective's, or a copy's shards
+    masters: Mapping[str, Tensor]  # the same names
     optimizer: AdamW
-
-    @property
-    def processes(self) -> int:
-        """How many processes train it."""
-        return int(self.accelerator.num_processes)
-
-    @property
-    def rank(self) -> int:
-        """Which of them this is, from 0."""
-        return int(self.accelerator.process_index)
+    device: torch.device
+    rank: int = 0  # of this process
+    processes: int = 1
+    accelerator: Accelerator | None = None  # None in one process
 
     def check_together(self, step: int) -> None:
-        """Refuse processes that begin at different steps.
-
-        Raises:
-            ValueError: if they do.
-        """
+        """Refuse, with ``ValueError``, processes that begin at different steps."""
         first = self.agree(step)
         if first != step:
             raise ValueError(
                 f"process {self.rank} begins at step {step} and the first one at {first:g}:"
                 " all must see the same checkpoint"
             )
-
-    def publish(self) -> None:
-        """Give the objective the weights as they are now, where a copy of it is trained."""
-        own = dict(self.objective.named_parameters())
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                if weight is not own[name]:
-                    own[name].copy_(whole(weight))
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -162,84 +91,164 @@ class Trained:
         """The first process's score, in all of them: they must stop at the same epoch."""
         if self.processes == 1:
             return score
-        told = torch.tensor([score], dtype=torch.float64, device=self.accelerator.device)
-        torch.distributed.broadcast(told, 0)
-        return float(told.item())
+        shared = torch.tensor([score], dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(shared, 0)
+        return float(shared.item())
 
-    @contextmanager
-    def apart(self, alone: bool) -> Iterator[None]:
-        """A backward pass inside leaves the gradients in this process if ``alone``."""
-        if not alone:
-            yield
-            return
-        with self.accelerator.no_sync(self.called):
-            yield
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A backward pass inside leaves its gradients in this process."""
+        if self.accelerator is None:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.no_sync(self.called)
+        return context
+
+    def clip(self, largest: float) -> Tensor:
+        """Hand the gradients to the masters and clip them; returns their norm before, a scalar."""
+        for name, weight in self.weights.items():
+            master = self.masters[name]
+            if master is not weight and weight.grad is not None:
+                master.grad, weight.grad = weight.grad.to(master.dtype), None
+        return _full(clip_grad_norm_(list(self.masters.values()), largest))
+
+    def step(self) -> None:
+        """Update the weights by their gradients, which are gone then."""
+        self.optimizer.step()
+        self._copy_back()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for tensor in (*self.weights.values(), *self.masters.values()):
+            tensor.grad = None
+
+    def publish(self) -> None:
+        """Give the objective the weights as they are now, where a copy of it is trained."""
+        own = dict(self.objective.named_parameters())
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                if weight is not own[name]:
+                    own[name].copy_(_full(weight))
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments in full, as ``weights NAME``, ``exp_avg NAME`` and so on.
+
+        Every process must call it.
+        """
+        tensors = {f"weights {name}": _full(master) for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            moments = self.optimizer.state.get(master, {})  # empty before its first gradient
+            tensors |= {f"{kind} {name}": _full(value) for kind, value in moments.items()}
+        return tensors
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned."""
+        fused = bool(self.optimizer.defaults["fused"])
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(_shard_like(state[f"weights {name}"], master))
+                if (step := state.get(f"step {name}")) is not None:
+                    self.optimizer.state[master] = {
+                        "step": step.to(master.device if fused else "cpu"),
+                        **{k: _shard_like(state[f"{k} {name}"], master) for k in MOMENTS},
+                    }
+        self._copy_back()
+
+    def _copy_back(self) -> None:
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                if self.masters[name] is not weight:
+                    weight.copy_(self.masters[name])
 
 
-def spread(accelerator: Accelerator, objective: nn.Module, recipe: Recipe) -> Trained:
+def prepare(objective: nn.Module, recipe: Recipe, device: torch.device) -> Engine:
     """Wrap an objective for the processes there are, with an AdamW over its trained weights.
 
     Raises:
-        BadInput: under FSDP, for weights or blocks that can't be sharded.
+        BadInput: for a kind of FSDP that would train wrongly, and for weights or blocks that can't
+            be sharded.
     """
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded:
-        _check_dtypes(objective, recipe)
-        _check_units(accelerator.state.fsdp_plugin, objective)
-    inner = _copied(objective) if sharded else objective
+    state = PartialState(cpu=device.type == "cpu")
+    inner = called = objective
+    accelerator = None
+    if state.num_processes > 1:
+        plugin = _fsdp_plugin()
+        accelerator = _accelerator(plugin)
+        device = accelerator.device
+        if plugin is None:
+            called = accelerator.prepare_model(objective)
+        else:
+            _check_dtypes(objective, recipe)
+            _check_units(plugin, objective)
+            inner = _copy(objective)
+            # accelerate wants an optimiser beside a model that it shards; any will do
+            called, _ = accelerator.prepare(
+                inner, SGD([p for p in inner.parameters() if p.requires_grad])
+            )
+    weights = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+    masters = {
+        name: weight if weight.dtype.itemsize >= 4 else weight.detach().float().requires_grad_()
+        for name, weight in weights.items()
+    }
     optimizer = AdamW(
-        [p for p in inner.parameters() if p.requires_grad],
+        list(masters.values()),
         lr=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
-        fused=accelerator.device.type in FUSED or None,
+        fused=device.type in FUSED or None,
     )
-    called, _ = accelerator.prepare(_Called(inner), optimizer)
-    weights = {name: p for name, p in inner.named_parameters() if p.requires_grad}
-    return Trained(accelerator, objective, inner, called, weights, optimizer)
-
-
-def share(chosen: np.ndarray, rank: int, processes: int) -> np.ndarray:
-    """What one process computes of a batch that is sorted by length; may be empty.
-
-    Every n-th window, so that all processes get about as long ones.
-
-    >>> share(np.arange(5), 1, 2).tolist()
-    [1, 3]
-    """
-    return chosen[rank::processes]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded over the processes, in full; all of them must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor in full as ``like`` is: on its device, sharded if it is."""
-    moved = tensor.to(like.device)
-    if not isinstance(like, DTensor):
-        return moved
-    return distribute_tensor(moved, like.device_mesh, like.placements)
-
-
-def _copied(objective: nn.Module) -> nn.Module:
-    """A copy with weights of its own; data that a module holds beside them is shared."""
-    data = (
-        value
-        for module in objective.modules()
-        for value in vars(module).values()
-        if type(value).__module__.startswith("depthprobe.") and not isinstance(value, nn.Module)
+    return Engine(
+        objective,
+        inner,
+        called,
+        weights,
+        masters,
+        optimizer,
+        device,
+        rank=int(state.process_index),
+        processes=int(state.num_processes),
+        accelerator=accelerator,
     )
-    return copy.deepcopy(objective, {id(value): value for value in data})
+
+
+def _accelerator(plugin: FullyShardedDataParallelPlugin | None) -> Accelerator:
+    """Accelerate's share of the work: it wraps, by DDP or by FSDP where a plugin is given."""
+    accelerator = Accelerator(
+        mixed_precision="no",  # autocast is ours, so that FSDP sums gradients in float32
+        # a token table that only a prompt reads gets no gradient without one
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        fsdp_plugin=plugin,
+    )
+    if plugin is not None:
+        # The state is a singleton that would keep the plugin of the training before. On CPUs
+        # accelerate would fall back to DDP without a word.
+        accelerator.state.fsdp_plugin = plugin
+        for state in (accelerator.state, PartialState()):  # one is copied from the other at times
+            state.distributed_type = DistributedType.FSDP
+    return accelerator
+
+
+def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """The settings of ``accelerate launch --use_fsdp``; None without it."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    version, policy = (os.environ.get(f"FSDP_{k}") for k in ("VERSION", "AUTO_WRAP_POLICY"))
+    if version != "2":
+        raise BadInput("accelerate launch --fsdp_version", version, "2")
+    if policy not in {None, "NO_WRAP", "TRANSFORMER_BASED_WRAP"}:
+        allowed = "NO_WRAP or TRANSFORMER_BASED_WRAP"
+        raise BadInput("accelerate launch --fsdp_auto_wrap_policy", policy, allowed)
+    if os.environ.get(EFFICIENT, "false").lower() == "true":
+        allowed = "false: every process validates, with all weights"
+        raise BadInput("accelerate launch --fsdp_cpu_ram_efficient_loading", True, allowed)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
 
 
 def _check_dtypes(objective: nn.Module, recipe: Recipe) -> None:
     """FSDP keeps a unit's trained weights in one buffer."""
     weights = list(objective.parameters())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in weights if p.requires_grad})
-    wanted = "float32" if recipe.precision == "bfloat16" else dtypes[0]
-    if dtypes != [wanted]:
-        allowed = f"under FSDP all trained weights in {wanted}: backbone.dtype = float32"
+    needed = "float32" if recipe.precision == "bfloat16" else dtypes[0]
+    if dtypes != [needed]:
+        allowed = f"under FSDP all trained weights in {needed}: backbone.dtype = float32"
         raise BadInput("backbone.dtype", ", ".join(dtypes), allowed)
     if not all(p.is_floating_point() for p in weights):
         raise BadInput("backbone.quantize", "quantised weights", "none under FSDP")
@@ -261,3 +270,27 @@ def _check_units(plugin: FullyShardedDataParallelPlugin, objective: nn.Module) -
     if units and any(len(model.prompt) and not model.lead for model in models):
         option = "accelerate launch --fsdp_transformer_layer_cls_to_wrap"
         raise BadInput(option, units[0], "none, or backbone.prompt = '': the prompt is shared")
+
+
+def _copy(objective: nn.Module) -> nn.Module:
+    """A copy with weights of its own; data that a module holds beside them is shared."""
+    data = (
+        value
+        for module in objective.modules()
+        for value in vars(module).values()
+        if type(value).__module__.startswith("depthprobe.") and not isinstance(value, nn.Module)
+    )
+    return copy.deepcopy(objective, {id(value): value for value in data})
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded over the processes, in full; all of them must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor in full as ``like`` is: on its device, sharded if it is."""
+    moved = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return moved
+    return distribute_tensor(moved, like.device_mesh, like.placements)

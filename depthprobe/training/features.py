@@ -1,14 +1,14 @@
-"""What the teacher says at the training windows: computed once for all students, or as they go.
+"""The teacher's outputs at the training windows: computed once for all students, or at each step.
 
 The teacher does not change while students learn. So its states after some blocks, and its user
-vectors or the items that it scores best, are kept on disk, memory-mapped, and shared by the
+vectors or the items that it scores best, are stored as memory-mapped files and shared by the
 students of every depth.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,24 +19,29 @@ from torch import Tensor
 
 from depthprobe.data.batches import length_buckets
 from depthprobe.files import reserve
-from depthprobe.models.recommender import Recommender, states_at
+from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
-from depthprobe.training.objectives import Batch, Objective, asked, at_rows, make_batch
+from depthprobe.training.objectives import (
+    Batch,
+    Objective,
+    count_targets,
+    make_batch,
+    target_states,
+)
 
-STATES, VECTORS, TOP, SCORES = "states.npy", "vectors.npy", "top.npy", "scores.npy"
-WANTED = "features.json"
+SPEC = "features.json"  # what a folder of features holds
 TOP_BYTES = 64 * 2**20  # of scores at once, when the best items are looked for
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which features: where, after how many blocks, and what of the scores.
+    """Which of the teacher's outputs are needed.
 
     Attributes:
-        objective: where: at every position that a window asks, or at its last.
-        ends: after how many blocks the state is wanted; empty for no states.
-        vectors: whether user vectors are wanted, from which all scores follow.
-        top: how many best items are wanted, with their scores; 0 for none.
+        objective: at every position of a window that has a target, or at the last one.
+        ends: the depths whose states are needed; empty for none.
+        vectors: whether user vectors are needed, from which the scores of all items follow.
+        top: how many best items are needed, with their scores; 0 for none.
     """
 
     objective: Objective
@@ -44,85 +49,94 @@ class FeatureSpec:
     vectors: bool = False
     top: int = 0
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields of ``TeacherOutputs`` that are needed."""
+        needed = {"states": self.ends, "vectors": self.vectors}
+        needed |= {"top": self.top, "scores": self.top}
+        return [name for name, value in needed.items() if value]
+
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What the teacher says at N positions of a batch; None is what was not wanted."""
+    """The teacher's outputs at the N target positions of a batch; None is what is not needed."""
 
-    states: Tensor | None = None  # (G, N, D) float32
+    states: Tensor | None = None  # (G, N, D) float32, one group for each depth
     vectors: Tensor | None = None  # (N, d)
-    top: Tensor | None = None  # (N, K) items from the best on
+    top: Tensor | None = None  # (N, K) items, the best first
     scores: Tensor | None = None  # (N, K)
 
 
 class Teacher(Protocol):
-    """What a student asks."""
+    """Where a student gets the teacher's outputs from."""
 
     def at(self, batch: Batch) -> TeacherOutputs:
-        """What the teacher says where the batch is asked."""
+        """The outputs at the batch's target positions, on its device."""
         ...
 
 
 class CachedTeacher:
-    """Features on disk."""
+    """The teacher's outputs from the files of :func:`write_features`."""
 
-    def __init__(self, folder: Path, windows: list[np.ndarray], wanted: FeatureSpec) -> None:
-        """Open what :func:`write_features` wrote for the windows, and hand on what is wanted.
+    def __init__(self, folder: Path, windows: list[np.ndarray], spec: FeatureSpec) -> None:
+        """Open the files of a folder; they may hold more than the spec needs.
 
         Raises:
-            ValueError: if it is not in the folder.
+            ValueError: if they hold less.
         """
-        kept = json.loads((folder / WANTED).read_text(encoding="utf-8"))
-        known = {WANTED: kept["objective"] == wanted.objective}
-        known |= {STATES: set(wanted.ends) <= set(kept["ends"])}
-        known |= {VECTORS: kept["vectors"] or not wanted.vectors, TOP: kept["top"] >= wanted.top}
-        if not all(known.values()):
-            raise ValueError(f"{folder} does not hold {wanted}")
-        self._wanted = wanted
-        self._columns = [kept["ends"].index(end) for end in wanted.ends]
-        self._offsets = np.concatenate([[0], np.cumsum(asked(windows, wanted.objective))])
-        names = {STATES: wanted.ends, VECTORS: wanted.vectors, TOP: wanted.top, SCORES: wanted.top}
-        self._parts = {
-            name: np.load(folder / name, mmap_mode="r") for name, used in names.items() if used
+        stored = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+        if not (
+            stored["objective"] == spec.objective
+            and set(spec.ends) <= set(stored["ends"])
+            and stored["vectors"] >= spec.vectors
+            and stored["top"] >= spec.top
+        ):
+            raise ValueError(f"{folder} does not hold {spec}")
+        self._top = spec.top
+        self._columns = [stored["ends"].index(end) for end in spec.ends]
+        self._starts = _starts(windows, spec)
+        self._arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in spec.fields
         }
 
     def at(self, batch: Batch) -> TeacherOutputs:
-        """What the teacher says where the batch is asked, on the batch's device."""
-        device = batch.inputs.device
-        rows = np.concatenate(
-            [np.arange(self._offsets[i], self._offsets[i + 1]) for i in batch.chosen]
-        )
-        found = {
-            name: torch.from_numpy(part[rows]).to(device) for name, part in self._parts.items()
+        """The outputs at the batch's target positions, on its device."""
+        rows = _rows_of(batch.chosen, self._starts)
+        tensors = {
+            name: torch.from_numpy(array[rows]).to(batch.inputs.device)
+            for name, array in self._arrays.items()
         }
-        states, best = found.get(STATES), slice(self._wanted.top)
-        if states is not None:
-            states = _unpacked(states[:, self._columns]).float().transpose(0, 1)
-        top, scores = (None if (p := found.get(n)) is None else p[:, best] for n in (TOP, SCORES))
-        return TeacherOutputs(states, found.get(VECTORS), top, scores)
+        if "states" in tensors:
+            states = tensors["states"][:, self._columns]  # (N, G, D) in 16 bits
+            tensors["states"] = _unpack(states).float().transpose(0, 1)
+        for name in tensors.keys() & {"top", "scores"}:
+            tensors[name] = tensors[name][:, : self._top]
+        return TeacherOutputs(**tensors)
 
 
 class OnlineTeacher:
-    """A teacher that runs at every step, as SLMRec's does: for features that fit no disk."""
+    """A teacher that runs at every step, as SLMRec's does: for features that fit on no disk."""
 
-    def __init__(self, model: Recommender, wanted: FeatureSpec) -> None:
-        """Ask ``model``, in evaluation mode, for the wanted features."""
-        self._model, self._wanted = model, wanted
+    def __init__(self, model: Recommender, spec: FeatureSpec) -> None:
+        """Take the outputs of ``model``, which must be in evaluation mode."""
+        self._model, self._spec = model, spec
 
-    @torch.no_grad()
     def at(self, batch: Batch) -> TeacherOutputs:
-        """What the teacher says where the batch is asked."""
-        said = _ask(self._model, batch, self._wanted)
-        if said.states is None:
-            return said
-        rounded = _unpacked(_packed(said.states)).float()  # as they would be on disk
-        return TeacherOutputs(rounded, said.vectors, said.top, said.scores)
+        """The outputs at the batch's target positions."""
+        outputs = _run(self._model, batch, self._spec)
+        if "states" in outputs:
+            states = outputs["states"]
+            fits = bool(torch.isfinite(states.half()).all())
+            # rounded as they would be on disk
+            packed = _pack(states, torch.float16 if fits else torch.bfloat16)
+            outputs["states"] = _unpack(packed).float()
+        return TeacherOutputs(**outputs)
 
 
 def write_features(
     teacher: Recommender,
     windows: list[np.ndarray],
-    wanted: FeatureSpec,
+    spec: FeatureSpec,
     *,
     folder: Path,
     device: torch.device,
@@ -130,8 +144,9 @@ def write_features(
 ) -> None:
     """Run the teacher once over the training windows, into memory-mapped files.
 
-    States are kept in float16, or in bfloat16 where one does not fit: N (G D) 2 bytes for N asked
-    positions. User vectors and scores are float32.
+    States are stored in float16, or in bfloat16 where one does not fit: N (G D) 2 bytes for N
+    target positions. User vectors and scores are float32. A batch that does not fit into memory is
+    computed in halves.
 
     Args:
         teacher: in evaluation mode.
@@ -141,9 +156,8 @@ def write_features(
         ValueError: if a state is infinite or NaN.
     """
     for dtype in (torch.float16, torch.bfloat16):
-        if _write(teacher, windows, wanted, folder, device, batch_size, dtype):
-            text = json.dumps(asdict(wanted))
-            (folder / WANTED).write_text(text + "\n", encoding="utf-8")
+        if _write(teacher, windows, spec, folder, device, batch_size, dtype):
+            (folder / SPEC).write_text(json.dumps(asdict(spec)) + "\n", encoding="utf-8")
             return
     raise ValueError("a state of the teacher is infinite or NaN")
 
@@ -151,86 +165,81 @@ def write_features(
 def _write(
     teacher: Recommender,
     windows: list[np.ndarray],
-    wanted: FeatureSpec,
+    spec: FeatureSpec,
     folder: Path,
     device: torch.device,
     batch_size: int,
     dtype: torch.dtype,
 ) -> bool:
     """Whether all states fit the dtype; then they are in the files."""
-    lengths = np.array([len(window) - 1 for window in windows])
-    counts = asked(windows, wanted.objective)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    starts = _starts(windows, spec)
     files: dict[str, np.ndarray] = {}
-    for chosen in length_buckets(lengths, batch_size):
-        batch = make_batch(windows, chosen, device, wanted.objective)
-        with torch.no_grad():
-            said = _ask(teacher, batch, wanted)
-        rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
-        for name, values in _to_write(said, dtype):
-            if values is None:
+    batches = deque(length_buckets([len(window) - 1 for window in windows], batch_size))
+    while batches:
+        chosen = batches.popleft()
+        try:
+            outputs = _run(teacher, make_batch(windows, chosen, device, spec.objective), spec)
+        except torch.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise
+            batches.extendleft(np.array_split(chosen, 2))
+            continue
+        if "states" in outputs:
+            packed = _pack(outputs["states"], dtype).transpose(0, 1).contiguous()  # (N, G, D)
+            if not torch.isfinite(_unpack(packed)).all():
                 return False
+            outputs["states"] = packed
+        for name, values in outputs.items():
+            array = values.cpu().numpy()
             if name not in files:
-                shape = (int(offsets[-1]), *values.shape[1:])
+                path, shape = folder / f"{name}.npy", (int(starts[-1]), *array.shape[1:])
                 files[name] = np.lib.format.open_memmap(
-                    folder / name, mode="w+", dtype=values.dtype, shape=shape
+                    path, mode="w+", dtype=array.dtype, shape=shape
                 )
-                reserve(folder / name)
-            files[name][rows] = values
+                reserve(path)
+            files[name][_rows_of(chosen, starts)] = array
     for file in files.values():
         file.flush()  # type: ignore[attr-defined]
     return True
 
 
-def _to_write(said: TeacherOutputs, dtype: torch.dtype) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Arrays by file; None in place of states that don't fit the dtype."""
-    if said.states is not None:
-        packed = _packed(said.states, dtype).transpose(0, 1)  # (N, G, D)
-        fits = bool(torch.isfinite(_unpacked(packed)).all())
-        yield STATES, packed.contiguous().cpu().numpy() if fits else None
-    if said.vectors is not None:
-        yield VECTORS, said.vectors.cpu().numpy()
-    if said.top is not None and said.scores is not None:
-        yield TOP, said.top.cpu().numpy()
-        yield SCORES, said.scores.cpu().numpy()
+def _starts(windows: list[np.ndarray], spec: FeatureSpec) -> np.ndarray:
+    """The first row of each window in the files, and their number of rows, (windows + 1,)."""
+    return np.concatenate([[0], np.cumsum(count_targets(windows, spec.objective))])
 
 
-def _packed(states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _rows_of(chosen: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The rows of some windows in the files, one a target position, (N,)."""
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
+
+
+def _pack(states: Tensor, dtype: torch.dtype) -> Tensor:
     """States in 16 bits; those of bfloat16 as whole numbers, since numpy has no such floats."""
-    if dtype is None:
-        half = states.half()
-        dtype = torch.float16 if torch.isfinite(half).all() else torch.bfloat16
     small = states.to(dtype)
     return small.view(torch.int16) if dtype == torch.bfloat16 else small
 
 
-def _unpacked(packed: Tensor) -> Tensor:
+def _unpack(packed: Tensor) -> Tensor:
     return packed.view(torch.bfloat16) if packed.dtype == torch.int16 else packed
 
 
-def _ask(teacher: Recommender, batch: Batch, wanted: FeatureSpec) -> TeacherOutputs:
-    """Run the teacher on a batch; nothing is rounded yet."""
+@torch.no_grad()
+def _run(teacher: Recommender, batch: Batch, spec: FeatureSpec) -> dict[str, Tensor]:
+    """Fields of ``TeacherOutputs`` from one pass over a batch; nothing is rounded yet."""
+    outputs: dict[str, Tensor] = {}
     with tap_blocks(teacher.backbone) as tap:
-        normed = teacher.states(batch.inputs, batch.lengths)
-        states = None
-        if wanted.ends:
-            after = [tap.states[end] for end in wanted.ends]
-            states = torch.stack([target_states(teacher, state, batch) for state in after])
-    if not (wanted.vectors or wanted.top):
-        return TeacherOutputs(states)
-    vectors = teacher.read_out(target_states(teacher, normed, batch))  # (N, d)
-    kept = vectors.float() if wanted.vectors else None
-    if not wanted.top:
-        return TeacherOutputs(states, kept)
-    catalogue = teacher.item_matrix()[1:].to(vectors.dtype)
-    rows = max(1, TOP_BYTES // (4 * len(catalogue)))
-    best = [(part @ catalogue.T).topk(wanted.top, dim=1) for part in vectors.split(rows)]
-    top = torch.cat([each.indices for each in best]).int() + 1
-    return TeacherOutputs(states, kept, top, torch.cat([each.values for each in best]).float())
-
-
-def target_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
-    """A block's output (B, P, D) where the batch asks for the next item, (N, D)."""
-    if batch.objective == "last":
-        return states_at(states, model.last_place(batch.lengths))
-    return at_rows(states[:, model.lead :], batch.rows)
+        normed = teacher.states(batch.inputs, batch.lengths)  # (B, P, D)
+        if spec.ends:
+            states = [target_states(teacher, tap.states[end], batch) for end in spec.ends]
+            outputs["states"] = torch.stack(states)  # (G, N, D)
+    if spec.vectors or spec.top:
+        vectors = teacher.read_out(target_states(teacher, normed, batch))  # (N, d)
+        if spec.vectors:
+            outputs["vectors"] = vectors.float()
+        if spec.top:
+            catalogue = teacher.item_matrix()[1:].to(vectors.dtype)  # (I, d)
+            rows = max(1, TOP_BYTES // (4 * len(catalogue)))  # positions whose scores fit
+            best = [(part @ catalogue.T).topk(spec.top, dim=1) for part in vectors.split(rows)]
+            outputs["top"] = torch.cat([each.indices for each in best]).int() + 1
+            outputs["scores"] = torch.cat([each.values for each in best]).float()
+    return outputs

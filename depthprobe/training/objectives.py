@@ -1,4 +1,4 @@
-"""What a training minimises: the loss of the next item, at every position or at the last."""
+"""What a training minimises: the loss of the next item, of one depth or of several."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from depthprobe.data.batches import pad
-from depthprobe.study import Recipe
+from depthprobe.models.parts import check_readable
+from depthprobe.models.recommender import Recommender, states_at
+from depthprobe.models.skipping import after_blocks, skip_blocks
+from depthprobe.models.taps import tap_blocks
+from depthprobe.study import Elastic, Recipe
 from depthprobe.training.losses import catalogue_loss
 
-Objective = Literal["every", "last"]
+Objective = Literal["every", "last"]  # the target positions of a window
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Training windows: what is read of them, and which items are asked where."""
+    """B training windows with N target positions, each of which predicts the next item."""
 
     chosen: np.ndarray  # (B,) indices of the windows
     inputs: Tensor  # (B, T) item ids, right-padded with 0
     lengths: Tensor  # (B,) items in each row of the inputs
-    rows: Tensor  # (N,) where the next item is asked, in the flattened inputs (B T)
-    targets: Tensor  # (N,) the item that is asked there
+    rows: Tensor  # (N,) the target positions, as places in the flattened inputs (B T)
+    targets: Tensor  # (N,) the item that follows each of them
     last: Tensor  # (B,) each window's last item
     objective: Objective
-    draw: int = 0  # a number that all parts of a step share, to draw from
+    draw: int = 0  # a random number that all parts and processes of a step share
 
     @property
     def count(self) -> int:
-        """N, how many items are asked."""
+        """N, the number of target positions."""
         return len(self.rows)
 
 
@@ -44,28 +48,27 @@ def make_batch(
     *,
     draw: int = 0,
 ) -> Batch:
-    """Inputs and targets of the chosen windows: all items but the last, all but the first.
-
-    Args:
-        objective: whether the next item is asked at every position, or at the last alone.
-        draw: what an objective's own random choices are drawn from.
-    """
-    whole = pad([windows[i] for i in chosen])  # (B, T + 1)
-    sizes = np.array([len(windows[i]) - 1 for i in chosen])
-    # on the host, where the lengths are known: a GPU would be asked, and wait
-    asked_at = np.arange(whole.shape[1] - 1) < sizes[:, None]  # (B, T)
-    last = whole[np.arange(len(whole)), sizes]
-    every = objective == "every"
+    """Inputs and targets of the chosen windows: all items but the last, all but the first."""
+    padded = pad([windows[i] for i in chosen])  # (B, T + 1)
+    sizes = np.array([len(windows[i]) - 1 for i in chosen])  # (B,)
+    width = padded.shape[1] - 1
+    last = padded[np.arange(len(padded)), sizes]
+    # on the host, which knows the lengths; a GPU would have to be waited for
+    if objective == "every":
+        inside = np.arange(width) < sizes[:, None]  # (B, T)
+        rows, targets = np.flatnonzero(inside), padded[:, 1:][inside]
+    else:
+        rows, targets = np.arange(len(sizes)) * width + sizes - 1, last
 
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
     return Batch(
         chosen=chosen,
-        inputs=put(whole[:, :-1]),
+        inputs=put(padded[:, :-1]),
         lengths=put(sizes),
-        rows=put(np.flatnonzero(asked_at) if every else _ends(sizes, asked_at.shape[1])),
-        targets=put(whole[:, 1:][asked_at] if every else last),
+        rows=put(rows),
+        targets=put(targets),
         last=put(last),
         objective=objective,
         draw=draw,
@@ -73,30 +76,40 @@ def make_batch(
 
 
 def last_only(batch: Batch) -> Batch:
-    """The same windows, asked at their last positions alone."""
-    ends = torch.arange(len(batch.lengths), device=batch.lengths.device) * batch.inputs.shape[1]
-    rows = ends + batch.lengths - 1
+    """The same windows with their last positions as the only targets."""
+    starts = torch.arange(len(batch.lengths), device=batch.lengths.device) * batch.inputs.shape[1]
+    rows = starts + batch.lengths - 1
     return replace(batch, rows=rows, targets=batch.last, objective="last")
 
 
-def _ends(sizes: np.ndarray, width: int) -> np.ndarray:
-    """The last places of rows of so many items, in the flattened rows, (B,)."""
-    ends: np.ndarray = np.arange(len(sizes)) * width + sizes - 1
-    return ends
-
-
-def at_rows(states: Tensor, rows: Tensor) -> Tensor:
-    """Those of states (B, T, D) that stand at so many places of (B T), (N, D)."""
-    return states.flatten(0, 1).index_select(0, rows)
-
-
-def asked(windows: Sequence[np.ndarray], objective: Objective) -> np.ndarray:
-    """How many positions of each window are asked for the next item, (windows,)."""
+def count_targets(windows: Sequence[np.ndarray], objective: Objective) -> np.ndarray:
+    """The number of target positions of each window, (windows,)."""
     return np.array([1 if objective == "last" else len(window) - 1 for window in windows])
 
 
+def at_rows(states: Tensor, rows: Tensor) -> Tensor:
+    """States (B, T, D) at some places of the flattened (B T), (N, D)."""
+    return states.flatten(0, 1).index_select(0, rows)
+
+
+def target_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
+    """A block's output (B, P, D), prompt and all, at the batch's target positions, (N, D)."""
+    if batch.objective == "last":
+        return states_at(states, model.last_place(batch.lengths))
+    return at_rows(states[:, model.lead :], batch.rows)
+
+
+def target_vectors(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
+    """User vectors at the batch's target positions, (N, d)."""
+    if recipe.objective == "last":
+        last: Tensor = model(batch.inputs, batch.lengths)
+        return last
+    every: Tensor = model(batch.inputs)  # (B, T, d)
+    return at_rows(every, batch.rows)
+
+
 class NextItem(nn.Module):
-    """A recommender with the loss that trains it: batches in, a mean over the asked items out.
+    """A recommender with the loss that trains it: a batch in, the mean over its targets out.
 
     The model is called and its items are read inside one ``forward``, so that what wraps a module
     for several processes sees both.
@@ -107,16 +120,57 @@ class NextItem(nn.Module):
         self.model, self.recipe = model, recipe
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean loss of the batch's next items, a scalar."""
+        """The mean loss of the batch's targets, a scalar."""
         vectors = target_vectors(self.model, batch, self.recipe)  # (N, d)
         items: Tensor = self.model.item_matrix()  # type: ignore[operator]
         return catalogue_loss(vectors, items, batch.targets, recipe=self.recipe)
 
 
-def target_vectors(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
-    """User vectors where the batch asks for the next item, (N, d)."""
-    if recipe.objective == "last":
-        last: Tensor = model(batch.inputs, batch.lengths)
-        return last
-    every: Tensor = model(batch.inputs)
-    return at_rows(every, batch.rows)
+def dropout_rates(depth: int, most: float) -> np.ndarray:
+    """``most (2^(l / (L - 1)) - 1)`` of each block: never the first, the last with ``most``, (L,).
+
+    >>> dropout_rates(3, 0.1).round(4).tolist()
+    [0.0, 0.0414, 0.1]
+    """
+    return np.asarray(most * (2 ** (np.arange(depth) / max(1, depth - 1)) - 1))
+
+
+class ElasticObjective(nn.Module):
+    """One recommender that is good at every depth: early-exit losses and layer dropout.
+
+    LayerSkip (Elhoushi et al., arXiv 2404.16710). All depths share the final norm and the output
+    adapter, so each prefix is an ordinary recommender: cut to k blocks, it is the model at exit k.
+    LayerSkip drops blocks for some sequences of a batch and computes them all the same; here a step
+    drops them for the full batch and saves their time, as LayerDrop does (arXiv 1909.11556).
+    """
+
+    def __init__(self, model: Recommender, settings: Elastic, recipe: Recipe) -> None:
+        """Refuse, with ``ValueError``, a backbone that can't be read out at each depth."""
+        super().__init__()
+        check_readable(model.backbone, streams=False)
+        self.model, self.settings, self.recipe = model, settings, recipe
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The full depth's loss plus the weighted mean of some exits' losses, a scalar.
+
+        The dropped blocks and the exits are drawn from the batch's ``draw``: the same in all parts
+        and processes of a step.
+        """
+        model, settings, depth = self.model, self.settings, self.model.depth
+        draws = np.random.default_rng(batch.draw)
+        dropped = draws.random(depth) < dropout_rates(depth, settings.dropout)
+        exits = draws.permutation(np.arange(1, depth))[: settings.exits]
+        skipped = np.flatnonzero(dropped).tolist() if self.training else []
+        with skip_blocks(model.backbone, skipped), tap_blocks(model.backbone) as tap:
+            vectors = target_vectors(model, batch, self.recipe)  # (N, d)
+        loss = self._loss(vectors, batch)
+        for exit_depth in exits.tolist():
+            state = target_states(model, tap.states[exit_depth], batch)  # (N, D)
+            normed = after_blocks(model.backbone, state[:, None])[:, 0]
+            exit_vectors = model.read_out(normed.to(vectors.dtype))  # (N, d)
+            loss = loss + settings.weight / len(exits) * self._loss(exit_vectors, batch)
+        return loss
+
+    def _loss(self, vectors: Tensor, batch: Batch) -> Tensor:
+        items = self.model.item_matrix()
+        return catalogue_loss(vectors, items, batch.targets, recipe=self.recipe)

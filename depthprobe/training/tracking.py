@@ -1,6 +1,6 @@
-"""Trainings told to accelerate's trackers: TensorBoard, Weights & Biases, MLflow and the like.
+"""Trackers of a training: TensorBoard, Weights & Biases, MLflow and whatever accelerate knows.
 
-A tracker is a guest: one that fails is left out, with a line in the log, and the training goes on.
+A tracker that fails is left out with a warning, and the training goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from depthprobe.errors import BadInput, nearest
 
 logger = logging.getLogger(__name__)
 
-# is told a training's step, and by name what was measured there; in the first process alone
+# gets a training's step and the values measured there, by name; in the first process alone
 Track = Callable[[int, Mapping[str, float]], None]
 
 # what a tracker calls the name of a run inside its project, where runs have names
@@ -28,10 +28,6 @@ RUN = {
     "clearml": "task_name",
     "swanlab": "experiment_name",
 }
-
-
-def nobody(step: int, values: Mapping[str, float]) -> None:
-    """Tell nobody."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -59,75 +55,53 @@ def tracked(
     run: str,
     settings: Mapping[str, str | int],
 ) -> Iterator[Track]:
-    """What a training inside tells its numbers to.
+    """The function that hands a training's values to the trackers.
 
     Args:
-        names: of the trackers; they begin when they are first told something.
+        names: of the trackers; they start with the first values.
         folder: where those that write files write them.
         project: what the runs of a study have in common.
         run: the name of this one.
         settings: what is recorded of it, once.
     """
-    if not names:
-        yield nobody
-        return
-    guests = _Guests(names, lambda name: _start(name, folder, project, run), settings)
-    try:
-        yield guests.tell
-    finally:
-        guests.leave()
+    working, started = list(names), dict[str, GeneralTracker]()
 
-
-class _Guests:
-    """Trackers of a training, each until it fails."""
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        start: Callable[[str], GeneralTracker],
-        settings: Mapping[str, str | int],
-    ) -> None:
-        self._names, self._start, self._settings = list(names), start, settings
-        self._trackers: dict[str, GeneralTracker] = {}
-
-    def tell(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand values on."""
-        # not before: accelerate's state, which trackers read, begins with the training
-        self._each(lambda name: self._tracker(name).log(dict(values), step=step))
-
-    def leave(self) -> None:
-        """End those that have begun, also one that failed: the next run would else be in its."""
-        self._names = list(self._trackers)
-        self._each(lambda name: self._trackers[name].finish())
-
-    def _tracker(self, name: str) -> GeneralTracker:
-        if name not in self._trackers:
-            self._trackers[name] = self._start(name)
-            self._trackers[name].store_init_configuration(dict(self._settings))
-        return self._trackers[name]
-
-    def _each(self, action: Callable[[str], None]) -> None:
-        for name in list(self._names):
+    def each(action: Callable[[str], None]) -> None:
+        for name in list(working):
             try:
                 action(name)
             except Exception as error:  # whatever it was: no reason to lose a training
-                self._names.remove(name)
+                working.remove(name)
                 text = " ".join(str(error).split())
                 logger.warning(
                     "not tracked by %s any more: %s: %s", name, type(error).__name__, text
                 )
 
+    def track(step: int, values: Mapping[str, float]) -> None:
+        def hand_on(name: str) -> None:
+            if name not in started:
+                started[name] = _start(name, folder, project, run)
+                started[name].store_init_configuration(dict(settings))
+            started[name].log(dict(values), step=step)
+
+        each(hand_on)
+
+    try:
+        yield track
+    finally:
+        working[:] = started  # those that failed, too: the next run would else land in theirs
+        each(lambda name: started[name].finish())
+
 
 def _start(name: str, folder: Path, project: str, run: str) -> GeneralTracker:
     kind = LOGGER_TYPE_TO_CLASS[name]
-    named = {RUN[name]: run} if name in RUN else {}
     if name == "dvclive":  # knows neither projects nor runs: a folder each
         tracker = kind(dir=str(folder / run))
     elif kind.requires_logging_directory:  # runs are folders there, side by side
         folder.mkdir(parents=True, exist_ok=True)
         tracker = kind(run, str(folder))
     else:
-        tracker = kind(project, **named)
-    if hasattr(tracker, "start"):  # earlier versions of accelerate have begun by now
+        tracker = kind(project, **({RUN[name]: run} if name in RUN else {}))
+    if hasattr(tracker, "start"):  # earlier versions of accelerate have started it by now
         tracker.start()
     return tracker

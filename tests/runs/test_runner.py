@@ -29,7 +29,7 @@ from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study
 from depthprobe.training.checkpoint import Checkpoint, Progress
-from depthprobe.training.distributed import Trained
+from depthprobe.training.distributed import Engine
 
 
 class Watcher:
@@ -397,8 +397,8 @@ def test_a_sweep_cut_short_goes_on_in_the_middle_of_a_training(
     steps = whole.record("sasrec-s0").costs.training.steps
     write = Checkpoint.write
 
-    def write_and_die(self: Checkpoint, trained: Trained, progress: Progress, best: Any) -> None:
-        write(self, trained, progress, best)
+    def write_and_die(self: Checkpoint, engine: Engine, progress: Progress, best: Any) -> None:
+        write(self, engine, progress, best)
         if progress.fit.steps == steps - 2:
             raise KeyboardInterrupt
 

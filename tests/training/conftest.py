@@ -1,15 +1,22 @@
-"""A tiny recommender and training windows."""
+"""Small models, training windows, and a training that is short or killed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.models.recommender import Recommender
+from depthprobe.models.sasrec import SASRec
+from depthprobe.study import Recipe
+from depthprobe.training.loop import Fit, fit
+from depthprobe.training.objectives import Batch
 
 
 @pytest.fixture
@@ -30,8 +37,71 @@ def make_recommender(llama_config: Callable[..., LlamaConfig]) -> Callable[..., 
 
 
 @pytest.fixture
+def make_sasrec() -> Callable[..., SASRec]:
+    """``make_sasrec(drop=0.0)``: always the same weights."""
+
+    def make(drop: float = 0.0) -> SASRec:
+        torch.manual_seed(0)
+        return SASRec(12, width=8, blocks=1, heads=2, drop=drop, longest=10)
+
+    return make
+
+
+@pytest.fixture
 def windows() -> list[np.ndarray]:
-    """Thirty users whose items count up by one: easily learnt."""
+    """Thirty users whose items count up by one: easily learnt. Four batches of eight."""
     rng = np.random.default_rng(0)
     starts = rng.integers(0, 12, size=30)
     return [(start + np.arange(rng.integers(2, 8))) % 12 + 1 for start in starts]
+
+
+@pytest.fixture
+def train(windows: list[np.ndarray]) -> Callable[..., Fit]:
+    """``train(objective, recipe, scores=..., **options of fit)``, on a CPU with seed 0."""
+
+    def run(
+        objective: nn.Module, recipe: Recipe, scores: Iterable[float] | None = None, **options: Any
+    ) -> Fit:
+        left = itertools.repeat(0.0) if scores is None else iter(scores)
+        options = {"windows": windows, "validate": lambda: next(left), "seed": 0, **options}
+        return fit(objective, recipe=recipe, device=torch.device("cpu"), **options)
+
+    return run
+
+
+class Spoiled(nn.Module):
+    """An objective that something happens to at one of its calls, counted from 1."""
+
+    def __init__(self, objective: nn.Module, call: int, spoil: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.objective, self.call, self.spoil = objective, call, spoil
+        self.calls = itertools.count(1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        value: Tensor = self.objective(batch)
+        return self.spoil(value) if next(self.calls) == self.call else value
+
+
+def kill(loss: Tensor) -> Tensor:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def spoiled() -> Callable[..., Spoiled]:
+    """``spoiled(objective, call, spoil)``: by default the training is killed."""
+
+    def make(objective: nn.Module, call: int, spoil: Callable[[Tensor], Tensor] = kill) -> Spoiled:
+        return Spoiled(objective, call, spoil)
+
+    return make
+
+
+@pytest.fixture
+def assert_same() -> Callable[..., None]:
+    """``assert_same(one, other, near=0.0)``: two models have the same weights, to the bit."""
+
+    def check(one: nn.Module, other: nn.Module, near: float = 0.0) -> None:
+        for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=near, msg=name)
+
+    return check

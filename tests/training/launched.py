@@ -1,6 +1,6 @@
-"""Small trainings, run by ``test_distributed`` in one process and by a launcher in two.
+"""Small trainings, run by ``test_distributed`` in one process and in two.
 
-``python launched.py FOLDER all|blocks`` writes what each process found to ``FOLDER/RANK.json``:
+``python launched.py FOLDER all|blocks`` writes the results of each process to ``FOLDER/RANK.json``:
 of all trainings, or of those whose blocks FSDP shards one by one.
 """
 
@@ -27,7 +27,7 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
 from depthprobe.training import checkpoint
-from depthprobe.training.distributed import join, spread, start
+from depthprobe.training.distributed import join, prepare
 from depthprobe.training.loop import DivergedError, Fit, fit
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 
@@ -41,9 +41,9 @@ def windows() -> list[np.ndarray]:
     return [(start + np.arange(rng.integers(2, 8))) % ITEMS + 1 for start in starts]
 
 
-def sasrec(drop: float = 0.0) -> SASRec:
+def sasrec(drop: float = 0.0, dtype: torch.dtype = torch.float32) -> SASRec:
     torch.manual_seed(0)
-    return SASRec(ITEMS, width=16, blocks=1, heads=2, drop=drop, longest=10)
+    return SASRec(ITEMS, width=16, blocks=1, heads=2, drop=drop, longest=10).to(dtype)
 
 
 def llama(prompt: tuple[int, ...] = (3, 1)) -> Recommender:
@@ -61,7 +61,7 @@ def llama(prompt: tuple[int, ...] = (3, 1)) -> Recommender:
 
 
 class Spoiled(nn.Module):
-    """An objective something is done to the loss of at one of its calls."""
+    """An objective that something happens to at one of its calls."""
 
     def __init__(self, objective: nn.Module, call: int, spoil: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -79,41 +79,28 @@ def train(
     *,
     spoilt: tuple[int, Callable[[Tensor], Tensor]] = (0, Tensor.clone),
     path: Path | None = None,
-    **recipe: Any,
+    **changes: Any,
 ) -> Fit:
     """Train; the score is how likely the windows are, which any change of weights moves."""
-    settings = Recipe(
-        **{"epochs": 4, "batch_size": batch_size, "learning_rate": 0.02, "patience": 2, **recipe}
-    )
+    settings = {"epochs": 4, "batch_size": batch_size, "learning_rate": 0.02, "patience": 2}
+    recipe = Recipe(**{**settings, **changes})
     users = windows()
-    everyone = make_batch(users, np.arange(USERS), CPU, "every")
-    asked = NextItem(model, Recipe())
+    everyone, plain = make_batch(users, np.arange(USERS), CPU, "every"), NextItem(model, Recipe())
 
     def validate() -> float:
         with torch.no_grad():
-            return -float(asked(everyone))
+            return -float(plain(everyone))
 
     return fit(
-        Spoiled(NextItem(model, settings), *spoilt),
+        Spoiled(NextItem(model, recipe), *spoilt),
         users,
-        recipe=settings,
+        recipe=recipe,
         validate=validate,
         seed=0,
         device=CPU,
         checkpoint=path,
         every=0,
     )
-
-
-def told(model: nn.Module, found: Fit) -> dict[str, Any]:
-    return {
-        "scores": found.scores,
-        "losses": found.losses,
-        "steps": found.steps,
-        "processes": found.processes,
-        "plain": all(type(p) in {nn.Parameter, Tensor} for p in model.parameters()),
-        "weights": [float(p.detach().double().norm()) for p in model.parameters()],
-    }
 
 
 # trainings whose results must not depend on the number of processes
@@ -123,6 +110,7 @@ CURVES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama": (llama, {"accumulation": 2}),
     "no prompt": (lambda: llama(()), {}),  # its token table gets no gradient
     "bfloat16": (sasrec, {"precision": "bfloat16"}),
+    "bfloat16 weights": (lambda: sasrec(dtype=torch.bfloat16), {}),
 }
 BLOCKS = ("sasrec", "no prompt")
 
@@ -130,34 +118,37 @@ BLOCKS = ("sasrec", "no prompt")
 def curve(name: str, batch_size: int) -> dict[str, Any]:
     make, recipe = CURVES[name]
     model = make()
-    return told(model, train(model, batch_size, **recipe))
-
-
-class KilledError(Exception):
-    """Someone killed the training."""
+    done = train(model, batch_size, **recipe)
+    return {
+        "scores": done.scores,
+        "losses": done.losses,
+        "steps": done.steps,
+        "processes": done.processes,
+        "plain": all(type(p) in {nn.Parameter, Tensor} for p in model.parameters()),
+        "weights": [float(p.detach().double().norm()) for p in model.parameters()],
+    }
 
 
 def kill(loss: Tensor) -> Tensor:
-    raise KilledError
+    raise KeyboardInterrupt
 
 
-def resumed(folder: Path) -> bool:
+def resumed(folder: Path, dtype: torch.dtype) -> bool:
     """Whether a training that was killed, dropout and all, goes on to the same bits."""
-    straight, again, path = sasrec(0.3), sasrec(0.3), folder / "training.safetensors"
+    straight, again = sasrec(0.3, dtype), sasrec(0.3, dtype)
+    path = folder / f"{dtype}.safetensors"
     expected = train(straight, 8)
     try:
-        train(sasrec(0.3), 8, spoilt=(5, kill), path=path)
-    except KilledError:
+        train(sasrec(0.3, dtype), 8, spoilt=(5, kill), path=path)
+    except KeyboardInterrupt:
         PartialState().wait_for_everyone()  # the first one has written its file
-        found = train(again, 8, path=path)
+        done = train(again, 8, path=path)
     pairs = zip(straight.parameters(), again.parameters(), strict=True)
-    return (
-        found == expected and found.resumed_at == [4] and all(torch.equal(a, b) for a, b in pairs)
-    )
+    return done == expected and done.resumed_at == [4] and all(torch.equal(a, b) for a, b in pairs)
 
 
 def diverged(rank: int) -> str:
-    """What is told of a loss that is no number in the second process alone."""
+    """The error for a loss that is no number in the second process alone."""
     factor = float("nan") if rank == 1 else 1.0
     try:
         train(sasrec(), 8, spoilt=(4, lambda loss: loss * factor))
@@ -167,7 +158,7 @@ def diverged(rank: int) -> str:
 
 
 def refused() -> str:
-    """What is told where a shared prompt meets blocks that are sharded one by one."""
+    """The error where a shared prompt meets blocks that are sharded one by one."""
     try:
         train(llama(), 8)
     except BadInput as error:
@@ -175,30 +166,30 @@ def refused() -> str:
     return ""
 
 
-def sharing() -> dict[str, Any]:
+def sharding() -> dict[str, Any]:
     """How the weights of a recommender lie in the processes."""
-    recipe = Recipe()
-    accelerator = start(recipe, CPU)
-    trained = spread(accelerator, NextItem(llama(()), recipe), recipe)
+    engine = prepare(NextItem(llama(()), Recipe()), Recipe(), CPU)
+    assert engine.accelerator is not None
     return {
-        "kind": accelerator.distributed_type.value,
-        "sharded": all(isinstance(weight, DTensor) for weight in trained.weights.values()),
-        "units": sum(isinstance(module, FSDPModule) for module in trained.called.modules()),
+        "kind": engine.accelerator.distributed_type.value,
+        "sharded": all(isinstance(weight, DTensor) for weight in engine.weights.values()),
+        "units": sum(isinstance(module, FSDPModule) for module in engine.called.modules()),
     }
 
 
-def main(folder: Path, wanted: str) -> None:
+def main(folder: Path, which: str) -> None:
     checkpoint.SHARE = 0  # a checkpoint after each step
     state = join("cpu")
     rank = state.process_index
-    found: dict[str, Any] = {"sharing": sharing()}
-    if wanted == "all":
-        found["curves"] = {name: curve(name, 8) for name in CURVES}
-        found |= {"resumed": resumed(folder), "diverged": diverged(rank)}
+    results: dict[str, Any] = {"sharding": sharding()}
+    if which == "all":
+        results["curves"] = {name: curve(name, 8) for name in CURVES}
+        results["resumed"] = [resumed(folder, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        results["diverged"] = diverged(rank)
     else:
-        found["curves"] = {name: curve(name, 8) for name in BLOCKS}
-        found["refused"] = refused()
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+        results["curves"] = {name: curve(name, 8) for name in BLOCKS}
+        results["refused"] = refused()
+    (folder / f"{rank}.json").write_text(json.dumps(results))
     state.destroy_process_group()
 
 

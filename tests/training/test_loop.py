@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,134 +16,90 @@ from torch import Tensor, nn
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
-from depthprobe.training import loop as steps
-from depthprobe.training.loop import DivergedError, Fit, _cosine, fit
+from depthprobe.training import loop
+from depthprobe.training.loop import DivergedError, Fit, _cosine
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 
 CPU = torch.device("cpu")
+SHORT = Recipe(epochs=2, batch_size=8)
+Train = Callable[..., Fit]
+MakeSasrec = Callable[..., SASRec]
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")),
+    reason="torch.compile needs a C++ compiler on a CPU",
+)
 
 
-def small_sasrec(drop: float = 0.1) -> SASRec:
-    torch.manual_seed(0)
-    return SASRec(12, width=8, blocks=1, heads=2, drop=drop, longest=10)
+def test_training_learns(train: Train, make_sasrec: MakeSasrec) -> None:
+    recipe = Recipe(epochs=30, batch_size=8, learning_rate=0.03, patience=40)
+    done = train(NextItem(make_sasrec(0.1), recipe), recipe)
+    assert done.losses[-1] < 0.5 * done.losses[0]
+    assert done.steps == 30 * 4
 
 
-def run(model: nn.Module, windows: list[np.ndarray], scores: list[float], **recipe: Any) -> Fit:
-    left = iter(scores)
-    settings = Recipe(**{"epochs": len(scores), "batch_size": 8, **recipe})
-    return fit(
-        NextItem(model, settings),
-        windows,
-        recipe=settings,
-        validate=lambda: next(left),
-        seed=0,
-        device=CPU,
-    )
-
-
-class Spoiled(nn.Module):
-    """An objective something is done to the loss of at one of its calls, from 1."""
-
-    def __init__(self, objective: nn.Module, call: int, spoil: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.objective, self.call, self.spoil = objective, call, spoil
-        self.calls = itertools.count(1)
-
-    def forward(self, batch: Batch) -> Tensor:
-        value: Tensor = self.objective(batch)
-        return self.spoil(value) if next(self.calls) == self.call else value
-
-
-class KilledError(Exception):
-    """Someone killed the training."""
-
-
-def kill(value: Tensor) -> Tensor:
-    raise KilledError
-
-
-def test_training_learns(windows: list[np.ndarray]) -> None:
-    found = run(small_sasrec(), windows, [0.0] * 30, learning_rate=0.03, patience=40)
-    assert found.losses[-1] < 0.5 * found.losses[0]
-    assert found.steps == 30 * 4
-
-
-def test_same_seed_same_weights(windows: list[np.ndarray]) -> None:
-    models = [small_sasrec(), small_sasrec()]
-    for model in models:
-        torch.rand(3)  # the state before must not matter
-        run(model, windows, [0.0, 0.1])
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_what_validation_draws_changes_nothing(windows: list[np.ndarray]) -> None:
-    models, recipe = [small_sasrec(), small_sasrec()], Recipe(epochs=2, batch_size=8)
+def test_the_same_seed_gives_the_same_weights_whatever_validation_draws(
+    train: Train, make_sasrec: MakeSasrec, assert_same: Callable[..., None]
+) -> None:
+    models = [make_sasrec(0.1), make_sasrec(0.1)]
     for model, drawn in zip(models, (0, 3), strict=True):
-        fit(
-            NextItem(model, recipe),
-            windows,
-            recipe=recipe,
-            validate=lambda drawn=drawn: len(torch.rand(drawn)),
-            seed=0,
-            device=CPU,
-        )
-    assert torch.equal(models[0].items.weight, models[1].items.weight)
+        torch.rand(drawn)  # the state before must not matter
+        train(NextItem(model, SHORT), SHORT, validate=lambda drawn=drawn: len(torch.rand(drawn)))
+    assert_same(*models)
 
 
-def test_best_weights_are_kept_and_patience_ends_it(windows: list[np.ndarray]) -> None:
-    model, seen = small_sasrec(), []
+def test_best_weights_are_kept_and_patience_ends_it(train: Train, make_sasrec: MakeSasrec) -> None:
+    model, seen, scores = make_sasrec(0.1), [], [0.1, 0.5, 0.2, 0.3, 0.4]
 
     def validate() -> float:
         assert not model.training
         seen.append(model.items.weight.detach().clone())
-        return [0.1, 0.5, 0.2, 0.3, 0.4][len(seen) - 1]
+        return scores[len(seen) - 1]
 
     recipe = Recipe(epochs=5, batch_size=8, patience=2)
-    found = fit(
-        NextItem(model, recipe), windows, recipe=recipe, validate=validate, seed=0, device=CPU
-    )
-    assert (found.epochs, found.best_epoch, found.best_score) == (4, 2, 0.5)
+    done = train(NextItem(model, recipe), recipe, validate=validate)
+    assert (done.epochs, done.best_epoch, done.best_score) == (4, 2, 0.5)
     assert torch.equal(model.items.weight, seen[1])
     assert not torch.equal(model.items.weight, seen[3])
     assert not model.training
 
 
-@pytest.mark.parametrize("together", [1, 16])  # looked at one by one, or some at a time as on a GPU
-@pytest.mark.parametrize(("factor", "told"), [(float("nan"), "nan"), (float("inf"), "inf")])
+def test_a_score_that_is_no_number_is_never_the_best(train: Train, make_sasrec: MakeSasrec) -> None:
+    recipe, nan = Recipe(epochs=4, batch_size=8, patience=4), float("nan")
+    done = train(NextItem(make_sasrec(), recipe), recipe, [nan, 0.5, nan, 0.4])
+    assert (done.best_epoch, done.best_score) == (2, 0.5)
+
+
+@pytest.mark.parametrize("together", [1, 16])  # read one by one, or some at a time as on a GPU
+@pytest.mark.parametrize("factor", ["nan", "inf"])
 def test_a_loss_that_is_no_number_names_the_step(
-    factor: float,
-    told: str,
+    factor: str,
     together: int,
-    windows: list[np.ndarray],
+    train: Train,
+    make_sasrec: MakeSasrec,
+    spoiled: Callable[..., nn.Module],
+    assert_same: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Looked(steps.Watch):
+    class Monitor(loop.LossMonitor):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.together = together
 
-    monkeypatch.setattr("depthprobe.training.loop.Watch", Looked)
-    recipe = Recipe(epochs=3, batch_size=8)  # 4 steps an epoch
-    models = [small_sasrec(), small_sasrec()]
-    with pytest.raises(DivergedError, match=f"the loss is {told} at step 6$"):
-        _fit(Spoiled(NextItem(models[0], recipe), 6, lambda loss: loss * factor), windows, recipe)
-    with pytest.raises(KilledError):
-        _fit(Spoiled(NextItem(models[1], recipe), 6, kill), windows, recipe)
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(a, b)  # no update by a gradient that is none
+    monkeypatch.setattr(loop, "LossMonitor", Monitor)
+    models = [make_sasrec(0.1), make_sasrec(0.1)]
+    bad, cut = (NextItem(model, SHORT) for model in models)
+    with pytest.raises(DivergedError, match=f"the loss is {factor} at step 6$"):
+        train(spoiled(bad, 6, lambda loss: loss * float(factor)), SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        train(spoiled(cut, 6), SHORT)
+    assert_same(*models)  # no update by a gradient that is none
 
 
-def _fit(objective: nn.Module, windows: list[np.ndarray], recipe: Recipe) -> Fit:
-    return fit(objective, windows, recipe=recipe, validate=lambda: 0.0, seed=0, device=CPU)
-
-
-def test_a_gradient_that_is_no_number_names_the_step(windows: list[np.ndarray]) -> None:
-    model, recipe = small_sasrec(), Recipe(epochs=2, batch_size=8)
-    calls = itertools.count(1)
+def test_a_gradient_that_is_no_number_names_the_step(train: Train, make_sasrec: MakeSasrec) -> None:
+    model, calls = make_sasrec(), itertools.count(1)
     model.norm.weight.register_hook(lambda g: g * (float("inf") if next(calls) == 3 else 1.0))
     with pytest.raises(DivergedError, match="gradient (inf|nan), at step 3"):
-        _fit(NextItem(model, recipe), windows, recipe)
+        train(NextItem(model, SHORT), SHORT)
 
 
 def test_schedule_rises_then_falls_to_zero() -> None:
@@ -150,72 +107,53 @@ def test_schedule_rises_then_falls_to_zero() -> None:
     assert np.argmax(shares) == 10
     assert shares[0] == pytest.approx(1 / 11)
     assert shares[100] == pytest.approx(0)
-    assert all(a >= b for a, b in zip(shares[10:], shares[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(shares[10:]))
 
 
 @pytest.mark.parametrize("objective", ["every", "last"])
-@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("parts", [3, 8])
 def test_parts_of_a_batch_equal_the_batch(
-    parts: int, objective: str, windows: list[np.ndarray]
+    parts: int,
+    objective: Any,
+    train: Train,
+    make_sasrec: MakeSasrec,
+    assert_same: Callable[..., None],
 ) -> None:
-    models = [small_sasrec(drop=0.0).double(), small_sasrec(drop=0.0).double()]
-    found = [
-        run(model, windows, [0.0, 0.1], objective=objective, accumulation=number)
-        for model, number in zip(models, (1, parts), strict=True)
-    ]
-    assert found[0].losses == pytest.approx(found[1].losses, abs=1e-10)
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    models, losses = [make_sasrec().double(), make_sasrec().double()], []
+    for model, accumulation in zip(models, (1, parts), strict=True):
+        recipe = Recipe(epochs=2, batch_size=8, objective=objective, accumulation=accumulation)
+        losses.append(train(NextItem(model, recipe), recipe).losses)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+    assert_same(*models, near=1e-10)
 
 
 def test_a_step_without_room_is_taken_again_in_smaller_parts(
-    windows: list[np.ndarray], caplog: pytest.LogCaptureFixture
+    train: Train,
+    make_sasrec: MakeSasrec,
+    spoiled: Callable[..., nn.Module],
+    assert_same: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def no_room(value: Tensor) -> Tensor:
-        value.backward(retain_graph=True)  # some gradients are there already when it fails
+    def no_room(loss: Tensor) -> Tensor:
+        loss.backward(retain_graph=True)  # some gradients are there already when it fails
         raise torch.OutOfMemoryError("no room")
 
-    settings = Recipe(epochs=2, batch_size=8)
-    models = [small_sasrec(drop=0.0).double(), small_sasrec(drop=0.0).double()]
-    plain, tight = NextItem(models[0], settings), NextItem(models[1], settings)
-    found = [
-        fit(
-            objective,
-            windows,
-            recipe=settings,
-            validate=lambda: 0.0,
-            seed=0,
-            device=CPU,
-        )
-        for objective in (plain, Spoiled(tight, 2, no_room))
-    ]
-    assert [each.parts for each in found] == [1, 2]
+    models = [make_sasrec().double(), make_sasrec().double()]
+    plain, tight = (NextItem(model, SHORT) for model in models)
+    done = [train(objective, SHORT) for objective in (plain, spoiled(tight, 2, no_room))]
+    assert [each.parts for each in done] == [1, 2]
     assert "out of memory at step 2: batches are computed in 2 parts now" in caplog.messages
-    assert found[0].losses == pytest.approx(found[1].losses, abs=1e-10)
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    assert done[0].losses == pytest.approx(done[1].losses, abs=1e-10)
+    assert_same(*models, near=1e-10)
 
 
-def test_progress_is_logged_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_user_who_does_not_fit_alone_ends_the_training(
+    train: Train, make_sasrec: MakeSasrec
 ) -> None:
-    caplog.set_level(logging.INFO, "depthprobe")
-    clock = iter([0.0, 3.0, 12.0, 15.0, 22.5])
-    monkeypatch.setattr(steps.time, "perf_counter", lambda: next(clock))
-    pace = steps.Pace(10)
-    for step in (11, 14, 15, 25):
-        pace.tell(step, 40, 1.5)
-    assert caplog.messages == [
-        "step 14/40  loss 1.5000  at most 78 s left",  # 12 s for 4 steps, 26 more
-        "step 25/40  loss 1.5000  at most 22 s left",
-    ]
-
-
-def test_a_user_who_does_not_fit_alone_ends_the_training(windows: list[np.ndarray]) -> None:
     class Full(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.calls = small_sasrec(), 0
+            self.model, self.calls = make_sasrec(), 0
 
         def forward(self, batch: Batch) -> Tensor:
             self.calls += 1
@@ -223,21 +161,29 @@ def test_a_user_who_does_not_fit_alone_ends_the_training(windows: list[np.ndarra
 
     full = Full()
     with pytest.raises(torch.OutOfMemoryError):
-        fit(
-            full,
-            windows,
-            recipe=Recipe(epochs=1, batch_size=8),
-            validate=lambda: 0.0,
-            seed=0,
-            device=CPU,
-        )
+        train(full, SHORT)
     assert full.calls == 4  # in 1, 2, 4 and 8 parts
+
+
+def test_steps_are_logged_now_and_then(
+    train: Train,
+    make_sasrec: MakeSasrec,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = itertools.count(0.0, 4.0)  # seconds
+    monkeypatch.setattr(loop, "time", type("Clock", (), {"perf_counter": lambda: next(clock)}))
+    caplog.set_level(logging.INFO, "depthprobe")
+    train(NextItem(make_sasrec(), SHORT), SHORT)
+    lines = [line for line in caplog.messages if line.startswith("step")]
+    assert [line.split("  ")[0] for line in lines] == ["step 3/8", "step 6/8"]
+    assert lines[0].endswith("at most 20 s left")  # 12 s for 3 steps, 5 more
 
 
 def test_padding_changes_neither_loss_nor_gradient(
     make_recommender: Callable[..., Recommender], windows: list[np.ndarray]
 ) -> None:
-    """One batch of ragged users equals the same users one at a time, weighted by positions."""
+    """One batch of ragged users equals the same users one at a time, weighted by targets."""
     objective = NextItem(make_recommender().double(), Recipe())
     batch = make_batch(windows, np.arange(6), CPU, "every")
     objective(batch).backward()
@@ -249,3 +195,90 @@ def test_padding_changes_neither_loss_nor_gradient(
     apart = [p.grad for p in objective.parameters() if p.grad is not None]
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # norms run in float32
+
+
+# Precision and compilation
+
+
+def test_bfloat16_ends_near_float32(train: Train, make_sasrec: MakeSasrec) -> None:
+    for loss in ("full", "sampled-softmax", "gbce"):
+        plain = {"epochs": 12, "batch_size": 8, "learning_rate": 0.02, "patience": 12}
+        plain |= {"loss": loss, "negatives": 6}
+        half = Recipe(**plain, precision="bfloat16")
+        model = make_sasrec()
+        expected = train(NextItem(make_sasrec(), Recipe(**plain)), Recipe(**plain)).losses
+        losses = train(NextItem(model, half), half).losses
+        assert losses[-1] < 0.7 * losses[0]
+        assert losses == pytest.approx(expected, rel=0.05, abs=0.02)
+        assert losses != expected
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_model_computes_in_bfloat16_and_is_as_it_was_after(
+    train: Train, make_recommender: Callable[..., Recommender]
+) -> None:
+    model, dtypes = make_recommender(blocks=2), []
+    model.register_forward_hook(lambda _, __, vectors: dtypes.append(vectors.dtype))
+    objective = NextItem(model, Recipe())
+    before = set(vars(objective))
+    for precision in ("bfloat16", "float32"):
+        train(objective, Recipe(epochs=1, batch_size=8, precision=precision))
+        assert set(vars(objective)) == before  # no mark stays behind
+    assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 4
+
+
+class Slope(nn.Module):
+    """A weight of 1 that each step of AdamW lowers by the learning rate."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=dtype))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.weight.float().sum()
+
+
+def test_steps_too_small_for_bfloat16_add_up(train: Train) -> None:
+    recipe = Recipe(epochs=8, batch_size=8, learning_rate=1e-3, weight_decay=0, patience=8)
+    single, half = Slope(torch.float32), Slope(torch.bfloat16)
+    for objective in (single, half):
+        train(objective, recipe, range(8))
+    assert half.weight.dtype == torch.bfloat16
+    assert (1 - torch.tensor(1e-3)).bfloat16() == 1  # one step alone vanishes
+    assert single.weight < 0.985
+    torch.testing.assert_close(half.weight, single.weight.bfloat16())
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_equals_plain(train: Train, make_sasrec: MakeSasrec) -> None:
+    one, other = make_sasrec(), make_sasrec()
+    names, quick = list(other.state_dict()), Recipe(epochs=2, batch_size=8, compile=True)
+    expected, done = train(NextItem(one, SHORT), SHORT), train(NextItem(other, quick), quick)
+    assert done.losses == pytest.approx(expected.losses, rel=1e-5)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert list(other.state_dict()) == names
+
+
+def test_compiled_models_are_called_compiled(
+    train: Train, make_sasrec: MakeSasrec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for the compiler: in training, not in validation, and not after."""
+    model, calls = make_sasrec(), []
+
+    def stand_in(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
+        assert options == {"dynamic": True}
+
+        def compiled(*args: object) -> Tensor:
+            calls.append(model.training)
+            return function(*args)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    recipe = Recipe(epochs=2, batch_size=8, compile=True)
+    train(NextItem(model, recipe), recipe)
+    assert calls == [True] * 8
+    model(torch.ones(1, 3, dtype=torch.long))
+    assert len(calls) == 8

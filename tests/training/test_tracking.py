@@ -1,33 +1,38 @@
-"""Trackers hear of a training, and none of them can spoil it."""
+"""Trackers get the values of a training, and none of them can spoil it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
 from accelerate import tracking as trackers
 from accelerate.tracking import GeneralTracker
+from torch import nn
 
 from depthprobe.errors import BadInput
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
 from depthprobe.training import loop
-from depthprobe.training.loop import Fit, fit
+from depthprobe.training.loop import Fit
 from depthprobe.training.objectives import NextItem
-from depthprobe.training.tracking import Track, check_trackers, nobody, tracked
+from depthprobe.training.tracking import check_trackers, tracked
+
+RUN: dict[str, Any] = {"project": "study", "run": "full-s0", "settings": {"seed": 0}}
+RECIPE = Recipe(epochs=2, batch_size=8)  # 4 steps an epoch
+Train = Callable[..., Fit]
 
 
-class Heard(GeneralTracker):
-    """Keeps what it is told."""
+class Recorder(GeneralTracker):
+    """Keeps what it gets."""
 
-    name = "heard"
+    name = "recorder"
     requires_logging_directory = True
-    every: ClassVar[list[Heard]] = []
+    every: ClassVar[list[Recorder]] = []
 
     def __init__(self, run_name: str, logging_dir: str) -> None:
         super().__init__()
@@ -38,6 +43,10 @@ class Heard(GeneralTracker):
     @property
     def tracker(self) -> object:
         return self
+
+    @property
+    def steps(self) -> list[int]:
+        return [event[0] for event in self.events if isinstance(event, tuple)]
 
     def start(self) -> None:
         self.events.append("start")
@@ -52,8 +61,8 @@ class Heard(GeneralTracker):
         self.events.append("finish")
 
 
-class Broken(Heard):
-    """Fails at its second word."""
+class Broken(Recorder):
+    """Fails at its second value."""
 
     name = "broken"
 
@@ -65,38 +74,29 @@ class Broken(Heard):
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (Heard, Broken):
+    for kind in (Recorder, Broken):
         monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, kind.name, kind)
-    monkeypatch.setattr(Heard, "every", [])
+    monkeypatch.setattr(Recorder, "every", [])
 
 
-def train(windows: list[np.ndarray], track: Track, scores: list[float]) -> Fit:
-    recipe, left = Recipe(epochs=len(scores), batch_size=8), iter(scores)
-    torch.manual_seed(0)
-    model = SASRec(12, width=8, blocks=1, heads=2, drop=0.1, longest=10)
-    return fit(
-        NextItem(model, recipe),
-        windows,
-        recipe=recipe,
-        validate=lambda: next(left),
-        seed=0,
-        device=torch.device("cpu"),
-        track=track,
-    )
+@pytest.fixture
+def objective(make_sasrec: Callable[..., SASRec]) -> nn.Module:
+    return NextItem(make_sasrec(), RECIPE)
 
 
-def test_a_training_tells_its_epochs_and_its_steps(
-    windows: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+def test_epochs_and_some_steps_are_tracked(
+    objective: nn.Module, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[int, dict[str, float]]] = []
-    monkeypatch.setattr(loop, "TOLD", 2)
-    done = train(windows, lambda step, values: told.append((step, dict(values))), [0.1, 0.3])
-    epochs = [(step, values) for step, values in told if "epoch" in values]
-    assert epochs == [
+    given: list[tuple[int, dict[str, float]]] = []
+    monkeypatch.setattr(loop, "TRACKED", 2)
+    done = train(
+        objective, RECIPE, [0.1, 0.3], track=lambda step, values: given.append((step, values))
+    )
+    assert [(step, values) for step, values in given if "epoch" in values] == [
         (4, {"epoch": 1, "loss": done.losses[0], "ndcg@10": 0.1}),
         (8, {"epoch": 2, "loss": done.losses[1], "ndcg@10": 0.3}),
     ]
-    steps = [(step, values) for step, values in told if "step loss" in values]
+    steps = [(step, values) for step, values in given if "step loss" in values]
     assert [step for step, _ in steps] == [2, 4, 6, 8]
     losses = [values["step loss"] for _, values in steps]
     assert np.mean(losses[:2]) == pytest.approx(done.losses[0])
@@ -106,37 +106,26 @@ def test_a_training_tells_its_epochs_and_its_steps(
     assert 0 < rates[-1] < rates[0] <= 1e-3
 
 
-def test_trackers_hear_all_of_it_once(windows: list[np.ndarray], tmp_path: Path) -> None:
+def test_a_tracker_gets_all_of_it_once(objective: nn.Module, train: Train, tmp_path: Path) -> None:
     folder = tmp_path / "tracking"
-    settings = {"method": "full", "seed": 0}
-    with tracked(
-        ("heard",), folder=folder, project="study", run="full-s0", settings=settings
-    ) as track:
-        assert not Heard.every  # accelerate's state is not there before the training
-        train(windows, track, [0.1, 0.3])
-    (heard,) = Heard.every
-    assert (heard.run_name, heard.logging_dir) == ("full-s0", str(folder))
-    assert heard.events[:2] == ["start", settings]
-    assert [step for step, _ in heard.events[2:-1]] == [4, 8]
-    assert heard.events[-1] == "finish"
+    with tracked(("recorder",), folder=folder, **RUN) as track:
+        assert not Recorder.every  # started by the first value
+        train(objective, RECIPE, track=track)
+    (recorder,) = Recorder.every
+    assert (recorder.run_name, recorder.logging_dir) == ("full-s0", str(folder))
+    assert recorder.events[:2] == ["start", {"seed": 0}]
+    assert recorder.steps == [4, 8]
+    assert recorder.events[-1] == "finish"
 
 
 def test_a_tracker_that_fails_is_left_out(
-    windows: list[np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    objective: nn.Module, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with tracked(
-        ("broken", "heard", "gone"),
-        folder=tmp_path,
-        project="study",
-        run="run",
-        settings={},
-    ) as track:
-        done = train(windows, track, [0.1, 0.2, 0.3])
-    assert done == train(windows, nobody, [0.1, 0.2, 0.3])
-    broken, heard = Heard.every
-    assert [step for step, _ in broken.events[2:-1]] == [4, 8]
-    assert broken.events[-1] == "finish"
-    assert [step for step, _ in heard.events[2:-1]] == [4, 8, 12]
+    with tracked(("broken", "recorder", "gone"), folder=tmp_path, **RUN) as track:
+        train(objective, Recipe(epochs=3, batch_size=8), track=track)
+    broken, recorder = Recorder.every
+    assert (broken.steps, broken.events[-1]) == ([4, 8], "finish")
+    assert (recorder.steps, recorder.events[-1]) == ([4, 8, 12], "finish")
     assert len(caplog.messages) == 2
     assert "gone" in caplog.messages[0]
     assert caplog.messages[1] == "not tracked by broken any more: ConnectionError: nobody there"
@@ -144,30 +133,23 @@ def test_a_tracker_that_fails_is_left_out(
 
 def test_trackers_end_with_a_training_that_fails(tmp_path: Path) -> None:
     def training() -> None:
-        with tracked(("heard",), folder=tmp_path, project="p", run="r", settings={}) as track:
+        with tracked(("recorder",), folder=tmp_path, **RUN) as track:
             track(1, {"loss": 1.0})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         training()
-    assert Heard.every[0].events[-1] == "finish"
-
-
-def test_none_is_no_tracker(tmp_path: Path) -> None:
-    with tracked((), folder=tmp_path / "t", project="p", run="r", settings={}) as track:
-        track(1, {"loss": 1.0})
-    assert track is nobody
-    assert not (tmp_path / "t").exists()
+    assert Recorder.every[0].events[-1] == "finish"
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("wandb", {"args": ("study",), "name": "run"}),
-        ("mlflow", {"args": ("study",), "run_name": "run"}),
+        ("wandb", {"args": ("study",), "name": "full-s0"}),
+        ("mlflow", {"args": ("study",), "run_name": "full-s0"}),
         ("comet_ml", {"args": ("study",)}),
-        ("tensorboard", {"args": ("run", "{folder}")}),
-        ("dvclive", {"args": (), "dir": "{folder}/run"}),
+        ("tensorboard", {"args": ("full-s0", "{folder}")}),
+        ("dvclive", {"args": (), "dir": "{folder}/full-s0"}),
     ],
 )
 def test_a_run_has_its_name_in_each_tracker(
@@ -176,7 +158,7 @@ def test_a_run_has_its_name_in_each_tracker(
     made: list[dict[str, Any]] = []
     real = trackers.LOGGER_TYPE_TO_CLASS[kind]
 
-    class Stub(Heard):
+    class Stub(Recorder):
         requires_logging_directory = real.requires_logging_directory
 
         def __init__(self, *args: object, **named: object) -> None:
@@ -184,7 +166,7 @@ def test_a_run_has_its_name_in_each_tracker(
             super().__init__("", "")
 
     monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, kind, Stub)
-    with tracked((kind,), folder=tmp_path, project="study", run="run", settings={}) as track:
+    with tracked((kind,), folder=tmp_path, **RUN) as track:
         track(1, {"loss": 1.0})
     place = str(tmp_path)
     filled = {
@@ -206,10 +188,10 @@ def test_a_real_tracker_takes_its_names(
         raise OSError("no network")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    with tracked(("wandb",), folder=tmp_path, project="study", run="run", settings={}) as track:
+    with tracked(("wandb",), folder=tmp_path, **RUN) as track:
         track(1, {"loss": 1.0})
         track(2, {"loss": 1.0})
-    assert seen == {"project": "study", "name": "run"}
+    assert seen == {"project": "study", "name": "full-s0"}
     assert caplog.messages == ["not tracked by wandb any more: OSError: no network"]
 
 
@@ -218,7 +200,7 @@ def test_trackers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         "depthprobe.training.tracking.get_available_trackers", lambda: ["tensorboard"]
     )
     check_trackers(())
-    check_trackers(("tensorboard", "heard"))
+    check_trackers(("tensorboard", "recorder"))
     with pytest.raises(BadInput, match="'tensorbord'.*did you mean tensorboard"):
         check_trackers(("tensorbord",))
     with pytest.raises(BadInput, match="'mlflow'.*installed"):

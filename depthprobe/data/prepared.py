@@ -11,7 +11,6 @@ import numpy as np
 
 from depthprobe.data.cleaning import clean
 from depthprobe.data.log import Ids, Log, number_ids, used_only
-from depthprobe.data.readers.formats import read_log
 from depthprobe.data.statistics import order_warnings, statistics, tied_neighbours
 from depthprobe.data.storage import MANIFEST, Sequences, check_output, load_data, write_data
 from depthprobe.errors import BadInput
@@ -61,6 +60,8 @@ def prepare_data(
                 raise BadInput(f"data.{field}", value, allowed)
         sequences = _prepared_again(load_data(source), name, cleaning or Cleaning())
     else:
+        from depthprobe.data.readers.formats import read_log  # pyarrow is slow to import
+
         log = read_log(source, format=format, items=items, columns=columns or Columns())
         sequences = order_log(log, name=name, cleaning=cleaning)
     if target is None:

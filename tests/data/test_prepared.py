@@ -122,7 +122,7 @@ SPLIT = replace(LOG, parts=np.array([0, 0, 1, 1, 2, 2, 0], dtype=np.int8), notes
 
 @pytest.mark.parametrize("log", [LOG, replace(LOG, times=None, titles={}), SPLIT])
 def test_round_trip(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depthprobe.data.prepared.read_log", lambda _, **__: log)
+    monkeypatch.setattr("depthprobe.data.readers.formats.read_log", lambda _, **__: log)
     direct = prepare_data("anything", name="mine")
     written = prepare_data("anything", tmp_path / "a" / "b", name="mine")
     for one in (written, load_data(tmp_path / "a" / "b"), prepare_data(tmp_path / "a" / "b")):
@@ -145,7 +145,7 @@ def test_round_trip(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depthprobe.data.prepared.read_log", lambda _, **__: LOG)
+    monkeypatch.setattr("depthprobe.data.readers.formats.read_log", lambda _, **__: LOG)
     prepare_data("log", tmp_path / "one")
     prepare_data("log", tmp_path / "two")
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -156,10 +156,10 @@ def test_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_replaces_prepared_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
-    monkeypatch.setattr("depthprobe.data.prepared.read_log", lambda _, **__: LOG)
+    monkeypatch.setattr("depthprobe.data.readers.formats.read_log", lambda _, **__: LOG)
     prepare_data("log", output)
     monkeypatch.setattr(
-        "depthprobe.data.prepared.read_log", lambda _, **__: replace(LOG, times=None)
+        "depthprobe.data.readers.formats.read_log", lambda _, **__: replace(LOG, times=None)
     )
     assert prepare_data("log", output).times is None
     assert not (output / "times.npy").exists()
@@ -176,14 +176,14 @@ def test_replaces_prepared_folders_only(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_failed_write_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("depthprobe.data.prepared.read_log", lambda _, **__: LOG)
+    monkeypatch.setattr("depthprobe.data.readers.formats.read_log", lambda _, **__: LOG)
     before = prepare_data("log", tmp_path / "out").fingerprint
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(
-        "depthprobe.data.prepared.read_log", lambda _, **__: replace(LOG, times=None)
+        "depthprobe.data.readers.formats.read_log", lambda _, **__: replace(LOG, times=None)
     )
     monkeypatch.setattr("depthprobe.data.storage._write_table", fail)
     with pytest.raises(BadInput, match=r"output.*room for the log \(disk full\)"):
@@ -195,7 +195,7 @@ def test_a_failed_write_leaves_the_old_folder(
 def test_refuses_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match=r"manifest\.json"):
         load_data(tmp_path)
-    monkeypatch.setattr("depthprobe.data.prepared.read_log", lambda _, **__: LOG)
+    monkeypatch.setattr("depthprobe.data.readers.formats.read_log", lambda _, **__: LOG)
 
     def damaged(name: str, content: bytes | None) -> Path:
         folder = tmp_path / name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 
 from depthprobe.data.readers.streams import FIELD
@@ -14,46 +13,22 @@ from depthprobe.study import Columns
 
 SHOWN = 20  # names of a header that a message lists
 
-# Common spellings by what they hold. Those of a line are of equal standing, and preferred to the
-# lines below: a review of a variant (asin) is meant for its product (parent_asin), but nothing says
-# whether a listening log is about its tracks or its artists.
-_STANDINGS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "user": (
-        ("user_id",),
-        ("user", "uid", "reviewer_id", "customer_id", "visitor_id"),
-        ("user_name",),
-    ),
-    "item": (
-        ("item_id",),
-        ("item", "iid"),
-        ("parent_asin",),
-        ("asin",),
-        (
-            *("product_id", "movie_id", "book_id", "business_id", "track_id", "song_id"),
-            *("artist_id", "game_id", "app_id", "article_id", "news_id", "video_id", "anime_id"),
-            *("recipe_id", "venue_id", "beer_id", "isbn", "sku"),
-        ),
-    ),
-    "time": (
-        ("timestamp",),
-        ("unix_review_time", "unix_time", "unix_timestamp"),
-        ("time", "ts", "event_time"),
-        ("date_time", "created_at"),
-        ("date", "review_date", "event_date"),
-    ),
-    "rating": (
-        ("rating",),
-        ("overall", "stars", "star_rating", "ratings", "review_rating"),
-        ("score",),
-    ),
-    "title": (
-        ("item_title", "product_title", "movie_title", "book_title"),
-        ("title",),
-        ("item_name", "product_name", "movie_name"),
-    ),
+# Common spellings by what they hold. Those between two bars are of equal standing, and preferred to
+# the later ones: a review of a variant (asin) is meant for its product (parent_asin), but nothing
+# says whether a listening log is about its tracks or its artists.
+_SPELLINGS = {
+    "user": "user_id | user uid reviewer_id customer_id visitor_id | user_name",
+    "item": "item_id | item iid | parent_asin | asin | product_id movie_id book_id business_id "
+    "track_id song_id artist_id game_id app_id article_id news_id video_id anime_id recipe_id "
+    "venue_id beer_id isbn sku",
+    "time": "timestamp | unix_review_time unix_time unix_timestamp | time ts event_time "
+    "| date_time created_at | date review_date event_date",
+    "rating": "rating | overall stars star_rating ratings review_rating | score",
+    "title": "item_title product_title movie_title book_title | title "
+    "| item_name product_name movie_name",
 }
-KNOWN: dict[str, tuple[str, ...]] = {
-    what: tuple(chain.from_iterable(standings)) for what, standings in _STANDINGS.items()
+SPELLINGS = {
+    what: [standing.split() for standing in text.split("|")] for what, text in _SPELLINGS.items()
 }
 REQUIRED = ("user", "item")
 # beside one of these, `title` is the review's and not the item's (Amazon 2023)
@@ -65,15 +40,13 @@ _TYPE = re.compile(r":(token|token_seq|float|float_seq)$")  # of RecBole's heade
 def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dict[str, int]:
     """Places in ``names`` of ``user``, ``item`` and, where there, ``time``, ``rating``, ``title``.
 
-    Columns that ``columns`` names are taken, the others guessed from :data:`KNOWN`.
-
-    Raises:
-        BadInput: if a named column isn't there or is there twice, if the user or the item column
-            can't be guessed, if two columns are as likely, or if one would serve for two things.
+    Columns that ``columns`` names are taken, the others guessed from :data:`SPELLINGS`. Refused is
+    a name that isn't there or is there twice, a header without user or item, two columns that are
+    as likely, and one that would serve for two things.
     """
     given = columns.given()
-    found = {what: _named(names, what, name, source=source) for what, name in given.items()}
-    for what in KNOWN:
+    places = {what: _named(names, what, name, source=source) for what, name in given.items()}
+    for what in SPELLINGS:
         if what in given:
             continue
         place = guess_column(names, what, source=source)
@@ -84,40 +57,49 @@ def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dic
             )
             raise BadInput(FIELD, source, allowed)
         # what was named for one thing isn't guessed for another
-        if place is not None and (place not in found.values() or what in REQUIRED):
-            found[what] = place
-    for what, place in found.items():
-        other = next(name for name, first in found.items() if first == place)
+        if place is not None and (place not in places.values() or what in REQUIRED):
+            places[what] = place
+    for what, place in places.items():
+        other = next(name for name, first in places.items() if first == place)
         if other != what:
             allowed = f"column {short(names[place], 40)} can't be both {other} and {what}"
             raise BadInput(FIELD, source, f"{allowed}; say --{other}-column and --{what}-column")
-    return found
+    return places
 
 
 def guess_column(names: Sequence[str], what: str, *, source: Path) -> int | None:
-    """The place of the column that a header of common spellings has for ``what``, or None.
-
-    Raises:
-        BadInput: if two columns are as likely.
-    """
+    """The place of the column that a header of common spellings has for ``what``, or None."""
     spelled = [simple(name) for name in names]
-    for standing in _STANDINGS[what]:
+    for standing in SPELLINGS[what]:
         known = {simple(name) for name in standing}
         if "title" in known and _OF_A_REVIEW & set(spelled):
             continue
         places = [place for place, name in enumerate(spelled) if name in known]
         if len(places) > 1:
-            found = listed([names[place] for place in places])
-            allowed = f"any of its columns {found} may be the {what}'s; say --{what}-column"
+            likely = listed([names[place] for place in places])
+            allowed = f"any of its columns {likely} may be the {what}'s; say --{what}-column"
             raise BadInput(FIELD, source, allowed)
         if places:
             return places[0]
     return None
 
 
+def place_of(names: Sequence[str], name: str) -> int | None:
+    """Where a column lies that is named as the header does, or without RecBole's type."""
+    for spelled in (list(names), [untyped(one) for one in names]):
+        if name in spelled:
+            return spelled.index(name)
+    return None
+
+
 def simple(name: str) -> str:
     """A column's name without case, ``_``, ``-``, blanks and RecBole's type: for comparisons."""
-    return re.sub(r"[_\-\s]", "", _TYPE.sub("", name.strip()).lower())
+    return re.sub(r"[_\-\s]", "", untyped(name).lower())
+
+
+def untyped(name: str) -> str:
+    """A column's name without blanks around and without RecBole's type, as in ``age:token``."""
+    return _TYPE.sub("", name.strip())
 
 
 def listed(names: Iterable[str]) -> str:
@@ -127,12 +109,13 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _named(names: Sequence[str], what: str, name: str, *, source: Path) -> int:
-    for known in (list(names), [_TYPE.sub("", known.strip()) for known in names]):
-        if known.count(name) > 1:
-            raise BadInput(f"data.columns.{what}", name, f"{source} has {name!r} more than once")
-        if name in known:
-            return known.index(name)
-    texts = [listed([known]) for known in names]
-    first = dict.fromkeys([*difflib.get_close_matches(name, texts, n=1), *texts])
-    allowed = f"a column of {source}: {nearest(name, list(first)[:SHOWN])}"
-    raise BadInput(f"data.columns.{what}", name, allowed)
+    field = f"data.columns.{what}"
+    spelled = list(names) if name in names else [untyped(one) for one in names]
+    if name not in spelled:
+        texts = [listed([known]) for known in names]
+        first = dict.fromkeys([*difflib.get_close_matches(name, texts, n=1), *texts])
+        allowed = f"a column of {source}: {nearest(name, list(first)[:SHOWN])}"
+        raise BadInput(field, name, allowed)
+    if spelled.count(name) > 1:
+        raise BadInput(field, name, f"{source} has {name!r} more than once")
+    return spelled.index(name)

@@ -1,12 +1,13 @@
-"""How a delimited text is laid out, and where its records lie: what messages name lines with."""
+"""Logs in tables: CSV and its kin, with MovieLens's and RecBole's files, and Parquet."""
 
 from __future__ import annotations
 
 import csv
 import io
-from codecs import getincrementaldecoder
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,103 +18,238 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from depthprobe.data.log import Log
-from depthprobe.data.readers.arrow import Where, log_of, row_number, type_name
-from depthprobe.data.readers.columns import REQUIRED, find_columns, guess_column, listed
-from depthprobe.data.readers.folders import is_other
-from depthprobe.data.readers.streams import BLOCK, FIELD, head, open_bytes, open_text
+from depthprobe.data.readers.arrow import log_of, row_number, type_name
+from depthprobe.data.readers.columns import (
+    REQUIRED,
+    SPELLINGS,
+    find_columns,
+    guess_column,
+    listed,
+    simple,
+)
+from depthprobe.data.readers.streams import BLOCK, FIELD, OTHERS, fits, head, open_lines, open_text
 from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
-LOOKED_AT = 2**18  # bytes at a file's start that tell its delimiter and header
+START = 2**18  # bytes at a file's start that tell its delimiter and header
+
+# MovieLens, as GroupLens publishes it: ratings.csv, u.data, ratings.dat
+_ML_HEADER = re.compile(r"\s*userId,movieId,rating,timestamp\s")
+_ML_TABS = re.compile(r"\s*\d+\t\d+\t[1-5]\t\d{9,10}\r?(\n|$)")
+_ML_COLONS = re.compile(r"\s*[^:\s]+::[^:\s]+::\d+(\.\d+)?::\d+\r?(\n|$)")
+
+RECBOLE_TYPES = {"token", "float", "token_seq", "float_seq"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The form of a delimited text.
+def read_csv(
+    path: Path, columns: Columns, *, delimiter: str | None = None, quoted: bool = True
+) -> Log:
+    """Read delimited text with a header, or without one and with columns given by number.
 
-    Records have ``width`` columns; the first ``skipped``, blank ones and the header, hold no data.
-    ``places`` are the wanted columns' places by what they hold.
+    The first lines tell the ``delimiter`` where it is None; without ``quoted``, quotes are text.
+    Rows of different lengths and a quote that isn't closed are refused with their line.
     """
-
-    delimiter: str
-    quoted: bool
-    width: int
-    skipped: int
-    places: dict[str, int]
-
-
-def layout_of(path: Path, wanted: Columns, *, delimiter: str | None, quoted: bool) -> Layout:
-    """Look at a text's first lines; ``delimiter`` None tells it by what splits them alike.
-
-    Raises:
-        BadInput: if the file is empty or no text, nothing splits it, or a column isn't found.
-    """
-    with open_text(path) as stream:
-        raw = stream.read(LOOKED_AT)
-    text = getincrementaldecoder("utf-8-sig")().decode(raw)
-    if not text.strip():
+    with open_lines(path, newline="") as lines:
+        start = lines.read(START)
+    if not start.strip():
         raise BadInput(FIELD, path, "a table with a header and rows; it is empty")
-    split = {
-        candidate: _split(text, candidate, quoted=quoted, complete=len(raw) < LOOKED_AT)
-        for candidate in ([delimiter] if delimiter else DELIMITERS)
-    }
+    candidates = [delimiter] if delimiter else list(DELIMITERS)
+    split = {one: split_rows(start, one, START, quoted=quoted) for one in candidates}
     delimiter = _best(split, source=path)
-    rows = split[delimiter]
-    skipped = next(at for at, row in enumerate(rows, 1) if row)
-    first = [cell.strip() for cell in rows[skipped - 1]]
-    header = first
-    if _by_number(wanted):
+    skipped, row = next((at, row) for at, row in enumerate(split[delimiter], 1) if row)
+    header = first = [cell.strip() for cell in row]
+    # Numbers name the columns of a text without a header, whatever its first row holds: numbers
+    # there may be ids, and a row taken for a header would be lost. With a 0 among them they are
+    # names, as pandas gives them.
+    named = columns.given().values()
+    numbered = bool(named) and all(name.isdecimal() and int(name) > 0 for name in named)
+    if numbered:
         if all(guess_column(first, what, source=path) is not None for what in REQUIRED):
             allowed = f"its first line is a header ({listed(first)}); name the columns as it does"
             raise BadInput(FIELD, path, allowed)
-        header, skipped = [str(at) for at in range(1, len(first) + 1)], 0
-    places = find_columns(header, wanted, source=path)
-    return Layout(
-        delimiter=delimiter, quoted=quoted, width=len(first), skipped=skipped, places=places
-    )
+        header = [str(at) for at in range(1, len(first) + 1)]
+    places = find_columns(header, columns, source=path)
+    # Arrow is fast, and names no lines: a slow pass over the records finds those of a fault
+    rows = partial(records, path, delimiter, quoted=quoted, skip=not numbered)
+    texts = {what: pa.dictionary(pa.int32(), pa.string()) for what in REQUIRED}
+    kinds = {str(place): texts.get(what, pa.string()) for what, place in places.items()}
+    try:
+        with open_text(path) as stream:
+            table = pa.csv.read_csv(
+                stream,
+                pa.csv.ReadOptions(
+                    column_names=[str(place) for place in range(len(first))],  # may be repeated
+                    skip_rows_after_names=0 if numbered else skipped,
+                    block_size=BLOCK,
+                ),
+                pa.csv.ParseOptions(
+                    delimiter=delimiter,
+                    quote_char='"' if quoted else False,
+                    newlines_in_values=quoted,
+                ),
+                pa.csv.ConvertOptions(include_columns=list(kinds), column_types=kinds),
+            )
+    except pa.ArrowInvalid as error:
+        _exhaust(rows())
+        text = " ".join(str(error).split())
+        raise BadInput(FIELD, path, f"it can't be read as a table ({text[:120]})") from error
+    if quoted and len(table) + (0 if numbered else skipped) < stream.lines:
+        # some records are over several lines, and Arrow takes a quote never closed for another
+        _exhaust(rows())
+
+    def where(row: int) -> str:
+        record = next(islice(rows(), row, None), None)
+        return f"line {record[0]}" if record else row_number(row)
+
+    chosen = {what: table[str(place)] for what, place in places.items()}
+    return log_of(chosen, source=path, where=where)
 
 
-def records(path: Path, layout: Layout) -> Iterator[tuple[int, list[str]]]:
-    """The records after the skipped ones, each with the number of its first line; slow.
+def _exhaust(rows: Iterator[Any]) -> None:
+    deque(rows, maxlen=0)
 
-    Raises:
-        BadInput: if a record has another number of columns or a quote that isn't closed.
+
+def records(
+    path: Path,
+    delimiter: str,
+    *,
+    quoted: bool,
+    skip: bool = True,
+    field: str = FIELD,
+    tabs_last: bool = False,
+) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not blank, each with the number of its first line, after a header.
+
+    Refuses a record with another number of columns than the first one has, and a quote that isn't
+    closed. With ``tabs_last`` the last column may hold tabs itself.
     """
-    with open_bytes(path) as stream:
-        text = io.TextIOWrapper(io.BufferedReader(stream, BLOCK), "utf-8-sig", newline="")
-        rows = _reader(text, layout.delimiter, quoted=layout.quoted, strict=True)
-        line = 1
+    with open_lines(path, newline="", field=field) as text:
+        rows = _csv_rows(text, delimiter, quoted=quoted, strict=True)
+        line, width = 1, 0
         try:
-            for at, row in enumerate(rows):
-                if row and len(row) != layout.width:
-                    expected = f"{layout.width} columns, as the first line has"
-                    raise BadInput(FIELD, path, f"line {line} has {len(row)}; expected {expected}")
-                if row and at >= layout.skipped:
+            for row in rows:
+                width = width or len(row)
+                if tabs_last and len(row) > width:
+                    row[width - 1 :] = ["\t".join(row[width - 1 :])]
+                if row and len(row) != width:
+                    expected = f"{width} columns, as the first line has"
+                    raise BadInput(field, path, f"line {line} has {len(row)}; expected {expected}")
+                if row and not skip:
                     yield line, row
+                skip = skip and not row
                 line = rows.line_num + 1
         except csv.Error as error:
             allowed = f"in the row of line {line} a quote isn't closed, or not at a column's end"
-            raise BadInput(FIELD, path, f"{allowed} ({error})") from error
+            raise BadInput(field, path, f"{allowed} ({error})") from error
 
 
-def _reader(text: Any, delimiter: str, *, quoted: bool, strict: bool) -> Any:
-    return csv.reader(
-        text,
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        strict=strict,
-    )
-
-
-def _split(text: str, delimiter: str, *, quoted: bool, complete: bool) -> list[list[str]]:
+def split_rows(start: str, delimiter: str, limit: int, *, quoted: bool = True) -> list[list[str]]:
+    """The rows of a text's start, without the last one if it may be cut at ``limit``."""
     rows = []
     try:
-        for row in _reader(io.StringIO(text, newline=""), delimiter, quoted=quoted, strict=False):
+        for row in _csv_rows(io.StringIO(start, newline=""), delimiter, quoted=quoted):
             rows.append(row)
     except csv.Error:  # a cell larger than any is: a quote that isn't closed
-        return rows
-    return rows if complete else rows[:-1]
+        limit = len(start) + 1
+    return rows if len(start) < limit else rows[:-1]
+
+
+def is_table(start: str, limit: int) -> bool:
+    """Whether some delimiter splits the lines alike.
+
+    Users' sequences may lie between tabs too, and be of one length. A table has a header or, in
+    its first column, an id again: a sequence file has each user once.
+    """
+    known = [{simple(one) for line in SPELLINGS[what] for one in line} for what in REQUIRED]
+    for delimiter in DELIMITERS:
+        rows = [row for row in split_rows(start, delimiter, limit) if row]
+        if not rows or len(rows[0]) < 2:
+            continue
+        if all({simple(name) for name in rows[0]} & names for names in known):
+            return True
+        alike = sum(len(row) == len(rows[0]) for row in rows) / len(rows)
+        if alike > 0.9 and (delimiter != "\t" or len({row[0] for row in rows}) < len(rows)):
+            return True
+    return False
+
+
+def is_movielens(start: str) -> bool:
+    """Whether the first line is that of one of the three files."""
+    return any(form.match(start) for form in (_ML_HEADER, _ML_TABS, _ML_COLONS))
+
+
+def read_movielens(path: Path, columns: Columns) -> Log:
+    """Read users, films, ratings (1 to 5, some with halves) and times in seconds."""
+    start = head(path)
+    tabs = _ML_TABS.match(start)
+    if not (tabs or _ML_COLONS.match(start)):
+        return read_csv(path, columns)
+    for what, name in columns.given().items():
+        allowed = f"none for {path}: this file has no header, its columns are known by their places"
+        raise BadInput(f"data.columns.{what}", name, allowed)
+    if tabs:
+        places = Columns(user="1", item="2", rating="3", time="4")
+        return read_csv(path, places, delimiter="\t", quoted=False)
+    places = Columns(user="1", item="3", rating="5", time="7")  # blank ones lie between colons
+    return read_csv(path, places, delimiter=":", quoted=False)
+
+
+def is_recbole(start: str) -> bool:
+    """Whether each column of the first line has a name and a type (recbole.io/atomic_files)."""
+    columns = [name.rpartition(":") for name in _recbole_header(start)]
+    return all(name and kind in RECBOLE_TYPES for name, _, kind in columns)
+
+
+def read_recbole(path: Path, columns: Columns) -> Log:
+    """Read a ``.inter`` file: tab-separated, not quoted, with a typed header."""
+    lists = [name for name in _recbole_header(head(path)) if name.endswith("_list:token_seq")]
+    if lists:
+        expected = "expected an interaction a row, with one item_id:token"
+        raise BadInput(FIELD, path, f"a row of {listed(lists)} is a list of items; {expected}")
+    return read_csv(path, columns, delimiter="\t", quoted=False)
+
+
+def read_parquet(path: Path, columns: Columns) -> Log:
+    """Read a Parquet file, or a folder's part files in the order of their names as one table."""
+    parts = _part_files(path) if path.is_dir() else [path]
+    tables = [_part_of_a_log(part, columns) for part in parts]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        kinds = sorted({" ".join(str(one.schema).split()) for one in tables})
+        allowed = f"part files of the same columns; it has {short(' and '.join(kinds[:2]))}"
+        raise BadInput(FIELD, path, allowed) from error
+    ends = np.cumsum([len(one) for one in tables])
+
+    def where(row: int) -> str:
+        part = int(np.searchsorted(ends, row, side="right"))
+        within = row_number(row - int(ends[part]) + len(tables[part]))
+        return f"{within} of {parts[part].name}" if len(parts) > 1 else within
+
+    chosen = dict(zip(table.column_names, table.columns, strict=True))
+    return log_of(chosen, source=path, where=where)
+
+
+def parquet_columns(
+    path: Path, pick: Callable[[Sequence[str]], dict[str, int]], *, field: str = FIELD
+) -> dict[str, Any]:
+    """The columns whose places ``pick`` gives by what they hold, as chunked arrays."""
+    try:
+        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            places = pick(names)
+            table = file.read(columns=[names[place] for place in places.values()])
+            table.validate(full=True)  # as that texts are UTF-8
+    except (pa.ArrowException, OSError) as error:
+        text = " ".join(str(error).split())
+        raise BadInput(field, path, f"a whole Parquet file ({text[:120]})") from error
+    return {what: table[names[place]] for what, place in places.items()}
+
+
+def _csv_rows(text: Any, delimiter: str, *, quoted: bool, strict: bool = False) -> Any:
+    quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    return csv.reader(text, delimiter=delimiter, quoting=quoting, strict=strict)
 
 
 def _best(split: dict[str, list[list[str]]], *, source: Path) -> str:
@@ -131,150 +267,26 @@ def _best(split: dict[str, list[list[str]]], *, source: Path) -> str:
     raise BadInput(FIELD, source, f"a table with columns split by {names}; {fault}")
 
 
-def _by_number(wanted: Columns) -> bool:
-    """Whether columns are named by numbers from 1, so that there is no header.
-
-    Never mind what the first row holds: numbers there may be ids, and a row taken for a header
-    would be lost without a word. With a 0 among them they are names, as pandas gives them.
-    """
-    given = wanted.given().values()
-    return bool(given) and all(name.isdecimal() and int(name) > 0 for name in given)
-
-
-# Logs in tables: CSV and its kin, and Parquet, a file or a folder of part files.
-#
-# ``csv_columns(path, *, wanted, delimiter=None, quoted=True)`` reads the wanted columns of
-# delimited
-# text; with :func:`depthprobe.data.readers.arrow.log_of` it serves other delimited formats too::
-#
-# found, where = csv_columns(path, wanted=columns, delimiter="\t", quoted=False)
-# return log_of(found, source=path, where=where)
-
-
-def read_csv(path: Path, columns: Columns) -> Log:
-    """Read delimited text with a header, or without one and with columns given by number.
-
-    Raises:
-        BadInput: if it is no such table, lacks a column, or a row can't be used; names the line.
-    """
-    found, where = csv_columns(path, wanted=columns)
-    return log_of(found, source=path, where=where)
-
-
-def csv_columns(
-    path: Path, *, wanted: Columns, delimiter: str | None = None, quoted: bool = True
-) -> tuple[dict[str, Any], Where]:
-    """The wanted columns of delimited text by what they hold, and where a row lies (``line 7``).
-
-    Users and items come as Arrow dictionaries, the other columns as texts; each is a chunked array.
-    ``delimiter`` None is told by the first lines. Without ``quoted``, quotes are plain text.
-
-    Raises:
-        BadInput: if it is no text in UTF-8, has rows of different lengths or a quote that isn't
-            closed, or lacks a column; names the line.
-    """
-    layout = layout_of(path, wanted, delimiter=delimiter, quoted=quoted)
-    names = [str(place) for place in range(layout.width)]  # headers may repeat names
-    kinds = {
-        str(place): pa.dictionary(pa.int32(), pa.string()) if what in REQUIRED else pa.string()
-        for what, place in layout.places.items()
-    }
-    try:
-        with open_text(path) as stream:
-            table = pa.csv.read_csv(
-                stream,
-                pa.csv.ReadOptions(
-                    column_names=names, skip_rows_after_names=layout.skipped, block_size=BLOCK
-                ),
-                pa.csv.ParseOptions(
-                    delimiter=layout.delimiter,
-                    quote_char='"' if quoted else False,
-                    newlines_in_values=quoted,
-                ),
-                pa.csv.ConvertOptions(include_columns=list(kinds), column_types=kinds),
-            )
-    except pa.ArrowInvalid as error:
-        _read_through(path, layout)
-        text = " ".join(str(error).split())
-        raise BadInput(FIELD, path, f"it can't be read as a table ({text[:120]})") from error
-    if quoted and layout.skipped + len(table) < stream.lines:
-        # some records are over several lines, and Arrow takes a quote never closed for another
-        _read_through(path, layout)
-
-    def where(row: int) -> str:
-        found = next(islice(records(path, layout), row, None), None)
-        return f"line {found[0]}" if found else row_number(row)
-
-    return {what: table[str(place)] for what, place in layout.places.items()}, where
-
-
-def _read_through(path: Path, layout: Layout) -> None:
-    """Read every record, for the faults that :func:`records` tells."""
-    for _ in records(path, layout):
-        pass
-
-
-def read_parquet(path: Path, columns: Columns) -> Log:
-    """Read a Parquet file, or a folder's part files in the order of their names as one table.
-
-    Raises:
-        BadInput: if one is no Parquet, lacks a column, or a row can't be used; names the row.
-    """
-    parts = _part_files(path) if path.is_dir() else [path]
-    tables = [_parquet_columns(part, wanted=columns) for part in parts]
-    try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        kinds = sorted({" ".join(str(one.schema).split()) for one in tables})
-        allowed = f"part files of the same columns; it has {short(' and '.join(kinds[:2]))}"
-        raise BadInput(FIELD, path, allowed) from error
-    ends = np.cumsum([len(one) for one in tables])
-
-    def where(row: int) -> str:
-        part = int(np.searchsorted(ends, row, side="right"))
-        within = row_number(row - int(ends[part]) + len(tables[part]))
-        return f"{within} of {parts[part].name}" if len(parts) > 1 else within
-
-    found = dict(zip(table.column_names, table.columns, strict=True))
-    return log_of(found, source=path, where=where)
+def _recbole_header(start: str) -> list[str]:
+    return start.lstrip("\r\n").partition("\n")[0].rstrip("\r").split("\t")
 
 
 def _part_files(folder: Path) -> list[Path]:
     """The Parquet files of a folder by name, without companions such as ``items.parquet``."""
-    parts = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and not is_other(path) and _is_parquet(path)
-    ]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not fits(path, OTHERS)]
+    # a damaged file that is meant to be one counts
+    parts = [path for path in files if path.suffix == ".parquet" or head(path, 4) == "PAR1"]
     if not parts:
         raise BadInput(FIELD, folder, "a folder of Parquet part files; it has none")
     return parts
 
 
-def _is_parquet(path: Path) -> bool:
-    """Whether it is, or, damaged as it may be, is meant to be."""
-    return path.suffix == ".parquet" or head(path, 4) == b"PAR1"
-
-
-def _parquet_columns(path: Path, *, wanted: Columns) -> Any:
-    """The wanted columns of one file, named by what they hold, as a table."""
-    try:
-        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            schema = file.schema_arrow
-            places = find_columns(schema.names, wanted, source=path)
-            for what, place in places.items():
-                kind = schema.field(place).type
-                if pa.types.is_nested(kind):
-                    name = short(schema.names[place], 40)
-                    allowed = f"the {what} column {name} has the type {type_name(kind)}"
-                    raise BadInput(FIELD, path, f"{allowed}; expected one value a row")
-            table = file.read(columns=[schema.names[place] for place in places.values()])
-            table.validate(full=True)  # as that texts are UTF-8
-    except (pa.ArrowException, OSError) as error:
-        text = " ".join(str(error).split())
-        raise BadInput(FIELD, path, f"a whole Parquet file ({text[:120]})") from error
-    columns = {what: table[schema.names[place]] for what, place in places.items()}
+def _part_of_a_log(path: Path, wanted: Columns) -> Any:
+    columns = parquet_columns(path, lambda names: find_columns(names, wanted, source=path))
     for what, column in columns.items():
+        if pa.types.is_nested(column.type):
+            fault = f"the {what} column has the type {type_name(column.type)}"
+            raise BadInput(FIELD, path, f"{fault}; expected one value a row")
         if pa.types.is_dictionary(column.type):  # one may hold values that no row has
             columns[what] = column.cast(column.type.value_type)
     return pa.table(columns)

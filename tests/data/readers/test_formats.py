@@ -13,8 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from depthprobe.data.log import Log, encode_ids
-from depthprobe.data.readers.folders import join_parts
-from depthprobe.data.readers.formats import FORMATS, read_log, recognise
+from depthprobe.data.readers.formats import FORMATS, join_parts, read_log, recognise
 from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
@@ -237,7 +236,7 @@ def test_a_public_set_by_its_name_unless_a_path_has_it(
 ) -> None:
     write(tmp_path / "cache" / "ratings.dat", lines("::"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("depthprobe.data.public.fetch", lambda name: tmp_path / "cache")
+    monkeypatch.setattr("depthprobe.data.readers.formats.fetch", lambda name: tmp_path / "cache")
     assert len(read_log("ml-1m")) == 4
     write(tmp_path / "ml-1m", "1 2\n")
     assert len(read_log("ml-1m")) == 1

@@ -1,3 +1,5 @@
+"""CSV and its kin, MovieLens, RecBole and Parquet."""
+
 from __future__ import annotations
 
 import csv
@@ -15,8 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.data.log import Ids, Log
-from depthprobe.data.readers.json_lines import read_json
-from depthprobe.data.readers.tables import csv_columns, read_csv, read_parquet
+from depthprobe.data.readers.formats import read_log
+from depthprobe.data.readers.lines import read_json
+from depthprobe.data.readers.tables import (
+    DELIMITERS,
+    is_movielens,
+    is_recbole,
+    read_csv,
+    read_movielens,
+    read_parquet,
+    read_recbole,
+    records,
+)
 from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
@@ -153,21 +165,6 @@ def test_the_same_name_twice_where_nobody_wants_it(tmp_path: Path) -> None:
     assert read(tmp_path, "x,user,x,item\n1,a,2,b\n") == [("a", "b")]
 
 
-def test_other_readers_use_the_columns(tmp_path: Path) -> None:
-    text = 'user_id:token\titem_id:token\tname:token_seq\n1\t"2\tx, "y"\n'
-    path = write(tmp_path, text)
-    found, where = csv_columns(path, wanted=Columns(), delimiter="\t", quoted=False)
-    assert {what: column.to_pylist() for what, column in found.items()} == {
-        "user": ["1"],
-        "item": ['"2'],
-    }
-    assert where(0) == "line 2"
-    doubled = write(tmp_path, "1::1193::5::978300760\n2::661::3::978302109\n")
-    places = Columns(user="1", item="3", time="7")
-    found, _ = csv_columns(doubled, wanted=places, delimiter=":", quoted=False)
-    assert found["time"].to_pylist() == ["978300760", "978302109"]
-
-
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -198,7 +195,7 @@ def test_other_readers_use_the_columns(tmp_path: Path) -> None:
         ('user,item,x\na,"b\nc",d\n', "line 2 has a line break"),
     ],
 )
-def test_refused(tmp_path: Path, text: str | bytes, what: str) -> None:
+def test_refused_csv(tmp_path: Path, text: str | bytes, what: str) -> None:
     assert what in refusal(tmp_path, text)
 
 
@@ -288,8 +285,8 @@ def test_refused_parquet(tmp_path: Path) -> None:
     refused(write(tmp_path, whole[: len(whole) // 2]), "a whole Parquet file")
     invalid = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers())
     refused(parquet(tmp_path, user=["a"], item=["b"], title=invalid), "a whole Parquet file")
-    refused(parquet(tmp_path, user=[{"id": 1}], item=["b"]), "column 'user' has the type struct")
-    refused(parquet(tmp_path, user=["a"], item=[["b"]]), "column 'item' has the type list")
+    refused(parquet(tmp_path, user=[{"id": 1}], item=["b"]), "the user column has the type struct")
+    refused(parquet(tmp_path, user=["a"], item=[["b"]]), "the item column has the type list")
     refused(parquet(tmp_path, user=[], item=[]), "it has none")
     refused(parquet(tmp_path, user=[1.5], item=["b"]), "row 1 has the user 1.5")
     refused(parquet(tmp_path, a=["a"], b=["b"]), "its columns are a, b")
@@ -298,3 +295,206 @@ def test_refused_parquet(tmp_path: Path) -> None:
     parquet(tmp_path / "mixed", "0.parquet", user=[1], item=[1])
     parquet(tmp_path / "mixed", "1.parquet", user=["a"], item=[1])
     refused(tmp_path / "mixed", "part files of the same columns")
+
+
+# a cell, and a number of lines that it is over
+CELLS = st.sampled_from([("a", 1), ('"a, b;"', 1), ('"a\n\nb"', 3), ('"a ""|""\r\nb"', 2), ("", 1)])
+
+
+@given(
+    st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1),
+    st.sampled_from(list(DELIMITERS)),
+    st.integers(0, 3),
+)
+def test_records_lie_where_they_start(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[tuple[str, int], ...]],
+    delimiter: str,
+    blank: int,
+) -> None:
+    lines = [delimiter.join(["user", "item", "x"]), *[""] * blank]
+    starts = []
+    at = len(lines) + 1
+    for row in rows:
+        starts.append(at)
+        lines.append(delimiter.join(cell for cell, _ in row))
+        at += sum(over - 1 for _, over in row) + 1
+    path = write(tmp_path_factory.mktemp("records"), "\n".join(lines) + "\n")
+    assert [line for line, _ in records(path, delimiter, quoted=True)] == starts
+
+
+@pytest.mark.parametrize(
+    ("text", "width"),
+    [
+        ("user;item;x\na;b;1,5\nc;d;2,5\n", 3),
+        ("user,item,x\na,b,c|d\nc,d,e|f\n", 3),
+        ("user\titem\tx\na\tb\tc, d\na\tb\tc\n", 3),
+        ("1;2;1,5\n3;4;2,5\n", 3),  # the commas split alike, and less
+        ("1|2|3\n" * 9 + "4|5|5,6\n", 3),
+    ],
+)
+def test_the_delimiter_splits_most_lines_alike(tmp_path: Path, text: str, width: int) -> None:
+    named = {} if text.startswith("user") else {"user": "1", "item": "2"}
+    assert len(read(tmp_path, text, **named)) == text.count("\n") - (not named)
+    assert f"expected {width} columns" in refusal(tmp_path, text + "z\n", **named)
+
+
+def test_only_the_start_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "user,item,x\n" + 'a,b,"c\nd"\n' * 5
+    for size in range(14, len(text) + 2):
+        monkeypatch.setattr("depthprobe.data.readers.tables.START", size)
+        assert read(tmp_path, text) == [("a", "b")] * 5
+
+
+def test_a_delimiter_that_is_given(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="columns split by tab; its first line has none"):
+        read_csv(write(tmp_path, "user,item\na,b\n"), Columns(), delimiter="\t")
+
+
+# as the three generations of MovieLens write the same four ratings
+FILMS = [(7, 10, "3.5", 900000200), (7, 2, "4", 900000100), (8, 10, "1", 900000300)]
+COLONS = "".join(f"{u}::{i}::{r}::{t}\n" for u, i, r, t in FILMS)
+TABS = "".join(f"{u}\t{i}\t{r[0]}\t{t}\n" for u, i, r, t in FILMS)
+WITH_HEADER = "userId,movieId,rating,timestamp\n" + COLONS.replace("::", ",")
+
+
+def check(folder: Path, *, halves: bool) -> dict[str, str]:
+    """Read a folder of these ratings, and give its titles."""
+    log = read_log(folder)
+    assert [log.users.names[code] for code in log.users.codes] == ["7", "7", "8"]
+    assert [log.items.names[code] for code in log.items.codes] == ["10", "2", "10"]
+    assert log.ratings is not None
+    assert log.ratings.tolist() == [3.5 if halves else 3.0, 4.0, 1.0]
+    assert log.times is not None
+    assert log.times.dtype == "int64"
+    assert log.times.tolist() == [900000200, 900000100, 900000300]
+    assert log.name == folder.name
+    return log.titles
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "iso-8859-1"])
+def test_movielens_ratings_dat(tmp_path: Path, encoding: str) -> None:
+    write(tmp_path, COLONS, "ratings.dat")
+    write(
+        tmp_path,
+        "2::Amélie (2001)::Comedy\n3::No::X\n10::Ran (1985)::War\n".encode(encoding),
+        "movies.dat",
+    )
+    write(tmp_path, "7::F::1::10::48067\n", "users.dat")
+    assert check(tmp_path, halves=True) == {"2": "Amélie (2001)", "10": "Ran (1985)"}
+
+
+def test_movielens_u_data(tmp_path: Path) -> None:
+    write(tmp_path, TABS, "u.data")
+    films = "2|Amélie (2001)|01-Jan-2001||http://a|0|1\n10|Ran (1985)|01-Jan-1985||http://b|1|0\n"
+    write(tmp_path, films.encode("iso-8859-1"), "u.item")
+    write(tmp_path, TABS, "u1.base")
+    write(tmp_path, "7|24|M|technician|85711\n", "u.user")
+    write(tmp_path, "These are ratings.\n", "README")
+    assert check(tmp_path, halves=False) == {"2": "Amélie (2001)", "10": "Ran (1985)"}
+
+
+def test_movielens_ratings_csv(tmp_path: Path) -> None:
+    write(tmp_path, WITH_HEADER, "ratings.csv")
+    films = 'movieId,title,genres\n2,"Amélie, or ""A"" (2001)",Comedy\n10,Ran (1985),War\n'
+    write(tmp_path, films, "movies.csv")
+    write(tmp_path, "userId,movieId,tag,timestamp\n7,10,x,1\n", "tags.csv")
+    write(tmp_path, "movieId,imdbId,tmdbId\n2,3,4\n", "links.csv")
+    assert check(tmp_path, halves=True) == {"2": 'Amélie, or "A" (2001)', "10": "Ran (1985)"}
+
+
+def test_movielens_is_recognised_by_its_three_files_alone() -> None:
+    assert all(map(is_movielens, (COLONS, TABS, WITH_HEADER, COLONS.replace("\n", "\r\n"))))
+    assert not is_movielens("1\t2\t3\t4\n")  # items of user 1
+    assert not is_movielens("2::Toy Story (1995)::Comedy\n")
+    assert not is_movielens("user,item,rating,timestamp\n")
+    assert not is_movielens("")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (COLONS + "8::11::5\n", "line 4 has 5; expected 7 columns"),
+        (COLONS + "8::::5::900000000\n", "line 4 has no item"),
+        (COLONS + "8::11::five::900000000\n", "line 4 has the rating 'five'"),
+        (TABS + "8\t11\t5\tnever\n", "line 4 has the time 'never'"),
+    ],
+)
+def test_refused_movielens(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text, "ratings.dat")
+    with pytest.raises(BadInput) as caught:
+        read_log(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_movielens_columns_by_place_take_no_names(tmp_path: Path) -> None:
+    path = write(tmp_path, TABS, "u.data")
+    with pytest.raises(BadInput, match=r"data\.columns\.user: '2'.*has no header"):
+        read_movielens(path, Columns(user="2"))
+
+
+INTER = """user_id:token\titem_id:token\trating:float\ttimestamp:float
+u1\t"i1\t4\t20
+u2\ti2\t3.5\t10
+"""
+ITEM = """item_id:token\tmovie_title:token_seq\tclass:token_seq
+"i1\tThe "Blue" one\tDrama
+i2\tRed  soap\tComedy
+"""
+
+
+def test_recbole_quotes_are_plain_text(tmp_path: Path) -> None:
+    write(tmp_path, ITEM, "x.item")
+    log = read_log(write(tmp_path, INTER, "x.inter"))
+    assert log.items.names == ['"i1', "i2"]
+    assert log.ratings is not None
+    assert log.ratings.tolist() == [4.0, 3.5]
+    assert log.times is not None
+    assert log.times.tolist() == [20, 10]
+    assert log.titles == {'"i1': 'The "Blue" one', "i2": "Red soap"}
+    assert log.name == "x"
+
+
+@pytest.mark.parametrize("kind", ["", ":token"])
+def test_recbole_columns_are_named_with_or_without_their_types(tmp_path: Path, kind: str) -> None:
+    text = "who:token\titem_id:token\twhat:token\nu1\ti1\tx\nu1\ti2\ty\n"
+    path = write(tmp_path, text, "x.inter")
+    log = read_recbole(path, Columns(user=f"who{kind}", item=f"what{kind}"))
+    assert (log.users.names, log.items.names) == (["u1"], ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "session_id:token\titem_id_list:token_seq\titem_id:token\n1\t2 3\t4\n",
+            "a row of item_id_list:token_seq is a list of items; expected an interaction a row",
+        ),
+        ("user_id:token\tcolour:token\n1\tred\n", "none is known as the item's"),
+        (INTER + "u3\ti1\n", "line 4 has 2"),
+        (INTER + "u3\ti1\tgood\t30\n", "line 4 has the rating 'good'"),
+        (INTER + "u3\ti1\t5\t\n", "line 4 has no time"),
+    ],
+)
+def test_refused_recbole(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text, "x.inter")
+    with pytest.raises(BadInput) as caught:
+        read_log(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recbole_item_file_without_titles_is_told(tmp_path: Path) -> None:
+    write(tmp_path, "item_id:token\tclass:token_seq\ni2\tComedy\n", "x.item")
+    log = read_log(write(tmp_path, INTER, "x.inter"))
+    assert log.titles == {}
+    assert log.notes == ("x.item beside the log has no title column",)
+
+
+def test_recbole_is_recognised_by_typed_headers() -> None:
+    assert is_recbole(INTER)
+    assert is_recbole("user_id:token\titem_id:token\r\n1\t2")
+    assert not is_recbole("user_id\titem_id:token\n")
+    assert not is_recbole("user_id:int\titem_id:token\n")
+    assert not is_recbole("")

@@ -1,15 +1,19 @@
+"""Titles of items, and other columns of users and items."""
+
 from __future__ import annotations
 
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from depthprobe.data.log import Log, encode_ids
-from depthprobe.data.readers.titles import companion, read_titles, with_titles
+from depthprobe.data.readers.titles import companion, read_attribute, read_titles, with_titles
 from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
@@ -89,11 +93,11 @@ def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
     [
         ("", "it is empty"),
         ("1\tsoap\n", "its first line has 1, soap; expected a header"),
-        ("item_id\ttitle\n1 soap\n", "line 2 has 1 columns, the header 2"),
-        ("item_id,title\n1,soap, blue\n", "line 2 has 3 columns, the header 2"),
-        ('item_id,title\n1,"soap\n2,tea\n', "can't be read (unexpected end of data)"),
+        ("item_id\ttitle\n1 soap\n", "line 2 has 1; expected 2 columns"),
+        ("item_id,title\n1,soap, blue\n", "line 2 has 3; expected 2 columns"),
+        ('item_id,title\n1,"soap\n2,tea\n', "in the row of line 2 a quote isn't closed"),
         ("item_id,colour\n1,blue\n", "none is known as the title's; say --title-column"),
-        ("item_id,title\n1,soap\n 1 ,tea\n", "item '1' has two titles, 'soap', 'tea'"),
+        ("item_id,title\n1,soap\n 1 ,tea\n", "item '1' has two titles, 'soap' and 'tea'"),
         (b"item_id,title\n1,\xff\n", "line 2 is not UTF-8"),
         (b"item_id,title\n1,a\x00\n", "line 2 has a NUL byte"),
         ("1::soap::x\ntea\n", "line 2 has no '::'"),
@@ -172,3 +176,75 @@ def test_an_item_file_that_does_not_help_is_refused(tmp_path: Path) -> None:
         with_titles(log, source, items=features, columns=Columns())
     log = with_titles(log, source, items=None, columns=Columns())
     assert log.notes == ("items.tsv beside the log has no title column",)
+
+
+WANTED = {"1", "2", "3"}
+
+
+def read(setting: str, what: Any = "user", wanted: set[str] = WANTED) -> tuple[str, dict[str, str]]:
+    return read_attribute(setting, what, field="protocol.user_slices", wanted=wanted)
+
+
+def write_file(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "column"),
+    [
+        ("user_id,country\n1,de\n2,fr\n9,it\n", "country"),
+        ("country\tuser\nde\t1\nfr\t2\n\t3\n", "country"),
+        ("user_id:token\tcountry:token\n1\tde\n2\tfr\n", "country"),
+        ('id;country;note\n 1 ; de ;"a;b"\n2;fr;\n', "country"),
+        ("\ufeffuser_id|country\n1|de\n2|fr\n2|fr\n", "country"),
+    ],
+)
+def test_attributes_of_tables_with_a_header(text: str, column: str, tmp_path: Path) -> None:
+    path = write_file(tmp_path / "users.txt", text)
+    assert read(f"{path}:{column}") == ("country", {"1": "de", "2": "fr"})
+    packed = tmp_path / "users.txt.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read(f"{packed}:{column}")[1] == {"1": "de", "2": "fr"}
+
+
+def test_attributes_of_parquet_with_numbers_and_gaps(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"item_id": [1, 2, 3, 7], "year": ["1995", None, "1996", "x"]})
+    frame.to_parquet(tmp_path / "items.parquet", index=False)
+    found = read(f"{tmp_path / 'items.parquet'}:year", "item")
+    assert found == ("year", {"1": "1995", "3": "1996"})
+
+
+def test_long_values_are_cut_and_blanks_collapsed(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "items.csv", f"item_id,brand\n1,  a   b \n2,{'x' * 99}\n")
+    assert read(f"{path}:brand", "item")[1] == {"1": "a b", "2": "x" * 40}
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "said"),
+    [
+        ("", "country", "FILE:COLUMN"),
+        ("", "{}", "there is no file|FILE:COLUMN"),
+        ("user_id,country\n1,de\n", "{}:contry", "did you mean country"),
+        ("name,country\n1,de\n", "{}:country", "none is known as the user's id"),
+        ("user_id,country\n9,de\n", "{}:country", "knows none of the log's users, such as '1'"),
+        ("user_id,country\n1,de\n1,fr\n", "{}:country", "two values, 'de' and 'fr'"),
+        ("user_id,country\n1,de,x\n", "{}:country", "line 2 has 3; expected 2 columns"),
+        ("", "{}:country", "a column of"),
+        ('user_id,country\n1,"de\n', "{}:country", "a quote isn't closed"),
+    ],
+)
+def test_refused_attributes(text: str, setting: str, said: str, tmp_path: Path) -> None:
+    path = write_file(tmp_path / "users.csv", text)
+    with pytest.raises(BadInput, match=said) as caught:
+        read(setting.format(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_attributes_of_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "users.csv").write_bytes(b"user_id,country\n1,\xff\n")
+    with pytest.raises(BadInput, match="not UTF-8"):
+        read(f"{tmp_path / 'users.csv'}:country")
+    (tmp_path / "users.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(BadInput, match="a whole Parquet file"):
+        read(f"{tmp_path / 'users.parquet'}:country")

@@ -10,21 +10,19 @@ from typing import Annotated
 import typer
 
 from depthprobe.cli.options import check_backbone as refuse_unusable
+from depthprobe.cli.options import check_output_file, option
 from depthprobe.cli.tables import show_table
-from depthprobe.errors import BadInput, check_writable
+from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
 
-PAGE = "architectures.md"
+PAGE = Path("architectures.md")
 
 
 def check(
     backbone: Annotated[
-        str | None,
-        typer.Option(metavar="B", help="A folder (config.json is enough), an id, or embedded."),
+        str | None, option("B", "A folder (config.json is enough), an id, or embedded.")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="The revision of a Hugging Face id.")
-    ] = None,
+    revision: Annotated[str | None, option("REV", "The revision of a Hugging Face id.")] = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option(
@@ -35,8 +33,7 @@ def check(
         bool, typer.Option("--all", help="Every decoder family of transformers, in minutes.")
     ] = False,
     output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help=f"Where --all writes its table [default: {PAGE}]."),
+        Path | None, option("FILE", f"Where --all writes its table [default: {PAGE}].")
     ] = None,
 ) -> int:
     """Self-test: can this architecture be cut safely?
@@ -46,7 +43,7 @@ def check(
     if every:
         if backbone is not None:
             raise BadInput("backbone", backbone, "not together with --all")
-        return _all(output or Path(PAGE))
+        return _check_all(output or PAGE)
     if backbone is None:
         raise BadInput("backbone", None, "a folder, a Hugging Face id, embedded, or --all")
     if output is not None:
@@ -56,32 +53,32 @@ def check(
     from depthprobe.models.check import can_be_cut, check_backbone
 
     results = check_backbone(backbone, revision=revision, trust_remote_code=trust_remote_code)
-    marks = {(True, True): "passed", (True, False): "passed", (False, True): "FAILED"}
-    show_table(
-        ["check", "result", "what was found"],
-        [(r.name, marks.get((r.passed, r.required), "no"), r.detail) for r in results],
-        words=["check", "result", "what was found"],
-    )
+    header = ["check", "result", "detail"]
+    marks = {True: "passed", False: "no"}  # what is not required may fail
+    rows = [
+        (each.name, "FAILED" if each.required and not each.passed else marks[each.passed],
+         each.detail)
+        for each in results
+    ]  # fmt: skip
+    show_table(header, rows, words=header)
     safe = can_be_cut(results)
     print(f"\n{backbone}: {'can be cut' if safe else 'can NOT be cut safely'}")
     return 0 if safe else 1
 
 
-def _all(page: Path) -> int:
-    if page.is_dir():
-        raise BadInput("output", page, "a file")
-    check_writable("output", page.parent)
+def _check_all(page: Path) -> int:
+    check_output_file(page)
 
     from depthprobe.models.families import check_families, families, support_table
 
-    names = families()
-    found = []
+    names, checked = families(), []
     for family in check_families(names, jobs=os.cpu_count() or 1):
-        found.append(family)
+        checked.append(family)
         verdict = "can be cut" if family.can_be_cut else f"no: {' '.join(family.reason.split())}"
-        print(f"[{len(found)}/{len(names)}] {family.name}  {verdict}", file=sys.stderr, flush=True)
+        line = f"[{len(checked)}/{len(names)}] {family.name}  {verdict}"
+        print(line, file=sys.stderr, flush=True)
     with complete_file(page) as temporary:
-        temporary.write_text(support_table(found), encoding="utf-8")
-    print(f"{sum(family.can_be_cut for family in found)} of {len(found)} families can be cut")
+        temporary.write_text(support_table(checked), encoding="utf-8")
+    print(f"{sum(family.can_be_cut for family in checked)} of {len(checked)} families can be cut")
     print(page)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthprobe.cli.cost_views import BUSY, TUNINGS
-from depthprobe.cli.progress import watch
+from depthprobe.cli.progress import show_progress
 from depthprobe.cli.tables import cell, console, scaled, show_table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def dry_run(
     Raises:
         BadInput: where the sweep would refuse to begin.
     """
-    with watch(sys.stderr) as progress:
+    with show_progress(sys.stderr) as progress:
         from depthprobe.runs.preview import preview
         from depthprobe.runs.processes import join_processes
 

@@ -7,15 +7,20 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 
 import typer
 
-from depthprobe.cli.options import check_at_least, check_settings, whole
-from depthprobe.errors import BadInput, check_writable
+from depthprobe.cli.options import (
+    check_at_least,
+    check_output_file,
+    check_settings,
+    option,
+    whole,
+)
+from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
 
 if TYPE_CHECKING:
@@ -25,30 +30,16 @@ USERS = 2048  # users in memory at once
 HEADER = "user\trank\titem\tscore\ttitle\n"
 
 
-@dataclass
-class Skipped:
-    """What ``--skip-unknown`` left out."""
-
-    items: int = 0
-    users: int = 0  # of whose items none was known
-
-
 def recommend(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that export wrote.")],
-    history: Annotated[
-        Path, typer.Option(metavar="FILE", help="A line a user: user item item ..., oldest first.")
-    ],
-    top: Annotated[
-        int, typer.Option(metavar="K", parser=whole, help="How many items a user.")
-    ] = 10,
-    device: Annotated[
-        str, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to compute.")
-    ] = "auto",
+    history: Annotated[Path, option("FILE", "A line a user: user item item ..., oldest first.")],
+    top: Annotated[int, option("K", "How many items a user.", parser=whole)] = 10,
+    device: Annotated[str, option("auto|cpu|cuda|mps", "Where to compute.")] = "auto",
     skip_unknown: Annotated[
         bool, typer.Option("--skip-unknown", help="Leave out items outside the catalogue.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write [default: the terminal].")
+        Path | None, option("FILE", "Where to write [default: the terminal].")
     ] = None,
 ) -> None:
     """Top-K items from an exported model.
@@ -59,10 +50,7 @@ def recommend(
     check_settings(device=device)
     if not folder.is_dir() or not any(folder.iterdir()):
         raise BadInput("dir", folder, "a folder that export wrote")
-    if output is not None:
-        if output.is_dir():
-            raise BadInput("output", output, "a file, not a folder")
-        check_writable("output", output.absolute().parent)
+    check_output_file(output)
     with rereadable(history) as file:
         # the whole file before the model, and all its items before the first answer
         if not sum(1 for _ in read_histories(file, history)):
@@ -76,25 +64,23 @@ def recommend(
         model = load_recommender(folder, device)
         if top > len(model.item_ids):
             raise BadInput("top", top, f"at most the {len(model.item_ids)} items of the catalogue")
-        if not skip_unknown:
-            _check_known(file, history, model)
-        skipped = Skipped()
+        items, users = count_unknown(file, history, model, allowed=skip_unknown)
         with ExitStack() as stack:
             stream: TextIO = sys.stdout
             if output is not None:
                 temporary = stack.enter_context(complete_file(output))
                 stream = stack.enter_context(temporary.open("w", encoding="utf-8"))
             stream.write(HEADER)
-            for lines in answers(file, history, model, top=top, skipped=skipped):
+            for lines in answers(file, history, model, top=top):
                 stream.write(lines)
-    if skipped.items:
-        items, users = _count(skipped.items, "item"), _count(skipped.users, "user")
-        print(f"left out: {items} outside the catalogue, {users} with no other", file=sys.stderr)
+    if items:
+        counts = f"{_count(items, 'item')} outside the catalogue, {_count(users, 'user')}"
+        print(f"left out: {counts} with no other", file=sys.stderr)
 
 
 @contextmanager
 def rereadable(path: Path) -> Iterator[BinaryIO]:
-    """The file opened; what can be read once alone, as a pipe, is copied to the disk first.
+    """The file opened; what can be read only once, as a pipe, is copied to the disk first.
 
     Raises:
         BadInput: if it can't be read.
@@ -123,42 +109,42 @@ def read_histories(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, list[
             words = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
         except UnicodeDecodeError:
             raise BadInput("history", f"{path}, line {number}", "UTF-8 text") from None
-        if not words:
-            continue
         if len(words) == 1:
             raise BadInput("history", f"{path}, line {number}", "a user and at least one item")
-        yield number, words[0], words[1:]
+        if words:
+            yield number, words[0], words[1:]
 
 
-def _check_known(file: BinaryIO, path: Path, model: ExportedRecommender) -> None:
-    for number, _, items in read_histories(file, path):
-        for item in items:
-            if item not in model.numbers:
-                allowed = (
-                    f"an item of the {len(model.item_ids):,} in the catalogue, in"
-                    f" {path}, line {number} (--skip-unknown leaves such items out)"
-                )
-                raise BadInput("history", item, allowed)
+def count_unknown(
+    file: BinaryIO, path: Path, model: ExportedRecommender, *, allowed: bool
+) -> tuple[int, int]:
+    """How many items the catalogue does not hold, and how many users have no other.
 
-
-def answers(
-    file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int, skipped: Skipped
-) -> Iterator[str]:
-    """The lines of some users at a time, in the order of the file.
-
-    Args:
-        skipped: counts the items that the catalogue doesn't hold, and users with no other.
+    Raises:
+        BadInput: for the first of them, unless they are allowed.
     """
+    items = users = 0
+    for number, _, history in read_histories(file, path):
+        unknown = [item for item in history if item not in model.numbers]
+        if unknown and not allowed:
+            where = f"in the catalogue, in {path}, line {number}"
+            wanted = f"an item of the {len(model.item_ids):,} {where}"
+            raise BadInput(
+                "history", unknown[0], f"{wanted} (--skip-unknown leaves such items out)"
+            )
+        items += len(unknown)
+        users += len(unknown) == len(history)
+    return items, users
+
+
+def answers(file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int) -> Iterator[str]:
+    """The lines of some users at a time, in the order of the file; unknown items are left out."""
     lines = read_histories(file, path)
     while part := list(islice(lines, USERS)):
-        known = [[item for item in items if item in model.numbers] for _, _, items in part]
-        skipped.items += sum(len(p[2]) - len(k) for p, k in zip(part, known, strict=True))
-        skipped.users += sum(not items for items in known)
-        asked = [place for place, items in enumerate(known) if items]
-        found = model.recommend([known[place] for place in asked], top=top)
-        yield "".join(
-            _rows(part[place][1], answer) for place, answer in zip(asked, found, strict=True)
-        )
+        known = [(user, [i for i in items if i in model.numbers]) for _, user, items in part]
+        users = [(user, items) for user, items in known if items]
+        best = model.recommend([items for _, items in users], top=top)
+        yield "".join(_rows(user, found) for (user, _), found in zip(users, best, strict=True))
 
 
 def _count(number: int, what: str) -> str:
@@ -166,12 +152,10 @@ def _count(number: int, what: str) -> str:
 
 
 def _rows(user: str, answer: Sequence[tuple[str, str | None, float]]) -> str:
-    return "".join(
-        f"{user}\t{rank}\t{_cell(item)}\t{score:.4f}\t{' '.join((title or '').split())}\n"
+    # an id stays as it is, but for what would end its column or line
+    blanks = {ord(character): " " for character in "\t\r\n"}
+    rows = (
+        (user, str(rank), item.translate(blanks), f"{score:.4f}", " ".join((title or "").split()))
         for rank, (item, title, score) in enumerate(answer, start=1)
     )
-
-
-def _cell(item: str) -> str:
-    """An id as it is, but for what would end its column or line."""
-    return item.translate({ord(c): " " for c in "\t\r\n"})
+    return "".join("\t".join(row) + "\n" for row in rows)

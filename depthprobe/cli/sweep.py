@@ -7,25 +7,25 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from depthprobe.cli.dry_run import dry_run
 from depthprobe.cli.options import (
-    SplitKind,
-    SplitPoints,
-    StudyFlags,
+    SWEEP,
     check_at_least,
     check_output,
     default_output,
     make_study,
+    option,
+    takes_flags,
     whole,
 )
-from depthprobe.cli.progress import watch
+from depthprobe.cli.progress import Display, show_progress
 from depthprobe.cli.tables import show_frame
-from depthprobe.errors import BadInput
-from depthprobe.methods import METHODS, base_of, names
+from depthprobe.errors import BadInput, one_of
+from depthprobe.methods import METHODS, Method, method_of, method_order
 from depthprobe.study import Study
 
 if TYPE_CHECKING:
@@ -33,210 +33,79 @@ if TYPE_CHECKING:
 
     from depthprobe.runs.store import Run
 
-SLURM = "slurm"
-EXECUTORS = ("local", SLURM)
+LOCAL, SLURM = EXECUTORS = ("local", "slurm")
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Phase:
     """A command that runs some of the methods; what they need besides, the runner adds."""
 
-    name: str
     help: str
-    methods: tuple[str, ...]
+    has: Callable[[Method], bool]
+
+    def methods(self) -> tuple[str, ...]:
+        """The names of its methods, in the order of reports."""
+        return tuple(name for name, method in METHODS.items() if self.has(method))
+
+    def list_methods(self) -> str:
+        """What each method is, for the end of the help; no line is wrapped."""
+        lines = [f"  {name:16}  {METHODS[name].summary}" for name in self.methods()]
+        return "\n".join(["\b", "Methods:", *lines])
+
+
+def _distils(method: Method) -> bool:
+    return method.settings == "distillation"
 
 
 PHASES = {
-    phase.name: phase
-    for phase in (
-        Phase("sweep", "Accuracy, size and time against depth, and the report.", tuple(METHODS)),
-        Phase(
-            "train",
-            "The baselines, the teacher and the variants alone.",
-            (
-                "popularity",
-                "sasrec",
-                "full",
-                *(name for name in names("trained", "control") if name != "distill"),
-            ),
-        ),
-        Phase("probe", "What needs no training but the teacher's.", names("probe")),
-        Phase("distill", "The students alone.", ("distill",)),
-    )
+    "sweep": Phase("Accuracy, size and time against depth, and the report.", lambda method: True),
+    "train": Phase(
+        "The baselines, the teacher and the variants alone.",
+        lambda method: method.role != "probe" and not _distils(method),
+    ),
+    "probe": Phase("What needs no training but the teacher's.", lambda m: m.role == "probe"),
+    "distill": Phase("The students alone.", _distils),
 }
 
 
-def command(phase: Phase) -> Callable[..., int]:
-    """The typer command of a phase; all phases take the same options."""
-
-    def run(
-        context: typer.Context,
-        study: Annotated[
-            Path | None,
-            typer.Argument(
-                metavar="STUDY.toml", help="What to run; flags override it.", show_default=False
-            ),
-        ] = None,
-        data: Annotated[
-            str | None,
-            typer.Option(metavar="D", help="A log, a prepared folder, a public set, or embedded."),
-        ] = None,
-        backbone: Annotated[
-            str | None, typer.Option(metavar="B", help="A folder, a Hugging Face id, or embedded.")
-        ] = None,
-        revision: Annotated[
-            str | None,
-            typer.Option(metavar="REV", help="The branch, tag or commit of a Hugging Face id."),
-        ] = None,
-        layers: Annotated[
-            str | None, typer.Option(metavar="DEPTHS", help="Depths: 1,2,4 or 1-12 or all or auto.")
-        ] = None,
-        methods: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAMES",
-                help=f"Of: {', '.join(METHODS)}; also heal:ends and the like (see docs/sweep.md).",
-            ),
-        ] = None,
-        seeds: Annotated[
-            int | None, typer.Option(metavar="N", parser=whole, help="How many seeds.")
-        ] = None,
-        epochs: Annotated[
-            int | None,
-            typer.Option(metavar="N", parser=whole, help="At most so many epochs a training."),
-        ] = None,
-        output: Annotated[
-            Path | None, typer.Option(metavar="RUN", help="The run's folder [default: runs/NAME].")
-        ] = None,
-        device: Annotated[
-            str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to compute.")
-        ] = None,
-        budget: Annotated[
-            str | None,
-            typer.Option(metavar="steps|compute", help="What all trainings have the same of."),
-        ] = None,
-        cache: Annotated[
-            str | None,
-            typer.Option(
-                metavar="DIR",
-                help="Take equal trainings of other runs from there, and leave new ones.",
-            ),
-        ] = None,
-        executor: Annotated[
-            str, typer.Option(metavar="|".join(EXECUTORS), help="What runs the trials.")
-        ] = "local",
-        jobs: Annotated[
-            int | None,
-            typer.Option(
-                metavar="N",
-                parser=whole,
-                help="Trials at the same time; 0: in this process. With slurm: jobs.",
-            ),
-        ] = None,
-        retry_failed: Annotated[
-            bool, typer.Option("--retry-failed", help="Try again what failed in an earlier sweep.")
-        ] = False,
-        dry: Annotated[
-            bool,
-            typer.Option("--dry-run", help="Print the plan and an estimate of it; write nothing."),
-        ] = False,
-        tuning: Annotated[
-            str | None,
-            typer.Option(metavar="full|lora|frozen", help="What of the blocks is trained."),
-        ] = None,
-        item_embeddings: Annotated[
-            str | None,
-            typer.Option(
-                metavar="FILE.npy|text|learned|sasrec", help="Where the item table comes from."
-            ),
-        ] = None,
-        split: SplitKind = None,
-        split_at: SplitPoints = None,
-        name: Annotated[str | None, typer.Option(metavar="NAME", help="The study's name.")] = None,
-    ) -> int:
-        flags = StudyFlags(
-            study=study,
-            data=data,
-            backbone=backbone,
-            revision=revision,
-            layers=layers,
-            methods=methods,
-            seeds=seeds,
-            epochs=epochs,
-            budget=budget,
-            cache=cache,
-            device=device,
-            tuning=tuning,
-            item_embeddings=item_embeddings,
-            split=split,
-            split_at=split_at,
-            name=name,
-        )
-        if executor not in EXECUTORS:
-            raise BadInput("executor", executor, f"one of {', '.join(EXECUTORS)}")
-        check_at_least("jobs", jobs, 1 if executor == SLURM else 0)
-        wanted = restrict(make_study(flags), phase, chosen=methods is not None)
-        folder = default_output(wanted) if output is None else output
-        check_output(folder)
-        if dry:
-            return dry_run(wanted, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
-        line = shlex.join(["depthprobe", *context.obj])
-        return execute(
-            wanted, folder, jobs=jobs, line=line, retry_failed=retry_failed, executor=executor
-        )
-
-    return run
-
-
-def restrict(study: Study, phase: Phase, *, chosen: bool) -> Study:
-    """The study with the phase's methods alone.
-
-    Raises:
-        BadInput: if none is left, or one ``chosen`` on the command line is not the phase's.
-    """
-    methods = tuple(name for name in study.methods if base_of(name) in phase.methods)
-    if not methods or (chosen and methods != study.methods):
-        allowed = f"{phase.name} runs {', '.join(phase.methods)}"
-        raise BadInput("methods", ",".join(study.methods), allowed)
-    return replace(study, methods=methods)
-
-
-def execute(
-    study: Study,
-    folder: Path,
+@takes_flags(SWEEP)
+def sweep(
+    context: typer.Context,
+    study: Annotated[
+        Path | None, typer.Argument(metavar="STUDY.toml", help="What to run; flags override it.")
+    ] = None,
     *,
-    jobs: int | None,
-    line: str,
-    retry_failed: bool = False,
-    executor: str = "local",
+    output: Annotated[Path | None, option("RUN", "The run's folder [default: runs/NAME].")] = None,
+    executor: Annotated[str, option("|".join(EXECUTORS), "What runs the trials.")] = LOCAL,
+    jobs: Annotated[
+        int | None,
+        option("N", "Trials at the same time; 0: in this process. With slurm: jobs.", parser=whole),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier sweep.")
+    ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and an estimate of it; write nothing.")
+    ] = False,
+    **flags: Any,
 ) -> int:
-    """Run the study, write its report, print the results; ``line`` is the command as typed."""
-    with watch(sys.stderr, folder) as progress:
-        if executor == SLURM:
-            from depthprobe.cli.cluster import run_on_cluster
-
-            there = run_on_cluster(
-                study, folder, progress, jobs=jobs, line=line, retry_failed=retry_failed
-            )
-            if there is None:
-                return 1
-            run = there
-        else:
-            from depthprobe.runs.processes import join_processes
-            from depthprobe.runs.sweep import run_sweep
-
-            team = join_processes(study.device)
-            run = run_sweep(
-                study,
-                folder,
-                jobs=jobs,
-                command=line,
-                progress=progress if team.writes else None,
-                retry_failed=retry_failed,
-            )
-            team.leave()
-            if not team.writes:
-                return 1 if run.failed else 0
+    """Run the methods of the phase that the command is called by."""
+    one_of("executor", executor, EXECUTORS)
+    check_at_least("jobs", jobs, 1 if executor == SLURM else 0)
+    chosen = make_study(study, **flags)
+    chosen = restrict(chosen, str(context.info_name), strict=flags["methods"] is not None)
+    folder = default_output(chosen) if output is None else output
+    check_output(folder)
+    if dry:
+        return dry_run(chosen, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
+    command = shlex.join(["depthprobe", *context.obj])  # as typed
+    how: dict[str, Any] = {"jobs": jobs, "retry_failed": retry_failed, "command": command}
+    with show_progress(sys.stderr, folder) as progress:
+        run_study = _run_on_cluster if executor == SLURM else _run_here
+        run = run_study(chosen, folder, progress, **how)
+        if isinstance(run, int):
+            return run
         from depthprobe.report.page import build_report
 
         progress.message("writing the report")
@@ -248,26 +117,84 @@ def execute(
     return 1 if run.failed else 0
 
 
+def restrict(study: Study, phase: str, *, strict: bool) -> Study:
+    """The study with a phase's methods alone.
+
+    Raises:
+        BadInput: if none is left; where ``strict``, if one of the study's is not the phase's.
+    """
+    has = PHASES[phase].has
+    methods = tuple(name for name in study.methods if has(method_of(name)))
+    if not methods or (strict and methods != study.methods):
+        allowed = f"{phase} runs {', '.join(PHASES[phase].methods())}"
+        raise BadInput("methods", ",".join(study.methods), allowed)
+    return replace(study, methods=methods)
+
+
+def _run_here(study: Study, folder: Path, progress: Display, **how: Any) -> Run | int:
+    """Run the study; of processes that train together, one goes on with the run."""
+    from depthprobe.runs.processes import join_processes
+    from depthprobe.runs.sweep import run_sweep
+
+    team = join_processes(study.device)
+    run = run_sweep(study, folder, progress=progress if team.writes else None, **how)
+    team.leave()
+    return run if team.writes else int(bool(run.failed))
+
+
+def job_progress() -> Display:
+    """What a job of a cluster prints."""
+    return Display(sys.stdout)
+
+
+def _run_on_cluster(
+    study: Study, folder: Path, progress: Display, *, jobs: int | None, command: str, **how: Any
+) -> Run | int:
+    """Submit jobs that share the study's trials, and wait for them; an exit code if none ends well.
+
+    An interrupt ends the waiting alone; the jobs go on.
+    """
+    from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, submit
+    from depthprobe.runs.records import failures as earlier_failures
+    from depthprobe.runs.store import open_run
+
+    folder, jobs = folder.absolute(), jobs or 1
+    shared = SharedSweep(
+        study=study,
+        folder=str(folder),
+        command=command,
+        retry=earlier_failures(folder) if how["retry_failed"] else {},
+        watcher=job_progress,
+    )
+    submitted = submit(shared, jobs=jobs, cluster=SLURM)
+    number = array_id(submitted)
+    # printed: of messages a terminal shows the latest alone
+    line = f"submitted {jobs} {'job' if jobs == 1 else 'jobs'} ({number}), sharing {folder}"
+    print(f"{line}; depthprobe status {folder} says how far they are", file=sys.stderr)
+    progress.message(f"what they print is in {folder / JOBS}")
+    try:
+        failures = follow(submitted, progress.message)
+    except KeyboardInterrupt:
+        line = f"no longer waiting; the jobs go on (depthprobe status {folder}; scancel {number})"
+        print(line, file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    for name, reason in failures.items():
+        print(f"job {name} failed: {reason}", file=sys.stderr)
+    # a job ends well when nothing is left to do: one is enough
+    return 1 if len(failures) == jobs else open_run(folder)
+
+
 def results(run: Run) -> pd.DataFrame:
     """One row a method and depth: how many trials, accuracy, parameters, milliseconds."""
     costs = ["parameters_total", "train_step_ms", "encode_ms", "score_ms"]
     trials = run.trials[run.trials["status"] == "done"]
-    metrics = run.metrics
-    chosen = metrics[
-        (metrics["split"] == "test")
-        & (metrics["protocol"] == "full")
-        & (metrics["slice"] == "all")
-        & metrics["metric"].isin(["HR@10", "NDCG@10"])
-    ]
+    chosen = run.metrics.query("split == 'test' and protocol == 'full' and slice == 'all'")
+    chosen = chosen[chosen["metric"].isin(["HR@10", "NDCG@10"])]
     accuracy = chosen.pivot_table(index="trial", columns="metric", values="value")
     table = trials.set_index("trial")[["method", "depth", *costs]].join(accuracy)
-    groups = table.groupby(["method", "depth"], sort=False)
+    groups = table.groupby(["method", "depth"])
     frame: pd.DataFrame = groups.mean().reindex(columns=["NDCG@10", "HR@10", *costs])
     frame.insert(0, "trials", groups.size())
-    # in the order of the methods' table, so that baselines and the teacher come first
-    order = {name: place for place, name in enumerate(METHODS)}
-    frame = frame.reset_index().sort_values("depth", kind="stable")
-    frame = frame.sort_values(
-        "method", key=lambda names: names.map(base_of).map(order), kind="stable"
-    )
-    return frame.rename(columns={"parameters_total": "parameters"})
+    # baselines and the teacher come first
+    frame = frame.loc[sorted(frame.index, key=lambda row: (method_order(row[0]), row[1]))]
+    return frame.reset_index().rename(columns={"parameters_total": "parameters"})

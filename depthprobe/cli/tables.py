@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-PIPE_WIDTH = 200  # columns where nobody has a terminal: wide enough to cut nothing
+PIPE_WIDTH = 200  # columns where there is no terminal: wide enough to cut nothing
 
 
 def show_frame(frame: pd.DataFrame, *, title: str | None = None) -> None:
@@ -34,12 +34,8 @@ def show_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=Text(title) if title else None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-    )
+    heading = Text(title) if title else None
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for name in header:
         table.add_column(Text(name), justify="left" if name in words else "right")
     for row in rows:
@@ -48,20 +44,28 @@ def show_table(
     console().print(table)
 
 
+def show_facts(rows: dict[str, str]) -> None:
+    """Print what a thing is called and what it is, one a line."""
+    print()
+    width = max(12, *map(len, rows))
+    for key, value in rows.items():
+        print(f"  {key:{width}}  {value}")
+
+
 def console() -> Console:
     """Standard output: a terminal in its own width, anything else wide enough to cut nothing."""
     from rich.console import Console
 
-    found = Console()
-    return found if found.is_terminal else Console(width=PIPE_WIDTH)
+    own = Console()
+    return own if own.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def bar(share: float, *, width: int = 24) -> str:
     """A bar of up to ``width`` characters, drawn in eighths of one where the output can show it."""
     if console().options.ascii_only:
         return "#" * round(width * share)
-    whole, eighths = divmod(round(8 * width * share), 8)
-    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
+    full, eighths = divmod(round(8 * width * share), 8)
+    return "█" * full + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 
 def cell(value: object) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from depthprobe.cli import cluster as cli_cluster
-from depthprobe.cli.cluster import job_lines
+from depthprobe.cli.sweep import INTERRUPTED, job_progress
 from depthprobe.errors import BadInput
 from depthprobe.files import write_json
 from depthprobe.runs import cluster
@@ -58,7 +57,7 @@ def test_jobs_are_submitted_and_waited_for(
     outcome = cli("sweep", "--executor", "slurm", "--jobs", "2", "--retry-failed")
     ((sweep, jobs),) = submitted
     assert jobs == 2
-    assert (sweep.study, sweep.watcher) == (demo_study(), job_lines)
+    assert (sweep.study, sweep.watcher) == (demo_study(), job_progress)
     assert sweep.retry == {"sasrec-s0": 2}
     assert sweep.command == "depthprobe sweep --executor slurm --jobs 2 --retry-failed"
     assert Path(sweep.folder) == RUN.absolute() == opened[0]
@@ -90,7 +89,7 @@ def test_an_interrupt_ends_the_waiting_alone(
 
     ends(monkeypatch, interrupt)
     outcome = cli("sweep", "--executor", "slurm", "--jobs", "3")
-    assert outcome.code == cli_cluster.INTERRUPTED == 130
+    assert outcome.code == INTERRUPTED == 130
     last = outcome.err.splitlines()[-1]
     assert "the jobs go on" in last
     assert "scancel 31)" in last

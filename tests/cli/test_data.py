@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from depthprobe.cli.data import SETTINGS
-from depthprobe.cli.options import StudyFlags, make_study
+from depthprobe.cli.options import FLAGS, make_study
 from depthprobe.data.public import public_sets
 from depthprobe.data.readers.formats import FORMATS
 from depthprobe.data.storage import load_data
@@ -137,10 +136,8 @@ def test_show_a_temporal_split(cli: Cli, tmp_path: Path) -> None:
     said = facts(cli("data", "show", "log.csv", *temporal).out)
     assert said["split"] == "temporal, validation from 1970-01-05, test from 1970-01-08"
     assert said["training"] == "4 interactions of 4 items"
-    assert said["validation"] == "1 users, 1 cold ones not asked"
-    assert said["test"] == (
-        "1 users, 1 cold ones not asked, 1 of their targets unknown to training"
-    )
+    assert said["validation"] == "1 users, 1 cold ones left out"
+    assert said["test"] == ("1 users, 1 cold ones left out, 1 of their targets unknown to training")
 
 
 def test_a_log_that_came_split_is_shown_so(cli: Cli, tmp_path: Path) -> None:
@@ -245,14 +242,14 @@ def test_list_has_every_format_and_public_set(cli: Cli) -> None:
 
 def test_every_flag_sets_something_of_a_study() -> None:
     study = Study()
-    for path in SETTINGS.values():
+    for flag in FLAGS.values():
         value: object = study
-        for name in path.split("."):
+        for name in flag.setting.split("."):
             value = getattr(value, name)
 
 
 def test_a_sweep_takes_a_split(cli: Cli) -> None:
-    study = make_study(StudyFlags(split="temporal", split_at="2014-03-01, 2014-05-01"))
+    study = make_study(split="temporal", split_at="2014-03-01, 2014-05-01")
     assert study.protocol.split == "temporal"
     assert study.protocol.split_at == ("2014-03-01", "2014-05-01")
     outcome = cli("sweep", "--split-at", "0.8,0.9")

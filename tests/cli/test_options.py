@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.cli.options import StudyFlags, default_output, make_study
+from depthprobe.cli.options import default_output, make_study
 from depthprobe.cli.sweep import PHASES, restrict
 from depthprobe.errors import BadInput
 from depthprobe.methods import METHODS, names
@@ -15,7 +15,7 @@ from depthprobe.study import Recipe, Study, Variant, demo_study
 
 
 def test_no_flags_are_the_demo() -> None:
-    study = make_study(StudyFlags())
+    study = make_study()
     assert study == demo_study()
     assert default_output(study) == Path("runs/demo")
 
@@ -25,8 +25,8 @@ def test_flags_override_a_study_file(tmp_path: Path) -> None:
     path.write_text('layers = "1-3"\nseeds = 4\n[recipe]\nepochs = 7\n', encoding="utf-8")
     log = tmp_path / "log.txt"
     log.write_text("u a b\n", encoding="utf-8")
-    flags = StudyFlags(
-        study=path,
+    study = make_study(
+        path,
         data=str(log),
         layers="2",
         methods="full, skip",
@@ -35,7 +35,6 @@ def test_flags_override_a_study_file(tmp_path: Path) -> None:
         tuning="lora",
         item_embeddings="text",
     )
-    study = make_study(flags)
     assert study.name == "depth"
     assert (study.layers, study.methods, study.seeds) == ("2", ("full", "skip"), 4)
     assert study.recipe == replace(Recipe(), epochs=2)
@@ -45,16 +44,16 @@ def test_flags_override_a_study_file(tmp_path: Path) -> None:
 
 
 def test_a_revision_is_that_of_a_hub_id(tmp_path: Path) -> None:
-    study = make_study(StudyFlags(backbone="org/model", revision="v1"))
+    study = make_study(backbone="org/model", revision="v1")
     assert (study.backbone.source, study.backbone.revision) == ("org/model", "v1")
     path = tmp_path / "depth.toml"
     path.write_text('[backbone]\nsource = "org/model"\nrevision = "v1"\n', encoding="utf-8")
-    assert make_study(StudyFlags(study=path)).backbone.revision == "v1"
-    assert make_study(StudyFlags(study=path, revision="v2")).backbone.revision == "v2"
+    assert make_study(path).backbone.revision == "v1"
+    assert make_study(path, revision="v2").backbone.revision == "v2"
     for other in ({"backbone": str(tmp_path)}, {"backbone": "embedded"}, {}):
         (tmp_path / "config.json").write_text("{}", encoding="utf-8")
         with pytest.raises(BadInput, match="revision: 'v1'"):
-            make_study(StudyFlags(revision="v1", **other))
+            make_study(revision="v1", **other)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +72,9 @@ def test_a_study_is_named_after_its_data(tmp_path: Path, path: str, name: str) -
         target.write_text("u a b\n", encoding="utf-8")
     else:
         target.mkdir()
-    study = make_study(StudyFlags(data=str(target)))
+    study = make_study(data=str(target))
     assert study == replace(Study(name=name), data=replace(Study().data, source=str(target)))
-    with_backbone = make_study(StudyFlags(data=str(target), backbone="some/Llama-1B"))
+    with_backbone = make_study(data=str(target), backbone="some/Llama-1B")
     assert with_backbone.name == f"{name}-Llama-1B"
 
 
@@ -83,7 +82,7 @@ def test_a_nameless_study_file_is_named_after_its_folder(tmp_path: Path) -> None
     folder = tmp_path / "which-depth"
     folder.mkdir()
     (folder / "study.toml").write_text("seeds = 1\n", encoding="utf-8")
-    assert make_study(StudyFlags(study=folder / "study.toml")).name == "which-depth"
+    assert make_study(folder / "study.toml").name == "which-depth"
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc/x", "a b/c", "..", "", "é"])
@@ -95,7 +94,7 @@ def test_a_run_stays_below_runs(name: str) -> None:
 
 def test_a_phase_keeps_its_own_methods() -> None:
     study = Study(methods=tuple(METHODS))
-    kept = {name: restrict(study, PHASES[name], chosen=False).methods for name in PHASES}
+    kept = {name: restrict(study, name, strict=False).methods for name in PHASES}
     assert kept["sweep"] == tuple(METHODS)
     assert kept["probe"] == names("probe")
     assert kept["distill"] == ("distill",)
@@ -104,19 +103,19 @@ def test_a_phase_keeps_its_own_methods() -> None:
 
 def test_a_phase_without_methods_in_the_study_is_refused() -> None:
     with pytest.raises(BadInput, match="probe runs early-exit, early-exit-raw, readout"):
-        restrict(Study(methods=("full",)), PHASES["probe"], chosen=False)
+        restrict(Study(methods=("full",)), "probe", strict=False)
 
 
 def test_variants_belong_to_the_phase_of_their_method() -> None:
     study = Study(methods=("full", "heal:ends", "distill:a"), variants={"a": Variant()})
-    assert restrict(study, PHASES["distill"], chosen=False).methods == ("distill:a",)
-    assert restrict(study, PHASES["train"], chosen=False).methods == ("full", "heal:ends")
+    assert restrict(study, "distill", strict=False).methods == ("distill:a",)
+    assert restrict(study, "train", strict=False).methods == ("full", "heal:ends")
 
 
 def test_epochs_are_those_of_all_recipes(tmp_path: Path) -> None:
     file = tmp_path / "own.toml"
     file.write_text("[variants.a.recipe]\nepochs = 9\nbatch_size = 3\n[variants.b]\n", "utf-8")
-    study = make_study(StudyFlags(study=file, epochs=2, budget="compute"))
+    study = make_study(file, epochs=2, budget="compute")
     assert study.variants["a"].recipe == Recipe(epochs=2, batch_size=3)
     assert study.variants["b"] == Variant()
     assert (study.recipe.epochs, study.budget) == (2, "compute")

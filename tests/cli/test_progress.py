@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from depthprobe.cli.progress import Lines, Live, watch
-from depthprobe.runs.progress import Progress, Silent
+from depthprobe.cli.progress import Display, show_progress
+from depthprobe.runs.progress import Silent
 
 
 class Terminal(io.StringIO):
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def play(progress: Progress) -> None:
+def play(progress: Display | Silent) -> None:
     progress.message("training [bold]full[/bold]")
     progress.plan(["full-s0", "skip-5-s0"])
     progress.done("full-s0", "done", 12.34, "NDCG@10 0.31")
@@ -27,8 +27,8 @@ def play(progress: Progress) -> None:
 
 def test_plain_lines_are_stamped_and_counted() -> None:
     stream = io.StringIO()
-    with watch(stream) as progress:
-        assert isinstance(progress, Lines)
+    with show_progress(stream) as progress:
+        assert progress.bar is None
         play(progress)
     lines = stream.getvalue().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
@@ -44,9 +44,9 @@ def test_a_terminal_gets_a_bar_and_a_line_a_trial(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    with watch(stream) as progress:
-        assert isinstance(progress, Live)
+    with show_progress(stream) as progress:
         play(progress)
+        assert progress.bar is not None
         assert progress.bar.tasks[0].completed == progress.bar.tasks[0].total == 2
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "training [bold]full[/bold]" in text
@@ -56,8 +56,8 @@ def test_a_terminal_gets_a_bar_and_a_line_a_trial(monkeypatch: pytest.MonkeyPatc
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    with watch(Terminal()) as progress:
-        assert isinstance(progress, Lines)
+    with show_progress(Terminal()) as progress:
+        assert progress.bar is None
 
 
 def test_the_bar_is_taken_down_when_the_sweep_is_interrupted(
@@ -65,7 +65,7 @@ def test_the_bar_is_taken_down_when_the_sweep_is_interrupted(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    with pytest.raises(KeyboardInterrupt), watch(stream):
+    with pytest.raises(KeyboardInterrupt), show_progress(stream):
         raise KeyboardInterrupt
     assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l")
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from depthprobe.cli import report
+from depthprobe.cli import runs
 
+# a training that does not end by itself
 STUDY = """
-methods = ["popularity"]
+methods = ["sasrec"]
 seeds = 1
 device = "cpu"
-[protocol]
-resamples = 100
+data.source = "log.txt"
+sasrec = { width = 4, heads = 1, recipe = { epochs = 1000000, patience = 1000000 } }
 """
 
 
@@ -34,25 +35,27 @@ def test_a_folder_that_is_no_run(cli: Callable[..., Any], tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_sweep_that_is_told_to_end_goes_on_later(cli: Callable[..., Any], tmp_path: Path) -> None:
-    run, study = tmp_path / "run", tmp_path / "study.toml"
-    study.write_text(STUDY.replace('"popularity"', '"popularity", "sasrec"'))
-    command = [sys.executable, "-m", "depthprobe", "sweep", study, "--output", run, "--jobs", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
-        for _ in range(1200):
-            if (run / "logs" / "sasrec-s0.log").is_file():
-                break
-            time.sleep(0.1)
-        told = cli("status", run)
-        assert told.code == 0
-        assert "sasrec-s0" in told.out
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "error: interrupted; the same command continues a sweep"
-    assert "nobody works on it" in cli("status", run).out
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 0, done.stderr
-    assert "1 trial to run" in done.stderr
+    (tmp_path / "study.toml").write_text(STUDY, encoding="utf-8")
+    lines = [f"u{user} " + " ".join(f"i{(user + k) % 9}" for k in range(5)) for user in range(20)]
+    (tmp_path / "log.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = ("sweep", "study.toml", "--output", "run", "--jobs", "1")
+    for _ in range(2):
+        with subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "depthprobe", *words],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as sweep:
+            assert sweep.stderr is not None
+            assert any("1 trial to run" in line for line in sweep.stderr)  # waits for this line
+            while "sasrec-s0" not in (told := cli("status", "run")).out:
+                assert told.code == 0
+                time.sleep(0.2)
+            sweep.send_signal(signal.SIGTERM)
+            rest = sweep.stderr.read().splitlines()
+        assert sweep.returncode == 130
+        assert rest[-1] == "error: interrupted; the same command continues a sweep"
+        assert "nobody works on it" in cli("status", "run").out
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
@@ -62,7 +65,7 @@ def test_a_disk_that_refuses_is_one_line(
     def refuse(path: Path) -> None:
         raise OSError(number, "told by the system", str(path))
 
-    monkeypatch.setattr(report, "check_run", refuse)
+    monkeypatch.setattr(runs, "check_run", refuse)
     told = cli("report", tmp_path / "run")
     assert told.code == 1
     (line,) = told.err.splitlines()

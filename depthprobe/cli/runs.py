@@ -1,0 +1,89 @@
+"""`report`, `status` and `export`: what is made of a run, or read from it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from depthprobe.cli.options import check_output_file, check_run, option
+from depthprobe.cli.tables import show_table
+from depthprobe.errors import BadInput, check_writable
+
+STATES = ("done", "failed", "working", "left")
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that sweep wrote.")]
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that sweep wrote.")],
+    output: Annotated[
+        Path | None,
+        option("FILE", "The page [default: RUN/report.html; comparison.html beside several runs]."),
+    ] = None,
+) -> None:
+    """The HTML report, figures, CSV, Markdown and LaTeX tables of a run; or runs side by side."""
+    for run in runs:
+        check_run(run)
+    check_output_file(output)
+
+    if len(runs) > 1:
+        from depthprobe.report.comparison import build_comparison, default_output
+
+        page = default_output(runs) if output is None else output
+        check_writable("output", page.parent)
+        print(build_comparison(runs, page))
+        return
+
+    from depthprobe.report.page import build_report
+    from depthprobe.runs.store import open_run
+
+    opened = open_run(runs[0])
+    print(build_report(opened) if output is None else build_report(opened, output))
+
+
+def status(run: Run) -> None:
+    """What of a run is done, what failed and why, who works on what, what is left."""
+    check_run(run)
+
+    from depthprobe.runs.status import status_of
+
+    found = status_of(run)
+    rows = [[name, *(counts[state] for state in STATES)] for name, counts in found.counts.items()]
+    rows.append(["all", *(found.total(state) for state in STATES)])
+    show_table(["tasks of", *STATES], rows, words=["tasks of"], title=str(run))
+    if found.working:
+        header = ["working on", "last log line", ""]
+        lines = [[each.task, each.line, f"{each.seconds:.0f} s ago"] for each in found.working]
+        show_table(header, lines, words=header[:2])
+    for task, reason in found.failed:
+        print(f"failed: {task}: {reason}", file=sys.stderr)
+    if found.failed:
+        print("--retry-failed tries them again")
+    if found.total("left") and not found.working:
+        print("nobody works on it; the same sweep continues it")
+
+
+def export(
+    run: Run,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's name in RUN/trials.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+) -> None:
+    """A trial's model as a Hugging Face checkpoint.
+
+    What serves it is written beside it; `depthprobe recommend DIR` reads the folder.
+    """
+    check_run(run)
+    known = sorted(path.name for path in (run / "trials").glob("*") if path.is_dir())
+    if trial not in known:
+        close = difflib.get_close_matches(trial, known, n=3, cutoff=0.3) or known[:3]
+        raise BadInput("trial", trial, f"one of the {len(known)} of this run: {', '.join(close)}")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise BadInput("dir", folder, "a new or empty folder")
+    check_writable("dir", folder)
+
+    from depthprobe.runs.export import export_trial
+
+    print(export_trial(run, trial, folder))

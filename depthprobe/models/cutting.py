@@ -337,9 +337,9 @@ def _compare_reload(
     stored = before.state_dict().keys() | after.state_dict().keys()
     for path, attribute, was, becomes in _differences(before, after, without=prefix):
         is_shape = attribute == "shape"
-        if is_shape and PER_BLOCK_WEIGHTS.search(path):
-            # the one dimension in which they differ
-            (changes.chunked[path],) = [d for d, size in enumerate(was) if size != becomes[d]]
+        dims = _other_dims(was, becomes) if is_shape else []
+        if PER_BLOCK_WEIGHTS.search(path) and len(dims) == 1:
+            changes.chunked[path] = dims[0]
         # A rotary table of a kind of attention that no block has any more may disappear.
         elif is_shape and (path in stored or (was and becomes)):
             reason = f"it cannot be cut: the shape of {path} depends on the number of blocks"
@@ -347,6 +347,13 @@ def _compare_reload(
         elif PER_BLOCK_WEIGHTS.search(path) or (type(becomes) is int and "layer" in attribute):
             changes.outside.setdefault(path, {})[attribute] = becomes
     return changes
+
+
+def _other_dims(was: tuple[int, ...] | None, becomes: tuple[int, ...] | None) -> list[int]:
+    """In which dimensions two shapes differ; none where their number does."""
+    if was is None or becomes is None or len(was) != len(becomes):
+        return []
+    return [dim for dim, size in enumerate(was) if size != becomes[dim]]
 
 
 def _skeleton(

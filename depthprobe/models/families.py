@@ -17,11 +17,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from depthprobe.models.check import PROOFS, CheckResult, can_be_cut, check_backbone
+from depthprobe.models.check import CHECKS, CheckResult, can_be_cut, check_backbone
 
 TIMEOUT = 120.0  # seconds a family may take
 PREFERRED = "forkserver"  # imports once; a family's process is a fork of a quiet one
-CHECKS = tuple(PROOFS)
 # What the defaults of a configuration class lack to describe a model that runs, or that shows its
 # kinds of blocks. Everything else is what the class says.
 COMPLETED: dict[str, dict[str, Any]] = {
@@ -44,7 +43,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
 }
 PAGE = """# Architectures
 
-{cut} of the {found} decoder families of transformers {version} can be cut safely, {whole} of them
+{cut} of the {all} decoder families of transformers {version} can be cut safely, {every} of them
 with every check passed. Each was checked on a tiny random copy that has its kinds of blocks.
 `depthprobe check --backbone B` asks the same of one configuration, `depthprobe check --all` makes
 this page.
@@ -84,8 +83,8 @@ class Family:
         """Why not, or what is limited; empty where nothing is."""
         failed = [f"{r.name}: {r.detail}" for r in self.results if not r.passed]
         limits = [r.detail.partition("such as: ")[2] for r in self.results if r.passed]
-        found = next(iter([*failed, *filter(None, limits)]), "")
-        return found.replace(f"{self.architecture} cannot be cut", "no cut")
+        reason = next(iter([*failed, *filter(None, limits)]), "")
+        return reason.replace("it cannot be cut", "no cut")
 
     def mark(self, check: str) -> str:
         """``yes``, ``in part`` (some cuts are refused, with a reason), ``no``; ``-``: not run."""
@@ -130,8 +129,8 @@ def check_families(
         sender.close()
         try:
             if receiver.poll(timeout):
-                found: Family = receiver.recv()
-                return found
+                family: Family = receiver.recv()
+                return family
             return _failed(name, f"took more than {timeout:g} s")
         except EOFError:
             return _failed(name, "its process died")
@@ -143,25 +142,45 @@ def check_families(
         yield from pool.map(isolated, families() if names is None else names)
 
 
-def support_table(found: Sequence[Family]) -> str:
+def _send(name: str, sender: Connection) -> None:
+    """In the family's own process: check it."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    set_verbosity_error()
+    try:
+        results = tuple(check_backbone(family_config(name)))
+    except Exception as error:  # a configuration class may not build at all
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        sender.send(_failed(name, lines[-1].strip()))
+    else:
+        sender.send(Family(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], results))
+
+
+def _failed(name: str, reason: str) -> Family:
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+    return Family(name, architecture, (CheckResult("blocks", False, reason),))
+
+
+def support_table(checked: Sequence[Family]) -> str:
     """The answers as a Markdown page: what can be cut, then the rest with the reasons."""
-    cut = [family for family in found if family.can_be_cut]
-    whole = [f for f in cut if all(f.mark(name) == "yes" for name in CHECKS)]
+    good = [family for family in checked if family.can_be_cut]
+    perfect = [f for f in good if all(f.mark(name) == "yes" for name in CHECKS)]
     head = PAGE.format(
-        cut=len(cut),
-        whole=len(whole),
-        found=len(found),
+        cut=len(good),
+        every=len(perfect),
+        all=len(checked),
         version=metadata.version("transformers"),
     )
     shown = [name for name in CHECKS if name != "causal"]  # all that can be cut are
     lines = [f"| family | model | {' | '.join(shown)} | limits |", "|---" * (len(shown) + 3) + "|"]
-    for family in cut:
+    for family in good:
         marks = [family.mark(name) for name in shown]
         cells = [f"`{family.name}`", family.architecture, *marks, _short(family.reason)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## The rest, each with the first reason", ""]
     lines += ["| family | model | why |", "|---|---|---|"]
-    for family in found:
+    for family in checked:
         if not family.can_be_cut:
             lines.append(f"| `{family.name}` | {family.architecture} | {_short(family.reason)} |")
     return head + "\n".join(lines) + "\n"
@@ -170,29 +189,3 @@ def support_table(found: Sequence[Family]) -> str:
 def _short(text: str, most: int = 160) -> str:
     plain = " ".join(text.replace("|", "/").replace("<", "&lt;").split())
     return plain if len(plain) <= most else plain[:most].rsplit(" ", 1)[0] + " ..."
-
-
-def _send(name: str, sender: Connection) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    disable_progress_bar()
-    set_verbosity_error()
-    sender.send(_check(name))
-
-
-def _check(name: str) -> Family:
-    architecture = _architecture(name)
-    try:
-        results = check_backbone(family_config(name))
-    except Exception as error:  # a configuration class may not build at all
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return _failed(name, lines[-1].strip())
-    return Family(name, architecture, tuple(results))
-
-
-def _failed(name: str, reason: str) -> Family:
-    return Family(name, _architecture(name), (CheckResult("blocks", False, reason),))
-
-
-def _architecture(name: str) -> str:
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])

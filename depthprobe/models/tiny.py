@@ -13,82 +13,48 @@ from depthprobe.models.cutting import as_plain_fields, block_kinds, cut_config, 
 DEPTH = 8  # enough for one period of the usual patterns of block kinds
 TOKENS = 9  # longer than the shrunk attention windows
 LARGEST = 50_000_000  # parameters of a copy whose width could not be shrunk
+
+
+def _caps(table: dict[int, str]) -> dict[str, int]:
+    """Names of fields, apart by spaces, under the most that they may be: the most by name."""
+    return {name: most for most, names in table.items() for name in names.split()}
+
+
 # What a field may be at most in the tiny copy. Absent fields stay absent.
-CONTENT = {
-    "vocab_size": 128,
-    "vocab_size_per_layer_input": 128,
-    "max_position_embeddings": 128,
-    "sliding_window": 4,
-    "attention_chunk_size": 4,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "shared_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16,
-    "intermediate_size_mlp": 48,
-    "ffn_dim": 48,
-    "ffn_hidden_size": 48,
-    "n_inner": 48,
-    "dim_ff": 48,
-    "n_group": 1,
-    "topk_group": 1,
-    "rel_extent": 16,
-}
-WIDTH = {
-    "hidden_size": 32,
-    "embedding_dim": 32,
-    "embedding_size": 32,
-    "word_embed_proj_dim": 16,
-    "num_attention_heads": 4,
-    "head_dim": 8,
-    "dim_head": 8,
-    "rotary_dim": 4,
-    "attention_head_dim": 16,
-    "kv_channels": 8,
-    "adapter_rank": 8,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "o_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    "qk_head_dim": 8,
-    "index_head_dim": 8,
-    "index_n_heads": 2,
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 8,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_heads": 4,
-    "linear_head_dim": 8,
-    "hidden_size_per_layer_input": 8,
-    "laurel_rank": 4,
-    # state-space layers: twice the width is as many heads as fit
-    "state_size": 8,
-    "ssm_state_size": 8,
-    "mamba_d_state": 8,
-    "mamba_d_ssm": 64,
-    "mamba_d_head": 8,
-    "mamba_head_dim": 8,
-    "mamba_headdim": 8,
-    "mamba_n_heads": 8,
-    "mamba_num_heads": 8,
-    "n_mamba_heads": 8,
-    "mamba_dt_rank": 4,
-    "time_step_rank": 4,
-    "n_groups": 2,
-    "mamba_n_groups": 2,
-    "lru_width": 32,
-    "chunk_size": 4,
-    "mamba_chunk_size": 4,
-}
+CONTENT = _caps(
+    {
+        128: "vocab_size vocab_size_per_layer_input max_position_embeddings",
+        4: "sliding_window attention_chunk_size num_experts num_local_experts n_routed_experts",
+        2: "num_experts_per_tok",
+        48: "intermediate_size intermediate_size_mlp ffn_dim ffn_hidden_size n_inner dim_ff",
+        16: (
+            "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+            "moe_shared_expert_intermediate_size rel_extent"
+        ),
+        1: "n_group topk_group",
+    }
+)
+# With state-space layers: twice the width is as many heads as fit.
+WIDTH = _caps(
+    {
+        32: "hidden_size embedding_dim embedding_size lru_width",
+        16: "word_embed_proj_dim attention_head_dim",
+        4: (
+            "num_attention_heads rotary_dim qk_rope_head_dim qk_nope_head_dim "
+            "swa_num_attention_heads linear_num_value_heads linear_num_heads laurel_rank "
+            "mamba_dt_rank time_step_rank chunk_size mamba_chunk_size"
+        ),
+        8: (
+            "head_dim dim_head kv_channels adapter_rank q_lora_rank kv_lora_rank o_lora_rank "
+            "v_head_dim qk_head_dim index_head_dim swa_head_dim linear_key_head_dim "
+            "linear_value_head_dim linear_head_dim hidden_size_per_layer_input state_size "
+            "ssm_state_size mamba_d_state mamba_d_head mamba_head_dim mamba_headdim "
+            "mamba_n_heads mamba_num_heads n_mamba_heads"
+        ),
+        2: "index_n_heads swa_num_key_value_heads linear_num_key_heads n_groups mamba_n_groups",
+        64: "mamba_d_ssm",
+    }
+)
 STATE_SPACE_HEADS = 8
 OTHER = {"num_hidden_layers": 1, "depth": 1, "kv_n_heads": 2}  # parts beside the text's blocks
 
@@ -183,10 +149,10 @@ def _shrink(text: PreTrainedConfig, caps: dict[str, int], *, width: bool) -> Non
     if width and rotary and hasattr(text, "head_dim") and not is_computed(text, "head_dim"):
         text.head_dim = rotary  # multi-head latent attention: what the rotary table is made for
     if width and heads and key_heads and not is_computed(text, "num_key_value_heads"):
-        few = text.num_attention_heads
-        text.num_key_value_heads = (
-            few if key_heads == heads else (1 if key_heads == 1 else few // 2)
-        )
+        few = (
+            text.num_attention_heads
+        )  # as many key heads, one, or half as many, as in the original
+        text.num_key_value_heads = {heads: few, 1: 1}.get(key_heads, few // 2)
     if width and hasattr(text, "expand") and hasattr(text, "num_heads"):
         text.num_heads = STATE_SPACE_HEADS
     for name, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
@@ -206,12 +172,8 @@ def _cap(config: PreTrainedConfig, caps: dict[str, int]) -> None:
 
 def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Without the per-frequency scaling tables, which belong to one head size."""
-    kept = (
-        "rope_theta",
-        "partial_rotary_factor",
-        "original_max_position_embeddings",
-        "llama_4_scaling_beta",
-    )
+    kept = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    kept += ("llama_4_scaling_beta",)
     if "rope_type" in rope or not any(isinstance(value, dict) for value in rope.values()):
         return {"rope_type": "default"} | {name: rope[name] for name in kept if name in rope}
     return {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from depthprobe.models import families as support
-from depthprobe.models.check import CheckResult
-from depthprobe.models.families import CHECKS, Family
+from depthprobe.models.check import CHECKS, CheckResult
+from depthprobe.models.families import Family
 
 
 def test_the_embedded_backbone_from_start_to_end(cli: Callable[..., Any]) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from depthprobe.models import families as support
-from depthprobe.models.check import CheckResult
+from depthprobe.models.check import CHECKS, CheckResult
 from depthprobe.models.families import (
-    CHECKS,
     Family,
     check_families,
     families,
@@ -85,7 +84,7 @@ def test_the_page():
         "cut",
         True,
         "2 depths; 5 other cuts refused, such as:"
-        " LimitedForCausalLM cannot be cut to [0]: a | <b> reason",
+        " it cannot be cut to [0]: a | <b> reason",
     )
     others = [name for name in CHECKS if name != "cut"]
     page = support_table(

@@ -83,8 +83,7 @@ def test_the_page():
     limited = CheckResult(
         "cut",
         True,
-        "2 depths; 5 other cuts refused, such as:"
-        " it cannot be cut to [0]: a | <b> reason",
+        "2 depths; 5 other cuts refused, such as: it cannot be cut to [0]: a | <b> reason",
     )
     others = [name for name in CHECKS if name != "cut"]
     page = support_table(

@@ -172,10 +172,11 @@ def _cap(config: PreTrainedConfig, caps: dict[str, int]) -> None:
 
 def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Without the per-frequency scaling tables, which belong to one head size."""
-    kept = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    kept += ("llama_4_scaling_beta",)
+    kept = "rope_theta partial_rotary_factor original_max_position_embeddings llama_4_scaling_beta"
     if "rope_type" in rope or not any(isinstance(value, dict) for value in rope.values()):
-        return {"rope_type": "default"} | {name: rope[name] for name in kept if name in rope}
+        return {"rope_type": "default"} | {
+            name: rope[name] for name in kept.split() if name in rope
+        }
     return {
         kind: _plain_rope(value) if isinstance(value, dict) else value
         for kind, value in rope.items()

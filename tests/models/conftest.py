@@ -161,10 +161,25 @@ BOUND: dict[str, dict[str, Any]] = {
 }
 
 
+# Run with every change. The other families are slow: ``make test-all`` runs them.
+ALWAYS = {"llama", "gpt2", "opt", "gemma2", "gemma3n_text", "qwen3_moe", "mamba", "falcon"}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test with a ``family`` argument once for each family that can be cut freely."""
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", sorted(FREE))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is parametrized with one of the other families as slow."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.parent == Path(__file__).parent:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            names = {params.get("family"), params.get("name")}
+            if names & ((FREE.keys() | BOUND.keys()) - ALWAYS):
+                item.add_marker("slow")
 
 
 @cache

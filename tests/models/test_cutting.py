@@ -19,6 +19,7 @@ from depthprobe.models import cutting
 from depthprobe.models.blocks import find_blocks, find_decoder
 from depthprobe.models.cutting import cut_config, keep_blocks
 from depthprobe.models.families import family_config
+from depthprobe.models.parts import check_readable, find_sublayers
 from depthprobe.models.prompt import cache_argument
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.taps import tap_blocks
@@ -329,6 +330,21 @@ def test_families_whose_blocks_know_their_place(name, kept, reason):
         keep_blocks(model, kept)
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("rwkv", lambda model: keep_blocks(model, (0, 1))),
+        ("xlm", find_blocks),
+        ("bert", find_sublayers),
+        ("mllama", check_readable),
+    ],
+)
+def test_an_architecture_that_does_not_allow_it_is_one_line(name, use):
+    with pytest.raises(BadInput, match="^backbone: '") as caught:
+        use(tiny(name))
+    assert "\n" not in str(caught.value)
 
 
 def test_blocks_that_share_weights_are_refused(make_model):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import (
@@ -21,6 +22,8 @@ from depthprobe.models.backbones import (
     pretrained,
     resolve_revision,
 )
+from depthprobe.models.families import family_config
+from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -133,3 +136,41 @@ def test_what_is_recorded(make_model):
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": "bfloat16",
     }
+
+
+def test_what_is_recorded_is_found_without_a_weight(hub, monkeypatch, make_model):
+    read = []
+    tensor = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda self, *a, **k: read.append(out := tensor(self, *a, **k)) or out,
+    )
+    recorded = describe(HUB, OLD)
+    model = make_model("qwen3")
+    assert recorded["parameters"] == model.num_parameters()
+    assert (recorded["dtype"], recorded["blocks"]) == ("float32", 6)
+    assert {p.device.type for p in pretrained(HUB, weights=False).parameters()} == {"meta"}
+    assert {t.device.type for t in read} <= {"meta"}
+
+
+@pytest.mark.parametrize("change", ["fewer", "more", "shorter"])
+def test_weights_that_do_not_fit_are_refused_without_reading_them(hub, change):
+    file = hub / "snapshots" / OLD / "model.safetensors"
+    weights = load_file(file)
+    if change == "fewer":
+        del weights["model.layers.5.mlp.up_proj.weight"]
+    weights |= {"more": {"extra": torch.ones(2)}}.get(change, {})
+    save_file(weights, file, metadata={"format": "pt"})
+    if change == "shorter":
+        file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(BadInput, match="backbone: 'org/model'") as caught:
+        describe(HUB, OLD)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_without_blocks_is_refused_before_a_run_begins(tmp_path):
+    tiny_model(family_config("xlm"), depth=2).save_pretrained(tmp_path)
+    for use in (pretrained, lambda settings: describe(settings, "sha256:0")):
+        with pytest.raises(BadInput, match="more than one list of blocks"):
+            use(Backbone(source=str(tmp_path)))

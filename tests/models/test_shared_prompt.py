@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, RobertaConfig
 
 from depthprobe.models.blocks import find_blocks, no_token, per_layer
 from depthprobe.models.build import make_trainable
+from depthprobe.models.families import family_config
 from depthprobe.models.prompt import checkpointed_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
+from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 
 LONG, SHORT = (3, 1, 4, 1, 5, 9, 2), (3, 1)  # windows of attention are 4 wide
@@ -131,6 +134,29 @@ def test_falls_back_to_a_prompt_in_every_row(name: str, suffix: Any, make_model:
     assert model.prompt_mode == "repeated"
     assert model.prepare_prompt() is None
     compare(model, suffix, alone, name)
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyError, TypeError, ValueError, AttributeError])
+def test_a_fault_of_the_backbone_is_no_reason_to_repeat_the_prompt(
+    error: type[Exception], make_model: MAKE
+) -> None:
+    backbone = make_model("llama")
+
+    def fails(*_: object, cache: object = None, **__: object) -> None:
+        raise error("planted")
+
+    backbone.model.layers[1].forward = fails
+    with pytest.raises(error, match="planted"):
+        build(backbone)
+
+
+def test_why_a_prompt_is_repeated_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="depthprobe.models.prompt")
+    model = build(tiny_model(family_config("xlstm"), depth=2))
+    assert model.prompt_mode == "repeated"
+    assert "repeated for every user: it wants a cache of its own" in caplog.text
+    build(tiny_model(family_config("mamba"), depth=2))
+    assert "LinearAttentionLayer" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [SUFFIX, ()], ids=["last", "every"])

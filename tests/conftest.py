@@ -1,4 +1,4 @@
-"""One thread a process, no downloads, the same random numbers in every test."""
+"""One thread a process, no downloads, the same random numbers, folders that all workers share."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # before anything imports torch: tests run side by side, and more threads than cores slow all down
@@ -39,6 +41,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``shared_folder(name, make)``: a folder that ``make(folder)`` fills once for all workers.
+
+    Tests only read it: one that changes it copies it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each worker has a folder of its own below
+
+    def share(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not made.exists():
+                folder.mkdir()  # fails where another worker has failed before
+                make(folder)
+                made.touch()
+        return folder
+
+    return share
+
+
+@pytest.fixture(scope="session")
 def llama_config() -> Callable[..., Any]:
     """``llama_config(num_hidden_layers=5, ...)``: the configuration of a tiny Llama."""
 
@@ -57,6 +81,31 @@ def llama_config() -> Callable[..., Any]:
         return LlamaConfig(**{**sizes, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_inputs(shared_folder: Callable[..., Path], llama_config: Callable[..., Any]) -> Path:
+    """A folder with ``log.txt`` of sixty users and a ``backbone`` of three blocks."""
+    return shared_folder("small-inputs", lambda folder: _write_inputs(folder, llama_config))
+
+
+def _write_inputs(folder: Path, llama_config: Callable[..., Any]) -> None:
+    import numpy as np
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from depthprobe.models.backbones import embedded_tokenizer
+
+    rng = np.random.default_rng(0)
+    lines = []
+    for user in range(60):  # items count up from a random start: easily learnt
+        start, length = rng.integers(40), rng.integers(5, 12)
+        lines.append(f"u{user} " + " ".join(f"i{(start + k) % 40}" for k in range(length)))
+    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+    torch.manual_seed(0)
+    config = llama_config(num_hidden_layers=3, vocab_size=259)  # the embedded tokenizer's
+    LlamaForCausalLM(config).save_pretrained(folder / "backbone")
+    embedded_tokenizer().save_pretrained(folder / "backbone")
 
 
 @pytest.fixture(autouse=True)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.models.backbones import embedded_tokenizer
-from depthprobe.runs.store import Run
+from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import (
     METHODS,
@@ -28,31 +24,8 @@ from depthprobe.study import (
 )
 
 
-def write_log(path: Path, users: int = 60, items: int = 40) -> Path:
-    """Items count up from a random start: easily learnt."""
-    rng = np.random.default_rng(0)
-    lines = []
-    for user in range(users):
-        start, length = rng.integers(items), rng.integers(5, 12)
-        lines.append(f"u{user} " + " ".join(f"i{(start + k) % items}" for k in range(length)))
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def write_backbone(path: Path, config: LlamaConfig) -> Path:
-    """A folder as `save_pretrained` leaves it, tokenizer included."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(path)
-    embedded_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="session")
-def study(
-    tmp_path_factory: pytest.TempPathFactory, llama_config: Callable[..., LlamaConfig]
-) -> Study:
-    folder = tmp_path_factory.mktemp("inputs")
-    config = llama_config(num_hidden_layers=3, vocab_size=259)  # the embedded tokenizer's
+def study(small_inputs: Path) -> Study:
     few = Recipe(epochs=3, batch_size=16, learning_rate=0.01)
     return Study(
         name="small",
@@ -69,8 +42,8 @@ def study(
         },
         seeds=2,
         device="cpu",
-        data=Data(source=str(write_log(folder / "log.txt")), max_history=10),
-        backbone=Backbone(source=str(write_backbone(folder / "backbone", config)), prompt="Next:"),
+        data=Data(source=str(small_inputs / "log.txt"), max_history=10),
+        backbone=Backbone(source=str(small_inputs / "backbone"), prompt="Next:"),
         sasrec=SasRecSettings(width=8, blocks=1, dropout=0.1, recipe=few),
         recipe=few,
         protocol=Protocol(resamples=100),
@@ -79,8 +52,19 @@ def study(
 
 
 @pytest.fixture(scope="session")
-def small_run(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_sweep(study, tmp_path_factory.mktemp("runs") / "small", jobs=0, command="test")
+def small_run(study: Study, shared_folder: Callable[..., Path]) -> Iterator[Run]:
+    """Every method, run once for all workers; tests only read it."""
+    folder = shared_folder(
+        "small-run", lambda folder: run_sweep(study, folder, jobs=0, command="test")
+    )
+    before = contents(folder)
+    yield open_run(folder)
+    assert contents(folder) == before, "a test has written into the run that all tests read"
+
+
+def contents(folder: Path) -> dict[Path, int]:
+    """When each file was written last."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

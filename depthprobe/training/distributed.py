@@ -15,7 +15,6 @@ import copy
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -33,6 +32,7 @@ from torch.optim import SGD, AdamW
 from depthprobe.errors import BadInput
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import Recipe
+from depthprobe.training.objectives import Batch
 
 EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # AdamW in one kernel: 4 times faster than a loop over the weights on a CPU, more on a GPU
@@ -53,33 +53,76 @@ def join(device: str) -> PartialState:
     return PartialState(cpu=device == "cpu")
 
 
-@dataclass(frozen=True)
 class Engine:
-    """An objective with its optimiser, and what wraps it for the processes that train it.
+    """An objective with its optimiser, wrapped for the processes that train it.
 
     AdamW updates ``masters``. A weight of 16 bits has a float32 copy there: a step of 1e-3 of a
     weight's size would be rounded away in bfloat16, again and again. Other weights are their own.
+
+    Attributes:
+        objective: in full; it validates and is saved.
+        inner: the objective, or the copy of it that is sharded.
+        called: ``inner`` or what wraps it: a batch in, its loss out.
+        weights: the trained ones by name: the objective's own, or shards of a copy's.
+        masters: what AdamW updates, by the same names.
     """
 
-    objective: nn.Module  # in full
-    inner: nn.Module  # the objective, or the copy of it that is sharded
-    called: nn.Module  # what wraps that
-    weights: Mapping[str, Tensor]  # the trained ones by name: the objective's, or a copy's shards
-    masters: Mapping[str, Tensor]  # the same names
-    optimizer: AdamW
-    device: torch.device
-    rank: int = 0  # of this process
-    processes: int = 1
-    accelerator: Accelerator | None = None  # None in one process
+    def __init__(self, objective: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        """Wrap an objective for the processes there are.
 
-    def check_together(self, step: int) -> None:
-        """Refuse, with ``ValueError``, processes that begin at different steps."""
-        first = self.agree(step)
-        if first != step:
-            raise ValueError(
-                f"process {self.rank} begins at step {step} and the first one at {first:g}:"
-                " all must see the same checkpoint"
-            )
+        Raises:
+            BadInput: for a kind of FSDP that would train wrongly, and for weights or blocks that
+                can't be sharded.
+        """
+        state = PartialState(cpu=device.type == "cpu")
+        self.rank, self.processes = int(state.process_index), int(state.num_processes)
+        self.objective, self.recipe, self.device = objective, recipe, device
+        self.inner = self.called = objective
+        self.accelerator: Accelerator | None = None
+        if self.processes > 1:
+            self._wrap()
+        self.weights = {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
+        self.masters = {
+            name: weight if weight.dtype.itemsize >= 4 else weight.detach().float().requires_grad_()
+            for name, weight in self.weights.items()
+        }
+        self.optimizer = AdamW(
+            list(self.masters.values()),
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            fused=device.type in FUSED or None,
+        )
+
+    def _wrap(self) -> None:
+        plugin = _fsdp_plugin()
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # autocast is ours; and so FSDP sums gradients in float32
+            # a token table that only a prompt reads gets no gradient without one
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            fsdp_plugin=plugin,
+        )
+        self.device = self.accelerator.device
+        if plugin is None:
+            self.called = self.accelerator.prepare_model(self.objective)
+            return
+        _check_dtypes(self.objective, self.recipe)
+        _check_units(plugin, self.objective)
+        # The state is a singleton that would keep the plugin of the training before. On CPUs
+        # accelerate would fall back to DDP without a word.
+        self.accelerator.state.fsdp_plugin = plugin
+        for state in (self.accelerator.state, PartialState()):  # one is copied from the other
+            state.distributed_type = DistributedType.FSDP
+        self.inner = _copy(self.objective)
+        # accelerate wants an optimiser beside a model that it shards; any will do
+        optimizer = SGD([p for p in self.inner.parameters() if p.requires_grad])
+        self.called, _ = self.accelerator.prepare(self.inner, optimizer)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch in this process, a scalar, in the recipe's precision."""
+        half = self.recipe.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            value: Tensor = self.called(batch)
+        return value
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -158,72 +201,6 @@ class Engine:
             for name, weight in self.weights.items():
                 if self.masters[name] is not weight:
                     weight.copy_(self.masters[name])
-
-
-def prepare(objective: nn.Module, recipe: Recipe, device: torch.device) -> Engine:
-    """Wrap an objective for the processes there are, with an AdamW over its trained weights.
-
-    Raises:
-        BadInput: for a kind of FSDP that would train wrongly, and for weights or blocks that can't
-            be sharded.
-    """
-    state = PartialState(cpu=device.type == "cpu")
-    inner = called = objective
-    accelerator = None
-    if state.num_processes > 1:
-        plugin = _fsdp_plugin()
-        accelerator = _accelerator(plugin)
-        device = accelerator.device
-        if plugin is None:
-            called = accelerator.prepare_model(objective)
-        else:
-            _check_dtypes(objective, recipe)
-            _check_units(plugin, objective)
-            inner = _copy(objective)
-            # accelerate wants an optimiser beside a model that it shards; any will do
-            called, _ = accelerator.prepare(
-                inner, SGD([p for p in inner.parameters() if p.requires_grad])
-            )
-    weights = {name: p for name, p in inner.named_parameters() if p.requires_grad}
-    masters = {
-        name: weight if weight.dtype.itemsize >= 4 else weight.detach().float().requires_grad_()
-        for name, weight in weights.items()
-    }
-    optimizer = AdamW(
-        list(masters.values()),
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        fused=device.type in FUSED or None,
-    )
-    return Engine(
-        objective,
-        inner,
-        called,
-        weights,
-        masters,
-        optimizer,
-        device,
-        rank=int(state.process_index),
-        processes=int(state.num_processes),
-        accelerator=accelerator,
-    )
-
-
-def _accelerator(plugin: FullyShardedDataParallelPlugin | None) -> Accelerator:
-    """Accelerate's share of the work: it wraps, by DDP or by FSDP where a plugin is given."""
-    accelerator = Accelerator(
-        mixed_precision="no",  # autocast is ours, so that FSDP sums gradients in float32
-        # a token table that only a prompt reads gets no gradient without one
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        fsdp_plugin=plugin,
-    )
-    if plugin is not None:
-        # The state is a singleton that would keep the plugin of the training before. On CPUs
-        # accelerate would fall back to DDP without a word.
-        accelerator.state.fsdp_plugin = plugin
-        for state in (accelerator.state, PartialState()):  # one is copied from the other at times
-            state.distributed_type = DistributedType.FSDP
-    return accelerator
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:

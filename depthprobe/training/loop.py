@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from depthprobe.data.batches import length_buckets
 from depthprobe.study import Recipe
 from depthprobe.training.checkpoint import Checkpoint, Fit, Progress, identity
-from depthprobe.training.distributed import Engine, prepare
+from depthprobe.training.distributed import Engine
 from depthprobe.training.objectives import count_targets, make_batch
 from depthprobe.training.tracking import Track
 
@@ -32,19 +32,26 @@ TRACKED = 50  # steps whose mean loss is tracked together
 LOGGED = 10.0  # seconds between two log lines about steps, at least
 
 
+Windows = list[np.ndarray]
+
+
 class DivergedError(RuntimeError):
     """The loss or its gradient is not a finite number."""
 
 
+def _ignore(step: int, values: Mapping[str, float]) -> None:
+    """Track nothing."""
+
+
 def fit(
     objective: nn.Module,
-    windows: list[np.ndarray],
+    windows: Windows,
     *,
     recipe: Recipe,
     validate: Callable[[], float],
     seed: int,
     device: torch.device,
-    track: Track = lambda step, values: None,
+    track: Track = _ignore,
     checkpoint: Path | None = None,
     result: Path | None = None,
     every: float = 60.0,
@@ -78,7 +85,7 @@ def fit(
     if not windows or min(len(window) for window in windows) < 2:
         raise ValueError("every training window needs at least two items")
     began = time.perf_counter()
-    engine = prepare(objective, recipe, device)
+    engine = Engine(objective, recipe, device)
     origin = identity(objective, windows, recipe=recipe, seed=seed, processes=engine.processes)
     own, shared = Checkpoint(checkpoint, origin, every=every), Checkpoint(result, origin)
     progress = Progress(Fit(processes=engine.processes, parts=recipe.accumulation))
@@ -89,7 +96,11 @@ def fit(
         if not progress.ended:
             engine.load(saved.tensors)
     done = progress.fit
-    engine.check_together(done.steps)
+    if (first := engine.agree(done.steps)) != done.steps:
+        raise ValueError(
+            f"process {engine.rank} begins at step {done.steps} and the first one at {first:g}:"
+            " all must see the same checkpoint"
+        )
     if reused is not None:
         done.reused = True
         logger.info("an equal training has ended before: its result is reused")
@@ -102,35 +113,24 @@ def fit(
         done.seconds = before + time.perf_counter() - began
         file.write(engine, progress, best)
 
-    monitor = LossMonitor(
-        engine, progress, track if engine.rank == 0 else lambda step, values: None
-    )
+    monitor = LossMonitor(engine, progress, track if engine.rank == 0 else _ignore)
     with _compiled(engine.inner) if recipe.compile else nullcontext():
         while not progress.ended:
-            for _ in _train_epoch(
-                engine, windows, recipe, progress, monitor, seed=seed, due=own.is_due
-            ):
+            for _ in _train_epoch(engine, windows, progress, monitor, seed, own.is_due):
                 save(own)
             engine.publish()
             objective.eval()
             with torch.compiler.set_stance("force_eager"):  # lengths of all kinds, once an epoch
                 score = engine.agree(validate())
             progress.end_epoch(score)
-            monitor.log_epoch(recipe.epochs)
-            if done.best_epoch == done.epochs:
-                best = {
-                    name: weight.detach().to(
-                        "cpu", copy=True
-                    )  # a GPU has better use for its memory
-                    for name, weight in objective.named_parameters()
-                    if weight.requires_grad
-                }
+            monitor.log_epoch()
+            if done.best_epoch == done.epochs:  # on the host: a GPU has better use for its memory
+                best = {name: p.to("cpu", copy=True) for name, p in _trained(objective).items()}
             waited = done.epochs - done.best_epoch
             progress.ended = done.epochs == recipe.epochs or waited >= recipe.patience
-    weights = dict(objective.named_parameters())
-    with torch.no_grad():
-        for name, value in best.items():
-            weights[name].copy_(value)
+    weights = _trained(objective)
+    for name, value in best.items():
+        weights[name].copy_(value)
     objective.eval()
     if reused is not None:
         return done
@@ -145,20 +145,16 @@ def fit(
 
 def _train_epoch(
     engine: Engine,
-    windows: list[np.ndarray],
-    recipe: Recipe,
+    windows: Windows,
     progress: Progress,
     monitor: LossMonitor,
-    *,
     seed: int,
     due: Callable[[], bool],
 ) -> Iterator[None]:
     """Take what is left of the epoch's steps; yields after those where a checkpoint is due."""
-    fit = progress.fit
-    sizes = [len(window) for window in windows]
-    batches = length_buckets(
-        sizes, recipe.batch_size * engine.processes, seed=seed, epoch=fit.epochs
-    )
+    recipe, fit = engine.recipe, progress.fit
+    size = recipe.batch_size * engine.processes
+    batches = length_buckets([len(w) for w in windows], size, seed=seed, epoch=fit.epochs)
     total = recipe.epochs * len(batches)
     engine.called.train()
     for chosen in batches[progress.done :]:
@@ -167,7 +163,7 @@ def _train_epoch(
             group["lr"] = rate
         # dropout and negatives: other ones in each step and process
         step_seed = _random_number((seed, fit.steps, engine.rank))
-        loss = within_memory(engine, windows, chosen, recipe, seed=step_seed, fit=fit)
+        loss = _gradients_within_memory(engine, windows, chosen, step_seed, fit)
         norm = engine.clip(recipe.clip)
         fit.steps += 1
         progress.done += 1
@@ -180,27 +176,18 @@ def _train_epoch(
             yield
 
 
-def within_memory(
-    engine: Engine,
-    windows: list[np.ndarray],
-    chosen: np.ndarray,
-    recipe: Recipe,
-    *,
-    seed: int,
-    fit: Fit,
+def _gradients_within_memory(
+    engine: Engine, windows: Windows, chosen: np.ndarray, seed: int, fit: Fit
 ) -> Tensor:
-    """As :func:`gradients`; in twice as many parts, from then on, where memory runs out.
+    """As :func:`_gradients`; in twice as many parts, from then on, where memory runs out.
 
     A step that ran out has changed no weights, so it is taken again, with the same random numbers.
     Of several processes one would go on alone: there it is an error as any other.
-
-    Args:
-        fit: ``parts`` is how many parts a batch is computed in, and grows.
     """
     while True:
         torch.manual_seed(seed)
         try:
-            return gradients(engine, windows, chosen, recipe, parts=fit.parts)
+            return _gradients(engine, windows, chosen, fit.parts)
         except torch.OutOfMemoryError:
             if engine.processes > 1 or fit.parts >= len(chosen):
                 raise
@@ -209,25 +196,21 @@ def within_memory(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         fit.parts = min(2 * fit.parts, len(chosen))
-        logger.warning(
-            "out of memory at step %d: batches are computed in %d parts now",
-            fit.steps + 1,
-            fit.parts,
-        )
+        message = "out of memory at step %d: batches are computed in %d parts now"
+        logger.warning(message, fit.steps + 1, fit.parts)
 
 
-def gradients(
-    engine: Engine, windows: list[np.ndarray], chosen: np.ndarray, recipe: Recipe, *, parts: int
-) -> Tensor:
+def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int) -> Tensor:
     """Leave the gradients of a batch's loss; returns this process's part of the loss, a scalar.
 
     The batch is the same in all processes; each computes its share of it, in parts. A mean loss
     counts by how many of the batch's targets it is a mean of, so the gradients don't depend on how
     the batch is divided. DDP and FSDP average over the processes, which is undone.
     """
+    objective = engine.recipe.objective
+    total = count_targets([windows[index] for index in chosen], objective).sum()
     # every n-th window of a batch that is sorted by length: all processes get about as long ones
     own = chosen[engine.rank :: engine.processes]
-    total = count_targets([windows[index] for index in chosen], recipe.objective).sum()
     counts = len(own) > 0
     if not counts:  # nothing to do, but the others wait for gradients of this process too
         own = chosen[:1]
@@ -235,13 +218,10 @@ def gradients(
     # the same in all processes and parts of a step: they know its windows
     losses, draw = [], _random_number(chosen.tolist())
     for place, part in enumerate(pieces, start=1):
-        batch = make_batch(windows, part, engine.device, recipe.objective, draw=draw)
+        batch = make_batch(windows, part, engine.device, objective, draw=draw)
         fraction = counts * batch.count / total
         with engine.no_sync() if place < len(pieces) else nullcontext():
-            with torch.autocast(
-                engine.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
-            ):
-                loss = engine.called(batch)
+            loss = engine.loss(batch)
             (loss * (fraction * engine.processes)).backward()
         losses.append(loss.detach() * fraction)
     return torch.stack(losses).sum()
@@ -292,8 +272,8 @@ class LossMonitor:
             DivergedError: in all processes, for the first step that was not finite in one of them.
         """
         engine, progress = self._engine, self._progress
-        clock = self._unread[0].new_tensor([float(due and engine.rank == 0), 0.0])
-        *steps, (due_in_first, _) = engine.total(torch.stack([*self._unread, clock])).tolist()
+        last = self._unread[0].new_tensor([float(due and engine.rank == 0), 0.0])
+        *steps, (due_in_first, _) = engine.total(torch.stack([*self._unread, last])).tolist()
         for step, (loss, norm) in enumerate(steps, start=progress.fit.steps + 1 - len(steps)):
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is {loss} at step {step}")
@@ -305,7 +285,8 @@ class LossMonitor:
         return bool(due_in_first)
 
     def _log_steps(self, rate: float, total: int) -> None:
-        progress, steps, now = self._progress, self._progress.fit.steps, time.perf_counter()
+        progress, now = self._progress, time.perf_counter()
+        steps = progress.fit.steps
         if now - self._logged >= LOGGED:
             self._logged = now
             left = (now - self._start) / (steps - self._begun) * (total - steps)
@@ -317,9 +298,9 @@ class LossMonitor:
             self._track(steps, {"step loss": mean, "learning rate": rate})
             self._tracked = progress.done, progress.lost
 
-    def log_epoch(self, epochs: int) -> None:
+    def log_epoch(self) -> None:
         """Log and track the epoch that has ended."""
-        fit = self._progress.fit
+        fit, epochs = self._progress.fit, self._engine.recipe.epochs
         loss, score = fit.losses[-1], fit.scores[-1]
         logger.info("epoch %d/%d  loss %.4f  ndcg@10 %.4f", fit.epochs, epochs, loss, score)
         self._track(fit.steps, {"epoch": fit.epochs, "loss": loss, "ndcg@10": score})
@@ -343,6 +324,11 @@ def _compiled(objective: nn.Module) -> Iterator[None]:
         for model in models:
             vars(model).pop("forward", None)  # the class's own again
         torch.compiler.reset()  # its limit of recompilations holds for all trainings of a process
+
+
+def _trained(objective: nn.Module) -> dict[str, Tensor]:
+    """The values of the trained weights by name; they share the weights' memory."""
+    return {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
 
 
 def _cosine(step: int, total: int, warmup: float) -> float:

@@ -6,20 +6,18 @@ Shapes, in every function:
     items    (I + 1, d)  the item table; row 0 is padding and never a candidate
     targets  (N,)        item ids in 1..I
 
-A loss is a mean over the N positions, a scalar. Without a single position a mean is undefined, and
-``ValueError`` is raised.
+A loss is a mean over the N positions, a scalar; without a single position it raises ``ValueError``.
 
 The matrix of scores (N, I) is never held: with a million items it would be larger than the model. A
 loss goes over chunks of positions (and of items), and adds a chunk's gradient by vectors and items
-to their totals while its scores are at hand. Autograd then has no graph to keep, and the backward
-pass only scales the totals.
+to their sums while its scores are at hand. Autograd then has no graph to keep, and the backward
+pass only scales the sums.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,16 +33,13 @@ CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
 # gradient for each chunk costs more than computing its scores twice, in tiles of MOST_ROWS.
 FEWEST_ROWS, MOST_ROWS = 128, 2048
 
-# (vectors, items, d_vectors, d_items) -> the loss of each position, (N,). The gradients of the
-# summed loss are added to d_vectors (N, d) and d_items (I + 1, d); None where none is needed.
-Fill = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+Sum = Tensor | None  # where the gradients of the summed loss are added; None if none are needed
+# (vectors, items, d_vectors, d_items) -> the loss of each position, (N,)
+Fill = Callable[[Tensor, Tensor, Sum, Sum], Tensor]
 # a chunk of positions -> the items that each of them is scored against, (rows, n)
 Choose = Callable[[slice], Tensor]
 # scores (rows, n) and their chunk -> losses (rows,) and their gradients by the scores (rows, n)
 Judge = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-
-
-# The frame of every loss below
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -59,25 +54,24 @@ class _MeanLoss(torch.autograd.Function):
     def forward(ctx: Any, vectors: Tensor, items: Tensor, fill: Fill) -> Tensor:
         """(N, d), (I + 1, d) -> scalar."""
         ctx.save_for_backward(vectors, items)
-        ctx.fill, ctx.totals = fill, _zeros(vectors, items, ctx.needs_input_grad)
-        return fill(vectors, items, *ctx.totals).mean()
+        ctx.fill, ctx.sums = fill, _zeros(vectors, items, ctx.needs_input_grad)
+        return fill(vectors, items, *ctx.sums).mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Sum, Sum, None]:
         """Scale the gradients that the forward pass made."""
         vectors, items = ctx.saved_tensors
-        totals, ctx.totals = ctx.totals, None
-        if totals is None:
-            totals = _zeros(vectors, items, ctx.needs_input_grad)
-            ctx.fill(vectors, items, *totals)
+        sums, ctx.sums = ctx.sums, None
+        if sums is None:
+            sums = _zeros(vectors, items, ctx.needs_input_grad)
+            ctx.fill(vectors, items, *sums)
         scale = grad / len(vectors)
-        d_vectors, d_items = (None if each is None else each.mul_(scale) for each in totals)
-        return (
-            None if d_vectors is None else d_vectors.to(vectors.dtype),
-            None if d_items is None else d_items.to(items.dtype),
-            None,
+        d_vectors, d_items = (
+            None if each is None else each.mul_(scale).to(like.dtype)
+            for each, like in zip(sums, (vectors, items), strict=True)
         )
+        return d_vectors, d_items, None
 
 
 def _mean_loss(vectors: Tensor, items: Tensor, fill: Fill) -> Tensor:
@@ -96,47 +90,40 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _zeros(
-    vectors: Tensor, items: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
+def _zeros(vectors: Tensor, items: Tensor, needed: tuple[bool, ...]) -> list[Sum]:
     dtype = _sum_dtype(vectors.dtype)
-    return (
-        torch.zeros_like(vectors, dtype=dtype) if needed[0] else None,
-        torch.zeros_like(items, dtype=dtype) if needed[1] else None,
-    )
+    pairs = zip((vectors, items), needed, strict=False)
+    return [torch.zeros_like(each, dtype=dtype) if need else None for each, need in pairs]
 
 
-def _fill_chosen(
-    vectors: Tensor,
-    items: Tensor,
-    d_vectors: Tensor | None,
-    d_items: Tensor | None,
-    *,
-    count: int,
-    choose: Choose,
-    judge: Judge,
+def _chosen_loss(
+    vectors: Tensor, items: Tensor, *, count: int, choose: Choose, judge: Judge
 ) -> Tensor:
-    """A loss over ``count`` chosen items a position, (N,), a chunk of positions after the other.
+    """A loss over ``count`` chosen items a position, a chunk of positions after the other.
 
     In float32 even under autocast: the time goes into fetching the items, not into products.
     """
-    dtype = _sum_dtype(vectors.dtype)
-    size = count * items.shape[1] * dtype.itemsize  # bytes of a position's items
-    rows = max(1, CHUNK_BYTES[vectors.device.type] // size)
-    losses = torch.empty(len(vectors), dtype=dtype, device=vectors.device)
-    for start in range(0, len(vectors), rows):
-        chunk = slice(start, start + rows)
-        part, ids = vectors[chunk].to(dtype), choose(chunk)  # (rows, d), (rows, n)
-        chosen = items[ids].to(dtype)  # (rows, n, d)
-        scores = torch.bmm(chosen, part[:, :, None])[:, :, 0]  # (rows, n)
-        losses[chunk], error = judge(scores, chunk)
-        if d_vectors is not None:
-            d_vectors[chunk] = torch.bmm(error[:, None], chosen)[:, 0]  # (rows, d)
-        if d_items is not None:
-            # an item's gradient: the sum over the places where it was chosen; into its old memory
-            outer = torch.mul(error[:, :, None], part[:, None], out=chosen)  # (rows, n, d)
-            d_items.index_add_(0, ids.flatten(), outer.flatten(0, 1))
-    return losses
+
+    def fill(vectors: Tensor, items: Tensor, d_vectors: Sum, d_items: Sum) -> Tensor:
+        dtype = _sum_dtype(vectors.dtype)
+        size = count * items.shape[1] * dtype.itemsize  # bytes of a position's items
+        rows = max(1, CHUNK_BYTES[vectors.device.type] // size)
+        losses = torch.empty(len(vectors), dtype=dtype, device=vectors.device)
+        for start in range(0, len(vectors), rows):
+            chunk = slice(start, start + rows)
+            part, ids = vectors[chunk].to(dtype), choose(chunk)  # (rows, d), (rows, n)
+            chosen = items[ids].to(dtype)  # (rows, n, d)
+            scores = torch.bmm(chosen, part[:, :, None])[:, :, 0]  # (rows, n)
+            losses[chunk], error = judge(scores, chunk)
+            if d_vectors is not None:
+                d_vectors[chunk] = torch.bmm(error[:, None], chosen)[:, 0]  # (rows, d)
+            if d_items is not None:
+                # for each item the sum over the places where it was chosen; reuses its memory
+                outer = torch.mul(error[:, :, None], part[:, None], out=chosen)  # (rows, n, d)
+                d_items.index_add_(0, ids.flatten(), outer.flatten(0, 1))
+        return losses
+
+    return _mean_loss(vectors, items, fill)
 
 
 # The next item
@@ -163,54 +150,34 @@ def catalogue_cross_entropy(vectors: Tensor, items: Tensor, targets: Tensor) -> 
     device, dtype = vectors.device.type, vectors.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    return _mean_loss(vectors, items, partial(_fill_full, targets=targets, dtype=dtype))
 
+    def fill(vectors: Tensor, items: Tensor, d_vectors: Sum, d_items: Sum) -> Tensor:
+        count, n_items = len(vectors), len(items) - 1
+        sums = _sum_dtype(dtype)
+        cells = CHUNK_BYTES[vectors.device.type] // sums.itemsize
+        fitting = cells // n_items  # positions whose scores of all items fit
+        chunks = -(-count // (fitting if fitting >= FEWEST_ROWS else MOST_ROWS))
+        rows = -(-count // chunks)
+        width = min(n_items, max(1, cells // rows))
+        tiles = [(low, min(low + width, n_items)) for low in range(0, n_items, width)]
+        buffer = torch.empty(rows * width, dtype=sums, device=vectors.device)
+        losses = torch.empty(count, dtype=sums, device=vectors.device)
+        for start in range(0, count, rows):
+            chunk = slice(start, start + rows)
+            d_part = None if d_vectors is None else d_vectors[chunk]
+            part, columns = vectors[chunk].to(dtype), targets[chunk, None] - 1
+            losses[chunk] = _fill_chunk(part, items, d_part, d_items, columns, tiles, buffer)
+        return losses
 
-def _fill_full(
-    vectors: Tensor,
-    items: Tensor,
-    d_vectors: Tensor | None,
-    d_items: Tensor | None,
-    *,
-    targets: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Cross-entropy over the catalogue, (N,), a chunk of positions after the other.
-
-    Args:
-        dtype: of the matrix products.
-    """
-    count, n_items = len(vectors), len(items) - 1
-    sums = _sum_dtype(dtype)
-    cells = CHUNK_BYTES[vectors.device.type] // sums.itemsize
-    fitting = cells // n_items  # positions whose scores of all items fit
-    chunks = -(-count // (fitting if fitting >= FEWEST_ROWS else MOST_ROWS))
-    rows = -(-count // chunks)
-    columns = min(n_items, max(1, cells // rows))
-    tiles = [(low, min(low + columns, n_items)) for low in range(0, n_items, columns)]
-    buffer = torch.empty(rows * columns, dtype=sums, device=vectors.device)
-    losses = torch.empty(count, dtype=sums, device=vectors.device)
-    for start in range(0, count, rows):
-        chunk = slice(start, start + rows)
-        losses[chunk] = _fill_chunk(
-            vectors[chunk].to(dtype),
-            items[1:],
-            None if d_vectors is None else d_vectors[chunk],
-            None if d_items is None else d_items[1:],
-            column=targets[chunk, None] - 1,
-            tiles=tiles,
-            buffer=buffer,
-        )
-    return losses
+    return _mean_loss(vectors, items, fill)
 
 
 def _fill_chunk(
     vectors: Tensor,
-    catalogue: Tensor,
-    d_vectors: Tensor | None,
-    d_catalogue: Tensor | None,
-    *,
-    column: Tensor,
+    items: Tensor,
+    d_vectors: Sum,
+    d_items: Sum,
+    columns: Tensor,
     tiles: list[tuple[int, int]],
     buffer: Tensor,
 ) -> Tensor:
@@ -221,24 +188,24 @@ def _fill_chunk(
 
     Args:
         vectors: (rows, d), in the dtype of the products.
-        catalogue: (I, d): the item table without its padding.
-        column: the targets as columns of the catalogue, (rows, 1), from 0.
+        columns: the targets as columns of the catalogue, (rows, 1), from 0.
         tiles: first and end column of each tile.
         buffer: room for the scores of a tile, in the dtype of the sums.
     """
+    catalogue = items[1:]
     # First pass: the softmax's normaliser, with a running maximum so that no exponential overflows.
     largest = buffer.new_full((len(vectors), 1), -torch.inf)  # (rows, 1), of the tiles so far
     total, target_score = torch.zeros_like(largest), torch.zeros_like(largest)
     for low, high in tiles:
         share = _product(vectors, catalogue[low:high].to(vectors.dtype), buffer)  # (rows, width)
-        place, inside = _within(column, low, high)
+        place, inside = _within(columns, low, high)
         target_score = torch.where(inside, share.gather(1, place), target_score)
         before, largest = largest, torch.maximum(largest, share.amax(dim=1, keepdim=True))
         # in place from here: the scores become the softmax, then the gradient
         share.sub_(largest).exp_()
         total = total * (before - largest).exp_() + share.sum(dim=1, keepdim=True)
     normaliser = largest + total.log()  # log of the sum of exponentials, (rows, 1)
-    if d_vectors is not None or d_catalogue is not None:
+    if d_vectors is not None or d_items is not None:
         # Second pass, backwards: the gradient by the scores is the softmax, less 1 at the target.
         for low, high in reversed(tiles):
             part = catalogue[low:high].to(vectors.dtype)  # (width, d)
@@ -246,19 +213,19 @@ def _fill_chunk(
                 share.div_(total)
             else:
                 share = _product(vectors, part, buffer).sub_(normaliser).exp_()
-            place, inside = _within(column, low, high)
+            place, inside = _within(columns, low, high)
             # before any rounding: a target's share less one must not cancel in bfloat16
             error = share.scatter_add_(1, place, -inside.to(share.dtype)).to(vectors.dtype)
             if d_vectors is not None:
                 _add_product(d_vectors, error, part)
-            if d_catalogue is not None:
-                _add_product(d_catalogue[low:high], error.T, vectors)
+            if d_items is not None:
+                _add_product(d_items[1 + low : 1 + high], error.T, vectors)
     return (normaliser - target_score)[:, 0]
 
 
-def _within(column: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+def _within(columns: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Where in a tile each target is, and whether; without asking a GPU, which would wait."""
-    return (column - low).clamp(0, high - low - 1), (column >= low) & (column < high)
+    return (columns - low).clamp(0, high - low - 1), (columns >= low) & (columns < high)
 
 
 def _product(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
@@ -296,7 +263,7 @@ def sampled_softmax(vectors: Tensor, items: Tensor, targets: Tensor, *, negative
         error[:, 0] -= 1
         return losses, error
 
-    return _sampled(vectors, items, targets, negatives=negatives, judge=judge)
+    return _sampled(vectors, items, targets, negatives, judge)
 
 
 def gbce(vectors: Tensor, items: Tensor, targets: Tensor, *, negatives: int, t: float) -> Tensor:
@@ -323,11 +290,11 @@ def gbce(vectors: Tensor, items: Tensor, targets: Tensor, *, negatives: int, t: 
         error[:, 0] = -beta * torch.sigmoid(-target)
         return losses, error / size
 
-    return _sampled(vectors, items, targets, negatives=negatives, judge=judge)
+    return _sampled(vectors, items, targets, negatives, judge)
 
 
 def _sampled(
-    vectors: Tensor, items: Tensor, targets: Tensor, *, negatives: int, judge: Judge
+    vectors: Tensor, items: Tensor, targets: Tensor, negatives: int, judge: Judge
 ) -> Tensor:
     """A loss over each target and its negatives; scores (rows, 1 + n), the target's first."""
     n_items = len(items) - 1
@@ -338,8 +305,7 @@ def _sampled(
         others = _negatives(pattern, shifts[chunk], target, n_items=n_items)
         return torch.cat([target[:, None], others], dim=1)  # (rows, 1 + n)
 
-    fill = partial(_fill_chosen, count=1 + len(pattern), choose=choose, judge=judge)
-    return _mean_loss(vectors, items, fill)
+    return _chosen_loss(vectors, items, count=1 + len(pattern), choose=choose, judge=judge)
 
 
 def _draw(n_items: int, negatives: int, *, positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,24 +332,34 @@ def _negatives(pattern: Tensor, shifts: Tensor, targets: Tensor, *, n_items: int
 
 
 def catalogue_kl(
-    vectors: Tensor,
-    items: Tensor,
-    teacher_vectors: Tensor,
-    teacher_items: Tensor,
-    *,
-    temperature: float,
+    vectors: Tensor, items: Tensor, goal: Tensor, goal_items: Tensor, *, temperature: float
 ) -> Tensor:
     """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` over the catalogue.
 
     Distillation of Hinton et al. (arXiv 1503.02531); T^2 keeps the size of the gradient.
 
     Args:
-        teacher_vectors: (N, d'): the teacher may be of another width.
-        teacher_items: (I + 1, d').
+        goal: the teacher's user vectors, (N, d'), of a width of their own.
+        goal_items: the teacher's item table, (I + 1, d').
     """
-    fill = partial(
-        _fill_kl, goal=teacher_vectors, goal_items=teacher_items, temperature=temperature
-    )
+
+    def fill(vectors: Tensor, items: Tensor, d_vectors: Sum, d_items: Sum) -> Tensor:
+        dtype = _sum_dtype(vectors.dtype)
+        catalogue, others = items[1:].to(dtype), goal_items[1:].to(dtype)
+        # four matrices (rows, I) are alive at once
+        rows = max(1, CHUNK_BYTES[vectors.device.type] // (4 * len(catalogue) * dtype.itemsize))
+        losses = torch.empty(len(vectors), dtype=dtype, device=vectors.device)
+        for start in range(0, len(vectors), rows):
+            chunk = slice(start, start + rows)
+            part = vectors[chunk].to(dtype)
+            own, teachers = part @ catalogue.T, goal[chunk].to(dtype) @ others.T  # (rows, I) each
+            losses[chunk], error = _divergence(own, teachers, temperature)
+            if d_vectors is not None:
+                d_vectors[chunk] = error @ catalogue
+            if d_items is not None:
+                d_items[1:].addmm_(error.T, part)
+        return losses
+
     return _mean_loss(vectors, items, fill)
 
 
@@ -405,36 +381,7 @@ def top_kl(
     def choose(chunk: slice) -> Tensor:
         return top[chunk].long()
 
-    fill = partial(_fill_chosen, count=top.shape[1], choose=choose, judge=judge)
-    return _mean_loss(vectors, items, fill)
-
-
-def _fill_kl(
-    vectors: Tensor,
-    items: Tensor,
-    d_vectors: Tensor | None,
-    d_items: Tensor | None,
-    *,
-    goal: Tensor,
-    goal_items: Tensor,
-    temperature: float,
-) -> Tensor:
-    """The divergence at each position, (N,), some whole rows of scores at a time."""
-    dtype = _sum_dtype(vectors.dtype)
-    catalogue, others = items[1:].to(dtype), goal_items[1:].to(dtype)
-    # four matrices (rows, I) are alive at once
-    rows = max(1, CHUNK_BYTES[vectors.device.type] // (4 * len(catalogue) * dtype.itemsize))
-    losses = torch.empty(len(vectors), dtype=dtype, device=vectors.device)
-    for start in range(0, len(vectors), rows):
-        chunk = slice(start, start + rows)
-        part = vectors[chunk].to(dtype)
-        own, teachers = part @ catalogue.T, goal[chunk].to(dtype) @ others.T  # (rows, I) each
-        losses[chunk], error = _divergence(own, teachers, temperature)
-        if d_vectors is not None:
-            d_vectors[chunk] = error @ catalogue
-        if d_items is not None:
-            d_items[1:].addmm_(error.T, part)
-    return losses
+    return _chosen_loss(vectors, items, count=top.shape[1], choose=choose, judge=judge)
 
 
 def _divergence(own: Tensor, teachers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
 from depthprobe.training import checkpoint
-from depthprobe.training.distributed import join, prepare
+from depthprobe.training.distributed import Engine, join
 from depthprobe.training.loop import DivergedError, Fit, fit
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 
@@ -168,7 +168,7 @@ def refused() -> str:
 
 def sharding() -> dict[str, Any]:
     """How the weights of a recommender lie in the processes."""
-    engine = prepare(NextItem(llama(()), Recipe()), Recipe(), CPU)
+    engine = Engine(NextItem(llama(()), Recipe()), Recipe(), CPU)
     assert engine.accelerator is not None
     return {
         "kind": engine.accelerator.distributed_type.value,

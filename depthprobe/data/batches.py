@@ -25,8 +25,7 @@ def length_buckets(
     cut it into batches, shuffle the batches. So a batch is random but hardly padded. Without
     one: everything sorted by length, longest first, ties by index.
 
-    Returns:
-        int64 arrays; each index 0..len(lengths)-1 stands in exactly one of them.
+    Each index 0..len(lengths)-1 stands in exactly one of the arrays, int64.
     """
     if batch_size < 1 or pool < 1:
         raise ValueError(f"batch_size is {batch_size} and pool is {pool}, expected 1 or more")
@@ -53,14 +52,6 @@ def pad(sequences: Sequence[np.ndarray], *, value: int = 0) -> np.ndarray:
     return padded
 
 
-def padding_share(lengths: Sequence[int] | np.ndarray, batches: Sequence[np.ndarray]) -> float:
-    """The share of slots that are padding when each batch is as wide as its longest sequence."""
-    sizes = np.asarray(lengths)
-    slots = sum(len(batch) * int(sizes[batch].max(initial=0)) for batch in batches)
-    used = sum(int(sizes[batch].sum()) for batch in batches)
-    return 1 - used / slots if slots else 0.0
-
-
 def negatives(
     sequences: Sequences,
     users: np.ndarray,
@@ -85,70 +76,56 @@ def negatives(
     """
     n_items, offsets = sequences.n_items, sequences.offsets
     rng = np.random.default_rng(seed)
-    stream = None if pool is None else _Stream(pool, n_items, count)
+    if pool is not None:
+        weights = np.bincount(pool, minlength=n_items + 1)
+        widths, distinct = _distinct_by_width(weights, count)
     chunk = max(1, TABLE_BYTES // (8 * (n_items + 1)))
     drawn = np.empty((len(users), count), dtype=np.int32)
     for start in range(0, len(users), chunk):
         part = users[start : start + chunk]
         lengths = offsets[part + 1] - offsets[part]
-        rows = np.repeat(np.arange(len(part)), lengths)
-        own = np.concatenate([sequences.history(user) for user in part])
+        # what a row may not draw: padding, what the pool lacks, the user's own; (C, I + 1)
         taken = np.zeros((len(part), n_items + 1), dtype=bool)
         taken[:, 0] = True
-        if stream is not None:
-            taken[:, stream.weights == 0] = True
-        taken[rows, own] = True
+        if pool is not None:
+            taken[:, weights == 0] = True
+        own = np.concatenate([sequences.history(user) for user in part])
+        taken[np.repeat(np.arange(len(part)), lengths), own] = True
         left = n_items + 1 - taken.sum(axis=1)
         if left.min() < count:
             return None
-        drawn[start : start + chunk] = (
-            _draw(rng, taken, count, int(left.min()))
-            if stream is None
-            else stream.draw(rng, taken, lengths)
-        )
+        # The first draws of a stream of items, repeats and taken ones passed over, are a sample
+        # without replacement: uniform, or successive where the stream comes from the pool. A width
+        # of 0 says that a random key for every item is cheaper than so many draws.
+        if pool is None:
+            width = _uniform_width(n_items + 1, count, int(left.min()))
+            draws = rng.integers(1, n_items + 1, size=(len(part), width), dtype=np.int32)
+        else:
+            # a row that finds too few all the same is drawn again with a key for each item
+            aim = count + 2 * np.sqrt(count) + np.quantile(lengths, 0.9)
+            place = int(np.searchsorted(distinct, aim))
+            width = 0 if place == len(widths) else int(widths[place])
+            draws = np.asarray(pool)[rng.integers(len(pool), size=(len(part), width))]
+        chosen, enough = _first_distinct(draws.astype(np.int32, copy=False), taken, count)
+        if not enough.all():
+            few = ~enough
+            chosen[few] = _draw_by_keys(rng, taken[few], count, None if pool is None else weights)
+        drawn[start : start + chunk] = chosen
     return drawn
 
 
-class _Stream:
-    """Items drawn from a pool, again and again, repeats and taken ones passed over."""
-
-    def __init__(self, pool: np.ndarray, n_items: int, count: int) -> None:
-        self.pool, self.count = np.asarray(pool), count
-        self.weights = np.bincount(self.pool, minlength=n_items + 1)
-        # how many different items so many draws find on average; more draws than items never pay
-        ratio = 1 - self.weights / len(self.pool)
-        self._widths = np.unique(np.geomspace(count, max(count, n_items / 2), 24).astype(int))
-        self._found = np.array([(1 - ratio**width).sum() for width in self._widths])
-
-    def draw(self, rng: np.random.Generator, taken: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """``count`` distinct free columns of each row; ``own`` (C,) bounds those that it has."""
-        # a row that finds too few all the same is drawn again with a key for each item
-        aim = self.count + 2 * np.sqrt(self.count) + np.quantile(own, 0.9)
-        place = int(np.searchsorted(self._found, aim))
-        if place == len(self._found):
-            return _draw_by_keys(rng, taken, self.count, self.weights)
-        spots = rng.integers(len(self.pool), size=(len(taken), self._widths[place]))
-        draws = self.pool[spots].astype(np.int32)
-        chosen, enough = _first_distinct(draws, taken, self.count)
-        if not enough.all():
-            chosen[~enough] = _draw_by_keys(rng, taken[~enough], self.count, self.weights)
-        return chosen
-
-
-def _draw(rng: np.random.Generator, taken: np.ndarray, count: int, left: int) -> np.ndarray:
-    """``count`` distinct free columns of each row, uniformly; int (C, count)."""
-    n_rows, n_columns = taken.shape
-    # The first draws of a stream of uniform items, repeats and taken ones passed over, are a
-    # uniform sample without replacement. The expected number needed is a coupon-collector sum.
+def _uniform_width(n_columns: int, count: int, left: int) -> int:
+    """How many uniform draws find ``count`` of ``left`` free items: a coupon-collector sum."""
     needed = n_columns * np.log((left + 1) / (left - count + 1))
-    if needed > n_columns / 2:  # a key for every item is cheaper than so many draws
-        return _draw_by_keys(rng, taken, count)
-    width = int(needed + 5 * np.sqrt(needed) + 10)
-    draws = rng.integers(1, n_columns, size=(n_rows, width), dtype=np.int32)
-    chosen, enough = _first_distinct(draws, taken, count)
-    if not enough.all():
-        chosen[~enough] = _draw_by_keys(rng, taken[~enough], count)
-    return chosen
+    return 0 if needed > n_columns / 2 else int(needed + 5 * np.sqrt(needed) + 10)
+
+
+def _distinct_by_width(weights: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of draws from a pool, and how many different items so many find on average."""
+    ratio = 1 - weights / weights.sum()
+    most = max(count, (len(weights) - 1) / 2)  # more draws than that never pay
+    widths = np.unique(np.geomspace(count, most, 24).astype(int))
+    return widths, np.array([(1 - ratio**width).sum() for width in widths])
 
 
 def _first_distinct(
@@ -156,21 +133,23 @@ def _first_distinct(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first ``count`` different free items of each row of draws, int32, and who has as many."""
     n_rows, width = draws.shape
+    chosen = np.empty((n_rows, count), dtype=np.int32)
+    if width == 0:
+        return chosen, np.zeros(n_rows, dtype=bool)
     rows = np.arange(n_rows)[:, None]
     place = np.arange(width, dtype=np.int32)
-    first = np.empty(taken.shape, dtype=np.int32)
+    first = np.empty(taken.shape, dtype=np.int32)  # where each item is drawn first
     # of equal draws the last written, the first, stays; numpy would turn a reversed view around
     first[rows, np.ascontiguousarray(draws[:, ::-1])] = place[::-1].copy()
     fresh = (first[rows, draws] == place) & ~taken[rows, draws]  # (C, width)
     order = np.cumsum(fresh, axis=1)
     enough = order[:, -1] >= count
-    chosen = np.empty((n_rows, count), dtype=np.int32)
     chosen[enough] = draws[enough][(fresh & (order <= count))[enough]].reshape(-1, count)
     return chosen, enough
 
 
 def _draw_by_keys(
-    rng: np.random.Generator, taken: np.ndarray, count: int, weights: np.ndarray | None = None
+    rng: np.random.Generator, taken: np.ndarray, count: int, weights: np.ndarray | None
 ) -> np.ndarray:
     """The free columns with the smallest random keys.
 

@@ -5,7 +5,6 @@ Works on interactions that are sorted by user and, within a user, by time. Every
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +26,9 @@ class Step:
 
 
 def clean(
-    users: np.ndarray,
-    items: np.ndarray,
-    ratings: np.ndarray | None,
-    rules: Cleaning,
+    users: np.ndarray, items: np.ndarray, ratings: np.ndarray | None, rules: Cleaning
 ) -> tuple[Keep, tuple[Step, ...]]:
-    """Which interactions stay, and how many are left after each step that was asked for.
+    """Which interactions stay, and how many are left after each step that the rules name.
 
     Args:
         users: (N,) user numbers, ascending; within a user the rows are oldest first.
@@ -40,40 +36,31 @@ def clean(
         ratings: (N,), or None where the log has none.
 
     Raises:
-        BadInput: if a rating is asked for and there are none, or nothing stays.
+        BadInput: if a rating is required and there are none, or nothing stays.
     """
     keep = np.ones(len(users), dtype=bool)
-    done = [_count("as read", keep, users, items)]
-    for name, apply in _steps(ratings, rules):
-        left = np.flatnonzero(keep)
-        keep[left] = apply(users[left], items[left], left)
-        done.append(_count(name, keep, users, items))
-        if not done[-1].interactions:
-            before = done[-2]
-            allowed = f"a rule that leaves something of {before.interactions:,} interactions"
+    steps = [_count("as read", keep, users, items)]
+
+    def step(name: str, stays: Keep) -> None:
+        """Apply a rule's answer, which is about the rows that are left."""
+        keep[keep] = stays
+        steps.append(_count(name, keep, users, items))
+        if not keep.any():
+            allowed = f"a rule that leaves something of {steps[-2].interactions:,} interactions"
             raise BadInput("data.cleaning", name, allowed)
-    return keep, tuple(done)
 
-
-def _steps(
-    ratings: np.ndarray | None, rules: Cleaning
-) -> list[tuple[str, Callable[[np.ndarray, np.ndarray, np.ndarray], Keep]]]:
-    """Names and rules of the steps; a rule gets users, items and rows of what is left."""
-    steps: list[tuple[str, Callable[[np.ndarray, np.ndarray, np.ndarray], Keep]]] = []
-    least, latest = rules.min_rating, rules.latest
-    if least is not None:
+    if (least := rules.min_rating) is not None:
         if ratings is None:
             raise BadInput("data.cleaning.min_rating", least, "a log that has ratings")
-        rated = ratings
-        steps.append((f"rating {least:g} or more", lambda u, i, rows: rated[rows] >= least))
+        step(f"rating {least:g} or more", ratings >= least)
     if rules.repeats != "keep":
         last = rules.repeats == "last"
-        steps.append((f"{rules.repeats} of a repeat", lambda u, i, rows: once(u, i, last=last)))
-    if latest is not None:
-        steps.append((f"latest {latest} of a user", lambda u, i, rows: newest(u, latest)))
+        step(f"{rules.repeats} of a repeat", once(users[keep], items[keep], last=last))
+    if rules.latest is not None:
+        step(f"latest {rules.latest} of a user", newest(users[keep], rules.latest))
     if rules.core > 1:
-        steps.append((f"{rules.core}-core", lambda u, i, rows: k_core(u, i, rules.core)))
-    return steps
+        step(f"{rules.core}-core", k_core(users[keep], items[keep], rules.core))
+    return keep, tuple(steps)
 
 
 def once(users: np.ndarray, items: np.ndarray, *, last: bool = False) -> Keep:
@@ -100,9 +87,9 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> Keep:
     point does not depend on the order in which users and items go.
     """
     rows = np.arange(len(users))
-    while True:
+    while len(rows):
         u, i = users[rows], items[rows]
-        enough = (np.bincount(u)[u] >= k) & (np.bincount(i)[i] >= k) if len(rows) else rows == 0
+        enough = (np.bincount(u)[u] >= k) & (np.bincount(i)[i] >= k)
         if enough.all():
             break
         rows = rows[enough]
@@ -112,8 +99,5 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> Keep:
 
 
 def _count(name: str, keep: Keep, users: np.ndarray, items: np.ndarray) -> Step:
-    return Step(name, int(keep.sum()), _distinct(users[keep]), _distinct(items[keep]))
-
-
-def _distinct(codes: np.ndarray) -> int:
-    return int(np.count_nonzero(np.bincount(codes)))
+    distinct = [int(np.count_nonzero(np.bincount(codes[keep]))) for codes in (users, items)]
+    return Step(name, int(keep.sum()), *distinct)

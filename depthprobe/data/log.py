@@ -1,4 +1,4 @@
-"""A raw log as a reader leaves it: nothing dropped, nothing sorted, ids as they were written."""
+"""A raw log as a reader leaves it, nothing dropped or sorted; ids to numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import numpy as np
 from depthprobe.errors import BadInput
 
 PARTS = ("training", "validation", "test")
+LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
+MOST_IDS = 2**31 - 2  # numbers are int32 and 0 is padding
+_DIGITS = re.compile(r"[0-9]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,25 +60,12 @@ def encode_ids(values: Iterable[object]) -> Ids:
     return Ids(np.array(codes, dtype=np.int32), list(place))
 
 
-# Ids to numbers, in an order that depends on the ids alone.
-
-LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
-MOST_IDS = 2**31 - 2  # numbers are int32 and 0 is padding
-_DIGITS = re.compile(r"[0-9]+")
-
-
 def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
-    """Codes 0.. in the natural order of the stripped ids (``i2`` before ``i10``), and the ids.
-
-    Args:
-        what: ``user`` or ``item``, for the message.
-
-    Returns:
-        int32 (N,) and the ids by code.
+    """Codes 0.. in the natural order of the stripped ids, int32 (N,), and the ids by code.
 
     Raises:
-        BadInput: for ids that are blank, too long, too many, or differ in the blanks around them
-            alone: whether those are one or two is not for us to say.
+        BadInput: for ids of a ``what`` (``user`` or ``item``) that are blank, too long, too many,
+            or differ in the blanks around them alone: nothing tells whether those are one or two.
     """
     field = f"data.{what}"
     if len(ids.names) > MOST_IDS:
@@ -108,16 +98,16 @@ def used_only(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str
 
 
 def natural_order(text: str) -> tuple[str, str]:
-    """A sorting key under which ``i2`` comes before ``i10``; different texts never tie."""
-    if text.isascii() and text.isdecimal():
-        return _sized(text), text
-    return _DIGITS.sub(lambda number: _sized(number.group()), text), text
+    """A sorting key under which ``i2`` comes before ``i10``; different texts never tie.
 
+    A number gets its count of digits in front, so that texts sort by value, of any size.
+    """
 
-def _sized(number: str) -> str:
-    """With its number of digits in front, as text sorts by value; no limit on the value."""
-    digits = number.lstrip("0")
-    return f"{len(digits):06d}{digits}"
+    def sized(match: re.Match[str]) -> str:
+        digits = match.group().lstrip("0")
+        return f"{len(digits):06d}{digits}"
+
+    return _DIGITS.sub(sized, text), text
 
 
 def _natural_sort(names: list[str]) -> np.ndarray:

@@ -58,11 +58,11 @@ def prepare_data(
             if value is not None and value != Columns():
                 allowed = "none for a prepared folder; prepare the log itself again"
                 raise BadInput(f"data.{field}", value, allowed)
-        sequences = _prepared_again(load_data(source), name, cleaning or Cleaning())
+        sequences = _clean_further(load_data(source), name, cleaning or Cleaning())
     else:
         from depthprobe.data.readers.formats import read_log  # pyarrow is slow to import
 
-        log = read_log(source, format=format, items=items, columns=columns or Columns())
+        log = read_log(source, format=format, items=items, columns=columns)
         sequences = order_log(log, name=name, cleaning=cleaning)
     if target is None:
         return sequences
@@ -85,13 +85,6 @@ def read_data(
     )
 
 
-def _prepared_again(sequences: Sequences, name: str | None, rules: Cleaning) -> Sequences:
-    if rules == Cleaning():
-        return replace(sequences, name=name or sequences.name)
-    cleaned = order_log(as_log(sequences), name=name, cleaning=rules)
-    return replace(cleaned, cleaning=(*sequences.cleaning, *cleaned.cleaning[1:]))
-
-
 def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = None) -> Sequences:
     """Sort, clean and number a log; see :func:`prepare_data`."""
     if not len(log):
@@ -99,8 +92,7 @@ def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = 
     users, user_ids = number_ids(log.users, "user")
     items, item_ids = number_ids(log.items, "item")
     # lexsort is stable: what has the same time keeps the order of the input
-    keys = [key for key in (log.times, log.parts, users) if key is not None]
-    order = np.lexsort(keys)
+    order = np.lexsort([key for key in (log.times, log.parts, users) if key is not None])
     users, items = users[order], items[order]
     ratings = None if log.ratings is None else log.ratings[order]
     keep, steps = clean(users, items, ratings, cleaning or Cleaning())
@@ -109,16 +101,22 @@ def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = 
     items, item_ids = used_only(items[keep], item_ids)
     if len(user_ids) < 2:
         raise BadInput("data.source", log.name, "a log with two users or more")
+    items += 1  # 0 is padding
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users))]).astype(np.int64)
-    items += 1
-    precise = None if log.times is None else log.times[order]
-    times = None if precise is None else np.floor(precise).astype(np.int64)
-    given = None if log.parts is None else _given(offsets, users, log.parts[order])
-    titles, untitled = _titles(log.titles, item_ids)
-    tied = None if precise is None else tied_neighbours(offsets, precise)
-    warnings = [*log.notes, *order_warnings(offsets, items, tied, item_ids)]
-    if untitled:
-        warnings.append(f"{untitled:,} of {len(item_ids):,} items have no title")
+    times, tied, given = None, None, None
+    if log.times is not None:
+        tied = tied_neighbours(offsets, log.times[order])
+        times = np.floor(log.times[order]).astype(np.int64)
+    if log.parts is not None:  # where each user's training and validation interactions end, (U, 2)
+        parts = log.parts[order]
+        ends = [np.bincount(users[parts <= part], minlength=len(user_ids)) for part in (0, 1)]
+        given = offsets[:-1, None] + np.stack(ends, axis=1).astype(np.int64)
+    titles, warnings = None, [*log.notes, *order_warnings(offsets, items, tied, item_ids)]
+    if log.titles:
+        stripped = {item.strip(): title for item, title in log.titles.items()}
+        titles = [stripped.get(item, "")[:LONGEST_TITLE] for item in item_ids]
+        if untitled := titles.count(""):
+            warnings.append(f"{untitled:,} of {len(item_ids):,} items have no title")
     table = {"item_id": item_ids} | ({} if titles is None else {"title": titles})
     return Sequences(
         name=name or log.name,
@@ -137,36 +135,25 @@ def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = 
     )
 
 
-def as_log(sequences: Sequences) -> Log:
-    """The interactions of prepared sequences, to be cleaned further."""
-    lengths = np.diff(sequences.offsets)
-    users = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    rows = np.arange(sequences.n_interactions)
-    given, titles = sequences.given, sequences.titles or []
-    names = sequences.item_ids.tolist()
-    return Log(
+def _clean_further(sequences: Sequences, name: str | None, rules: Cleaning) -> Sequences:
+    if rules == Cleaning():
+        return replace(sequences, name=name or sequences.name)
+    users = np.repeat(np.arange(sequences.n_users, dtype=np.int32), np.diff(sequences.offsets))
+    parts, names = None, sequences.item_ids.tolist()
+    if sequences.given is not None:
+        rows = np.arange(sequences.n_interactions)
+        parts = (rows[:, None] >= sequences.given[users]).sum(1).astype(np.int8)
+    log = Log(
         users=Ids(users, sequences.user_ids.tolist()),
         items=Ids(np.asarray(sequences.items) - 1, names),
         times=None if sequences.times is None else np.asarray(sequences.times),
-        parts=None if given is None else (rows[:, None] >= given[users]).sum(1).astype(np.int8),
-        titles={item: title for item, title in zip(names, titles, strict=False) if title},
+        parts=parts,
+        titles={i: title for i, title in zip(names, sequences.titles or [], strict=False) if title},
         name=sequences.name,
         notes=sequences.notes,
     )
-
-
-def _given(offsets: np.ndarray, users: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Where each user's training and validation interactions end, int64 (U, 2)."""
-    counts = [np.bincount(users[parts <= part], minlength=len(offsets) - 1) for part in (0, 1)]
-    return offsets[:-1, None] + np.stack(counts, axis=1).astype(np.int64)
-
-
-def _titles(titles: dict[str, str], item_ids: list[str]) -> tuple[list[str] | None, int]:
-    if not titles:
-        return None, 0
-    stripped = {item.strip(): title for item, title in titles.items()}
-    found = [stripped.get(item, "")[:LONGEST_TITLE] for item in item_ids]
-    return found, sum(not title for title in found)
+    cleaned = order_log(log, name=name, cleaning=rules)
+    return replace(cleaned, cleaning=(*sequences.cleaning, *cleaned.cleaning[1:]))
 
 
 def _fingerprint(*contents: np.ndarray | list[str] | None) -> str:

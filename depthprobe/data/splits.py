@@ -1,15 +1,15 @@
-"""What trains, what validates, what tests: one question a user, and nothing of it in training.
+"""What trains, what validates, what tests: one target a user, and none of it in training.
 
-The leak to avoid: an interaction that is only asked about must not touch training, neither as an
-input nor as a target nor in the baseline's item embeddings. So all training reads go through
-:meth:`Split.train_history`, which ends before the first question of its user.
+The leak to avoid: a held-out interaction must not touch training, neither as an input nor as a
+target nor in the baseline's item embeddings. So all training reads go through
+:meth:`Split.train_history`, which ends before the first held-out interaction of its user.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ Part = Literal["validation", "test"]
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """The questions of one part: which users, and where in ``items`` their targets stand.
+    """The users of one part, and where in ``items`` their targets stand.
 
     ``users`` int64 (E,), ascending. ``targets`` int64 (E,): a user's history is all that stands
     before the target.
@@ -36,10 +36,10 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Who trains on what, and who is asked what.
+    """Who trains on what, and whose next item is held out.
 
     ``train_stop`` int64 (U,): user ``u`` trains on ``items[offsets[u]:train_stop[u]]``.
-    ``statistics`` count who is asked, and the users and targets unknown to training.
+    ``statistics`` count the held-out users, and the users and targets unknown to training.
     """
 
     sequences: Sequences
@@ -52,18 +52,16 @@ class Split:
     @property
     def trained(self) -> np.ndarray:
         """Which interactions train, bool (N,)."""
-        return _trained(self.sequences, self.train_stop)
+        stops = np.repeat(self.train_stop, np.diff(self.sequences.offsets))
+        trained: np.ndarray = np.arange(self.sequences.n_interactions) < stops
+        return trained
 
     def train_history(self, user: int, max_history: int | None = None) -> np.ndarray:
         """The latest ``max_history`` training items of a user, oldest first, int32."""
         return self._span(user, int(self.train_stop[user]), max_history)
 
     def part(self, part: Part) -> HeldOut:
-        """The questions of ``validation`` or ``test``.
-
-        Raises:
-            ValueError: for any other part.
-        """
+        """What is held out for ``validation`` or ``test``; a ValueError for any other part."""
         if part not in ("validation", "test"):
             raise ValueError(f"part is {part!r}, expected one of validation, test")
         return self.validation if part == "validation" else self.test
@@ -73,13 +71,9 @@ class Split:
         return np.asarray(self.sequences.items[self.part(part).targets], dtype=np.int32)
 
     def history(self, part: Part, place: int, max_history: int | None = None) -> np.ndarray:
-        """The latest ``max_history`` items before the target, oldest first, int32.
-
-        Args:
-            place: of the question in its part, 0..E-1.
-        """
-        asked = self.part(part)
-        return self._span(int(asked.users[place]), int(asked.targets[place]), max_history)
+        """The latest ``max_history`` items before the target at ``place`` (0..E-1), int32."""
+        held_out = self.part(part)
+        return self._span(int(held_out.users[place]), int(held_out.targets[place]), max_history)
 
     def _span(self, user: int, stop: int, max_history: int | None) -> np.ndarray:
         start = int(self.sequences.offsets[user])
@@ -94,64 +88,58 @@ def make_split(sequences: Sequences, protocol: Protocol) -> Split:
     """Split as the protocol says.
 
     Raises:
-        BadInput: if nobody can be asked, or the log lacks what the split needs.
+        BadInput: if nobody can be evaluated, or the log lacks what the split needs.
     """
     return SPLITS[protocol.split](sequences, protocol)
 
 
 def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
-    """Each user's last item is the test, the one before validates; below 3, all of them train.
-
-    Raises:
-        BadInput: if nobody has 3 interactions.
-    """
+    """Each user's last item is the test, the one before validates; below 3, all of them train."""
     stops = np.asarray(sequences.offsets[1:])
     evaluated = np.diff(sequences.offsets) >= 3
     if not evaluated.any():
         raise BadInput("data", sequences.name, "at least one user needs 3 interactions or more")
-    short = int((~evaluated).sum())
-    warnings = [f"{short:,} of {len(stops):,} users train only: fewer than 3 interactions"]
+    warnings = []
+    if short := int((~evaluated).sum()):
+        warnings = [f"{short:,} of {len(stops):,} users train only: fewer than 3 interactions"]
     users = np.flatnonzero(evaluated)
-    return _split(
-        sequences,
-        np.where(evaluated, stops - 2, stops),
-        HeldOut(users, stops[users] - 2),
-        HeldOut(users, stops[users] - 1),
-        warnings if short else [],
-    )
+    held_out = [HeldOut(users, stops[users] - back) for back in (2, 1)]
+    return _split(sequences, np.where(evaluated, stops - 2, stops), held_out, warnings)
 
 
 def temporal(sequences: Sequences, protocol: Protocol) -> Split:
     """Two points in time for all users: what a system in use would have known at each.
 
-    Training ends where validation begins. A user is asked for the first item at or after a point,
-    given everything before it; users without a history before it are cold and are not asked.
-
-    Raises:
-        BadInput: without times, for points that are no dates or quantiles, or if nobody is asked.
+    Training ends where validation begins. A user's target is the first item at or after a point,
+    given everything before it; users without a history before it are cold and are not evaluated.
     """
     if sequences.times is None:
         raise BadInput("protocol.split", "temporal", "a log with times")
+    points = ",".join(protocol.split_at)
     begins = [_moment(sequences.times, text) for text in protocol.split_at]
     if begins[0] >= begins[1]:
         dates = ", ".join(as_date(begin) for begin in begins)
-        raise _bad_points(protocol, f"validation before test; these begin at {dates}")
+        allowed = f"validation before test; these begin at {dates}"
+        raise BadInput("protocol.split_at", points, allowed)
     first = [_first_from(sequences, begin) for begin in begins]
     starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
-    asked, cold = [], []
-    for place, before in zip(first, (first[1], stops), strict=True):
-        active = place < before
+    held_out, cold = [], []
+    for place, end in zip(first, (first[1], stops), strict=True):
+        active = place < end
         users = np.flatnonzero(active & (place > starts))
-        asked.append(HeldOut(users, place[users]))
+        held_out.append(HeldOut(users, place[users]))
         cold.append(int((active & (place == starts)).sum()))
-    if not (len(asked[0].users) and len(asked[1].users)):
-        raise _bad_points(protocol, "points between which, and after which, known users go on")
+    if not (len(held_out[0].users) and len(held_out[1].users)):
+        allowed = "points between which, and after which, known users go on"
+        raise BadInput("protocol.split_at", points, allowed)
+    warnings = []
+    if cold[1]:
+        warnings = [f"{cold[1]:,} users begin after the test does: cold, not evaluated"]
     return _split(
         sequences,
         first[0],
-        asked[0],
-        asked[1],
-        [f"{cold[1]:,} users begin after the test does: cold, not asked"] if cold[1] else [],
+        held_out,
+        warnings,
         validation_begins=as_date(begins[0]),
         test_begins=as_date(begins[1]),
         cold_validation_users=cold[0],
@@ -160,39 +148,38 @@ def temporal(sequences: Sequences, protocol: Protocol) -> Split:
 
 
 def given(sequences: Sequences, _: Protocol | None = None) -> Split:
-    """As the log came: a user is asked for the first validation and the first test interaction.
-
-    Raises:
-        BadInput: if the log did not come split, or a part asks nobody.
-    """
-    bounds = sequences.given
-    if bounds is None:
+    """As the log came: a user's targets are the first validation and the first test interaction."""
+    if sequences.given is None:
         allowed = "a log of training, validation and test files"
         raise BadInput("protocol.split", "given", allowed)
     starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
-    ends = [np.asarray(bounds[:, 0]), np.asarray(bounds[:, 1]), stops]
-    asked = []
-    for before, end, what in zip(ends, ends[1:], ("validation", "test"), strict=False):
-        users = np.flatnonzero((end > before) & (before > starts))
+    train_stop, valid_stop = (np.asarray(sequences.given[:, part]) for part in (0, 1))
+    held_out = []
+    for begin, end, what in (
+        (train_stop, valid_stop, "validation"),
+        (valid_stop, stops, "test"),
+    ):
+        users = np.flatnonzero((end > begin) & (begin > starts))
         if not len(users):
-            raise BadInput(
-                "data.source", sequences.name, f"a user with a history and a {what} item"
-            )
-        asked.append(HeldOut(users, before[users]))
-    tested = ends[2] - ends[1]
+            allowed = f"a user with a history and a {what} item"
+            raise BadInput("data.source", sequences.name, allowed)
+        held_out.append(HeldOut(users, begin[users]))
     warnings = []
+    tested = stops - valid_stop
     if (further := int(np.maximum(tested - 1, 0).sum())) > 0:
         warnings.append(
-            f"{further:,} test interactions are not asked: only the first of each user is"
+            f"{further:,} test interactions are not evaluated: only the first of each user is"
         )
-    cold = int(((tested > 0) & (ends[1] == starts)).sum())
+    cold = int(((tested > 0) & (valid_stop == starts)).sum())
     if cold:
-        warnings.append(f"{cold:,} users are in the test file alone: cold, not asked")
+        warnings.append(f"{cold:,} users are in the test file alone: cold, not evaluated")
     if sequences.times is not None:
-        late = _later_than_test(sequences, ends[0], asked[1])
+        trains = train_stop[held_out[1].users] > starts[held_out[1].users]
+        users, targets = held_out[1].users[trains], held_out[1].targets[trains]
+        late = int((sequences.times[train_stop[users] - 1] > sequences.times[targets]).sum())
         if late:
             warnings.append(f"{late:,} users train on interactions later than their test")
-    return _split(sequences, ends[0], asked[0], asked[1], warnings, cold_test_users=cold)
+    return _split(sequences, train_stop, held_out, warnings, cold_test_users=cold)
 
 
 SPLITS: dict[str, Callable[[Sequences, Protocol], Split]] = {
@@ -205,26 +192,25 @@ SPLITS: dict[str, Callable[[Sequences, Protocol], Split]] = {
 def _split(
     sequences: Sequences,
     train_stop: np.ndarray,
-    validation: HeldOut,
-    test: HeldOut,
+    held_out: list[HeldOut],
     warnings: list[str],
     **more: int | str,
 ) -> Split:
-    """A split with what every kind counts: the questions, and the targets unknown to training."""
+    """A split with what every kind counts: users, and targets unknown to training.
+
+    ``held_out`` is the validation and the test.
+    """
+    validation, test = held_out
     lengths = train_stop - np.asarray(sequences.offsets[:-1])
-    known = np.zeros(sequences.n_items + 1, dtype=bool)
-    known[sequences.items[_trained(sequences, train_stop)]] = True
     if not (lengths > 1).any():
         raise BadInput("data", sequences.name, "a split that leaves some user two training items")
-    cold_targets = int((~known[sequences.items[test.targets]]).sum())
-    if cold_targets:
-        share = cold_targets / len(test.users)
-        warnings = [
-            *warnings,
-            f"{cold_targets:,} of {len(test.users):,} test targets ({100 * share:.2g} %) are items "
-            "that no training interaction holds: they stay in every score",
-        ]
-    statistics: dict[str, float | int | str] = {
+    statistics: dict[str, float | int | str] = {}
+    train_stop = np.asarray(train_stop, dtype=np.int64)
+    split = Split(sequences, train_stop, validation, test, statistics, ())
+    known = np.zeros(sequences.n_items + 1, dtype=bool)
+    known[sequences.items[split.trained]] = True
+    cold_targets = int((~known[split.targets("test")]).sum())
+    statistics |= {
         "training_interactions": int(lengths.sum()),
         "training_items": int(known.sum()),
         "validation_users": len(validation.users),
@@ -232,20 +218,14 @@ def _split(
         "cold_test_targets": cold_targets,
         **more,
     }
-    return Split(
-        sequences=sequences,
-        train_stop=np.asarray(train_stop, dtype=np.int64),
-        validation=validation,
-        test=test,
-        statistics=statistics,
-        warnings=tuple(warnings),
-    )
-
-
-def _trained(sequences: Sequences, train_stop: np.ndarray) -> np.ndarray:
-    stops = np.repeat(train_stop, np.diff(sequences.offsets))
-    trained: np.ndarray = np.arange(sequences.n_interactions) < stops
-    return trained
+    if cold_targets:
+        share = cold_targets / len(test.users)
+        warnings = [
+            *warnings,
+            f"{cold_targets:,} of {len(test.users):,} test targets ({100 * share:.2g} %) are items "
+            "that no training interaction holds: they stay in every score",
+        ]
+    return replace(split, warnings=tuple(warnings))
 
 
 def _moment(times: np.ndarray, text: str) -> float:
@@ -270,15 +250,3 @@ def _first_from(sequences: Sequences, moment: float) -> np.ndarray:
     offsets = np.asarray(sequences.offsets)
     first: np.ndarray = offsets[1:] - (late[offsets[1:]] - late[offsets[:-1]])
     return first
-
-
-def _later_than_test(sequences: Sequences, train_stop: np.ndarray, test: HeldOut) -> int:
-    """How many tested users have a last training interaction that is later than their target."""
-    users = test.users[train_stop[test.users] > sequences.offsets[test.users]]
-    targets = test.targets[train_stop[test.users] > sequences.offsets[test.users]]
-    times = np.asarray(sequences.times)
-    return int((times[train_stop[users] - 1] > times[targets]).sum())
-
-
-def _bad_points(protocol: Protocol, allowed: str) -> BadInput:
-    return BadInput("protocol.split_at", ",".join(protocol.split_at), allowed)

@@ -1,4 +1,4 @@
-"""The shape of a log: how long histories are, and how much of it its most popular items take."""
+"""What a log looks like, and why the order of its sequences may not be the order of time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import numpy as np
 from depthprobe.data.storage import Sequences
 
 TOP = (1, 5, 10, 25, 50)  # per cent of the items
+NO_TIMES = "no times: order is the file's"
+MANY_TIES = 0.05  # above this share of equal neighbours, times are too coarse to order a sequence
+SORTED = 0.9  # a share of rising steps that no order in time reaches: half of them rise by chance
+FEWEST_STEPS = 20  # fewer tell nothing
+LEVELS = {
+    "min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0,
+}  # fmt: skip
 
 
 def popularity(sequences: Sequences) -> np.ndarray:
@@ -34,26 +41,9 @@ def top_shares(popularity: np.ndarray) -> list[tuple[int, int, float]]:
 
     Per cent of the items are rounded up to whole ones.
     """
-    taken = np.cumsum(np.sort(popularity)[::-1])
+    total = np.cumsum(np.sort(popularity)[::-1])
     counts = [-(-percent * len(popularity) // 100) for percent in TOP]
-    return [(p, n, float(taken[n - 1] / taken[-1])) for p, n in zip(TOP, counts, strict=True)]
-
-
-# What a log looks like, and what in it a reader of its results should know.
-
-NO_TIMES = "no times: order is the file's"
-MANY_TIES = 0.05  # above this share of equal neighbours, times are too coarse to order a sequence
-SORTED = 0.9  # a share of rising steps that no order in time reaches: half of them rise by chance
-FEWEST_STEPS = 20  # fewer tell nothing
-LEVELS = {
-    "min": 0.0,
-    "5 %": 0.05,
-    "25 %": 0.25,
-    "median": 0.5,
-    "75 %": 0.75,
-    "95 %": 0.95,
-    "max": 1.0,
-}
+    return [(p, n, float(total[n - 1] / total[-1])) for p, n in zip(TOP, counts, strict=True)]
 
 
 def statistics(
@@ -71,7 +61,7 @@ def statistics(
     lengths = np.diff(offsets)
     pairs = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths) * (n_items + 1) + items
     pairs.sort()
-    found: dict[str, float | int | str] = {
+    values: dict[str, float | int | str] = {
         "users": len(lengths),
         "items": n_items,
         "interactions": len(items),
@@ -82,12 +72,12 @@ def statistics(
         "repeats": int((np.diff(pairs) == 0).sum()) / len(items),
     }
     if times is not None and tied is not None:
-        found |= {
+        values |= {
             "shared_times": _share(tied),
             "first": as_date(times.min()),
             "last": as_date(times.max()),
         }
-    return found
+    return values
 
 
 def quantiles(counts: np.ndarray) -> dict[str, float]:
@@ -106,39 +96,38 @@ def order_warnings(
         tied: of :func:`tied_neighbours`; None for a log without times.
         ids: raw ids, I of them.
     """
-    unordered = _inside(offsets)
-    found = [NO_TIMES]
+    rows = _rows_before_another(offsets)
+    warnings = [NO_TIMES]
     if tied is not None:
         share = _share(tied)
         if share <= MANY_TIES:
             return []
-        unordered = unordered[tied]
-        found = [
+        rows = rows[tied]  # the others are ordered by time
+        warnings = [
             f"{share:.0%} of neighbours in a sequence have the same time (as day-level times do): "
             "their order is the file's"
         ]
     by_text = np.empty(len(ids) + 1, dtype=np.int64)
     by_text[np.argsort(ids, kind="stable") + 1] = np.arange(len(ids))
     for places, what in ((items, "by item id"), (by_text[items], "by the text of the item ids")):
-        steps = places[unordered + 1].astype(np.int64) - places[unordered]
+        steps = places[rows + 1].astype(np.int64) - places[rows]
         steps = steps[steps != 0]
         rising = float((steps > 0).mean()) if len(steps) >= FEWEST_STEPS else 0.5
         if not 1 - SORTED < rising < SORTED:
-            return [
-                *found,
+            warnings.append(
                 f"sequences look sorted {what}: {max(rising, 1 - rising):.0%} of their steps go "
-                "one way, so the last item is no later than the others",
-            ]
-    return found
+                "one way, so the last item is no later than the others"
+            )
+            break
+    return warnings
 
 
 def tied_neighbours(offsets: np.ndarray, times: np.ndarray) -> np.ndarray:
     """For each row whose next one is of the same user, whether both have the same time; bool.
 
-    Args:
-        times: as precise as they were read.
+    ``times`` are as precise as they were read.
     """
-    rows = _inside(offsets)
+    rows = _rows_before_another(offsets)
     tied: np.ndarray = times[rows + 1] == times[rows]
     return tied
 
@@ -156,7 +145,7 @@ def _share(flags: np.ndarray) -> float:
     return float(flags.mean()) if len(flags) else 0.0
 
 
-def _inside(offsets: np.ndarray) -> np.ndarray:
+def _rows_before_another(offsets: np.ndarray) -> np.ndarray:
     """Rows whose next row is of the same user, ascending."""
     last = np.zeros(int(offsets[-1]), dtype=bool)
     last[offsets[1:] - 1] = True

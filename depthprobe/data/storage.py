@@ -99,44 +99,31 @@ def load_data(path: str | Path) -> Sequences:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["schema"] != SCHEMA:
             raise BadInput("data.source", folder, f"schema {SCHEMA}: prepare the log again")
-        n_users, n_items = int(manifest["users"]), int(manifest["items"])
+        users, items, rows = (int(manifest[what]) for what in ("users", "items", "interactions"))
         sequences = Sequences(
             name=manifest["name"],
-            offsets=_map(folder / "offsets.npy", np.int64, 1),
-            items=_map(folder / "items.npy", np.int32, 1),
-            times=_map(folder / "times.npy", np.int64, 1) if manifest["times"] else None,
-            given=_map(folder / "given.npy", np.int64, 2) if manifest["given"] else None,
-            n_items=n_items,
-            read_items=lambda: _read_table(folder / "items.parquet", n_items),
-            read_users=lambda: _read_table(folder / "users.parquet", n_users),
+            offsets=_map(folder / "offsets.npy", np.int64, users + 1),
+            items=_map(folder / "items.npy", np.int32, rows),
+            times=_map(folder / "times.npy", np.int64, rows) if manifest["times"] else None,
+            given=_map(folder / "given.npy", np.int64, users, 2) if manifest["given"] else None,
+            n_items=items,
+            read_items=lambda: _read_table(folder / "items.parquet", items),
+            read_users=lambda: _read_table(folder / "users.parquet", users),
             notes=tuple(manifest["notes"]),
             warnings=tuple(manifest["warnings"]),
             statistics=manifest["statistics"],
             cleaning=tuple(Step(**step) for step in manifest["cleaning"]),
             fingerprint=manifest["fingerprint"],
         )
-        there = all((folder / name).is_file() for name in ("items.parquet", "users.parquet"))
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
-    if not there:
+    if not all((folder / name).is_file() for name in ("items.parquet", "users.parquet")):
         raise _damaged(folder, "the items or the users are missing")
-    n_interactions = sequences.n_interactions
-    offsets, times, given = sequences.offsets, sequences.times, sequences.given
-    if (
-        len(offsets) != n_users + 1
-        or (offsets[0], offsets[-1]) != (0, n_interactions)
-        or (times is not None and len(times) != n_interactions)
-        or (given is not None and given.shape != (n_users, 2))
-        or manifest["interactions"] != n_interactions
-    ):
+    if (sequences.offsets[0], sequences.offsets[-1]) != (0, rows):
         raise _damaged(folder, "the sizes disagree")
     return sequences
-
-
-def _damaged(folder: Path, why: object) -> BadInput:
-    return BadInput("data.source", folder, f"a complete prepared folder ({str(why)[:80]})")
 
 
 def check_output(output: Path) -> None:
@@ -149,17 +136,11 @@ def check_output(output: Path) -> None:
 
 
 def write_data(sequences: Sequences, output: Path) -> None:
-    """Write beside ``output``, then rename: a reader never sees half a folder.
+    """Write a prepared folder, complete or not at all.
 
     Raises:
         BadInput: if the folder can't be written, for want of room or of permission.
     """
-    arrays = {
-        "offsets": sequences.offsets,
-        "items": sequences.items,
-        "times": sequences.times,
-        "given": sequences.given,
-    }
     columns: Table = {"item_id": sequences.item_ids.tolist()}
     if sequences.titles is not None:
         columns["title"] = sequences.titles
@@ -180,8 +161,8 @@ def write_data(sequences: Sequences, output: Path) -> None:
     text = json.dumps(manifest, indent=2, allow_nan=False)
     try:
         with complete_folder(output) as folder:
-            for name, array in arrays.items():
-                if array is not None:
+            for name in ("offsets", "items", "times", "given"):
+                if (array := getattr(sequences, name)) is not None:
                     np.save(folder / f"{name}.npy", array)
             _write_table(folder / "items.parquet", columns)
             _write_table(folder / "users.parquet", {"user_id": sequences.user_ids.tolist()})
@@ -189,6 +170,10 @@ def write_data(sequences: Sequences, output: Path) -> None:
     except OSError as error:
         allowed = f"a folder that can be written, with room for the log ({str(error)[:80]})"
         raise BadInput("output", output, allowed) from error
+
+
+def _damaged(folder: Path, why: object) -> BadInput:
+    return BadInput("data.source", folder, f"a complete prepared folder ({str(why)[:80]})")
 
 
 def _write_table(path: Path, columns: Table) -> None:
@@ -210,8 +195,8 @@ def _read_table(path: Path, rows: int) -> Table:
     return {name: table[name].to_pylist() for name in table.column_names}
 
 
-def _map(path: Path, dtype: type[np.generic], dimensions: int) -> np.ndarray:
+def _map(path: Path, dtype: type[np.generic], *shape: int) -> np.ndarray:
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.dtype != dtype or array.ndim != dimensions:
-        raise ValueError(f"{path.name} holds {array.dtype} {array.shape}")
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, expected {shape}")
     return array

@@ -38,7 +38,7 @@ def test_leave_one_out_by_hand(split: Split) -> None:
     assert split.targets("test").dtype == np.int32
     assert [split.train_history(u, 9).tolist() for u in range(5)] == [
         [1, 2, 3],
-        [2, 1],  # too short to be asked: all of it trains
+        [2, 1],  # too short to be evaluated: all of it trains
         [3],
         [5],
         [1, 1],
@@ -114,14 +114,14 @@ def test_temporal_by_hand() -> None:
         "cold_validation_users": 1,
         "cold_test_users": 1,
     }
-    assert split.warnings[0] == "1 users begin after the test does: cold, not asked"
+    assert split.warnings[0] == "1 users begin after the test does: cold, not evaluated"
     quantiles = make_split(timed(TIMED), Protocol(split="temporal", split_at=("0.36", "0.64")))
     assert quantiles.statistics["test_begins"] == "1970-01-21"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_temporal_asks_what_a_loop_asks(data: st.DataObject) -> None:
+def test_temporal_targets_are_those_of_a_loop(data: st.DataObject) -> None:
     rows = [
         (data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)), sorted(times))
         for times in data.draw(
@@ -138,7 +138,7 @@ def test_temporal_asks_what_a_loop_asks(data: st.DataObject) -> None:
     except BadInput:
         return
     ids = sequences.item_ids.astype(int)
-    asked: dict[Part, list[tuple[int, list[int], int]]] = {"validation": [], "test": []}
+    held_out: dict[Part, list[tuple[int, list[int], int]]] = {"validation": [], "test": []}
     bounds: list[tuple[Part, int, int]] = [("validation", first, second), ("test", second, 99)]
     for user, (items, times) in enumerate(rows):
         known = [item for item, time in zip(items, times, strict=True) if time < first]
@@ -147,8 +147,8 @@ def test_temporal_asks_what_a_loop_asks(data: st.DataObject) -> None:
             before = [item for item, time in zip(items, times, strict=True) if time < begin]
             after = [i for i, t in zip(items, times, strict=True) if begin <= t < end]
             if before and after:
-                asked[part].append((user, before, after[0]))
-    for part, expected in asked.items():
+                held_out[part].append((user, before, after[0]))
+    for part, expected in held_out.items():
         found = [
             (int(user), ids[split.history(part, q) - 1].tolist(), int(ids[target - 1]))
             for q, (user, target) in enumerate(
@@ -171,10 +171,10 @@ def test_given_keeps_the_parts_apart() -> None:
     assert split.test.users.tolist() == [0, 1, 2]
     assert split.targets("test").tolist() == [4, 4, 1]
     assert split.history("test", 0).tolist() == [2, 1, 3]
-    said = " | ".join(split.warnings)
-    assert "2 test interactions are not asked" in said
-    assert "1 users are in the test file alone" in said
-    assert "1 users train on interactions later than their test" in said
+    warnings = " | ".join(split.warnings)
+    assert "2 test interactions are not evaluated" in warnings
+    assert "1 users are in the test file alone" in warnings
+    assert "1 users train on interactions later than their test" in warnings
 
 
 PROTOCOLS = [
@@ -185,7 +185,7 @@ PROTOCOLS = [
 
 
 def marked(protocol: Protocol) -> Split:
-    """A log in which every asked interaction is a marker item that nobody has anywhere else."""
+    """A log in which every held-out interaction is a marker item that nobody has anywhere else."""
     draw = np.random.default_rng(0)
     n_users, length = 60, 8
     times = np.tile(np.arange(length), n_users) * DAY
@@ -201,7 +201,7 @@ def marked(protocol: Protocol) -> Split:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.split)
-def test_no_asked_interaction_reaches_training(protocol: Protocol) -> None:
+def test_no_held_out_interaction_reaches_training(protocol: Protocol) -> None:
     split = marked(protocol)
     ids = split.sequences.item_ids.astype(int)
     trained = [ids[split.train_history(user) - 1] for user in range(60)]
@@ -214,7 +214,7 @@ def test_no_asked_interaction_reaches_training(protocol: Protocol) -> None:
         assert 5000 not in ids[split.history("test", q) - 1]
 
 
-def test_bad_questions(split: Split) -> None:
+def test_bad_arguments(split: Split) -> None:
     with pytest.raises(ValueError, match="expected one of validation, test"):
         split.targets("train")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_history is -1"):
@@ -224,7 +224,7 @@ def test_bad_questions(split: Split) -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "said"),
+    ("points", "fault"),
     [
         (("0.9", "0.8"), "validation before test"),
         (("0.5", "0.5"), "validation before test"),
@@ -234,8 +234,8 @@ def test_bad_questions(split: Split) -> None:
         (("1960-01-01", "1970-01-15"), "known users go on"),
     ],
 )
-def test_bad_points(points: tuple[str, str], said: str) -> None:
-    with pytest.raises(BadInput, match=said) as caught:
+def test_bad_points(points: tuple[str, str], fault: str) -> None:
+    with pytest.raises(BadInput, match=fault) as caught:
         make_split(timed(TIMED), Protocol(split="temporal", split_at=points))
     assert caught.value.field == "protocol.split_at"
 

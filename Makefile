@@ -1,4 +1,4 @@
-# make demo | test | lint | notebooks | docs | clean. Needs Python 3.11 or newer and the package index, nothing else.
+# make demo | test | test-all | lint | notebooks | docs | clean. Needs Python 3.11 or newer and the package index, nothing else.
 SHELL := /bin/sh
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -12,11 +12,12 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	>/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint notebooks docs page-check clean
+.PHONY: help demo test test-all lint notebooks docs page-check clean
 
 help:
 	@echo "make demo   install and run the embedded study; prints the path of its report"
-	@echo "make test   install and run the tests (ARGS='-k name' selects)"
+	@echo "make test   install and run the tests, without the slow ones (ARGS='-k name' selects)"
+	@echo "make test-all   all tests: every family, every notebook, long runs"
 	@echo "make lint   ruff, mypy --strict, the direction of imports"
 	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make docs   the documentation as a site, in build/docs"
@@ -27,7 +28,10 @@ demo: $(VENV)/.runtime
 	$(BIN)/depthprobe sweep $(ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

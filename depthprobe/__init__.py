@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from depthprobe.data.storage import load_data
     from depthprobe.evaluation.metrics import metrics_from_ranks
     from depthprobe.evaluation.ranks import rank_targets
+    from depthprobe.methods import Method, register
     from depthprobe.models.backbones import load_backbone
     from depthprobe.models.blocks import find_blocks
     from depthprobe.models.cutting import keep_blocks
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Method",
     "build_report",
     "figures",
     "find_blocks",
@@ -36,11 +38,13 @@ __all__ = [
     "open_run",
     "prepare_data",
     "rank_targets",
+    "register",
     "run_sweep",
     "skip_blocks",
 ]
 
 _HOME = {
+    "Method": "methods",
     "build_report": "report.page",
     "figures": "report.figures",
     "find_blocks": "models.blocks",
@@ -53,6 +57,7 @@ _HOME = {
     "open_run": "runs.store",
     "prepare_data": "data.prepared",
     "rank_targets": "evaluation.ranks",
+    "register": "methods",
     "run_sweep": "runs.sweep",
     "skip_blocks": "models.skipping",
 }

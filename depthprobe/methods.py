@@ -150,78 +150,6 @@ class Work:
     steps: Mapping[int | str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """All that is known of a method.
-
-    Attributes:
-        name: as studies and the command line write it.
-        label: as figures and tables write it.
-        summary: one phrase for help, glossary and docs.
-        role: ``baseline`` (no backbone), ``teacher``, ``probe`` (trains no block), ``trained``
-            (a shallower model), ``control`` (trained too, but no answer).
-        run: what runs a task: ``"module:function"`` below ``depthprobe``, or a callable. It takes
-            the context and the task, and yields a ``Result`` a trial, or ``Scores``.
-        trials: the trials of each task, from a :class:`Request`.
-        work: what a task takes, for the estimate.
-        needs: methods whose trial of the same seed must be done before.
-        table: it leaves a table of scores in place of trials.
-        by_block: its trials are told apart by the blocks they remove, not by their depth.
-        candidate: it may be the answer: a sufficient depth.
-        exportable: its model can be written: its ``own`` weights, or the ``teacher``'s, cut.
-        settings: the table of the study that it reads beside ``recipe``.
-        select: its own selection of blocks, where the name says which.
-        selectable: it takes a selection after a colon.
-        fresh: its blocks begin without their pretraining.
-        default: it is part of a study that names no methods.
-        colour: in figures; at least 3:1 on white, told apart by colour-blind readers.
-        marker: matplotlib's.
-        line: matplotlib's.
-        reference: where it comes from.
-    """
-
-    name: str
-    label: str
-    summary: str
-    role: Role
-    run: str | Callable[..., Any]
-    trials: Callable[[Request], Groups]
-    work: Callable[[Task, Sizes, Study], Work]
-    needs: tuple[str, ...] = ()
-    table: bool = False
-    by_block: bool = False
-    candidate: bool = False
-    exportable: Literal["own", "teacher"] | None = None
-    settings: str = ""
-    select: str = "prefix"
-    selectable: bool = False
-    fresh: bool = False
-    default: bool = False
-    colour: str = "#5b636d"
-    marker: str = "h"
-    line: str = "-."
-    reference: str = ""
-
-    @property
-    def trains(self) -> bool:
-        """Whether it trains a model with blocks of the backbone."""
-        return self.role in ("teacher", "trained", "control")
-
-    @property
-    def takes_variants(self) -> bool:
-        """Whether a name may follow it after a colon."""
-        return self.role in ("trained", "control")
-
-    def runner(self) -> Callable[..., Any]:
-        """What runs a task, imported now."""
-        if callable(self.run):
-            return self.run
-        module, _, name = self.run.partition(":")
-        place = module if module.startswith("depthprobe.") else f"depthprobe.{module}"
-        runner: Callable[..., Any] = getattr(importlib.import_module(place), name)
-        return runner
-
-
 # --- which trials a method has ---------------------------------------------------------------
 
 
@@ -426,6 +354,101 @@ def validation_passes(passes: int, most: int | None = None) -> Callable[[Task, S
         return Work({task.blocks: passes * users})
 
     return work
+
+
+# --- defaults of a method that is registered without them ------------------------------------
+
+
+def usual_trials(request: Request) -> Groups:
+    """A trial a depth for what trains, one of full depth for what probes."""
+    return selected(request) if method_of(request.name).trains else full_depth(request)
+
+
+def usual_work(task: Task, sizes: Sizes, study: Study) -> Work:
+    """A training, or a walk over the blocks that the trials keep."""
+    return (trains if method_of(task.method).trains else walks)(task, sizes, study)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """All that is known of a method.
+
+    Attributes:
+        name: as studies and the command line write it.
+        label: as figures and tables write it; the name by default.
+        summary: one phrase for help, glossary and docs; by default the first line of what runs it.
+        role: ``baseline`` (no backbone), ``teacher``, ``probe`` (trains no block), ``trained``
+            (a shallower model), ``control`` (trained too, but no answer).
+        run: what runs a task: ``"module:function"`` below ``depthprobe``, or a callable. It takes
+            the context and the task, and yields a ``Result`` a trial, or ``Scores``.
+        trials: the trials of each task, from a :class:`Request`.
+        work: what a task takes, for the estimate.
+        needs: methods whose trial of the same seed must be done before.
+        table: it leaves a table of scores in place of trials.
+        by_block: its trials are told apart by the blocks they remove, not by their depth.
+        candidate: it may be the answer: a sufficient depth.
+        exportable: its model can be written: its ``own`` weights, or the ``teacher``'s, cut.
+        settings: the table of the study that it reads beside ``recipe``.
+        select: its own selection of blocks, where the name says which.
+        selectable: it takes a selection after a colon.
+        fresh: its blocks begin without their pretraining.
+        default: it is part of a study that names no methods.
+        colour: in figures; at least 3:1 on white, told apart by colour-blind readers.
+        marker: matplotlib's.
+        line: matplotlib's.
+        reference: where it comes from.
+    """
+
+    name: str
+    role: Role
+    run: str | Callable[..., Any]
+    label: str = ""
+    summary: str = ""
+    trials: Callable[[Request], Groups] = usual_trials
+    work: Callable[[Task, Sizes, Study], Work] = usual_work
+    needs: tuple[str, ...] = ()
+    table: bool = False
+    by_block: bool = False
+    candidate: bool = False
+    exportable: Literal["own", "teacher"] | None = None
+    settings: str = ""
+    select: str = "prefix"
+    selectable: bool = False
+    fresh: bool = False
+    default: bool = False
+    colour: str = "#5b636d"
+    marker: str = "h"
+    line: str = "-."
+    reference: str = ""
+
+    def __post_init__(self) -> None:
+        """Fill in the texts that are left out."""
+        about = "" if isinstance(self.run, str) else self.run.__doc__ or ""
+        for field_name, value in (
+            ("label", self.name),
+            ("summary", about.partition("\n")[0].rstrip(".")),
+        ):
+            if not getattr(self, field_name):
+                object.__setattr__(self, field_name, value)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains a model with blocks of the backbone."""
+        return self.role in ("teacher", "trained", "control")
+
+    @property
+    def takes_variants(self) -> bool:
+        """Whether a name may follow it after a colon."""
+        return self.role in ("trained", "control")
+
+    def runner(self) -> Callable[..., Any]:
+        """What runs a task, imported now."""
+        if callable(self.run):
+            return self.run
+        module, _, name = self.run.partition(":")
+        place = module if module.startswith("depthprobe.") else f"depthprobe.{module}"
+        runner: Callable[..., Any] = getattr(importlib.import_module(place), name)
+        return runner
 
 
 # --- the table -------------------------------------------------------------------------------

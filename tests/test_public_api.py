@@ -24,6 +24,8 @@ NAMES = {
     "rank_targets",
     "metrics_from_ranks",
     "load_recommender",
+    "Method",
+    "register",
 }
 
 

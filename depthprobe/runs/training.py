@@ -211,14 +211,14 @@ def fine_tune(context: Context, task: Task) -> Iterator[Result]:
     trial = _with_blocks(context, task.trials[0])
     chosen = settings_of(context.study, trial.method).needs_teacher
     taught = _seconds_of_teacher(context, trial) if chosen else 0.0
-    yield replace(_train(context, trial, context.new_recommender(trial)), taught=taught)
+    yield replace(train_recommender(context, trial, context.new_recommender(trial)), taught=taught)
 
 
 def heal(context: Context, task: Task) -> Iterator[Result]:
     """Cut out of the trained teacher, then fine-tuned for a share of its epochs."""
     trial = _with_blocks(context, task.trials[0])
     taught = _seconds_of_teacher(context, trial)
-    yield replace(_train(context, trial, _cut_teacher(context, trial)), taught=taught)
+    yield replace(train_recommender(context, trial, _cut_teacher(context, trial)), taught=taught)
 
 
 def distill(context: Context, task: Task) -> Iterator[Result]:
@@ -238,7 +238,9 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
     taught = seconds
     if teacher is not None or from_teacher or settings.select in TEACHER_SELECTIONS:
         taught += _seconds_of_teacher(context, trial)
-    yield replace(_train(context, trial, student, distiller.to(context.device)), taught=taught)
+    yield replace(
+        train_recommender(context, trial, student, distiller.to(context.device)), taught=taught
+    )
 
 
 def elastic(context: Context, task: Task) -> Iterator[Result]:
@@ -291,10 +293,10 @@ def _seconds_of_teacher(context: Context, trial: Trial) -> float:
     return record.training.seconds if record and record.training else 0.0
 
 
-def _train(
+def train_recommender(
     context: Context, trial: Trial, model: Recommender, objective: nn.Module | None = None
 ) -> Result:
-    """Train a recommender on the next item, or on an objective that holds it."""
+    """Train a recommender on the next item, or on an objective that holds it; rank the test users."""
     encoder, recipe = _SharedPrompt(model), budgeted(context, trial, model)
     done = _fit(
         context,

@@ -296,7 +296,7 @@ def _seconds_of_teacher(context: Context, trial: Trial) -> float:
 def train_recommender(
     context: Context, trial: Trial, model: Recommender, objective: nn.Module | None = None
 ) -> Result:
-    """Train a recommender on the next item, or on an objective that holds it; rank the test users."""
+    """Train a recommender on the next item, or on an objective that holds it; then rank."""
     encoder, recipe = _SharedPrompt(model), budgeted(context, trial, model)
     done = _fit(
         context,

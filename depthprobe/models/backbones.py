@@ -48,15 +48,9 @@ EMBEDDED = "embedded"
 ALLOWED = f'"{EMBEDDED}", a folder with config.json and safetensors weights, or a hub model id'
 # what the libraries raise for a source that can't be used; a missing package is an ImportError
 FAILURES = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
     SafetensorError,
-)
+)  # fmt: skip
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HASH = "sha256:"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -73,11 +67,7 @@ _auto: Any = AutoModelForCausalLM  # untyped in transformers
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda`` or ``mps`` names here.
-
-    Raises:
-        BadInput: if this machine doesn't have it.
-    """
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``mps`` names here."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in has if has[kind])
@@ -122,14 +112,7 @@ def offline(source: Source) -> bool:
 def resolve_revision(source: Source, revision: str | None = None) -> str | None:
     """The commit that a branch or tag of a hub id points to now; None for what is not on the hub.
 
-    Without a network it is the commit in the local cache.
-
-    Args:
-        source: as for :func:`load_backbone`.
-        revision: branch, tag or commit; None is ``main``.
-
-    Raises:
-        BadInput: if there is no such model or revision.
+    Without a network it is the commit in the local cache. No revision is ``main``.
     """
     if str(source) == EMBEDDED or is_folder(source):
         return None
@@ -367,11 +350,7 @@ def _read_weights(
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors weights.
-
-    Raises:
-        BadInput: if there are none, or pickled ones alone.
-    """
+    """Refuse a folder without safetensors weights."""
     if any(folder.glob("*.safetensors")):
         return
     pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLED]
@@ -390,13 +369,7 @@ def backbone_config(
 ) -> PreTrainedConfig:
     """The configuration of a backbone; no weights are read or downloaded.
 
-    Args:
-        path_or_id: as for :func:`load_backbone`; also the path of a ``config.json``.
-        revision: of a hub id.
-        trust_remote_code: run Python code from the hub; only with a ``revision``.
-
-    Raises:
-        BadInput: if there is none.
+    Arguments as for :func:`load_backbone`; the source may be the path of a ``config.json``, too.
     """
     if str(path_or_id) == EMBEDDED:
         return embedded_config()
@@ -442,11 +415,7 @@ def _attentions(config: PreTrainedConfig) -> Iterator[str]:
 def load_tokenizer(
     path_or_id: Source, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone; arguments as for :func:`load_backbone`.
-
-    Raises:
-        BadInput: if there is none.
-    """
+    """The tokenizer of a backbone; arguments as for :func:`load_backbone`."""
     if str(path_or_id) == EMBEDDED:
         return embedded_tokenizer()
     if is_folder(path_or_id):
@@ -482,9 +451,6 @@ def pretrained(
         random_init: as for :func:`load_backbone`.
         plain: with ordinary weights, of the same values where they are quantised.
         weights: as for :func:`load_backbone`.
-
-    Raises:
-        BadInput: as :func:`load_backbone`, and if its blocks can't be found.
     """
     model = load_backbone(
         settings.source,
@@ -502,28 +468,18 @@ def pretrained(
 
 def pretrained_config(settings: Backbone) -> PreTrainedConfig:
     """The configuration of the backbone that a study's settings describe; no weights are read."""
-    return backbone_config(
-        settings.source,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    trust = settings.trust_remote_code
+    return backbone_config(settings.source, revision=settings.revision, trust_remote_code=trust)
 
 
 def pretrained_tokenizer(settings: Backbone) -> PreTrainedTokenizerBase:
     """The tokenizer of the backbone that a study's settings describe."""
-    return load_tokenizer(
-        settings.source,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    trust = settings.trust_remote_code
+    return load_tokenizer(settings.source, revision=settings.revision, trust_remote_code=trust)
 
 
 def backbone_revision(settings: Backbone) -> str:
-    """Which weights exactly: the hub's commit, or ``sha256:`` of configuration and weights.
-
-    Raises:
-        BadInput: if the hub has no such model or revision.
-    """
+    """Which weights exactly: the hub's commit, or ``sha256:`` of configuration and weights."""
     if settings.source != EMBEDDED and not is_folder(settings.source):
         return str(resolve_revision(settings.source, settings.revision))
     digest = hashlib.sha256()
@@ -547,32 +503,19 @@ def pinned(settings: Backbone, recorded: str | None) -> Backbone:
     """The settings with the recorded commit in place of a branch or tag, which may move.
 
     Args:
-        recorded: what :func:`backbone_revision` gave when the run began; None and hashes change
-            nothing.
+        recorded: :func:`backbone_revision` when the run began; None and hashes change nothing.
     """
-    if recorded is None or recorded.startswith(HASH):
-        return settings
-    return replace(settings, revision=recorded)
+    unchanged = recorded is None or recorded.startswith(HASH)
+    return settings if unchanged else replace(settings, revision=recorded)
 
 
 def pinned_now(settings: Backbone) -> Backbone:
-    """The settings with the commit that their branch or tag points to now; a folder has none.
-
-    Raises:
-        BadInput: if the hub has no such model or revision.
-    """
+    """The settings with the commit that their branch or tag points to now; a folder has none."""
     return pinned(settings, resolve_revision(settings.source, settings.revision))
 
 
 def describe(settings: Backbone, revision: str) -> dict[str, Any]:
-    """What a run records of its backbone. Weights are checked to be there, none is read.
-
-    Args:
-        revision: what :func:`backbone_revision` says.
-
-    Raises:
-        BadInput: as :func:`pretrained`.
-    """
+    """What a run records of its backbone. Weights are checked to be there, none is read."""
     model = pretrained(settings, weights=False)
     text_config = model.config.get_text_config(decoder=True)
     return {

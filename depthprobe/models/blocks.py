@@ -20,11 +20,7 @@ def refusal(model: nn.Module, reason: str) -> BadInput:
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside PEFT, ``torch.compile`` and data-parallel wrappers.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The Hugging Face model inside PEFT, ``torch.compile`` and data-parallel wrappers."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         outer = inner
@@ -50,11 +46,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def find_decoder(model: nn.Module) -> PreTrainedModel:
-    """The decoder without its language-model head: embeddings, blocks, final norm.
-
-    Raises:
-        BadInput: as :func:`find_blocks`.
-    """
+    """The decoder without its language-model head: embeddings, blocks, final norm."""
     inner = unwrap(model)
     if inner.base_model is not inner:
         return inner.base_model  # type: ignore[return-value]

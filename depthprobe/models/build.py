@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from depthprobe.models.backbones import pretrained, pretrained_tokenizer
-from depthprobe.models.blocks import find_blocks
+from depthprobe.models.blocks import find_blocks, refusal
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
@@ -47,12 +48,7 @@ def build_recommender(
 
 
 def build_sasrec(settings: SasRecSettings, *, items: int, longest: int) -> SASRec:
-    """SASRec before its training, by torch's present seed.
-
-    Args:
-        items: in the catalogue.
-        longest: history that it reads.
-    """
+    """SASRec before its training, by torch's present seed, for a catalogue of so many items."""
     return SASRec(
         items,
         width=settings.width,
@@ -73,13 +69,10 @@ def around(
 ) -> Recommender:
     """A recommender around a backbone, whose blocks it uses in place; fresh adapters.
 
-    Args:
-        items: item table, (I + 1, d_item).
-        seed: initialises the adapters.
-        train_items: whether the item table is trained too.
+    Arguments as for :func:`build_recommender`.
     """
     place, prompt, suffix = backbone.device, prompt_tokens(settings), suffix_tokens(settings)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # the adapters are drawn from the global generator
     with torch.device(place):  # quantised weights are on the GPU from the start
         model = Recommender(backbone, items.to(place), prompt, suffix=suffix, head=settings.head)
     make_trainable(model, settings)
@@ -139,23 +132,18 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
 
 
 def _mlp_projections(backbone: PreTrainedModel) -> list[str]:
-    """Paths of the linear maps of the blocks outside attention (gate, up and down in Llama).
-
-    Raises:
-        ValueError: if a block has none.
-    """
+    """Paths of the linear maps of the blocks outside attention (gate, up and down in Llama)."""
     blocks = set(map(id, find_blocks(backbone)))
     roots = [name for name, module in backbone.named_modules() if id(module) in blocks]
-    found = []
-    for root in roots:
-        block = backbone.get_submodule(root)
-        for name, module in block.named_modules():
-            is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            if is_linear and "att" not in name.lower():
-                found.append(f"{root}.{name}")
-    if not found:
-        raise ValueError("no linear map outside attention to put LoRA on; use tuning = full")
-    return found
+    paths = [
+        f"{root}.{name}"
+        for root in roots
+        for name, module in backbone.get_submodule(root).named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "att" not in name.lower()
+    ]
+    if not paths:
+        raise refusal(backbone, "no linear map outside attention to put LoRA on; use tuning = full")
+    return paths
 
 
 @torch.no_grad()
@@ -178,19 +166,15 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Read what ``save_trained`` wrote.
-
-    Raises:
-        ValueError: if the file is damaged, or holds other weights than those the model trains.
-    """
+    """Read what ``save_trained`` wrote."""
     try:
         trained = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): delete its trial") from error
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if trained.keys() != wanted.keys():
-        odd = sorted(trained.keys() ^ wanted.keys())
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != weights.keys():
+        odd = sorted(trained.keys() ^ weights.keys())
         raise ValueError(f"{folder / WEIGHTS} does not fit the model: {', '.join(odd[:3])}")
     with torch.no_grad():
-        for name, weight in wanted.items():
+        for name, weight in weights.items():
             weight.copy_(trained[name])

@@ -30,34 +30,19 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 # Configuration fields. One entry a block: sliced.
 PER_BLOCK_LISTS = (
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "no_rope_layers",
-    "indexer_types",
-    "layer_rope_theta",
-    "num_attention_heads_per_layer",
-    "activation_sparsity_pattern",
-    "attention_layers",
-    "attn_layers",
-    "intermediate_size",
-)
+    "layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types",
+    "layer_rope_theta", "num_attention_heads_per_layer", "activation_sparsity_pattern",
+    "attention_layers", "attn_layers", "intermediate_size",
+)  # fmt: skip
 # Indices of blocks: those kept, renumbered.
 BLOCK_INDICES = (
-    "mlp_only_layers",
-    "full_attn_idxs",
-    "attn_layer_indices",
-    "moe_layers",
-    "hybrid_layer_ids",
+    "mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "moe_layers", "hybrid_layer_ids",
     "cross_attention_layers",
-)
+)  # fmt: skip
 # The first n blocks are special: the kept ones among them are again the first.
 LEADING_BLOCKS = (
-    "first_k_dense_replace",
-    "num_dense_layers",
-    "max_window_layers",
-    "moe_layer_start_index",
-)
+    "first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index",
+)  # fmt: skip
 # The last n blocks are special.
 TRAILING_BLOCKS = ("num_kv_shared_layers",)
 # Kinds of blocks in which no position sees another through keys and values.
@@ -112,11 +97,7 @@ def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfi
     """A copy of ``config`` that describes the model with only the ``kept`` blocks.
 
     Per-block lists are sliced and block indices renumbered **by name**: a list that happens to be
-    as long as the model is deep is left alone. ``config`` is not changed, and needs no weights.
-
-    Args:
-        config: of a decoder, or of a model that contains one.
-        kept: increasing original indices, 0-based.
+    as long as the model is deep is left alone.
     """
     new = copy.deepcopy(config)
     text = new.get_text_config(decoder=True)
@@ -302,11 +283,7 @@ class _Changes:
 def _compare_reload(
     inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
 ) -> _Changes:
-    """What must change so that the cut model is what its configuration, once reloaded, describes.
-
-    Raises:
-        BadInput: if a kept block, or another weight, would come back as a different one.
-    """
+    """What must change so that the cut model is what its reloaded configuration describes."""
     before = _skeleton(inner, inner.config, reloaded=False)  # what is in memory
     after = _skeleton(inner, new_config, reloaded=True)
     old_blocks, new_blocks = find_blocks(before), find_blocks(after)

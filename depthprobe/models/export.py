@@ -6,33 +6,51 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import load_backbone, resolve_device
+from depthprobe.models.backbones import FAILURES, load_backbone, resolve_device
 from depthprobe.models.recommender import Recommender, best_columns
 
 PARTS, CARD = "recommender.safetensors", "recommender.json"
-SCHEMA = 1
 BATCH = 256  # users encoded at once
 SCORE_BYTES = 64 * 2**20  # of scores at once, however large the catalogue is; one user's at least
 ITEMS = "items"
 OWN = ("input_adapter.", "output_adapter.", "head.")  # the recommender's parts, by their names
-HEADS = ("dot", "linear")
-# everywhere, and of the same result on the same device; other kernels are the server's choice
-KEPT_ATTENTIONS = ("eager", "sdpa")
+# in every torch, and of the same result on the same device; other kernels are the server's choice
+Attention = Literal["auto", "eager", "sdpa"]
+ATTENTIONS: dict[str, Attention] = {"eager": "eager", "sdpa": "sdpa"}
+
+
+class Card(msgspec.Struct, kw_only=True):
+    """What ``recommender.json`` holds."""
+
+    schema: Literal[1]
+    prompt: list[Annotated[int, msgspec.Meta(ge=0)]]
+    suffix: list[Annotated[int, msgspec.Meta(ge=0)]] = []
+    head: Literal["dot", "linear"] = "dot"
+    max_history: Annotated[int, msgspec.Meta(ge=1)]
+    filter_seen: bool
+    attention: Attention = "auto"
+    item_ids: Annotated[list[str], msgspec.Meta(min_length=1)]
+    titles: list[str] | None
+
+    def __post_init__(self) -> None:
+        if len(set(self.item_ids)) < len(self.item_ids):
+            raise ValueError("an item id twice")
+        if self.titles is not None and len(self.titles) != len(self.item_ids):
+            raise ValueError(f"{len(self.titles)} titles of {len(self.item_ids)} items")
 
 
 class Recommendation(NamedTuple):
@@ -76,21 +94,29 @@ class ExportedRecommender:
             raise BadInput("top", top, f"a whole number from 1 to {len(self.item_ids)}")
         known = [self._numbered(history) for history in histories]
         prompt = self.model.prepare_prompt()
-        found: list[list[Recommendation]] = [[] for _ in known]
+        answers: list[list[Recommendation]] = [[] for _ in known]
+        at_once = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))  # users scored at once
         # users of like length together: less padding is computed
         order = sorted(range(len(known)), key=lambda place: len(known[place]))
         for start in range(0, len(order), BATCH):
-            places = order[start : start + BATCH]
-            vectors = self.model.encode(*self._padded([known[p] for p in places]), prompt)
-            size = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))
-            for first in range(0, len(places), size):
-                part = places[first : first + size]
-                best = self._best(vectors[first : first + size], [known[p] for p in part], top)
-                for place, items, scores in zip(part, *best, strict=True):
-                    found[place] = self._named(items, scores)
-        return found
+            batch = order[start : start + BATCH]
+            vectors = self.model.encode(*self._padded([known[p] for p in batch]), prompt)  # (B, d)
+            for first in range(0, len(batch), at_once):
+                places = batch[first : first + at_once]
+                best = self._best(vectors[first : first + at_once], [known[p] for p in places], top)
+                for place, columns, scores in zip(places, *best, strict=True):
+                    answers[place] = [
+                        Recommendation(self.item_ids[column - 1], self._title(column), score)
+                        for column, score in zip(columns, scores, strict=True)
+                        if score > -torch.inf
+                    ]
+        return answers
+
+    def _title(self, number: int) -> str | None:
+        return (self.titles[number - 1] or None) if self.titles else None
 
     def _numbered(self, history: Sequence[str]) -> np.ndarray:
+        """The rows of a history's items in the item table, int64 (T,)."""
         if not len(history):
             raise BadInput("history", "", "at least one item id a user")
         for raw in history:
@@ -118,16 +144,6 @@ class ExportedRecommender:
         items, values = best_columns(scores, top)  # (B, top)
         return items.tolist(), values.tolist()
 
-    def _named(self, numbers: list[int], scores: list[float]) -> list[Recommendation]:
-        titles = self.titles
-        return [
-            Recommendation(
-                self.item_ids[number - 1], (titles[number - 1] or None) if titles else None, score
-            )
-            for number, score in zip(numbers, scores, strict=True)
-            if score > -torch.inf
-        ]
-
 
 def write_recommender(
     folder: Path,
@@ -149,18 +165,18 @@ def write_recommender(
     backbone.save_pretrained(folder)
     parts = {ITEMS: model.items.weight, **_own_weights(model)}
     save_file({name: p.detach().cpu().contiguous() for name, p in parts.items()}, folder / PARTS)
-    card = {
-        "schema": SCHEMA,
-        "prompt": model.prompt.tolist(),
-        "suffix": model.suffix.tolist(),
-        "head": "dot" if model.head is None else "linear",
-        "max_history": max_history,
-        "filter_seen": filter_seen,
-        "attention": attention if attention in KEPT_ATTENTIONS else "auto",
-        "item_ids": item_ids,
-        "titles": titles,
-    }
-    (folder / CARD).write_text(json.dumps(card, allow_nan=False) + "\n", encoding="utf-8")
+    card = Card(
+        schema=1,
+        prompt=model.prompt.tolist(),
+        suffix=model.suffix.tolist(),
+        head="dot" if model.head is None else "linear",
+        max_history=max_history,
+        filter_seen=filter_seen,
+        attention=ATTENTIONS.get(attention, "auto"),
+        item_ids=item_ids,
+        titles=titles,
+    )
+    (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
 
 
 def load_recommender(
@@ -182,64 +198,32 @@ def load_recommender(
         raise BadInput("recommender", str(folder), f"a folder that export wrote ({CARD} in it)")
     place = resolve_device(device)
     try:
-        card = _read_card(path / CARD)
+        card = msgspec.json.decode((path / CARD).read_bytes(), type=Card)
         parts = load_file(path / PARTS)
         if not all(torch.isfinite(part).all() for part in parts.values()):
             raise ValueError(f"{PARTS} holds numbers that are not finite")
         items = parts.pop(ITEMS)
-        if items.ndim != 2 or len(items) != len(card["item_ids"]) + 1:
-            rows = f"{tuple(items.shape)} for {len(card['item_ids'])} items"
+        if items.ndim != 2 or len(items) != len(card.item_ids) + 1:
+            rows = f"{tuple(items.shape)} for {len(card.item_ids)} items"
             raise ValueError(f"{PARTS}: the item table is {rows}")
         backbone = load_backbone(
-            path, attention=card["attention"], trust_remote_code=trust_remote_code
+            path, attention=card.attention, trust_remote_code=trust_remote_code
         )
-        model = Recommender(
-            backbone, items, card["prompt"], suffix=card["suffix"], head=card["head"]
-        )
+        model = Recommender(backbone, items, card.prompt, suffix=card.suffix, head=card.head)
         _fill(model, parts)
     except BadInput:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (*FAILURES, msgspec.MsgspecError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
-        allowed = f"a whole export (damaged: {reason.partition(chr(10))[0]})"
+        allowed = f"a complete export (damaged: {reason.partition(chr(10))[0]})"
         raise BadInput("recommender", str(folder), allowed) from None
     return ExportedRecommender(
         model=model.to(place).eval(),
-        item_ids=card["item_ids"],
-        titles=card["titles"],
-        max_history=card["max_history"],
-        filter_seen=card["filter_seen"],
+        item_ids=card.item_ids,
+        titles=card.titles,
+        max_history=card.max_history,
+        filter_seen=card.filter_seen,
     )
-
-
-def _read_card(file: Path) -> dict[str, Any]:
-    """The recommender's description, each field of its type."""
-    card = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(card, dict) or card.get("schema") != SCHEMA:
-        raise ValueError(f"{CARD} is not of schema {SCHEMA}")
-    items, titles = card["item_ids"], card["titles"]
-    sound = {
-        "item_ids": _list_of(str, items) and len(set(items)) == len(items) > 0,
-        "titles": titles is None or (_list_of(str, titles) and len(titles) == len(items)),
-        "prompt": _tokens(card["prompt"]),
-        "suffix": _tokens(card.setdefault("suffix", [])),
-        "head": card.setdefault("head", "dot") in HEADS,
-        "max_history": isinstance(card["max_history"], int) and card["max_history"] > 0,
-        "filter_seen": isinstance(card["filter_seen"], bool),
-        "attention": card.setdefault("attention", "auto") in ("auto", *KEPT_ATTENTIONS),
-    }
-    for name, good in sound.items():
-        if not good:
-            raise ValueError(f"{CARD}: its {name} can't be used")
-    return card
-
-
-def _list_of(kind: type, value: object) -> bool:
-    return isinstance(value, list) and all(type(one) is kind for one in value)
-
-
-def _tokens(value: object) -> bool:
-    return isinstance(value, list) and _list_of(int, value) and min([0, *value]) == 0
 
 
 def _own_weights(model: Recommender) -> dict[str, Tensor]:

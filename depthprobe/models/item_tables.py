@@ -86,11 +86,7 @@ def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
 
 
 def item_texts(item_ids: Sequence[str], titles: Sequence[str] | None) -> list[str]:
-    """What stands for each item: its title, or its raw id where it has none.
-
-    Raises:
-        BadInput: if no item has a title.
-    """
+    """What stands for each item: its title, or its raw id where it has none."""
     if titles is None or not any(titles):
         raise BadInput(FIELD, TEXT, "a log with item titles (data.items names a file with them)")
     return [title or str(raw) for raw, title in zip(item_ids, titles, strict=True)]
@@ -111,9 +107,6 @@ def embed_titles(
     Args:
         texts: of items 1..I; each is cut to 64 tokens.
         batch: titles at once; those of like length go together.
-
-    Raises:
-        BadInput: if the tokenizer finds no token in a text.
     """
     start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     longest = LONGEST_TITLE - len(start)
@@ -155,9 +148,6 @@ def balanced(table: Tensor, source: str) -> Tensor:
 
     Args:
         source: what the table was made from, for the message.
-
-    Raises:
-        BadInput: if all items are alike.
     """
     items = table[1:].double()
     centred = items - items.mean(dim=0)

@@ -18,20 +18,12 @@ from depthprobe.study import ATTENTIONS, QUANTIZATIONS
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 # what transformers says on a quantised model; accelerate and peft look for it
 MARKS = (
-    "is_quantized",
-    "is_loaded_in_4bit",
-    "is_loaded_in_8bit",
-    "quantization_method",
-    "hf_quantizer",
-)
+    "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer",
+)  # fmt: skip
 
 
 def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """``"auto"``, or the torch dtype of a name.
-
-    Raises:
-        BadInput: for another name.
-    """
+    """``"auto"``, or the torch dtype of a name."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     one_of("dtype", dtype, DTYPES)
@@ -40,13 +32,7 @@ def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def check_attention(attention: str | None) -> str | None:
-    """The implementation that transformers is to use; None leaves it the choice.
-
-    Raises:
-        BadInput: for what is not one of transformers' own implementations (it would take another
-            name for that of a kernel to download), or a package that is absent (it would download
-            a kernel in its place).
-    """
+    """The implementation that transformers is to use; None leaves it the choice."""
     if attention is None or attention == "auto":
         return None
     one_of("attention", attention, ATTENTIONS)
@@ -69,9 +55,6 @@ def quantization(quantize: str | None) -> BitsAndBytesConfig | None:
     """How bitsandbytes stores the weights of linear maps; None leaves them as they are.
 
     8 bits: LLM.int8 (arXiv 2208.07339). 4 bits: NF4, computed in bfloat16 (arXiv 2305.14314).
-
-    Raises:
-        BadInput: for another value, or where bitsandbytes or a CUDA GPU is absent.
     """
     if quantize is None or quantize == "none":
         return None

@@ -204,11 +204,7 @@ def _grow(cache: Cache, index: int, state: Tensor) -> None:
 
 
 def refuse_shared(blocks: nn.ModuleList, index: int) -> None:
-    """Refuse to leave out a block whose keys and values later ones read.
-
-    Raises:
-        BadInput: if it is one.
-    """
+    """Refuse to leave out a block whose keys and values later ones read."""
     stores = any(getattr(m, "store_full_length_kv", False) for m in blocks[index].modules())
     if stores and keys_are_read(blocks):
         raise BadInput("skip", index, "cannot skip a block whose keys and values later blocks read")

@@ -64,11 +64,7 @@ class BlockTap:
         self._states = [None] * len(self._states)
 
     def check_complete(self) -> None:
-        """Refuse a pass in which a block did not run; a tap that saw no pass is complete.
-
-        Raises:
-            RuntimeError: naming the blocks.
-        """
+        """Refuse a pass in which a block did not run; a tap that saw no pass is complete."""
         absent = [index - 1 for index, ran in enumerate(self._ran) if not ran]
         if absent and any(self._ran):
             raise RuntimeError(
@@ -182,11 +178,7 @@ class BlockCalls:
     def repeat(
         self, block: nn.Module, index: int, state: Tensor, cache: Cache | None = None
     ) -> Any:
-        """Call a block as the ``index``-th was called, on another state and another cache.
-
-        Raises:
-            ValueError: if that block did not run.
-        """
+        """Call a block as the ``index``-th was called, on another state and another cache."""
         call = self._calls[index]
         if call is None:
             raise ValueError(f"block {index} does not run on text alone")

@@ -67,9 +67,6 @@ def tiny_model(config: PreTrainedConfig, *, depth: int = DEPTH) -> PreTrainedMod
     In float64, or in float32 where a family can't compute in float64. Its weights are five times as
     large as fresh ones, which are so small that a wrong mask would change almost nothing. The
     caller's random state stays as it is.
-
-    Raises:
-        ValueError: if no small copy can be built and run on text.
     """
     failure: Exception | None = None
     for width in (True, False):
@@ -149,10 +146,9 @@ def _shrink(text: PreTrainedConfig, caps: dict[str, int], *, width: bool) -> Non
     if width and rotary and hasattr(text, "head_dim") and not is_computed(text, "head_dim"):
         text.head_dim = rotary  # multi-head latent attention: what the rotary table is made for
     if width and heads and key_heads and not is_computed(text, "num_key_value_heads"):
-        few = (
-            text.num_attention_heads
-        )  # as many key heads, one, or half as many, as in the original
-        text.num_key_value_heads = {heads: few, 1: 1}.get(key_heads, few // 2)
+        few = text.num_attention_heads  # key heads stay as many, one, or fewer
+        shared = 1 if key_heads == 1 else few // 2
+        text.num_key_value_heads = few if key_heads == heads else shared
     if width and hasattr(text, "expand") and hasattr(text, "num_heads"):
         text.num_heads = STATE_SPACE_HEADS
     for name, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):

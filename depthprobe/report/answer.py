@@ -1,4 +1,4 @@
-"""What a run does not show: controls that weaken the answer, warnings, limits of the numbers."""
+"""The answer of a run in words: how many blocks, how to get there, what it saves, how sure."""
 
 from __future__ import annotations
 
@@ -7,161 +7,27 @@ from typing import Literal
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import RetainedAccuracy, Sufficiency
-from depthprobe.report.numbers import FULL, HEADLINE, LEVEL, Point, RunLike, Summary, as_summary
-from depthprobe.report.style import (
-    accuracy,
-    bounds,
-    count,
-    in_percent,
-    method_style,
-    percent,
-    significant,
-    times_faster,
+from depthprobe.report import style
+from depthprobe.report.numbers import (
+    FULL,
+    HEAD,
+    HEADLINE,
+    LEVEL,
+    POPULARITY,
+    SASREC,
+    TEACHER,
+    Point,
+    Source,
+    Summary,
+    as_summary,
 )
+from depthprobe.report.style import in_percent, percent
 
 FEW_SEEDS = 5
-
-
-def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
-    """Sentences, the weightiest first; `chosen` is the point that the answer names."""
-    found = [
-        *_baselines(summary),
-        *_no_blocks(summary),
-        *_training(summary),
-        *_pretraining(summary, chosen),
-        *_data(summary),
-        *_times(summary),
-        *_seeds(summary),
-        *_trials(summary),
-    ]
-    return tuple(dict.fromkeys(found))
-
-
-def doubt(summary: Summary, baseline: str) -> str:
-    """How a baseline puts the teacher's worth in doubt; empty if the teacher is shown better."""
-    ratio = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of(baseline)), None)
-    if ratio is None or ratio.high < 1:
-        return ""
-    name = method_style(baseline).label
-    less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
-    return f"the teacher is {less} {name}, which reaches {in_percent(ratio)} of its {HEADLINE}"
-
-
-def _baselines(summary: Summary) -> list[str]:
-    text = doubt(summary, "sasrec")
-    found = [f"{text[0].upper()}{text[1:]}."] if text else []
-    if summary.teacher is not None and not summary.of("sasrec"):
-        found.append("SASRec was not run: whether a language model is needed at all is not tested.")
-    return found
-
-
-def _no_blocks(summary: Summary) -> list[str]:
-    """Heads of one kind, one on the last item's embedding alone: do blocks add anything?"""
-    heads = {point.depth: point for point in summary.of("readout")}
-    if 0 not in heads or (summary.blocks or 0) not in heads:
-        return []
-    ratio = summary.against(heads[0], heads[summary.blocks or 0])
-    if ratio is None or ratio.high < 1 - summary.margin:
-        return []
-    return [
-        f"It is not shown that blocks add more than {100 * summary.margin:g} %: a fresh head on "
-        f"the last item alone reaches {in_percent(ratio)} of the {HEADLINE} of one behind all."
-    ]
-
-
-def _training(summary: Summary) -> list[str]:
-    """A teacher that was cut off is an easy one to match."""
-    last = int(summary.run.study.recipe.epochs)
-    for record in summary.run.records:
-        training = record.training
-        if record.method == "full" and training is not None and training.best_epoch == last:
-            return [
-                f"The teacher was best at its last epoch ({last}): a longer training may change "
-                "the comparison."
-            ]
-    return []
-
-
-def _pretraining(summary: Summary, chosen: Point | None) -> list[str]:
-    if chosen is None or summary.run.study.backbone.source == "embedded":
-        return []
-    control = next((p for p in summary.of("random-init") if p.depth == chosen.depth), None)
-    ratio = summary.against(control, chosen) if control is not None else None
-    if ratio is None:
-        return [f"No random init at depth {chosen.depth}: what pretraining adds is not tested."]
-    if ratio.high < 1:
-        return []
-    return [
-        f"Pretraining is not shown to help: random init at depth {chosen.depth} reaches "
-        f"{in_percent(ratio)} of this {HEADLINE}."
-    ]
-
-
-def _data(summary: Summary) -> list[str]:
-    study, data = summary.run.study, summary.run.manifest.data
-    found = []
-    if study.data.source == "embedded":
-        found.append("The log is the generated default: the numbers say nothing about another log.")
-    if study.backbone.source == "embedded":
-        found.append(
-            "The backbone is the small embedded one with random weights: pretraining has no part."
-        )
-    return found + [f"Data: {_sentence(warning)}" for warning in data.warnings]
-
-
-def _times(summary: Summary) -> list[str]:
-    timed = any(point.speed for point in summary.points)
-    conditions = summary.run.manifest.timing or {}
-    if not timed:
-        return ["No times were compared: what a shallower model saves in time is not shown."]
-    if conditions.get("device", "cpu") == "cpu":
-        return ["Times were measured on a CPU; on a GPU the savings can differ."]
-    return []
-
-
-def _seeds(summary: Summary) -> list[str]:
-    wanted, compared = int(summary.run.study.seeds), len(summary.seeds_compared)
-    if not compared:
-        return []
-    if compared < wanted:
-        plural = "" if compared == 1 else "s"
-        return [
-            f"{compared} seed{plural} of {wanted} compared: the others are not finished "
-            "for the teacher and every candidate."
-        ]
-    if compared == 1:
-        return ["One seed: the intervals do not hold the differences between trainings."]
-    if compared < FEW_SEEDS:
-        return [f"{compared} seeds: differences between trainings are only roughly known."]
-    return []
-
-
-def _trials(summary: Summary) -> list[str]:
-    found = []
-    if summary.left_out:
-        names = ", ".join(f"{method_style(p.method).label} {p.depth}" for p in summary.left_out)
-        found.append(f"Not compared with the teacher, for want of a common seed: {names}.")
-    failed, total = len(summary.failed), len(summary.run.trials)
-    if failed:
-        found.append(f"{failed} of {total} trials failed; their errors are listed below.")
-    return found
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
-
-
-# The answer of a run in words: how many blocks, how to get there, what it saves, how sure.
-
 Verdict = Literal[
-    "shown",
-    "not shown",
-    "weak teacher",
-    "no comparison",
-    "no depth tried",
-    "no teacher",
+    "shown", "not shown", "weak teacher", "no comparison", "no depth tried", "no teacher",
     "nothing finished",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,7 +61,7 @@ class Answer:
     users_needed: int | None = None  # to decide about the best undecided one
 
 
-def build_answer(run: RunLike | Summary) -> Answer:
+def build_answer(run: Source) -> Answer:
     """What the run shows, worded no stronger than its numbers."""
     summary = as_summary(run)
     if summary.teacher is not None and summary.sufficiency is not None:
@@ -204,103 +70,79 @@ def build_answer(run: RunLike | Summary) -> Answer:
 
 
 def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Answer:
-    shown = sufficiency.depth is not None and sufficiency.method is not None
     row = _row(sufficiency)
-    point = summary.candidates[row.method, row.depth]
-    blocks = summary.blocks or teacher.depth
-    share = _parameter_share(point, teacher)
-    inference, training = point.speed.get("inference"), point.speed.get("training")
-    number = len(sufficiency.rows)
-    margin, floor = _percent(summary.margin), _percent(1 - summary.margin)
+    point, blocks = summary.candidates[row.method, row.depth], summary.blocks or teacher.depth
+    own, full = point.cost("parameters"), teacher.cost("parameters")
+    share = own / full if own and full else None
+    number, margin = len(sufficiency.rows), _plain(summary.margin)
+    floor = _plain(1 - summary.margin)
     offer = (
         f"{point.depth} of {blocks} blocks {'keeps' if point.depth == 1 else 'keep'} "
-        f"{in_percent(row.kept)} of the teacher's "
-        f"{HEADLINE} ({method_style(point.method).label})" + _savings(share, inference, training)
+        f"{in_percent(row.kept)} of the teacher's {HEADLINE}"
     )
-    weak = doubt(summary, "popularity")
-    verdict: Verdict = "weak teacher" if weak else "shown" if shown else "not shown"
+    means = _means(point, share)
+    weak = doubt(summary, POPULARITY)
+    verdict: Verdict = "weak teacher" if weak else "shown" if sufficiency.depth else "not shown"
     if weak:  # then what is kept of its accuracy is worth nothing
-        headline = f"No answer: {weak}."
-        detail = f"Measured all the same: {offer}."
-    elif shown:
+        headline, detail = f"No answer: {weak}.", f"Measured all the same: {offer}. {means}"
+    elif verdict == "shown":
         headline = f"{offer}."
         among = f", all {number} candidates taken into account" if number > 1 else ""
-        sure = f"{margin} with {_percent(LEVEL)} confidence{among}"
-        detail = f"Its loss is within the margin of {sure}.{_shallower(sufficiency)}"
+        detail = (
+            f"With {_plain(LEVEL)} confidence it loses at most {margin} of the teacher's {HEADLINE}"
+            f"{among}. {means}{_shallower(sufficiency)}"
+        )
     else:
         headline = (
             f"Not shown at a margin of {margin}: no depth below {blocks} is sure to keep {floor} "
             f"of the teacher's {HEADLINE}."
         )
-        detail = f"Best candidate: {offer}."
+        detail = f"Best candidate: {offer}. {means}"
         if row.kept.low >= 1 - summary.margin:
-            detail += (
-                f" With all {number} candidates taken into account, its lower bound is "
-                f"{_below(row.lower, 1 - summary.margin)}."
-            )
+            bound = _below(row.lower, 1 - summary.margin)
+            detail += f" With all {number} candidates taken into account, its lower bound is "
+            detail += f"{bound}."
         detail += f" {_more_users(sufficiency, row, floor)}"
     return Answer(
-        verdict=verdict,
-        headline=headline,
-        detail=detail,
-        tiles=_tiles(point, teacher, row.kept, share),
-        caveats=caveats(summary, point),
-        margin=summary.margin,
-        blocks=blocks,
-        users=teacher.users,
-        method=point.method,
-        depth=point.depth,
-        kept=row.kept,
-        parameters=share,
-        inference=inference,
-        training=training,
+        verdict, headline, detail, _tiles(point, teacher, row.kept, share),
+        caveats(summary, point), summary.margin, blocks, teacher.users,
+        method=point.method, depth=point.depth, kept=row.kept, parameters=share,
+        inference=point.speed.get("inference"), training=point.speed.get("training"),
         users_needed=sufficiency.users_needed,
-    )
+    )  # fmt: skip
 
 
 def _uncompared(summary: Summary) -> Answer:
-    teacher, failed = summary.teacher, len(summary.failed)
-    shown = [p for p in summary.of("full", "sasrec", "popularity") if p.value(HEADLINE)]
-    tried = [p for p in summary.points if p.depth and p.method != "full"]
-    verdict: Verdict
+    shown = [p for p in summary.points if p.info.role in ("baseline", "teacher")]
+    shown = sorted((p for p in shown if p.value(HEADLINE)), key=lambda p: p.method != TEACHER)
+    verdict: Verdict = "no comparison"
+    headline = "no finished trial below full depth can be compared with the teacher."
     if not summary.points:
-        verdict, headline = "nothing finished", "No answer: no trial of this run is finished."
-    elif teacher is None:
+        verdict, headline = "nothing finished", "no trial of this run is finished."
+    elif summary.teacher is None:
         verdict = "no teacher"
-        headline = (
-            "No answer: no trial of the teacher is finished, so nothing can be compared with it."
-        )
-    elif not tried:
-        verdict, headline = "no depth tried", "No answer: no depth below the teacher's was tried."
-    else:
-        verdict = "no comparison"
-        headline = "No answer: no finished trial below full depth can be compared with the teacher."
-    said = [
-        f"{method_style(p.method).label} {accuracy(p.accuracy[FULL, HEADLINE].value)} "
-        f"{bounds(p.accuracy[FULL, HEADLINE], digits=4)}"
-        for p in shown
-    ]
+        headline = "no trial of the teacher is finished, so nothing can be compared with it."
+    elif not any(p.depth and p.method != TEACHER for p in summary.points):
+        verdict, headline = "no depth tried", "no depth below the teacher's was tried."
+    labels = {style.method_style(p.method).label: p for p in shown}
+    said = [f"{name} {style.with_bounds(p.accuracy[FULL, HEADLINE])}" for name, p in labels.items()]
     detail = f"{HEADLINE} so far: {', '.join(said)}." if said else ""
-    if failed:
+    if failed := len(summary.failed):
         detail += f" {failed} of {len(summary.run.trials)} trials failed."
+    tiles = [
+        Tile(
+            f"{HEADLINE}, {name}",
+            style.accuracy(point.accuracy[FULL, HEADLINE].value),
+            style.bounds(point.accuracy[FULL, HEADLINE], digits=4),
+            f"{style.count(size)} parameters" if (size := point.cost("parameters")) else "",
+        )
+        for name, point in labels.items()
+    ]
+    users = max((point.users for point in summary.points), default=0)
     return Answer(
-        verdict=verdict,
-        headline=headline,
-        detail=detail.strip(),
-        tiles=tuple(
-            Tile(
-                f"{HEADLINE}, {method_style(p.method).label}",
-                accuracy(p.accuracy[FULL, HEADLINE].value),
-                bounds(p.accuracy[FULL, HEADLINE], digits=4),
-                f"{count(p.cost('parameters'))} parameters" if p.cost("parameters") else "",
-            )
-            for p in shown
-        ),
-        caveats=caveats(summary, None),
-        margin=summary.margin,
-        blocks=summary.blocks,
-        users=max((point.users for point in summary.points), default=0),
-    )
+        verdict, f"No answer: {headline}", detail.strip(), tuple(tiles), caveats(summary, None),
+        summary.margin, summary.blocks, users,
+    )  # fmt: skip
 
 
 def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
@@ -308,8 +150,8 @@ def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
     key = (sufficiency.method, sufficiency.depth)
     if sufficiency.depth is None and sufficiency.undecided is not None:
         key = sufficiency.undecided
-    found = (row for row in sufficiency.rows if (row.method, row.depth) == key)
-    return next(found, max(sufficiency.rows, key=lambda row: row.kept.value))
+    named = (row for row in sufficiency.rows if (row.method, row.depth) == key)
+    return next(named, max(sufficiency.rows, key=lambda row: row.kept.value))
 
 
 def _more_users(sufficiency: Sufficiency, row: RetainedAccuracy, floor: str) -> str:
@@ -332,54 +174,44 @@ def _shallower(sufficiency: Sufficiency) -> str:
         return ""
     method, depth = sufficiency.undecided
     return (
-        f" Depth {depth} ({method_style(method).label}) is undecided: about "
+        f" Depth {depth} ({style.method_style(method).label}) is undecided: about "
         f"{_rounded(sufficiency.users_needed)} test users would decide; this run has "
         f"{sufficiency.users:,}."
     )
 
 
-def _parameter_share(point: Point, teacher: Point) -> float | None:
-    own, whole = point.cost("parameters"), teacher.cost("parameters")
-    return own / whole if own and whole else None
-
-
-def _savings(share: float | None, inference: Interval | None, training: Interval | None) -> str:
-    said = [f"with {percent(share, 0)} of the parameters"] if share is not None else []
-    said += [
-        f"{' '.join(filter(None, times_faster(ratio)))} to {verb}"
-        for verb, ratio in (("serve", inference), ("train", training))
-        if ratio is not None
-    ]
-    if len(said) > 1:
-        said = [*said[:-2], f"{said[-2]} and {said[-1]}"]
-    return f", {', '.join(said)}" if said else ""
+def _means(point: Point, share: float | None) -> str:
+    """How to get there, and what it saves."""
+    said = f"Method: {style.method_style(point.method).label}."
+    if share is not None:
+        said += f" It has {percent(share, 0)} of the parameters."
+    for kind, verb in (("inference", "serve"), ("training", "train")):
+        if kind in point.speed:
+            said += f" It is {' '.join(style.times_faster(point.speed[kind])).strip()} to {verb}."
+    return said
 
 
 def _tiles(point: Point, teacher: Point, kept: Interval, share: float | None) -> tuple[Tile, ...]:
-    own, whole = point.value(HEADLINE), teacher.value(HEADLINE)
-    tiles = [
-        Tile(
-            "accuracy kept",
-            percent(kept.value),
-            bounds(kept, scale=100, digits=1),
-            f"{HEADLINE} {accuracy(own.value if own else None)}, "
-            f"teacher {accuracy(whole.value if whole else None)}",
-        )
-    ]
+    both = [p.value(HEADLINE) for p in (point, teacher)]
+    own, theirs = (style.accuracy(value.value if value else None) for value in both)
+    note = f"{HEADLINE} {own}, teacher {theirs}"
+    interval = style.bounds(kept, scale=100, digits=1)
+    tiles = [Tile("accuracy kept", percent(kept.value), interval, note)]
     if share is not None:
-        sizes = count(point.cost("parameters")), count(teacher.cost("parameters"))
-        note = f"{sizes[0]}, teacher {sizes[1]}"
-        tiles.append(Tile("parameters", percent(share, 0), "exact", note))
+        sizes = [style.count(p.cost("parameters")) for p in (point, teacher)]
+        tiles.append(
+            Tile("parameters", percent(share, 0), "exact", f"{sizes[0]}, teacher {sizes[1]}")
+        )
     for kind, label in (("inference", "inference time"), ("training", "training step")):
-        ratio, mine, theirs = point.speed.get(kind), point.time.get(kind), teacher.time.get(kind)
-        if ratio is not None and mine is not None and theirs is not None:
-            number, interval, word = times_faster(ratio)
-            note = f"{significant(mine.median)} ms, teacher {significant(theirs.median)} ms"
+        if kind in point.speed and kind in point.time and kind in teacher.time:
+            number, interval, word = style.times_faster(point.speed[kind])
+            took = [style.significant(p.time[kind].median) for p in (point, teacher)]
+            note = f"{took[0]} ms, teacher {took[1]} ms"
             tiles.append(Tile(label, f"{number} {word}".strip(), interval, note))
     return tuple(tiles)
 
 
-def _percent(share: float) -> str:
+def _plain(share: float) -> str:
     return f"{100 * share:g} %"
 
 
@@ -395,3 +227,109 @@ def _below(share: float, floor: float) -> str:
         if float(f"{100 * share:.{digits}f}") < 100 * floor:
             break
     return percent(share, digits)
+
+
+# --- what a run does not show ----------------------------------------------------------------
+
+
+def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
+    """Sentences, the weightiest first; `chosen` is the point that the answer names."""
+    found = [
+        *_controls(summary, chosen), *_data(summary), *_times(summary), *_seeds(summary)
+    ]  # fmt: skip
+    if summary.left_out:
+        names = ", ".join(point.name for point in summary.left_out)
+        found.append(f"Not compared with the teacher, for want of a common seed: {names}.")
+    if failed := len(summary.failed):
+        total = len(summary.run.trials)
+        found.append(f"{failed} of {total} trials failed; their errors are listed below.")
+    return tuple(dict.fromkeys(found))
+
+
+def doubt(summary: Summary, baseline: str) -> str:
+    """How a baseline puts the teacher's worth in doubt; empty if the teacher is shown better."""
+    ratio = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of(baseline)), None)
+    if ratio is None or ratio.high < 1:
+        return ""
+    name = style.method_style(baseline).label
+    less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
+    return f"the teacher is {less} {name}, which reaches {in_percent(ratio)} of its {HEADLINE}"
+
+
+def _controls(summary: Summary, chosen: Point | None) -> list[str]:
+    """Does it take a language model, its blocks, its pretraining; is the teacher at its best?"""
+    found, study = [], summary.run.study
+    if text := doubt(summary, SASREC):
+        found.append(f"T{text[1:]}.")
+    if summary.teacher is not None and not summary.of(SASREC):
+        found.append("SASRec was not run: whether a language model is needed at all is not tested.")
+    # heads of one kind, one on the last item's embedding alone
+    heads = {point.depth: point for point in summary.of(HEAD)}
+    if 0 in heads and (full := heads.get(summary.blocks or 0)):
+        ratio = summary.against(heads[0], full)
+        if ratio is not None and ratio.high >= 1 - summary.margin:
+            found.append(
+                f"It is not shown that blocks add more than {_plain(summary.margin)}: a fresh head "
+                f"on the last item alone reaches {in_percent(ratio)} of the {HEADLINE} of one "
+                "behind all blocks."
+            )
+    last = int(study.recipe.epochs)
+    for record in summary.run.records:
+        training = (record.get("costs") or {}).get("training") or {}
+        # a teacher that was cut off is an easy one to match
+        if record["method"] == TEACHER and training.get("best_epoch") == last:
+            found.append(
+                f"The teacher was best at its last epoch ({last}): a longer training may change "
+                "the comparison."
+            )
+    if chosen is not None and study.backbone.source != "embedded":
+        fresh = (p for p in summary.points if p.info.fresh and p.depth == chosen.depth)
+        control = next(fresh, None)
+        ratio = summary.against(control, chosen) if control is not None else None
+        if ratio is None:
+            found.append(
+                f"No random init at depth {chosen.depth}: what pretraining adds is not tested."
+            )
+        elif ratio.high >= 1:
+            found.append(
+                f"Pretraining is not shown to help: random init at depth {chosen.depth} reaches "
+                f"{in_percent(ratio)} of this {HEADLINE}."
+            )
+    return found
+
+
+def _data(summary: Summary) -> list[str]:
+    study, data, found = summary.run.study, summary.run.manifest.get("data", {}), []
+    if study.data.source == "embedded":
+        found.append("The log is the generated default: the numbers say nothing about another log.")
+    if study.backbone.source == "embedded":
+        found.append(
+            "The backbone is the small embedded one with random weights: pretraining has no part."
+        )
+    return found + [f"Data: {warning.rstrip('.')}." for warning in data.get("warnings", ())]
+
+
+def _times(summary: Summary) -> list[str]:
+    if not any(point.speed for point in summary.points):
+        return ["No times were compared: what a shallower model saves in time is not shown."]
+    timing = summary.run.manifest.get("timing") or {}
+    if timing.get("device", "cpu") == "cpu":
+        return ["Times were measured on a CPU; on a GPU the savings can differ."]
+    return []
+
+
+def _seeds(summary: Summary) -> list[str]:
+    wanted, compared = int(summary.run.study.seeds), len(summary.seeds_compared)
+    seeds = style.plural(compared, "seed")
+    if not compared:
+        return []
+    if compared < wanted:
+        return [
+            f"{seeds} of {wanted} compared: the others are not finished for the teacher and every "
+            "candidate."
+        ]
+    if compared == 1:
+        return ["One seed: the intervals do not hold the differences between trainings."]
+    if compared < FEW_SEEDS:
+        return [f"{seeds}: differences between trainings are only roughly known."]
+    return []

@@ -1,8 +1,6 @@
-"""Block by block: what leaving one out costs, and how much each turns the state."""
+"""Figures of single blocks, spans of blocks, users' answers, and ways to train a shallow model."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,132 +10,162 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from depthprobe.evaluation.statistics import Interval, bootstrap_means
-from depthprobe.report.depth_figures import skip_changes
-from depthprobe.report.drawing import (
-    Array,
-    arms,
-    depth_axis,
-    label_right,
-    legend_below,
+from depthprobe.methods import METHODS
+from depthprobe.report import style
+from depthprobe.report.numbers import (
+    BLOCK,
+    HEADLINE,
+    PARTS,
+    SPAN,
+    Point,
+    Source,
+    Summary,
+    as_summary,
+    less_one,
+)
+from depthprobe.report.reliance import block_scores, score_tables
+from depthprobe.report.style import (
+    MUTED,
+    figure_style,
+    in_percent,
+    method_style,
     need,
     new_axes,
-    signed,
-    three,
+    significant,
 )
-from depthprobe.report.numbers import HEADLINE, Point, RunLike, Summary, as_summary
-from depthprobe.report.reliance import probe_table, scores_of
-from depthprobe.report.style import MUTED, figure_style, in_percent, method_style, significant
-from depthprobe.report.tables import ablation_table, change_of
+from depthprobe.report.tables import ablation_table, interval_of, records
 
-PARTS = ("skip", "drop-attention", "drop-mlp")
+Span = tuple[int, int]  # blocks [start, end)
+
+# --- one block at a time ---------------------------------------------------------------------
+
 LINEAR = 5.0  # per cent: changes up to here are drawn to scale, larger ones on a log scale
 TICKS = (100, 50, 20, 10, 5, 2, 0)
-# the score of a block, its name, colour and marker
-INFLUENCES = {
-    "block-influence": ("the block", method_style("skip").colour, "o"),
-    "attention-influence": ("its attention", method_style("drop-attention").colour, "1"),
-    "mlp-influence": ("its MLP", method_style("drop-mlp").colour, "2"),
-}
 
 
-def skip_sensitivity(
-    run: RunLike | Summary | str | Path, *, metric: str = HEADLINE, ax: Axes | None = None
-) -> Axes:
+def skip_changes(summary: Summary, metric: str = HEADLINE) -> dict[str, list[tuple[int, Interval]]]:
+    """Relative change against the teacher for each block left out alone, by method and block.
+
+    Of the methods that leave out one block in each of their trials, or one part of one block.
+    """
+    found = {}
+    for method in (name for name, info in METHODS.items() if info.by_block):
+        points = summary.of(method)
+        if all(point.removed.isdigit() for point in points):
+            changes = [(int(p.removed), change) for p in points if (change := p.change(metric))]
+            if changes:
+                found[method] = sorted(changes, key=lambda pair: pair[0])
+    return found
+
+
+def skip_sensitivity(run: Source, *, metric: str = HEADLINE, ax: Axes | None = None) -> Axes:
     """Change of the teacher's accuracy without one block, or its attention or MLP alone.
 
     Bars are 95 % intervals of the paired change. Where one block costs far more than most, the
     scale is logarithmic beyond 5 %.
     """
     summary = as_summary(run)
+    drawn = skip_changes(summary, metric)
+    need(drawn, summary, f"a teacher and {BLOCK}, {' or '.join(PARTS.values())}")
     with figure_style():
-        drawn = {part: skip_changes(summary, metric, method=part) for part in PARTS}
-        drawn = {part: found for part, found in drawn.items() if found}
-        need(drawn, summary, "a teacher and skip, drop-attention or drop-mlp")
-        ax = ax or new_axes(right=0.97, bottom=0.14 if len(drawn) == 1 else 0.23)
-        every = 100 * np.array([three(i) for found in drawn.values() for _, i in found])  # (n, 3)
-        for index, (part, found) in enumerate(drawn.items()):
-            blocks = np.array([int(point.removed) for point, _ in found], dtype=np.float64)
-            x = blocks + 0.24 * (index - (len(drawn) - 1) / 2)
-            y = 100 * np.array([interval.value for _, interval in found])
-            style = method_style(part)
-            label = "whole block" if part == "skip" and len(drawn) > 1 else style.label
-            ax.vlines(x, 0, y, color=style.colour, alpha=0.3, linewidth=5, zorder=2)
+        ax = ax or new_axes()
+        for index, (method, found) in enumerate(drawn.items()):
+            look, changes = method_style(method), [style.scaled(change) for _, change in found]
+            x = style.beside([block for block, _ in found], index, len(drawn), 0.24)
+            y = [change.value for change in changes]
+            ax.vlines(x, 0, y, color=look.colour, alpha=0.3, linewidth=5, zorder=2)
             ax.errorbar(
-                x, y, yerr=100 * arms([interval for _, interval in found]), zorder=3,
-                color=style.colour, marker=style.marker, linestyle="none", elinewidth=1.2,
-                label=label,
+                x, y, yerr=style.bars(changes), zorder=3, color=look.colour, marker=look.marker,
+                linestyle="none", elinewidth=1.2,
+                label="whole block" if method == BLOCK else look.label,
             )  # fmt: skip
-        if abs(every[:, 0]).max() > 4 * LINEAR and np.median(abs(every[:, 0])) < LINEAR:
-            _far_scale(ax, every)
+        every = [style.scaled(change) for found in drawn.values() for _, change in found]
+        sizes = [abs(change.value) for change in every]
+        far = max(sizes) > 4 * LINEAR and np.median(sizes) < LINEAR
+        if far:
+            low, high = style.limits(every)
+            low, high = min(1.25 * low, -LINEAR), max(1.25 * high, 2.0)
+            ticks = {sign * t for t in TICKS for sign in (-1, 1) if low <= sign * t <= high}
+            ax.set_yscale("symlog", linthresh=LINEAR, linscale=1.2)
+            ax.yaxis.set_major_locator(FixedLocator(sorted(ticks)))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.set_ylim(low, high)
         ax.axhline(0, color=MUTED, linewidth=0.9)
         ax.grid(visible=False, axis="x")
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: signed(v)))
-        far = f"; scale logarithmic beyond ±{LINEAR:g} %" if ax.get_yscale() == "symlog" else ""
-        ax.set_xlabel(f"block left out, counted from 0{far}")
+        _block_axis(ax, "block left out, counted from 0")
+        style.percent_axis(ax, signed=True)
+        if far:
+            ax.set_ylabel(f"logarithmic beyond ±{LINEAR:g} %")
         ax.set_title(f"Change of {metric} without one block")
         if len(drawn) > 1:
-            legend_below(ax, columns=len(drawn))
+            style.legend(ax, columns=len(drawn))
     return ax
 
 
-def _far_scale(ax: Axes, every: Array) -> None:
-    ax.set_yscale("symlog", linthresh=LINEAR, linscale=1.2)
-    low, high = min(1.25 * every.min(), -LINEAR), max(1.25 * every.max(), 2.0)
-    ticks = [sign * t for t in TICKS for sign in (-1, 1) if low <= sign * t <= high]
-    ax.yaxis.set_major_locator(FixedLocator(sorted(set(ticks))))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_ylim(low, high)
+def _block_axis(ax: Axes, label: str) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+    ax.set_xlabel(label)
 
 
-def block_influence(run: RunLike | Summary | str | Path, *, ax: Axes | None = None) -> Axes:
+def skip_reading(summary: Summary, metric: str = HEADLINE) -> str:
+    """Which block matters most, and for how many no change was seen."""
+    changes = skip_changes(summary, metric).get(BLOCK)
+    if not changes:
+        return ""
+    block, worst = min(changes, key=lambda pair: pair[1].value)
+    unclear = sum(change.low <= 0 <= change.high for _, change in changes)
+    return (
+        f"Block {block} costs the most when it is left out: {metric} changes by "
+        f"{in_percent(worst, sign=True)}. For {unclear or 'none'} of {len(changes)} blocks the "
+        f"interval of the change contains zero.{style.without_bar(i for _, i in changes)}"
+    )
+
+
+def block_influence(run: Source, *, ax: Axes | None = None) -> Axes:
     """How much a block, its attention and its MLP turn the state: 1 - cosine, a mean over users.
 
     On a log scale; with several teachers the mean over them, bars from the lowest to the highest.
     """
     summary = as_summary(run)
-    need(len(scores_of(summary, "block-influence")), summary, "similarity")
+    need(len(block_scores(summary, "block-influence")), summary, "similarity")
+    drawn = {"block": ("the block", BLOCK), "attention": ("its attention", PARTS["attention"]),
+             "mlp": ("its MLP", PARTS["mlp"])}  # fmt: skip
     with figure_style():
-        ax = ax or new_axes(right=0.97, bottom=0.23)
-        for index, (score, (label, colour, marker)) in enumerate(INFLUENCES.items()):
-            frame = scores_of(summary, score)
+        ax = ax or new_axes()
+        for index, (part, (label, method)) in enumerate(drawn.items()):
+            frame, look = block_scores(summary, f"{part}-influence"), method_style(method)
             if frame.empty:
                 continue
             found = frame.groupby("start")["value"].agg(["mean", "min", "max"])
-            x = found.index.to_numpy(dtype=np.float64) + 0.14 * (index - 1)
-            spans = [Interval(*map(float, row)) for row in found.to_numpy()]
             ax.errorbar(
-                x, found["mean"], yerr=arms(spans), color=colour, marker=marker, linewidth=1,
-                elinewidth=1.2, label=label,
+                style.beside(found.index.tolist(), index, len(drawn), 0.14), found["mean"],
+                yerr=style.bars(Interval(*map(float, row)) for row in found.to_numpy()),
+                color=look.colour, marker=look.marker, linewidth=1, elinewidth=1.2, label=label,
             )  # fmt: skip
         ax.set_yscale("log")
         ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: significant(v, 1)))
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
-        ax.set_xlabel("block, counted from 0")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
+        _block_axis(ax, "block, counted from 0")
         ax.set_title("Influence: 1 − cosine of states before and after")
-        legend_below(ax, columns=len(INFLUENCES))
+        style.legend(ax, columns=len(drawn))
     return ax
 
 
 def influence_reading(summary: Summary) -> str:
-    """Which block turns the state most and least; empty without the score."""
-    frame = scores_of(summary, "block-influence")
+    """Which block turns the state most and least."""
+    frame = block_scores(summary, "block-influence")
     if frame.empty:
         return ""
-    means = frame.groupby("start")["value"].mean()
-    blocks = [int(block) for block in means.index.to_numpy()]
-    most, least = blocks[int(means.argmax())], blocks[int(means.argmin())]
-    seeds = frame["seed"].nunique()
+    means, seeds = frame.groupby("start")["value"].mean(), frame["seed"].nunique()
     over = f" Means over {seeds} teachers, bars from lowest to highest." if seeds > 1 else ""
     return (
-        f"Block {most} turns the state most ({significant(means.max(), 2)}), block {least} least "
-        f"({significant(means.min(), 2)}). Little influence is a hint that a block can go, not a "
-        f"proof.{over}"
+        f"Block {means.idxmax()} turns the state most ({significant(means.max(), 2)}). Block "
+        f"{means.idxmin()} turns it least ({significant(means.min(), 2)}). Little influence is a "
+        f"hint that a block can go, not a proof.{over}"
     )
 
 
-# Every contiguous run of blocks at once: how alike the states at its ends, what it costs.
+# --- every span of blocks at once: how alike the states at its ends, what it costs -----------
 
 FEWEST = 3  # cells: fewer are no map
 NUMBERS = 8  # blocks: up to so many a cell has room for its number
@@ -150,140 +178,100 @@ TITLES = {
 }
 
 
-def span_map(
-    run: RunLike | Summary | str | Path, *, score: str = "damage", ax: Axes | None = None
-) -> Axes:
-    """A score of every contiguous run of blocks: from block a (row) to block b (column).
+def span_map(run: Source, *, score: str = "damage", ax: Axes | None = None) -> Axes:
+    """A score of every span of blocks: from block a (row) to block b (column).
 
-    "damage" is the share of NDCG@10 lost when the run is left out, "angular-distance" and "cka"
+    "damage" is the share of NDCG@10 lost when the span is left out, "angular-distance" and "cka"
     compare the states before and after it. Means over seeds; pale is little change.
     """
     summary = as_summary(run)
     cells = span_cells(summary, score)
-    need(cells, summary, "a teacher and span" if score == "damage" else "similarity")
+    need(cells, summary, f"a teacher and {SPAN}" if score == "damage" else "similarity")
     size = max(end for _, end in cells)
+    damage, alike = score == "damage", score == "cka"
     grid = np.full((size, size), np.nan)
     for (start, end), value in cells.items():
-        grid[start, end - 1] = value
-    scale = 100 if score == "damage" else 1
+        grid[start, end - 1] = 100 * value if damage else value
+    low, high = (float(np.nanmin(grid)), 1.0) if alike else (0.0, float(np.nanmax(grid)))
+    # one early block may cost all: the root keeps the others apart
+    norm = PowerNorm(0.5 if damage else 1, vmin=low, vmax=max(high, low + 1e-9))
     with figure_style():
-        ax = ax or new_axes(right=0.97)
-        shown = scale * grid
-        low, high = (0.0, float(np.nanmax(shown))) if score != "cka" else (np.nanmin(shown), 1.0)
-        # one early block costs all: the root keeps the others apart
-        norm = PowerNorm(0.5 if score == "damage" else 1, vmin=low, vmax=max(high, low + 1e-9))
-        colours = PALE.reversed() if score == "cka" else PALE
+        ax = ax or new_axes()
         ax.grid(visible=False)
         # a mesh and no picture: sharp on paper at any size
-        places = np.arange(size)
-        cells_shown = np.ma.masked_invalid(np.clip(shown, low, None))
         mesh = ax.pcolormesh(
-            places, places, cells_shown, cmap=colours, norm=norm, shading="nearest",
+            np.arange(size), np.arange(size), np.ma.masked_invalid(np.clip(grid, low, None)),
+            cmap=PALE.reversed() if alike else PALE, norm=norm, shading="nearest",
             edgecolors="white", linewidth=0.3,
         )  # fmt: skip
         ax.set_aspect("equal")
         ax.invert_yaxis()
-        for side in ("left", "bottom"):
-            ax.spines[side].set_visible(False)
+        ax.spines[["left", "bottom"]].set_visible(False)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=13, integer=True, min_n_ticks=1))
         ax.set_xlabel("last block, b")
         ax.set_ylabel("first block, a")
         ax.set_title(TITLES[score])
-        figure = ax.figure
-        bar = figure.colorbar(mesh, ax=ax, shrink=0.85, pad=0.03)
+        bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.85, format="%g %%" if damage else "%g")
         bar.outline.set_visible(False)
-        unit = " %" if score == "damage" else ""
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}{unit}"))
         if size <= NUMBERS:
-            _write(ax, shown, norm, score)
+            for (row, column), value in np.ndenumerate(grid):
+                if np.isfinite(value):
+                    dark = float(norm(max(value, low))) > 0.55
+                    text = f"{value:.0f}" if damage else f"{value:.2f}"
+                    colour = "white" if dark != alike else "black"
+                    ax.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
     return ax
 
 
-def _write(ax: Axes, shown: Array, norm: PowerNorm, score: str) -> None:
-    for (row, column), value in np.ndenumerate(shown):
-        if np.isfinite(value):
-            dark = float(norm(max(value, norm.vmin or 0.0)))
-            dark = 1 - dark if score == "cka" else dark
-            text = f"{value:.0f}" if score == "damage" else f"{value:.2f}"
-            colour = "white" if dark > 0.55 else "black"
-            ax.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
-
-
-def span_cells(summary: Summary, score: str) -> dict[tuple[int, int], float]:
-    """The score by run of blocks [start, end), a mean over seeds; empty where it was not taken."""
+def span_cells(summary: Summary, score: str) -> dict[Span, float]:
+    """The score by span of blocks [start, end), a mean over seeds; empty where not measured."""
     if score == "damage":
-        return {
-            span: -change.value
-            for span, point in _left_out(summary).items()
-            if (change := change_of(point)) is not None
-        }
-    frame = scores_of(summary, score)
-    if frame.empty:
-        return {}
-    means = frame.groupby(["start", "end"], as_index=False)["value"].mean()
-    columns = (means[name].tolist() for name in ("start", "end", "value"))
-    return {
-        (int(start), int(end)): float(value) for start, end, value in zip(*columns, strict=True)
-    }
+        changes = {span: point.change() for span, point in _left_out(summary).items()}
+        return {span: -change.value for span, change in changes.items() if change is not None}
+    means = block_scores(summary, score).groupby(["start", "end"])["value"].mean()
+    return {(row["start"], row["end"]): row["value"] for row in records(means.reset_index())}
 
 
-def _left_out(summary: Summary) -> dict[tuple[int, int], Point]:
-    """Single blocks and runs of blocks that were left out, by [start, end)."""
-    found = {}
-    for point in summary.of("skip", "span"):
-        first, _, last = point.removed.partition("-")
-        if first.isdigit() and (last or first).isdigit():
-            found[int(first), int(last or first) + 1] = point
-    return found
+def _left_out(summary: Summary) -> dict[Span, Point]:
+    """Single blocks and spans of blocks that were left out, by [start, end)."""
+    return {p.span: p for p in summary.of(BLOCK, SPAN) if p.span is not None}
 
 
 def span_reading(summary: Summary, score: str) -> str:
-    """What the map shows: the longest run that costs little, or the most alike ends."""
+    """What the map shows: the longest span that costs little, or the most alike ends."""
     cells = span_cells(summary, score)
-    runs = {span: value for span, value in cells.items() if span[1] - span[0] > 1}
-    if len(runs) < FEWEST:
+    wide = {span: value for span, value in cells.items() if span[1] - span[0] > 1}
+    if len(wide) < FEWEST:
         return ""
-    if score == "damage":
-        return _damage_reading(summary, runs)
-    turned = -1 if score == "cka" else 1
-    start, end = min(runs, key=lambda span: turned * runs[span])
-    value = significant(runs[start, end], 2)
-    if score == "cka":
-        name = _name(start, end)
+    if score != "damage":
+        start, end = (max if score == "cka" else min)(wide, key=lambda span: wide[span])
+        name, value = f"blocks {start} to {end - 1}", significant(wide[start, end], 2)
+        if score == "cka":
+            return f"Of spans of two blocks or more, {name} change the states least: CKA {value}."
         return (
-            f"Of runs of two blocks or more, the states around {name} are most alike: CKA {value}."
+            f"Of spans of two blocks or more, {name} turn the state least: angular distance "
+            f"{value}, where 0 is not at all and 0.5 is a right angle."
         )
-    return (
-        f"Of runs of two blocks or more, {_name(start, end)} turn the state least: angular "
-        f"distance {value}, where 0 is not at all and 0.5 a right angle."
-    )
-
-
-def _damage_reading(summary: Summary, runs: dict[tuple[int, int], float]) -> str:
-    small = [span for span, loss in runs.items() if loss <= summary.margin]
     margin = f"{100 * summary.margin:g} %"
-    if not small:
-        start, end = min(runs, key=lambda span: runs[span])
-        text = f"Every run of two blocks or more costs more than {margin} on the mean; least costs"
+    small = [span for span, loss in wide.items() if loss <= summary.margin]
+    if small:
+        start, end = max(small, key=lambda span: (span[1] - span[0], -wide[span]))
+        text = f"The longest span whose mean loss is at most {margin} is"
     else:
-        start, end = max(small, key=lambda span: (span[1] - span[0], -runs[span]))
-        text = f"The longest run whose loss is within {margin} on the mean is"
-    change = change_of(_left_out(summary)[start, end])
-    said = in_percent(change) if change else ""
+        start, end = min(wide, key=lambda span: wide[span])
+        text = f"Every span of two blocks or more costs more than {margin} on the mean; least costs"
+    change = _left_out(summary)[start, end].change()
+    said = in_percent(change, sign=True) if change else ""
     return (
-        f"{text} {_name(start, end)}: {said} against the teacher. It was picked out of "
-        f"{len(runs)}, so it may look better than it is."
+        f"{text} blocks {start} to {end - 1}: {said} against the teacher. It was picked out of "
+        f"{len(wide)}, so it may look better than it is."
     )
 
 
-def _name(start: int, end: int) -> str:
-    return f"blocks {start} to {end - 1}"
+# --- at which depth a user's answer is settled -----------------------------------------------
 
-
-# When a user's answer is settled: at which depth lists and ranks are the last ones.
-
-# the column of the settling table, what is said of it, its colour and marker
+# the column of the settling table, its name, colour and marker
 CURVES = {
     "rank_settled": ("rank within one", "#9b4f96", "o"),
     "set_settled": ("same ten items", "#0069a8", "s"),
@@ -291,56 +279,44 @@ CURVES = {
 }
 
 
-def settling_depth(run: RunLike | Summary | str | Path, *, ax: Axes | None = None) -> Axes:
+def _settling(summary: Summary) -> pd.DataFrame:
+    frames = [frame for frame in score_tables(summary) if set(CURVES) <= set(frame)]
+    return frames[0] if frames else pd.DataFrame()
+
+
+def settling_depth(run: Source, *, ax: Axes | None = None) -> Axes:
     """Share of users whose answer is settled by a depth: the top ten, its order, the target's rank.
 
     Bars are 95 % bootstrap intervals over users; with several teachers, of the users' means.
     """
     summary = as_summary(run)
-    frame = probe_table(summary, "settling")
+    frame = _settling(summary)
     need(len(frame), summary, "settling")
     with figure_style():
-        ax = ax or new_axes(right=0.74)
+        ax = ax or new_axes()
         blocks = summary.blocks or int(frame["top_settled"].max())
-        depths = np.arange(blocks)  # at the last one all are settled
-        ends: list[tuple[float | None, float, str, str]] = []
-        highest = 0.0
+        depths, highest = np.arange(blocks), 0.0  # at the last one all are settled
         for column, (label, colour, marker) in CURVES.items():
-            spans = _settled(frame, column, depths, summary)
-            y = 100 * np.array([span.value for span in spans])
+            by_seed = frame.sort_values("user", kind="stable").groupby("seed")[column]
+            settled = [own.to_numpy()[:, None] <= depths for _, own in by_seed]  # (U, depths) each
+            found = bootstrap_means(np.mean(settled, axis=0), resamples=summary.resamples)
+            shares = [style.scaled(share) for share in found]
             ax.errorbar(
-                depths, y, yerr=100 * arms(spans), color=colour, marker=marker, elinewidth=1,
-                label=label,
+                depths, [share.value for share in shares], yerr=style.bars(shares), color=colour,
+                marker=marker, elinewidth=1, label=label,
             )  # fmt: skip
-            ends.append((float(blocks - 1), float(y[-1]), label, colour))
-            highest = max(highest, float(y[-1]))
-        depth_axis(ax, summary, [0])
+            highest = max(highest, shares[-1].value)
         ax.set_ylim(0, min(102.0, 1.2 * highest + 1))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
-        ax.set_xlabel("depth (blocks passed)")
+        style.percent_axis(ax)
+        _block_axis(ax, "depth (blocks passed)")
         ax.set_title("Users whose answer is settled")
-        label_right(ax, ends)
+        style.legend(ax, columns=len(CURVES))
     return ax
 
 
-def _settled(
-    frame: pd.DataFrame, column: str, depths: np.ndarray, summary: Summary
-) -> list[Interval]:
-    """Share of users settled by each depth."""
-    by_user = [
-        (own[column].to_numpy()[:, None] <= depths)
-        for _, own in frame.sort_values("user", kind="stable").groupby("seed")
-    ]
-    return bootstrap_means(np.mean(by_user, axis=0), resamples=_resamples(summary))
-
-
-def _resamples(summary: Summary) -> int:
-    return int(summary.run.study.protocol.resamples)
-
-
 def settling_reading(summary: Summary) -> str:
-    """Who waits for the last block, and whom it costs the target; empty without the table."""
-    frame = probe_table(summary, "settling")
+    """Who waits for the last block, and whom it costs the target."""
+    frame = _settling(summary)
     if frame.empty:
         return ""
     last = summary.blocks or int(frame["top_settled"].max())
@@ -349,22 +325,21 @@ def settling_reading(summary: Summary) -> str:
         lost=(frame["best_rank"] <= 10) & (frame["final_rank"] > 10),
         hit=frame["final_rank"] <= 10,
     ).groupby("user")[["late", "overthinking", "lost", "hit"]].mean()  # fmt: skip
-    found = bootstrap_means(means.to_numpy(dtype=np.float64), resamples=_resamples(summary))
+    found = bootstrap_means(means.to_numpy(dtype=np.float64), resamples=summary.resamples)
     late, over, lost, hit = map(in_percent, found)
     return (
-        f"For {late} of users the ten items change in the last block. Overthinking: for "
-        f"{over} an earlier depth ranked the target better than the last; {lost} "
-        f"had it among the first ten at some depth and not at the last, where {hit} do."
+        f"For {late} of users the ten items change in the last block. For {over} an earlier depth "
+        f"ranked the target better than the last depth (overthinking). For {hit} the target is "
+        f"among the first ten at the last depth. For {lost} it was among them only earlier."
     )
 
 
-# Ways to a shallow model beside plain fine-tuning: the change of each, with its interval.
+# --- ways to a shallow model beside plain fine-tuning ----------------------------------------
 
 ROW = 0.2  # inches
-Change = tuple[int, str, Interval]  # depth, method, relative change
 
 
-def ablation_changes(run: RunLike | Summary | str | Path, *, ax: Axes | None = None) -> Axes:
+def ablation_changes(run: Source, *, ax: Axes | None = None) -> Axes:
     """Relative change of NDCG@10 against fine-tuning at the same depth, by depth and method.
 
     Bars are 95 % intervals of the paired ratio, over users and seeds; one comparison at a time.
@@ -373,61 +348,50 @@ def ablation_changes(run: RunLike | Summary | str | Path, *, ax: Axes | None = N
     changes = _changes(summary)
     need(changes, summary, "finetune and another way to train at the same depth")
     with figure_style():
-        height = max(2.2, ROW * (len(changes) + len({d for d, _, _ in changes})) + 0.9)
-        ax = ax or new_axes(right=0.97, left=0.36, bottom=0.5 / height, size=(4.7, height))
-        places, names, place, last = [], [], 0.0, None
+        depths = len({depth for depth, _, _ in changes})
+        ax = ax or new_axes((style.SIZE[0], max(2.2, ROW * (len(changes) + depths) + 0.9)))
+        names, place, last = {}, 0.0, None
         for depth, method, change in changes:
-            place += 1 if last == depth else 1.8
-            style = method_style(method)
-            if depth != last:
-                ax.text(
-                    0.005, place - 0.95, f"depth {depth}", transform=ax.get_yaxis_transform(),
-                    va="center", fontsize=8, color=MUTED, fontweight="bold",
-                )  # fmt: skip
+            place += 1 if last == depth else 1.6
+            look, shown = method_style(method), style.scaled(change)
             ax.errorbar(
-                [100 * change.value], [place], xerr=100 * arms([change]), color=style.colour,
-                marker=style.marker, linestyle="none", elinewidth=1.2,
+                [shown.value], [place], xerr=style.bars([shown]), color=look.colour,
+                marker=look.marker, linestyle="none", elinewidth=1.2,
             )  # fmt: skip
-            places.append(place)
-            names.append(style.label)
+            names[place] = f"{look.label} {depth}"
             last = depth
         ax.axvline(0, color=MUTED, linewidth=0.9)
-        ax.set_yticks(places, names)
-        ax.set_ylim(place + 0.8, 0.2)
+        ax.set_yticks(list(names), list(names.values()))
+        ax.set_ylim(place + 0.8, 0.6)
         ax.grid(visible=False, axis="y")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: signed(v)))
-        ax.set_title(f"Change of {HEADLINE} against fine-tuning", x=-0.5)
+        style.percent_axis(ax, signed=True, horizontal=True)
+        ax.set_title(f"Change of {HEADLINE} against fine-tuning")
     return ax
 
 
-def _changes(summary: Summary) -> list[Change]:
+def _changes(summary: Summary) -> list[tuple[int, str, Interval]]:
+    """Depth, method and relative change."""
     table = ablation_table(summary)
     if table is None:
         return []
-    frame = table.frame.dropna(subset="ratio")
-    columns = (frame[name] for name in ("depth", "method", "ratio", "ratio low", "ratio high"))
-    return [
-        (int(depth), str(method), Interval(value - 1, low - 1, high - 1))
-        for depth, method, value, low, high in zip(*columns, strict=True)
-    ]
+    rows = records(table.frame.dropna(subset="ratio"))
+    found = ((int(row["depth"]), str(row["method"]), interval_of(row, "ratio")) for row in rows)
+    return [(depth, name, less_one(ratio)) for depth, name, ratio in found if ratio is not None]
 
 
 def ablation_reading(summary: Summary) -> str:
-    """Which ways are shown better or worse than fine-tuning; empty without two to compare."""
+    """Which ways are shown better or worse than fine-tuning."""
     changes = _changes(summary)
     if not changes:
         return ""
     better = sum(change.low > 0 for _, _, change in changes)
     worse = sum(change.high < 0 for _, _, change in changes)
-    text = (
-        f"Of {len(changes)} comparisons with fine-tuning, {better or 'none'} "
-        f"{'lies' if better < 2 else 'lie'} above zero with the whole interval, "
-        f"{worse or 'none'} below; by chance alone about one in forty would on each side."
-    )
     depth, method, best = max(changes, key=lambda change: change[2].value)
-    sign = "+" if best.value >= 0 else ""
     return (
-        f"{text} The highest is {method_style(method).label} at depth {depth}: "
-        f"{sign}{in_percent(best)}."
+        f"Of {len(changes)} comparisons with fine-tuning, {better or 'none'} "
+        f"{'lies' if better == 1 else 'lie'} above zero with the whole interval and "
+        f"{worse or 'none'} below. By chance alone about one in forty would on each side. The "
+        f"highest is {method_style(method).label} at depth {depth}: {in_percent(best, sign=True)}."
+        f"{style.without_bar(change for _, _, change in changes)}"
     )

@@ -8,29 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
+from depthprobe.report import style
 from depthprobe.report.answer import Answer, build_answer
-from depthprobe.report.depth_figures import (
-    common_limits,
-    kept_reading,
-    kept_side_by_side,
-    kept_vs_depth,
-)
-from depthprobe.report.drawing import rendered, save_figure
-from depthprobe.report.facts import base_name, conditions
-from depthprobe.report.numbers import FULL, HEADLINE, RunLike, Summary, as_summary
+from depthprobe.report.facts import base_name, conditions, machine_name
+from depthprobe.report.figures import common_limits, kept_reading, kept_side_by_side, kept_vs_depth
+from depthprobe.report.numbers import FULL, HEADLINE, SASREC, Source, Summary, as_summary
 from depthprobe.report.page import environment, inline_svg
-from depthprobe.report.style import NONE, method_style, percent, times_faster
-from depthprobe.report.tables import Cell, Row, Table, save_table, share_cell, three
+from depthprobe.report.tables import (
+    Cell,
+    Column,
+    Table,
+    make_table,
+    ready,
+    save_table,
+    share,
+    text,
+    three,
+)
 
-if TYPE_CHECKING:
-    from depthprobe.runs.records import Dataset
-
-FIGURE, TABLE = "kept_side_by_side", "answers"
-QUESTION = ("margin", "split", "seen items")  # with another of these, another thing is asked
+QUESTION = ("margin", "split", "seen items")  # with another of these, the question is another
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,7 @@ class Compared:
     answer: Answer
 
 
-def build_comparison(
-    runs: Sequence[RunLike | Summary | str | Path], output: str | Path | None = None
-) -> Path:
+def build_comparison(runs: Sequence[Source], output: str | Path | None = None) -> Path:
     """Write a page that sets the answers of several runs side by side.
 
     Each run is compared with its own teacher; no run is tested against another. Beside the page, a
@@ -67,12 +63,13 @@ def build_comparison(
         without = ", ".join(one.name for one in compared if one not in drawn)
         allowed = "two runs or more with a finished teacher and a shallower model"
         raise BadInput("run", without or compared[0].name, allowed)
-    target = default_output([c.summary.run.path for c in compared]) if output is None else output
-    target = Path(target)
+    paths = [one.summary.run.path for one in compared]
+    target = Path(default_output(paths) if output is None else output)
     folder = target.parent / target.stem
     table = answers_table(compared)
     save_table(table, folder)
-    save_figure(kept_side_by_side([one.summary for one in drawn])[0], folder / FIGURE)
+    side_by_side = kept_side_by_side([one.summary for one in drawn])
+    style.save_figure(side_by_side[0], folder / "kept_side_by_side")
     differing = differences([one.summary for one in compared])
     page = environment().get_template("comparison.html.j2").render(
         headline=headline(compared),
@@ -81,17 +78,17 @@ def build_comparison(
                 "name": one.name,
                 "answer": one.answer,
                 "conditions": conditions(one.summary),
-                "report": _report(one, target),
-                "path": str(one.summary.run.path),
+                "report": _report(path, target),
+                "path": str(path),
             }
-            for one in compared
+            for one, path in zip(compared, paths, strict=True)
         ],
         differences=differing,
         question=[word for word in QUESTION if word in differing],
         figures=_figures(drawn),
         table_of_answers=table,
         folder=folder.name,
-        command="depthprobe report " + " ".join(str(one.summary.run.path) for one in compared),
+        command="depthprobe report " + " ".join(map(str, paths)),
     )  # fmt: skip
     with complete_file(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -111,8 +108,7 @@ def _named(summaries: Sequence[Summary]) -> list[Compared]:
     for place, folder in enumerate(folders):
         if folder in folders[:place]:
             raise BadInput("run", str(summaries[place].run.path), "each run once")
-    parts = 1
-    names = [folder.name for folder in folders]
+    parts, names = 1, [folder.name for folder in folders]
     while len(set(names)) < len(names):
         parts += 1
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
@@ -139,59 +135,64 @@ def differences(summaries: Sequence[Summary]) -> dict[str, str]:
         "margin": lambda s: f"{100 * s.margin:g} %",
         "split": lambda s: _split(s.run.study.protocol),
         "seen items": lambda s: "left out" if s.run.study.protocol.filter_seen else "ranked too",
-        "data": lambda s: _data(s.run.manifest.data),
-        "backbone": lambda s: base_name(s.run.manifest.backbone.source),
-        "item embeddings": lambda s: s.run.manifest.item_table.source,
+        "data": lambda s: _data(s.run.manifest.get("data", {})),
+        "backbone": lambda s: base_name(s.run.manifest.get("backbone", {}).get("source", "–")),
+        "item embeddings": lambda s: str(s.run.manifest.get("item_table", {}).get("source", "–")),
         "epochs": lambda s: str(s.run.study.recipe.epochs),
         "seeds": lambda s: str(len(s.seeds_compared)),
-        "machine": lambda s: s.run.manifest.machine.name,
-        "version": lambda s: s.run.manifest.versions.get("depthprobe", NONE),
+        "machine": lambda s: machine_name(s.run.manifest),
+        "version": lambda s: str(s.run.manifest.get("versions", {}).get("depthprobe", "–")),
     }
-    found = {}
-    for word, value in named.items():
-        values = [value(summary) for summary in summaries]
-        if len(set(values)) > 1:
-            found[word] = ", ".join(values)
-    return found
+    found = {word: [value(summary) for summary in summaries] for word, value in named.items()}
+    return {word: ", ".join(values) for word, values in found.items() if len(set(values)) > 1}
+
+
+def _split(protocol: Any) -> str:
+    at = f" at {' and '.join(protocol.split_at)}" if protocol.split == "temporal" else ""
+    return f"{protocol.split}{at}"
+
+
+def _data(data: Any) -> str:
+    return f"{data.get('name', '–')} ({str(data.get('fingerprint', ''))[:8]})"
 
 
 def answers_table(compared: Sequence[Compared]) -> Table:
     """The sufficient depth of each run and what it saves; else its best candidate, said so."""
-    rows, numbers = [], []
+    numbers = []
     for one in compared:
-        summary, answer = one.summary, one.answer
-        shown = answer.verdict == "shown"
-        sasrec = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of("sasrec")), None)
-        method = method_style(answer.method).label if answer.method else ""
-        depth = f"{answer.depth} of {answer.blocks}" if answer.depth else NONE
-        best = f"best candidate: {depth}" if answer.depth else ""
-        cells = (
-            Cell(one.name, _data_name(summary)),
-            Cell(depth if shown else answer.verdict, "" if shown else best),
-            Cell(method or NONE),
-            share_cell(answer.kept),
-            Cell(percent(answer.parameters, 0) if answer.parameters is not None else NONE),
-            _times(answer.inference),
-            _times(answer.training),
-            share_cell(sasrec),
-            Cell(f"{answer.users:,}"),
-            Cell(str(len(summary.seeds_compared))),
-        )
-        rows.append(Row(cells))
-        out: dict[str, object] = {"run": one.name, "verdict": answer.verdict}
-        out |= {"depth": answer.depth, "blocks": answer.blocks, "method": answer.method}
-        out |= {"margin": answer.margin, "parameters": answer.parameters}
-        for word, found in (
-            ("kept", answer.kept), ("inference", answer.inference),
-            ("training", answer.training), ("sasrec", sasrec),
-        ):  # fmt: skip
-            out |= three(word, found)
-        numbers.append(out | {"users": answer.users, "seeds": len(summary.seeds_compared)})
-    columns = (
-        "run", "sufficient depth", "reached by", f"{HEADLINE} kept", "parameters", "to serve",
-        "to train", "SASRec of teacher's", "test users", "seeds",
-    )  # fmt: skip
-    return Table(TABLE, columns, 3, tuple(rows), pd.DataFrame(numbers))
+        summary, answer, manifest = one.summary, one.answer, one.summary.run.manifest
+        backbone = base_name(manifest.get("backbone", {}).get("source", ""))
+        data = ", ".join(filter(None, (manifest.get("data", {}).get("name"), backbone)))
+        depth = f"{answer.depth} of {answer.blocks}" if answer.depth else ""
+        best = f"best candidate: {depth}" if depth else ""
+        shown = Cell(depth) if answer.verdict == "shown" else Cell(answer.verdict, best)
+        way = style.method_style(answer.method).label if answer.method else style.NONE
+        small = style.NONE if answer.parameters is None else style.percent(answer.parameters, 0)
+        sasrec = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of(SASREC)), None)
+        row: dict[str, Any] = {"run": one.name, "verdict": answer.verdict, "depth": answer.depth,
+            "blocks": answer.blocks, "method": answer.method, "margin": answer.margin,
+            "parameters": answer.parameters, "_run": Cell(one.name, data), "_depth": shown,
+            "_method": way, "_parameters": small,
+            "_inference": _times(answer.inference), "_training": _times(answer.training),
+        }  # fmt: skip
+        row |= three("kept", answer.kept) | three("inference", answer.inference)
+        row |= three("training", answer.training) | three("sasrec", sasrec)
+        numbers.append(row | {"users": answer.users, "seeds": len(summary.seeds_compared)})
+    columns: list[Column] = [
+        ("run", "_run", ready), ("sufficient depth", "_depth", ready),
+        ("reached by", "_method", text), (f"{HEADLINE} kept", "kept", share),
+        ("parameters", "_parameters", text), ("to serve", "_inference", ready),
+        ("to train", "_training", ready), ("SASRec of teacher's", "sasrec", share),
+        ("test users", "users", text), ("seeds", "seeds", text),
+    ]  # fmt: skip
+    return make_table("answers", numbers, columns, words=3)
+
+
+def _times(ratio: Any) -> Cell | None:
+    if ratio is None:
+        return None
+    number, interval, word = style.times_faster(ratio)
+    return Cell(f"{number} {word}".strip(), interval)
 
 
 def _figures(drawn: Sequence[Compared]) -> list[dict[str, Any]]:
@@ -201,35 +202,14 @@ def _figures(drawn: Sequence[Compared]) -> list[dict[str, Any]]:
     for place, one in enumerate(drawn):
         ax = kept_vs_depth(one.summary, limits=limits, title=one.name)
         reading = f"{one.name}. {kept_reading(one.summary)}"
-        svg = inline_svg(rendered(ax, "svg").decode(), f"run{place}", label=reading)
+        svg = inline_svg(style.rendered(ax, "svg").decode(), f"run{place}", label=reading)
         made.append({"svg": svg, "caption": reading})
     return made
 
 
-def _report(one: Compared, target: Path) -> str:
+def _report(folder: Path, target: Path) -> str:
     """The way from the page to the run's own report; empty where there is none yet."""
-    report = one.summary.run.path / "report.html"
+    report = folder / "report.html"
     if not report.is_file():
         return ""
     return Path(os.path.relpath(report.resolve(), target.parent.resolve())).as_posix()
-
-
-def _split(protocol: Any) -> str:
-    at = f" at {' and '.join(protocol.split_at)}" if protocol.split == "temporal" else ""
-    return f"{protocol.split}{at}"
-
-
-def _data(data: Dataset) -> str:
-    return f"{data.name} ({data.fingerprint[:8]})"
-
-
-def _data_name(summary: Summary) -> str:
-    manifest = summary.run.manifest
-    return f"{manifest.data.name}, {base_name(manifest.backbone.source)}"
-
-
-def _times(ratio: Any) -> Cell:
-    if ratio is None:
-        return Cell(NONE)
-    number, interval, word = times_faster(ratio)
-    return Cell(f"{number} {word}".strip(), interval)

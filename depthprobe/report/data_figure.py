@@ -16,7 +16,7 @@ from depthprobe.data.statistics import length_bins, popularity, top_shares
 from depthprobe.data.storage import Sequences
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
-from depthprobe.report.style import INK, MUTED, count, figure_style, percent
+from depthprobe.report.style import FORMATS, INK, MUTED, figure_style, percent, round_count
 from depthprobe.study import Protocol
 
 BARS, HELD_OUT = "#0069a8", "#c2500a"
@@ -53,17 +53,14 @@ def data_figure(sequences: Sequences, protocol: Protocol | None = None) -> Figur
 
 
 def save_data_figure(sequences: Sequences, path: Path, *, protocol: Protocol | None = None) -> Path:
-    """Draw the figure into a .png (150 dpi), .svg or .pdf file, whole or not at all.
+    """Draw the figure into a .png (150 dpi), .svg or .pdf file, complete or not at all.
 
     Raises:
         BadInput: if the log can't be split as the protocol says.
     """
-    kind = path.suffix.lower().lstrip(".")
-    figure = data_figure(sequences, protocol)
-    # without a date the same log gives the same bytes
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    kind, figure = path.suffix.lower().lstrip("."), data_figure(sequences, protocol)
     with figure_style(), complete_file(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=150, metadata=undated)
+        figure.savefig(temporary, format=kind, **FORMATS[kind])
     return path
 
 
@@ -92,7 +89,7 @@ def _popularity(ax: Axes, taken: np.ndarray) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: round_count(value)))
         axis.set_minor_formatter(NullFormatter())
     tenth = next(share for top, _, share in top_shares(taken) if top == 10)
     ax.text(
@@ -113,11 +110,9 @@ def _times(ax: Axes, times: np.ndarray, split: Split | None) -> None:
     ax.set_ylim(0, 1.12 * every.max())  # room for the words above
     if split is not None and "test_begins" in split.statistics:
         # to either side, as the two may lie close together
-        for asked, text, side in (
-            (split.validation, "validation ", "right"),
-            (split.test, " test", "left"),
-        ):
-            begins = times[asked.targets].min().astype("datetime64[s]")
+        marks = ((split.validation, "validation ", "right"), (split.test, " test", "left"))
+        for targets, text, side in marks:
+            begins = times[targets.targets].min().astype("datetime64[s]")
             ax.axvline(begins, color=INK, linewidth=1.1, linestyle="--")
             ax.text(
                 begins, 0.98, text, transform=ax.get_xaxis_transform(), ha=side, va="top",
@@ -139,9 +134,4 @@ def _times(ax: Axes, times: np.ndarray, split: Split | None) -> None:
 
 def _counts(ax: Axes) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-
-
-def _short(value: float) -> str:
-    """1,000, 20 k and 3 M: the round numbers of an axis."""
-    return count(value).replace(".00", "").replace(".0 ", " ")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: round_count(value)))

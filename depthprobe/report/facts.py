@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from depthprobe.report.numbers import SAMPLED, Summary
-from depthprobe.report.style import count, significant
+from depthprobe.report.numbers import HEADLINE, SAMPLED, Summary
+from depthprobe.report.style import count, plural, significant
 from depthprobe.study import Study
 
 if TYPE_CHECKING:
@@ -16,32 +16,31 @@ if TYPE_CHECKING:
 SIZES = ("users", "items", "interactions")
 SPLITS = {
     "leave-one-out": "Leave-one-out: a user's last item is the test, the one before it "
-    "validation; neither is ever trained on.",
+    "validation. Neither is ever trained on.",
     "temporal": "Temporal: two points in time for all users. Training ends where validation "
-    "begins; a user is asked for the first item at or after a point, given everything before it, "
-    "and users without anything before it are cold and not asked.",
-    "given": "As the log came, in training, validation and test files: a user is asked for the "
-    "first validation and the first test interaction, given everything before it.",
+    "begins. The target of a user is the first item at or after a point, given everything before "
+    "it. Users without anything before a point are cold and have no target.",
+    "given": "As the log came, in training, validation and test files. The targets of a user are "
+    "the first validation and the first test interaction, given everything before each.",
 }
 
 
 def conditions(summary: Summary) -> tuple[str, ...]:
     """The conditions of the first screen, each a few words."""
     run, manifest = summary.run, summary.run.manifest
-    data = manifest.data
+    data, seeds = manifest.get("data", {}), int(run.study.seeds)
     tested = max((point.users for point in summary.points), default=0)
-    seeds = int(run.study.seeds)
+    seen = ", seen items left out" if run.study.protocol.filter_seen else ""
     said = [
-        f"data {data.name}",
-        f"{data.users:,} users ({tested:,} tested)",
-        f"{data.items:,} items",
-        f"backbone {base_name(manifest.backbone.source)}",
-        f"{seeds} seed{'' if seeds == 1 else 's'}",
-        f"{_split_name(run.study, data.split)}, full ranking"
-        + (", seen items left out" if run.study.protocol.filter_seen else ""),
-        _machine(manifest.machine),
+        f"data {data['name']}" if data.get("name") else "",
+        f"{data['users']:,} users ({tested:,} tested)" if data.get("users") else "",
+        f"{data['items']:,} items" if data.get("items") else "",
+        f"backbone {base_name(manifest.get('backbone', {}).get('source', ''))}",
+        plural(seeds, "seed"),
+        f"{_split_name(run.study, data.get('split', {}))}, full ranking{seen}",
+        machine_name(manifest),
     ]
-    return tuple(part for part in said if part)
+    return tuple(filter(None, said))
 
 
 def base_name(source: str) -> str:
@@ -50,48 +49,64 @@ def base_name(source: str) -> str:
     return path.name if path.is_absolute() else source
 
 
+def machine_name(manifest: Mapping[str, Any]) -> str:
+    """Its accelerator or processor, and how many cores."""
+    machine = manifest.get("machine", {})
+    name = str(machine.get("gpu") or machine.get("cpu") or machine.get("device", ""))
+    return f"{name}, {machine['cores']} cores" if machine.get("cores") else name
+
+
+def negatives_of(study: Study) -> str:
+    """How the negatives of the sampled protocol were drawn, in words."""
+    return {
+        "uniform": "999 random negatives",
+        "popularity": "999 negatives drawn by popularity in training",
+    }[study.protocol.negatives]
+
+
 def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
     """Word and fact, in the order of reading; what the run did not record is absent."""
-    run, manifest = summary.run, summary.run.manifest
-    study = run.study
+    run, manifest, study = summary.run, summary.run.manifest, summary.run.study
+    data, protocol, git = manifest.get("data", {}), study.protocol, manifest.get("git") or {}
+    dirt = ", with uncommitted changes" if git.get("dirty") else ""
     facts = [
-        ("data", _data(manifest.data)),
-        ("cleaning", _cleaning(manifest.data.cleaning)),
-        ("warnings", "; ".join(manifest.data.warnings) or "none"),
-        ("backbone", _backbone(manifest.backbone, study)),
-        ("item embeddings", _item_embeddings(manifest.item_table)),
+        ("data", _data(data)),
+        ("cleaning", _cleaning(data.get("cleaning", ()))),
+        ("warnings", "; ".join(data.get("warnings", ())) or "none"),
+        ("backbone", _backbone(manifest.get("backbone", {}), study)),
+        ("item embeddings", _item_embeddings(manifest.get("item_table", {}))),
         ("training", _training(study)),
-        ("split", _split(study, manifest.data.split)),
+        ("split", _split(study, data.get("split", {}))),
         ("ranking", "Every item of the catalogue is ranked for every tested user; items seen "
-                    f"before are {'left out' if study.protocol.filter_seen else 'ranked too'}. "
+                    f"before are {'left out' if protocol.filter_seen else 'ranked too'}. "
                     "A rank is the mean rank over ties, so equal scores earn nothing."),
         ("sampled ranking", _sampled(summary)),
-        ("intervals", f"95 %, bootstrap of {study.protocol.resamples:,} draws over users, and over "
-                      "seeds where there are several; comparisons with the teacher use the same "
-                      "users and seeds in both arms. Times: the median ratio over paired rounds."),
-        ("sufficient depth", f"The smallest depth whose loss of NDCG@10 against the teacher is "
-                             f"within {100 * study.protocol.margin:g} % with 95 % confidence, for "
-                             "all candidates at once (Bonferroni). Early exits and all trained "
-                             "methods are candidates; baselines, random init and skips are not."),
-        ("timing", _timing(manifest.timing or {})),
+        ("intervals", f"95 %, bootstrap of {protocol.resamples:,} draws over users, and over seeds "
+                      "where there are several. Comparisons with the teacher use the same users "
+                      "and seeds in both arms. Times: the median ratio over paired rounds."),
+        ("sufficient depth", "The fewest blocks that, with 95 % confidence, lose at most "
+                             f"{100 * protocol.margin:g} % of the teacher's {HEADLINE}. The "
+                             "confidence is for all candidates at once (Bonferroni). Baselines, "
+                             "controls and models with a block left out are no candidates."),
+        ("timing", _timing(manifest.get("timing") or {})),
         ("reused trainings", _reused(run.records)),
-        ("machine", _machine(manifest.machine, long=True)),
-        ("versions", _pairs(manifest.versions)),
-        ("git commit", _git(manifest.git)),
-        ("study", f"{study.name}, hash {manifest.study_hash}"),
-        ("wall time", _duration(manifest.wall_seconds)),
+        ("machine", _machine(manifest)),
+        ("versions", _pairs(manifest.get("versions", {}))),
+        ("git commit", f"{git['commit']}{dirt}" if git.get("commit") else ""),
+        ("study", f"{study.name}, hash {manifest.get('study_hash', 'not recorded')}"),
+        ("wall time", _duration(manifest.get("wall_seconds") or 0)),
     ]  # fmt: skip
     return tuple((word, text) for word, text in facts if text)
 
 
-def _data(data: Dataset) -> str:
-    sizes = [f"{getattr(data, key):,} {key}" for key in SIZES]
-    said = [f"{data.name}: {', '.join(sizes)}"]
-    rest = {k: v for k, v in data.statistics.items() if k not in SIZES}
-    if rest:
-        said.append(_pairs(rest))
-    said.append(f"fingerprint {data.fingerprint[:16]}")
-    return "; ".join(said)
+def _data(data: Mapping[str, Any]) -> str:
+    if not data:
+        return ""
+    sizes = [f"{data[key]:,} {key}" for key in SIZES if key in data]
+    said = [f"{data.get('name', 'unnamed')}: {', '.join(sizes)}"]
+    said.append(_pairs({k: v for k, v in data.get("statistics", {}).items() if k not in SIZES}))
+    said.append(f"fingerprint {data['fingerprint'][:16]}" if data.get("fingerprint") else "")
+    return "; ".join(filter(None, said))
 
 
 def _cleaning(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -100,14 +115,14 @@ def _cleaning(steps: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(said) if len(said) > 1 else "none" if said else ""
 
 
-def _split_name(study: Any, split: Mapping[str, Any]) -> str:
+def _split_name(study: Study, split: Mapping[str, Any]) -> str:
     name = str(study.protocol.split)
     if "test_begins" not in split:
         return f"{name} split" if name == "given" else name
     return f"{name} split at {split['validation_begins']} and {split['test_begins']}"
 
 
-def _split(study: Any, split: Mapping[str, Any]) -> str:
+def _split(study: Study, split: Mapping[str, Any]) -> str:
     """What the split is, where its points lie, who and what is unknown to training."""
     said = [SPLITS[study.protocol.split]]
     if "test_begins" in split:
@@ -116,9 +131,9 @@ def _split(study: Any, split: Mapping[str, Any]) -> str:
     if "training_interactions" in split:
         said.append(
             f"Training has {split['training_interactions']:,} interactions of "
-            f"{split['training_items']:,} items. Asked are {split['validation_users']:,} users in "
-            f"validation and {split['test_users']:,} in the test, where "
-            f"{split['cold_test_targets']:,} of the targets are items unknown to training."
+            f"{split['training_items']:,} items. {split['validation_users']:,} users have a target "
+            f"in validation and {split['test_users']:,} in the test. "
+            f"{split['cold_test_targets']:,} of the test targets are items unknown to training."
         )
     if "cold_test_users" in split:
         before = "cold_validation_users" in split
@@ -127,12 +142,21 @@ def _split(study: Any, split: Mapping[str, Any]) -> str:
     return " ".join(said)
 
 
-def _backbone(backbone: BackboneFacts, study: Any) -> str:
-    said = [backbone.source, backbone.family, f"{backbone.blocks} blocks"]
-    said += [f"width {backbone.width}", f"{count(backbone.parameters)} parameters"]
-    said += [f"revision {backbone.revision}"] if backbone.revision else []
-    said += [f"tuning {study.backbone.tuning}", f"{study.backbone.dtype}"]
-    return ", ".join(part for part in said if part)
+def _backbone(backbone: Mapping[str, Any], study: Study) -> str:
+    if not backbone:
+        return ""
+    size, revision = backbone.get("parameters"), backbone.get("revision")
+    said = [
+        backbone.get("source"),
+        backbone.get("family"),
+        f"{backbone['blocks']} blocks" if backbone.get("blocks") else "",
+        f"width {backbone['width']}" if backbone.get("width") else "",
+        f"{count(size)} parameters" if size else "",
+        f"revision {revision}" if revision else "",
+        f"tuning {study.backbone.tuning}",
+        study.backbone.dtype,
+    ]
+    return ", ".join(str(part) for part in said if part)
 
 
 def _item_embeddings(table: ItemTable) -> str:
@@ -150,7 +174,7 @@ def _item_embeddings(table: ItemTable) -> str:
 
 def _training(study: Study) -> str:
     """What the trials minimise; nothing of epochs or rates, which the study file holds."""
-    recipe, backbone = study.recipe, study.backbone
+    recipe = study.recipe
     where = {"every": "at every position of a history", "last": "at its last position alone"}
     loss = {
         "full": "cross-entropy over the whole catalogue",
@@ -158,27 +182,18 @@ def _training(study: Study) -> str:
         "gbce": f"gBCE with {recipe.negatives} random items, t = {recipe.gbce_t:g}",
     }
     said = [f"the next item {where[recipe.objective]}", loss[recipe.loss], recipe.precision]
-    if backbone.head == "linear":
-        said.append("a linear head over the items")
+    said += ["a linear head over the items"] * (study.backbone.head == "linear")
     return ", ".join(said)
 
 
 def _sampled(summary: Summary) -> str:
-    if not any(point.value("NDCG@10", SAMPLED) for point in summary.points):
+    if not any(point.value(HEADLINE, SAMPLED) for point in summary.points):
         return ""
     return (
-        f"Beside it, the item among {negatives_of(summary.run.study)} that the user never took, "
-        "the same for every trial. Its numbers are higher and never comparable with those of full "
-        "ranking, nor with those of another way to draw."
+        f"Beside it, the item is ranked among {negatives_of(summary.run.study)} that the user "
+        "never took, the same for every trial. These numbers are higher. They can't be compared "
+        "with those of full ranking, nor with those of another way to draw."
     )
-
-
-def negatives_of(study: Study) -> str:
-    """How the negatives of the sampled protocol were drawn, in words."""
-    return {
-        "uniform": "999 random negatives",
-        "popularity": "999 negatives drawn by popularity in training",
-    }[study.protocol.negatives]
 
 
 def _timing(timing: Mapping[str, Any]) -> str:
@@ -191,50 +206,40 @@ def _timing(timing: Mapping[str, Any]) -> str:
     )
 
 
-def _reused(records: Iterable[Record]) -> str:
+def _reused(records: Sequence[Mapping[str, Any]]) -> str:
     """How many trainings come from the cache: their seconds were measured in another run."""
     found = sum(record.training is not None and record.training.reused for record in records)
     if not found:
         return ""
     return (
-        f"{found} trials have their training from the cache, where an earlier run on such a "
-        "machine left it: its seconds were measured there. They were tested anew."
+        f"{found} trials have their training from the cache. Its seconds were measured in the "
+        "earlier run that left it there, on such a machine. The trials were tested anew."
     )
 
 
-def _machine(machine: Machine, *, long: bool = False) -> str:
-    said = [machine.name]
-    if machine.cores:
-        said.append(f"{machine.cores} cores")
-    if long:
-        said += [f"{significant(machine.memory_gib)} GiB"] if machine.memory_gib else []
-        said += [f"device {machine.device}"] if machine.device else []
-    return ", ".join(said)
-
-
-def _git(git: Git | None) -> str:
-    if git is None or not git.commit:
+def _machine(manifest: Mapping[str, Any]) -> str:
+    machine = manifest.get("machine", {})
+    if not machine:
         return ""
-    return f"{git.commit}{', with uncommitted changes' if git.dirty else ''}"
+    said = [
+        machine_name(manifest),
+        f"{machine['threads']} threads" if machine.get("threads") else "",
+        f"{significant(machine['memory_gib'])} GiB" if machine.get("memory_gib") else "",
+        f"device {machine['device']}" if machine.get("device") else "",
+    ]
+    return ", ".join(filter(None, said))
 
 
-def _duration(seconds: float | None) -> str:
-    if not seconds:
-        return ""
+def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    parts: Iterable[tuple[int, str]] = (
-        (hours, "h"),
-        (minutes, "min"),
-        (rest if not hours else 0, "s"),
-    )
+    parts = ((hours, "h"), (minutes, "min"), (rest if not hours else 0, "s"))
     return " ".join(f"{value} {unit}" for value, unit in parts if value)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{str(k).replace('_', ' ')} {_plain(v)}" for k, v in values.items() if v is not None
-    )
+    said = ((k, v) for k, v in values.items() if v is not None)
+    return ", ".join(f"{str(key).replace('_', ' ')} {_plain(value)}" for key, value in said)
 
 
 def _plain(value: object) -> str:

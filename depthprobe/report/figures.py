@@ -1,17 +1,25 @@
 """The figures of a report: each a function on a run that returns its Axes, and one table of them.
 
 Every function takes a run, its folder or its :func:`summarise`, and draws into ``ax`` where one is
-given. A run's numbers take seconds to compute: for several figures, summarise it once.
+given. A run's numbers take seconds to compute: for several figures, summarise it once. Beside each
+figure stands what its caption says, which is also what a screen reader reads; empty without data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from depthprobe.evaluation.statistics import Interval
+from depthprobe.methods import base_of, method_order
+from depthprobe.report import style
 from depthprobe.report.block_figures import (
     ablation_changes,
     ablation_reading,
@@ -19,23 +27,25 @@ from depthprobe.report.block_figures import (
     influence_reading,
     settling_depth,
     settling_reading,
+    skip_reading,
     skip_sensitivity,
     span_map,
     span_reading,
 )
-from depthprobe.report.depth_figures import (
-    accuracy_vs_cost,
-    accuracy_vs_depth,
-    cost_reading,
-    depth_reading,
-    kept_reading,
-    kept_side_by_side,
-    kept_vs_depth,
-    skip_reading,
-    speed_reading,
-    speed_vs_depth,
+from depthprobe.report.numbers import (
+    FULL,
+    HEADLINE,
+    POPULARITY,
+    Point,
+    Source,
+    Spread,
+    Summary,
+    as_summary,
+    summarise,
 )
-from depthprobe.report.numbers import Summary, summarise
+from depthprobe.report.style import INK, MUTED, figure_style, method_style, need, new_axes
+from depthprobe.report.tables import timed
+from depthprobe.study import ranges
 
 __all__ = [
     "FIGURES",
@@ -52,6 +62,398 @@ __all__ = [
     "speed_vs_depth",
     "summarise",
 ]
+
+MOST_VARIANTS = 8  # of one method that are told apart in a figure
+Curves = dict[str, list[Point]]  # by the name in the figure, shallow to deep
+
+# --- what is drawn ---------------------------------------------------------------------------
+
+
+def drawn_as(summary: Summary) -> dict[str, str]:
+    """The methods that figures show, by the name that they show them under.
+
+    Variants of a method that is there itself are not among them: those have a table of their own.
+    More variants of another than can be told apart go under their method's name, all together.
+    """
+    methods = {point.method for point in summary.points}
+    shown = {name for name in methods if name == base_of(name) or base_of(name) not in methods}
+    variants = Counter(base_of(name) for name in shown if name != base_of(name))
+    return {
+        name: base_of(name) if variants[base_of(name)] > MOST_VARIANTS else name for name in shown
+    }
+
+
+def curves(summary: Summary, metric: str) -> Curves:
+    """Measured points of each method that has a curve over depth, in the order of depth."""
+    found: Curves = {}
+    names = drawn_as(summary)
+    for method in sorted(names, key=method_order):
+        points = [point for point in summary.of(method) if point.value(metric) is not None]
+        info = style.method_info(method)
+        if points and info.role not in ("baseline", "teacher") and not info.by_block:
+            found.setdefault(names[method], []).extend(points)
+    return {name: sorted(points, key=lambda point: point.depth) for name, points in found.items()}
+
+
+def kept_curves(summary: Summary, metric: str = HEADLINE) -> Curves:
+    """The curves over depth that can be compared with the teacher."""
+    found = curves(summary, metric)
+    found = {n: [p for p in points if (FULL, metric) in p.ratio] for n, points in found.items()}
+    return {name: points for name, points in found.items() if points}
+
+
+def every(drawn: Mapping[str, Sequence[Point]]) -> list[Point]:
+    """The points of all curves."""
+    return [point for points in drawn.values() for point in points]
+
+
+def trains(point: Point) -> bool:
+    """Whether it is a shallow model that was trained, and no control."""
+    return point.info.role == "trained"
+
+
+def mean(point: Point, metric: str) -> float:
+    """The mean of a metric that the point is known to have."""
+    return float(point.accuracy[FULL, metric].value)
+
+
+def _depth_axis(ax: Axes, summary: Summary, points: Sequence[Point]) -> None:
+    """From the shallowest depth that is drawn, or 1, to the full backbone."""
+    depths = [1, *(point.depth for point in points)]
+    ax.set_xlim(min(depths) - 0.6, (summary.blocks or max(depths)) + 0.6)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    ax.set_xlabel("depth (blocks kept)")
+
+
+def _draw_curves(ax: Axes, drawn: Curves, interval_of: Callable[[Point], Interval]) -> None:
+    """Each method's points with their intervals, joined where a depth has one point."""
+    for index, (name, points) in enumerate(drawn.items()):
+        look, depths = method_style(name), [point.depth for point in points]
+        intervals = [interval_of(point) for point in points]
+        ax.errorbar(
+            style.beside(depths, index, len(drawn)), [i.value for i in intervals],
+            yerr=style.bars(intervals), color=look.colour, marker=look.marker, elinewidth=1,
+            linestyle=look.line if len(set(depths)) == len(depths) else "none",
+            zorder=4, label=look.label,
+        )  # fmt: skip
+
+
+# --- accuracy against depth: as it is, and as a share of the teacher's -----------------------
+
+
+def accuracy_vs_depth(run: Source, *, metric: str = HEADLINE, ax: Axes | None = None) -> Axes:
+    """Accuracy of every method against depth, the teacher and the baselines as bands.
+
+    Points are means over users and seeds; bars and bands are 95 % bootstrap intervals.
+    """
+    summary = as_summary(run)
+    with figure_style():
+        ax = ax or new_axes()
+        for point in summary.points:
+            value = point.value(metric)
+            if point.info.role in ("baseline", "teacher") and value is not None:
+                look = method_style(point.method)
+                low, high = style.limits([value])
+                ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
+                ax.axhline(
+                    value.value, color=look.colour, linestyle=look.line, linewidth=1.1, zorder=2,
+                    label=look.label,
+                )  # fmt: skip
+        drawn = curves(summary, metric)
+        _draw_curves(ax, drawn, lambda point: point.accuracy[FULL, metric])
+        _depth_axis(ax, summary, every(drawn))
+        ax.set_ylim(bottom=0)
+        ax.set_title(f"{metric} against depth")
+        style.legend(ax)
+    return ax
+
+
+def depth_reading(summary: Summary, metric: str) -> str:
+    """What accuracy against depth shows."""
+    points, teacher = every(curves(summary, metric)), summary.teacher
+    if not points:
+        return ""
+    said = [f"{metric} against depth."]
+    if teacher is not None and (value := teacher.value(metric)) is not None:
+        said.append(f"The teacher ({teacher.depth} blocks) reaches {style.with_bounds(value)}.")
+    half = (summary.blocks or max(point.depth for point in points)) // 2
+    trained = [point for point in points if trains(point) and point.depth <= half]
+    depth = half
+    if trained:
+        best = max(trained, key=lambda point: mean(point, metric))
+        depth, value = best.depth, best.accuracy[FULL, metric]
+        said.append(
+            f"The best trained model of at most {half} blocks is {best.name}: "
+            f"{style.with_bounds(value)}."
+        )
+    others = [p for p in points if p.depth == depth and not trains(p)]
+    controls = [point for point in others if point.info.role == "control"]
+    probes = [point for point in others if point.info.candidate]
+    if probes:
+        controls.append(max(probes, key=lambda point: mean(point, metric)))
+    said += [f"{_upper(p.name)} reaches {style.with_bounds(p.accuracy[FULL, metric])}."
+             for p in controls]  # fmt: skip
+    return " ".join(said) + style.without_bar(p.accuracy[FULL, metric] for p in points)
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def kept_vs_depth(
+    run: Source,
+    *,
+    metric: str = HEADLINE,
+    limits: tuple[float, float] | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of the teacher's accuracy against depth, with the margin; the scale is cut below.
+
+    Bars are 95 % intervals of the paired ratio, which leave out what users have in common.
+    ``limits`` are of the scale, in per cent; by default :func:`kept_limits` of this run.
+    """
+    summary = as_summary(run)
+    with figure_style():
+        ax = ax or new_axes()
+        drawn, floor = kept_curves(summary, metric), 100 * (1 - summary.margin)
+        ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
+        ax.axhline(floor, color=MUTED, linewidth=1.1, linestyle="--", label=f"margin: {floor:g} %")
+        _draw_curves(ax, drawn, lambda point: style.scaled(point.ratio[FULL, metric]))
+        _depth_axis(ax, summary, every(drawn))
+        ax.set_ylim(limits or kept_limits(summary, metric))
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
+        style.percent_axis(ax)
+        ax.set_title(title or f"Share of the teacher's {metric} kept")
+        style.legend(ax)
+    return ax
+
+
+LOWEST_KEPT = 85.0  # per cent of the teacher: what an untrained model may stretch the scale to
+
+
+def kept_limits(summary: Summary, metric: str = HEADLINE) -> tuple[float, float]:
+    """From where to where shares of the teacher's accuracy are drawn, in per cent."""
+    points = every(kept_curves(summary, metric))
+    shares = [(trains(point), style.scaled(point.ratio[FULL, metric])) for point in points]
+    # read-outs fall to nothing: only what is still in reach may widen the scale
+    reach = [share for trained, share in shares if trained or share.low > LOWEST_KEPT]
+    low, high = style.limits(reach, 100.0, 100 * (1 - summary.margin))
+    return low - 1.5, high + 1.5
+
+
+def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
+    """Which depths are within the margin on the mean, and which are shown to be."""
+    points = [p for p in every(kept_curves(summary, metric)) if p.info.candidate]
+    if not points:
+        return ""
+    floor = 1 - summary.margin
+    within = {p.depth for p in points if p.ratio[FULL, metric].value >= floor}
+    rows = summary.sufficiency.rows if summary.sufficiency else ()
+    depths, shown = (
+        ranges(sorted(found)).replace("-", "–") or "none"
+        for found in (within, {row.depth for row in rows if row.shown})
+    )
+    best = max(points, key=lambda point: point.ratio[FULL, metric].value)
+    return (
+        f"Depths whose mean keeps {100 * floor:g} % of the teacher's {metric}: {depths}. Depths "
+        f"for which this is shown with confidence: {shown}. The most is kept by {best.name}: "
+        f"{style.in_percent(best.ratio[FULL, metric])}."
+        f"{style.without_bar(point.ratio[FULL, metric] for point in points)}"
+    )
+
+
+def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
+    """:func:`kept_vs_depth` of several runs in one figure, on one scale; an Axes a run.
+
+    Each is titled with the name of its folder; every run is compared with its own teacher.
+    """
+    summaries = [as_summary(run) for run in runs]
+    limits = common_limits(summaries)
+    with figure_style():
+        size = (style.SIZE[0] * len(summaries), style.SIZE[1])
+        figure = Figure(figsize=size, layout="constrained")
+        axes: list[Axes] = list(figure.subplots(1, len(summaries), squeeze=False)[0])
+        for ax, summary in zip(axes, summaries, strict=True):
+            kept_vs_depth(summary, limits=limits, title=summary.run.path.name, ax=ax)
+        axes[0].set_ylabel(f"share of the teacher's {HEADLINE}")
+    return axes
+
+
+def common_limits(summaries: Sequence[Summary]) -> tuple[float, float]:
+    """The widest of the runs' :func:`kept_limits`."""
+    lows, highs = zip(*(kept_limits(summary) for summary in summaries), strict=True)
+    return min(lows), max(highs)
+
+
+# --- accuracy against what it costs, and how much faster a shallower model is ----------------
+
+COSTS = {
+    "parameters": ("parameters", "parameters in all"),
+    "inference": ("inference time", "milliseconds a batch, encoding and scoring"),
+    "training": ("training time", "milliseconds a training step"),
+}
+KINDS = {"inference": ("to serve", "#0069a8", "s"), "training": ("to train", "#c2500a", "o")}
+
+
+def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
+    """Points with an accuracy and a cost; popularity and most probes are not on offer."""
+    drawn = drawn_as(summary).keys() - {POPULARITY}
+    return [
+        point
+        for point in summary.points
+        if point.method in drawn
+        and (point.info.candidate or point.info.role != "probe")
+        and point.cost(cost)
+        and point.value(metric) is not None
+    ]
+
+
+def pareto_front(points: Iterable[Point], cost: str, metric: str = HEADLINE) -> list[Point]:
+    """Points that no other one beats: all cheaper ones are less accurate. Cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost(cost) or 0, -mean(p, metric))):
+        if not front or mean(point, metric) > mean(front[-1], metric):
+            front.append(point)
+    return front
+
+
+def accuracy_vs_cost(
+    run: Source, *, cost: str = "parameters", metric: str = HEADLINE, ax: Axes | None = None
+) -> Axes:
+    """Accuracy against "parameters", "inference" or "training" time, with the Pareto front.
+
+    Vertical bars are 95 % intervals of accuracy, horizontal bars the quartiles of the timing
+    rounds. A number beside a point of the front is its depth.
+    """
+    summary = as_summary(run)
+    title, label = COSTS[cost]
+    with figure_style():
+        points = priced(summary, cost, metric)
+        need(points, summary, f"{title} of a model")
+        ax = ax or new_axes()
+        names = drawn_as(summary)
+        for name in dict.fromkeys(names[point.method] for point in points):
+            own, look = [p for p in points if names[p.method] == name], method_style(name)
+            spreads = [_quartiles(point.time[cost]) for point in own if cost in point.time]
+            accuracies = [point.accuracy[FULL, metric] for point in own]
+            ax.errorbar(
+                [point.cost(cost) or 0 for point in own], [i.value for i in accuracies],
+                xerr=style.bars(spreads) if spreads else None,
+                yerr=style.bars(accuracies), linestyle="none", color=look.colour,
+                marker=look.marker, elinewidth=0.9, label=look.label,
+            )  # fmt: skip
+        front = pareto_front(points, cost, metric)
+        ax.plot(
+            [point.cost(cost) or 0 for point in front], [mean(point, metric) for point in front],
+            drawstyle="steps-post", color=INK, linewidth=1, alpha=0.4, zorder=1,
+            label="Pareto front" if len(front) > 1 else "_alone",
+        )  # fmt: skip
+        for point in front:  # above and left of a point of the front there is no other point
+            if point.depth:
+                ax.annotate(
+                    str(point.depth), (point.cost(cost) or 0, mean(point, metric)), (-5, 4),
+                    textcoords="offset points", ha="right", fontsize=8,
+                )  # fmt: skip
+        costs = [point.cost(cost) or 0 for point in points]
+        if max(costs) >= 4 * min(costs):
+            ax.set_xscale("log")
+            wide = max(costs) >= 100 * min(costs)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        # no bars to compare with zero: the scale follows the points, or they would lie on a line
+        low, high = style.limits(point.accuracy[FULL, metric] for point in points)
+        gap = 0.15 * (high - low) or 0.5
+        ax.set_ylim(max(0.0, low - gap), high + gap)
+        ax.set_xlabel(label)
+        ax.set_title(f"{metric} against {title}")
+        style.legend(ax)
+    return ax
+
+
+def _quartiles(time: Spread) -> Interval:
+    return Interval(time.median, time.low, time.high)
+
+
+def _tick(value: float) -> str:
+    if value >= 10:
+        return style.round_count(value)
+    return style.significant(value, 2).rstrip("0").rstrip(".")
+
+
+def cost_reading(summary: Summary, cost: str, metric: str = HEADLINE) -> str:
+    """Which points are on the Pareto front; empty for less than two points."""
+    points = priced(summary, cost, metric)
+    if len(points) < 2:
+        return ""
+    front = ", ".join(point.name for point in pareto_front(points, cost, metric))
+    return (
+        f"{metric} against {COSTS[cost][0]}. On the means, no other model is both cheaper and more "
+        f"accurate than these: {front}."
+        f"{style.without_bar(point.accuracy[FULL, metric] for point in points)}"
+    )
+
+
+def speed_vs_depth(run: Source, *, ax: Axes | None = None) -> Axes:
+    """How many times faster than at full depth a model is served and trained, by depth.
+
+    Bars are 95 % intervals of the median over paired rounds. The dotted line is what it would be
+    if time were blocks alone; what stays below it is spent on embeddings, head and scoring.
+    """
+    summary = as_summary(run)
+    points = {kind: timed(summary, kind) for kind in KINDS}
+    need(every(points), summary, "times of a depth and the teacher")
+    with figure_style():
+        ax = ax or new_axes()
+        blocks, first = summary.blocks or 1, min(point.depth for point in every(points))
+        for index, (kind, (label, colour, marker)) in enumerate(KINDS.items()):
+            speeds = [point.speed[kind] for point in points[kind]]
+            if speeds:
+                depths = [point.depth for point in points[kind]]
+                ax.errorbar(
+                    style.beside(depths, index, 2, 0.16), [speed.value for speed in speeds],
+                    yerr=style.bars(speeds), color=colour, marker=marker, elinewidth=1,
+                    label=label,
+                )  # fmt: skip
+        ideal = np.linspace(first, blocks, 100)
+        ax.plot(ideal, blocks / ideal, ":", color=MUTED, linewidth=1.1, label="blocks alone")
+        ax.axhline(1, color=INK, linewidth=0.9)
+        low, high = style.limits(_speeds(points), blocks / first)
+        ax.set_yscale("log")
+        ax.set_ylim(min(0.85, 0.95 * low) if low > 0 else 0.5, 1.15 * high)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}\u00d7"))
+        _depth_axis(ax, summary, every(points))
+        ax.set_title("Times faster than at full depth")
+        style.legend(ax)
+    return ax
+
+
+def _speeds(points: Mapping[str, Sequence[Point]]) -> list[Interval]:
+    return [point.speed[kind] for kind, own in points.items() for point in own]
+
+
+def speed_reading(summary: Summary) -> str:
+    """How much faster the shallowest depth is."""
+    points = {kind: timed(summary, kind) for kind in KINDS}
+    said = []
+    for kind, (label, _, _) in KINDS.items():
+        if points[kind]:
+            first = points[kind][0]
+            said.append(
+                f"At depth {first.depth} a model is {' '.join(style.times(first.speed[kind]))} as "
+                f"fast {label} as at full depth; blocks alone would give "
+                f"{style.significant((summary.blocks or 1) / first.depth)}\u00d7."
+            )
+    return " ".join(said) + style.without_bar(_speeds(points))
+
+
+# --- the figures of the page -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,4 +493,4 @@ FIGURES = (
     _entry("settling_depth", "hurt", settling_depth, settling_reading),
     _entry("ablation_changes", "ablation", ablation_changes, ablation_reading),
     _entry("speed_vs_depth", "cost", speed_vs_depth, speed_reading),
-)
+)  # fmt: skip

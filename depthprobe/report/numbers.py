@@ -1,4 +1,7 @@
-"""One point of a report: a method at some kept blocks, its seeds together, against the teacher."""
+"""A run reduced to the numbers of its report; every bootstrap is computed once.
+
+A point is a method at some kept blocks, its seeds together, compared with the teacher.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -21,19 +24,29 @@ from depthprobe.evaluation.statistics import (
     resampled_means,
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
-from depthprobe.methods import METHODS, base_of, method_order, names
+from depthprobe.methods import Method, method_order
+from depthprobe.report.style import Array, method_info, method_style
 
 if TYPE_CHECKING:
-    from depthprobe.runs.records import Manifest, Record
+    from depthprobe.runs.store import Run
 
-Array = NDArray[np.float64]
 FULL, SAMPLED = "full", "sampled-999"
 HEADLINE = "NDCG@10"
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 PARAMETERS = "parameters_"
 LEVEL = 0.95
 # What a round of each kind of time is made of; the parts of one round are added.
-KINDS = {"training": ("train_step",), "inference": ("encode", "score"), "latency": ("latency",)}
+TIMES = {"training": ("train_step",), "inference": ("encode", "score"), "latency": ("latency",)}
+
+# The methods with a part of their own in a report; all others are known by their records alone.
+TEACHER = "full"  # the reference
+POPULARITY, SASREC = "popularity", "sasrec"  # a teacher must beat them to be worth matching
+PLAIN = "finetune"  # what other ways to train are compared with
+HEAD = "readout"  # at depth 0 a head on the last item alone: do blocks add anything?
+# What is left out, as cheap scores name it, and the method that measures what that costs.
+BLOCK, SPAN, PARTS = "skip", "span", {"attention": "drop-attention", "mlp": "drop-mlp"}
+# They read the teacher's states at each depth: a hint of what training reaches there.
+READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,22 @@ class Point:
     time: Mapping[str, Spread] = field(repr=False)  # "training" a step, "inference", "latency"
     speed: Mapping[str, Interval] = field(repr=False)  # the teacher's time over this one's
 
+    @property
+    def info(self) -> Method:
+        """The record of its method."""
+        return method_info(self.method)
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The blocks [start, end) that are left out, if they are neighbours."""
+        return span_of(self.removed)
+
+    @property
+    def name(self) -> str:
+        """As captions and columns name it: "distilled 4", "SASRec"."""
+        label = method_style(self.method).label
+        return label if self.info.role == "baseline" else f"{label} {self.depth}"
+
     def of_seeds(self, seeds: Iterable[int]) -> tuple[str, ...]:
         """The trials of some of its seeds, in their order."""
         own = dict(zip(self.seeds, self.trials, strict=True))
@@ -72,11 +101,33 @@ class Point:
         """The metric, or None where it was not measured."""
         return self.accuracy.get((protocol, metric))
 
+    def change(self, metric: str = HEADLINE) -> Interval | None:
+        """Relative change against the teacher, paired; None where there is no teacher."""
+        ratio = self.ratio.get((FULL, metric))
+        return None if ratio is None else less_one(ratio)
+
     def cost(self, name: str) -> float | None:
         """Total parameters, or median milliseconds of a kind of time; None if unknown."""
         if name == "parameters":
             return self.parameters.get("total")
         return self.time[name].median if name in self.time else None
+
+
+def less_one(ratio: Interval) -> Interval:
+    """A ratio as a relative change."""
+    return Interval(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+
+
+def span_of(removed: str) -> tuple[int, int] | None:
+    """Neighbouring blocks as a run's tables write them, to [start, end).
+
+    >>> span_of("4"), span_of("4-6"), span_of("1,3")
+    ((4, 5), (4, 7), None)
+    """
+    first, _, last = removed.partition("-")
+    if not (first.isdigit() and (last or first).isdigit()):
+        return None
+    return int(first), int(last or first) + 1
 
 
 class Ranks:
@@ -92,34 +143,48 @@ class Ranks:
 
     def users(self, trials: Iterable[str]) -> int:
         """How many users were ranked for these trials, under full ranking."""
-        found = (self._ranks.get((trial, FULL)) for trial in trials)
-        return min((len(ranked[0]) for ranked in found if ranked is not None), default=0)
+        ranked = (self._ranks.get((trial, FULL)) for trial in trials)
+        return min((len(own[0]) for own in ranked if own is not None), default=0)
 
-    def has(self, trials: Sequence[str], protocol: str) -> bool:
+    def has(self, trials: Sequence[str], protocol: str = FULL) -> bool:
         """Whether every one of these trials was ranked under the protocol."""
         return bool(trials) and all((trial, protocol) in self._ranks for trial in trials)
 
     def values(self, protocol: str, metric: str, arms: Sequence[Sequence[str]]) -> list[Array]:
         """Per-user metric (S, U) of each arm's trials, over the users that all of them ranked."""
-        found = [self._ranks[trial, protocol] for arm in arms for trial in arm]
-        common = found[0][0]
-        for ids, _ in found[1:]:
+        ranked = [self._ranks[trial, protocol] for arm in arms for trial in arm]
+        common = ranked[0][0]
+        for ids, _ in ranked[1:]:
             if not np.array_equal(ids, common):
                 common = np.intersect1d(common, ids)
         rows = iter(
             per_user_metric(
                 ranks if len(ids) == len(common) else ranks[np.isin(ids, common)], metric
             )
-            for ids, ranks in found
+            for ids, ranks in ranked
         )
         return [np.stack([next(rows) for _ in arm]) for arm in arms]
+
+
+def draws_of_means(arms: Sequence[Array], resamples: int) -> Array:
+    """Bootstrap draws of each arm's mean over users and seeds, (R, arms); arms share each draw."""
+    if arms[0].shape[1] == 1:  # one user says nothing about others
+        return np.array([[-np.inf], [np.inf]]).repeat(len(arms), axis=1)
+    drawn = resampled_means(arms, resamples=resamples, seed=0)
+    return np.concatenate([both for both, _ in drawn])
+
+
+def paired_ratio(value: float, draws: Array, reference: Array) -> Interval:
+    """The interval of a ratio from draws of both arms, (R,) each."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return interval(value, draws / reference, level=LEVEL)
 
 
 Group = dict[int, str]  # the trials of a point, by seed
 Measured = dict[tuple[str, str], Interval]  # by protocol and metric
 
 
-def make_points(
+def _make_points(
     groups: Sequence[pd.DataFrame],
     ranks: Ranks,
     records: Mapping[str, Record],
@@ -131,29 +196,33 @@ def make_points(
         dict(zip(map(int, rows["seed"]), map(str, rows["trial"]), strict=True)) for rows in groups
     ]
     methods = [str(rows.iloc[0]["method"]) for rows in groups]
-    teacher = seeds[methods.index("full")] if "full" in methods else {}
-    # popularity knows no seed: it stands beside every one of the teacher's
+    teacher = seeds[methods.index(TEACHER)] if TEACHER in methods else {}
+    # popularity has no seed: it stands beside every one of the teacher's
     spread = [
-        dict.fromkeys(teacher or own, next(iter(own.values()))) if method == "popularity" else own
+        dict.fromkeys(teacher or own, next(iter(own.values()))) if method == POPULARITY else own
         for method, own in zip(methods, seeds, strict=True)
     ]
     accuracy, ratio = _accuracies(spread, teacher, ranks, resamples=resamples)
     points = []
-    for place, rows in enumerate(groups):
-        first, own = rows.iloc[0], seeds[place]
-        time, speed = _timing(own, {} if methods[place] == "full" else teacher, records)
+    for place, (rows, method, own) in enumerate(zip(groups, methods, seeds, strict=True)):
+        first = rows.iloc[0]
+        time, speed = _timing(own, {} if method == TEACHER else teacher, records)
         points.append(
             Point(
-                method=methods[place],
+                method=method,
                 depth=int(first["depth"]),
                 kept=_in_all(rows["kept"]),
                 removed=_in_all(rows["removed"]),
                 trials=tuple(own.values()),
                 seeds=tuple(own),
                 users=ranks.users(own.values()),
-                parameters=_parameters(first),
+                parameters={
+                    str(name).removeprefix(PARAMETERS): float(value)
+                    for name, value in first.items()
+                    if str(name).startswith(PARAMETERS) and pd.notna(value) and value > 0
+                },
                 accuracy=accuracy[place],
-                ratio={} if methods[place] == "full" else ratio[place],
+                ratio={} if method == TEACHER else ratio[place],
                 time=time,
                 speed=speed,
             )
@@ -193,36 +262,18 @@ def _accuracies(
             paired = len(reference) == len(seeds) and ranks.has(reference, protocol)
             arms += [reference] * paired
             values = [v for metric in METRICS for v in ranks.values(protocol, metric, arms)]
-            means = np.array([v.mean() for v in values])  # (metrics x arms)
-            draws = _draws(values, resamples)  # (R, metrics x arms)
+            means = [float(v.mean()) for v in values]  # (metrics x arms)
+            draws = draws_of_means(values, resamples)  # (R, metrics x arms)
             for column, metric in enumerate(METRICS):
-                last = (column + 1) * len(arms) - 1
+                last = (column + 1) * len(arms) - 1  # the teacher, if paired
                 for index, place in enumerate(members):
-                    at = column * len(arms) + index
+                    at, key = column * len(arms) + index, (protocol, metric)
                     if own[place] == seeds:
-                        found = interval(float(means[at]), draws[:, at], level=LEVEL)
-                        accuracy[place][protocol, metric] = found
+                        accuracy[place][key] = interval(means[at], draws[:, at], level=LEVEL)
                     if common[place] == seeds and paired and means[last] > 0:
-                        with np.errstate(divide="ignore", invalid="ignore"):
-                            shares = draws[:, at] / draws[:, last]
-                        found = interval(float(means[at] / means[last]), shares, level=LEVEL)
-                        ratio[place][protocol, metric] = found
+                        share = means[at] / means[last]
+                        ratio[place][key] = paired_ratio(share, draws[:, at], draws[:, last])
     return accuracy, ratio
-
-
-def _draws(values: Sequence[Array], resamples: int) -> Array:
-    if values[0].shape[1] == 1:  # one user says nothing about others
-        return np.array([[-np.inf], [np.inf]]).repeat(len(values), axis=1)
-    drawn = resampled_means(values, resamples=resamples, seed=0)
-    return np.concatenate([both for both, _ in drawn])
-
-
-def _parameters(trial: pd.Series) -> dict[str, float]:
-    return {
-        str(name).removeprefix(PARAMETERS): float(value)
-        for name, value in trial.items()
-        if str(name).startswith(PARAMETERS) and pd.notna(value) and value > 0
-    }
 
 
 def _timing(
@@ -231,7 +282,7 @@ def _timing(
     """Medians of each kind of time, and how many times faster than the teacher."""
     time: dict[str, Spread] = {}
     speed: dict[str, Interval] = {}
-    for kind, parts in KINDS.items():
+    for kind, parts in TIMES.items():
         rounds = {seed: _rounds(records.get(trial), parts) for seed, trial in own.items()}
         # one measurement may stand in the records of several seeds: it counts once
         measured = sorted({r for r in rounds.values() if r})
@@ -259,44 +310,18 @@ def _rounds(record: Record | None, parts: Sequence[str]) -> tuple[float, ...]:
     return tuple(float(sum(seconds)) for seconds in zip(*rounds, strict=True))
 
 
-# A run reduced to the numbers of its report, every bootstrap computed once.
+# --- a whole run -----------------------------------------------------------------------------
 
-# Probes with many kept sets at a depth: each set is a point of its own.
-BY_BLOCK = frozenset(name for name, method in METHODS.items() if method.by_block)
-# They show where depth matters; none of them is a model on offer.
-SHOWN_ONLY = frozenset(name for name in names("probe") if not METHODS[name].candidate)
-CONTROLS = frozenset(names("control"))
-# Compared with the teacher, but no answer: baselines, the teacher, a control, a probe.
-NOT_CANDIDATES = frozenset(name for name, method in METHODS.items() if not method.candidate)
 Key = tuple[str, int]  # (method, depth), as the sufficient depth names candidates
-
-
-class RunLike(Protocol):
-    """What a report reads of a run folder; `depthprobe.runs.store.Run` is one."""
-
-    @property
-    def path(self) -> Path: ...  # noqa: D102
-    @property
-    def study(self) -> Any: ...  # noqa: D102
-    @property
-    def manifest(self) -> Manifest: ...  # noqa: D102
-    @property
-    def records(self) -> Sequence[Record]: ...  # noqa: D102
-    @property
-    def trials(self) -> pd.DataFrame: ...  # noqa: D102
-    @property
-    def metrics(self) -> pd.DataFrame: ...  # noqa: D102
-    @property
-    def users(self) -> pd.DataFrame: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Summary:
     """The numbers of a report; `run` stays at hand for the words around them."""
 
-    run: RunLike = field(repr=False)
+    run: Run = field(repr=False)
     points: tuple[Point, ...]
-    blocks: int | None  # of the whole backbone
+    blocks: int | None  # of the full backbone
     margin: float
     sufficiency: Sufficiency | None
     candidates: Mapping[Key, Point] = field(repr=False)  # what the sufficiency compared
@@ -313,31 +338,42 @@ class Summary:
     @property
     def teacher(self) -> Point | None:
         """The trained full-depth recommender, if a seed of it finished."""
-        return next(iter(self.of("full")), None)
+        return next(iter(self.of(TEACHER)), None)
+
+    @property
+    def answer(self) -> Point | None:
+        """The model of the sufficient depth; None where none is shown."""
+        found = self.sufficiency
+        if found is None or found.method is None or found.depth is None:
+            return None
+        return self.candidates[found.method, found.depth]
+
+    @property
+    def resamples(self) -> int:
+        """Bootstrap draws of each interval."""
+        return int(self.run.study.protocol.resamples)
 
     def against(self, point: Point, other: Point) -> Interval | None:
         """Headline metric of one point over another's, paired; None without a common seed."""
-        arms = self.paired(point, other)
-        if arms is None or not arms[1].any():
-            return None
-        return bootstrap_ratio(*arms, resamples=int(self.run.study.protocol.resamples))
-
-    def paired(self, point: Point, other: Point) -> tuple[Array, Array] | None:
-        """Headline metric of two points by seed and user, (S, U) each; None without such seeds."""
         seeds = [seed for seed in point.seeds if seed in other.seeds]
-        arms = point.of_seeds(seeds), other.of_seeds(seeds)
-        if not self.ranks.has([*arms[0], *arms[1]], FULL):
+        trials = point.of_seeds(seeds), other.of_seeds(seeds)
+        if not self.ranks.has([*trials[0], *trials[1]]):
             return None
-        values, reference = self.ranks.values(FULL, HEADLINE, arms)
-        return values, reference
+        values, reference = self.ranks.values(FULL, HEADLINE, trials)
+        if not reference.any():
+            return None
+        return bootstrap_ratio(values, reference, resamples=self.resamples)
 
 
-def as_summary(run: RunLike | Summary | str | Path) -> Summary:
+Source: TypeAlias = "Run | Summary | str | Path"  # what figures and tables are made from
+
+
+def as_summary(run: Source) -> Summary:
     """The summary of a run; a summary is handed through, so that a report makes only one."""
     return run if isinstance(run, Summary) else summarise(run)
 
 
-def summarise(run: RunLike | str | Path) -> Summary:
+def summarise(run: Run | str | Path) -> Summary:
     """Reduce a run, or what its folder holds, to its points and its sufficient depth.
 
     Raises:
@@ -352,21 +388,27 @@ def summarise(run: RunLike | str | Path) -> Summary:
     if len(trials):
         done = trials[trials["status"] == "done"].sort_values("seed", kind="stable")
         # a search keeps other blocks with another seed, and is one method all the same
-        one = ~done["method"].isin(BY_BLOCK)
+        one = ~done["method"].map(lambda name: method_info(name).by_block).astype(bool)
         by = {name: done[name].mask(one, "") for name in ("kept", "removed")}
         groups = [rows for _, rows in done.groupby(["method", "depth", *by.values()], sort=False)]
     ranks = Ranks(run.users)
-    records = {record.id: record for record in run.records}
-    made = make_points(groups, ranks, records, resamples=int(protocol.resamples))
-    points = sorted(made, key=_by_method)
-    reference = next((point for point in points if point.method == "full"), None)
-    blocks = run.manifest.backbone.blocks
-    offered = _candidates(points, blocks)
-    seeds, candidates = _common_seeds(reference, offered)
+    records = {str(record["id"]): record for record in run.records}
+    made = _make_points(groups, ranks, records, resamples=int(protocol.resamples))
+    points = sorted(made, key=lambda point: (method_order(point.method), _by_depth(point)))
+    teacher = next((point for point in points if point.method == TEACHER), None)
+    blocks = run.manifest.get("backbone", {}).get("blocks")
+    if blocks is None and teacher is not None:
+        blocks = teacher.depth
+    offered = {
+        (point.method, point.depth): point
+        for point in points
+        if point.info.candidate and 0 < point.depth < (blocks or 0)
+    }
+    seeds, candidates = _common_seeds(teacher, offered)
     sufficiency = None
-    if reference is not None and ranks.has(reference.of_seeds(seeds), FULL) and candidates:
+    if teacher is not None and ranks.has(teacher.of_seeds(seeds)) and candidates:
         arms = [point.of_seeds(seeds) for point in candidates.values()]
-        values, *others = ranks.values(FULL, HEADLINE, [reference.of_seeds(seeds), *arms])
+        values, *others = ranks.values(FULL, HEADLINE, [teacher.of_seeds(seeds), *arms])
         if values.mean() > 0:
             sufficiency = sufficient_depth(
                 dict(zip(candidates, others, strict=True)), values,
@@ -375,7 +417,7 @@ def summarise(run: RunLike | str | Path) -> Summary:
             # one interval for one comparison: figures and tables show the one that decides
             for row in sufficiency.rows:
                 point = candidates[row.method, row.depth]
-                if set(point.seeds) & set(reference.seeds) == set(seeds):
+                if set(point.seeds) & set(teacher.seeds) == set(seeds):
                     settled = replace(point, ratio={**point.ratio, (FULL, HEADLINE): row.kept})
                     candidates[row.method, row.depth] = settled
                     points[points.index(point)] = settled
@@ -391,16 +433,6 @@ def summarise(run: RunLike | str | Path) -> Summary:
         failed=trials[trials["status"] != "done"] if len(trials) else trials,
         ranks=ranks,
     )
-
-
-def _candidates(points: Iterable[Point], blocks: int | None) -> dict[Key, Point]:
-    """What may be the answer; a second choice of blocks at the same depth carries their names."""
-    offered: dict[Key, Point] = {}
-    for point in points:
-        if base_of(point.method) not in NOT_CANDIDATES and 0 < point.depth < (blocks or 0):
-            taken = (point.method, point.depth) in offered
-            offered[f"{point.method} {point.kept}" if taken else point.method, point.depth] = point
-    return offered
 
 
 def _common_seeds(
@@ -425,7 +457,3 @@ def _common_seeds(
 
 def _by_depth(point: Point) -> tuple[int, int, str]:
     return (point.depth, int(point.removed) if point.removed.isdigit() else -1, point.kept)
-
-
-def _by_method(point: Point) -> tuple[tuple[int, str], tuple[int, int, str]]:
-    return method_order(point.method), _by_depth(point)

@@ -5,62 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from depthprobe.files import complete_file
+from depthprobe.methods import METHODS, base_of
 from depthprobe.report.answer import build_answer
-from depthprobe.report.drawing import FORMATS, save_figure
 from depthprobe.report.facts import conditions, how_measured, negatives_of
 from depthprobe.report.figures import FIGURES
-from depthprobe.report.numbers import RunLike, Summary, summarise
+from depthprobe.report.numbers import Source, Summary, as_summary
 from depthprobe.report.reliance import reliance_table
-from depthprobe.report.tables import (
-    ablation_table,
-    all_tables,
-    cost_table,
-    left_out_table,
-    lists_table,
-    save_table,
-    slice_table,
-)
+from depthprobe.report.style import FORMATS, save_figure
+from depthprobe.report.tables import all_tables, save_table
 
-if TYPE_CHECKING:
-    from depthprobe.runs.store import Run
-
-
-WORDS = {
-    "block": "one decoder layer of the backbone",
-    "depth": "how many blocks are kept",
-    "backbone": "the pretrained decoder",
-    "recommender": "backbone, prompt, item table and adapters together",
-    "teacher": "the trained recommender with all its blocks",
-    "variant": "a shallower recommender, fine-tuned (“fine-tuned”)",
-    "healed": "cut out of the trained teacher, then fine-tuned",
-    "student": "a variant trained with the distillation losses (“distilled”)",
-    "early exit": "the teacher read out after a block, without training",
-    "skip": "the teacher with one block left out, without training",
-    "read-out": "a fresh head fitted to the teacher's states at a depth, the teacher frozen",
-    "tuned lens": "a linear map at a depth before the teacher's own head, fitted to its answers",
-    "elastic": "one model trained to be good at every depth, cut there",
-    "random blocks": "a control: fine-tuned from blocks drawn at random",
-    "linear map": "the teacher with a fitted linear map in place of a span of blocks (ReplaceMe)",
-    "random init": "a control: the same architecture without pretraining",
-    "HR@K": "share of users whose next item is among the first K",
-    "NDCG@K": "the same, but a hit counts less the lower it stands: 1 / log2(rank + 1)",
-    "MRR": "mean of 1 / rank of the next item",
-    "trial": "one method, one choice of kept blocks, one seed",
-}
-
-
-# In the order of reading; one without a figure or table of its own is left out.
+# In the order of reading: id, title, tables. A section without a figure or table is left out.
 SECTIONS = (
     ("depth", "Accuracy against depth", ()),
     ("pareto", "Accuracy against cost", ()),
     ("blocks", "Block by block", ("left_out",)),
-    ("maps", "Runs of blocks", ()),
+    ("maps", "Spans of blocks", ()),
     ("reliance", "How far cheap scores can be trusted", ("reliance",)),
     ("hurt", "Who loses", ("slices", "lists")),
     ("ablation", "Ways to a shallow model", ("ablation",)),
@@ -71,7 +36,7 @@ SECTIONS = (
 )
 
 
-def build_report(run: Run | RunLike | str | Path, output: str | Path | None = None) -> Path:
+def build_report(run: Source, output: str | Path | None = None) -> Path:
     """Write a run's report: the page, RUN/figures/ (SVG, PNG, PDF) and RUN/tables/.
 
     Args:
@@ -85,20 +50,17 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         BadInput: if the path is no run.
         ValueError: if the run's metrics break a bound that must hold between them.
     """
-    summary = summarise(run)
-    run = summary.run
+    summary = as_summary(run)
+    folder, manifest = summary.run.path, summary.run.manifest
     tables = all_tables(summary)
-    more = (
-        ablation_table, slice_table, lists_table, reliance_table, left_out_table, cost_table
-    )  # fmt: skip
-    for made in (table(summary) for table in more):
-        if made is not None:
-            tables[made.name] = made
+    if (reliance := reliance_table(summary)) is not None:
+        tables[reliance.name] = reliance
     for table in tables.values():
-        save_table(table, run.path / "tables")
-    figures = _figures(summary, run.path / "figures")
+        save_table(table, folder / "tables")
+    figures = _figures(summary, folder / "figures")
+    methods = {base_of(point.method) for point in summary.points}
     page = environment().get_template("report.html.j2").render(
-        study=run.study.name,
+        study=summary.run.study.name,
         answer=build_answer(summary),
         conditions=conditions(summary),
         sections=[
@@ -109,12 +71,12 @@ def build_report(run: Run | RunLike | str | Path, output: str | Path | None = No
         figures=figures,
         tables=tables,
         facts=how_measured(summary),
-        negatives=negatives_of(run.study),
-        command=run.manifest.command or "",
-        created=run.manifest.created[:10],
-        words=WORDS,
+        negatives=negatives_of(summary.run.study),
+        command=manifest.get("command") or "",
+        created=str(manifest.get("created", ""))[:10],
+        methods=[method for name, method in METHODS.items() if name in methods],
     )  # fmt: skip
-    target = Path(output) if output is not None else run.path / "report.html"
+    target = Path(output) if output is not None else folder / "report.html"
     with complete_file(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return target
@@ -144,8 +106,8 @@ def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]
                 (folder / f"{entry.name}.{suffix}").unlink(missing_ok=True)
             continue
         svg = save_figure(entry.draw(summary), folder / entry.name)
-        svg = inline_svg(svg, entry.name, label=reading)
-        sections.setdefault(entry.section, []).append({"svg": svg, "caption": reading})
+        picture = inline_svg(svg, entry.name, label=reading)
+        sections.setdefault(entry.section, []).append({"svg": picture, "caption": reading})
     return sections
 
 

@@ -1,97 +1,44 @@
-"""How a report looks: one colour, marker and name a method, one figure style, rounded numbers."""
+"""How a report looks: numbers as text, the look of each method, axes and their files."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
 
+from depthprobe.errors import BadInput
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.methods import METHODS
+from depthprobe.files import complete_file
+from depthprobe.methods import METHODS, Method, Work, base_of, no_trials
 
-INK, MUTED, GRID = "#1b1f24", "#5b636d", "#e3e6ea"
+if TYPE_CHECKING:
+    from depthprobe.report.numbers import Summary
+
+Array = NDArray[np.float64]
+INK, MUTED = "#1b1f24", "#5b636d"
+RC = Path(__file__).parent / "report.mplstyle"
 NONE = "–"  # what a table shows where nothing was measured
+SIZE = (4.7, 3.7)  # inches; small, so that the text stays readable on a phone
+# without a date the same run gives the same bytes
+FORMATS: dict[str, dict[str, Any]] = {
+    "svg": {"metadata": {"Date": None}},
+    "png": {"dpi": 150},
+    "pdf": {"metadata": {"CreationDate": None}},
+}
 
-
-@dataclass(frozen=True)
-class MethodStyle:
-    """The look of a method in figures and tables."""
-
-    label: str
-    colour: str
-    marker: str
-    line: str = "-"
-
-
-# what variants of a method are told apart by; which one has which depends on its name alone
-VARIANT_COLOURS = ("#0069a8", "#c2500a", "#00805e", "#9b4f96", "#857200", "#b3365b", "#4a55b8")
-VARIANT_MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
-
-
-def method_style(name: str) -> MethodStyle:
-    """The look of a method; one that is not known gets a plain one under its own name.
-
-    A selection or variant has its method's label before its own, and its own colour and marker.
-    """
-    base, colon, variant = name.partition(":")
-    if base not in METHODS:
-        return MethodStyle(name, MUTED, "h", "-.")
-    method = METHODS[base]
-    style = MethodStyle(method.label, method.colour, method.marker, method.line)
-    if not colon:
-        return style
-    return replace(style, label=f"{style.label}: {variant}", **_own_look(variant))
-
-
-def _own_look(name: str) -> dict[str, str]:
-    place = zlib.crc32(name.encode())
-    colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
-    return {"colour": colour, "marker": VARIANT_MARKERS[place % len(VARIANT_MARKERS)], "line": "-."}
-
-
-@contextmanager
-def figure_style() -> Iterator[None]:
-    """The one figure style; holds while drawing and while saving, leaves matplotlib as it was."""
-    with rc_context(
-        {
-            "font.family": "DejaVu Sans",
-            "font.size": 9.5,
-            "axes.labelsize": 9.5,
-            "axes.titlesize": 10.5,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.titlepad": 10,
-            "axes.edgecolor": "#b4bac2",
-            "axes.labelcolor": MUTED,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": GRID,
-            "grid.linewidth": 0.7,
-            "xtick.color": "#b4bac2",
-            "ytick.color": "#b4bac2",
-            "xtick.labelcolor": MUTED,
-            "ytick.labelcolor": MUTED,
-            "xtick.labelsize": 9,
-            "ytick.labelsize": 9,
-            "text.color": INK,
-            "lines.linewidth": 1.6,
-            "lines.markersize": 5.5,
-            "legend.frameon": False,
-            "figure.facecolor": "white",
-            "savefig.facecolor": "white",
-            "text.parse_math": False,  # a name may hold dollar signs
-            # text stays text: searchable, read aloud, and in the page's own font
-            "svg.fonttype": "none",
-            "svg.hashsalt": "depthprobe",
-        }
-    ):
-        yield
+# --- numbers as text -------------------------------------------------------------------------
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -109,9 +56,10 @@ def accuracy(value: float | None) -> str:
     return f"{value:.4f}" if value is not None and math.isfinite(value) else NONE
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """A share as per cent: 0.992 is "99.2 %"."""
-    return f"{100 * share:.{digits}f} %" if math.isfinite(share) else NONE
+def percent(share: float, digits: int = 1, *, sign: bool = False) -> str:
+    """A share as per cent: 0.992 is "99.2 %"; with its sign "+99.2 %"."""
+    plus = "+" if sign else ""
+    return f"{100 * share:{plus}.{digits}f} %" if math.isfinite(share) else NONE
 
 
 def count(value: float | None) -> str:
@@ -122,6 +70,16 @@ def count(value: float | None) -> str:
         if abs(value) >= size:
             return f"{significant(value / (1e3 if unit == ' k' else size))}{unit}"
     return f"{value:,.0f}"
+
+
+def round_count(value: float) -> str:
+    """1,000, 20 k and 3 M: the round numbers of an axis."""
+    return count(value).replace(".00", "").replace(".0 ", " ")
+
+
+def plural(number: int, noun: str) -> str:
+    """1 seed, 2 seeds."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def bounds(interval: Interval, *, scale: float = 1.0, digits: int | None = None) -> str:
@@ -144,9 +102,15 @@ def _end(value: float, digits: int) -> str:
     return f"{round(value, places) + 0.0:.{places}f}" if places <= digits + 3 else text.lstrip("-")
 
 
-def in_percent(interval: Interval) -> str:
+def in_percent(interval: Interval, *, sign: bool = False) -> str:
     """A share and its interval in per cent: "98.9 % [97.6, 100.3]"."""
-    return f"{percent(interval.value)} {bounds(interval, scale=100, digits=1)}"
+    text = f"{percent(interval.value, sign=sign)} {bounds(interval, scale=100, digits=1)}"
+    return text.strip()
+
+
+def with_bounds(interval: Interval) -> str:
+    """A metric and its interval: "0.0486 [0.0451, 0.0520]"."""
+    return f"{accuracy(interval.value)} {bounds(interval, digits=4)}".strip()
 
 
 def times(ratio: Interval) -> tuple[str, str]:
@@ -166,3 +130,146 @@ def times_faster(ratio: Interval) -> tuple[str, str, str]:
     if ratio.value < 1:
         word, shown = "slower", Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
     return *times(shown), word
+
+
+# --- methods ---------------------------------------------------------------------------------
+
+
+def method_info(name: str) -> Method:
+    """The record of a method; a plain one for a method that is not registered here.
+
+    A run may hold trials of a plug-in that this machine lacks: they are shown, but no answer.
+    """
+    base = base_of(name)
+    if base in METHODS:
+        return METHODS[base]
+    return Method(
+        name=base, label=base, summary="", role="probe", run="", trials=no_trials,
+        work=lambda task, sizes, study: Work(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MethodStyle:
+    """The look of a method in figures and tables."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str = "-"
+
+
+# What variants of a method are told apart by. Which one has which depends on its name alone.
+VARIANT_COLOURS = ("#0069a8", "#c2500a", "#00805e", "#9b4f96", "#857200", "#b3365b", "#4a55b8")
+VARIANT_MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
+
+
+def method_style(name: str) -> MethodStyle:
+    """The look of a method: its record's, or for a variant its own behind the method's label."""
+    method, (_, _, variant) = method_info(name), name.partition(":")
+    if not variant:
+        return MethodStyle(method.label, method.colour, method.marker, method.line)
+    place = zlib.crc32(variant.encode())
+    colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
+    marker = VARIANT_MARKERS[place % len(VARIANT_MARKERS)]
+    return MethodStyle(f"{method.label}: {variant}", colour, marker, "-.")
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """The one figure style; holds while drawing and while saving, leaves matplotlib as it was."""
+    with rc_context(fname=RC):
+        yield
+
+
+def new_axes(size: tuple[float, float] = SIZE) -> Axes:
+    """Axes of a figure of their own, which makes room for names and the legend."""
+    return Figure(figsize=size, layout="constrained").add_subplot()
+
+
+def legend(ax: Axes, *, columns: int = 1) -> None:
+    """A legend on the right of the axes, or in several columns below them."""
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    if columns > 1:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": columns}
+    ax.legend(**place, handletextpad=0.5, handlelength=1.8, columnspacing=1.1, labelspacing=0.6)
+
+
+def percent_axis(ax: Axes, *, signed: bool = False, horizontal: bool = False) -> None:
+    """Ticks in per cent; those of changes with their sign, a true minus."""
+
+    def text(value: float, _: object) -> str:
+        if not signed:
+            return f"{value:g} %"
+        return f"{value:+g} %".replace("-", "\u2212") if value else "0"
+
+    (ax.xaxis if horizontal else ax.yaxis).set_major_formatter(FuncFormatter(text))
+
+
+def bars(intervals: Iterable[Interval]) -> Array:
+    """Lengths below and above each value, (2, n), as matplotlib's error bars want them.
+
+    Of one round or one user nothing is known: such an end has no bar, and not an endless one.
+    """
+    ends = [(each.value - each.low, each.high - each.value) for each in intervals]
+    arms = np.array(ends, dtype=np.float64).reshape(-1, 2)
+    return np.clip(np.where(np.isfinite(arms), arms, 0).T, 0, None)
+
+
+def scaled(interval: Interval, scale: float = 100.0) -> Interval:
+    """Value and bounds times a number: per cent by default."""
+    return Interval(scale * interval.value, scale * interval.low, scale * interval.high)
+
+
+def limits(intervals: Iterable[Interval], *others: float) -> tuple[float, float]:
+    """The lowest and the highest finite end or value of what is drawn."""
+    ends = [end for each in intervals for end in (each.value, each.low, each.high)]
+    found = [end for end in (*ends, *others) if math.isfinite(end)]
+    return min(found, default=0.0), max(found, default=1.0)
+
+
+def without_bar(intervals: Iterable[Interval]) -> str:
+    """A sentence for the caption where an end of an interval is infinite, else nothing."""
+    endless = sum(not (math.isfinite(i.low) and math.isfinite(i.high)) for i in intervals)
+    if not endless:
+        return ""
+    return f" {endless} of the intervals have an infinite end, which is not drawn."
+
+
+def need(found: object, summary: Summary, what: str) -> None:
+    """Refuse to draw what a run has no data for.
+
+    Raises:
+        BadInput: that names the run and what it lacks.
+    """
+    if not found:
+        raise BadInput("run", summary.run.path, f"one with {what}")
+
+
+def save_figure(ax: Axes, stem: Path) -> str:
+    """Write STEM.svg, STEM.png (150 dpi) and STEM.pdf, each complete or not at all.
+
+    Returns:
+        The text of the SVG.
+    """
+    made = {suffix: rendered(ax, suffix) for suffix in FORMATS}
+    for suffix, content in made.items():
+        with complete_file(stem.with_suffix(f".{suffix}")) as temporary:
+            temporary.write_bytes(content)
+    return made["svg"].decode()
+
+
+def rendered(ax: Axes, suffix: str) -> bytes:
+    """The figure of some axes as a file: "svg", "png" or "pdf"."""
+    figure, file = cast("Figure", ax.get_figure(root=True)), BytesIO()
+    with figure_style():
+        figure.savefig(file, format=suffix, **FORMATS[suffix])
+    return file.getvalue()
+
+
+def beside(places: Sequence[float], index: int, number: int, gap: float = 0.09) -> Array:
+    """Places of one series among several, moved aside so that their bars don't cover each other."""
+    return np.asarray(places, dtype=np.float64) + gap * (index - (number - 1) / 2)

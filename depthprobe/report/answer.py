@@ -50,7 +50,7 @@ class Answer:
     tiles: tuple[Tile, ...]
     caveats: tuple[str, ...]
     margin: float
-    blocks: int | None
+    blocks: int
     users: int  # tested
     method: str | None = None  # of the sufficient depth, else of the best candidate
     depth: int | None = None
@@ -71,7 +71,7 @@ def build_answer(run: Source) -> Answer:
 
 def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Answer:
     row = _row(sufficiency)
-    point, blocks = summary.candidates[row.method, row.depth], summary.blocks or teacher.depth
+    point, blocks = summary.candidates[row.method, row.depth], summary.blocks
     own, full = point.cost("parameters"), teacher.cost("parameters")
     share = own / full if own and full else None
     number, margin = len(sufficiency.rows), _plain(summary.margin)
@@ -265,7 +265,7 @@ def _controls(summary: Summary, chosen: Point | None) -> list[str]:
         found.append("SASRec was not run: whether a language model is needed at all is not tested.")
     # heads of one kind, one on the last item's embedding alone
     heads = {point.depth: point for point in summary.of(HEAD)}
-    if 0 in heads and (full := heads.get(summary.blocks or 0)):
+    if 0 in heads and (full := heads.get(summary.blocks)):
         ratio = summary.against(heads[0], full)
         if ratio is not None and ratio.high >= 1 - summary.margin:
             found.append(
@@ -275,9 +275,9 @@ def _controls(summary: Summary, chosen: Point | None) -> list[str]:
             )
     last = int(study.recipe.epochs)
     for record in summary.run.records:
-        training = (record.get("costs") or {}).get("training") or {}
         # a teacher that was cut off is an easy one to match
-        if record["method"] == TEACHER and training.get("best_epoch") == last:
+        training = record.training
+        if record.method == TEACHER and training is not None and training.best_epoch == last:
             found.append(
                 f"The teacher was best at its last epoch ({last}): a longer training may change "
                 "the comparison."
@@ -299,20 +299,21 @@ def _controls(summary: Summary, chosen: Point | None) -> list[str]:
 
 
 def _data(summary: Summary) -> list[str]:
-    study, data, found = summary.run.study, summary.run.manifest.get("data", {}), []
+    study, data = summary.run.study, summary.run.manifest.data
+    found = []
     if study.data.source == "embedded":
         found.append("The log is the generated default: the numbers say nothing about another log.")
     if study.backbone.source == "embedded":
         found.append(
             "The backbone is the small embedded one with random weights: pretraining has no part."
         )
-    return found + [f"Data: {warning.rstrip('.')}." for warning in data.get("warnings", ())]
+    return found + [f"Data: {warning.rstrip('.')}." for warning in data.warnings]
 
 
 def _times(summary: Summary) -> list[str]:
     if not any(point.speed for point in summary.points):
         return ["No times were compared: what a shallower model saves in time is not shown."]
-    timing = summary.run.manifest.get("timing") or {}
+    timing = summary.run.manifest.timing or {}
     if timing.get("device", "cpu") == "cpu":
         return ["Times were measured on a CPU; on a GPU the savings can differ."]
     return []

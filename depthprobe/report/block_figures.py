@@ -294,8 +294,7 @@ def settling_depth(run: Source, *, ax: Axes | None = None) -> Axes:
     need(len(frame), summary, "settling")
     with figure_style():
         ax = ax or new_axes()
-        blocks = summary.blocks or int(frame["top_settled"].max())
-        depths, highest = np.arange(blocks), 0.0  # at the last one all are settled
+        depths, highest = np.arange(summary.blocks), 0.0  # at the last one all are settled
         for column, (label, colour, marker) in CURVES.items():
             by_seed = frame.sort_values("user", kind="stable").groupby("seed")[column]
             settled = [own.to_numpy()[:, None] <= depths for _, own in by_seed]  # (U, depths) each
@@ -319,9 +318,8 @@ def settling_reading(summary: Summary) -> str:
     frame = _settling(summary)
     if frame.empty:
         return ""
-    last = summary.blocks or int(frame["top_settled"].max())
     means = frame.assign(
-        late=frame["set_settled"] >= last,
+        late=frame["set_settled"] >= summary.blocks,
         lost=(frame["best_rank"] <= 10) & (frame["final_rank"] > 10),
         hit=frame["final_rank"] <= 10,
     ).groupby("user")[["late", "overthinking", "lost", "hit"]].mean()  # fmt: skip
@@ -358,7 +356,7 @@ def ablation_changes(run: Source, *, ax: Axes | None = None) -> Axes:
                 [shown.value], [place], xerr=style.bars([shown]), color=look.colour,
                 marker=look.marker, linestyle="none", elinewidth=1.2,
             )  # fmt: skip
-            names[place] = f"{look.label} {depth}"
+            names[place] = f"{style.short(look.label)} {depth}"
             last = depth
         ax.axvline(0, color=MUTED, linewidth=0.9)
         ax.set_yticks(list(names), list(names.values()))

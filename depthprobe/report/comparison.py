@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
 from depthprobe.report import style
 from depthprobe.report.answer import Answer, build_answer
-from depthprobe.report.facts import base_name, conditions, machine_name
+from depthprobe.report.facts import base_name, conditions
 from depthprobe.report.figures import common_limits, kept_reading, kept_side_by_side, kept_vs_depth
 from depthprobe.report.numbers import FULL, HEADLINE, SASREC, Source, Summary, as_summary
 from depthprobe.report.page import environment, inline_svg
@@ -135,13 +135,13 @@ def differences(summaries: Sequence[Summary]) -> dict[str, str]:
         "margin": lambda s: f"{100 * s.margin:g} %",
         "split": lambda s: _split(s.run.study.protocol),
         "seen items": lambda s: "left out" if s.run.study.protocol.filter_seen else "ranked too",
-        "data": lambda s: _data(s.run.manifest.get("data", {})),
-        "backbone": lambda s: base_name(s.run.manifest.get("backbone", {}).get("source", "–")),
-        "item embeddings": lambda s: str(s.run.manifest.get("item_table", {}).get("source", "–")),
+        "data": lambda s: f"{s.run.manifest.data.name} ({s.run.manifest.data.fingerprint[:8]})",
+        "backbone": lambda s: base_name(s.run.manifest.backbone.source),
+        "item embeddings": lambda s: s.run.manifest.item_table.source,
         "epochs": lambda s: str(s.run.study.recipe.epochs),
         "seeds": lambda s: str(len(s.seeds_compared)),
-        "machine": lambda s: machine_name(s.run.manifest),
-        "version": lambda s: str(s.run.manifest.get("versions", {}).get("depthprobe", "–")),
+        "machine": lambda s: s.run.manifest.machine.name,
+        "version": lambda s: s.run.manifest.versions.get("depthprobe", style.NONE),
     }
     found = {word: [value(summary) for summary in summaries] for word, value in named.items()}
     return {word: ", ".join(values) for word, values in found.items() if len(set(values)) > 1}
@@ -152,17 +152,12 @@ def _split(protocol: Any) -> str:
     return f"{protocol.split}{at}"
 
 
-def _data(data: Any) -> str:
-    return f"{data.get('name', '–')} ({str(data.get('fingerprint', ''))[:8]})"
-
-
 def answers_table(compared: Sequence[Compared]) -> Table:
     """The sufficient depth of each run and what it saves; else its best candidate, said so."""
     numbers = []
     for one in compared:
         summary, answer, manifest = one.summary, one.answer, one.summary.run.manifest
-        backbone = base_name(manifest.get("backbone", {}).get("source", ""))
-        data = ", ".join(filter(None, (manifest.get("data", {}).get("name"), backbone)))
+        data = f"{manifest.data.name}, {base_name(manifest.backbone.source)}"
         depth = f"{answer.depth} of {answer.blocks}" if answer.depth else ""
         best = f"best candidate: {depth}" if depth else ""
         shown = Cell(depth) if answer.verdict == "shown" else Cell(answer.verdict, best)

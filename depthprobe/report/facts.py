@@ -11,7 +11,7 @@ from depthprobe.report.style import count, plural, significant
 from depthprobe.study import Study
 
 if TYPE_CHECKING:
-    from depthprobe.runs.records import BackboneFacts, Dataset, Git, ItemTable, Machine, Record
+    from depthprobe.runs.records import BackboneFacts, Dataset, ItemTable, Machine, Record
 
 SIZES = ("users", "items", "interactions")
 SPLITS = {
@@ -28,17 +28,17 @@ SPLITS = {
 def conditions(summary: Summary) -> tuple[str, ...]:
     """The conditions of the first screen, each a few words."""
     run, manifest = summary.run, summary.run.manifest
-    data, seeds = manifest.get("data", {}), int(run.study.seeds)
+    data, machine = manifest.data, manifest.machine
     tested = max((point.users for point in summary.points), default=0)
     seen = ", seen items left out" if run.study.protocol.filter_seen else ""
     said = [
-        f"data {data['name']}" if data.get("name") else "",
-        f"{data['users']:,} users ({tested:,} tested)" if data.get("users") else "",
-        f"{data['items']:,} items" if data.get("items") else "",
-        f"backbone {base_name(manifest.get('backbone', {}).get('source', ''))}",
-        plural(seeds, "seed"),
-        f"{_split_name(run.study, data.get('split', {}))}, full ranking{seen}",
-        machine_name(manifest),
+        f"data {data.name}",
+        f"{data.users:,} users ({tested:,} tested)",
+        f"{data.items:,} items",
+        f"backbone {base_name(manifest.backbone.source)}",
+        plural(run.study.seeds, "seed"),
+        f"{_split_name(run.study, data.split)}, full ranking{seen}",
+        f"{machine.name}, {machine.cores} cores" if machine.cores else machine.name,
     ]
     return tuple(filter(None, said))
 
@@ -47,13 +47,6 @@ def base_name(source: str) -> str:
     """A backbone's name for a first look: of a folder the last part, of another source all."""
     path = PurePath(source)
     return path.name if path.is_absolute() else source
-
-
-def machine_name(manifest: Mapping[str, Any]) -> str:
-    """Its accelerator or processor, and how many cores."""
-    machine = manifest.get("machine", {})
-    name = str(machine.get("gpu") or machine.get("cpu") or machine.get("device", ""))
-    return f"{name}, {machine['cores']} cores" if machine.get("cores") else name
 
 
 def negatives_of(study: Study) -> str:
@@ -67,16 +60,17 @@ def negatives_of(study: Study) -> str:
 def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
     """Word and fact, in the order of reading; what the run did not record is absent."""
     run, manifest, study = summary.run, summary.run.manifest, summary.run.study
-    data, protocol, git = manifest.get("data", {}), study.protocol, manifest.get("git") or {}
-    dirt = ", with uncommitted changes" if git.get("dirty") else ""
+    data, protocol, git = manifest.data, study.protocol, manifest.git
+    commit = git.commit if git else None
+    dirt = ", with uncommitted changes" if git and git.dirty else ""
     facts = [
         ("data", _data(data)),
-        ("cleaning", _cleaning(data.get("cleaning", ()))),
-        ("warnings", "; ".join(data.get("warnings", ())) or "none"),
-        ("backbone", _backbone(manifest.get("backbone", {}), study)),
-        ("item embeddings", _item_embeddings(manifest.get("item_table", {}))),
+        ("cleaning", _cleaning(data.cleaning)),
+        ("warnings", "; ".join(data.warnings) or "none"),
+        ("backbone", _backbone(manifest.backbone, study)),
+        ("item embeddings", _item_embeddings(manifest.item_table)),
         ("training", _training(study)),
-        ("split", _split(study, data.get("split", {}))),
+        ("split", _split(study, data.split)),
         ("ranking", "Every item of the catalogue is ranked for every tested user; items seen "
                     f"before are {'left out' if protocol.filter_seen else 'ranked too'}. "
                     "A rank is the mean rank over ties, so equal scores earn nothing."),
@@ -88,24 +82,21 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
                              f"{100 * protocol.margin:g} % of the teacher's {HEADLINE}. The "
                              "confidence is for all candidates at once (Bonferroni). Baselines, "
                              "controls and models with a block left out are no candidates."),
-        ("timing", _timing(manifest.get("timing") or {})),
+        ("timing", _timing(manifest.timing or {})),
         ("reused trainings", _reused(run.records)),
-        ("machine", _machine(manifest)),
-        ("versions", _pairs(manifest.get("versions", {}))),
-        ("git commit", f"{git['commit']}{dirt}" if git.get("commit") else ""),
-        ("study", f"{study.name}, hash {manifest.get('study_hash', 'not recorded')}"),
-        ("wall time", _duration(manifest.get("wall_seconds") or 0)),
+        ("machine", _machine(manifest.machine)),
+        ("versions", _pairs(manifest.versions)),
+        ("git commit", f"{commit}{dirt}" if commit else ""),
+        ("study", f"{study.name}, hash {manifest.study_hash}"),
+        ("wall time", _duration(manifest.wall_seconds)),
     ]  # fmt: skip
     return tuple((word, text) for word, text in facts if text)
 
 
-def _data(data: Mapping[str, Any]) -> str:
-    if not data:
-        return ""
-    sizes = [f"{data[key]:,} {key}" for key in SIZES if key in data]
-    said = [f"{data.get('name', 'unnamed')}: {', '.join(sizes)}"]
-    said.append(_pairs({k: v for k, v in data.get("statistics", {}).items() if k not in SIZES}))
-    said.append(f"fingerprint {data['fingerprint'][:16]}" if data.get("fingerprint") else "")
+def _data(data: Dataset) -> str:
+    sizes = ", ".join(f"{getattr(data, key):,} {key}" for key in SIZES)
+    rest = _pairs({k: v for k, v in data.statistics.items() if k not in SIZES})
+    said = (f"{data.name}: {sizes}", rest, f"fingerprint {data.fingerprint[:16]}")
     return "; ".join(filter(None, said))
 
 
@@ -142,21 +133,11 @@ def _split(study: Study, split: Mapping[str, Any]) -> str:
     return " ".join(said)
 
 
-def _backbone(backbone: Mapping[str, Any], study: Study) -> str:
-    if not backbone:
-        return ""
-    size, revision = backbone.get("parameters"), backbone.get("revision")
-    said = [
-        backbone.get("source"),
-        backbone.get("family"),
-        f"{backbone['blocks']} blocks" if backbone.get("blocks") else "",
-        f"width {backbone['width']}" if backbone.get("width") else "",
-        f"{count(size)} parameters" if size else "",
-        f"revision {revision}" if revision else "",
-        f"tuning {study.backbone.tuning}",
-        study.backbone.dtype,
-    ]
-    return ", ".join(str(part) for part in said if part)
+def _backbone(backbone: BackboneFacts, study: Study) -> str:
+    said = [backbone.source, backbone.family, f"{backbone.blocks} blocks"]
+    said += [f"width {backbone.width}", f"{count(backbone.parameters)} parameters"]
+    said += [f"revision {backbone.revision}"] if backbone.revision else []
+    return ", ".join([*said, f"tuning {study.backbone.tuning}", study.backbone.dtype])
 
 
 def _item_embeddings(table: ItemTable) -> str:
@@ -206,7 +187,7 @@ def _timing(timing: Mapping[str, Any]) -> str:
     )
 
 
-def _reused(records: Sequence[Mapping[str, Any]]) -> str:
+def _reused(records: Sequence[Record]) -> str:
     """How many trainings come from the cache: their seconds were measured in another run."""
     found = sum(record.training is not None and record.training.reused for record in records)
     if not found:
@@ -217,15 +198,12 @@ def _reused(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _machine(manifest: Mapping[str, Any]) -> str:
-    machine = manifest.get("machine", {})
-    if not machine:
-        return ""
+def _machine(machine: Machine) -> str:
     said = [
-        machine_name(manifest),
-        f"{machine['threads']} threads" if machine.get("threads") else "",
-        f"{significant(machine['memory_gib'])} GiB" if machine.get("memory_gib") else "",
-        f"device {machine['device']}" if machine.get("device") else "",
+        machine.name,
+        f"{machine.cores} cores" if machine.cores else "",
+        f"{significant(machine.memory_gib)} GiB" if machine.memory_gib else "",
+        f"device {machine.device}" if machine.device else "",
     ]
     return ", ".join(filter(None, said))
 

@@ -120,7 +120,7 @@ def mean(point: Point, metric: str) -> float:
 def _depth_axis(ax: Axes, summary: Summary, points: Sequence[Point]) -> None:
     """From the shallowest depth that is drawn, or 1, to the full backbone."""
     depths = [1, *(point.depth for point in points)]
-    ax.set_xlim(min(depths) - 0.6, (summary.blocks or max(depths)) + 0.6)
+    ax.set_xlim(min(depths) - 0.6, summary.blocks + 0.6)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     ax.set_xlabel("depth (blocks kept)")
 
@@ -176,7 +176,7 @@ def depth_reading(summary: Summary, metric: str) -> str:
     said = [f"{metric} against depth."]
     if teacher is not None and (value := teacher.value(metric)) is not None:
         said.append(f"The teacher ({teacher.depth} blocks) reaches {style.with_bounds(value)}.")
-    half = (summary.blocks or max(point.depth for point in points)) // 2
+    half = summary.blocks // 2
     trained = [point for point in points if trains(point) and point.depth <= half]
     depth = half
     if trained:
@@ -251,7 +251,7 @@ def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
     within = {p.depth for p in points if p.ratio[FULL, metric].value >= floor}
     rows = summary.sufficiency.rows if summary.sufficiency else ()
     depths, shown = (
-        ranges(sorted(found)).replace("-", "–") or "none"
+        ranges(sorted(found)).replace("-", "–").replace(",", ", ") or "none"
         for found in (within, {row.depth for row in rows if row.shown})
     )
     best = max(points, key=lambda point: point.ratio[FULL, metric].value)
@@ -409,7 +409,7 @@ def speed_vs_depth(run: Source, *, ax: Axes | None = None) -> Axes:
     need(every(points), summary, "times of a depth and the teacher")
     with figure_style():
         ax = ax or new_axes()
-        blocks, first = summary.blocks or 1, min(point.depth for point in every(points))
+        blocks, first = summary.blocks, min(point.depth for point in every(points))
         for index, (kind, (label, colour, marker)) in enumerate(KINDS.items()):
             speeds = [point.speed[kind] for point in points[kind]]
             if speeds:
@@ -448,7 +448,7 @@ def speed_reading(summary: Summary) -> str:
             said.append(
                 f"At depth {first.depth} a model is {' '.join(style.times(first.speed[kind]))} as "
                 f"fast {label} as at full depth; blocks alone would give "
-                f"{style.significant((summary.blocks or 1) / first.depth)}\u00d7."
+                f"{style.significant(summary.blocks / first.depth)}\u00d7."
             )
     return " ".join(said) + style.without_bar(_speeds(points))
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from depthprobe.methods import Method, method_order
 from depthprobe.report.style import Array, method_info, method_style
 
 if TYPE_CHECKING:
+    from depthprobe.runs.records import Record
     from depthprobe.runs.store import Run
 
 FULL, SAMPLED = "full", "sampled-999"
@@ -321,7 +322,7 @@ class Summary:
 
     run: Run = field(repr=False)
     points: tuple[Point, ...]
-    blocks: int | None  # of the full backbone
+    blocks: int  # of the full backbone
     margin: float
     sufficiency: Sufficiency | None
     candidates: Mapping[Key, Point] = field(repr=False)  # what the sufficiency compared
@@ -392,17 +393,15 @@ def summarise(run: Run | str | Path) -> Summary:
         by = {name: done[name].mask(one, "") for name in ("kept", "removed")}
         groups = [rows for _, rows in done.groupby(["method", "depth", *by.values()], sort=False)]
     ranks = Ranks(run.users)
-    records = {str(record["id"]): record for record in run.records}
+    records = {record.id: record for record in run.records}
     made = _make_points(groups, ranks, records, resamples=int(protocol.resamples))
     points = sorted(made, key=lambda point: (method_order(point.method), _by_depth(point)))
     teacher = next((point for point in points if point.method == TEACHER), None)
-    blocks = run.manifest.get("backbone", {}).get("blocks")
-    if blocks is None and teacher is not None:
-        blocks = teacher.depth
+    blocks = run.manifest.backbone.blocks
     offered = {
         (point.method, point.depth): point
         for point in points
-        if point.info.candidate and 0 < point.depth < (blocks or 0)
+        if point.info.candidate and 0 < point.depth < blocks
     }
     seeds, candidates = _common_seeds(teacher, offered)
     sufficiency = None

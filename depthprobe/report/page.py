@@ -72,8 +72,8 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
         tables=tables,
         facts=how_measured(summary),
         negatives=negatives_of(summary.run.study),
-        command=manifest.get("command") or "",
-        created=str(manifest.get("created", ""))[:10],
+        command=manifest.command or "",
+        created=manifest.created[:10],
         methods=[method for name, method in METHODS.items() if name in methods],
     )  # fmt: skip
     target = Path(output) if output is not None else folder / "report.html"

@@ -195,7 +195,13 @@ def legend(ax: Axes, *, columns: int = 1) -> None:
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     if columns > 1:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": columns}
-    ax.legend(**place, handletextpad=0.5, handlelength=1.8, columnspacing=1.1, labelspacing=0.6)
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles, map(short, labels), **place, handletextpad=0.5, handlelength=1.8)
+
+
+def short(label: str, most: int = 26) -> str:
+    """A name cut to what leaves room for the figure."""
+    return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
 def percent_axis(ax: Axes, *, signed: bool = False, horizontal: bool = False) -> None:

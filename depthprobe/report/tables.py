@@ -360,7 +360,7 @@ def timed(summary: Summary, kind: str) -> list[Point]:
     probes = [p for p in summary.points if p.info.role == "probe" and p.info.candidate]
     found: dict[int, Point] = {}
     for point in (*trained, *probes):
-        if 0 < point.depth < (summary.blocks or 0) and kind in point.speed:
+        if 0 < point.depth < summary.blocks and kind in point.speed:
             found.setdefault(point.depth, point)
     return [found[depth] for depth in sorted(found)]
 
@@ -569,7 +569,7 @@ def _chosen(summary: Summary) -> tuple[Point, ...]:
     tried: Counter[int] = Counter()
     for point in summary.points:
         value = point.value(HEADLINE)
-        if not value or point.info.role != "trained" or point.depth >= (summary.blocks or 0):
+        if not value or point.info.role != "trained" or point.depth >= summary.blocks:
             continue
         tried[point.depth] += 1
         other = best.get(point.depth)

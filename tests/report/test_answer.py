@@ -36,10 +36,11 @@ def test_shown(make: Make, tmp_path: Path) -> None:
     )
     assert answer.kept.low > 1 - answer.margin  # or it would not be shown
     assert answer.headline.startswith(f"4 of 12 blocks keep {100 * answer.kept.value:.1f} % [")
-    assert "of the teacher's NDCG@10 (distilled), with 34 % of the parameters" in answer.headline
-    assert "faster to serve" in answer.headline
-    assert "faster to train" in answer.headline
-    assert "within the margin of 1 %" in answer.detail
+    assert answer.headline.endswith("of the teacher's NDCG@10.")
+    assert "With 95 % confidence it loses at most 1 % of the teacher's NDCG@10" in answer.detail
+    assert "Method: distilled. It has 34 % of the parameters." in answer.detail
+    assert "faster to serve" in answer.detail
+    assert "faster to train" in answer.detail
     assert [tile.label for tile in answer.tiles] == [
         "accuracy kept", "parameters", "inference time", "training step",
     ]  # fmt: skip

@@ -9,12 +9,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from matplotlib.axes import Axes
 
 from depthprobe.errors import BadInput
 from depthprobe.report.answer import build_answer
 from depthprobe.report.comparison import build_comparison, default_output, differences
-from depthprobe.report.depth_figures import kept_side_by_side
 from depthprobe.report.numbers import Summary, summarise
 from depthprobe.study import override
 
@@ -65,13 +63,6 @@ def test_table_holds_what_each_answer_says(page: Path, two: list[Summary]) -> No
     }
     markdown = (page.parent / "comparison" / "answers.md").read_text(encoding="utf-8")
     assert "not shown best candidate: " in markdown
-
-
-def test_panels_share_one_scale(two: list[Summary]) -> None:
-    axes = kept_side_by_side(two)
-    assert all(isinstance(ax, Axes) for ax in axes)
-    assert len({ax.get_ylim() for ax in axes}) == 1
-    assert [ax.get_title(loc="left") for ax in axes] == ["books", "games"]
 
 
 def test_another_question_is_said_to_be_one(two: list[Summary], tmp_path: Path) -> None:

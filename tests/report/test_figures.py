@@ -1,8 +1,7 @@
-"""Figures: the expected series, with intervals, without overlapping names."""
+"""Figures of depth and cost: the expected series, each with its intervals."""
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,59 +17,51 @@ from matplotlib.figure import Figure
 
 import depthprobe
 from depthprobe.errors import BadInput
-from depthprobe.report.depth_figures import pareto_front, priced, skip_changes
-from depthprobe.report.drawing import save_figure
+from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.figures import (
     FIGURES,
     accuracy_vs_cost,
     accuracy_vs_depth,
+    kept_reading,
+    kept_side_by_side,
     kept_vs_depth,
-    skip_sensitivity,
+    pareto_front,
+    priced,
+    speed_vs_depth,
 )
-from depthprobe.report.numbers import Summary, summarise
+from depthprobe.report.numbers import FULL, HEADLINE, Summary, summarise
+from depthprobe.report.style import save_figure
+
+Make = Callable[..., Any]
 
 
-def _series(ax: Axes) -> dict[str, ErrorbarContainer]:
+def series(ax: Axes) -> dict[str, ErrorbarContainer]:
     return {c.get_label(): c for c in ax.containers if isinstance(c, ErrorbarContainer)}
 
 
-def test_accuracy_vs_depth_draws_every_method(summary: Summary) -> None:
-    ax = accuracy_vs_depth(summary)
-    assert set(_series(ax)) == {"early exit", "fine-tuned", "distilled", "random init"}
+def test_accuracy_vs_depth_draws_every_method_with_its_intervals(summary: Summary) -> None:
+    ax = accuracy_vs_depth(summary, metric="HR@10")
+    drawn = series(ax)
+    assert set(drawn) == {"early exit", "fine-tuned", "distilled", "random init"}
     assert {"teacher", "SASRec", "popularity"} <= {line.get_label() for line in ax.get_lines()}
-    points = _series(ax)["distilled"].lines[0]
+    intervals = [point.accuracy[FULL, "HR@10"] for point in summary.of("distill")]
+    points, _, (bars,) = drawn["distilled"].lines
     assert np.round(points.get_xdata()).tolist() == [1, 2, 4]
-    expected = [p.accuracy["full", "NDCG@10"].value for p in summary.of("distill")]
-    assert points.get_ydata() == pytest.approx(expected)
-
-
-def test_error_bars_are_the_intervals(summary: Summary) -> None:
-    (bars,) = _series(accuracy_vs_depth(summary, metric="HR@10"))["fine-tuned"].lines[2]
-    for segment, point in zip(bars.get_segments(), summary.of("finetune"), strict=True):
-        interval = point.accuracy["full", "HR@10"]
+    assert points.get_ydata() == pytest.approx([interval.value for interval in intervals])
+    for segment, interval in zip(bars.get_segments(), intervals, strict=True):
         assert segment[:, 1].tolist() == pytest.approx([interval.low, interval.high])
-
-
-@pytest.mark.parametrize("draw", [accuracy_vs_depth, kept_vs_depth])
-def test_names_do_not_overlap(summary: Summary, draw: Callable[[Summary], Axes]) -> None:
-    ax = draw(summary)
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert len(boxes) >= 4
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    right = ax.figure.bbox.x1
-    assert all(box.x1 <= right for box in boxes)
 
 
 @pytest.mark.parametrize("draw", [accuracy_vs_depth, kept_vs_depth, accuracy_vs_cost])
 def test_more_variants_than_can_be_told_apart_are_drawn_as_one(
     draw: Callable[..., Axes], summary: Summary
 ) -> None:
-    others = [p for p in summary.points if p.method != "finetune"]
-    (point,) = (p for p in summary.of("finetune") if p.depth == 2)
+    others = [point for point in summary.points if point.method != "finetune"]
+    (point,) = (point for point in summary.of("finetune") if point.depth == 2)
 
     def drawn(count: int) -> set[str]:
         variants = [replace(point, method=f"finetune:k{n}") for n in range(count)]
-        return set(_series(draw(replace(summary, points=[*others, *variants]))))
+        return set(series(draw(replace(summary, points=(*others, *variants)))))
 
     assert {f"fine-tuned: k{n}" for n in range(8)} <= drawn(8)
     assert "fine-tuned" in drawn(9)
@@ -78,26 +69,47 @@ def test_more_variants_than_can_be_told_apart_are_drawn_as_one(
 
 
 def test_kept_vs_depth_shows_the_margin(summary: Summary) -> None:
-    ax = kept_vs_depth(summary)
-    lines = {line.get_label(): line for line in ax.get_lines()}
-    assert lines["margin"].get_ydata()[0] == pytest.approx(99)
+    lines = {line.get_label(): line for line in kept_vs_depth(summary).get_lines()}
+    assert lines["margin: 99 %"].get_ydata()[0] == pytest.approx(99)
     assert lines["teacher"].get_ydata()[0] == 100
+
+
+def test_infinite_bounds_are_left_out_and_the_caption_says_so(summary: Summary) -> None:
+    points = [
+        replace(p, ratio=p.ratio | {(FULL, HEADLINE): Interval(0.99, -np.inf, np.inf)})
+        if p.method == "finetune" else p for p in summary.points
+    ]  # fmt: skip
+    endless = replace(summary, points=tuple(points))
+    ax = kept_vs_depth(endless)
+    assert np.isfinite(ax.get_ylim()).all()
+    _, _, (bars,) = series(ax)["fine-tuned"].lines
+    assert all(np.ptp(segment[:, 1]) == 0 for segment in bars.get_segments())
+    assert "4 of the intervals have an infinite end, which is not drawn." in kept_reading(endless)
+    assert "infinite" not in kept_reading(summary)
+
+
+def test_panels_of_several_runs_share_one_scale(summary: Summary) -> None:
+    axes = kept_side_by_side([summary, summary])
+    assert len({ax.get_ylim() for ax in axes}) == 1
+    assert {ax.get_title(loc="left") for ax in axes} == {summary.run.path.name}
 
 
 @pytest.mark.parametrize("cost", ["parameters", "inference", "training"])
 def test_accuracy_vs_cost(summary: Summary, cost: str) -> None:
     ax = accuracy_vs_cost(summary, cost=cost)
-    series = _series(ax)
-    assert {"SASRec", "teacher", "fine-tuned", "distilled", "random init"} <= set(series)
-    assert "skip" not in series
-    assert ("early exit" in series) == (cost != "training")
-    front = next(line for line in ax.get_lines() if line.get_label() == "Pareto front")
-    assert len(front.get_xdata()) == len(pareto_front(priced(summary, cost), cost))
+    drawn = series(ax)
+    assert {"SASRec", "teacher", "fine-tuned", "distilled", "random init"} <= set(drawn)
+    assert "skip" not in drawn
+    assert ("early exit" in drawn) == (cost != "training")
+    front = pareto_front(priced(summary, cost), cost)
+    line = next(line for line in ax.get_lines() if line.get_label() == "Pareto front")
+    assert len(line.get_xdata()) == len(front)
+    assert [text.get_text() for text in ax.texts] == [str(p.depth) for p in front if p.depth]
 
 
 def test_pareto_front_against_brute_force(summary: Summary) -> None:
     points = priced(summary, "parameters")
-    places = [(p.cost("parameters") or 0, p.accuracy["full", "NDCG@10"].value) for p in points]
+    places = [(p.cost("parameters") or 0, p.accuracy[FULL, HEADLINE].value) for p in points]
     expected = {
         p.trials
         for p, (x, y) in zip(points, places, strict=True)
@@ -106,39 +118,39 @@ def test_pareto_front_against_brute_force(summary: Summary) -> None:
     assert {p.trials for p in pareto_front(points, "parameters")} == expected
 
 
-def test_skip_sensitivity_has_every_block(summary: Summary) -> None:
-    ax = skip_sensitivity(summary)
-    assert set(_series(ax)) == {"whole block", "attention left out", "MLP left out"}
-    points = _series(ax)["whole block"].lines[0]
-    assert np.round(points.get_xdata()).tolist() == list(range(12))
-    changes = [100 * change.value for _, change in skip_changes(summary)]
-    assert points.get_ydata() == pytest.approx(changes)
-    assert int(np.argmin(changes)) == 0  # as it was made up
+def test_speed_of_the_plainest_model(summary: Summary) -> None:
+    drawn = series(speed_vs_depth(summary))["to train"].lines[0].get_ydata()
+    expected = [p.speed["training"].value for p in summary.of("finetune")]
+    assert drawn.tolist() == pytest.approx(expected)
 
 
-def test_given_axes_are_drawn_on(summary: Summary) -> None:
-    ax = Figure().add_subplot()
-    assert accuracy_vs_depth(summary, ax=ax) is ax
-
-
-def test_a_run_is_taken_as_well(make: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_round_of_timing_draws_no_endless_bar(make: Make, tmp_path: Path) -> None:
     run = make(tmp_path, users=60, seeds=1, methods={"full", "finetune"})
-    assert "fine-tuned" in _series(accuracy_vs_depth(run))
+    for record in run.records:
+        for rounds in (record.costs.timing or {}).values():
+            rounds.seconds = rounds.seconds[:1]
+    low, high = speed_vs_depth(summarise(run)).get_ylim()
+    assert 0 < low < 1 < high < 100
 
 
-def test_every_figure_reads_as_one_sentence_or_more(summary: Summary) -> None:
+def test_a_run_is_taken_as_well_and_given_axes_are_drawn_on(make: Make, tmp_path: Path) -> None:
+    run, ax = make(tmp_path, users=60, seeds=1, methods={"full", "finetune"}), Figure().subplots()
+    assert accuracy_vs_depth(run, ax=ax) is ax
+    assert "fine-tuned" in series(ax)
+
+
+def test_captions_are_sentences_and_empty_without_data(
+    summary: Summary, make: Make, tmp_path: Path
+) -> None:
     for entry in FIGURES:
         assert entry.reading(summary).endswith(".")
+    bare = summarise(make(tmp_path, users=60, methods={"popularity"}))
+    assert [entry.name for entry in FIGURES if entry.reading(bare)] == []
 
 
-def test_without_data_a_figure_has_no_reading(make: Callable[..., Any], tmp_path: Path) -> None:
-    summary = summarise(make(tmp_path, users=60, methods={"popularity"}))
-    assert [entry.name for entry in FIGURES if entry.reading(summary)] == []
-
-
-@pytest.mark.parametrize(
-    ("name", "chosen", "lacking"),
-    [
+def test_what_a_run_does_not_hold_is_refused_by_name(make: Make, tmp_path: Path) -> None:
+    summary = summarise(make(tmp_path, users=60, seeds=1, methods={"full"}, timing=False))
+    for name, chosen, lacking in (
         ("accuracy_vs_cost", {"cost": "training"}, "training time"),
         ("ablation_changes", {}, "finetune"),
         ("block_influence", {}, "similarity"),
@@ -147,19 +159,14 @@ def test_without_data_a_figure_has_no_reading(make: Callable[..., Any], tmp_path
         ("span_map", {"score": "cka"}, "similarity"),
         ("span_map", {}, "span"),
         ("speed_vs_depth", {}, "times"),
-    ],
-)
-def test_what_a_run_does_not_hold_is_refused_by_name(
-    make: Callable[..., Any], tmp_path: Path, name: str, chosen: dict[str, str], lacking: str
-) -> None:
-    summary = summarise(make(tmp_path, users=60, seeds=1, methods={"full"}, timing=False))
-    with pytest.raises(BadInput, match=f"run.*one with .*{lacking}"):
-        getattr(depthprobe.figures, name)(summary, **chosen)
+    ):
+        with pytest.raises(BadInput, match=f"run.*one with .*{lacking}"):
+            getattr(depthprobe.figures, name)(summary, **chosen)
 
 
 def test_the_same_figure_twice_is_the_same_file(summary: Summary, tmp_path: Path) -> None:
     for name in "ab":
-        save_figure(skip_sensitivity(summary), tmp_path / name)
+        save_figure(kept_vs_depth(summary), tmp_path / name)
     for suffix in ("svg", "png", "pdf"):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

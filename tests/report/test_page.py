@@ -1,30 +1,47 @@
-"""Any page of the report: valid, labelled, in order, from one file; foreign names do nothing."""
+"""The pages of a run and of several: valid, escaped, self-contained, without empty sections."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from depthprobe.errors import BadInput
 from depthprobe.report.comparison import build_comparison
-from depthprobe.report.page import build_report
+from depthprobe.report.figures import FIGURES
+from depthprobe.report.page import build_report, inline_svg
 from depthprobe.runs.records import Machine
 from depthprobe.study import override
 
 html5lib = pytest.importorskip("html5lib")
 Make = Callable[..., Any]
-NAMESPACES = {"http://www.w3.org/1999/xhtml", "http://www.w3.org/2000/svg"}
-SCRIPT, IMAGE = "<script>alert(1)</script>", "<img src=x onerror=alert(1)>"
+NAMESPACES = {f"http://www.w3.org/{name}" for name in ("1999/xhtml", "2000/svg", "1999/xlink")}
 
 
-def _tree(path: Path) -> Any:
-    """The page as a browser reads it; an error of the parser is one of the page."""
-    parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
-    return parser.parse(path.read_text(encoding="utf-8"))
+class Page:
+    """A page as a browser reads it; an error of the parser is one of the page."""
+
+    def __init__(self, path: Path) -> None:
+        self.source = path.read_text(encoding="utf-8")
+        parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
+        self.tree = parser.parse(self.source)
+        self.elements = [(_name(e), e.attrib) for e in self.tree.iter()]
+        words = (e for e in self.tree.iter() if _name(e) not in ("script", "style"))
+        self.text = " ".join(t for e in words for t in (e.text, e.tail) if t)
+
+    def all(self, *names: str) -> list[Any]:
+        """Attributes of each element of some names."""
+        return [attributes for name, attributes in self.elements if name in names]
+
+    @property
+    def sections(self) -> list[str]:
+        return [attributes["id"] for attributes in self.all("section")]
 
 
 def _name(element: Any) -> str:
@@ -32,92 +49,182 @@ def _name(element: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def pages(
-    run: Any, make: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> list[Path]:
-    """The whole report of a run, that of an empty one, and a comparison."""
+def page(run: Any) -> Page:
+    path = build_report(run)
+    assert path == run.path / "report.html"
+    return Page(path)
+
+
+@pytest.fixture(scope="module")
+def pages(page: Page, run: Any, make: Make, tmp_path_factory: pytest.TempPathFactory) -> list[Page]:
+    """The report of a run, that of an empty one, and a comparison."""
     folder = tmp_path_factory.mktemp("pages")
     methods = {"full", "finetune", "skip", "sasrec"}
     other = make(folder / "other", users=60, seeds=1, methods=methods)
     empty = make(folder / "empty", users=60, seeds=1, methods=set())
-    return [
-        build_report(run, folder / "whole.html"),
-        build_report(empty, folder / "empty.html"),
-        build_comparison([run, other], folder / "both.html"),
+    comparison = build_comparison([run, other], folder / "both.html")
+    return [page, Page(build_report(empty)), Page(comparison)]
+
+
+def test_every_section_figure_and_table_is_there(page: Page, run: Any) -> None:
+    assert page.sections == [
+        *("depth", "pareto", "blocks", "maps", "reliance", "hurt", "ablation", "cost", "methods"),
+        *("trials", "measured"),
     ]
+    assert len(page.all("svg")) == len(FIGURES)
+    assert {path.name for path in (run.path / "figures").iterdir()} == {
+        f"{entry.name}.{suffix}" for entry in FIGURES for suffix in ("svg", "png", "pdf")
+    }
+    names = ("methods", "methods_sampled", "trials", "ablation", "slices", "lists", "reliance",
+             "left_out", "cost")  # fmt: skip
+    assert {path.name for path in (run.path / "tables").iterdir()} == {
+        f"{name}.{suffix}" for name in names for suffix in ("csv", "md", "tex")
+    }
 
 
-def test_pages_parse_without_an_error_and_say_their_language(pages: list[Path]) -> None:
-    for path in pages:
-        tree = _tree(path)
-        assert tree.attrib["lang"] == "en"
-        assert (tree.findtext("head/title") or "").strip()
-
-
-def test_ids_are_unique(pages: list[Path]) -> None:
-    for path in pages:
-        ids = [found for e in _tree(path).iter() if (found := e.attrib.get("id"))]
+def test_pages_are_valid_and_labelled(pages: list[Page]) -> None:
+    for page in pages:
+        assert page.tree.attrib["lang"] == "en"
+        assert (page.tree.findtext("head/title") or "").strip()
+        ids = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
         assert len(ids) == len(set(ids))
-
-
-def test_headings_are_in_order(pages: list[Path]) -> None:
-    for path in pages:
-        levels = [int(name[1]) for e in _tree(path).iter() if (name := _name(e)) in
-                  {"h1", "h2", "h3", "h4"}]  # fmt: skip
-        assert levels.count(1) == 1
+        levels = [int(n[1]) for n, _ in page.elements if re.fullmatch("h[1-4]", n)]
         assert levels[0] == 1
+        assert levels.count(1) == 1
         assert all(later - level <= 1 for level, later in zip(levels, levels[1:], strict=False))
+        for picture in page.all("svg"):
+            assert picture["role"] == "img"
+            assert len(picture["aria-label"]) > 20
+        for _, attributes in page.elements:
+            if attributes.get("role") == "region":
+                assert attributes["aria-label"]
+                assert attributes["tabindex"] == "0"  # so that a keyboard can scroll it
+            for name, target in attributes.items():
+                if str(name).endswith("href") and target.startswith("#"):
+                    assert target[1:] in ids
 
 
-def test_pictures_and_tables_are_labelled(pages: list[Path]) -> None:
-    for path in pages:
-        for element in _tree(path).iter():
-            if _name(element) in {"svg", "img"}:
-                assert len(element.attrib.get("aria-label", "")) > 20
-                assert element.attrib["role"] == "img"
-            if element.attrib.get("role") == "region":
-                assert element.attrib["aria-label"]
-                assert element.attrib["tabindex"] == "0"  # so that a keyboard can scroll it
+def test_nothing_is_fetched(pages: list[Page]) -> None:
+    for page in pages:
+        assert not page.all("iframe", "img", "object")
+        assert page.all("script") == [{}]  # inline: it sorts
+        assert set(re.findall(r"https?://[\w./-]+", page.source)) <= NAMESPACES
+        assert "@import" not in page.source
+        assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page.source))
+        assert len(page.source.encode()) < 3e6
 
 
-def test_nothing_is_fetched(pages: list[Path]) -> None:
-    for path in pages:
-        text = path.read_text(encoding="utf-8")
-        assert set(re.findall(r"https?://[\w./-]+", text)) <= NAMESPACES | {
-            "http://www.w3.org/1999/xlink"
-        }
-        assert len(text.encode()) < 3e6
+def test_numbers_are_rounded(page: Page) -> None:
+    # of seven digits or more after the point; ids and SVG paths are no text
+    assert re.findall(r"\d\.\d{7,}", page.text) == []
+    assert "nan" not in re.findall(r"[a-z]+", page.text.lower())
 
 
-@pytest.mark.parametrize("evil", [SCRIPT, IMAGE])
-def test_foreign_names_do_nothing(make: Make, tmp_path: Path, evil: str) -> None:
-    """As a data set, model, study, method variant, group of users, warning and folder."""
-    folders = [tmp_path / f"{evil.replace('/', '')}{number}" for number in range(2)]
-    runs = []
-    for folder in folders:
+def test_the_glossary_explains_the_methods_of_the_run(page: Page) -> None:
+    assert "a student: a variant trained to follow the teacher's states or scores" in page.text
+    assert "ReplaceMe" not in page.text  # of a method that is not in the run
+
+
+def test_sampled_numbers_are_labelled(page: Page, make: Make, tmp_path: Path) -> None:
+    assert "Sampled: the next item among 999 random negatives" in page.text
+    regions = [a["aria-label"] for _, a in page.elements if a.get("role") == "region"]
+    assert [label for label in regions if "sampled" in label] == [
+        "All methods, sampled ranking with 999 random negatives"
+    ]
+    run = make(tmp_path, users=60, seeds=1, methods={"full"})
+    run.study = override(run.study, **{"protocol.negatives": "popularity"})
+    other = Page(build_report(run)).text
+    assert "Sampled: the next item among 999 negatives drawn by popularity in training" in other
+    assert "random negatives" not in other
+
+
+def test_foreign_names_do_nothing(make: Make, tmp_path: Path) -> None:
+    """As a data set, model, study, method, variant, group of users, warning, error and folder."""
+    evil, runs = "<script>alert(1)</script><img src=x onerror=alert(1)>", []
+    for number in range(2):
         run = make(
-            folder, users=60, seeds=1, methods={"full", "finetune", "distill", "skip"},
-            dataset=evil, backbone=evil, failing=[("distill", 2, 0)], error=evil,
+            tmp_path / f"{evil.replace('/', '')}{number}", users=60, seeds=1, dataset=evil,
+            methods={"full", "finetune", "distill", "skip", "early-exit"}, backbone=evil,
+            failing=[("distill", 2, 0)], error=evil,
         )  # fmt: skip
         run.study = override(run.study, name=evil)
+        names = {"distill": f"distill:{evil}$x$", "early-exit": evil}
         for frame in (run.trials, run.metrics):
-            frame["method"] = frame["method"].replace("distill", f"distill:{evil}$x$")
+            frame["method"] = frame["method"].replace(names)
             frame["trial"] = frame["trial"] + evil
         run.users["trial"] += evil
         for record in run.records:
             record.id += evil
-        users = sorted(set(run.users["user"]))
-        kinds = pd.Categorical([evil] * len(users))
-        run.slices = pd.DataFrame({"user": users, evil: kinds})
+        users = np.unique(run.users["user"])
+        run.slices = pd.DataFrame({"user": users, evil: pd.Categorical([evil] * len(users))})
         run.manifest.command, run.manifest.versions = evil, {evil: evil}
         run.manifest.machine = Machine(cpu=evil)
         run.manifest.data.warnings, run.manifest.data.statistics = [evil], {evil: evil}
         runs.append(run)
-    pages = [build_report(runs[0]), build_comparison(runs, tmp_path / "both.html")]
-    for path in pages:
-        elements = list(_tree(path).iter())
-        names = [_name(element) for element in elements]
-        assert names.count("script") == 1  # the page's own
-        assert "img" not in names
-        assert not [a for e in elements for a in e.attrib if str(a).lower().startswith("on")]
-        assert evil in "".join(text for e in elements for text in e.itertext())
+    for path in (build_report(runs[0]), build_comparison(runs, tmp_path / "both.html")):
+        page = Page(path)
+        assert len(page.all("script")) == 1  # the page's own
+        assert not page.all("img")
+        names = [str(name).lower() for _, attributes in page.elements for name in attributes]
+        assert not [name for name in names if name.startswith("on")]
+        assert evil in page.text
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        ({"popularity", "sasrec"}, ["methods", "trials", "measured"]),
+        ({"full", "finetune"}, ["depth", "pareto", "methods", "trials", "measured"]),
+        ({"full", "skip"}, ["blocks", "methods", "trials", "measured"]),
+        (set(), ["measured"]),
+    ],
+)
+def test_sections_without_data_are_absent(
+    make: Make, tmp_path: Path, methods: set[str], expected: list[str]
+) -> None:
+    stale = tmp_path / "figures" / "span_damage.svg"  # of an older report
+    stale.parent.mkdir()
+    stale.write_text("old", encoding="utf-8")
+    run = make(tmp_path, users=60, seeds=1, methods=methods, timing=False)
+    assert Page(build_report(run)).sections == expected
+    assert not stale.exists()
+
+
+def test_a_run_with_infinite_intervals_has_a_report(make: Make, tmp_path: Path) -> None:
+    """Among a few users some draws hold no hit of the teacher: its ratio has no bound then."""
+    run = make(tmp_path, users=4, seeds=1, gain=lambda method, _: 0.0 if method == "full" else 0.5)
+    text = Page(build_report(run)).text
+    assert "have an infinite end, which is not drawn" in text
+
+
+def test_attributes_that_a_run_lacks_are_an_error(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=60, seeds=1, methods={"full", "finetune"})
+    for name in ("slices", "scores"):
+        lacking = replace(run)
+        hidden = property(lambda self, name=name: object.__getattribute__(self, f"no {name}"))
+        lacking.__class__ = type("Lacking", (type(run),), {name: hidden})
+        with pytest.raises(AttributeError, match=name):
+            build_report(lacking)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="run"):
+        build_report(tmp_path)
+
+
+def test_the_page_is_written_where_output_says(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path / "run", users=60, seeds=1, methods={"full", "distill"})
+    target = tmp_path / "elsewhere" / "page.html"
+    assert build_report(run, target) == target
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "figures" / "kept_vs_depth.svg").exists()
+    assert [path.name for path in target.parent.iterdir()] == ["page.html"]  # nothing temporary
+
+
+def test_inline_svg_takes_its_own_ids() -> None:
+    inside = '<g id="a"/><use href="#a" clip="url(#a)"/>'
+    svg = f'<?xml version="1.0"?><svg viewBox="0 0 1 1">{inside}</svg>'
+    text = inline_svg(svg, "one", label='a "quoted" <finding>')
+    for expected in ('id="one-a"', 'href="#one-a"', "url(#one-a)", "&lt;finding&gt;"):
+        assert expected in text
+    assert "<?xml" not in text

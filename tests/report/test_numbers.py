@@ -14,47 +14,47 @@ import pytest
 from depthprobe.evaluation.statistics import bootstrap_mean, bootstrap_ratio
 from depthprobe.report.numbers import FULL, SAMPLED, Point, Ranks, Summary, summarise
 
-
-def _ndcg(ranks: pd.Series) -> float:
-    return float(np.mean([(r <= 10) / np.log2(r + 1) for r in ranks]))
+Make = Callable[..., Any]
 
 
-def _point(summary: Summary, method: str, depth: int) -> Point:
-    return next(p for p in summary.of(method) if p.depth == depth)
-
-
-def _ranks(run: Any, trials: tuple[str, ...], protocol: str = FULL) -> pd.Series:
+def ndcg(run: Any, trials: tuple[str, ...], protocol: str = FULL) -> float:
     users = run.users
-    return users[users["trial"].isin(trials) & (users["protocol"] == protocol)]["rank"]
+    ranks = users[users["trial"].isin(trials) & (users["protocol"] == protocol)]["rank"]
+    return float(np.mean([(rank <= 10) / np.log2(rank + 1) for rank in ranks]))
+
+
+def point_of(summary: Summary, method: str, depth: int) -> Point:
+    return next(point for point in summary.of(method) if point.depth == depth)
 
 
 def test_accuracy_is_the_mean_over_users_and_seeds(run: Any, summary: Summary) -> None:
     for point in summary.points:
         for protocol in (FULL, SAMPLED):
             interval = point.accuracy[protocol, "NDCG@10"]
-            assert interval.value == pytest.approx(_ndcg(_ranks(run, point.trials, protocol)))
+            assert interval.value == pytest.approx(ndcg(run, point.trials, protocol))
             assert interval.low <= interval.value <= interval.high
 
 
 def test_every_planned_point_is_there_once(run: Any, summary: Summary) -> None:
-    trials = run.trials
-    done = trials[trials["status"] == "done"]
+    done = run.trials[run.trials["status"] == "done"]
     assert len(summary.points) == len(done.groupby(["method", "depth", "kept", "removed"]))
-    assert sum(len(p.trials) for p in summary.points) == len(done)
+    assert sum(len(point.trials) for point in summary.points) == len(done)
     assert len(summary.failed) == 1
 
 
-def test_ratio_to_the_teacher_uses_the_seeds_of_both(run: Any, summary: Summary) -> None:
-    point = _point(summary, "random-init", 1)  # its seed 1 failed
-    assert point.seeds == (0,)
+def test_ratios_use_the_seeds_of_both(run: Any, summary: Summary) -> None:
     assert summary.teacher is not None
-    teacher = summary.teacher.trials[summary.teacher.seeds.index(0)]
-    expected = _ndcg(_ranks(run, point.trials)) / _ndcg(_ranks(run, (teacher,)))
+    point = point_of(summary, "random-init", 1)  # its seed 1 failed
+    assert point.seeds == (0,)
+    expected = ndcg(run, point.trials) / ndcg(run, summary.teacher.of_seeds([0]))
     assert point.ratio[FULL, "NDCG@10"].value == pytest.approx(expected)
+    (popularity,) = summary.of("popularity")  # it knows no seed
+    expected = ndcg(run, popularity.trials) / ndcg(run, summary.teacher.trials)
+    assert popularity.ratio[FULL, "NDCG@10"].value == pytest.approx(expected)
 
 
-def test_intervals_are_those_of_the_plain_bootstrap(run: Any, summary: Summary) -> None:
-    point, teacher = _point(summary, "distill", 2), summary.teacher
+def test_intervals_are_those_of_the_plain_bootstrap(summary: Summary) -> None:
+    point, teacher = point_of(summary, "distill", 2), summary.teacher
     assert teacher is not None
     own, theirs = summary.ranks.values(SAMPLED, "HR@5", [point.trials, teacher.trials])
     arms = summary.ranks.values(FULL, "NDCG@10", [point.trials, teacher.trials])
@@ -63,14 +63,8 @@ def test_intervals_are_those_of_the_plain_bootstrap(run: Any, summary: Summary) 
         (point.ratio[SAMPLED, "HR@5"], bootstrap_ratio(own, theirs, resamples=200)),
         (summary.against(point, teacher), bootstrap_ratio(*arms, resamples=200)),
     ):
+        assert found is not None
         assert astuple(found) == pytest.approx(astuple(expected), abs=1e-12)
-
-
-def test_popularity_is_compared_with_every_seed(run: Any, summary: Summary) -> None:
-    point, teacher = summary.of("popularity")[0], summary.teacher
-    assert teacher is not None
-    expected = _ndcg(_ranks(run, point.trials)) / _ndcg(_ranks(run, teacher.trials))
-    assert point.ratio[FULL, "NDCG@10"].value == pytest.approx(expected)
 
 
 def test_only_users_that_both_ranked_are_compared() -> None:
@@ -84,9 +78,8 @@ def test_only_users_that_both_ranked_are_compared() -> None:
 
 
 def test_times_are_medians_and_a_shared_measurement_counts_once(run: Any, summary: Summary) -> None:
-    point = _point(summary, "finetune", 4)
-    record = next(r for r in run.records if r.id == point.trials[0])
-    timing = record.costs.timing
+    point = point_of(summary, "finetune", 4)
+    timing = next(record for record in run.records if record.id == point.trials[0]).costs.timing
     both = np.add(timing["encode"].seconds, timing["score"].seconds)
     assert point.time["inference"].median == pytest.approx(1e3 * np.median(both))
     assert point.time["inference"].rounds == len(both)  # though two seeds' records hold it
@@ -94,23 +87,27 @@ def test_times_are_medians_and_a_shared_measurement_counts_once(run: Any, summar
 
 
 def test_no_time_is_made_up(summary: Summary) -> None:
-    assert "inference" not in _point(summary, "early-exit", 5).time  # that depth was not measured
-    assert "training" not in _point(summary, "early-exit", 4).time  # it is not trained
+    assert "inference" not in point_of(summary, "early-exit", 5).time  # that depth is not timed
+    assert "training" not in point_of(summary, "early-exit", 4).time  # it is not trained
     assert summary.of("popularity")[0].cost("inference") is None
 
 
-def test_failed_seed_leaves_a_comparison_over_the_other(
-    make: Callable[..., Any], tmp_path: Path
-) -> None:
-    run = make(tmp_path, users=150, failing=[("distill", 4, 1)])
-    summary = summarise(run)
+def test_failed_seed_leaves_a_comparison_over_the_other(make: Make, tmp_path: Path) -> None:
+    summary = summarise(make(tmp_path, users=150, failing=[("distill", 4, 1)]))
     assert summary.seeds_compared == (0,)
     assert not summary.left_out
-    point = _point(summary, "finetune", 4)
-    assert point.seeds == (0, 1)
+    assert point_of(summary, "finetune", 4).seeds == (0, 1)
 
 
 def test_the_deciding_interval_is_the_one_shown(summary: Summary) -> None:
     assert summary.sufficiency is not None
     for row in summary.sufficiency.rows:
-        assert _point(summary, row.method, row.depth).ratio[FULL, "NDCG@10"] == row.kept
+        assert point_of(summary, row.method, row.depth).ratio[FULL, "NDCG@10"] == row.kept
+
+
+def test_a_method_that_is_not_registered_is_shown_and_no_answer(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=60, seeds=1, methods={"full", "finetune", "distill"})
+    run.trials["method"] = run.trials["method"].replace("distill", "plugin")
+    summary = summarise(run)
+    assert summary.of("plugin")
+    assert {method for method, _ in summary.candidates} == {"finetune"}

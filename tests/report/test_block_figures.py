@@ -1,0 +1,101 @@
+"""Figures of blocks, spans, users and ways to train draw the numbers that they name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+
+from depthprobe.report.block_figures import (
+    ablation_changes,
+    ablation_reading,
+    block_influence,
+    influence_reading,
+    settling_depth,
+    settling_reading,
+    skip_changes,
+    skip_reading,
+    skip_sensitivity,
+    span_cells,
+    span_map,
+    span_reading,
+)
+from depthprobe.report.numbers import Summary
+from depthprobe.report.tables import ablation_table
+
+
+def lines(ax: Axes) -> dict[str, Any]:
+    return {c.get_label(): c.lines[0] for c in ax.containers if isinstance(c, ErrorbarContainer)}
+
+
+def test_skip_sensitivity_has_every_block(summary: Summary) -> None:
+    drawn = lines(skip_sensitivity(summary))
+    assert set(drawn) == {"whole block", "attention left out", "MLP left out"}
+    points, changes = drawn["whole block"], skip_changes(summary)["skip"]
+    assert np.round(points.get_xdata()).tolist() == list(range(12))
+    values = [100 * change.value for _, change in changes]
+    assert points.get_ydata() == pytest.approx(values)
+    assert int(np.argmin(values)) == 0  # as it was made up
+    assert skip_reading(summary).startswith("Block 0 costs the most when it is left out")
+
+
+def test_damage_of_a_span_is_the_share_that_is_lost(run: Any, summary: Summary) -> None:
+    users = run.users[run.users["protocol"] == "full"].merge(run.trials, on="trial")
+    gain = np.where(users["rank"] <= 10, 1 / np.log2(users["rank"] + 1), 0)
+    cells = span_cells(summary, "damage")
+    assert len(cells) == 12 + 21  # each block, and each span of two or three
+    own = gain[(users["method"] == "span") & (users["removed"] == "3-5")].mean()
+    assert cells[3, 6] == pytest.approx(1 - own / gain[users["method"] == "full"].mean())
+
+
+@pytest.mark.parametrize("score", ["damage", "angular-distance", "cka"])
+def test_a_map_has_every_span_at_its_ends(summary: Summary, score: str) -> None:
+    grid = np.ma.filled(span_map(summary, score=score).collections[0].get_array(), np.nan)
+    cells = span_cells(summary, score)
+    assert np.isfinite(grid).sum() == len(cells)
+    scale = 100 if score == "damage" else 1
+    for (start, end), value in cells.items():
+        expected = max(0.0, scale * value) if score != "cka" else value
+        assert grid[start, end - 1] == pytest.approx(expected)
+
+
+def test_maps_name_the_span_that_changes_least(summary: Summary) -> None:
+    frame = summary.run.scores("similarity")
+    means = frame[frame["score"] == "angular-distance"].groupby(["start", "end"])["value"].mean()
+    wide = {span: value for span, value in means.items() if span[1] - span[0] > 1}
+    start, end = min(wide, key=lambda span: wide[span])
+    reading = span_reading(summary, "angular-distance")
+    assert f"blocks {start} to {end - 1} turn the state least" in reading
+    assert "CKA" in span_reading(summary, "cka")
+    assert "blocks" in span_reading(summary, "damage")
+
+
+def test_influence_is_the_mean_over_teachers(summary: Summary) -> None:
+    drawn = lines(block_influence(summary))
+    expected = [0.9, *(0.01 * block for block in range(2, 13))]
+    assert drawn["the block"].get_ydata().tolist() == pytest.approx(expected)
+    assert set(drawn) == {"the block", "its attention", "its MLP"}
+    assert influence_reading(summary).startswith("Block 0 turns the state most (0.90). Block 1 ")
+
+
+def test_settled_users_are_counted(summary: Summary) -> None:
+    frame = summary.run.scores("settling")
+    curve = lines(settling_depth(summary))["same ten items"].get_ydata()
+    assert curve[8] == pytest.approx(100 * (frame["set_settled"] <= 8).mean())
+    assert np.all(np.diff(curve) >= 0)
+    lost = ((frame["best_rank"] <= 10) & (frame["final_rank"] > 10)).mean()
+    text = settling_reading(summary)
+    assert f"{100 * frame['overthinking'].mean():.1f} % [" in text
+    assert f"{100 * lost:.1f} % [" in text
+
+
+def test_ablation_draws_the_table(summary: Summary) -> None:
+    table = ablation_table(summary)
+    assert table is not None
+    expected = 100 * (table.frame["ratio"].dropna() - 1)
+    bars = [c for c in ablation_changes(summary).containers if isinstance(c, ErrorbarContainer)]
+    assert [float(c.lines[0].get_xdata()[0]) for c in bars] == pytest.approx(expected.tolist())
+    assert ablation_reading(summary).startswith(f"Of {len(bars)} comparisons with fine-tuning")

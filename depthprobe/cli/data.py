@@ -75,13 +75,13 @@ def show(
 def list_logs() -> None:
     """The formats that a log may have, and the public sets that are fetched by name."""
     from depthprobe.cli.tables import show_table
-    from depthprobe.data.public import cache_folder, public_sets
+    from depthprobe.data.public import SETS, cache_folder
     from depthprobe.data.readers.formats import FORMATS
 
     header = ["format", "what it is"]
     show_table(header, [[name, one.help] for name, one in FORMATS.items()], words=header)
     rows, notes = [], []
-    for family, group in groupby(public_sets(), key=lambda one: one.family):
+    for family, group in groupby(SETS.values(), key=lambda one: one.family):
         first, *others = list(group)
         name, about, size = first.name, first.about, first.files[0].size
         if others:

@@ -62,7 +62,6 @@ class PublicSet:
     about: str
     files: tuple[PublicFile, ...]
     terms: str
-    citation: str
 
     @property
     def family(self) -> str:
@@ -92,7 +91,7 @@ _MOVIELENS = (
      238_950_008, "md5:d472be332d4daa821edc399621853b57"),
 )  # fmt: skip
 
-# A year, its reviews, their metadata, the page that links them, the paper, the categories there.
+# A year, its reviews, their metadata, the page that links them, the categories there.
 # In 2023 five more categories exist; nothing is left of them in the 5-core.
 _AMAZON = (
     (
@@ -100,7 +99,6 @@ _AMAZON = (
         f"{SNAP}/reviews_{{}}_5.json.gz",
         f"{SNAP}/meta_{{}}.json.gz",
         "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html",
-        "https://doi.org/10.1145/2766462.2767755",
         "Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl "
         "Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics "
         "Grocery_and_Gourmet_Food Health_and_Personal_Care Home_and_Kitchen Kindle_Store "
@@ -112,7 +110,6 @@ _AMAZON = (
         f"{MCAULEY}/amazon_v2/categoryFilesSmall/{{}}_5.json.gz",
         f"{MCAULEY}/amazon_v2/metaFiles2/meta_{{}}.json.gz",
         "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
-        "https://aclanthology.org/D19-1018/",
         "AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Automotive Books "
         "CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music "
         "Electronics Gift_Cards Grocery_and_Gourmet_Food Home_and_Kitchen "
@@ -126,7 +123,6 @@ _AMAZON = (
         f"{MCAULEY}/amazon_2023/benchmark/5core/rating_only/{{}}.csv.gz",
         f"{MCAULEY}/amazon_2023/raw/meta_categories/meta_{{}}.jsonl.gz",
         "https://amazon-reviews-2023.github.io/data_processing/5core.html",
-        "https://arxiv.org/abs/2403.03952",
         "All_Beauty Arts_Crafts_and_Sewing Automotive Baby_Products Beauty_and_Personal_Care "
         "Books CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Electronics "
         "Gift_Cards Grocery_and_Gourmet_Food Health_and_Household Home_and_Kitchen "
@@ -147,12 +143,11 @@ def _movielens() -> Iterator[PublicSet]:
             files=(PublicFile(url=url, size=size, checksum=checksum, members=parts),),
             terms="for research, not for commercial use without GroupLens's permission, to be "
             f"acknowledged in publications; all conditions: {GROUPLENS}/{readme}",
-            citation="https://doi.org/10.1145/2827872",
         )
 
 
 def _amazon() -> Iterator[PublicSet]:
-    for year, reviews, metadata, page, citation, categories in _AMAZON:
+    for year, reviews, metadata, page, categories in _AMAZON:
         for name in categories.split():
             yield PublicSet(
                 name=f"amazon-{year}:{name}",
@@ -160,17 +155,11 @@ def _amazon() -> Iterator[PublicSet]:
                 files=tuple(PublicFile(url=url.format(name)) for url in (reviews, metadata)),
                 terms="no licence is given; collected from amazon.com by J. McAuley's group, "
                 f"for research, to be cited: {page}",
-                citation=citation,
             )
 
 
 # MovieLens first, then Amazon by year and category
 SETS: dict[str, PublicSet] = {one.name: one for one in (*_movielens(), *_amazon())}
-
-
-def public_sets() -> list[PublicSet]:
-    """All sets, in the order of the table."""
-    return list(SETS.values())
 
 
 def is_public(name: str) -> bool:
@@ -187,8 +176,8 @@ def public_set(name: str) -> PublicSet:
     if name in SETS:
         return SETS[name]
     family, _, category = name.partition(":")
-    categories = [one.name.partition(":")[2] for one in SETS.values() if one.family == family]
-    if any(categories):
+    categories = [one.partition(":")[2] for one in SETS if one.startswith(f"{family}:")]
+    if categories:
         raise BadInput("data.source", name, f"for the category, {nearest(category, categories)}")
     known = dict.fromkeys(re.sub(":.*", ":CATEGORY", one) for one in SETS)
     raise BadInput("data.source", name, nearest(name, known))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from depthprobe.cli.options import FLAGS, make_study
-from depthprobe.data.public import public_sets
+from depthprobe.data.public import SETS
 from depthprobe.data.readers.formats import FORMATS
 from depthprobe.data.storage import load_data
 from depthprobe.study import Study
@@ -231,7 +231,7 @@ def test_list_has_every_format_and_public_set(cli: Cli) -> None:
     first = [line[0] for line in rows(outcome.out)]
     assert first[2 : 2 + len(FORMATS)] == list(FORMATS)
     words = " ".join(outcome.out.split())
-    for one in public_sets():
+    for one in SETS.values():
         family, _, category = one.name.partition(":")
         assert f" {family} " in words or f" {family}:CATEGORY " in words
         assert re.search(rf"[ ,]{category}[ ,]", words)

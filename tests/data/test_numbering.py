@@ -38,15 +38,15 @@ def test_whole_numbers_sort_as_other_ids_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "fault"),
     [
         (["a", " "], "not blank"),
         (["a", "b", "a "], "data.item: 'a ?' is not usable; item ids that differ in more than"),
         (["a" * 300], "at most 256 characters"),
     ],
 )
-def test_refuses(raw: list[str], said: str) -> None:
-    with pytest.raises(BadInput, match=said) as caught:
+def test_refuses(raw: list[str], fault: str) -> None:
+    with pytest.raises(BadInput, match=fault) as caught:
         number_ids(encode_ids(raw), "item")
     assert len(str(caught.value)) < 300
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from depthprobe.data.log import PARTS, Ids, Log
-from depthprobe.data.public import fetch, is_public, public_sets
+from depthprobe.data.public import SETS, fetch, is_public
 from depthprobe.data.readers.columns import listed
 from depthprobe.data.readers.lines import is_sequences, read_json, read_sequences
 from depthprobe.data.readers.streams import FIELD, OTHERS, fits, head, plain_name
@@ -142,7 +142,7 @@ def _located(source: str | Path) -> Path:
         raise BadInput(FIELD, source, f"a path to look at ({error.strerror})") from error
     if is_public(str(source)):
         return fetch(str(source))
-    families = dict.fromkeys(one.family for one in public_sets())
+    families = dict.fromkeys(one.family for one in SETS.values())
     names = nearest(str(source), [EMBEDDED, *families])
     allowed = f"no such path; expected that of a log or of a prepared folder, or a name: {names}"
     raise BadInput(FIELD, source, allowed)

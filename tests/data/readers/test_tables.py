@@ -166,7 +166,7 @@ def test_the_same_name_twice_where_nobody_wants_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "fault"),
     [
         ("", "it is empty"),
         ("\ufeff \n\n", "it is empty"),
@@ -195,8 +195,8 @@ def test_the_same_name_twice_where_nobody_wants_it(tmp_path: Path) -> None:
         ('user,item,x\na,"b\nc",d\n', "line 2 has a line break"),
     ],
 )
-def test_refused_csv(tmp_path: Path, text: str | bytes, what: str) -> None:
-    assert what in refusal(tmp_path, text)
+def test_refused_csv(tmp_path: Path, text: str | bytes, fault: str) -> None:
+    assert fault in refusal(tmp_path, text)
 
 
 def test_a_quote_that_swallows_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,56 +351,46 @@ def test_a_delimiter_that_is_given(tmp_path: Path) -> None:
         read_csv(write(tmp_path, "user,item\na,b\n"), Columns(), delimiter="\t")
 
 
-# as the three generations of MovieLens write the same four ratings
+# as the three generations of MovieLens write the same ratings
 FILMS = [(7, 10, "3.5", 900000200), (7, 2, "4", 900000100), (8, 10, "1", 900000300)]
 COLONS = "".join(f"{u}::{i}::{r}::{t}\n" for u, i, r, t in FILMS)
 TABS = "".join(f"{u}\t{i}\t{r[0]}\t{t}\n" for u, i, r, t in FILMS)
 WITH_HEADER = "userId,movieId,rating,timestamp\n" + COLONS.replace("::", ",")
+MOVIES = "2::Amélie (2001)::Comedy\n3::No::X\n10::Ran (1985)::War\n"
+GENERATIONS = {
+    "ml-100k": {
+        "u.data": TABS,
+        "u.item": "2|Amélie (2001)|01-Jan||x|0\n10|Ran (1985)|01-Jan||y|1\n".encode("iso-8859-1"),
+        "u1.base": TABS,
+        "u.user": "7|24|M|technician|85711\n",
+        "README": "These are ratings.\n",
+    },
+    "ml-1m": {
+        "ratings.dat": COLONS,
+        "movies.dat": MOVIES.encode("iso-8859-1"),
+        "users.dat": "7::F::1::10::48067\n",
+    },
+    "ml-10m": {"ratings.dat": COLONS, "movies.dat": MOVIES},
+    "ml-25m": {
+        "ratings.csv": WITH_HEADER,
+        "movies.csv": 'movieId,title,genres\n2,"Amélie (2001)",Comedy\n10,Ran (1985),War\n',
+        "tags.csv": "userId,movieId,tag,timestamp\n7,10,x,1\n",
+        "links.csv": "movieId,imdbId,tmdbId\n2,3,4\n",
+    },
+}
 
 
-def check(folder: Path, *, halves: bool) -> dict[str, str]:
-    """Read a folder of these ratings, and give its titles."""
-    log = read_log(folder)
-    assert [log.users.names[code] for code in log.users.codes] == ["7", "7", "8"]
-    assert [log.items.names[code] for code in log.items.codes] == ["10", "2", "10"]
-    assert log.ratings is not None
-    assert log.ratings.tolist() == [3.5 if halves else 3.0, 4.0, 1.0]
-    assert log.times is not None
-    assert log.times.dtype == "int64"
-    assert log.times.tolist() == [900000200, 900000100, 900000300]
-    assert log.name == folder.name
-    return log.titles
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "iso-8859-1"])
-def test_movielens_ratings_dat(tmp_path: Path, encoding: str) -> None:
-    write(tmp_path, COLONS, "ratings.dat")
-    write(
-        tmp_path,
-        "2::Amélie (2001)::Comedy\n3::No::X\n10::Ran (1985)::War\n".encode(encoding),
-        "movies.dat",
-    )
-    write(tmp_path, "7::F::1::10::48067\n", "users.dat")
-    assert check(tmp_path, halves=True) == {"2": "Amélie (2001)", "10": "Ran (1985)"}
-
-
-def test_movielens_u_data(tmp_path: Path) -> None:
-    write(tmp_path, TABS, "u.data")
-    films = "2|Amélie (2001)|01-Jan-2001||http://a|0|1\n10|Ran (1985)|01-Jan-1985||http://b|1|0\n"
-    write(tmp_path, films.encode("iso-8859-1"), "u.item")
-    write(tmp_path, TABS, "u1.base")
-    write(tmp_path, "7|24|M|technician|85711\n", "u.user")
-    write(tmp_path, "These are ratings.\n", "README")
-    assert check(tmp_path, halves=False) == {"2": "Amélie (2001)", "10": "Ran (1985)"}
-
-
-def test_movielens_ratings_csv(tmp_path: Path) -> None:
-    write(tmp_path, WITH_HEADER, "ratings.csv")
-    films = 'movieId,title,genres\n2,"Amélie, or ""A"" (2001)",Comedy\n10,Ran (1985),War\n'
-    write(tmp_path, films, "movies.csv")
-    write(tmp_path, "userId,movieId,tag,timestamp\n7,10,x,1\n", "tags.csv")
-    write(tmp_path, "movieId,imdbId,tmdbId\n2,3,4\n", "links.csv")
-    assert check(tmp_path, halves=True) == {"2": 'Amélie, or "A" (2001)', "10": "Ran (1985)"}
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_movielens(tmp_path: Path, name: str) -> None:
+    for file, content in GENERATIONS[name].items():
+        write(tmp_path / name, content, file)
+    log = read_log(tmp_path / name)
+    first = 3.0 if name == "ml-100k" else 3.5
+    times = [900000200, 900000100, 900000300]
+    expected = [("7", "10", first), ("7", "2", 4.0), ("8", "10", 1.0)]
+    assert rows_of(log) == [(*row, time) for row, time in zip(expected, times, strict=True)]
+    assert log.titles == {"2": "Amélie (2001)", "10": "Ran (1985)"}
+    assert log.name == name
 
 
 def test_movielens_is_recognised_by_its_three_files_alone() -> None:
@@ -409,23 +399,6 @@ def test_movielens_is_recognised_by_its_three_files_alone() -> None:
     assert not is_movielens("2::Toy Story (1995)::Comedy\n")
     assert not is_movielens("user,item,rating,timestamp\n")
     assert not is_movielens("")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (COLONS + "8::11::5\n", "line 4 has 5; expected 7 columns"),
-        (COLONS + "8::::5::900000000\n", "line 4 has no item"),
-        (COLONS + "8::11::five::900000000\n", "line 4 has the rating 'five'"),
-        (TABS + "8\t11\t5\tnever\n", "line 4 has the time 'never'"),
-    ],
-)
-def test_refused_movielens(tmp_path: Path, text: str, said: str) -> None:
-    path = write(tmp_path, text, "ratings.dat")
-    with pytest.raises(BadInput) as caught:
-        read_log(path)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_movielens_columns_by_place_take_no_names(tmp_path: Path) -> None:
@@ -465,27 +438,31 @@ def test_recbole_columns_are_named_with_or_without_their_types(tmp_path: Path, k
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("name", "text", "fault"),
     [
+        ("ratings.dat", COLONS + "8::11::5\n", "line 4 has 5; expected 7 columns"),
+        ("ratings.dat", COLONS + "8::::5::900000000\n", "line 4 has no item"),
+        ("ratings.dat", COLONS + "8::11::five::900000000\n", "line 4 has the rating 'five'"),
+        ("u.data", TABS + "8\t11\t5\tnever\n", "line 4 has the time 'never'"),
         (
+            "x.inter",
             "session_id:token\titem_id_list:token_seq\titem_id:token\n1\t2 3\t4\n",
             "a row of item_id_list:token_seq is a list of items; expected an interaction a row",
         ),
-        ("user_id:token\tcolour:token\n1\tred\n", "none is known as the item's"),
-        (INTER + "u3\ti1\n", "line 4 has 2"),
-        (INTER + "u3\ti1\tgood\t30\n", "line 4 has the rating 'good'"),
-        (INTER + "u3\ti1\t5\t\n", "line 4 has no time"),
+        ("x.inter", "user_id:token\tcolour:token\n1\tred\n", "none is known as the item's"),
+        ("x.inter", INTER + "u3\ti1\n", "line 4 has 2"),
+        ("x.inter", INTER + "u3\ti1\tgood\t30\n", "line 4 has the rating 'good'"),
+        ("x.inter", INTER + "u3\ti1\t5\t\n", "line 4 has no time"),
     ],
 )
-def test_refused_recbole(tmp_path: Path, text: str, said: str) -> None:
-    path = write(tmp_path, text, "x.inter")
+def test_refused_movielens_and_recbole(tmp_path: Path, name: str, text: str, fault: str) -> None:
     with pytest.raises(BadInput) as caught:
-        read_log(path)
-    assert said in str(caught.value)
+        read_log(write(tmp_path, text, name))
+    assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_recbole_item_file_without_titles_is_told(tmp_path: Path) -> None:
+def test_a_recbole_item_file_without_titles_is_noted(tmp_path: Path) -> None:
     write(tmp_path, "item_id:token\tclass:token_seq\ni2\tComedy\n", "x.item")
     log = read_log(write(tmp_path, INTER, "x.inter"))
     assert log.titles == {}

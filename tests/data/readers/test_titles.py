@@ -89,7 +89,7 @@ def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "fault"),
     [
         ("", "it is empty"),
         ("1\tsoap\n", "its first line has 1, soap; expected a header"),
@@ -109,11 +109,11 @@ def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
         (b"PAR1 no more", "a whole Parquet file"),
     ],
 )
-def test_refuses_in_one_line(tmp_path: Path, text: str | bytes, said: str) -> None:
+def test_refuses_in_one_line(tmp_path: Path, text: str | bytes, fault: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(BadInput) as caught:
         read_titles(path, Columns())
-    assert said in str(caught.value)
+    assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -160,8 +160,8 @@ def test_titles_are_those_of_the_raw_ids(tmp_path: Path) -> None:
     assert (
         with_titles(own, tmp_path / "log.csv", items=None, columns=Columns()).titles == own.titles
     )
-    told = with_titles(own, tmp_path / "log.csv", items=path, columns=Columns())
-    assert told.titles == {"1": "soap"}
+    replaced = with_titles(own, tmp_path / "log.csv", items=path, columns=Columns())
+    assert replaced.titles == {"1": "soap"}
 
 
 def test_an_item_file_that_does_not_help_is_refused(tmp_path: Path) -> None:
@@ -185,11 +185,6 @@ def read(setting: str, what: Any = "user", wanted: set[str] = WANTED) -> tuple[s
     return read_attribute(setting, what, field="protocol.user_slices", wanted=wanted)
 
 
-def write_file(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize(
     ("text", "column"),
     [
@@ -201,7 +196,7 @@ def write_file(path: Path, text: str) -> Path:
     ],
 )
 def test_attributes_of_tables_with_a_header(text: str, column: str, tmp_path: Path) -> None:
-    path = write_file(tmp_path / "users.txt", text)
+    path = write(tmp_path, name="users.txt", text=text)
     assert read(f"{path}:{column}") == ("country", {"1": "de", "2": "fr"})
     packed = tmp_path / "users.txt.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
@@ -216,12 +211,12 @@ def test_attributes_of_parquet_with_numbers_and_gaps(tmp_path: Path) -> None:
 
 
 def test_long_values_are_cut_and_blanks_collapsed(tmp_path: Path) -> None:
-    path = write_file(tmp_path / "items.csv", f"item_id,brand\n1,  a   b \n2,{'x' * 99}\n")
+    path = write(tmp_path, name="items.csv", text=f"item_id,brand\n1,  a   b \n2,{'x' * 99}\n")
     assert read(f"{path}:brand", "item")[1] == {"1": "a b", "2": "x" * 40}
 
 
 @pytest.mark.parametrize(
-    ("text", "setting", "said"),
+    ("text", "setting", "fault"),
     [
         ("", "country", "FILE:COLUMN"),
         ("", "{}", "there is no file|FILE:COLUMN"),
@@ -234,9 +229,9 @@ def test_long_values_are_cut_and_blanks_collapsed(tmp_path: Path) -> None:
         ('user_id,country\n1,"de\n', "{}:country", "a quote isn't closed"),
     ],
 )
-def test_refused_attributes(text: str, setting: str, said: str, tmp_path: Path) -> None:
-    path = write_file(tmp_path / "users.csv", text)
-    with pytest.raises(BadInput, match=said) as caught:
+def test_refused_attributes(text: str, setting: str, fault: str, tmp_path: Path) -> None:
+    path = write(tmp_path, name="users.csv", text=text)
+    with pytest.raises(BadInput, match=fault) as caught:
         read(setting.format(path))
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""The shared prompt and right padding against the padded reference, and what is trained."""
+"""What a recommender reads out, what of it is trained and saved, and the best of its scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from depthprobe.models.backbones import embedded_tokenizer
@@ -19,61 +20,18 @@ from depthprobe.models.build import (
     prompt_tokens,
     save_trained,
 )
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.recommender import Recommender, best_columns
 from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Backbone
 
 PROMPT = (3, 1, 4, 1, 5)
 HISTORIES = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]])
 LENGTHS = torch.tensor([4, 2, 1])
-SHARING = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "gemma2", "stablelm", "olmo2")
 
 
 def build(backbone: PreTrainedModel, prompt: tuple[int, ...] = PROMPT) -> Recommender:
     torch.manual_seed(0)
     return Recommender(backbone, torch.randn(9, 6), prompt).double().eval()
-
-
-def reference(model: Recommender, history: list[int]) -> Tensor:
-    """One user alone, prompt and items in one sequence, no cache, no padding: (d_item,)."""
-    tokens = model.backbone.get_input_embeddings()(model.prompt)
-    items = model.input_adapter(model.items(torch.tensor(history)))
-    whole = torch.cat([tokens, items])[None]
-    out = model.backbone(inputs_embeds=whole, use_cache=False).last_hidden_state
-    return model.output_adapter(out[0, -1])
-
-
-@pytest.mark.parametrize("name", SHARING)
-def test_shared_prompt_equals_every_slot_of_every_user(
-    name: str, make_model: Callable[..., PreTrainedModel]
-) -> None:
-    model = build(make_model(name))
-    vectors = model.encode(HISTORIES, LENGTHS)
-    for row, length in enumerate(LENGTHS.tolist()):
-        expected = reference(model, HISTORIES[row, :length].tolist())
-        loose = 1e-6 if name == "gemma2" else 1e-10  # its attention caps scores in float32
-        torch.testing.assert_close(vectors[row], expected, rtol=loose, atol=loose)
-
-
-def test_gradients_equal_the_reference(make_model: Callable[..., PreTrainedModel]) -> None:
-    # its norms run in float64; Llama's are float32 by design
-    ours, theirs = build(make_model("gpt_neox")), build(make_model("gpt_neox"))
-    ours.encode(HISTORIES, LENGTHS).square().sum().backward()
-    for row, length in enumerate(LENGTHS.tolist()):
-        reference(theirs, HISTORIES[row, :length].tolist()).square().sum().backward()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None)
-        if a.grad is not None and b.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10)
-
-
-def test_no_prompt(make_model: Callable[..., PreTrainedModel]) -> None:
-    model = build(make_model("llama"), prompt=())
-    assert model.prepare_prompt() is None
-    items = model.input_adapter(model.items(HISTORIES[:1]))
-    out = model.backbone(inputs_embeds=items, use_cache=False).last_hidden_state
-    expected = model.output_adapter(out[0, -1])
-    torch.testing.assert_close(model.encode(HISTORIES, LENGTHS)[0], expected)
 
 
 def test_prepared_prompt_can_be_used_again(make_model: Callable[..., PreTrainedModel]) -> None:
@@ -174,22 +132,52 @@ def test_a_linear_head_scores_every_item(make_model: Callable[..., PreTrainedMod
     assert scores.shape == (3, 9)
 
 
-def test_suffix_follows_the_last_item(make_model: Callable[..., PreTrainedModel]) -> None:
-    torch.manual_seed(0)
-    model = Recommender(make_model("llama"), torch.randn(9, 6), PROMPT, suffix=(2, 7, 1)).double()
-    vectors = model.eval().encode(HISTORIES, LENGTHS)
-    assert torch.equal(model(HISTORIES, LENGTHS), vectors)
-    table = model.backbone.get_input_embeddings()
-    for row, length in enumerate(LENGTHS.tolist()):
-        items = model.input_adapter(model.items(HISTORIES[row, :length]))
-        whole = torch.cat([table(model.prompt), items, table(model.suffix)])[None]
-        state = model.backbone(inputs_embeds=whole, use_cache=False).last_hidden_state[0, -1]
-        torch.testing.assert_close(vectors[row], model.output_adapter(state))
-
-
 def test_a_learned_table_is_seeded_and_of_unit_length() -> None:
     table, again = learned_table(50, 16, seed=3), learned_table(50, 16, seed=3)
     assert torch.equal(table, again)
     assert not torch.equal(table, learned_table(50, 16, seed=4))
     assert not table[0].any()
     assert table[1:].norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)
+
+
+# The best columns of scores, against a stable sort of each row.
+
+INF = float("inf")
+
+
+def naive(row: list[float], k: int) -> list[int]:
+    return sorted(range(len(row)), key=lambda column: -row[column])[:k]
+
+
+@given(st.data())
+def test_agrees_with_a_stable_sort(data: st.DataObject) -> None:
+    n_rows, width = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 12))
+    value = st.sampled_from([-INF, -1.0, -0.0, 0.0, 1.0, 2.0, INF])  # few values: many ties
+    row = st.lists(value, min_size=width, max_size=width)
+    scores = data.draw(st.lists(row, min_size=n_rows, max_size=n_rows))
+    k = data.draw(st.integers(1, width))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    given_scores = torch.tensor(scores, dtype=dtype).view(n_rows, width)
+    kept = given_scores.clone()
+    columns, values = best_columns(given_scores, k)
+    assert columns.dtype == torch.int64
+    assert columns.tolist() == [naive(row, k) for row in scores]
+    assert values.tolist() == [[row[c] for c in naive(row, k)] for row in scores]
+    assert torch.equal(given_scores, kept)
+
+
+@pytest.mark.parametrize("levels", [1, 3, 50, 10**6])
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_wide_rows(levels: int, k: int) -> None:
+    """Wide enough for other ways through ``topk``, with ties in all, some or none of the rows."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randint(levels, (23, 3001), generator=draw).double()
+    columns, values = best_columns(scores, k)
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(columns, expected.indices[:, :k])
+    assert torch.equal(values, expected.values[:, :k])
+
+
+def test_nan_is_above_all_as_for_topk() -> None:
+    scores = torch.tensor([[1.0, torch.nan, 1.0, 1.0, 0.0]])
+    assert best_columns(scores, 3)[0].tolist() == [[1, 0, 2]]

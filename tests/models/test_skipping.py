@@ -49,18 +49,17 @@ def test_skip_equals_keep_and_bypass(family, make_model, ids, bypass):
 
 
 @torch.no_grad()
-def test_cache_made_under_the_same_skip(family, make_model, ids):
+@pytest.mark.parametrize("part", ["block", "attention", "mlp"])
+def test_cache_made_under_the_same_skip(family, part, make_model, ids):
     model = make_model(family)
     for skipped in SKIPS:
-        with skip_blocks(model, skipped):
+        with skip_blocks(model, skipped, part=part):
             expected = model(ids, use_cache=False).logits
             prefix = model(ids[:, :5], use_cache=True)
             steps = [prefix.logits]
-            for part in (ids[:, 5:8], ids[:, 8:]):
-                step = model(
-                    part, **{cache_argument(model): prefix.past_key_values}, use_cache=True
-                )
-                steps.append(step.logits)
+            for piece in (ids[:, 5:8], ids[:, 8:]):
+                cache = {cache_argument(model): prefix.past_key_values}
+                steps.append(model(piece, **cache, use_cache=True).logits)
         torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-5)
 
 
@@ -178,24 +177,29 @@ def test_all_and_none(make_model, ids):
         assert torch.equal(logits(model, ids), expected)
 
 
-def test_under_peft(make_model, ids):
-    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    model = get_peft_model(make_model("llama"), lora).double().eval()
-    with skip_blocks(model, {2, 3}):
-        result = logits(model, ids)
-    expected = keep_blocks(copy.deepcopy(model).merge_and_unload(), [0, 1, 4, 5])
-    torch.testing.assert_close(result, logits(expected, ids), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("part", ["block", "attention", "mlp"])
+def test_under_peft(part, make_model, ids):
+    for name, targets in (("llama", ["q_proj", "down_proj"]), ("bloom", ["dense"])):
+        lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        torch.manual_seed(0)
+        model = get_peft_model(make_model(name), lora).double().eval()
+        merged = copy.deepcopy(model).merge_and_unload()
+        with skip_blocks(model, {2, 3}, part=part), skip_blocks(merged, {2, 3}, part=part):
+            torch.testing.assert_close(logits(model, ids), logits(merged, ids), rtol=0, atol=1e-12)
 
 
-def test_training_under_skip_with_checkpointing(make_model, ids):
+@pytest.mark.parametrize("part", ["block", "attention"])
+def test_training_under_a_skip_with_checkpointing(part, make_model, ids):
     gradients = []
     for checkpointing in (False, True):
         model = make_model("llama").train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        with skip_blocks(model, {2}):
+        with skip_blocks(model, {2}, part=part):
             model(ids, labels=ids, use_cache=False).loss.backward()
-        assert all(p.grad is None for p in find_blocks(model)[2].parameters())
+        skipped = find_blocks(model)[2]
+        assert all(p.grad is None for p in skipped.self_attn.parameters())
+        assert all((p.grad is None) == (part == "block") for p in skipped.mlp.parameters())
         gradients.append(find_blocks(model)[0].mlp.up_proj.weight.grad)
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)

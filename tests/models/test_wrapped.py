@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from depthprobe.models import skipping
 from depthprobe.models.blocks import find_blocks
@@ -20,19 +19,6 @@ SKIPS = [({1, 4}, "block"), ({0, 3}, "attention"), ({0, 3}, "mlp")]
 @torch.no_grad()
 def logits(model, ids):
     return model(ids, use_cache=False).logits
-
-
-@pytest.fixture
-def _fresh_accelerate():
-    """Its state is one a process: none comes in from other tests, none goes out to them."""
-    _forget_accelerate()
-    yield
-    _forget_accelerate()
-
-
-def _forget_accelerate():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.mark.parametrize(("skipped", "part"), SKIPS)
@@ -67,7 +53,7 @@ def test_offloaded_by_accelerate(skipped, part, make_model, ids, monkeypatch):
     assert torch.equal(logits(model, ids), whole)
 
 
-@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(("skipped", "part"), SKIPS)
 def test_prepared_by_accelerate(skipped, part, make_model, ids):
     plain = make_model("llama").float()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel, RobertaConfig
@@ -225,17 +224,7 @@ def test_autocast(name: str, make_model: MAKE) -> None:
     assert nn.functional.cosine_similarity(flat, right, dim=0) > 0.9
 
 
-@pytest.fixture
-def _fresh_accelerate() -> Iterator[None]:
-    """Its state is one a process: none comes in from other tests, none goes out to them."""
-    for fresh in range(2):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        if not fresh:
-            yield
-
-
-@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_prepared_by_accelerate(checkpointing: bool, make_model: MAKE) -> None:
     model = build(make_model("qwen2")).train()

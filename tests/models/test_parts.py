@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from depthprobe.errors import BadInput
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import find_sublayers
-from depthprobe.models.prompt import cache_argument
 from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.taps import tap_blocks
 
@@ -118,21 +114,6 @@ def test_a_skipped_block_is_its_parts_skipped(family, make_model, ids):
     assert torch.equal(logits(model, ids), whole)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("part", ["attention", "mlp"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma3_text", "falcon", "opt", "phi"])
-def test_a_cache_made_under_the_same_skip(name, part, make_model, ids):
-    model = make_model(name)
-    with skip_blocks(model, {0, 3}, part=part):
-        expected = model(ids, use_cache=False).logits
-        prefix = model(ids[:, :5], use_cache=True)
-        steps = [prefix.logits]
-        for piece in (ids[:, 5:8], ids[:, 8:]):
-            step = model(piece, **{cache_argument(model): prefix.past_key_values}, use_cache=True)
-            steps.append(step.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-5)
-
-
 def test_what_is_skipped_is_not_computed(make_model, ids):
     model = make_model("llama")
     block = find_blocks(model)[2]
@@ -163,33 +144,6 @@ def test_inside_a_skipped_block_and_twice(make_model, ids):
             assert torch.equal(logits(model, ids), once)
     after = {name: vars(module).get("forward") for name, module in model.named_modules()}
     assert after == forwards
-
-
-def test_under_peft(make_model, ids):
-    for name, targets in (("llama", ["q_proj", "down_proj"]), ("bloom", ["dense"])):
-        lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        torch.manual_seed(0)
-        model = get_peft_model(make_model(name), lora).double().eval()
-        merged = copy.deepcopy(model).merge_and_unload()
-        for part in ("attention", "mlp"):
-            with skip_blocks(model, {2}, part=part), skip_blocks(merged, {2}, part=part):
-                result, expected = logits(model, ids), logits(merged, ids)
-            torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
-
-
-def test_training_under_a_skip_with_checkpointing(make_model, ids):
-    gradients = []
-    for checkpointing in (False, True):
-        model = make_model("llama").train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        with skip_blocks(model, {2}, part="attention"):
-            model(ids, labels=ids, use_cache=False).loss.backward()
-        skipped = find_blocks(model)[2]
-        assert all(p.grad is None for p in skipped.self_attn.parameters())
-        assert skipped.mlp.up_proj.weight.grad.abs().sum() > 0
-        gradients.append(find_blocks(model)[0].self_attn.q_proj.weight.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
 
 
 def test_norms_on_the_stream_are_refused(make_model, ids):

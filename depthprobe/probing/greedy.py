@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ class Removal:
     """The blocks in the order in which they went, the last one left out of it."""
 
     removed: tuple[int, ...]  # (L - 1,) block indices
-    scores: tuple[float, ...]  # (L,) at full depth, and after each removal; by full ranking
+    scores: tuple[float, ...]  # (L,) NDCG@10 at full depth and after each removal; full ranking
     evaluated: int  # how many shallower models were scored to find it
 
     def kept(self, depth: int) -> tuple[int, ...]:
@@ -31,12 +30,7 @@ class Removal:
 
 
 def greedy(
-    model: CausalEncoder,
-    eval_set: EvalSet,
-    *,
-    device: torch.device,
-    score: Callable[[np.ndarray], float] = mean_ndcg,
-    lazy: bool = True,
+    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, lazy: bool = True
 ) -> Removal:
     """Remove the block whose absence costs the least, down to a single one.
 
@@ -46,9 +40,7 @@ def greedy(
     again; one whose damage has fallen below the smallest is missed. Of equal ones the last goes.
 
     Args:
-        model: in evaluation mode.
         eval_set: the users to choose by: of validation, never of the test.
-        score: of all users' full ranks; higher is better. NDCG@10 by default.
         lazy: False measures every block at every removal, about L^2 / 6 passes.
     """
     left = list(range(len(find_blocks(model.backbone))))
@@ -59,10 +51,10 @@ def greedy(
         evaluated += len(blocks)
         routes = [route(b for b in left if b != out) for out in blocks]
         ranks = rank_routes(model, eval_set, routes, device=device)
-        return {out: score(each["full"]) for out, each in zip(blocks, ranks, strict=True)}
+        return {out: mean_ndcg(each["full"]) for out, each in zip(blocks, ranks, strict=True)}
 
     (full_depth,) = rank_routes(model, eval_set, [route(left)], device=device)
-    scores, removed = [score(full_depth["full"])], list[int]()
+    scores, removed = [mean_ndcg(full_depth["full"])], list[int]()
     damage = dict.fromkeys(left, -np.inf)  # as it was when last measured
     while len(left) > 1:
         fresh: dict[int, float] = {}  # the score without each block that is measured now
@@ -85,9 +77,6 @@ def nearest_spans(angular: np.ndarray, length: int, *, first: int = 0) -> list[S
         angular: distances between the states around L blocks, (L + 1, L + 1).
         length: of a run, 1..L.
         first: the earliest block that may be in one.
-
-    Raises:
-        ValueError: if no run is so long.
     """
     starts = np.arange(first, len(angular) - length)
     if length < 1 or not len(starts):

@@ -24,7 +24,8 @@ class CausalEncoder(Encoder, Protocol):
     """An encoder whose vectors are read out of a causal decoder's last block: it can be probed.
 
     Inherit from it and set ``backbone``; ``encode`` and ``item_matrix`` are the model's own. The
-    defaults suit a model that returns the last hidden state of the last item, as it is.
+    defaults suit a model that returns the last hidden state of the last item, as it is. All probes
+    want it in evaluation mode, and leave it as it is.
     """
 
     backbone: PreTrainedModel
@@ -99,8 +100,7 @@ def passes(
 ) -> Iterator[BatchStates]:
     """Encode all users once, and yield each batch with its states; nothing else is kept.
 
-    The caller decides about gradients: probing runs this in inference mode. The model must be in
-    evaluation mode.
+    The caller decides about gradients: probing runs this in inference mode.
 
     Raises:
         ValueError: for a backbone that has no state to read out after each block, or if the
@@ -143,15 +143,9 @@ def early_exit(
     """Ranks of every user's target read out after each block, 0..L, by protocol, each (E,).
 
     The state after block k of a causal model is the state of the model cut to its first k blocks,
-    so one pass holds every truncated model. Only the last positions of a batch are kept.
-
-    Args:
-        model: in evaluation mode.
-        norm: apply the final norm before the read-out, as a cut model does. Without it, SLMRec's
-            reading, the full depth alone is the model's own.
-
-    Raises:
-        ValueError: without the norm, for a backbone whose final states have another width.
+    so one pass holds every truncated model. ``norm`` applies the final norm before the read-out, as
+    a cut model does. Without it, SLMRec's reading, the full depth alone is the model's own; a
+    backbone whose final states have another width is then refused.
     """
 
     def read(states: Tensor) -> Tensor:  # (L + 1, B, D) -> (L + 1, B, d)

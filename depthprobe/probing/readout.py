@@ -84,11 +84,7 @@ def cache_states(
     """Run the model once over the users, into a memory-mapped file of E (L + 1) D numbers.
 
     In float16, half as large and read twice as fast; in float32 where a state does not fit, as
-    the few huge features of some language models do not.
-
-    Args:
-        model: in evaluation mode.
-        path: of the file, ending in ``.npy``; overwritten.
+    the few huge features of some language models do not. An old file at ``path`` is overwritten.
 
     Raises:
         ValueError: without users, for a backbone without one state a position after each block, or
@@ -135,7 +131,7 @@ def fit_readouts(
     matrix. That is convex in the map, so all start at zero. The model stays as it is.
 
     Args:
-        model: in evaluation mode, the one that the states are of.
+        model: the one that the states are of.
         train: what the model was trained on itself will do, but then the deepest states may know
             the targets better than those of new users do.
         validation: what chooses each depth's epoch.
@@ -144,17 +140,13 @@ def fit_readouts(
     items = model.item_matrix()
     sample = train.at(np.arange(1), device, _working_dtype(items))
     width = _normed(model, sample).shape[-1]
-    return _fit_side_by_side(
-        model,
-        train,
-        validation,
-        read=_read_linear,
-        weight=torch.zeros(len(sample), width, items.shape[1]).to(sample),
-        goal=lambda _, targets: targets,
-        device=device,
-        seed=seed,
-        settings=settings or Fitting(),
-    )
+    start = torch.zeros(len(sample), width, items.shape[1]).to(sample)
+
+    def goal(_: Tensor, targets: Tensor) -> Tensor:
+        return targets
+
+    cached = (train, validation)
+    return _fit_side_by_side(model, cached, _read_linear, goal, start, seed, settings)
 
 
 def _read_linear(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -194,17 +186,12 @@ def fit_lenses(
     def read(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _read_translated(model, states, moves * weight, size * bias)
 
-    fitted = _fit_side_by_side(
-        model,
-        train,
-        validation,
-        read=read,
-        weight=sample.new_zeros(len(sample), sample.shape[-1], sample.shape[-1]),
-        goal=lambda states, _: _unembed(model, states[-1:])[0],
-        device=device,
-        seed=seed,
-        settings=settings or Fitting(),
-    )
+    def goal(states: Tensor, _: Tensor) -> Tensor:  # the teacher's own vectors
+        return _unembed(model, states[-1:])[0]
+
+    start = sample.new_zeros(len(sample), sample.shape[-1], sample.shape[-1])
+    cached = (train, validation)
+    fitted = _fit_side_by_side(model, cached, read, goal, start, seed, settings)
     weight, bias = moves * fitted.weight, size * fitted.bias
     return replace(fitted, read=_read_translated, weight=weight, bias=bias)
 
@@ -220,26 +207,20 @@ def _unembed(model: CausalEncoder, states: Tensor) -> Tensor:
 
 def _fit_side_by_side(
     model: CausalEncoder,
-    train: CachedStates,
-    validation: CachedStates,
-    *,
+    cached: tuple[CachedStates, CachedStates],
     read: ReadFunction,
-    weight: Tensor,
     goal: GoalFunction,
-    device: torch.device,
+    weight: Tensor,
     seed: int,
-    settings: Fitting,
+    settings: Fitting | None,
 ) -> Readouts:
     """Fit an affine map at each depth, all in one loop over the users: no depth sees another.
 
     Every step of AdamW is element by element, and the loss is a sum over depths, so a depth ends
-    where it would if it were fitted alone. Each keeps the weights of its best epoch.
-
-    Args:
-        read: how a map is used.
-        weight: where the maps start, (L + 1, D, d); their biases start at zero.
-        goal: what the scores of a batch are pulled to.
+    where it would if it were fitted alone. Each keeps the weights of its best epoch. Weights start
+    at ``weight`` (L + 1, D, d), biases at zero.
     """
+    settings, device, (train, validation) = settings or Fitting(), weight.device, cached
     table = model.item_matrix().detach()[1:].to(device, weight.dtype)  # (I, d)
     maps = [weight.clone().requires_grad_(), torch.zeros_like(weight[:, :1]).requires_grad_()]
     optimizer = torch.optim.AdamW(
@@ -331,11 +312,7 @@ def _working_dtype(items: Tensor) -> torch.dtype:
 def rank_readouts(
     model: CausalEncoder, fitted: Readouts, eval_set: EvalSet, *, device: torch.device
 ) -> list[dict[str, np.ndarray]]:
-    """Ranks of every user's target at each depth 0..L, by protocol, each (E,), from one pass.
-
-    Args:
-        model: in evaluation mode, the one that the read-outs were fitted to.
-    """
+    """Ranks of every user's target at each depth 0..L, by protocol, each (E,), from one pass."""
     batches = passes(model, eval_set, device=device)
     vectors = ((batch.chosen, fitted.vectors(model, batch.states)) for batch in batches)
     return eval_set.rank_models(vectors, model.item_matrix())

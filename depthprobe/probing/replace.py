@@ -34,7 +34,7 @@ from depthprobe.probing.passes import CausalEncoder, encode, exact, hooked, prep
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.
 RIDGE = 0.1
-CALIBRATION_BATCH = 64  # states of every position are held, not only of the last
+BATCH = 64  # states of every position are held, not only of the last
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def fit_replacements(
     *,
     device: torch.device,
     ridge: float = RIDGE,
-    batch_size: int = CALIBRATION_BATCH,
+    batch_size: int = BATCH,
 ) -> list[Replacement]:
     """Fit the map of each span, in one pass over the users for all of them.
 
@@ -71,15 +71,9 @@ def fit_replacements(
     matrices for each span and each start, however many users there are.
 
     Args:
-        model: in evaluation mode.
-        eval_set: the calibration users; their targets are not used.
         spans: blocks [start, end), 0-based; start at least 1, as block start - 1 takes the map.
         ridge: a in units of ``trace(G) / D``, more than 0. It matters where there are few
             positions for the width: from some 100 D of them on, 0.01 and less do the same.
-        batch_size: users at once; the result is the same, memory and time are not.
-
-    Returns:
-        one :class:`Replacement` a span, in their order.
 
     Raises:
         ValueError: without users; for no such span; for a backbone without one state a position
@@ -205,12 +199,8 @@ def fold_map(model: CausalEncoder, replacement: Replacement) -> None:
     """Fold the map into the block before the span, in place; all blocks stay.
 
     What it is worth shows once the span is left out, by a cut or a route past it. The product is
-    taken in float64 and rounded once to the weights' dtype. With y = x W' + b (``nn.Linear``)
-    y T = x (T'W)' + T'b; with y = x W + b (GPT-2's ``Conv1D``) y T = x (W T) + T'b.
-
-    Raises:
-        ValueError: as :func:`fit_replacements`, or if the map is of another width; the model is
-            unchanged.
+    taken in float64 and rounded once to the weights' dtype. A model that :func:`fit_replacements`
+    refuses, or a map of another width, is refused here too; the model is then unchanged.
     """
     for weight, value in _folded(model, replacement):
         weight.copy_(value)
@@ -220,16 +210,14 @@ def fold_map(model: CausalEncoder, replacement: Replacement) -> None:
 def apply_replacement(model: CausalEncoder, replacement: Replacement) -> None:
     """Fold the map into the block before the span and remove the span, in place.
 
-    The backbone is then a plain model of fewer blocks, as after ``keep_blocks``.
-
-    Raises:
-        ValueError: as :func:`fold_map`, or if the architecture cannot be cut so; the model is
-            unchanged.
+    The backbone is then a plain model of fewer blocks, as after ``keep_blocks``. What
+    :func:`fold_map` or ``keep_blocks`` refuses is refused, and the model is then unchanged.
     """
     folded = _folded(model, replacement)
     span = range(replacement.start, replacement.end)
     # before the weights change: the cut may be refused
-    keep_blocks(model.backbone, [b for b in range(_depth(model)) if b not in span])
+    depth = len(find_blocks(model.backbone))
+    keep_blocks(model.backbone, [b for b in range(depth) if b not in span])
     for weight, value in folded:
         weight.copy_(value)
 
@@ -242,20 +230,17 @@ def _folded(model: CausalEncoder, replacement: Replacement) -> list[tuple[Tensor
     outputs = projection.weight.shape[1 if transposed else 0]
     if replacement.map.shape != (outputs, outputs):
         raise ValueError(f"the map is {replacement.map.shape}, and the stream {outputs} wide")
+    # y = x W' + b (`nn.Linear`): y T = x (T'W)' + T'b; y = x W + b (`Conv1D`): y T = x (W T) + T'b
     turned = torch.from_numpy(replacement.map).T  # T'
     old = exact(projection.weight).cpu()
-    found = [(projection.weight, (turned @ old.T).T if transposed else turned @ old)]
+    folded = [(projection.weight, (turned @ old.T).T if transposed else turned @ old)]
     if projection.bias is not None:
-        found.append((projection.bias, turned @ exact(projection.bias).cpu()))
-    return found
-
-
-def _depth(model: CausalEncoder) -> int:
-    return len(find_blocks(model.backbone))
+        folded.append((projection.bias, turned @ exact(projection.bias).cpu()))
+    return folded
 
 
 def _check_span(model: CausalEncoder, start: int, end: int) -> None:
-    depth = _depth(model)
+    depth = len(find_blocks(model.backbone))
     if start == 0:
         raise ValueError(f"span [0, {end}): no block before it could take the map")
     if not 0 < start < end <= depth:

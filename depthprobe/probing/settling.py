@@ -34,13 +34,8 @@ def settling(
 ) -> Settling:
     """Read every depth out of one pass and compare each user's answers with the last.
 
-    Args:
-        model: in evaluation mode.
-        eval_set: seen items are left out of the lists where it has them, as out of the ranks.
-        k: length of the top lists; a user with fewer items left has a shorter one.
-
-    Raises:
-        ValueError: if ``k`` is not in 1..I.
+    Seen items are left out of the lists where the eval set has them, as out of the ranks. ``k``,
+    from 1 to I, is the length of the lists; a user with fewer items left has a shorter one.
     """
     items = model.item_matrix()
     if not 1 <= k < len(items):
@@ -78,9 +73,6 @@ def to_frame(settling: Settling, users: np.ndarray) -> pd.DataFrame:
     have served. ``best_depth`` is the first depth with the target's best rank; it can be before L
     without overthinking, where the full model only draws level. ``overthinking`` says that some
     depth before L ranks the target strictly better.
-
-    Raises:
-        ValueError: if there are more or fewer users than answers.
     """
     ranks = settling.ranks
     if len(users) != len(ranks):

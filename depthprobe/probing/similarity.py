@@ -19,14 +19,7 @@ from depthprobe.evaluation.ranks import BATCH, EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import Branch, check_readable, find_sublayers, join_streams
 from depthprobe.models.taps import first_tensor, input_state, tap_blocks
-from depthprobe.probing.passes import (
-    CausalEncoder,
-    encode,
-    exact,
-    hooked,
-    passes,
-    prepare_prompt,
-)
+from depthprobe.probing.passes import CausalEncoder, encode, exact, hooked, passes, prepare_prompt
 
 FEW = 8  # users from whom is learnt how a block adds its branches up
 CONSTANT = 1e-10  # of a state's size: less than what two users' states can differ by
@@ -69,11 +62,8 @@ def similarities(
     branches that ran before it, also where attention and MLP both read the block's input.
 
     Whatever their dtype, states are compared in float64: in bfloat16, 1 - cos of a redundant
-    block rounds to 0.
-
-    Args:
-        model: in evaluation mode.
-        cka_users: at most so many users' states are kept, for CKA; drawn with a fixed seed.
+    block rounds to 0. At most ``cka_users`` users' states are kept, for CKA, drawn with a fixed
+    seed.
 
     Raises:
         ValueError: without users, for a backbone without one state a position after each block, or
@@ -264,11 +254,7 @@ def find_sums(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) 
 
     A branch may pass a norm before it is added, and be scaled, and so may the whole sum. The norm
     is the module that is called with the very tensor that the branch returned; the factors are
-    those that make the sum the block's output.
-
-    Args:
-        model: in evaluation mode.
-        eval_set: some of its users are looked at, the first ones.
+    those that make the sum the block's output, for the first users.
     """
     blocks = find_blocks(model.backbone)
     branches_of = _branches(blocks, model)

@@ -14,15 +14,12 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import CausalEncoder, encode, prepare_prompt
 from depthprobe.probing.readout import score_gradient
 
-CALIBRATION_BATCH = 32  # a backward pass keeps what an evaluation pass forgets
+BATCH = 32  # a backward pass keeps what an evaluation pass forgets
+QUANTISED = "quantised weights have no gradient, probe the unquantised model"
 
 
 def taylor_importance(
-    model: CausalEncoder,
-    eval_set: EvalSet,
-    *,
-    device: torch.device,
-    batch_size: int = CALIBRATION_BATCH,
+    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, batch_size: int = BATCH
 ) -> np.ndarray:
     """``sum |W * dL/dW|`` over the weights of each block, (L,): the more, the worse to lose.
 
@@ -32,11 +29,6 @@ def taylor_importance(
     added up over the batches in float32 or better, and only then multiplied. Weights of the blocks
     count as they are, frozen ones too, and low-rank adapters beside what they adapt. The model is
     left as it was: weights, their gradients, and what is trained.
-
-    Args:
-        model: in evaluation mode.
-        eval_set: the calibration users; their targets are used.
-        batch_size: users at once; the result is the same, memory and time are not.
 
     Raises:
         ValueError: without users, or if a weight is quantised, so that it has no gradient.
@@ -84,17 +76,11 @@ def _check_weights(model: CausalEncoder, blocks: nn.ModuleList) -> None:
     for name, weight in blocks.named_parameters():
         # the 8-bit floats are for storage only
         if not weight.is_floating_point() or weight.element_size() < 2:
-            raise ValueError(
-                f"block weight {name} is quantised ({weight.dtype}) and has no gradient: probe the"
-                " unquantised model"
-            )
+            raise ValueError(f"block weight {name} is {weight.dtype}: {QUANTISED}")
     # packed weights may be no parameters at all; the mark may be on the model with the head alone
     marked = getattr(model.backbone, "is_quantized", False)
     if marked or getattr(model.backbone.config, "quantization_config", None) is not None:
-        raise ValueError(
-            "the weights of the blocks are quantised and have no gradient: probe the unquantised"
-            " model"
-        )
+        raise ValueError(f"block weights are packed: {QUANTISED}")
 
 
 @contextmanager

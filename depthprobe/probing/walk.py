@@ -24,13 +24,7 @@ from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
 from depthprobe.models.skipping import Plan, plan_skip, refuse_shared, standing_in
 from depthprobe.models.taps import BlockCalls, first_tensor, record_calls
-from depthprobe.probing.passes import (
-    BatchStates,
-    CausalEncoder,
-    encode,
-    prepare_prompt,
-    vectors_of,
-)
+from depthprobe.probing.passes import BatchStates, CausalEncoder, encode, prepare_prompt, vectors_of
 
 
 class Step(NamedTuple):
@@ -93,11 +87,8 @@ def rank_routes(
 ) -> list[dict[str, np.ndarray]]:
     """Ranks of every user's target on each route, by protocol, each (E,).
 
-    Equal to the ranks of models that have these blocks alone, cut with ``keep_blocks``.
-
-    Args:
-        model: in evaluation mode.
-        routes: through the model's blocks, in their order.
+    Equal to the ranks of models that have these blocks alone, cut with ``keep_blocks``. A route
+    goes through the model's blocks in their order.
 
     Raises:
         ValueError: if a route leaves out what a later block of it needs, or a block has no such

@@ -18,13 +18,9 @@ from depthprobe.probing.passes import passes
 from depthprobe.probing.readout import CachedStates
 
 
-@pytest.fixture(params=[(), (3, 1, 2)], ids=["no prompt", "prompt"])
-def teacher(
-    request: pytest.FixtureRequest, llama_config: Callable[..., LlamaConfig]
-) -> Recommender:
+def make_teacher(config: LlamaConfig, prompt: Sequence[int]) -> Recommender:
     torch.manual_seed(0)
-    config = llama_config(num_hidden_layers=5)
-    model = Recommender(LlamaForCausalLM(config), torch.randn(41, 6), request.param).double()
+    model = Recommender(LlamaForCausalLM(config), torch.randn(41, 6), prompt).double()
     with torch.no_grad():
         for weight in model.backbone.layers.parameters():
             if weight.dim() > 1:
@@ -32,35 +28,22 @@ def teacher(
     return model.eval()
 
 
-@pytest.fixture
-def eval_set() -> EvalSet:
-    rng = np.random.default_rng(0)
-    histories = [rng.integers(1, 41, size=rng.integers(1, 9)) for _ in range(300)]
-    return EvalSet(
-        users=np.arange(300),
-        histories=histories,
-        targets=rng.integers(1, 41, size=300),
-        seen=histories,
-        negatives=rng.integers(1, 41, size=(300, 7)),
-    )
+@pytest.fixture(params=[(), (3, 1, 2)], ids=["no prompt", "prompt"])
+def teacher(
+    request: pytest.FixtureRequest, llama_config: Callable[..., LlamaConfig]
+) -> Recommender:
+    return make_teacher(llama_config(num_hidden_layers=5), request.param)
 
 
 @pytest.fixture
-def first(eval_set: EvalSet) -> EvalSet:
-    """Its first 40 users, for loops over users."""
-    return replace(
-        eval_set,
-        users=eval_set.users[:40],
-        histories=eval_set.histories[:40],
-        targets=eval_set.targets[:40],
-        seen=(eval_set.seen or [])[:40],
-        negatives=None,
-    )
+def plain(llama_config: Callable[..., LlamaConfig]) -> Recommender:
+    """The teacher without a prompt, for what starts from states."""
+    return make_teacher(llama_config(num_hidden_layers=5), ())
 
 
 @pytest.fixture
 def draw() -> Callable[[int, int], EvalSet]:
-    """``draw(users, seed)``: other users and targets."""
+    """``draw(users, seed)``: users and targets alone."""
 
     def make(users: int, seed: int) -> EvalSet:
         rng = np.random.default_rng(seed)
@@ -68,6 +51,19 @@ def draw() -> Callable[[int, int], EvalSet]:
         return EvalSet(np.arange(users), histories, rng.integers(1, 41, size=users), None, None)
 
     return make
+
+
+@pytest.fixture
+def eval_set(draw: Callable[[int, int], EvalSet]) -> EvalSet:
+    """Two batches of users, with seen items and negatives."""
+    drawn, rng = draw(300, 0), np.random.default_rng(1)
+    return replace(drawn, seen=drawn.histories, negatives=rng.integers(1, 41, size=(300, 7)))
+
+
+@pytest.fixture
+def few(draw: Callable[[int, int], EvalSet]) -> EvalSet:
+    """Users and targets for loops over users."""
+    return draw(30, 0)
 
 
 @pytest.fixture
@@ -106,9 +102,9 @@ def fit_alone() -> Fit:
         """
 
         def ndcg() -> float:
-            found = scores().detach()
-            wanted = found.gather(1, targets[:, None] - 1)
-            ranks = 1 + (found > wanted).sum(1) + ((found == wanted).sum(1) - 1) / 2
+            table = scores().detach()
+            at_target = table.gather(1, targets[:, None] - 1)
+            ranks = 1 + (table > at_target).sum(1) + ((table == at_target).sum(1) - 1) / 2
             return mean_ndcg(ranks.numpy())
 
         optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.01)
@@ -123,9 +119,9 @@ def fit_alone() -> Fit:
                 loss(rows).backward()
                 optimizer.step()
                 step += 1
-            found = ndcg()
-            if found > best:
-                chosen, best = epoch, found
+            now = ndcg()
+            if now > best:
+                chosen, best = epoch, now
                 kept = [weight.detach().clone() for weight in weights]
             if epoch - chosen >= 2:
                 break

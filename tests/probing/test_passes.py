@@ -1,10 +1,15 @@
-"""Any causal recommender can be probed: one around a plain transformers model, in a few lines."""
+"""Any causal recommender can be probed, early exit is a truncated model, memory may run out."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import logging
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +19,10 @@ from transformers import GPT2Config, GPT2Model
 
 from depthprobe.evaluation.ranks import EvalSet, evaluate
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.recommender import Recommender
 from depthprobe.probing.greedy import greedy
 from depthprobe.probing.passes import CausalEncoder, early_exit, passes
+from depthprobe.probing.replace import fit_replacements
 from depthprobe.probing.settling import settling
 from depthprobe.probing.similarity import similarities
 from depthprobe.probing.taylor import taylor_importance
@@ -53,23 +60,35 @@ def cut(kept: list[int]) -> Mine:
     return model
 
 
-def test_every_probe_of_a_model_of_ones_own(eval_set: EvalSet) -> None:
+def test_early_exit_equals_truncated_models(teacher: Recommender, eval_set: EvalSet) -> None:
+    exits = early_exit(teacher, eval_set, device=CPU)
+    assert len({tuple(ranks["full"]) for ranks in exits}) == 6  # the depths differ
+    for depth in range(1, 6):
+        truncated = copy.deepcopy(teacher)
+        keep_blocks(truncated.backbone, range(depth))
+        expected = evaluate(truncated, eval_set, device=CPU)
+        assert expected.keys() == exits[depth].keys() == {"full", "sampled-7"}
+        for protocol, ranks in expected.items():
+            np.testing.assert_array_equal(exits[depth][protocol], ranks)
+
+
+def test_every_probe_of_a_model_of_ones_own(few: EvalSet) -> None:
     model = Mine()
-    depths = early_exit(model, eval_set, device=CPU)
+    depths = early_exit(model, few, device=CPU)
     for depth in range(1, 5):
-        expected = evaluate(cut(list(range(depth))), eval_set, device=CPU)
+        expected = evaluate(cut(list(range(depth))), few, device=CPU)
         np.testing.assert_array_equal(depths[depth]["full"], expected["full"])
     subsets = [list(s) for n in range(1, 5) for s in itertools.combinations(range(4), n)]
-    found = rank_routes(model, eval_set, [route(s) for s in subsets], device=CPU)
-    for kept, ranks in zip(subsets, found, strict=True):
-        expected = evaluate(cut(kept), eval_set, device=CPU)
+    routes = rank_routes(model, few, [route(s) for s in subsets], device=CPU)
+    for kept, ranks in zip(subsets, routes, strict=True):
+        expected = evaluate(cut(kept), few, device=CPU)
         np.testing.assert_array_equal(ranks["full"], expected["full"])
-    (without,) = rank_routes(model, eval_set, [route_without("attention", 2, 4)], device=CPU)
+    (without,) = rank_routes(model, few, [route_without("attention", 2, 4)], device=CPU)
     assert not np.array_equal(without["full"], depths[4]["full"])
-    assert len(greedy(model, eval_set, device=CPU).removed) == 3
-    assert (similarities(model, eval_set, device=CPU).influence > 0).all()
-    assert (taylor_importance(model, eval_set, device=CPU) > 0).all()
-    settled = settling(model, eval_set, device=CPU)
+    assert len(greedy(model, few, device=CPU).removed) == 3
+    assert (similarities(model, few, device=CPU).influence > 0).all()
+    assert (taylor_importance(model, few, device=CPU) > 0).all()
+    settled = settling(model, few, device=CPU)
     np.testing.assert_array_equal(settled.ranks[:, -1], depths[4]["full"])
 
 
@@ -77,30 +96,64 @@ def test_states_are_those_of_the_model(eval_set: EvalSet) -> None:
     model = Mine()
     with torch.inference_mode():
         for batch in passes(model, eval_set, device=CPU, batch_size=64):
-            whole = model.backbone(
+            hidden = model.backbone(
                 input_ids=batch.histories, use_cache=False, output_hidden_states=True
             ).hidden_states
+            assert batch.states.shape == (5, len(batch.chosen), 16)
+            # of this batch alone: it is free before the next one
+            assert batch.states.untyped_storage().nbytes() <= 5 * 64 * 16 * 8
             rows = torch.arange(len(batch.chosen))
             for k in range(4):  # the last one of theirs is behind the norm
-                assert torch.equal(batch.states[k], whole[k][rows, batch.lengths - 1])
-            assert batch.states.shape == (5, len(batch.chosen), 16)
+                assert torch.equal(batch.states[k], hidden[k][rows, batch.lengths - 1])
 
 
-def test_a_model_read_out_elsewhere_is_refused(eval_set: EvalSet) -> None:
-    long = [h for h in eval_set.histories if len(h) > 1]
-    few = EvalSet(eval_set.users[: len(long)], long, eval_set.targets[: len(long)], None, None)
+def test_a_model_read_out_elsewhere_is_refused(few: EvalSet) -> None:
+    long = replace(few, histories=[np.array([1, 2, *history]) for history in few.histories])
     with pytest.raises(ValueError, match="define last_place and read_out as encode has them"):
-        early_exit(Mine(shift=1), few, device=CPU)
+        early_exit(Mine(shift=1), long, device=CPU)
 
 
-def test_only_batches_are_in_memory(eval_set: EvalSet) -> None:
-    # the states of a batch are free before the next one is asked for
-    alive = []
-    with torch.inference_mode():
-        for batch in passes(Mine(), eval_set, device=CPU, batch_size=16):
-            alive.append(batch.states.untyped_storage().nbytes())
-            assert batch.states.shape[1] <= 16
-    assert max(alive) <= 5 * 16 * 16 * 8
+PROBES: dict[str, Callable[[Any, EvalSet], Any]] = {
+    "early-exit": lambda model, few: early_exit(model, few, device=CPU),
+    "skip": lambda model, few: rank_routes(model, few, [route([0, 2, 4]), route([1])], device=CPU),
+    "settling": lambda model, few: vars(settling(model, few, device=CPU)),
+    "similarity": lambda model, few: vars(similarities(model, few, device=CPU)),
+    "taylor": lambda model, few: {"": taylor_importance(model, few, device=CPU)},
+    "replace": lambda model, few: vars(fit_replacements(model, few, [(1, 3)], device=CPU)[0]),
+}
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_out_of_memory_halves_the_batch(
+    plain: Recommender,
+    few: EvalSet,
+    probe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = PROBES[probe](plain, few)
+    real, sizes = plain.backbone.layers[2].forward, list[int]()
+
+    def forward(state: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs out in the middle of a pass, when other blocks have left something behind."""
+        sizes.append(len(state))
+        if len(state) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(state, *args, **kwargs)
+
+    plain.backbone.layers[2].forward = forward
+    with caplog.at_level(logging.WARNING, "depthprobe"):
+        results = PROBES[probe](plain, few)
+    assert "out of memory with 30 users at once: now 15" in caplog.messages
+    assert max(sizes) > 8
+    pairs = (
+        zip(expected, results, strict=True)
+        if probe in ("early-exit", "skip")
+        else [(expected, results)]
+    )
+    for one, other in pairs:
+        for name in one:
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-9, atol=1e-12)
 
 
 def test_the_guide_runs() -> None:

@@ -19,13 +19,13 @@ L = 5
 
 
 @pytest.fixture
-def few(first: EvalSet) -> EvalSet:
+def with_seen(few: EvalSet) -> EvalSet:
     """Also a user with four items left, one with none, and one with the target among the seen."""
-    seen = list(first.seen or [])
+    seen = list(few.histories)
     seen[3] = np.setdiff1d(np.arange(1, 41), [7, 11, 20, 33])
     seen[8] = np.arange(1, 41)
-    seen[9] = np.append(seen[9], first.targets[9])
-    return replace(first, seen=seen)
+    seen[9] = np.append(seen[9], few.targets[9])
+    return replace(few, seen=seen)
 
 
 @torch.no_grad()
@@ -43,13 +43,13 @@ def vectors_by_depth(teacher: Recommender, histories: list[np.ndarray]) -> np.nd
     return torch.stack(vectors).numpy()
 
 
-def test_equals_naive_loops(teacher: Recommender, few: EvalSet) -> None:
-    vectors = vectors_by_depth(teacher, few.histories)
+def test_equals_naive_loops(teacher: Recommender, with_seen: EvalSet) -> None:
+    vectors = vectors_by_depth(teacher, with_seen.histories)
     table = teacher.item_matrix().detach().numpy()
     depths, readings_differ = set[int](), False
-    for eval_set in (few, replace(few, seen=None)):
+    for eval_set in (with_seen, replace(with_seen, seen=None)):
         ranks, tops = [], []
-        for place, target in enumerate(few.targets.tolist()):
+        for place, target in enumerate(with_seen.targets.tolist()):
             seen = set() if eval_set.seen is None else set(eval_set.seen[place].tolist())
             ranks.append([])
             tops.append([])

@@ -571,7 +571,7 @@ for _method in (
         colour="#6a6f9e", marker="|", line="-",
     ),
     Method(
-        name="greedy", label="greedy", role="probe", needs=TEACHER, candidate=True,
+        name="greedy", label="greedy", role="probe", needs=TEACHER, candidate=True, select="greedy",
         summary="the teacher without the blocks that are missed least, removed one by one",
         run="runs.probing:walk_greedy", trials=prefixes(1, -1), work=walks_found(0),
         exportable="teacher", colour="#4a55b8", marker="d", line="-", reference="arXiv 2402.09025",

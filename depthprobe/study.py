@@ -48,7 +48,7 @@ ITEM_TABLES = ("sasrec", "text", "learned")
 NOT_DECIDING = frozenset(
     {
         *("name", "device", "cache", "methods", "slurm", "tracking"),
-        *("protocol.user_slices", "protocol.item_slices"),
+        *("protocol.user_slices", "protocol.item_slices", "cost.seconds"),
     }
 )
 VARIANT_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -473,14 +473,16 @@ class Cost(Checked):
 
     Attributes:
         batch_size: users in the batch.
-        warmup: rounds before the first that counts.
-        rounds: that count.
+        warmup: rounds before the first that counts, at most.
+        rounds: that count, at most.
+        seconds: that all of it may take; one round is always taken.
     """
 
     KEY = "cost."
     batch_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 128
     warmup: Annotated[int, Meta(ge=0, le=1_000_000)] = 3
     rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 15
+    seconds: Annotated[float, Meta(gt=0, le=1_000_000)] = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthprobe.cost.actions import shared_copy
+from depthprobe.cost.timing import cut_copy
 from depthprobe.data.batches import length_buckets
 from depthprobe.models.build import make_trainable
-from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import Backbone, Recipe
 from depthprobe.training.losses import catalogue_loss
@@ -60,7 +59,7 @@ class Side:
 
 def recommender(backbone: nn.Module, depth: int) -> Recommender:
     """The first blocks, with low-rank updates of their MLPs, between prompt and response slots."""
-    own = keep_blocks(shared_copy(backbone), range(depth))
+    own = cut_copy(backbone, depth)
     with torch.device(backbone.device):
         table = torch.randn(CATALOGUE + 1, D_ITEM)
         model = Recommender(own, table, range(3, 3 + PROMPT), suffix=range(5, 5 + SUFFIX))

@@ -12,6 +12,7 @@ parts as fit. Inference: 128 users at a time and one at a time, from histories t
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,9 @@ from layouts import ITEMS, PROMPT, SIDES, SUFFIX, answers, batches_of, draw_user
 from layouts import recommender as make_recommender
 from transformers import PreTrainedModel
 
-from depthprobe.cost.actions import random_backbone
-from depthprobe.cost.energy import joules, why_unmeasured
-from depthprobe.cost.machine import device_name, machine
-from depthprobe.cost.memory import peak_memory
-from depthprobe.cost.timing import interleaved, summarize, times_faster
-from depthprobe.cost.workload import Workload
+from depthprobe.cost.size import peak_memory
+from depthprobe.cost.table import random_backbone
+from depthprobe.cost.timing import Action, machine, measure, summarize, times_faster
 from depthprobe.files import write_json
 from depthprobe.models.backbones import backbone_config, resolve_device
 from depthprobe.models.cutting import keep_blocks
@@ -43,26 +41,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     device = resolve_device(options.device)
     config = backbone_config(options.config)
-    backbone = random_backbone(config, Workload(dtype=options.dtype), device)
+    backbone = random_backbone(config, options.dtype, device)
     blocks = int(config.num_hidden_layers)
     depths = sorted({*map(int, options.depths.split(",")), blocks}, reverse=True)
     users = draw_users(options.users, options.lengths)
     parts = {name: _largest_part(backbone, name, users, options, device) for name in SIDES}
-    print(f"{device_name(device)}: parts of {parts} users in a training step", flush=True)
-    actions = _actions(backbone, depths, users, options, parts, device)
-    seconds = interleaved(actions, warmup=options.warmup, rounds=options.rounds, device=device)
+    here = machine(device)
+    print(f"{here['device_name']}: parts of {parts} users in a training step", flush=True)
+    timing = measure(
+        lambda _: _actions(backbone, depths, users, options, parts, device),
+        batch=1,
+        seconds=math.inf,
+        warmup=options.warmup,
+        rounds=options.rounds,
+        device=device,
+    )
+    seconds = timing.seconds
     difference = _difference(backbone, min(depths), users, device)
-    del actions  # their optimisers hold memory
-    extras = _memory_and_energy(backbone, depths, users, options, parts, device)
+    extras = _memory(backbone, depths, users, options, parts, device)
     conditions = {
-        **machine(device),
+        **here,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "backbone": Path(options.config).name,
         "slots": f"{PROMPT} + {ITEMS} + {SUFFIX}",
         "lengths": options.lengths,
         "users": options.users,
         "batch": options.batch,
-        "energy": "measured" if why_unmeasured(device) is None else why_unmeasured(device),
         "difference": difference,
     }
     table = _table(seconds, extras, depths, parts, options).assign(**conditions)
@@ -84,12 +88,12 @@ def _actions(
         for name in SIDES:
             trained = [user[:-1] for user in users]  # the last item is the test's
             batches = list(batches_of(trained, name, options.batch, device, part=parts[name]))
-            actions[f"train:{name}:{depth}"] = steps(_side(backbone, name, depth), batches)
+            actions[f"train:{name}:{depth}"] = Action(steps(_side(backbone, name, depth), batches))
             serving = _side(backbone, name, depth)
             many = [part for (part,) in batches_of(users, name, options.batch, device)]
-            actions[f"answer:{name}:{depth}"] = answers(serving, many)
+            actions[f"answer:{name}:{depth}"] = Action(answers(serving, many))
             ones = [part for (part,) in batches_of(users[:ONES], name, 1, device)]
-            actions[f"one:{name}:{depth}"] = answers(serving, ones)
+            actions[f"one:{name}:{depth}"] = Action(answers(serving, ones))
     return actions
 
 
@@ -127,10 +131,11 @@ def _fits(
     batches = list(batches_of(users, name, len(users), device, part=part))
     step = steps(_side(backbone, name, depth), batches)
     try:
-        peak = peak_memory(step, device)["reserved"]
+        with peak_memory(device) as peak:
+            step()
     except torch.OutOfMemoryError:
         return False
-    return peak < 6 / 7 * torch.cuda.get_device_properties(device).total_memory
+    return peak["reserved"] < 6 / 7 * torch.cuda.get_device_properties(device).total_memory
 
 
 @torch.inference_mode()
@@ -144,7 +149,7 @@ def _difference(
     return float((old - new).abs().max() / old.abs().max())
 
 
-def _memory_and_energy(
+def _memory(
     backbone: PreTrainedModel,
     depths: Sequence[int],
     users: list[np.ndarray],
@@ -152,7 +157,7 @@ def _memory_and_energy(
     parts: dict[str, int],
     device: torch.device,
 ) -> dict:
-    """Peaks and joules a user of both layouts, at each depth alone; the backbone is cut to them."""
+    """Peaks of both layouts, at each depth alone; the backbone is cut to them."""
     found = {}
     first = [user[:-1] for user in users][: options.batch]
     for depth in depths:  # from the deepest on
@@ -164,10 +169,9 @@ def _memory_and_energy(
             ((batch,),) = batches_of(users[: options.batch], name, options.batch, device)
             answer = answers(_side(backbone, name, depth), [batch])
             for task, action in (("train", train), ("answer", answer)):
-                peaks = peak_memory(action, device)
+                with peak_memory(device) as peaks:
+                    action()
                 row = {f"{kind}_bytes": value for kind, value in peaks.items()}
-                drawn = joules(action, device)
-                row["joules_per_user"] = float("nan") if drawn is None else drawn / len(first)
                 found[task, name, depth] = row
             del train, answer
     return found

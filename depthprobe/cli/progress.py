@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,9 @@ def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Displa
     On a terminal also what is worked on in the run's ``folder``, step by step.
     """
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
-        yield Display(stream)
+        display = Display(stream)
+        with _logged(display):
+            yield display
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -93,4 +96,25 @@ def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Displa
     )
     console = Console(file=stream)
     with BarWithTasks(*columns, console=console, transient=True, refresh_per_second=2) as bar:
-        yield Display(stream, bar)
+        display = Display(stream, bar)
+        with _logged(display):
+            yield display
+
+
+@contextmanager
+def _logged(display: Display) -> Iterator[None]:
+    """Log lines of the timing rig become messages, for as long as the block runs."""
+
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            display.message(record.getMessage())
+
+    logger, handler = logging.getLogger("depthprobe.cost.timing"), Forward(logging.INFO)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,26 +1,287 @@
-"""Time: warmed up, synchronised, interleaved, raw values kept; medians with their intervals."""
+"""The timing rig: seconds of each action at each depth, on one model in memory.
+
+A sweep, its ``--dry-run`` and ``depthprobe cost`` measure with it, so that they mean the same:
+
+- ``encode:K``: a batch of users to vectors, with K blocks; the prompt has run before.
+- ``latency:K``: one user from history to the best ten items.
+- ``train:K``: a training step, its prompt included; other steps by the name of their method.
+- ``score``: the best ten of the catalogue for a batch of user vectors; no depth changes it.
+
+Each depth is a model of its own around the same weights, and one AdamW serves all of them, so no
+more than the full model has to fit. Depths take turns (A B A B), so that a machine that slows down
+slows all of them: round i of one pairs with round i of another.
+"""
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import transformers
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
 
-# rounds of a measurement: fewer give no interval, more are of no use
-LEAST, MOST = 7, 100
-WARMUP = 10  # rounds, where there is time for them; 2 elsewhere
+from depthprobe.cost.size import peak_memory
+from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.recommender import Recommender
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+logger = logging.getLogger(__name__)
+
+TOP = 10  # items of an answer
+PATIENCE = 2  # an action is left out if one call is expected to take this many budgets
+LEAST = 5.0  # seconds that a call may always take
+REPORT = 10.0  # seconds between lines of the log
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something to time.
+
+    Attributes:
+        work: blocks x positions x passes: of two actions, the second one's time is expected from
+            the first one's by their work. 0: it is timed whatever it takes.
+    """
+
+    call: Callable[[], object]
+    work: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the rig measured.
+
+    Attributes:
+        seconds: of every round, by action.
+        warmup: rounds that were not counted.
+        rounds: that were.
+        batch: of the training steps, which may be smaller than the one it began with.
+        peak: bytes of memory, by kind; see :func:`depthprobe.cost.size.peak_memory`.
+        left_out: actions that would have taken too long.
+    """
+
+    seconds: dict[str, list[float]]
+    warmup: int
+    rounds: int
+    batch: int
+    peak: dict[str, float]
+    left_out: tuple[str, ...]
+
+
+def measure(
+    make: Callable[[int], Mapping[str, Action]],
+    *,
+    batch: int,
+    seconds: float,
+    warmup: int,
+    rounds: int,
+    device: torch.device,
+) -> Timing:
+    """Time actions in turn for about so many seconds; every action is called at least once.
+
+    Out of memory halves the batch of the training steps and begins again.
+
+    Args:
+        make: the actions for a batch of so many windows.
+        seconds: the budget. One round is always taken, so it may be exceeded.
+        warmup: rounds before the first that counts, at most; the first counts where there is no
+            time for another.
+        rounds: that count, at most.
+    """
+    while True:
+        try:
+            with peak_memory(device) as peak:
+                found, skipped, left_out = _rounds(
+                    make(batch), seconds, warmup=warmup, rounds=rounds, device=device
+                )
+            most = max((len(values) for values in found.values()), default=0)
+            return Timing(found, skipped, most, batch, peak, left_out)
+        except RuntimeError as error:
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if batch == 1 or not (out_of_memory or should_reduce_batch_size(error)):
+                raise
+        # after the handler: the error's traceback holds on to what did not fit
+        batch //= 2
+        logger.warning("timing: out of memory; steps of %d windows now", batch)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _rounds(
+    actions: Mapping[str, Action],
+    budget: float,
+    *,
+    warmup: int,
+    rounds: int,
+    device: torch.device,
+) -> tuple[dict[str, list[float]], int, tuple[str, ...]]:
+    """Seconds by action; how many rounds were warm-up; what was left out."""
+    logger.info("timing %d actions for about %.0f s", len(actions), budget)
+    began = reported = time.perf_counter()
+    times: dict[str, list[float]] = {}
+    left_out: list[str] = []
+    pace = math.inf  # seconds a unit of work, the best so far
+    # the first round says what a round takes; the smallest actions come first in it
+    for name, action in sorted(actions.items(), key=lambda each: each[1].work):
+        expected = pace * action.work if action.work and pace < math.inf else 0.0
+        if expected > max(LEAST, PATIENCE * budget):
+            left_out.append(name)
+            logger.warning("timing: %s left out, a call would take about %.0f s", name, expected)
+            continue
+        took = _seconds(action.call, device)
+        if action.work:
+            if took < 1:  # a first call may load libraries: the second says more
+                took = _seconds(action.call, device)
+            pace = min(pace, took / action.work)
+        times[name] = [took]
+        reported = _report(f"first round, {name}", began, reported)
+    a_round = sum(values[0] for values in times.values())
+    left = budget - (time.perf_counter() - began)
+    more = int(min(warmup + rounds - 1, left / a_round)) if a_round else 0
+    # the first round and some after it; fewer where there is time for few
+    skipped = warmup if more == warmup + rounds - 1 else min(warmup, more // 4 + (more > 0))
+    for done in range(max(0, more)):
+        for name in times:
+            times[name].append(_seconds(actions[name].call, device))
+        reported = _report(f"round {done + 2} of {more + 1}", began, reported)
+        if time.perf_counter() - began > budget and done + 2 > skipped:
+            break
+    ordered = {name: times[name][skipped:] for name in actions if name in times}
+    return ordered, skipped, tuple(left_out)
+
+
+def _report(what: str, began: float, reported: float) -> float:
+    """Log how far it is, where the last line is some seconds old; when the last line was."""
+    now = time.perf_counter()
+    if now - reported < REPORT:
+        return reported
+    logger.info("timing: %s, %.0f s so far", what, now - began)
+    return now
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Duration of one call, all of its work on the device included."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1000
+    if device.type == "mps":
+        torch.mps.synchronize()
+    began = time.perf_counter()
+    call()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - began
+
+
+# --- actions ---------------------------------------------------------------------------------
+
+
+def cut_copy(model: ModelT, depth: int) -> ModelT:
+    """The first blocks of a recommender or backbone, around the same weights, which stay whole."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    keep_blocks(twin.backbone if isinstance(twin, Recommender) else twin, range(depth))
+    return twin
+
+
+def encode_actions(
+    models: Mapping[str, Any], histories: Tensor, lengths: Tensor, *, items: Tensor
+) -> dict[str, Action]:
+    """``encode``, ``latency`` of each model, and ``score``.
+
+    Args:
+        models: by what the actions are named after: depths; ``sasrec``, which has no latency.
+        histories: (B, T) item ids, right-padded.
+        lengths: (B,).
+        items: of the catalogue that ``score`` scores, (I + 1, d).
+    """
+    vectors = torch.randn(len(histories), items.shape[1], device=items.device)
+    actions = {"score": Action(lambda: _best(vectors, items))}
+    for name, model in models.items():
+        blocks = getattr(model, "depth", 1)
+        positions = blocks * histories.shape[1]
+        actions[f"encode:{name}"] = Action(
+            _encoding(model, histories, lengths), positions * len(histories)
+        )
+        if isinstance(model, Recommender):
+            alone = _encoding(model, histories[:1], lengths[:1], answers=True)
+            actions[f"latency:{name}"] = Action(alone, positions)
+    return actions
+
+
+def _encoding(
+    model: Any, histories: Tensor, lengths: Tensor, *, answers: bool = False
+) -> Callable[[], Tensor]:
+    """Users to vectors, (B, d), or to their best items; the prompt runs once, before."""
+    prompts: list[Any] = []
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        model.eval()
+        vectors: Tensor = model.encode(histories, lengths, *prompts)
+        return _best(vectors, model.item_matrix()) if answers else vectors
+
+    if isinstance(model, Recommender):
+        with torch.inference_mode():
+            prompts.append(model.eval().prepare_prompt())
+    return call
+
+
+@torch.inference_mode()
+def _best(vectors: Tensor, items: Tensor) -> Tensor:
+    return (vectors @ items.T).topk(TOP).indices
+
+
+def optimizer_of(*models: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over all that is trained; weights without a gradient are left as they are."""
+    weights = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
+    fused = next(iter(weights.values())).device.type in ("cpu", "cuda")
+    # what a step costs does not depend on where it leads; at this rate it stays finite
+    return torch.optim.AdamW(weights.values(), lr=1e-6, fused=fused or None)
+
+
+def step(
+    loss: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    bfloat16: bool = False,
+) -> Callable[[], None]:
+    """A training step: loss, backward, clipping, and AdamW of what has a gradient."""
+    weights: list[Tensor] = optimizer.param_groups[0]["params"]
+
+    def call() -> None:
+        with torch.autocast(weights[0].device.type, torch.bfloat16, enabled=bfloat16):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return call
+
+
+# --- summaries and conditions ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of n values: the median and its 95 % interval (NaN below 6 values), and the 90th percentile.
-
-    In the unit of the values.
-    """
+    """Of n values: the median, its 95 % interval (NaN below 6 values), the 90th percentile."""
 
     p50: float
     p90: float
@@ -35,9 +296,6 @@ def summarize(values: Sequence[float]) -> Summary:
     The interval is the distribution-free one between two order statistics: the k-th value from
     below and from above, where k is the largest with ``P(Bin(n, 1/2) < k) <= 2.5 %``. It assumes
     independent rounds and no shape of their distribution, which for times is far from normal.
-
-    Raises:
-        ValueError: without a value.
     """
     if not values:
         raise ValueError("no values to summarize")
@@ -52,64 +310,32 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def times_faster(slow: Sequence[float], fast: Sequence[float]) -> Summary:
-    """How many times faster one action is, from the rounds that both were measured in.
-
-    The median over rounds of the ratio within a round, so that a slow round counts in both.
-    """
+    """How many times faster one action is: the ratios within each round, summarized."""
     return summarize([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-def interleaved(
-    actions: Mapping[str, Callable[[], object]],
-    *,
-    warmup: int,
-    rounds: int,
-    device: torch.device,
-) -> dict[str, list[float]]:
-    """Seconds of every action in every round, actions in turn (A B C A B C ...).
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device, its name, the threads and the versions that a time holds for.
 
-    In turn, so that a machine that slows down slows all of them: round i of one pairs with round i
-    of another. On a GPU each action is timed between two events, elsewhere by the clock.
+    ``busy``: processes that wanted a core in the last minute, by core; NaN where no system tells.
     """
-    for _ in range(warmup):
-        for action in actions.values():
-            action()
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds):
-        for name, action in actions.items():
-            times[name].append(seconds(action, device))
-    return times
+    cores = os.cpu_count() or 1
+    cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if cuda else processor_name(),
+        "threads": torch.get_num_threads(),
+        "busy": os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else float("nan"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
-def interleaved_for(
-    actions: Mapping[str, Callable[[], object]], budget: float, *, device: torch.device
-) -> dict[str, list[float]]:
-    """:func:`interleaved` for about so many seconds: 7 to 100 rounds, after 2 to 12 of warm-up.
-
-    Never fewer than 7, however long they take: an interval needs them.
-    """
-    # the first call of an action compiles and allocates; the second says how long a round takes
-    trial = interleaved(actions, warmup=1, rounds=1, device=device)
-    a_round = sum(values[0] for values in trial.values())
-    rounds = min(MOST, max(LEAST, int(budget / a_round)))
-    warmup = WARMUP if 2 * WARMUP * a_round < budget else 0
-    return interleaved(actions, warmup=warmup, rounds=rounds, device=device)
-
-
-def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Duration of one call, all of its work on the device included."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        action()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end)) / 1000
-    if device.type == "mps":
-        torch.mps.synchronize()
-    began = time.perf_counter()
-    action()
-    if device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter() - began
+def processor_name() -> str:
+    """What the processor is called."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

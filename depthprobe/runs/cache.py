@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from depthprobe.cost.machine import machine
+from depthprobe.cost.timing import machine
 from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.files import complete_folder
 from depthprobe.methods import Trial, base_of

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthprobe.cost.shapes import Products
+from depthprobe.cost.flops import Products
 from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.metrics import TrainingPopularity, training_popularity

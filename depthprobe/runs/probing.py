@@ -15,7 +15,7 @@ import pandas as pd
 from filelock import FileLock
 from torch import nn
 
-from depthprobe.cost.parameters import count_parameters, parameters_by_block
+from depthprobe.cost.size import count_parameters, parameters_by_block
 from depthprobe.files import write_json
 from depthprobe.methods import Task, Trial
 from depthprobe.models.blocks import find_blocks

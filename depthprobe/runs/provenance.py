@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from depthprobe.cost.machine import processor_name
+from depthprobe.cost.timing import processor_name
 from depthprobe.runs.records import Git, Machine
 
 PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")

@@ -16,6 +16,7 @@ from depthprobe.methods import Task
 from depthprobe.models.backbones import backbone_revision, describe, resolve_device
 from depthprobe.runs import provenance, worker
 from depthprobe.runs.context import TIMING, Context
+from depthprobe.runs.estimate import covers, measure
 from depthprobe.runs.layout import (
     check_same_inputs,
     lay_out,
@@ -51,7 +52,6 @@ from depthprobe.runs.scheduler import (
 )
 from depthprobe.runs.store import TABLES, Run, open_run, write_tables
 from depthprobe.runs.tables import write_slices
-from depthprobe.runs.timing import covers, measure
 from depthprobe.study import Study
 from depthprobe.training.loop import DivergedError
 

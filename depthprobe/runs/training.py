@@ -19,8 +19,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 from transformers import Cache
 
-from depthprobe.cost.flops import epoch_flops, flops_per_user
-from depthprobe.cost.parameters import count_parameters
+from depthprobe.cost.flops import UncountableError, epoch_flops, flops_per_user
+from depthprobe.cost.size import count_parameters
 from depthprobe.evaluation.ranks import Encoder, evaluate, mean_ndcg
 from depthprobe.files import complete_folder, write_json
 from depthprobe.methods import Task, Trial, base_of
@@ -349,7 +349,8 @@ def _counted(count: Callable[[], int]) -> int | None:
     """A count, or None for a model with kernels of its own: no reason to lose its training."""
     try:
         return count()
-    except ValueError:
+    except UncountableError as error:
+        logger.warning("FLOPs are not counted: %s", error)
         return None
 
 

@@ -29,8 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.methods import Task, method_of
 from depthprobe.runs.context import LOGS, TIMING, Context
+from depthprobe.runs.estimate import timing_of
 from depthprobe.runs.records import Provenance, Scores, is_done, write_result, write_scores
-from depthprobe.runs.timing import timing_of
 from depthprobe.study import Study
 
 logger = logging.getLogger(__name__)

@@ -155,18 +155,6 @@ def test_several_runs_are_set_side_by_side(
     assert "runs/nothing" in told.err
 
 
-def test_cost_prints_the_table(cli: Callable[..., Any], stub: Stub) -> None:
-    def cost_table(backbone: str, layers: str, **rest: Any) -> pd.DataFrame:
-        assert (backbone, layers, rest) == ("embedded", "1-2", {"device": "cpu", "revision": None})
-        return pd.DataFrame({"depth": [1, 2], "parameters": [1234567, 2e6], "ms": [0.12345, None]})
-
-    stub("depthprobe.cost.curve", cost_table=cost_table)
-    outcome = cli("cost", "--backbone", "embedded", "--layers", "1-2", "--device", "cpu")
-    rows = [line.split() for line in outcome.out.splitlines() if line.strip()]
-    assert rows[0] == ["depth", "parameters", "ms"]
-    assert rows[-2:] == [["1", "1,234,567", "0.1235"], ["2", "2,000,000", "-"]]
-
-
 def test_export_passes_the_trial_on(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "run" / "trials" / "full-s0").mkdir(parents=True)
     (tmp_path / "run" / "manifest.json").write_text("{}", encoding="utf-8")

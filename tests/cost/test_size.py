@@ -1,4 +1,4 @@
-"""Parameters and bytes against sums by hand."""
+"""Parameters and bytes against sums by hand; planted peaks of memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.cost.parameters import PARTS, count_bytes, count_parameters, parameters_by_block
+from depthprobe.cost.size import (
+    PARTS,
+    count_bytes,
+    count_parameters,
+    free_memory,
+    parameters_by_block,
+    peak_memory,
+)
 from depthprobe.models.build import make_trainable
 from depthprobe.models.families import family_config
 from depthprobe.models.recommender import Popularity, Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
+
+SLOW = ("bert", "bloom", "jamba", "mixtral", "qwen3_next", "roberta", "zamba2")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MEMORY = 200 * 2**20
 
 
 @pytest.fixture
@@ -65,8 +77,8 @@ def test_parts_add_up_for_every_model(recommender: Callable[[int], Recommender])
 @pytest.mark.parametrize(
     "name",
     [
-        *("bert", "bloom", "deepseek_v3", "gemma3n_text", "gpt2", "gpt_oss", "jamba", "mixtral"),
-        *("opt", "qwen3_next", "roberta", "zamba2"),
+        *("deepseek_v3", "gemma3n_text", "gpt2", "gpt_oss", "opt"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )
 def test_parts_add_up_for_every_family(name: str) -> None:
@@ -132,3 +144,37 @@ def test_packed_weights(recommender: Callable[[int], Recommender]) -> None:
     assert count_parameters(model)["blocks"] == counts["blocks"] == sum(parameters_by_block(model))
     assert packed["uint8"] == 16 * 24 // 2 + 6
     assert packed["blocks"] - held["blocks"] == packed["uint8"] + 7 * 4 - 16 * 24 * 4
+
+
+def test_the_optimiser_holds_what_is_trained(recommender: Callable[[int], Recommender]) -> None:
+    model = recommender(2)
+    make_trainable(model, Backbone(tuning="frozen"))
+    adapters = 6 * 16 + 16 + 16 * 6 + 6
+    assert count_bytes(model)["optimizer"] == 3 * 4 * adapters
+
+
+# --- memory at its peak ----------------------------------------------------------------------
+
+
+def test_the_peak_of_a_process_is_seen_though_it_is_over_at_the_end() -> None:
+    with peak_memory(CPU) as before:
+        pass
+    with peak_memory(CPU) as found:
+        torch.ones(MEMORY // 4).sum()
+    with peak_memory(CPU) as after:
+        pass
+    assert set(found) == {"rss"}
+    assert 0.9 * MEMORY < found["rss"] - before["rss"] < 1.6 * MEMORY
+    assert after["rss"] < found["rss"] - 0.8 * MEMORY
+
+
+def test_no_more_than_half_of_what_is_free_may_be_had() -> None:
+    assert 0 < free_memory(CPU) < 0.6 * psutil.virtual_memory().total
+
+
+@pytest.mark.gpu
+def test_a_gpus_memory_is_allocated_and_reserved() -> None:
+    with peak_memory(CUDA) as found:
+        torch.ones(MEMORY // 4, device="cuda").sum()
+    assert set(found) == {"allocated", "reserved"}
+    assert MEMORY <= found["allocated"] <= found["reserved"]

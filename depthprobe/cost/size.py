@@ -1,17 +1,24 @@
-"""Parameters and their bytes, split into what depth changes and what it doesn't."""
+"""Size: parameters and their bytes by part of the model, and memory at its peak."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
+import torch
 from torch import Tensor, nn
 
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
 
 PARTS = ("blocks", "token_embeddings", "adapters", "item_table")
+EVERY = 0.002  # seconds between looks at the process; a shorter peak may be missed
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -35,14 +42,15 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of the weights as they are held: the same parts, their total, and by dtype.
 
     ``float32``, ``bfloat16``, ``uint8``, ... add up to the total as well. Quantised weights come
-    with their scales; buffers, gradients and an optimiser's state are left out.
+    with their scales. ``optimizer``: of gradients and AdamW's two moments, in a training.
     """
     by_dtype: Counter[str] = Counter()
     for weight in model.parameters():
         for tensor in _stored(weight):
             by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     parts = _by_part(model, lambda weight: sum(tensor.nbytes for tensor in _stored(weight)))
-    return parts | dict(by_dtype)
+    optimizer = 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return parts | {"optimizer": optimizer} | dict(by_dtype)
 
 
 def parameters_by_block(model: Recommender) -> list[int]:
@@ -86,13 +94,12 @@ def _parts(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
 
 def _packed(model: nn.Module) -> dict[int, int]:
     """How many weights are packed into a parameter, by its id, where several share a byte."""
-    found: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            weights = module.in_features * module.out_features
-            if module.weight.numel() != weights:
-                found[id(module.weight)] = weights
-    return found
+    return {
+        id(module.weight): module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and module.weight.numel() != module.in_features * module.out_features
+    }
 
 
 def _stored(weight: Tensor) -> list[Tensor]:
@@ -103,3 +110,46 @@ def _stored(weight: Tensor) -> list[Tensor]:
         held += [getattr(state, name, None) for name in ("absmax", "code", "offset")]
         state = getattr(state, "state2", None)
     return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may be had on a GPU, or of the host, which others share: half of what is free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) // 2
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """Bytes at the worst moment of the block that it wraps, in the yielded dict when that ends.
+
+    ``allocated`` (what tensors took) and ``reserved`` (what torch's allocator held for them) on a
+    GPU, without the driver's context; elsewhere ``rss``, what the whole process had of the host's
+    memory, interpreter and libraries included. What else is there at that time is in it.
+    """
+    peak: dict[str, float] = {}
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak["allocated"] = float(torch.cuda.max_memory_allocated(device))
+        peak["reserved"] = float(torch.cuda.max_memory_reserved(device))
+        return
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, which would hide the peak
+    process, done = psutil.Process(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(EVERY):
+            peak["rss"] = max(peak["rss"], float(process.memory_info().rss))
+
+    peak["rss"] = float(process.memory_info().rss)
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    try:
+        yield peak
+    finally:
+        peak["rss"] = max(peak["rss"], float(process.memory_info().rss))
+        done.set()
+        watch.join()

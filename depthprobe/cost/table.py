@@ -1,0 +1,331 @@
+"""The cost of every depth of a backbone, from its configuration alone: no weights are needed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from depthprobe.cost.flops import UncountableError, product_counter, score_flops
+from depthprobe.cost.size import count_bytes, count_parameters, free_memory, peak_memory
+from depthprobe.cost.timing import (
+    TOP,
+    Action,
+    Timing,
+    cut_copy,
+    encode_actions,
+    machine,
+    measure,
+    optimizer_of,
+    step,
+    summarize,
+    times_faster,
+)
+from depthprobe.errors import BadInput
+from depthprobe.models.backbones import backbone_config, resolve_device
+from depthprobe.models.build import make_trainable
+from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.recommender import Recommender
+from depthprobe.study import Backbone, parse_layers
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TUNINGS = ("full", "lora", "frozen")
+MEASURED = ("train", "encode", "score", "latency")
+CHUNK = 2**28  # bytes of scores at a time
+WARMUP, ROUNDS = 3, 100
+BILLION = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A batch of users with full histories, a catalogue, and what of the model is trained.
+
+    ``prompt``: slots before the items, computed once for all users. ``width``: of the item table.
+    ``dtype``: of the backbone; auto follows the configuration. ``seconds``: how long to measure;
+    0 measures nothing.
+    """
+
+    batch: int = 128
+    length: int = 30
+    items: int = 10_000
+    width: int = 64
+    prompt: int = 0
+    dtype: str = "auto"
+    tuning: Literal["full", "lora", "frozen"] = "full"
+    seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        least = {"batch": 1, "length": 1, "width": 1, "items": TOP, "prompt": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise BadInput(name, getattr(self, name), f"a whole number of at least {low}")
+        for name, allowed in (("dtype", DTYPES), ("tuning", TUNINGS)):
+            if getattr(self, name) not in allowed:
+                raise BadInput(name, getattr(self, name), f"one of {', '.join(allowed)}")
+        if not 0 <= self.seconds < float("inf"):
+            raise BadInput("seconds", self.seconds, "a number of at least 0")
+
+
+def cost_table(
+    backbone: str,
+    layers: str = "auto",
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    workload: Workload | None = None,
+    price: float | None = None,
+) -> pd.DataFrame:
+    """Parameters, FLOPs, time and memory by depth; the full backbone is the last row.
+
+    Times are measured in turn on one model with random weights of the backbone's shape. Columns:
+
+    - ``parameters``, ``parameters_blocks``, ``bytes`` of all weights, ``optimizer_bytes``.
+    - ``flops_user``; NaN where the model's code can't be counted.
+    - ``{train_step,encode,score,latency}_ms``, a median over rounds; ``_low`` and ``_high`` (95 %
+      interval of the median), ``_n`` behind it. ``latency``: one user, from history to best items.
+    - ``{train_step,latency,serving}_times_faster`` than the full backbone, paired by round;
+      ``_low``, ``_high``. ``serving``: encode and score.
+    - ``users_per_second``, ``hours_per_billion`` requests, ``money_per_billion``: of ``serving``.
+    - ``{serving,training}_{allocated,reserved}_bytes`` on a GPU, ``_rss_bytes`` elsewhere: peaks.
+
+    What was not measured is NaN, and ``not_measured`` says why. The raw values are in
+    ``table.attrs["seconds"]``.
+
+    Args:
+        price: of an hour of the device, in any currency.
+
+    Raises:
+        BadInput: for a backbone that is not there, depths that it doesn't have, or a price or
+            workload that can't be used.
+    """
+    if price is not None and not 0 < price < float("inf"):
+        raise BadInput("price", price, "what an hour of the device costs, a number above 0")
+    workload, place = workload or Workload(), resolve_device(device)
+    config = backbone_config(backbone, revision=revision)
+    text = config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", None)
+    if most is not None and workload.prompt + workload.length > most:
+        allowed = f"with {workload.prompt} slots of prompt at most {most} positions of the backbone"
+        raise BadInput("length", workload.length, allowed)
+    blocks = int(text.num_hidden_layers)
+    depths = sorted({*parse_layers(layers, blocks), blocks})
+    try:
+        rows = _sizes(config, depths, workload)
+    except ValueError as error:
+        raise BadInput("backbone", backbone, f"a decoder that can be cut ({error})") from error
+    here = machine(place)  # before it is busy with this
+    timing, peaks, obstacle = None, {}, "no time was given to it" if not workload.seconds else None
+    needs, free = rows[-1]["bytes"] + rows[-1]["optimizer_bytes"], free_memory(place)
+    if obstacle is None and needs > free:
+        obstacle = f"training takes more than {needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    if obstacle is None:
+        model = _recommender(random_backbone(config, workload.dtype, place), workload)
+        timing = _measure(model, depths, workload, place)
+        peaks = _peaks(model, depths, timing, workload, place)
+    for row in rows:
+        row |= _times(row["depth"], blocks, timing, workload.batch, price)
+        row |= peaks.get(row["depth"], {})
+    batch = {"batch": workload.batch, "train_batch": timing.batch if timing else workload.batch}
+    table = pd.DataFrame(rows).assign(
+        **batch,
+        length=workload.length,
+        prompt=workload.prompt,
+        items=workload.items,
+        tuning=workload.tuning,
+        dtype=_dtype(config, workload.dtype),
+        **here,
+        not_measured=obstacle,
+    )
+    table.attrs["seconds"] = timing.seconds if timing else {}
+    return table
+
+
+def random_backbone(config: PreTrainedConfig, dtype: str, device: torch.device) -> PreTrainedModel:
+    """A backbone of this shape with random weights, made on the device; on ``meta`` with none."""
+    auto: Any = AutoModelForCausalLM  # untyped in transformers
+    touched = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=touched), torch.device(device):
+        torch.default_generator.manual_seed(0)
+        made: PreTrainedModel = auto.from_config(
+            copy.deepcopy(config), dtype=getattr(torch, _dtype(config, dtype))
+        )
+    made.eval()
+    return made
+
+
+def _dtype(config: PreTrainedConfig, dtype: str) -> str:
+    """The name of the dtype that the backbone computes in."""
+    written = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    return dtype if dtype != "auto" else str(written).removeprefix("torch.")
+
+
+def _recommender(backbone: PreTrainedModel, workload: Workload) -> Recommender:
+    with torch.device(backbone.device):
+        table = torch.randn(workload.items + 1, workload.width)
+        model = Recommender(backbone, table, [0] * workload.prompt)
+        make_trainable(model, Backbone(tuning=workload.tuning))
+    return model
+
+
+def _sizes(
+    config: PreTrainedConfig, depths: Sequence[int], workload: Workload
+) -> list[dict[str, Any]]:
+    """Parameters, bytes and FLOPs of every depth, from a model without weights."""
+    backbone = random_backbone(config, workload.dtype, torch.device("meta"))
+    try:
+        model = _recommender(backbone, workload)
+    except RuntimeError:  # whether the prompt can be shared asks for numbers: it is taken to be so
+        model = _recommender(backbone, replace(workload, prompt=0))
+        model.prompt = torch.zeros(workload.prompt, dtype=torch.long, device="meta")
+    try:
+        products = product_counter(model)(workload.length)
+    except UncountableError:
+        products = None
+    rows = []
+    for depth in sorted(depths, reverse=True):  # from the deepest on, cutting the same one
+        keep_blocks(model.backbone, range(depth))
+        counts, held = count_parameters(model), count_bytes(model)
+        flops = products.total(depth) + score_flops(model, 1) if products else float("nan")
+        rows.append(
+            {
+                "depth": depth,
+                "parameters": counts["total"] - counts["item_table"],
+                "parameters_blocks": counts["blocks"],
+                "bytes": held["total"],
+                "optimizer_bytes": held["optimizer"],
+                "flops_user": flops,
+            }
+        )
+    return rows[::-1]
+
+
+def _measure(
+    model: Recommender, depths: Sequence[int], workload: Workload, place: torch.device
+) -> Timing:
+    models = {str(depth): cut_copy(model, depth) for depth in depths}
+
+    def make(batch: int) -> dict[str, Action]:
+        histories, lengths = _users(workload, workload.batch, place)
+        items = model.item_matrix().detach()
+        actions = encode_actions(models, histories, lengths, items=items)
+        optimizer = optimizer_of(*models.values())
+        for name, each in models.items():
+            work = 3 * each.depth * batch * workload.length
+            call = step(_next_item_loss(each, workload, batch, place), optimizer)
+            actions[f"train:{name}"] = Action(call, work)
+        return actions
+
+    return measure(
+        make,
+        batch=workload.batch,
+        seconds=workload.seconds,
+        warmup=WARMUP,
+        rounds=ROUNDS,
+        device=place,
+    )
+
+
+def _peaks(
+    model: Recommender,
+    depths: Sequence[int],
+    timing: Timing,
+    workload: Workload,
+    place: torch.device,
+) -> dict[int, dict[str, float]]:
+    """Peak memory of serving and of training, each depth alone; the model is cut to them."""
+    peaks = {}
+    for depth in sorted(depths, reverse=True):
+        keep_blocks(model.backbone, range(depth))
+        if not {f"train:{depth}", f"encode:{depth}"} <= timing.seconds.keys():
+            continue
+        histories, lengths = _users(workload, workload.batch, place)
+        serve = encode_actions({"": model}, histories, lengths, items=model.item_matrix())
+        with peak_memory(place) as serving:
+            serve["encode:"].call()
+        train = step(_next_item_loss(model, workload, timing.batch, place), optimizer_of(model))
+        with peak_memory(place) as training:
+            train()
+            train()  # the first step makes AdamW's moments, which are part of every other
+        tasks = {"serving": serving, "training": training}
+        peaks[depth] = {
+            f"{task}_{kind}_bytes": value
+            for task, peak in tasks.items()
+            for kind, value in peak.items()
+        }
+        del train
+    return peaks
+
+
+def _users(workload: Workload, batch: int, place: torch.device) -> tuple[Tensor, Tensor]:
+    histories = torch.randint(1, workload.items + 1, (batch, workload.length), device=place)
+    return histories, torch.full((batch,), workload.length, device=place)
+
+
+def _next_item_loss(model: Recommender, workload: Workload, batch: int, place: torch.device) -> Any:
+    """The cross-entropy of the next item at every position, some rows of scores at a time."""
+    histories, _ = _users(workload, batch, place)
+    targets, _ = _users(workload, batch, place)
+    rows = max(1, CHUNK // (4 * (workload.items + 1)))
+
+    def part(vectors: Tensor, items: Tensor, wanted: Tensor) -> Tensor:
+        return cross_entropy(vectors @ items.T, wanted, reduction="sum")
+
+    def loss() -> Tensor:
+        vectors, items = model.train()(histories).flatten(0, 1), model.item_matrix()  # (B T, d)
+        pairs = zip(vectors.split(rows), targets.flatten().split(rows), strict=True)
+        kept = partial(checkpoint, part, use_reentrant=False)
+        parts = [kept(own, items, wanted) for own, wanted in pairs]
+        return torch.stack(parts).sum() / targets.numel()
+
+    return loss
+
+
+def _times(
+    depth: int, blocks: int, timing: Timing | None, batch: int, price: float | None
+) -> dict[str, Any]:
+    """Times of a depth, how many times faster than the full depth, what a billion requests take."""
+
+    def rounds(kind: str, at: int) -> list[float]:
+        seconds = timing.seconds if timing else {}
+        if kind == "serving":
+            parts = (rounds("encode", at), rounds("score", at))
+            return [sum(each) for each in zip(*parts, strict=False)]
+        return seconds.get("score" if kind == "score" else f"{kind}:{at}", [])
+
+    row: dict[str, Any] = {}
+    for kind in MEASURED:
+        name = "train_step" if kind == "train" else kind
+        found = [1000 * value for value in rounds(kind, depth)]
+        row |= _columns(f"{name}_ms", found and summarize(found))
+    for kind in ("train", "latency", "serving"):
+        name = "train_step" if kind == "train" else kind
+        own, full = rounds(kind, depth), rounds(kind, blocks)
+        row |= _columns(f"{name}_times_faster", own and full and times_faster(full, own))
+    serving = rounds("serving", depth)
+    rate = batch / float(np.median(serving)) if serving else float("nan")
+    hours = BILLION / rate / 3600
+    money = None if price is None else price * hours
+    return row | {
+        "users_per_second": rate,
+        "hours_per_billion": hours,
+        "money_per_billion": money,
+    }
+
+
+def _columns(name: str, found: Any) -> dict[str, float]:
+    """A summary in columns; NaN where nothing was measured."""
+    parts = {"": "p50", "_low": "low", "_high": "high", "_n": "n"}
+    return {
+        f"{name}{end}": getattr(found, part) if found else float("nan")
+        for end, part in parts.items()
+    }

@@ -149,12 +149,7 @@ class Checkpoint:
 
 
 def identity(
-    objective: nn.Module,
-    windows: list[np.ndarray],
-    *,
-    recipe: Recipe,
-    seed: int,
-    processes: int,
+    objective: nn.Module, windows: list[np.ndarray], *, recipe: Recipe, seed: int, processes: int
 ) -> dict[str, Any]:
     """All that decides a training's numbers and can be seen from outside, for comparison.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from depthprobe.data.batches import length_buckets
@@ -128,8 +130,7 @@ class OnlineTeacher:
             states = outputs["states"]
             fits = bool(torch.isfinite(states.half()).all())
             # rounded as they would be on disk
-            packed = _pack(states, torch.float16 if fits else torch.bfloat16)
-            outputs["states"] = _unpack(packed).float()
+            outputs["states"] = states.to(torch.float16 if fits else torch.bfloat16).float()
         return TeacherOutputs(**outputs)
 
 
@@ -155,25 +156,39 @@ def write_features(
     Raises:
         ValueError: if a state is infinite or NaN.
     """
+    starts = _starts(windows, spec)
     for dtype in (torch.float16, torch.bfloat16):
-        if _write(teacher, windows, spec, folder, device, batch_size, dtype):
+        files: dict[str, np.ndarray] = {}
+        for rows, outputs in _batches(teacher, windows, spec, device, batch_size):
+            if "states" in outputs:
+                packed = _pack(outputs["states"], dtype).transpose(0, 1).contiguous()  # (N, G, D)
+                if not torch.isfinite(_unpack(packed)).all():
+                    break
+                outputs["states"] = packed
+            for name, values in outputs.items():
+                array, path = values.cpu().numpy(), folder / f"{name}.npy"
+                if name not in files:
+                    shape = (int(starts[-1]), *array.shape[1:])
+                    files[name] = open_memmap(path, mode="w+", dtype=array.dtype, shape=shape)
+                    reserve(path)
+                files[name][rows] = array
+        else:  # all states fit
+            for file in files.values():
+                file.flush()  # type: ignore[attr-defined]
             (folder / SPEC).write_text(json.dumps(asdict(spec)) + "\n", encoding="utf-8")
             return
     raise ValueError("a state of the teacher is infinite or NaN")
 
 
-def _write(
+def _batches(
     teacher: Recommender,
     windows: list[np.ndarray],
     spec: FeatureSpec,
-    folder: Path,
     device: torch.device,
     batch_size: int,
-    dtype: torch.dtype,
-) -> bool:
-    """Whether all states fit the dtype; then they are in the files."""
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    """The teacher's outputs at all windows, batch by batch, with their rows in the files, (N,)."""
     starts = _starts(windows, spec)
-    files: dict[str, np.ndarray] = {}
     batches = deque(length_buckets([len(window) - 1 for window in windows], batch_size))
     while batches:
         chosen = batches.popleft()
@@ -183,24 +198,8 @@ def _write(
             if len(chosen) == 1:
                 raise
             batches.extendleft(np.array_split(chosen, 2))
-            continue
-        if "states" in outputs:
-            packed = _pack(outputs["states"], dtype).transpose(0, 1).contiguous()  # (N, G, D)
-            if not torch.isfinite(_unpack(packed)).all():
-                return False
-            outputs["states"] = packed
-        for name, values in outputs.items():
-            array = values.cpu().numpy()
-            if name not in files:
-                path, shape = folder / f"{name}.npy", (int(starts[-1]), *array.shape[1:])
-                files[name] = np.lib.format.open_memmap(
-                    path, mode="w+", dtype=array.dtype, shape=shape
-                )
-                reserve(path)
-            files[name][_rows_of(chosen, starts)] = array
-    for file in files.values():
-        file.flush()  # type: ignore[attr-defined]
-    return True
+        else:
+            yield _rows_of(chosen, starts), outputs
 
 
 def _starts(windows: list[np.ndarray], spec: FeatureSpec) -> np.ndarray:

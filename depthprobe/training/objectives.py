@@ -101,11 +101,10 @@ def target_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
 
 def target_vectors(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
     """User vectors at the batch's target positions, (N, d)."""
-    if recipe.objective == "last":
-        last: Tensor = model(batch.inputs, batch.lengths)
-        return last
-    every: Tensor = model(batch.inputs)  # (B, T, d)
-    return at_rows(every, batch.rows)
+    if recipe.objective == "every":
+        return at_rows(model(batch.inputs), batch.rows)  # of (B, T, d)
+    last: Tensor = model(batch.inputs, batch.lengths)
+    return last
 
 
 class NextItem(nn.Module):

@@ -48,12 +48,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracked(
-    names: Sequence[str],
-    *,
-    folder: Path,
-    project: str,
-    run: str,
-    settings: Mapping[str, str | int],
+    names: Sequence[str], *, folder: Path, project: str, run: str, settings: Mapping[str, str | int]
 ) -> Iterator[Track]:
     """The function that hands a training's values to the trackers.
 

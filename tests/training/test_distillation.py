@@ -18,12 +18,7 @@ from torch.nn.functional import cosine_similarity
 from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Distillation, Recipe
-from depthprobe.training.distillation import (
-    Distiller,
-    feature_spec,
-    group_ends,
-    state_loss,
-)
+from depthprobe.training.distillation import Distiller, feature_spec, group_ends, state_loss
 from depthprobe.training.features import (
     CachedTeacher,
     OnlineTeacher,

@@ -1,8 +1,8 @@
 """Public logs by name, fetched once from their owners' addresses into a cache.
 
 ``ml-1m`` is MovieLens 1M, ``amazon-2014:Beauty`` the 5-core of a category of the Amazon reviews.
-Addresses and checksums lie in one table, :data:`SETS`. Imports nothing heavy: the command line
-looks here to tell a name from a path.
+Addresses, checksums and terms lie in ``public.toml``. Imports nothing heavy: the command line looks
+here to tell a name from a path.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import logging
 import os
 import re
 import shutil
+import tomllib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from depthprobe import __version__
@@ -23,10 +25,6 @@ from depthprobe.errors import BadInput, nearest
 from depthprobe.files import complete_file, remove_leftovers
 
 RETRIES = 3  # of a download that is cut, after 1, 2 and 3 seconds
-
-GROUPLENS = "https://files.grouplens.org/datasets/movielens"
-SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
-MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data"
 
 log = logging.getLogger(__name__)
 
@@ -69,97 +67,23 @@ class PublicSet:
         return self.name.partition(":")[0]
 
 
-# Sizes and SHA-256: tensorflow/datasets, url_checksums/movielens.txt. It lacks 10M and 32M: their
-# MD5 is what GroupLens publishes beside them, in ml-10m.zip.md5 and ml-32m.zip.md5.
-_MOVIELENS = (
-    ("ml-100k", "100,000 ratings of 1,682 films by 943 users", "ml-100k/u.data ml-100k/u.item",
-     4_924_029, "sha256:50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),
-    ("ml-1m", "1,000,209 ratings of about 3,900 films by 6,040 users",
-     "ml-1m/ratings.dat ml-1m/movies.dat",
-     5_917_549, "sha256:a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
-    ("ml-10m", "10,000,054 ratings of 10,681 films by 71,567 users",
-     "ml-10M100K/ratings.dat ml-10M100K/movies.dat",
-     65_566_137, "md5:ce571fd55effeba0271552578f2648bd"),
-    ("ml-20m", "20,000,263 ratings of 27,278 films by 138,493 users",
-     "ml-20m/ratings.csv ml-20m/movies.csv",
-     198_702_078, "sha256:96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3"),
-    ("ml-25m", "25,000,095 ratings of 62,423 films by 162,541 users",
-     "ml-25m/ratings.csv ml-25m/movies.csv",
-     261_978_986, "sha256:8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa"),
-    ("ml-32m", "32,000,204 ratings of 87,585 films by 200,948 users",
-     "ml-32m/ratings.csv ml-32m/movies.csv",
-     238_950_008, "md5:d472be332d4daa821edc399621853b57"),
-)  # fmt: skip
-
-# A year, its reviews, their metadata, the page that links them, the categories there.
-# In 2023 five more categories exist; nothing is left of them in the 5-core.
-_AMAZON = (
-    (
-        2014,
-        f"{SNAP}/reviews_{{}}_5.json.gz",
-        f"{SNAP}/meta_{{}}.json.gz",
-        "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html",
-        "Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl "
-        "Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics "
-        "Grocery_and_Gourmet_Food Health_and_Personal_Care Home_and_Kitchen Kindle_Store "
-        "Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies "
-        "Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games",
-    ),
-    (
-        2018,
-        f"{MCAULEY}/amazon_v2/categoryFilesSmall/{{}}_5.json.gz",
-        f"{MCAULEY}/amazon_v2/metaFiles2/meta_{{}}.json.gz",
-        "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
-        "AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Automotive Books "
-        "CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music "
-        "Electronics Gift_Cards Grocery_and_Gourmet_Food Home_and_Kitchen "
-        "Industrial_and_Scientific Kindle_Store Luxury_Beauty Magazine_Subscriptions "
-        "Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies "
-        "Prime_Pantry Software Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games "
-        "Video_Games",
-    ),
-    (
-        2023,
-        f"{MCAULEY}/amazon_2023/benchmark/5core/rating_only/{{}}.csv.gz",
-        f"{MCAULEY}/amazon_2023/raw/meta_categories/meta_{{}}.jsonl.gz",
-        "https://amazon-reviews-2023.github.io/data_processing/5core.html",
-        "All_Beauty Arts_Crafts_and_Sewing Automotive Baby_Products Beauty_and_Personal_Care "
-        "Books CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Electronics "
-        "Gift_Cards Grocery_and_Gourmet_Food Health_and_Household Home_and_Kitchen "
-        "Industrial_and_Scientific Kindle_Store Magazine_Subscriptions Movies_and_TV "
-        "Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies Software "
-        "Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Unknown Video_Games",
-    ),
-)
-
-
-def _movielens() -> Iterator[PublicSet]:
-    for name, about, members, size, checksum in _MOVIELENS:
-        url, parts = f"{GROUPLENS}/{name}.zip", tuple(members.split())
-        readme = f"{name}-README.{'txt' if name in {'ml-100k', 'ml-1m'} else 'html'}"
-        yield PublicSet(
-            name=name,
-            about=f"MovieLens, {about}",
-            files=(PublicFile(url=url, size=size, checksum=checksum, members=parts),),
-            terms="for research, not for commercial use without GroupLens's permission, to be "
-            f"acknowledged in publications; all conditions: {GROUPLENS}/{readme}",
-        )
-
-
-def _amazon() -> Iterator[PublicSet]:
-    for year, reviews, metadata, page, categories in _AMAZON:
-        for name in categories.split():
+def _load() -> Iterator[PublicSet]:
+    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    for entry in table["sets"]:
+        for category in entry.get("categories", [""]):
             yield PublicSet(
-                name=f"amazon-{year}:{name}",
-                about=f"Amazon reviews to {year}, 5-core of {name.replace('_', ' ')}",
-                files=tuple(PublicFile(url=url.format(name)) for url in (reviews, metadata)),
-                terms="no licence is given; collected from amazon.com by J. McAuley's group, "
-                f"for research, to be cited: {page}",
+                name=f"{entry['name']}:{category}" if category else entry["name"],
+                about=entry["about"].format(category.replace("_", " ")),
+                files=tuple(_file(category, **file) for file in entry["files"]),
+                terms=entry["terms"],
             )
 
 
-# MovieLens first, then Amazon by year and category
-SETS: dict[str, PublicSet] = {one.name: one for one in (*_movielens(), *_amazon())}
+def _file(category: str, url: str, members: list[str] | None = None, **known: Any) -> PublicFile:
+    return PublicFile(url=url.format(category), members=tuple(members or ()), **known)
+
+
+SETS: dict[str, PublicSet] = {one.name: one for one in _load()}
 
 
 def is_public(name: str) -> bool:

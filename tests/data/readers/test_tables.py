@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import datetime as dt
 import gzip
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 
 from depthprobe.data.log import Ids, Log
 from depthprobe.data.readers.formats import read_log
-from depthprobe.data.readers.lines import read_json
 from depthprobe.data.readers.tables import (
     DELIMITERS,
     is_movielens,
@@ -103,26 +100,6 @@ def test_what_was_written_is_read(
     assert set(log.users.codes.tolist()) == set(range(len(log.users.names)))
 
 
-@given(ROWS)
-def test_formats_agree(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[Any, ...]]
-) -> None:
-    folder = tmp_path_factory.mktemp("formats")
-    names = ["user_id", "item_id", "rating", "timestamp"]
-    table = pa.table(dict(zip(names, zip(*rows, strict=True), strict=True)))
-    pq.write_table(table, folder / "log.parquet")
-    lines = "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
-    text = io.StringIO()
-    csv.writer(text).writerows([names, *rows])
-    logs = [
-        read_parquet(folder / "log.parquet", Columns()),
-        read_json(write(folder, lines, "log.json"), Columns()),
-        read_csv(write(folder, text.getvalue()), Columns()),
-    ]
-    assert [rows_of(log) for log in logs] == [rows] * 3
-    assert len({tuple(log.users.names) for log in logs}) == 1
-
-
 def test_a_csv_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("depthprobe.data.readers.tables.BLOCK", 1000)
     rows = [(f"u{n % 97}", f"i{n * n % 89}", 1.0, n) for n in range(3000)]
@@ -135,17 +112,13 @@ def test_minimal_tables(tmp_path: Path) -> None:
     assert read(tmp_path, "user,item\na,b") == [("a", "b")]
     assert read(tmp_path, "user\titem\r\na\tb,c\r\n\r\n") == [("a", "b,c")]
     assert read(tmp_path, "user;item;rating\na;b;1\nc;d;2.5\n") == [("a", "b", 1), ("c", "d", 2.5)]
+    assert read(tmp_path, "x,user,x,item\n1,a,2,b\n") == [("a", "b")]  # a name twice, unwanted
+    assert read(tmp_path, "user,item,date\na,b,1970-01-02\n") == [("a", "b", 86400)]
 
 
 def test_decimal_commas_do_not_split(tmp_path: Path) -> None:
     text = "user;item;rating,\na;b;1,5\nc;d;2,5\n"
     assert "line 2 has the rating '1,5'" in refusal(tmp_path, text, rating="rating,")
-
-
-def test_times_as_dates(tmp_path: Path) -> None:
-    text = "user,item,date\na,b,2024-05-31 12:00:00.5\na,c,2024-05-31\n"
-    day = dt.datetime(2024, 5, 31, tzinfo=dt.UTC).timestamp()
-    assert read(tmp_path, text) == [("a", "b", day + 43200.5), ("a", "c", day)]
 
 
 def test_columns_by_number(tmp_path: Path) -> None:
@@ -159,10 +132,6 @@ def test_columns_by_number(tmp_path: Path) -> None:
     assert read(tmp_path, "1,2\na,b\n", user="1", item="2") == [("1", "2"), ("a", "b")]
     # with a 0 they are names, of a header as pandas writes it
     assert read(tmp_path, "0,1,2\na,b,c\n", user="0", item="2") == [("a", "c")]
-
-
-def test_the_same_name_twice_where_nobody_wants_it(tmp_path: Path) -> None:
-    assert read(tmp_path, "x,user,x,item\n1,a,2,b\n") == [("a", "b")]
 
 
 @pytest.mark.parametrize(
@@ -247,13 +216,6 @@ def test_values_that_no_row_has_are_no_ids(tmp_path: Path) -> None:
 def test_a_column_of_any_name(tmp_path: Path, name: str) -> None:
     path = parquet(tmp_path, **{name: ["a"], "id": ["b"], "item": ["c"]})
     assert raw(read_parquet(path, Columns(user=name)).users) == ["a"]
-
-
-def test_times_in_parquet(tmp_path: Path) -> None:
-    noon = dt.datetime(2024, 5, 31, 12, tzinfo=dt.UTC)
-    for kind in (pa.timestamp("ms"), pa.timestamp("ns", "Asia/Tokyo")):
-        path = parquet(tmp_path, user=["a"], item=["b"], timestamp=pa.array([noon], kind))
-        assert rows_of(read_parquet(path, Columns())) == [("a", "b", noon.timestamp())]
 
 
 def test_part_files_are_one_table(tmp_path: Path) -> None:
@@ -344,11 +306,6 @@ def test_only_the_start_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for size in range(14, len(text) + 2):
         monkeypatch.setattr("depthprobe.data.readers.tables.START", size)
         assert read(tmp_path, text) == [("a", "b")] * 5
-
-
-def test_a_delimiter_that_is_given(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="columns split by tab; its first line has none"):
-        read_csv(write(tmp_path, "user,item\na,b\n"), Columns(), delimiter="\t")
 
 
 # as the three generations of MovieLens write the same ratings
@@ -470,8 +427,7 @@ def test_a_recbole_item_file_without_titles_is_noted(tmp_path: Path) -> None:
 
 
 def test_recbole_is_recognised_by_typed_headers() -> None:
-    assert is_recbole(INTER)
-    assert is_recbole("user_id:token\titem_id:token\r\n1\t2")
-    assert not is_recbole("user_id\titem_id:token\n")
-    assert not is_recbole("user_id:int\titem_id:token\n")
-    assert not is_recbole("")
+    for header in (INTER, "user_id:token\titem_id:token\r\n1\t2"):
+        assert is_recbole(header)
+    for header in ("user_id\titem_id:token\n", "user_id:int\titem_id:token\n", ""):
+        assert not is_recbole(header)

@@ -1,14 +1,15 @@
-"""Pages that follow from the code: every command and option, every key of a study file.
+"""Pages that follow from the code: commands and options, keys of a study file, the modules.
 
-``python docs/generate.py`` writes ``docs/commands.md`` and ``docs/study-file.md``; a test compares
-them with the code.
+``python docs/generate.py`` writes them; a test compares them with the code.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
+import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any, Literal
 from typer.main import get_command
 
 from depthprobe.cli.app import app
+from depthprobe.methods import METHODS
 from depthprobe.study import Recipe, Study, study_to_toml
 
 FOLDER = Path(__file__).parent
@@ -36,6 +38,11 @@ A study says what to run: TOML, every key optional. `depthprobe sweep STUDY.toml
 override it, and `study.toml` in a run's folder is the whole of it. A key that does not exist, a
 value of the wrong type and one that is not allowed are refused before anything is written.
 [The guide to sweeps](sweep.md) explains the choices; this page lists them.
+"""
+HOUSE = """\
+# The house, module by module
+
+A module imports only from rooms above its own. `make lint` holds this.
 """
 # the same options as another command's: told once
 SAME = {"train": "sweep", "probe": "sweep", "distill": "sweep"}
@@ -68,6 +75,7 @@ def commands_page() -> str:
             lines += [f"It takes what [`{whole}`](#depthprobe-{whole}) takes.", ""]
         else:
             lines += [f"    {_usage(name, command)}", "", *_options(command)]
+            lines += _methods() if command.epilog else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -111,6 +119,12 @@ def _help(text: str) -> list[str]:
     return [inspect.cleandoc(text), ""]
 
 
+def _methods() -> list[str]:
+    """Every method, from its record."""
+    rows = [f"| `{m.name}` | {m.role} | {_cell(m.summary)} |" for m in METHODS.values()]
+    return ["| method | role | what it is |", "|---|---|---|", *rows, ""]
+
+
 def study_page() -> str:
     """Every key of a study file, from the dataclasses and their docstrings."""
     lines = [DONT_EDIT, STUDY_FILE, *_table(Study, Study())]
@@ -130,6 +144,30 @@ def study_page() -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def house_page() -> str:
+    """Every module by its first line, in the order of the imports."""
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = (each["layers"] for each in project["tool"]["importlinter"]["contracts"])
+    rooms = [name for layer in reversed(layers) for name in layer.split(" | ")]
+    package, lines = FOLDER.parent / "depthprobe", [DONT_EDIT, HOUSE]
+    for name in rooms:
+        folder = package / name
+        modules = sorted(folder.rglob("*.py")) if folder.is_dir() else [package / f"{name}.py"]
+        rows = [
+            f"| `{path.relative_to(package).with_suffix('')}` | {_cell(_first_line(path))} |"
+            for path in modules
+            if path.name != "__init__.py"
+        ]
+        about = [_first_line(folder / "__init__.py"), ""] if folder.is_dir() else []
+        lines += [f"## {name}", "", *about, "| | |", "|---|---|", *rows, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _first_line(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return _code(text.partition("\n")[0])
 
 
 def field_docs(kind: type) -> dict[str, str]:
@@ -208,16 +246,18 @@ def _table(kind: type, default: Any) -> list[str]:
 
 
 def _type(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
     if _optional(hint):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
     words = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
     return "list of text" if typing.get_origin(hint) is tuple else words[hint]
 
 
 def _optional(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType)
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
 
 
 def _value(value: Any) -> str:
@@ -232,7 +272,11 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES: Mapping[str, Any] = {"commands.md": commands_page, "study-file.md": study_page}
+PAGES: Mapping[str, Any] = {
+    "commands.md": commands_page,
+    "study-file.md": study_page,
+    "house.md": house_page,
+}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jupytext
 import nbformat
@@ -70,7 +72,21 @@ def test_kept_outputs_are_whole_and_speak_of_no_machine(source: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_runs(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path)
+
+
+@pytest.mark.notebook
+def test_the_first_one_runs_with_short_trainings(tmp_path: Path) -> None:
+    run(SOURCES[0], tmp_path, {"epochs = 12": "epochs = 2", "epochs = 5": "epochs = 1"})
+
+
+def run(source: Path, folder: Path, changes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Execute a notebook in a folder, with some text replaced, and its checks as the last cell."""
     notebook = jupytext.read(source)
+    for old, new in changes.items():
+        assert any(old in cell.source for cell in notebook.cells)
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
     notebook.cells.append(nbformat.v4.new_code_cell(CHECKS[source.stem]))
-    resources = {"metadata": {"path": str(tmp_path)}}
+    resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()

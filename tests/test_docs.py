@@ -218,7 +218,7 @@ def test_the_recommender_of_the_guide_to_probing_is_probed() -> None:
     (code,) = (code for page, code in PYTHON if page.name == "probing.md" and "Mine" in code)
     names: dict[str, Any] = {}
     exec(code, names)  # noqa: S102
-    ranks = names["early_exit"](names["model"], names["asked"], device=names["device"])
+    ranks = names["early_exit"](names["model"], names["eval_set"], device=names["device"])
     assert [each["full"].shape for each in ranks] == [(2,)] * 5
     assert all((each["full"] >= 1).all() for each in ranks)
 

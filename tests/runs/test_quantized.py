@@ -1,7 +1,4 @@
-"""A whole run on quantised weights, and its export; needs bitsandbytes, which is no requirement.
-
-bitsandbytes also computes on a processor, slowly: so the run is tested wherever it is installed.
-"""
+"""A run on quantised weights, and its export; bitsandbytes computes on a processor, too."""
 
 from __future__ import annotations
 
@@ -25,11 +22,11 @@ from depthprobe.runs.export import export_trial
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study
 
-pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes", reason="in the extra dev")
 METHODS = ("full", "early-exit", "finetune", "heal", "distill")
 
 
-@pytest.fixture(params=["8bit", "4bit"])
+@pytest.fixture(params=[pytest.param("8bit", marks=pytest.mark.slow), "4bit"])
 def quantized(
     study: Study,
     llama_config: Callable[..., LlamaConfig],
@@ -50,7 +47,9 @@ def quantized(
         tuning="lora",
         lora_rank=4,
     )
-    return replace(study, methods=METHODS, layers="1", seeds=1, device="auto", backbone=backbone)
+    recipe = replace(study.recipe, epochs=1)
+    chosen = {"methods": METHODS, "layers": "1", "seeds": 1, "device": "auto", "recipe": recipe}
+    return replace(study, backbone=backbone, **chosen)
 
 
 def write_backbone(path: Path, config: LlamaConfig) -> Path:

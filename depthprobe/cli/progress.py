@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -14,38 +14,44 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress as Bar
 
+SHOWN = "depthprobe.cost.timing"  # whose log lines are messages, too
 
-class Display:
+
+class Display(logging.Handler):
     """Shows the events of a sweep: a :class:`depthprobe.runs.progress.Progress`.
 
     Without a bar each event is a line, flushed at once, so that a log file can be followed.
     """
 
     def __init__(self, stream: TextIO, bar: Bar | None = None) -> None:
+        super().__init__(logging.INFO)
         self.stream, self.bar, self.total, self.ended = stream, bar, 0, 0
-        self.task = None if bar is None else bar.add_task("loading", total=None)
+        if bar is not None:
+            self.task = bar.add_task("loading", total=None)
 
     def plan(self, trials: Sequence[str]) -> None:
         """The trials that will run now."""
         self.total = len(trials)
-        if self.bar is not None and self.task is not None:
+        if self.bar is not None:
             self.bar.update(self.task, total=self.total, completed=0)
         self._print(f"{self.total} {'trial' if self.total == 1 else 'trials'} to run")
 
     def message(self, text: str) -> None:
         """What is being done right now: beside the bar, or a line."""
-        if self.bar is not None and self.task is not None:
+        if self.bar is not None:
             self.bar.update(self.task, description=" ".join(text.split()))
         else:
             self._print(text)
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """A log line."""
+        self.message(record.getMessage())
+
     def done(self, trial: str, status: str, seconds: float, note: str) -> None:
         """A trial ended."""
         self.ended += 1
-        line = f"{trial}  {status}  {seconds:.1f} s"
-        if note:
-            line += f"  {' '.join(note.split())}"
-        if self.bar is not None and self.task is not None:
+        line = "  ".join(filter(None, (trial, status, f"{seconds:.1f} s", " ".join(note.split()))))
+        if self.bar is not None:
             self.bar.advance(self.task)
             self._print(line, style="red" if status == "failed" else None)
         else:
@@ -64,11 +70,21 @@ def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Displa
 
     On a terminal also what is worked on in the run's ``folder``, step by step.
     """
-    if not stream.isatty() or os.environ.get("TERM") == "dumb":
-        display = Display(stream)
-        with _logged(display):
+    live = stream.isatty() and os.environ.get("TERM") != "dumb"
+    logger = logging.getLogger(SHOWN)
+    level = logger.level
+    with _bar(stream, folder) if live else nullcontext() as bar:
+        display = Display(stream, bar)
+        logger.addHandler(display)
+        logger.setLevel(logging.INFO)
+        try:
             yield display
-        return
+        finally:
+            logger.removeHandler(display)
+            logger.setLevel(level)
+
+
+def _bar(stream: TextIO, folder: Path | None) -> Bar:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -95,26 +111,4 @@ def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Displa
         TextColumn("{task.description}", markup=False),
     )
     console = Console(file=stream)
-    with BarWithTasks(*columns, console=console, transient=True, refresh_per_second=2) as bar:
-        display = Display(stream, bar)
-        with _logged(display):
-            yield display
-
-
-@contextmanager
-def _logged(display: Display) -> Iterator[None]:
-    """Log lines of the timing rig become messages, for as long as the block runs."""
-
-    class Forward(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            display.message(record.getMessage())
-
-    logger, handler = logging.getLogger("depthprobe.cost.timing"), Forward(logging.INFO)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+    return BarWithTasks(*columns, console=console, transient=True, refresh_per_second=2)

@@ -23,7 +23,7 @@ from depthprobe.cli.options import (
     whole,
 )
 from depthprobe.cli.progress import Display, show_progress
-from depthprobe.cli.tables import show_frame
+from depthprobe.cli.tables import show_table
 from depthprobe.errors import BadInput, one_of
 from depthprobe.methods import METHODS, Method, method_of, method_order
 from depthprobe.study import Study
@@ -110,7 +110,9 @@ def sweep(
 
         progress.message("writing the report")
         page = build_report(run)
-    show_frame(results(run), title="Test users, the whole catalogue ranked; means over trials")
+    table = results(run)
+    title = "Test users, the whole catalogue ranked; means over trials"
+    show_table(table.columns.tolist(), table.itertuples(index=False), words=["method"], title=title)
     for trial, error in run.failed:
         print(f"failed: {trial}: {' '.join(str(error).split())}", file=sys.stderr)
     print(page)

@@ -7,19 +7,9 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.console import Console
 
 PIPE_WIDTH = 200  # columns where there is no terminal: wide enough to cut nothing
-
-
-def show_frame(frame: pd.DataFrame, *, title: str | None = None) -> None:
-    """Print the frame to standard output, numbers right-aligned, missing values as a dash."""
-    from pandas.api.types import is_numeric_dtype
-
-    words = [str(name) for name in frame.columns if not is_numeric_dtype(frame[name])]
-    rows = frame.itertuples(index=False, name=None)
-    show_table([str(name) for name in frame.columns], rows, words=words, title=title)
 
 
 def show_table(

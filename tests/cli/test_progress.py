@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 
 import pytest
 
-from depthprobe.cli.progress import Display, show_progress
+from depthprobe.cli.progress import SHOWN, Display, show_progress
 from depthprobe.runs.progress import Silent
 
 
@@ -30,6 +31,7 @@ def test_plain_lines_are_stamped_and_counted() -> None:
     with show_progress(stream) as progress:
         assert progress.bar is None
         play(progress)
+        logging.getLogger(SHOWN).info("timing depth %d", 3)
     lines = stream.getvalue().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
     assert [line[9:] for line in lines] == [
@@ -37,6 +39,7 @@ def test_plain_lines_are_stamped_and_counted() -> None:
         "2 trials to run",
         "[1/2] full-s0  done  12.3 s  NDCG@10 0.31",
         "[2/2] skip-5-s0  failed  0.0 s  ValueError: [/red] second line",
+        "timing depth 3",
     ]
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from depthprobe.cli.options import check_backbone, check_revision, check_settings, number, whole
+from depthprobe.cli.options import (
+    check_backbone,
+    check_revision,
+    check_settings,
+    number,
+    option,
+    whole,
+)
 from depthprobe.cli.tables import cell, scaled, show_table
 from depthprobe.errors import BadInput, check_writable
 
@@ -25,47 +32,25 @@ Row = dict[str, Any]
 
 
 def cost(
-    backbone: Annotated[
-        str, typer.Option(metavar="B", help="A folder (config.json is enough), an id, or embedded.")
-    ],
-    layers: Annotated[
-        str, typer.Option(metavar="DEPTHS", help="Depths: 1,2,4 or 1-12 or all or auto.")
-    ] = "auto",
-    device: Annotated[
-        str, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to measure.")
-    ] = "auto",
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="The revision of a Hugging Face id.")
-    ] = None,
+    backbone: Annotated[str, option("B", "A folder (config.json is enough), an id, or embedded.")],
+    layers: Annotated[str, option("DEPTHS", "Depths: 1,2,4 or 1-12 or all or auto.")] = "auto",
+    device: Annotated[str, option("auto|cpu|cuda|mps", "Where to measure.")] = "auto",
+    revision: Annotated[str | None, option("REV", "The revision of a Hugging Face id.")] = None,
     price: Annotated[
-        float | None,
-        typer.Option(metavar="P", parser=number, help="Of an hour of the device, any currency."),
+        float | None, option("P", "Of an hour of the device, any currency.", parser=number)
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(metavar="N", parser=whole, help="Users in a batch (128).")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(metavar="N", parser=whole, help="Items in a history (30).")
-    ] = None,
-    items: Annotated[
-        int | None, typer.Option(metavar="N", parser=whole, help="Items in all (10,000).")
-    ] = None,
-    prompt: Annotated[
-        int | None, typer.Option(metavar="N", parser=whole, help="Slots before the items (0).")
-    ] = None,
+    batch: Annotated[int | None, option("N", "Users in a batch (128).", parser=whole)] = None,
+    length: Annotated[int | None, option("N", "Items in a history (30).", parser=whole)] = None,
+    items: Annotated[int | None, option("N", "Items in all (10,000).", parser=whole)] = None,
+    prompt: Annotated[int | None, option("N", "Slots before the items (0).", parser=whole)] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the backbone.")
+        str | None, option("auto|float32|bfloat16|float16", "Of the backbone.")
     ] = None,
-    tuning: Annotated[
-        str | None, typer.Option(metavar="full|lora|frozen", help="What of it a step trains.")
-    ] = None,
+    tuning: Annotated[str | None, option("full|lora|frozen", "What of it a step trains.")] = None,
     seconds: Annotated[
-        float | None,
-        typer.Option(metavar="S", parser=number, help="To measure for (20); 0: nothing."),
+        float | None, option("S", "To measure for (20); 0: nothing.", parser=number)
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="All numbers: FILE.csv, or FILE.json.")
-    ] = None,
+    output: Annotated[Path | None, option("FILE", "All numbers: FILE.csv, or FILE.json.")] = None,
 ) -> None:
     """Parameters, FLOPs, time, memory by depth.
 
@@ -79,21 +64,13 @@ def cost(
         if output.is_dir() or output.suffix not in FORMATS:
             raise BadInput("output", output, f"a file that ends in {' or '.join(FORMATS)}")
         check_writable("output", output.absolute().parent)
-    settings: Row = {
-        "batch": batch,
-        "length": length,
-        "items": items,
-        "prompt": prompt,
-        "dtype": dtype,
-        "tuning": tuning,
-        "seconds": seconds,
-    }
-
     import sys
 
     from depthprobe.cli.progress import show_progress
     from depthprobe.cost.table import Workload, cost_table
 
+    sizes = {"batch": batch, "length": length, "items": items, "prompt": prompt}
+    settings: Row = {**sizes, "dtype": dtype, "tuning": tuning, "seconds": seconds}
     workload = Workload(**{name: value for name, value in settings.items() if value is not None})
     with show_progress(sys.stderr):
         table = cost_table(
@@ -125,76 +102,64 @@ def show_costs(table: pd.DataFrame) -> None:
     """Print what :func:`depthprobe.cost.table.cost_table` made, a small table for each question."""
     rows: list[Row] = table.to_dict(orient="records")  # type: ignore[assignment]
     first = rows[0]
-    show_table(
-        ["depth", "parameters", "in blocks", "weights", "optimiser", "FLOPs a user"],
-        [
-            [
-                *(row[name] for name in ("depth", "parameters", "parameters_blocks")),
-                *(scaled(row[name], "B") for name in ("bytes", "optimizer_bytes")),
-                scaled(row["flops_user"], "FLOP"),
-            ]
-            for row in rows
-        ],
-    )
+    header = ["depth", "parameters", "in blocks", "weights", "optimiser", "FLOPs a user"]
+    columns = ("depth", "parameters", "parameters_blocks", "bytes", "optimizer_bytes", "flops_user")
+    units = ("", "", "", "B", "B", "FLOP")
+    show_table(header, [_cells(row, columns, units) for row in rows])
     if first["not_measured"]:
         print(f"\nNothing was measured on this machine: {first['not_measured']}.")
         return
-    print(f"\nMeasured on {_place(first)}, with random weights of this shape;")
-    print(f"torch {first['torch']}, transformers {first['transformers']}.")
-    print(f"{_users(first)}; {TUNINGS[first['tuning']]}.")
-    print("Medians of rounds in turn (their number is n), with 95 % intervals.")
+    threads = f"{first['threads']} thread{'' if first['threads'] == 1 else 's'}, "
+    place = f"{first['device_name']}), {threads if first['device'] == 'cpu' else ''}"
+    prompt = f" behind {first['prompt']} shared slots of prompt" if first["prompt"] else ""
+    print(f"\nMeasured on {first['device']} ({place}{first['dtype']}, with random weights of this")
+    print(f"shape; torch {first['torch']}, transformers {first['transformers']}.")
+    print(f"Histories of {first['length']} items{prompt}, {first['items']:,} items to choose from;")
+    print(f"{TUNINGS[first['tuning']]}.")
+    print("Medians of n rounds in turn, with 95 % intervals.")
     if first["busy"] > BUSY:
         print(f"Other work was running ({first['busy']:.1f} processes a core): times are too long.")
-    batch = first["batch"]
-    spread = ["95 %", "n", "times faster", "95 %"]
-    show_table(
-        ["depth", "ms", *spread],
-        [[row["depth"], *_timed(row, "train_step")] for row in rows],
-        title=f"A training step of {first['train_batch']} users",
-    )
-    show_table(
-        ["depth", "ms", *spread],
-        [[row["depth"], *_timed(row, "latency")] for row in rows],
-        title="One user, from history to the best items",
-    )
+    for name, title in (
+        ("train_step", f"A training step of {first['batch']} users"),
+        ("latency", "One user, from history to the best items"),
+    ):
+        header = ["depth", "ms", "95 %", "n", "times faster", "95 %"]
+        show_table(header, [_timed(row, name) for row in rows], title=title)
     hours = "GPU-hours" if first["device"] == "cuda" else "machine-hours"
-    priced = first["money_per_billion"] is not None
     header = ["depth", "encode ms", "95 %", "score ms", "times faster", "users/s", hours]
-    show_table(
-        [*header, *(["money"] if priced else [])],
+    served = [
         [
-            [
-                row["depth"],
-                *(row["encode_ms"], _interval(row, "encode_ms"), row["score_ms"]),
-                *(_times(row["serving_times_faster"]), row["users_per_second"]),
-                *(row["hours_per_billion"], row["money_per_billion"])[: 1 + priced],
-            ]
-            for row in rows
-        ],
-        title=f"{batch} users at once; {hours} of a billion requests",
+            *(row["depth"], row["encode_ms"], _interval(row, "encode_ms"), row["score_ms"]),
+            *(_times(row["serving_times_faster"]), row["users_per_second"]),
+            *(row["hours_per_billion"], row["money_per_billion"]),
+        ]
+        for row in rows
+    ]
+    if first["money_per_billion"] is None:
+        served = [cells[:-1] for cells in served]
+    else:
+        header.append("money")
+    show_table(
+        header, served, title=f"{first['batch']} users at once; {hours} of a billion requests"
     )
-    kinds = [kind for kind in ("allocated", "reserved", "rss") if f"serving_{kind}_bytes" in table]
-    tasks = ("serving", "training")
-    if kinds:
-        show_table(
-            ["depth", *(f"{task}, {kind}" for task in tasks for kind in kinds)],
-            [
-                [row["depth"], *(scaled(row[f"{t}_{k}_bytes"], "B") for t in tasks for k in kinds)]
-                for row in rows
-            ],
-            title="Peak memory" + (" (of the process)" if "rss" in kinds else ""),
-        )
+    tasks = ("serving_", "training_")
+    if peaks := [name for name in first if name.startswith(tasks) and name.endswith("_bytes")]:
+        header = ["depth", *(name.removesuffix("_bytes").replace("_", ", ") for name in peaks)]
+        cells = [_cells(row, ("depth", *peaks), ("", *["B"] * len(peaks))) for row in rows]
+        process = "" if first["device"] == "cuda" else " (of the process)"
+        show_table(header, cells, title=f"Peak memory{process}")
+
+
+def _cells(row: Row, columns: Sequence[str], units: Sequence[str]) -> list[object]:
+    """Plain counts, and others with the thousands of their unit."""
+    pairs = zip(columns, units, strict=True)
+    return [scaled(row[name], unit) if unit else row[name] for name, unit in pairs]
 
 
 def _timed(row: Row, name: str) -> list[object]:
-    """Milliseconds, interval, rounds; how many times faster, interval."""
-    return [
-        row[f"{name}_ms"],
-        _interval(row, f"{name}_ms"),
-        row[f"{name}_ms_n"],
-        _times(row[f"{name}_times_faster"]),
-        _interval(row, f"{name}_times_faster"),
-    ]
+    ratio = f"{name}_times_faster"
+    own = [row["depth"], row[f"{name}_ms"], _interval(row, f"{name}_ms"), row[f"{name}_ms_n"]]
+    return [*own, _times(row[ratio]), _interval(row, ratio)]
 
 
 def _interval(row: Row, name: str) -> str:
@@ -203,15 +168,4 @@ def _interval(row: Row, name: str) -> str:
 
 
 def _times(ratio: float) -> str:
-    return "-" if ratio != ratio else f"{ratio:.3g}x"  # noqa: PLR0124 - NaN
-
-
-def _place(row: Row) -> str:
-    count = row["threads"]
-    threads = f"{count} thread{'' if count == 1 else 's'}, " if row["device"] == "cpu" else ""
-    return f"{row['device']} ({row['device_name']}), {threads}{row['dtype']}"
-
-
-def _users(row: Row) -> str:
-    prompt = f" behind {row['prompt']} shared slots of prompt" if row["prompt"] else ""
-    return f"Histories of {row['length']} items{prompt}, {row['items']:,} items to choose from"
+    return "-" if math.isnan(ratio) else f"{ratio:.3g}x"

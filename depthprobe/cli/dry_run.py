@@ -77,21 +77,22 @@ def dry_run(
 
 def show_study(plan: Preview) -> None:
     """Print which study it is, of which data and backbone, and where it would run."""
-    sequences, backbone = plan.data.sequences, plan.study.backbone
+    inputs, study = plan.inputs, plan.inputs.working
+    sequences, backbone, device = inputs.split.sequences, study.backbone, plan.device.type
     many = _count(plan.workers, "job") + (" of a cluster" if plan.apart else "")
-    each = f", {_count(plan.threads, 'thread')}" if plan.device == "cpu" else ""
+    each = f", {_count(plan.threads, 'thread')}" if device == "cpu" else ""
     each += " each" if each and plan.workers > 1 else ""
     if plan.processes > 1:
         many = f"1 job, trained by {plan.processes} processes together"
     show_words(
         {
-            "run": f"{plan.folder} ({'goes on' if plan.begun else 'new'})",
+            "run": f"{plan.folder} ({'new' if inputs.before is None else 'goes on'})",
             "data": f"{sequences.name}: {cell(sequences.n_users)} users,"
             f" {cell(sequences.n_items)} items, {cell(sequences.n_interactions)} interactions",
-            "backbone": f"{backbone.source}: {plan.family}, {_count(plan.blocks, 'block')};"
-            f" {TUNINGS[backbone.tuning]}",
-            "seeds": str(plan.study.seeds),
-            "runs on": f"{plan.device}, {many} at a time{each}",
+            "backbone": f"{backbone.source}: {inputs.config.model_type},"
+            f" {_count(inputs.blocks, 'block')}; {TUNINGS[backbone.tuning]}",
+            "seeds": str(study.seeds),
+            "runs on": f"{device}, {many} at a time{each}",
         }
     )
 
@@ -161,7 +162,7 @@ def _memory(plan: Preview, peak: float) -> str:
         return f"{scaled(peak, 'B')} a job at the peak: training all blocks, measured"
     total, free = plan.together * peak, scaled(plan.free, "B")
     each = f"{plan.together} x {scaled(peak, 'B')}, " if plan.together > 1 else ""
-    where = " of a GPU" if plan.device == "cuda" else ""
+    where = " of a GPU" if plan.device.type == "cuda" else ""
     text = f"{scaled(total, 'B')}{where} at the peak: {each}training all blocks, measured"
     if total > plan.free:
         return f"{text}; that is MORE than the {free} that may be had"

@@ -89,8 +89,8 @@ def cost_table(
 
     Times are measured in turn on one model with random weights of the backbone's shape. Columns:
 
-    - ``parameters``, ``parameters_blocks``, ``bytes`` of all weights, ``optimizer_bytes``.
-    - ``flops_user``; NaN where the model's code can't be counted.
+    - ``parameters``, ``parameters_blocks``, ``bytes`` of all weights, ``optimizer_bytes``,
+      ``flops_user`` (NaN where the model's code can't be counted).
     - ``{train_step,encode,score,latency}_ms``, a median over rounds; ``_low`` and ``_high`` (95 %
       interval of the median), ``_n`` behind it. ``latency``: one user, from history to best items.
     - ``{train_step,latency,serving}_times_faster`` than the full backbone, paired by round;
@@ -133,11 +133,10 @@ def cost_table(
         timing = _measure(model, depths, workload, place)
         peaks = _peaks(model, depths, timing, workload, place)
     for row in rows:
-        row |= _times(row["depth"], blocks, timing, workload.batch, price)
+        row |= _times(row["depth"], blocks, timing, price)
         row |= peaks.get(row["depth"], {})
-    batch = {"batch": workload.batch, "train_batch": timing.batch if timing else workload.batch}
     table = pd.DataFrame(rows).assign(
-        **batch,
+        batch=timing.batch if timing else workload.batch,
         length=workload.length,
         prompt=workload.prompt,
         items=workload.items,
@@ -215,7 +214,7 @@ def _measure(
     models = {str(depth): cut_copy(model, depth) for depth in depths}
 
     def make(batch: int) -> dict[str, Action]:
-        histories, lengths = _users(workload, workload.batch, place)
+        histories, lengths = _users(workload, batch, place)
         items = model.item_matrix().detach()
         actions = encode_actions(models, histories, lengths, items=items)
         optimizer = optimizer_of(*models.values())
@@ -248,21 +247,23 @@ def _peaks(
         keep_blocks(model.backbone, range(depth))
         if not {f"train:{depth}", f"encode:{depth}"} <= timing.seconds.keys():
             continue
-        histories, lengths = _users(workload, workload.batch, place)
+        histories, lengths = _users(workload, timing.batch, place)
         serve = encode_actions({"": model}, histories, lengths, items=model.item_matrix())
         with peak_memory(place) as serving:
             serve["encode:"].call()
-        train = step(_next_item_loss(model, workload, timing.batch, place), optimizer_of(model))
+        optimizer = optimizer_of(model)
+        # the first step makes AdamW's moments, which are part of every other
+        step(_next_item_loss(model, workload, 1, place), optimizer)()
+        train = step(_next_item_loss(model, workload, timing.batch, place), optimizer)
         with peak_memory(place) as training:
             train()
-            train()  # the first step makes AdamW's moments, which are part of every other
         tasks = {"serving": serving, "training": training}
         peaks[depth] = {
             f"{task}_{kind}_bytes": value
             for task, peak in tasks.items()
             for kind, value in peak.items()
         }
-        del train
+        del train, optimizer
     return peaks
 
 
@@ -290,9 +291,7 @@ def _next_item_loss(model: Recommender, workload: Workload, batch: int, place: t
     return loss
 
 
-def _times(
-    depth: int, blocks: int, timing: Timing | None, batch: int, price: float | None
-) -> dict[str, Any]:
+def _times(depth: int, blocks: int, timing: Timing | None, price: float | None) -> dict[str, Any]:
     """Times of a depth, how many times faster than the full depth, what a billion requests take."""
 
     def rounds(kind: str, at: int) -> list[float]:
@@ -312,7 +311,7 @@ def _times(
         own, full = rounds(kind, depth), rounds(kind, blocks)
         row |= _columns(f"{name}_times_faster", own and full and times_faster(full, own))
     serving = rounds("serving", depth)
-    rate = batch / float(np.median(serving)) if serving else float("nan")
+    rate = timing.batch / float(np.median(serving)) if timing and serving else float("nan")
     hours = BILLION / rate / 3600
     money = None if price is None else price * hours
     return row | {

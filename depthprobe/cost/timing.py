@@ -21,15 +21,17 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import psutil
 import torch
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from depthprobe.cost.size import peak_memory
@@ -45,38 +47,26 @@ LEAST = 5.0  # seconds that a call may always take
 REPORT = 10.0  # seconds between lines of the log
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """Something to time.
 
-    Attributes:
-        work: blocks x positions x passes: of two actions, the second one's time is expected from
-            the first one's by their work. 0: it is timed whatever it takes.
+    ``work`` is blocks x positions x passes: a call is expected to take as long a unit of it as
+    smaller ones did. 0: it is timed whatever it takes.
     """
 
     call: Callable[[], object]
     work: float = 0.0
 
 
-@dataclass(frozen=True)
-class Timing:
-    """What the rig measured.
+class Timing(NamedTuple):
+    """What the rig measured."""
 
-    Attributes:
-        seconds: of every round, by action.
-        warmup: rounds that were not counted.
-        rounds: that were.
-        batch: of the training steps, which may be smaller than the one it began with.
-        peak: bytes of memory, by kind; see :func:`depthprobe.cost.size.peak_memory`.
-        left_out: actions that would have taken too long.
-    """
-
-    seconds: dict[str, list[float]]
-    warmup: int
+    seconds: dict[str, list[float]]  # of every round, by action
+    warmup: int  # rounds that were not counted
     rounds: int
-    batch: int
-    peak: dict[str, float]
-    left_out: tuple[str, ...]
+    left_out: tuple[str, ...]  # actions that would have taken too long
+    batch: int = 0  # of the training steps, which may be smaller than the one it began with
+    peak: Mapping[str, float] = MappingProxyType({})  # bytes of memory by kind
 
 
 def measure(
@@ -102,11 +92,8 @@ def measure(
     while True:
         try:
             with peak_memory(device) as peak:
-                found, skipped, left_out = _rounds(
-                    make(batch), seconds, warmup=warmup, rounds=rounds, device=device
-                )
-            most = max((len(values) for values in found.values()), default=0)
-            return Timing(found, skipped, most, batch, peak, left_out)
+                timing = _rounds(make(batch), seconds, warmup, rounds, device)
+            return timing._replace(batch=batch, peak=peak)
         except RuntimeError as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             if batch == 1 or not (out_of_memory or should_reduce_batch_size(error)):
@@ -119,14 +106,8 @@ def measure(
 
 
 def _rounds(
-    actions: Mapping[str, Action],
-    budget: float,
-    *,
-    warmup: int,
-    rounds: int,
-    device: torch.device,
-) -> tuple[dict[str, list[float]], int, tuple[str, ...]]:
-    """Seconds by action; how many rounds were warm-up; what was left out."""
+    actions: Mapping[str, Action], budget: float, warmup: int, rounds: int, device: torch.device
+) -> Timing:
     logger.info("timing %d actions for about %.0f s", len(actions), budget)
     began = reported = time.perf_counter()
     times: dict[str, list[float]] = {}
@@ -158,7 +139,8 @@ def _rounds(
         if time.perf_counter() - began > budget and done + 2 > skipped:
             break
     ordered = {name: times[name][skipped:] for name in actions if name in times}
-    return ordered, skipped, tuple(left_out)
+    counted = max((len(values) for values in ordered.values()), default=0)
+    return Timing(ordered, skipped, counted, tuple(left_out))
 
 
 def _report(what: str, began: float, reported: float) -> float:
@@ -180,12 +162,11 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize(device)
         return float(start.elapsed_time(end)) / 1000
-    if device.type == "mps":
-        torch.mps.synchronize()
+    wait = torch.mps.synchronize if device.type == "mps" else lambda: None
+    wait()
     began = time.perf_counter()
     call()
-    if device.type == "mps":
-        torch.mps.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
@@ -279,8 +260,7 @@ def step(
 # --- summaries and conditions ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """Of n values: the median, its 95 % interval (NaN below 6 values), the 90th percentile."""
 
     p50: float
@@ -297,13 +277,8 @@ def summarize(values: Sequence[float]) -> Summary:
     below and from above, where k is the largest with ``P(Bin(n, 1/2) < k) <= 2.5 %``. It assumes
     independent rounds and no shape of their distribution, which for times is far from normal.
     """
-    if not values:
-        raise ValueError("no values to summarize")
     ordered, n = np.sort(np.asarray(values, dtype=np.float64)), len(values)
-    below, k = 0.5**n, 0  # P(Bin < k + 1)
-    while below <= 0.025:
-        k += 1
-        below += math.comb(n, k) * 0.5**n
+    k = int(binom.ppf(0.025, n, 0.5))  # P(Bin < k) <= 2.5 % < P(Bin < k + 1)
     low, high = (ordered[k - 1], ordered[n - k]) if k else (math.nan, math.nan)
     p50, p90 = np.quantile(ordered, [0.5, 0.9])
     return Summary(float(p50), float(p90), float(low), float(high), n)
@@ -317,15 +292,14 @@ def times_faster(slow: Sequence[float], fast: Sequence[float]) -> Summary:
 def machine(device: torch.device) -> dict[str, Any]:
     """The device, its name, the threads and the versions that a time holds for.
 
-    ``busy``: processes that wanted a core in the last minute, by core; NaN where no system tells.
+    ``busy``: processes that wanted a core in the last minute, by core.
     """
-    cores = os.cpu_count() or 1
     cuda = device.type == "cuda"
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if cuda else processor_name(),
         "threads": torch.get_num_threads(),
-        "busy": os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else float("nan"),
+        "busy": psutil.getloadavg()[0] / (os.cpu_count() or 1),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

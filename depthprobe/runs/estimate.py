@@ -1,4 +1,4 @@
-"""How long things take: the times that a run measures once, and the estimate of what is left.
+"""The times that a run measures once before its trials, and what they say of the work to do.
 
 A method's record says its work in units; the timing rig measures their seconds. Both multiplied are
 the jobs of a sweep, which are then dealt out to workers as the scheduler does.
@@ -9,24 +9,18 @@ from __future__ import annotations
 import heapq
 import math
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.interpolate import make_interp_spline
 from torch import Tensor, nn
 
-from depthprobe.cost.flops import UncountableError, product_counter, score_flops
-from depthprobe.cost.timing import (
-    Action,
-    cut_copy,
-    encode_actions,
-    optimizer_of,
-    step,
-)
-from depthprobe.cost.timing import measure as run_rig
+from depthprobe.cost import timing as rig
+from depthprobe.cost.timing import Action
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.data.splits import Split
 from depthprobe.methods import RANKED, Sizes, Task, Trial, method_of
@@ -36,7 +30,7 @@ from depthprobe.runs.context import Context
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.features import CachedTeacher, OnlineTeacher, Teacher, write_features
-from depthprobe.training.objectives import ElasticObjective, NextItem, make_batch
+from depthprobe.training.objectives import Batch, ElasticObjective, NextItem, make_batch
 
 # --- measuring -------------------------------------------------------------------------------
 
@@ -51,89 +45,45 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of each action, and the conditions they hold under: what ``timing.json`` holds.
 
-    Actions are those of :mod:`depthprobe.cost.timing`, on typical users and windows: ``encode:K``,
-    ``latency:K``, ``train:K`` for K blocks; ``encode:sasrec`` and ``train:sasrec``; ``score``; a
-    step of each distilled or elastic method of the study, as ``distill:K``. The model has random
-    weights: the time of a matrix product does not depend on what it multiplies.
+    Actions are those of :mod:`depthprobe.cost.timing`, on typical users and windows, for each depth
+    and for ``sasrec``; and a step of each distilled or elastic method of the study, as
+    ``distill:K``. The model has random weights: the time of a matrix product does not depend on
+    what it multiplies.
 
     Args:
         seconds: in place of the study's budget.
         width: of the item table, where the run does not have it yet.
         all_depths: else the shallowest depth of each method and the full one alone.
     """
-    study, settings, device, recipe = (
-        context.study,
-        context.study.cost,
-        context.device,
-        context.study.recipe,
-    )
-    depths = _depths(study, blocks, all_depths=all_depths)
-    histories, lengths = _typical_users(context, settings.batch_size)
-    table = torch.randn(context.sequences.n_items + 1, width or context.item_width)
+    study, cost, device = context.study, context.study.cost, context.device
+    items = torch.randn(context.sequences.n_items + 1, width or context.item_width)
     models: dict[int, Recommender] = {}
-    if depths:
+    if depths := _depths(study, blocks, all_depths=all_depths):
+        random_init = study.backbone.quantize == "none"
         full = build_recommender(
-            study.backbone,
-            table,
-            seed=0,
-            random_init=study.backbone.quantize == "none",
-            train_items=study.trains_items,
+            study.backbone, items, seed=0, random_init=random_init, train_items=study.trains_items
         ).to(device)
-        models = {depth: cut_copy(full, depth) for depth in depths}
-    baseline = context.new_sasrec(0) if _times_sasrec(study) else None
-    shapes: dict[str, int] = {}
+        models = {depth: rig.cut_copy(full, depth) for depth in depths}
+        items = full.item_matrix().detach()
     with tempfile.TemporaryDirectory() as folder:
-
-        def make(size: int) -> dict[str, Action]:
-            windows = _typical_windows(context, size)
-            batch = make_batch(windows, np.arange(len(windows)), device, recipe.objective)
-            users = slice(max(1, min(settings.batch_size, size)))
-            shapes.update(batch=len(histories[users]), length=histories.shape[1])
-            shapes.update(train_batch=len(windows), train_length=batch.inputs.shape[1])
-            timed: dict[str, Any] = {str(depth): model for depth, model in models.items()}
-            if baseline is not None:
-                timed["sasrec"] = baseline
-            items = models[blocks].item_matrix() if models else table.to(device)
-            actions = encode_actions(timed, histories[users], lengths[users], items=items.detach())
-            objectives: dict[str, nn.Module] = {
-                f"train:{depth}": NextItem(model, recipe) for depth, model in models.items()
-            }
-            for method, depth in _own_steps(study, models, blocks):
-                place = Path(folder, f"{method}-{depth}-{size}")
-                objective = _own_objective(
-                    study, method, models[depth], models[blocks], windows, place
-                )
-                objectives[f"{method}:{depth}"] = objective.to(device)
-            if models:
-                optimizer = optimizer_of(*objectives.values())
-                for name, objective in objectives.items():
-                    loss = _loss(objective, batch)
-                    passes = 3 if name.startswith("train:") else 4
-                    work = passes * int(name.rpartition(":")[2]) * batch.inputs.numel()
-                    call = step(loss, optimizer, bfloat16=recipe.precision == "bfloat16")
-                    actions[name] = Action(call, work)
-            if baseline is not None:
-                own = study.sasrec.recipe
-                windows = _typical_windows(context, own.batch_size)
-                batch = make_batch(windows, np.arange(len(windows)), device, own.objective)
-                loss = _loss(NextItem(baseline, own), batch)
-                call = step(loss, optimizer_of(baseline), bfloat16=own.precision == "bfloat16")
-                actions["train:sasrec"] = Action(call)
-            return actions
-
-        timing = run_rig(
-            make,
-            batch=recipe.batch_size,
-            seconds=settings.seconds if seconds is None else seconds,
-            warmup=settings.warmup,
-            rounds=settings.rounds,
+        timing = rig.measure(
+            lambda size: _actions(context, models, items.to(device), size, Path(folder)),
+            batch=study.recipe.batch_size,
+            seconds=cost.seconds if seconds is None else seconds,
+            warmup=cost.warmup,
+            rounds=cost.rounds,
             device=device,
         )
+    histories, _ = _typical_users(context, timing.batch)
+    windows, batch = _typical_batch(context, timing.batch, study.recipe)
     conditions = {
         "device": device.type,
         "dtype": study.backbone.dtype,
-        "precision": recipe.precision,
-        **shapes,
+        "precision": study.recipe.precision,
+        "batch": len(histories),
+        "length": histories.shape[1],
+        "train_batch": len(windows),
+        "train_length": batch.inputs.shape[1],
         "threads": torch.get_num_threads(),
         "warmup": timing.warmup,
         "rounds": timing.rounds,
@@ -144,6 +94,67 @@ def measure(
         "left_out": list(timing.left_out),
         "peak_bytes": timing.peak.get("reserved", timing.peak.get("rss")),
     }
+
+
+def _actions(
+    context: Context, models: dict[int, Recommender], items: Tensor, size: int, folder: Path
+) -> dict[str, Action]:
+    """All that is timed, with steps of so many windows."""
+    study, recipe = context.study, context.study.recipe
+    histories, lengths = _typical_users(context, size)
+    windows, batch = _typical_batch(context, size, recipe)
+    timed: dict[str, Any] = {str(depth): model for depth, model in models.items()}
+    steps: dict[str, nn.Module] = {
+        f"train:{depth}": NextItem(model, recipe) for depth, model in models.items()
+    }
+    for method, depth in _own_steps(study, models, max(models, default=0)):
+        place = folder / f"{method}-{depth}-{size}"
+        steps[f"{method}:{depth}"] = _own_objective(context, method, models, depth, windows, place)
+    plain = {}
+    if _times_sasrec(study):
+        timed["sasrec"], own = context.new_sasrec(0), study.sasrec.recipe
+        plain["train:sasrec"] = Action(
+            _step(NextItem(timed["sasrec"], own), _typical_batch(context, own.batch_size, own)[1])
+        )
+    actions = rig.encode_actions(timed, histories, lengths, items=items) | plain
+    optimizer = rig.optimizer_of(*steps.values()) if steps else None
+    for name, objective in steps.items():
+        kind, _, depth_name = name.rpartition(":")
+        work = (3 if kind == "train" else 4) * int(depth_name) * batch.inputs.numel()
+        actions[name] = Action(_step(objective, batch, optimizer), work)
+    return actions
+
+
+def _step(objective: Any, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    half = objective.recipe.precision == "bfloat16"
+    optimizer = optimizer or rig.optimizer_of(objective)
+    return rig.step(lambda: objective.train()(batch), optimizer, bfloat16=half)
+
+
+def _own_objective(
+    context: Context,
+    method: str,
+    models: Mapping[int, Recommender],
+    depth: int,
+    windows: list[np.ndarray],
+    folder: Path,
+) -> nn.Module:
+    """An elastic model; or a student of an untrained teacher, with features of its own."""
+    settings, recipe = settings_of(context.study, method), context.study.recipe
+    model, full = models[depth], models[max(models)]
+    if settings.method.settings == "elastic":
+        return ElasticObjective(model, settings.elastic, recipe)
+    losses = settings.distillation
+    spec = feature_spec(losses, recipe, depth=model.depth, teacher_depth=full.depth)
+    teacher: Teacher = OnlineTeacher(rig.cut_copy(full, full.depth).eval(), spec)
+    if losses.features == "cached":
+        folder.mkdir()
+        write_features(full.eval(), windows, spec, folder=folder, device=context.device)
+        teacher = CachedTeacher(folder, windows, spec)
+    follows = bool(spec.ends or spec.vectors or spec.top)
+    goal = full.item_matrix().detach() if spec.vectors else None
+    student = Distiller(model, losses, recipe, teacher if follows else None, goal_items=goal)
+    return student.to(context.device)
 
 
 def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
@@ -175,10 +186,8 @@ def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str,
 
 def _times_sasrec(study: Study) -> bool:
     methods = [method_of(name) for name in study.methods]
-    return any(
-        method.settings == "sasrec" or (method.role != "baseline" and study.item_table == "sasrec")
-        for method in methods
-    )
+    needed = study.item_table == "sasrec" and any(each.role != "baseline" for each in methods)
+    return needed or any(each.settings == "sasrec" for each in methods)
 
 
 def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
@@ -187,12 +196,11 @@ def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
         return []
     layers = [study.layers, *(settings_of(study, name).layers for name in study.methods)]
     asked = [parse_layers(each, blocks) for each in layers]
-    every = {depth for each in asked for depth in (each if all_depths else each[:1])}
-    return sorted(every | {blocks})
+    return sorted({blocks, *(d for each in asked for d in (each if all_depths else each[:1]))})
 
 
 def _own_steps(study: Study, depths: Collection[int], blocks: int) -> list[tuple[str, int]]:
-    """Methods and depths with a step of their own, those of the study alone."""
+    """Methods of the study that have a step of their own, and the depths to time it at."""
     found = []
     for name in study.methods:
         settings = settings_of(study, name)
@@ -204,51 +212,20 @@ def _own_steps(study: Study, depths: Collection[int], blocks: int) -> list[tuple
     return found
 
 
-def _own_objective(
-    study: Study,
-    method: str,
-    model: Recommender,
-    full: Recommender,
-    windows: list[np.ndarray],
-    folder: Path,
-) -> nn.Module:
-    """An elastic model; or a student of an untrained teacher, with features of its own."""
-    settings, recipe = settings_of(study, method), study.recipe
-    if settings.method.settings == "elastic":
-        return ElasticObjective(model, settings.elastic, recipe)
-    losses = settings.distillation
-    spec = feature_spec(losses, recipe, depth=model.depth, teacher_depth=full.depth)
-    teacher: Teacher = OnlineTeacher(cut_copy(full, full.depth).eval(), spec)
-    if losses.features == "cached":
-        folder.mkdir()
-        device = full.item_matrix().device
-        write_features(full.eval(), windows, spec, folder=folder, device=device)
-        teacher = CachedTeacher(folder, windows, spec)
-    follows = bool(spec.ends or spec.vectors or spec.top)
-    goal = full.item_matrix().detach() if spec.vectors else None
-    return Distiller(model, losses, recipe, teacher if follows else None, goal_items=goal)
-
-
-def _loss(objective: nn.Module, batch: Any) -> Callable[[], Tensor]:
-    def loss() -> Tensor:
-        value: Tensor = objective.train()(batch)
-        return value
-
-    return loss
-
-
 def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
     """A batch of real test users of about the median length, (B, T) and (B,)."""
     histories = context.test.histories
+    size = min(size, context.study.cost.batch_size)
     chosen = [histories[i] for i in _middle([len(history) for history in histories], size)]
     lengths = torch.tensor([len(history) for history in chosen])
     return torch.from_numpy(pad(chosen)).to(context.device), lengths.to(context.device)
 
 
-def _typical_windows(context: Context, size: int) -> list[np.ndarray]:
-    """A batch of training windows of about the median length."""
-    windows = context.windows
-    return [windows[i] for i in _middle([len(window) for window in windows], size)]
+def _typical_batch(context: Context, size: int, recipe: Recipe) -> tuple[list[np.ndarray], Batch]:
+    """Training windows of about the median length."""
+    every = context.windows
+    windows = [every[i] for i in _middle([len(window) for window in every], size)]
+    return windows, make_batch(windows, np.arange(len(windows)), context.device, recipe.objective)
 
 
 def _middle(lengths: list[int], size: int) -> np.ndarray:
@@ -276,27 +253,21 @@ class Units:
     flops: Mapping[int, float]
 
     def of(self, kind: str, depth: int | str) -> float:
-        """Of ``encode``, ``train`` or a method's own step; each block adds the same."""
-        found = self.seconds.get(f"{kind}:{depth}")
-        if found is not None:
-            return found
-        known = sorted(
-            (int(name.rpartition(":")[2]), value)
-            for name, value in self.seconds.items()
-            if name.rpartition(":")[0] == kind and name.rpartition(":")[2].isdigit()
-        )
+        """Of ``encode``, ``train`` or a method's own step; NaN if none of its kind was timed."""
+        if f"{kind}:{depth}" in self.seconds:
+            return self.seconds[f"{kind}:{depth}"]
+        names = [name.rpartition(":") for name in self.seconds]
+        known = sorted(int(d) for of_kind, _, d in names if of_kind == kind and d.isdigit())
+        values = [self.seconds[f"{kind}:{each}"] for each in known]
         if kind not in ("encode", "train"):
             # as many times a plain step as at the depths that were timed
-            ratios = [value / self.of("train", own) for own, value in known]
+            ratios = [v / self.of("train", d) for d, v in zip(known, values, strict=True)]
             return self.of("train", depth) * (float(np.mean(ratios)) if ratios else 1.0)
-        if not known or isinstance(depth, str):
+        if not known:
             return math.nan
-        (low, at_low), (high, at_high) = known[0], known[-1]
-        if low <= depth <= high:
-            depths, values = zip(*known, strict=True)
-            return float(np.interp(depth, depths, values))
-        slope = (at_high - at_low) / (high - low) if high > low else at_high / high
-        return at_high + slope * (depth - high)
+        if len(known) == 1:
+            known, values = [0, *known], [0.0, *values]
+        return float(make_interp_spline(known, values, k=1)(depth))  # each block adds the same
 
 
 def units_of(
@@ -313,14 +284,9 @@ def units_of(
     longer = max(1.0, train_length / conditions["train_length"])
     wider = max(1.0, test_length / conditions["length"]) / conditions["batch"]
     for name, values in measured["seconds"].items():
-        kind = name.rpartition(":")[0]
-        seconds[name] = float(np.median(values)) * (wider if kind == "encode" else longer)
-    return Units(
-        batch=conditions["train_batch"],
-        seconds=seconds,
-        score=float(np.median(measured["seconds"]["score"])) / conditions["batch"],
-        flops=flops,
-    )
+        seconds[name] = float(np.median(values)) * (wider if name[:6] == "encode" else longer)
+    score = float(np.median(measured["seconds"]["score"])) / conditions["batch"]
+    return Units(batch=conditions["train_batch"], seconds=seconds, score=score, flops=flops)
 
 
 def sizes_of(split: Split, study: Study) -> tuple[Sizes, float, float]:
@@ -337,21 +303,8 @@ def sizes_of(split: Split, study: Study) -> tuple[Sizes, float, float]:
 
 def padded_length(lengths: np.ndarray, batch: int, *, seed: int | None = None) -> float:
     """The mean number of places in a row when each batch is as wide as its longest; NaN of none."""
-    if not len(lengths):
-        return math.nan
     widths = [lengths[each].max() * len(each) for each in length_buckets(lengths, batch, seed=seed)]
-    return float(sum(widths) / len(lengths))
-
-
-def window_flops(model: Recommender, length: int, objective: str) -> dict[int, float]:
-    """FLOPs of a window and its scores by depth; none where the model can't be counted."""
-    scored = 1 if objective == "last" else length
-    try:
-        products = product_counter(model)(length)
-    except UncountableError:
-        return {}
-    depths = range(1, model.depth + 1)
-    return {depth: products.total(depth) + score_flops(model, scored) for depth in depths}
+    return float(sum(widths) / len(lengths)) if len(lengths) else math.nan
 
 
 # --- jobs ------------------------------------------------------------------------------------
@@ -359,12 +312,7 @@ def window_flops(model: Recommender, length: int, objective: str) -> dict[int, f
 
 @dataclass(frozen=True)
 class Job:
-    """Something that one worker does in one go.
-
-    Attributes:
-        needs: ids of jobs that must have ended before; ids of none are of what is there already.
-        method: whose time it is.
-    """
+    """Something that one worker does in one go, for a method, after what it needs."""
 
     id: str
     seconds: float
@@ -386,55 +334,42 @@ def jobs_of(
     Trainings are counted to their last epoch: early stopping may end them sooner.
 
     Args:
-        there: of :func:`shared_by_tasks`, what has been made before.
+        there: what :func:`shared_of` names and was made before.
         processes: that train together.
     """
     jobs: list[Job] = []
     made = set(there)
     for task in tasks:
-        needs = list(task.needs)
-        for name in shared_of(study, task):
-            needs.append(name)
-            if name not in made:
-                made.add(name)
-                jobs.append(
-                    Job(name, _shared_seconds(name, task, sizes, units), task.needs, task.method)
-                )
+        shared = shared_of(study, task)
+        for name in (name for name in shared if name not in made):
+            seconds = _shared_seconds(name, task, sizes, units)
+            jobs.append(Job(name, seconds, task.needs, task.method))
+        made.update(shared)
         seconds = _task_seconds(study, task, sizes, units, processes)
-        jobs.append(Job(task.id, seconds, tuple(needs), task.method))
+        jobs.append(Job(task.id, seconds, (*task.needs, *shared), task.method))
     return jobs
-
-
-def features_id(seed: int, objective: str) -> str:
-    """What the teacher's features of a seed are called among the jobs."""
-    return f"features-s{seed}-{objective}"
-
-
-def removal_id(seed: int) -> str:
-    """What the greedy removal of a seed is called among the jobs."""
-    return f"removal-s{seed}"
 
 
 def shared_of(study: Study, task: Task) -> list[str]:
     """What a task needs beside trials: the teacher's features on disk, its greedy removal."""
     settings = settings_of(study, task.method)
-    found = [removal_id(task.seed)] if settings.select == "greedy" else []
+    found = [f"removal-s{task.seed}"] if settings.select == "greedy" else []
     losses = settings.distillation
     if settings.method.settings == "distillation" and losses.features == "cached":
         depth = task.trials[0].depth
         spec = feature_spec(losses, settings.recipe, depth=depth, teacher_depth=task.blocks)
         if spec.ends or spec.vectors or spec.top:
-            found.append(features_id(task.seed, spec.objective))
+            found.append(f"features-s{task.seed}-{spec.objective}")
     return found
 
 
 def _shared_seconds(name: str, task: Task, sizes: Sizes, units: Units) -> float:
     full, blocks = units.of("encode", task.blocks), task.blocks
-    if name == removal_id(task.seed):
-        # all single skips at each removal: more than the lazy search ever takes
-        each = (blocks**2 / 6 + 1) * full + blocks * (blocks + 1) / 2 * RANKED * units.score
-        return each * sizes.validation
-    return 2 * full * sizes.windows  # every position is read out: about one more pass
+    if name.startswith("features"):
+        return 2 * full * sizes.windows  # every position is read out: about one more pass
+    # all single skips at each removal: more than the lazy search ever takes
+    each = (blocks**2 / 6 + 1) * full + blocks * (blocks + 1) / 2 * RANKED * units.score
+    return each * sizes.validation
 
 
 def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processes: int) -> float:
@@ -473,44 +408,38 @@ def schedule(jobs: Sequence[Job], workers: int, *, start: float = 0.0) -> float:
     That is how a sweep deals its tasks out (list scheduling).
 
     Args:
-        jobs: in the order in which they are looked at.
-        workers: at least 1.
         start: seconds until a worker can begin.
 
     >>> sasrec, full = Job("sasrec", 2), Job("full", 5, ("sasrec",))
     >>> schedule([sasrec, full, Job("student", 1, ("full",)), Job("variant", 3, ("sasrec",))], 2)
     8.0
     """
-    known = {job.id for job in jobs}
-    waiting, ended = list(jobs), set[str]()
-    running: list[tuple[float, int, str]] = []  # a heap: when it ends, its place, its id
-    now, place = float(start) if jobs else 0.0, 0
-    while waiting or running:
-        while len(running) < workers:
-            ready = next((job for job in waiting if not (known & {*job.needs}) - ended), None)
-            if ready is None:
-                break
-            waiting.remove(ready)
-            heapq.heappush(running, (now + ready.seconds, place, ready.id))
-            place += 1
+    waiting = {job.id: job for job in jobs}
+    missing = set(waiting)  # what has not ended; what is no job is there already
+    running: list[tuple[float, str]] = []  # a heap: when it ends, its id
+    now = float(start) if jobs else 0.0
+    while missing:
+        ready = [job for job in waiting.values() if missing.isdisjoint(job.needs)]
+        for job in ready[: workers - len(running)]:
+            heapq.heappush(running, (now + job.seconds, waiting.pop(job.id).id))
         if not running:
-            raise ValueError(f"no job can begin: {', '.join(job.id for job in waiting[:3])}")
-        now, _, name = heapq.heappop(running)
-        ended.add(name)
+            raise ValueError(f"no job can begin: {', '.join([*waiting][:3])}")
+        now, name = heapq.heappop(running)
+        missing.remove(name)
     return now
 
 
 def longest_chain(jobs: Sequence[Job]) -> tuple[Job, ...]:
     """The jobs, each needing one before it, that take longest: no number of workers helps."""
-    best: dict[str, tuple[float, tuple[Job, ...]]] = {"": (0.0, ())}
+    best: dict[str, tuple[Job, ...]] = {}
+
+    def seconds(chain: tuple[Job, ...]) -> float:
+        return sum(job.seconds for job in chain)
+
     for job in jobs:  # each comes after what it needs
-        seconds, chain = max((best[need] for need in ("", *job.needs) if need in best), key=_first)
-        best[job.id] = (seconds + job.seconds, (*chain, job))
-    return max(best.values(), key=_first)[1]
-
-
-def _first(pair: tuple[float, tuple[Job, ...]]) -> float:
-    return pair[0]
+        before = max((best[need] for need in job.needs if need in best), key=seconds, default=())
+        best[job.id] = (*before, job)
+    return max(best.values(), key=seconds, default=())
 
 
 def without_lost(tasks: Sequence[Task], lost: Collection[str]) -> list[Task]:

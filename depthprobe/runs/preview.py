@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from depthprobe.cost.flops import UncountableError, product_counter, score_flops
 from depthprobe.cost.size import count_bytes, free_memory
 from depthprobe.cost.table import random_backbone
 from depthprobe.cost.timing import machine
-from depthprobe.data.splits import Split
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.methods import Task, method_of, method_order
 from depthprobe.models import backbones
@@ -40,8 +41,7 @@ START = 4.0  # seconds until a worker has loaded its libraries and the log; on t
 Span = tuple[float, float]  # seconds between two ends; a single guess has both ends alike
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Tasks of a method, and their trials; a table that a task makes counts as one."""
 
     method: str
@@ -52,8 +52,7 @@ class Row:
     left: int
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What trials share: how many of it the study needs, how many are there."""
 
     name: str
@@ -61,27 +60,16 @@ class Part:
     there: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What is left is guessed to take.
+class Estimate(NamedTuple):
+    """What is left is guessed to take."""
 
-    Attributes:
-        timed: by the times of the run; else by a short measurement.
-        busy: processes that wanted a core while that was made, by core.
-        span: of the whole, on so many workers.
-        work: of all jobs one after the other.
-        chain: jobs that must follow each other and take longest.
-        by_method: the work of each method.
-        memory: bytes of a process that trains all blocks, at its peak; None if unknown.
-    """
-
-    timed: bool
-    busy: float
-    span: Span
-    work: Span
-    chain: tuple[Job, ...]
+    timed: bool  # by the times of the run; else by a short measurement
+    busy: float  # processes that wanted a core while that was made, by core
+    span: Span  # of all, on so many workers
+    work: Span  # of all jobs one after the other
+    chain: tuple[Job, ...]  # that must follow each other and take longest
     by_method: dict[str, Span]
-    memory: float | None
+    memory: float | None  # bytes of a process that trains all blocks, at its peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,25 +77,20 @@ class Preview:
     """The plan of a sweep, what its folder holds of it, and the estimate of the rest.
 
     Attributes:
-        begun: whether the folder is a run.
-        workers: jobs at a time; 0 and 1 are one.
+        workers: jobs at a time.
         threads: of a worker, on a CPU.
         processes: that train together.
         apart: each job has a machine of its own.
         together: jobs that share one memory, the machine's or a GPU's.
         lost: trials that will not be done, since something that they need has failed.
-        waiting: whether anything is left.
-        estimate: None if nothing is left, or nothing could be measured: ``why``.
+        waiting: tasks that will be done.
         free: bytes of memory that may be had.
+        estimate: None if nothing is left, or nothing could be measured: ``why``.
     """
 
-    study: Study
+    inputs: Inputs
     folder: Path
-    begun: bool
-    data: Split
-    family: str
-    blocks: int
-    device: str
+    device: torch.device
     workers: int
     threads: int
     processes: int
@@ -117,7 +100,7 @@ class Preview:
     rows: list[Row]
     shared: list[Part]
     lost: int
-    waiting: bool
+    waiting: list[Task]
     free: int
     estimate: Estimate | None = None
     why: str = ""
@@ -147,8 +130,7 @@ def preview(
     device = backbones.resolve_device(study.device)
     inputs = read_inputs(study, folder)
     width = _check(inputs, folder, device)
-    tasks, blocks, context = inputs.tasks, inputs.blocks, Context(folder, inputs.working)
-    vars(context).update(split=inputs.split, sequences=inputs.split.sequences)
+    tasks, context = inputs.tasks, _context(folder, inputs.working, inputs)
     states = {task.id: state_of(context.outputs(task)) for task in tasks}
     left = [task for task in tasks if states[task.id] != "done"]
     failed = {name for name, state in states.items() if state == "failed" and not retry_failed}
@@ -156,104 +138,74 @@ def preview(
     doable = {task.id for task in waiting}
     wanted = 1 if processes > 1 or (apart and jobs is None) else jobs
     workers = max(1, jobs_at_once(wanted, device, len(waiting)))
-    threads = max(1, provenance.available_cores() // (1 if apart else workers))
-    # of several GPUs each has its share of the workers
-    together = 1 if apart else -(-workers // max(1, torch.cuda.device_count()))
-    why, guess = "", None
-    if waiting:
-        try:
-            guess = _estimate(
-                context,
-                waiting,
-                blocks,
-                width,
-                there=_made(context, blocks),
-                workers=workers,
-                threads=threads,
-                processes=processes,
-                slower=None if apart else together,
-                start=0.0 if jobs == 0 or processes > 1 else START,
-            )
-        except (ValueError, RuntimeError) as error:  # the plan can be told all the same
-            why = str(error).partition("\n")[0]
-    return Preview(
-        study=context.study,
+    plan = Preview(
+        inputs=inputs,
         folder=folder,
-        begun=inputs.before is not None,
-        data=inputs.split,
-        family=str(inputs.config.model_type),
-        blocks=blocks,
-        device=device.type,
+        device=device,
         workers=workers,
-        threads=threads,
+        threads=max(1, provenance.available_cores() // (1 if apart else workers)),
         processes=processes,
         apart=apart,
-        together=together,
+        # of several GPUs each has its share of the workers
+        together=1 if apart else -(-workers // max(1, torch.cuda.device_count())),
         retry_failed=retry_failed,
         rows=_rows(context, tasks, failed),
-        shared=_shared(context, tasks, blocks),
+        shared=_shared(context, tasks, inputs.blocks),
         lost=sum(len(context.outputs(task)) for task in left if task.id not in doable | failed),
-        waiting=bool(waiting),
+        waiting=waiting,
         free=free_memory(device),
-        estimate=guess,
-        why=why,
     )
+    if not waiting:
+        return plan
+    start = 0.0 if jobs == 0 or processes > 1 else START
+    try:
+        return replace(plan, estimate=_estimate(plan, context, width, start))
+    except (ValueError, RuntimeError) as error:  # the plan can be told all the same
+        return replace(plan, why=str(error).partition("\n")[0])
 
 
-def _estimate(
-    context: Context,
-    waiting: Sequence[Task],
-    blocks: int,
-    width: int | None,
-    *,
-    there: set[str],
-    workers: int,
-    threads: int,
-    processes: int,
-    slower: int | None,
-    start: float,
-) -> Estimate:
-    """What the waiting tasks take, by the times of the run, else by a short measurement.
+def _context(folder: Path, study: Study, inputs: Inputs) -> Context:
+    """A context that has its log without the run's folder."""
+    context = Context(folder, study)
+    vars(context).update(split=inputs.split, sequences=inputs.split.sequences)
+    return context
 
-    Args:
-        slower: how many jobs share a device, which slows each down at most so many times; on a
-            CPU the threads that it loses do. None: each job is alone.
-    """
-    study, device, path = context.study, context.device, context.shared / TIMING
-    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    timed = (
-        bool(measured)
-        and measured["conditions"]["device"] == device.type
-        and effort.covers(measured, context, blocks)
-    )
-    sizes, train_length, test_length = effort.sizes_of(context.split, study)
-    trained = any(method_of(task.method).role != "baseline" for task in waiting)
+
+def _estimate(plan: Preview, context: Context, width: int | None, start: float) -> Estimate:
+    """What the waiting tasks take, by the times of the run, else by a short measurement."""
+    study, device, blocks = context.study, context.device, plan.inputs.blocks
+    measured, timed = _measured(context, blocks)
+    sizes, train_length, test_length = effort.sizes_of(plan.inputs.split, study)
+    trained = any(method_of(task.method).role != "baseline" for task in plan.waiting)
     compute = study.budget == "compute" and trained
     model = _shape(context, width) if trained and (compute or not timed) else None
     flops = {}
     if compute and model is not None:
-        flops = effort.window_flops(model, round(train_length), study.recipe.objective)
+        flops = _window_flops(model, round(train_length), study.recipe.objective)
     busy, alone = 0.0, 0.0
     if not timed:
         busy = float(machine(device)["busy"])
         if model is not None:
-            _check_memory(model, device)
-        asked = tuple(dict.fromkeys(task.method for task in waiting))
-        few = Context(context.folder, replace(study, methods=asked))
-        vars(few).update(split=context.split, sequences=context.sequences)
-        with _threads(threads if device.type == "cpu" else None):
+            held = sum(count_bytes(model)[part] for part in ("total", "optimizer"))
+            if held > plan.free:
+                have = f"{plan.free / 1e9:.1f} GB may be had"
+                raise ValueError(f"a training takes more than {held / 1e9:.1f} GB, {have}")
+        asked = tuple(dict.fromkeys(task.method for task in plan.waiting))
+        few = _context(plan.folder, replace(study, methods=asked), plan.inputs)
+        with _threads(plan.threads if device.type == "cpu" else None):
             measured = effort.measure(few, blocks, seconds=SECONDS, width=width, all_depths=False)
         # the sweep begins with a longer one
         a_round = sum(float(np.median(values)) for values in measured["seconds"].values())
         rounds = study.cost.warmup + study.cost.rounds
         alone = max(a_round, min(study.cost.seconds, rounds * a_round))
     units = effort.units_of(measured, flops, train_length=train_length, test_length=test_length)
-    jobs = effort.jobs_of(study, waiting, sizes, units, there=there, processes=processes)
+    there = _made(context, blocks)
+    jobs = effort.jobs_of(study, plan.waiting, sizes, units, there=there, processes=plan.processes)
     if not math.isfinite(sum(job.seconds for job in jobs)):
-        raise ValueError("a step of the full depth takes too long to be timed")
-    times = 1.0 if slower is None else float(slower)
-    if slower is not None and device.type == "cpu":
-        times = max(1.0, measured["conditions"]["threads"] / threads)
+        raise ValueError("a step takes too long to be timed")
+    times = float(plan.together)  # as long, at most, beside others
+    if device.type == "cpu":  # by the threads that they lose, as if all had been of use
+        times = 1.0 if plan.apart else max(1.0, measured["conditions"]["threads"] / plan.threads)
     slow = [replace(job, seconds=times * job.seconds) for job in jobs]
 
     def both(seconds: Callable[[Sequence[Job]], float]) -> Span:
@@ -265,12 +217,22 @@ def _estimate(
     return Estimate(
         timed=timed,
         busy=busy,
-        span=both(lambda each: alone + effort.schedule(each, workers, start=start)),
+        span=both(lambda each: alone + effort.schedule(each, plan.workers, start=start)),
         work=both(lambda each: sum(job.seconds for job in each)),
         chain=effort.longest_chain(slow),
         by_method={method: of(method) for method in dict.fromkeys(job.method for job in jobs)},
         memory=measured.get("peak_bytes") if trained else None,
     )
+
+
+def _measured(context: Context, blocks: int) -> tuple[dict[str, Any], bool]:
+    """The times of the run, and whether they are there and hold for this study and device."""
+    path = context.shared / TIMING
+    if not path.exists():
+        return {}, False
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    same = measured["conditions"]["device"] == context.device.type
+    return measured, same and effort.covers(measured, context, blocks)
 
 
 def _shape(context: Context, width: int | None) -> Recommender:
@@ -288,11 +250,14 @@ def _shape(context: Context, width: int | None) -> Recommender:
     return around(backbone, settings, table, seed=0, train_items=context.study.trains_items)
 
 
-def _check_memory(model: Recommender, device: torch.device) -> None:
-    held, free = count_bytes(model), free_memory(device)
-    if held["total"] + held["optimizer"] > free:
-        needs = (held["total"] + held["optimizer"]) / 1e9
-        raise ValueError(f"a training takes more than {needs:.1f} GB; {free / 1e9:.1f} GB are free")
+def _window_flops(model: Recommender, length: int, objective: str) -> dict[int, float]:
+    """FLOPs of a window and its scores by depth; none where the model can't be counted."""
+    try:
+        products = product_counter(model)(length)
+    except UncountableError:
+        return {}
+    scores = score_flops(model, 1 if objective == "last" else length)
+    return {depth: products.total(depth) + scores for depth in range(1, model.depth + 1)}
 
 
 @contextmanager
@@ -375,7 +340,7 @@ def _made(context: Context, blocks: int) -> set[str]:
             continue
         for objective in ("every", "last"):
             if any(context.shared.glob(f"{FEATURES}-s{seed}-{objective}-*")):
-                found.add(effort.features_id(seed, objective))
+                found.add(f"features-s{seed}-{objective}")
         if any(context.shared.glob(f"greedy-s{seed}-*.json")):
-            found.add(effort.removal_id(seed))
+            found.add(f"removal-s{seed}")
     return found

@@ -65,8 +65,8 @@ def test_memory_is_that_of_the_process_where_there_is_no_gpu(costs: pd.DataFrame
 
 
 def test_a_billion_requests_by_hand() -> None:
-    timing = module.Timing({"encode:1": [0.4], "score": [0.1]}, 0, 1, 100, {}, ())
-    found = module._times(1, 1, timing, 100, price=3)
+    timing = module.Timing({"encode:1": [0.4], "score": [0.1]}, 0, 1, (), batch=100)
+    found = module._times(1, 1, timing, price=3)
     assert found["users_per_second"] == 200  # so 5,000,000 seconds
     assert found["hours_per_billion"] == pytest.approx(5e6 / 3600)
     assert found["money_per_billion"] == pytest.approx(3 * 5e6 / 3600)

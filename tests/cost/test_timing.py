@@ -210,8 +210,6 @@ def test_a_summary_by_hand() -> None:
     assert few.p50 == 2
     assert math.isnan(few.low)
     assert math.isnan(few.high)
-    with pytest.raises(ValueError, match="no values"):
-        summarize([])
 
 
 def test_intervals_hold_the_median_as_often_as_they_say() -> None:

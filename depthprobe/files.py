@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import platform
 import re
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +20,24 @@ from typing import Any
 import psutil
 
 TEMPORARY = ".tmp-"
-HOST = re.sub(r"[^A-Za-z0-9]+", "", platform.node())[:32] or "here"
+ABANDONED = 7 * 86_400  # seconds since the last write, after which nobody is still writing
+
+
+def _machine() -> str:
+    """A name for where process numbers hold: the host, its boot, and the container.
+
+    Machines that share a disk may share a host name, and so may containers of one machine.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot, processes = f"{uuid.getnode()}-{psutil.boot_time():.0f}", ""
+    digest = hashlib.sha256(f"{platform.node()} {boot} {processes}".encode()).hexdigest()
+    return re.sub(r"[^A-Za-z0-9]+", "", platform.node())[:20] + digest[:12]
+
+
+HOST = _machine()
 
 
 @contextmanager
@@ -28,7 +48,7 @@ def complete_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with _short_writes_told():
+        with _full_disk_named():
             yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -42,11 +62,10 @@ def complete_file(path: Path) -> Iterator[Path]:
 def complete_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(), dir=path.parent))
-    new, old = temporary / "new", temporary / "old"
-    try:
-        new.mkdir()  # under the user's umask, unlike mkdtemp's folder
-        with _short_writes_told():
+    with temporary_folder(path.parent) as temporary:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()  # under the user's umask, unlike the temporary folder itself
+        with _full_disk_named():
             yield new
         for file in new.rglob("*"):  # safetensors' own are its owner's alone: no server could read
             file.chmod(0o755 if file.is_dir() else 0o644)
@@ -58,13 +77,21 @@ def complete_folder(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 old.rename(path)
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def _short_writes_told() -> Iterator[None]:
-    """Say what numpy keeps to itself when it could write a part alone: that a disk is full."""
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder that goes when the block ends; a kill leaves it to :func:`remove_leftovers`."""
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _full_disk_named() -> Iterator[None]:
+    """Name the full disk: numpy says only how much of an array could be written."""
     try:
         yield
     except OSError as error:
@@ -74,10 +101,9 @@ def _short_writes_told() -> Iterator[None]:
 
 
 def reserve(path: Path) -> None:
-    """Take all the room on the disk that a sparse file will need.
+    """Allocate a sparse file's room on the disk, so that a full disk is an error right away.
 
-    A disk that is full is an error then; one that gets full while the file is written through a
-    memory map ends the process by a signal.
+    One that gets full while the file is written through a memory map kills the process.
     """
     if not hasattr(os, "posix_fallocate"):
         return
@@ -97,20 +123,31 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what processes that are no more left half-written in a folder.
+    """Delete what killed processes left half-written in a folder.
 
-    What belongs to a living process of this machine stays, and so does what another machine's
-    wrote: whether those live can't be seen from here.
+    What belongs to a living process of this machine stays. Whether one of another machine lives
+    can't be seen from here: what it wrote goes when nobody has written to it for a week.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
         host, _, rest = path.name.removeprefix(TEMPORARY).partition("-")
         number = rest.partition("-")[0]
-        if rest and (host != HOST or (number.isdigit() and psutil.pid_exists(int(number)))):
+        ours = host == HOST and number.isdigit()
+        alive = psutil.pid_exists(int(number)) if ours else _age(path) < ABANDONED
+        if alive:
             continue
-        if path.is_dir():  # another sweep may be at it, too: what is gone is gone
+        if path.is_dir():  # another sweep may delete it at the same time
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    """Seconds since something was last written to a file, or in a folder."""
+    latest = 0.0
+    for each in (path, *path.rglob("*")):
+        with suppress(OSError):
+            latest = max(latest, each.stat().st_mtime)
+    return time.time() - latest
 
 
 def _prefix() -> str:

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from depthprobe import files
 from depthprobe.files import (
     HOST,
     complete_file,
     complete_folder,
     remove_leftovers,
     reserve,
+    temporary_folder,
     write_json,
 )
 
@@ -91,6 +94,39 @@ def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == living
+
+
+def test_another_machine_of_the_same_name_keeps_what_it_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes have numbers that nobody has here, or had before a reboot."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "another boot")
+    other = files._machine()
+    monkeypatch.undo()
+    assert other != HOST
+    assert HOST == files._machine()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    folder = tmp_path / f".tmp-{other}-{ended.pid}-a"
+    folder.mkdir()
+    (folder / "weights").touch()
+    remove_leftovers(tmp_path)
+    assert folder.exists()
+    long_ago = time.time() - files.ABANDONED - 60
+    os.utime(folder, (long_ago, long_ago))
+    remove_leftovers(tmp_path)
+    assert folder.exists()  # a file in it is new
+    os.utime(folder / "weights", (long_ago, long_ago))
+    remove_leftovers(tmp_path)
+    assert not folder.exists()
+
+
+def test_a_temporary_folder_is_one_that_is_cleared(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path) as folder:
+        assert folder.name.startswith(f".tmp-{HOST}-{os.getpid()}-")
+        remove_leftovers(tmp_path)
+        assert folder.is_dir()
+    assert not folder.exists()
 
 
 def test_temporaries_say_whose_they_are(tmp_path: Path) -> None:

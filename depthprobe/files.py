@@ -131,8 +131,10 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f"{TEMPORARY}*"):
         host, _, rest = path.name.removeprefix(TEMPORARY).partition("-")
         number = rest.partition("-")[0]
-        ours = host == HOST and number.isdigit()
-        alive = psutil.pid_exists(int(number)) if ours else _age(path) < ABANDONED
+        if host == HOST and number.isdigit():
+            alive = psutil.pid_exists(int(number))
+        else:
+            alive = bool(rest) and _age(path) < ABANDONED
         if alive:
             continue
         if path.is_dir():  # another sweep may delete it at the same time

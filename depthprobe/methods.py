@@ -14,6 +14,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,26 +172,26 @@ def no_trials(request: Request) -> Groups:
 
 def prefixes(first: int, last: int = 0) -> Callable[[Request], Groups]:
     """The first blocks at every depth from ``first`` to ``blocks + last``, all in one pass."""
+    return partial(_prefixes, first, last)
 
-    def trials(request: Request) -> Groups:
-        depths = range(first, request.blocks + last + 1)
-        return [tuple(request.trial(range(depth)) for depth in depths)]
 
-    return trials
+def _prefixes(first: int, last: int, request: Request) -> Groups:
+    depths = range(first, request.blocks + last + 1)
+    return [tuple(request.trial(range(depth)) for depth in depths)]
 
 
 def each_run(lengths: Callable[[int], Iterable[int]]) -> Callable[[Request], Groups]:
     """The teacher without each run of neighbouring blocks of some lengths."""
+    return partial(_each_run, lengths)
 
-    def trials(request: Request) -> Groups:
-        runs = [
-            range(start, start + length)
-            for length in lengths(request.blocks)
-            for start in range(request.blocks - length + 1)
-        ]
-        return [tuple(_without(request, run) for run in runs)]
 
-    return trials
+def _each_run(lengths: Callable[[int], Iterable[int]], request: Request) -> Groups:
+    runs = [
+        range(start, start + length)
+        for length in lengths(request.blocks)
+        for start in range(request.blocks - length + 1)
+    ]
+    return [tuple(_without(request, run) for run in runs)]
 
 
 def spans(request: Request) -> Groups:
@@ -220,12 +221,12 @@ def every_nth(request: Request) -> Groups:
 
 def each_part(part: Part) -> Callable[[Request], Groups]:
     """All blocks, one of them without its attention or its MLP."""
+    return partial(_each_part, part)
 
-    def trials(request: Request) -> Groups:
-        every = range(request.blocks)
-        return [tuple(request.trial(every, f"b{b:02d}", dropped=b, part=part) for b in every)]
 
-    return trials
+def _each_part(part: Part, request: Request) -> Groups:
+    every = range(request.blocks)
+    return [tuple(request.trial(every, f"b{b:02d}", dropped=b, part=part) for b in every)]
 
 
 def selected(request: Request) -> Groups:
@@ -314,15 +315,15 @@ def reads_every_depth(task: Task, sizes: Sizes, study: Study) -> Work:
 
 def fits_every_depth(passes: int) -> Callable[[Task, Sizes, Study], Work]:
     """States kept once, a map fitted at every depth: so many catalogue products a step."""
+    return partial(_fits_every_depth, passes)
 
-    def work(task: Task, sizes: Sizes, study: Study) -> Work:
-        depths = task.blocks + 1
-        epoch = passes * sizes.windows + RANKED * sizes.validation
-        users = sizes.windows + sizes.validation + sizes.test
-        score = depths * (FITTED_EPOCHS * epoch + RANKED * sizes.test)
-        return Work({task.blocks: users}, score)
 
-    return work
+def _fits_every_depth(passes: int, task: Task, sizes: Sizes, study: Study) -> Work:
+    depths = task.blocks + 1
+    epoch = passes * sizes.windows + RANKED * sizes.validation
+    users = sizes.windows + sizes.validation + sizes.test
+    score = depths * (FITTED_EPOCHS * epoch + RANKED * sizes.test)
+    return Work({task.blocks: users}, score)
 
 
 def walks(task: Task, sizes: Sizes, study: Study) -> Work:
@@ -337,23 +338,25 @@ def walks(task: Task, sizes: Sizes, study: Study) -> Work:
 
 def walks_found(passes: int) -> Callable[[Task, Sizes, Study], Work]:
     """Shallower models whose blocks are found by so many passes over validation users."""
+    return partial(_walks_found, passes)
 
-    def work(task: Task, sizes: Sizes, study: Study) -> Work:
-        blocks = sum(trial.depth for trial in task.trials)
-        users = blocks / max(1, task.blocks) * sizes.test + passes * sizes.validation
-        return Work({task.blocks: users}, RANKED * len(task.trials) * sizes.test)
 
-    return work
+def _walks_found(passes: int, task: Task, sizes: Sizes, study: Study) -> Work:
+    blocks = sum(trial.depth for trial in task.trials)
+    users = blocks / max(1, task.blocks) * sizes.test + passes * sizes.validation
+    return Work({task.blocks: users}, RANKED * len(task.trials) * sizes.test)
 
 
 def validation_passes(passes: int, most: int | None = None) -> Callable[[Task, Sizes, Study], Work]:
     """So many passes over validation users, or over the first of them."""
+    return partial(_validation_passes, passes, most)
 
-    def work(task: Task, sizes: Sizes, study: Study) -> Work:
-        users = sizes.validation if most is None else min(most, sizes.validation)
-        return Work({task.blocks: passes * users})
 
-    return work
+def _validation_passes(
+    passes: int, most: int | None, task: Task, sizes: Sizes, study: Study
+) -> Work:
+    users = sizes.validation if most is None else min(most, sizes.validation)
+    return Work({task.blocks: passes * users})
 
 
 # --- defaults of a method that is registered without them ------------------------------------
@@ -387,7 +390,8 @@ class Method:
         table: it leaves a table of scores in place of trials.
         by_block: its trials are told apart by the blocks they remove, not by their depth.
         candidate: it may be the answer: a sufficient depth.
-        exportable: its model can be written: its ``own`` weights, or the ``teacher``'s, cut.
+        exportable: its model can be written: its ``own`` weights, the ``teacher``'s, cut, or those
+            with the trial's linear map ``folded`` into a block.
         settings: the table of the study that it reads beside ``recipe``.
         select: its own selection of blocks, where the name says which.
         selectable: it takes a selection after a colon.
@@ -410,7 +414,7 @@ class Method:
     table: bool = False
     by_block: bool = False
     candidate: bool = False
-    exportable: Literal["own", "teacher"] | None = None
+    exportable: Literal["own", "teacher", "folded"] | None = None
     settings: str = ""
     select: str = "prefix"
     selectable: bool = False
@@ -593,7 +597,7 @@ for _method in (
         name="replace", label="linear map", role="probe", needs=TEACHER, candidate=True,
         summary="the teacher with a fitted linear map in place of a run of blocks",
         run="runs.probing:replacements", trials=prefixes(1, -1), work=walks_found(5),
-        exportable="teacher", colour="#00786f", marker="<", line="-.", reference="arXiv 2505.02819",
+        exportable="folded", colour="#00786f", marker="<", line="-.", reference="arXiv 2505.02819",
     ),
     Method(
         name="similarity", label="similarity", role="probe", needs=TEACHER, table=True,

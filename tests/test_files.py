@@ -104,7 +104,7 @@ def test_another_machine_of_the_same_name_keeps_what_it_is_writing(
     other = files._machine()
     monkeypatch.undo()
     assert other != HOST
-    assert HOST == files._machine()
+    assert files._machine() == HOST
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
     folder = tmp_path / f".tmp-{other}-{ended.pid}-a"

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from depthprobe.models.sasrec import SASRec
-from depthprobe.runs import provenance
+from depthprobe.runs.layout import machine
 from depthprobe.study import Recipe
 from depthprobe.training.losses import catalogue_loss
 
@@ -48,7 +48,7 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 def main() -> None:
     """Measure memory, then time, then what the choice of negatives does to the gradient."""
     torch.set_num_threads(1)
-    print(f"{provenance.machine(torch.device('cpu'))['cpu']}, torch {torch.__version__}\n")
+    print(f"{machine(torch.device('cpu')).cpu}, torch {torch.__version__}\n")
     show_steps()
     show_times(BEAUTY, torch_rows=256, rounds=15)
     show_times(MILLION, torch_rows=32, rounds=5)

@@ -27,7 +27,7 @@ from depthprobe.evaluation.metrics import TOP, per_user_metric
 from depthprobe.evaluation.ranks import CHUNK_BYTES, EvalSet, evaluate, rank_users
 from depthprobe.evaluation.statistics import bootstrap_difference, bootstrap_mean, bootstrap_ratio
 from depthprobe.models.sasrec import SASRec
-from depthprobe.runs import provenance
+from depthprobe.runs.layout import machine as this_machine
 from depthprobe.runs.store import open_run, write_tables
 
 MEMORY = "memory"
@@ -37,8 +37,8 @@ MATMUL, RANKS, LISTS = "the bare matmul, in chunks", "ranks", "ranks and top-10 
 
 def main() -> None:
     """Measure ranking, then evaluation, then the bootstrap, then a run's tables."""
-    machine = provenance.machine(torch.device("cpu"))
-    print(f"{machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}\n")
+    machine = this_machine(torch.device("cpu"))
+    print(f"{machine.cpu}, {machine.cores} cores, torch {torch.__version__}\n")
     show_memory()  # first: a new process begins with the peak of the one that starts it
     show_ranking(users=512, items=1_000_000, width=128, rounds=9)
     show_ranking(users=2048, items=12_101, width=64, rounds=31)

@@ -24,8 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from depthprobe.files import write_json
-from depthprobe.runs.records import MANIFEST
-from depthprobe.runs.store import STUDY, TABLES, Run, open_run
+from depthprobe.runs.records import MANIFEST, STUDY, TABLES
+from depthprobe.runs.store import Run, open_run
 from depthprobe.study import load_study, study_to_toml
 
 LARGE = 60.0  # seconds after which a measurement is not repeated

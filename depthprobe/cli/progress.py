@@ -98,7 +98,7 @@ def _bar(stream: TextIO, folder: Path | None) -> Bar:
             yield from super().get_renderables()
             if folder is None or not any(task.total for task in self.tasks):
                 return
-            from depthprobe.runs.status import working  # by now the sweep has imported torch
+            from depthprobe.runs.store import working  # by now the sweep has imported torch
 
             table = Table.grid(padding=(0, 2))
             for each in working(folder):

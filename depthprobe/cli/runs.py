@@ -48,7 +48,7 @@ def status(run: Run) -> None:
     """What of a run is done, what failed and why, who works on what, what is left."""
     check_run(run)
 
-    from depthprobe.runs.status import status_of
+    from depthprobe.runs.store import status_of
 
     found = status_of(run)
     rows = [[name, *(counts[state] for state in STATES)] for name, counts in found.counts.items()]

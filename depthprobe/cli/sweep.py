@@ -166,7 +166,7 @@ def _run_on_cluster(
         folder=str(folder),
         command=command,
         retry=earlier_failures(folder) if how["retry_failed"] else {},
-        watcher=job_progress,
+        progress=job_progress,
     )
     submitted = submit(shared, jobs=jobs, cluster=SLURM)
     number = array_id(submitted)
@@ -175,7 +175,7 @@ def _run_on_cluster(
     print(f"{line}; depthprobe status {folder} says how far they are", file=sys.stderr)
     progress.message(f"what they print is in {folder / JOBS}")
     try:
-        failures = follow(submitted, progress.message)
+        failures = follow(submitted, progress)
     except KeyboardInterrupt:
         line = f"no longer waiting; the jobs go on (depthprobe status {folder}; scancel {number})"
         print(line, file=sys.stderr)

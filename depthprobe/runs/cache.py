@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from depthprobe.cost.timing import machine
 from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.files import complete_folder
-from depthprobe.methods import Trial, base_of
+from depthprobe.methods import Trial
 from depthprobe.runs.context import Context
 from depthprobe.runs.processes import launched_processes
 from depthprobe.study import Recipe, settings_of
@@ -34,18 +34,16 @@ NOT_DECIDING = ("_name_or_path", "transformers_version")
 def result_file(
     context: Context, trial: Trial, objective: nn.Module, recipe: Recipe
 ) -> Path | None:
-    """The cache's file of a training; None for a study without a cache.
+    """The cache's file of a training that is about to begin; None for a study without a cache.
 
     Its name is a hash of every weight that the training begins with, the settings of the model and
-    its loss, recipe, seed, training windows and validation questions, the teacher's weights where
-    it follows a teacher, and the machine with its versions, since the seconds are kept with it.
-
-    Args:
-        objective: what is about to be trained.
+    its loss, recipe, seed, training windows and validation users, the teacher's weights where it
+    follows a teacher, and the machine with its versions, since the seconds are kept with it.
     """
     if context.cache is None:
         return None
-    base, settings = base_of(trial.method), settings_of(context.study, trial.method)
+    study, settings = context.study, settings_of(context.study, trial.method)
+    own, baseline = settings.method.settings, settings.method.role == "baseline"
     decides = {
         "format": FORMAT,
         "training": identity(
@@ -60,37 +58,37 @@ def result_file(
             {key: value for key, value in each.to_dict().items() if key not in NOT_DECIDING}
             for each in _configs(objective)
         ],
-        "sasrec": asdict(context.study.sasrec) if base == "sasrec" else None,
-        "backbone": None if base == "sasrec" else _of_backbone(context),
-        "distillation": asdict(settings.distillation) if base == "distill" else None,
-        "teacher": context.teacher_mark(trial.seed, trial.blocks) if base == "distill" else None,
-        "elastic": asdict(settings.elastic) if base == "elastic" else None,
+        "settings": asdict(getattr(settings, own, None) or getattr(study, own)) if own else None,
+        "backbone": None if baseline else _backbone(context),
+        "teacher": context.teacher_digest(trial.seed, trial.blocks)
+        if own == "distillation"
+        else None,
         "validation": eval_set_digest(context.validation),
         "machine": _machine(context),
     }
     return context.cache / RESULTS / f"{digest(decides)}.safetensors"
 
 
-def features_folder(context: Context, teacher: str, wanted: FeatureSpec) -> Path | None:
-    """The cache's folder of what a teacher says at the training windows; None without a cache.
+def features_folder(context: Context, teacher: str, spec: FeatureSpec) -> Path | None:
+    """The cache's folder of a teacher's outputs at the training windows; None without a cache.
 
     Args:
-        teacher: the mark of its weights.
+        teacher: the digest of its weights.
     """
     if context.cache is None:
         return None
     decides = {
         "teacher": teacher,
-        "wanted": asdict(wanted),
+        "spec": asdict(spec),
         "windows": windows_digest(context.windows),
-        "backbone": _of_backbone(context),
+        "backbone": _backbone(context),
         "machine": _machine(context),
     }
     return context.cache / FEATURES / digest(decides)
 
 
 def share_folder(source: Path, target: Path) -> None:
-    """Let a folder stand at another place too: one set of files, if both are on one disk."""
+    """Copy a folder, by hard links where both places are on one disk."""
 
     def place(file: str, copy: str) -> None:
         try:
@@ -104,21 +102,21 @@ def share_folder(source: Path, target: Path) -> None:
 
 def weights_digest(model: nn.Module) -> str:
     """Hash of all weights and buffers of a model, frozen ones too, by name, type and shape."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        found.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())
+        hashed.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())
         flat = weight.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        hashed.update(flat.view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
-def eval_set_digest(asked: EvalSet) -> str:
-    """Hash of who is asked for what after which history, and of what is never ranked."""
-    found = hashlib.sha256()
-    rows = [*asked.histories, *([] if asked.seen is None else asked.seen)]
-    for values in (asked.users, asked.targets, np.array([len(row) for row in rows]), *rows):
-        found.update(np.asarray(values, dtype=np.int64).tobytes())
-    return found.hexdigest()
+def eval_set_digest(eval_set: EvalSet) -> str:
+    """Hash of users, histories and targets, and of what is never ranked."""
+    hashed = hashlib.sha256()
+    rows = [*eval_set.histories, *(eval_set.seen or [])]
+    for values in (eval_set.users, eval_set.targets, np.array([len(row) for row in rows]), *rows):
+        hashed.update(np.asarray(values, dtype=np.int64).tobytes())
+    return hashed.hexdigest()
 
 
 def digest(content: Mapping[str, Any]) -> str:
@@ -127,20 +125,18 @@ def digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _of_backbone(context: Context) -> dict[str, Any]:
+def _backbone(context: Context) -> dict[str, Any]:
     settings = asdict(context.study.backbone)
     del settings["source"]  # its weights count, not their place
     return settings
 
 
 def _machine(context: Context) -> dict[str, Any]:
-    found = machine(context.device)
-    del found["busy"]
-    return found
+    return {key: value for key, value in machine(context.device).items() if key != "busy"}
 
 
 def _configs(objective: nn.Module) -> list[PreTrainedConfig]:
     """What the decoders in an objective are made of: dropout and the like are no weights."""
-    found = (getattr(module, "config", None) for module in objective.modules())
-    unique = {id(each): each for each in found if isinstance(each, PreTrainedConfig)}
+    configs = (getattr(module, "config", None) for module in objective.modules())
+    unique = {id(each): each for each in configs if isinstance(each, PreTrainedConfig)}
     return list(unique.values())

@@ -41,14 +41,14 @@ class SharedSweep:
     Attributes:
         retry: failures that were there when the jobs were submitted, and are to be tried again:
             by the first job that comes to them, and no more when that was in vain.
-        watcher: called in the job, so it goes there by its name.
+        progress: makes what the job shows; it is pickled by its name.
     """
 
     study: Study
     folder: str
     command: str | None = None
     retry: Mapping[str, int] = field(default_factory=dict)
-    watcher: Callable[[], Progress] = Silent
+    progress: Callable[[], Progress] = Silent
 
     def __call__(self) -> None:
         """Run it."""
@@ -59,7 +59,7 @@ class SharedSweep:
             self.folder,
             jobs=0,
             command=self.command,
-            progress=self.watcher(),
+            progress=self.progress(),
             retry_failed=self.retry,
         )
 
@@ -99,14 +99,16 @@ def submit(sweep: SharedSweep, *, jobs: int = 1, cluster: str = "slurm") -> list
     )
     executor.update_parameters(**parameters(sweep.study.slurm, name=sweep.study.name))
     # an interactive job's own variables would get into these; sbatch's are the user's wishes
-    asked = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
+    kept = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
     tools = submitit.helpers
     try:
-        with tools.clean_env(), tools.environment_variables(**asked):
+        with tools.clean_env(), tools.environment_variables(**kept):
             submitted: list[Job[None]] = executor.submit_array([sweep] * jobs)
     except RuntimeError as error:  # what submitit makes of a failed sbatch
+        settings = sweep.study.slurm
+        given = f"partition {settings.partition}, account {settings.account}"
         allowed = f"settings that SLURM takes ({last_line(str(error))})"
-        raise BadInput("slurm", _given(sweep.study.slurm), allowed) from error
+        raise BadInput("slurm", given, allowed) from error
     return submitted
 
 
@@ -124,16 +126,14 @@ def parameters(settings: Slurm, *, name: str) -> dict[str, Any]:
     }
 
 
-def follow(
-    jobs: Sequence[Job[None]], say: Callable[[str], None], *, poll: float = POLL
-) -> dict[str, str]:
+def follow(jobs: Sequence[Job[None]], progress: Progress, *, poll: float = POLL) -> dict[str, str]:
     """Wait until all jobs have ended; returns why, by id, for those that did not end well.
 
     Args:
-        say: is told of the jobs' states when they change.
+        progress: shows the jobs' states when they change.
         poll: seconds between two looks.
     """
-    told = ""
+    shown = ""
     while True:
         jobs[0].get_info(mode="force")  # of all of them: else a job that died shows minutes later
         ended = [job.done() for job in jobs]
@@ -141,9 +141,9 @@ def follow(
             "ended" if done else job.state.lower() for job, done in zip(jobs, ended, strict=True)
         )
         line = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        if line != told:
-            say(f"jobs: {line}")
-            told = line
+        if line != shown:
+            progress.message(f"jobs: {line}")
+            shown = line
         if all(ended):
             break
         time.sleep(poll)
@@ -157,11 +157,11 @@ def array_id(jobs: Sequence[Job[None]]) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something: of a trace the error itself."""
+    """The last line with content: of a traceback the error itself."""
     hints = ("-----", "You can check full logs", "or at paths", "- ")
     lines = [line.strip() for line in text.splitlines()]
-    said = [line for line in lines if line and not line.startswith(hints)]
-    return said[-1] if said else "no reason given"
+    reasons = [line for line in lines if line and not line.startswith(hints)]
+    return reasons[-1] if reasons else "no reason given"
 
 
 def _submitit() -> Any:
@@ -180,7 +180,3 @@ def _check(sweep: SharedSweep) -> None:
 
     check_trackers(sweep.study.tracking.to)
     continued(Path(sweep.folder), sweep.study)
-
-
-def _given(settings: Slurm) -> str:
-    return f"partition {settings.partition}, account {settings.account}"

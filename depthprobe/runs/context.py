@@ -1,17 +1,18 @@
-"""What the tasks of a run share inside one process: data, questions, trained models."""
+"""What a method gets and gives: the context of a run in one process, and the result of a trial."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from depthprobe.cost.flops import Products
 from depthprobe.data.splits import Part, Split, make_split
@@ -29,15 +30,53 @@ from depthprobe.models.build import (
 )
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.runs.plan import full_trial
+from depthprobe.probing.replace import Replacement
+from depthprobe.runs.plan import SASREC, TEACHER, full_trial
+from depthprobe.runs.records import (
+    DATA,
+    FULL,
+    ITEM_TABLE,
+    MODEL,
+    NEGATIVES,
+    SHARED,
+    TRIALS,
+    outputs_of,
+)
 from depthprobe.study import Study, settings_of
+from depthprobe.training.checkpoint import Fit
 from depthprobe.training.tracking import Track, tracked
 
-DATA, NEGATIVES, TIMING = "data", "negatives.npy", "timing.json"
-ITEM_TABLE, LEARNED = "item-table.npy", "learned"
-TRIALS, PROBES, MODEL, CHECKPOINTS = "trials", "probes", "model", "checkpoints"
-LOGS = "logs"
-TRACKING = "tracking"
+LEARNED = "learned"  # an item table that is random at first
+CHECKPOINTS, TRACKING = "checkpoints", "tracking"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trial that ran: test ranks by protocol, and the model and its training if it has one.
+
+    Attributes:
+        ranks: of every test user, (E,) by protocol; and under ``"top-10"`` the best items, (E, 10).
+        training_flops: of its training, without its teacher's.
+        teacher_seconds: that its teacher took before, training and features.
+        replacement: the map that stands for blocks of the teacher, whose weights the trial shares.
+    """
+
+    trial: Trial
+    ranks: dict[str, np.ndarray]
+    parameters: dict[str, int]
+    flops: int | None = None
+    fit: Fit | None = None
+    training_flops: int | None = None
+    teacher_seconds: float = 0.0
+    model: nn.Module | None = None
+    replacement: Replacement | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A table that speaks of blocks, spans or users, where no trial does."""
+
+    frame: pd.DataFrame
 
 
 class Context:
@@ -52,7 +91,12 @@ class Context:
     @property
     def shared(self) -> Path:
         """The folder of what all trials use."""
-        return self.folder / "shared"
+        return self.folder / SHARED
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder of what runs share, if the study names one."""
+        return None if self.study.cache is None else Path(self.study.cache).expanduser()
 
     def trial_folder(self, trial: Trial) -> Path:
         """The folder of a trial, complete or absent."""
@@ -60,21 +104,14 @@ class Context:
 
     def outputs(self, task: Task) -> list[Path]:
         """The folders that a task leaves, each complete or absent."""
-        if not task.trials:
-            return [self.folder / PROBES / task.id]
-        return [self.trial_folder(trial) for trial in task.trials]
+        return outputs_of(self.folder, task)
 
     def checkpoint(self, trial: Trial) -> Path:
         """The file from which a training that was killed goes on; gone once the trial is done."""
         return self.folder / CHECKPOINTS / f"{trial.id}.safetensors"
 
-    @property
-    def cache(self) -> Path | None:
-        """The folder of what runs share, if the study names one."""
-        return None if self.study.cache is None else Path(self.study.cache).expanduser()
-
     def tracked(self, trial: Trial) -> AbstractContextManager[Track]:
-        """What a training of the trial tells its numbers to."""
+        """Where a training of the trial sends its numbers."""
         return tracked(
             self.study.tracking.to,
             folder=self.folder / TRACKING,
@@ -82,6 +119,8 @@ class Context:
             run=trial.id,
             settings={"method": trial.method, "depth": trial.depth, "seed": trial.seed},
         )
+
+    # --- data ---
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -98,28 +137,8 @@ class Context:
         """Training windows: the latest training items of each user with at least two of them."""
         longest = self.study.data.max_history + 1  # one more than a history: the last is a target
         users = range(self.sequences.n_users)
-        found = [self.split.train_history(user, longest) for user in users]
-        return [window for window in found if len(window) > 1]
-
-    @cached_property
-    def test(self) -> EvalSet:
-        """The test questions, by both protocols where the catalogue allows the sampled one.
-
-        Each user's best items are told too.
-        """
-        path = self.shared / NEGATIVES
-        negatives = np.load(path, mmap_mode="r") if path.exists() else None
-        return replace(self.ask("test", negatives), lists=True)
-
-    @cached_property
-    def taken(self) -> TrainingPopularity:
-        """What was taken in training, to hold the recommended items against."""
-        return training_popularity(self.split)
-
-    @cached_property
-    def validation(self) -> EvalSet:
-        """The validation questions of at most ``validation_users`` users."""
-        return self.ask("validation", limit=self.study.protocol.validation_users)
+        windows = [self.split.train_history(user, longest) for user in users]
+        return [window for window in windows if len(window) > 1]
 
     @cached_property
     def training(self) -> EvalSet:
@@ -133,10 +152,30 @@ class Context:
             negatives=None,
         )
 
-    def ask(
+    @cached_property
+    def validation(self) -> EvalSet:
+        """The validation users, at most ``validation_users`` of them."""
+        return self.eval_set("validation", limit=self.study.protocol.validation_users)
+
+    @cached_property
+    def test(self) -> EvalSet:
+        """The test users, by both protocols where the catalogue allows the sampled one.
+
+        Each user's best items are listed too.
+        """
+        path = self.shared / NEGATIVES
+        negatives = np.load(path, mmap_mode="r") if path.exists() else None
+        return replace(self.eval_set("test", negatives), lists=True)
+
+    @cached_property
+    def popularity(self) -> TrainingPopularity:
+        """What was taken in training, to compare the recommended items with."""
+        return training_popularity(self.split)
+
+    def eval_set(
         self, part: Part, negatives: np.ndarray | None = None, limit: int | None = None
     ) -> EvalSet:
-        """EvalSet of a part, of at most so many users."""
+        """The users of a part with their target positions, at most so many."""
         return make_eval_set(
             self.split,
             part,
@@ -148,28 +187,27 @@ class Context:
 
     def validate(self, model: Encoder) -> float:
         """Validation NDCG@10 by full ranking."""
-        return mean_ndcg(evaluate(model, self.validation, device=self.device)["full"])
+        return mean_ndcg(evaluate(model, self.validation, device=self.device)[FULL])
+
+    # --- models ---
 
     def new_sasrec(self, seed: int) -> SASRec:
         """SASRec before its training."""
         torch.manual_seed(seed)
-        model = build_sasrec(
-            self.study.sasrec,
-            items=self.sequences.n_items,
-            longest=self.study.data.max_history,
-        )
+        longest = self.study.data.max_history
+        model = build_sasrec(self.study.sasrec, items=self.sequences.n_items, longest=longest)
         return model.to(self.device)
 
     def sasrec(self, seed: int) -> SASRec:
         """The trained baseline, in eval mode."""
         model = self.new_sasrec(seed)
-        load_trained(model, self.trial_folder(full_trial("sasrec", seed, 0)) / MODEL)
+        load_trained(model, self.trial_folder(full_trial(SASREC, seed, 0)) / MODEL)
         return model.eval()
 
     @property
     def item_width(self) -> int:
         """Width of the item table, d_item."""
-        if self.study.item_table == "sasrec":
+        if self.study.item_table == SASREC:
             return self.study.sasrec.width
         if self.study.item_table == LEARNED:
             return self.study.item_width
@@ -178,7 +216,7 @@ class Context:
     @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
     def item_table(self, seed: int) -> Tensor:
         """The item embeddings before a recommender's training, (I + 1, d_item), on the CPU."""
-        if self.study.item_table == "sasrec":
+        if self.study.item_table == SASREC:
             return self.sasrec(seed).item_matrix().detach().cpu().clone()
         if self.study.item_table == LEARNED:
             return learned_table(self.sequences.n_items, self.study.item_width, seed=seed)
@@ -210,11 +248,11 @@ class Context:
     @lru_cache(maxsize=1)  # noqa: B019
     def teacher(self, seed: int, blocks: int) -> Recommender:
         """The trained teacher; the latest one stays in memory, since many tasks read it."""
-        return self.trained(full_trial("full", seed, blocks))
+        return self.trained(full_trial(TEACHER, seed, blocks))
 
     @lru_cache(maxsize=8)  # noqa: B019
-    def teacher_mark(self, seed: int, blocks: int) -> str:
-        """What names the trained teacher's weights: what was made from them goes by it."""
-        weights = self.trial_folder(full_trial("full", seed, blocks)) / MODEL / WEIGHTS
+    def teacher_digest(self, seed: int, blocks: int) -> str:
+        """Twelve digits of a hash of the teacher's weights: what is made from them goes by it."""
+        weights = self.trial_folder(full_trial(TEACHER, seed, blocks)) / MODEL / WEIGHTS
         with weights.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -1,17 +1,23 @@
-"""What all trials of a run share: study, log, item table, and where they come from."""
+"""What all trials of a run share: study, log, item table, and where the numbers come from."""
 
 from __future__ import annotations
 
 import datetime
+import os
+import platform
+import subprocess  # noqa: S404 - asks git for its commit, with fixed arguments
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from depthprobe.cost.timing import processor_name
 from depthprobe.data.batches import negatives
 from depthprobe.data.prepared import read_data
 from depthprobe.data.splits import Split, make_split
@@ -22,37 +28,36 @@ from depthprobe.files import complete_file, remove_leftovers
 from depthprobe.methods import Task, method_order
 from depthprobe.models.backbones import pinned, pinned_now, pretrained_config
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
-from depthprobe.runs import provenance
-from depthprobe.runs.context import (
-    CHECKPOINTS,
-    DATA,
-    ITEM_TABLE,
-    LEARNED,
-    NEGATIVES,
-    PROBES,
-    TRIALS,
-)
-from depthprobe.runs.plan import plan
+from depthprobe.runs.context import CHECKPOINTS, LEARNED
+from depthprobe.runs.plan import SASREC, plan
 from depthprobe.runs.progress import Progress
 from depthprobe.runs.records import (
+    DATA,
+    ITEM_TABLE,
     MANIFEST,
+    NEGATIVES,
+    PROBES,
+    SHARED,
+    STUDY,
+    TRIALS,
     BackboneFacts,
     Dataset,
+    Git,
     ItemTable,
+    Machine,
     Manifest,
     Sampled,
     read_manifest,
     write_manifest,
 )
-from depthprobe.runs.store import STUDY
-from depthprobe.runs.tables import asked_slices, own_slices
+from depthprobe.runs.tables import own_slices, slice_columns, write_slices
 from depthprobe.study import Study, differences, load_study, study_to_toml
 from depthprobe.training.tracking import check_trackers
 
 NEGATIVE_SEED = 999
 TOO_SMALL = "sampled ranking is left out: some user has fewer than 999 items left to draw from"
 # where an interrupted process may leave something half-written
-PLACES = (".", TRIALS, PROBES, CHECKPOINTS, "shared", "tables", "figures")
+PLACES = (".", TRIALS, PROBES, CHECKPOINTS, SHARED, "tables", "figures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,6 @@ class Inputs:
         study: with the methods and variants that the run has already.
         working: the same, but for the commit that the backbone's branch or tag stands for.
         before: the manifest of the run that is continued; None where a run begins.
-        slices: own columns of the test users that the run does not have; None if it needs none.
         config: of the backbone's decoder.
     """
 
@@ -72,19 +76,18 @@ class Inputs:
     before: Manifest | None
     tasks: list[Task]
     split: Split
-    slices: pd.DataFrame | None
     config: PreTrainedConfig
 
     @property
     def blocks(self) -> int:
-        """Of the whole backbone."""
+        """Of the full backbone."""
         return int(self.config.num_hidden_layers)
 
 
 def read_inputs(study: Study, folder: Path) -> Inputs:
     """Read what a sweep of a study into a folder needs, but for the item table.
 
-    The tasks are those that the study itself asks for.
+    The tasks are those that the study itself names.
 
     Raises:
         BadInput: if a tracker, the cache, the data, the backbone or the depths can't be used, or
@@ -93,21 +96,20 @@ def read_inputs(study: Study, folder: Path) -> Inputs:
     check_trackers(study.tracking.to)
     if study.cache is not None:
         check_writable("cache", Path(study.cache).expanduser())
-    asked, study = study, continued(folder, study)
-    before = manifest_before(folder)
+    merged, before = continued(folder, study), manifest_before(folder)
     recorded = None if before is None else before.backbone.revision
-    backbone = pinned_now(pinned(study.backbone, recorded))
+    backbone = pinned_now(pinned(merged.backbone, recorded))
     config = pretrained_config(backbone).get_text_config(decoder=True)
-    tasks = plan(asked, int(config.num_hidden_layers))
-    # refuses a log in which nobody can be asked
-    split = make_split(read_log(study, folder), study.protocol)
+    tasks = plan(study, int(config.num_hidden_layers))
+    # refuses a log in which no user can be tested
+    split = make_split(read_log(merged, folder), merged.protocol)
+    new_slices(merged, split, before)
     return Inputs(
-        study=study,
-        working=replace(study, backbone=backbone),
+        study=merged,
+        working=replace(merged, backbone=backbone),
         before=before,
         tasks=tasks,
         split=split,
-        slices=new_slices(study, split, before),
         config=config,
     )
 
@@ -115,8 +117,9 @@ def read_inputs(study: Study, folder: Path) -> Inputs:
 def continued(folder: Path, study: Study) -> Study:
     """The study with the methods that the run has already; refuses any other difference."""
     # what begins with a dot, another sweep that is laying the run out may have there for a moment
-    taken = folder.exists() and not folder.is_dir()
-    if not taken and not any(entry.name[0] != "." for entry in _entries(folder)):
+    entries = [*folder.iterdir()] if folder.is_dir() else []
+    is_file = folder.exists() and not folder.is_dir()
+    if not is_file and all(entry.name[0] == "." for entry in entries):
         return study
     if not (folder / STUDY).is_file():
         raise BadInput("output", str(folder), "a new or empty folder, or an earlier run")
@@ -126,14 +129,9 @@ def continued(folder: Path, study: Study) -> Study:
     if changed:
         allowed = f"another folder, or the study it began with ({'; '.join(changed)})"
         raise BadInput("output", str(folder), allowed)
-    methods = {*before.methods, *study.methods}
-    ordered = tuple(sorted(methods, key=method_order))
+    methods = tuple(sorted({*before.methods, *study.methods}, key=method_order))
     variants = {**before.variants, **study.variants}
-    return replace(study, name=before.name, methods=ordered, variants=variants)
-
-
-def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    return replace(study, name=before.name, methods=methods, variants=variants)
 
 
 def manifest_before(folder: Path) -> Manifest | None:
@@ -155,40 +153,38 @@ def check_same_inputs(
         if was != now:
             allowed = f"another folder: the {name} has changed since this run began"
             raise BadInput("output", str(folder), allowed)
-    for name in ("created", "wall_seconds", "timing", "backbone"):
-        setattr(manifest, name, getattr(before, name))
 
 
 def repeating(folder: Path, study: Study, command: str | None, so_far: str | None) -> str | None:
-    """The lines that do a continued run again: those so far, and this one if it asks for more."""
-    had, asked = {*load_study(folder / STUDY).methods}, {*study.methods}
-    if command is None or had >= asked:
+    """The lines that do a continued run again: those so far, and this one if it adds methods."""
+    had, now = {*load_study(folder / STUDY).methods}, {*study.methods}
+    if command is None or had >= now:
         return so_far
-    return command if asked >= had or so_far is None else f"{so_far}\n{command}"
+    return command if now >= had or so_far is None else f"{so_far}\n{command}"
 
 
 def new_slices(study: Study, split: Split, before: Manifest | None) -> pd.DataFrame | None:
     """The own columns of the slices, read; None if the run has them already, or needs none."""
     had = {"user": [], "item": []} if before is None else before.slices
-    same = had is not None and asked_slices(study.protocol) == had
-    return None if same else own_slices(study.protocol, split)
+    named = slice_columns(study.protocol)
+    return None if named == had else own_slices(study.protocol, split)
 
 
 def read_log(study: Study, folder: Path) -> Sequences:
     """The log that the run was begun with, or the source, read but not yet written."""
-    prepared = folder / "shared" / DATA
+    prepared = folder / SHARED / DATA
     if study.data.source == "embedded" and (prepared / DATA_MANIFEST).is_file():
         return load_data(prepared)
     return read_data(study.data)
 
 
 def shared_table(
-    study: Study, sequences: Sequences, folder: Path, device: torch.device, watcher: Progress
+    study: Study, sequences: Sequences, folder: Path, device: torch.device, progress: Progress
 ) -> Tensor | None:
     """The item table that all trials share, not yet written; None where each seed has its own."""
-    if study.item_table in {"sasrec", LEARNED}:
+    if study.item_table in {SASREC, LEARNED}:
         return None
-    written = folder / "shared" / ITEM_TABLE
+    written = folder / SHARED / ITEM_TABLE
     if study.item_table == TEXT and written.is_file():
         return torch.from_numpy(np.load(written))
     return make_table(
@@ -197,19 +193,35 @@ def shared_table(
         sequences.item_ids.tolist(),
         sequences.titles,
         device=device,
-        say=watcher.message,
+        say=progress.message,
     )
 
 
 def lay_out(
-    folder: Path, study: Study, split: Split, table: Tensor | None, manifest: Manifest
-) -> None:
-    """Write what trials share; a folder that has it already is left as it is."""
+    folder: Path, asked: Study, inputs: Inputs, table: Tensor | None, manifest: Manifest
+) -> bool:
+    """Write what trials share, alone with the run; what the folder has already stays.
+
+    Another sweep may have added methods since the inputs were read, so study and manifest are read
+    again.
+
+    Args:
+        asked: the study as it was given, without the methods that the run has already.
+        manifest: of a run that begins.
+
+    Returns:
+        Whether the slices of the run are new.
+    """
+    split, shared, before = inputs.split, folder / SHARED, manifest_before(folder)
+    study = continued(folder, asked)
+    slices = new_slices(study, split, before)
+    if before is not None:
+        for name in ("created", "wall_seconds", "timing", "backbone"):
+            setattr(manifest, name, getattr(before, name))
+        manifest.command = repeating(folder, asked, manifest.command, before.command)
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder)
-    shared = folder / "shared"
     drawn = _draw_negatives(study, split, shared)
-    manifest.sampled = None
     if drawn is not None or (shared / NEGATIVES).exists():
         manifest.sampled = Sampled(study.protocol.negatives, NEGATIVE_SEED)
     elif study.protocol.sampled:
@@ -219,12 +231,13 @@ def lay_out(
     write_manifest(folder, manifest)
     if not (shared / DATA / DATA_MANIFEST).is_file():
         write_data(split.sequences, shared / DATA)
-    if table is not None and not (shared / ITEM_TABLE).exists():
-        with complete_file(shared / ITEM_TABLE) as temporary:
-            np.save(temporary, table.numpy())
-    if drawn is not None:
-        with complete_file(shared / NEGATIVES) as temporary:
-            np.save(temporary, drawn)
+    for name, array in ((ITEM_TABLE, None if table is None else table.numpy()), (NEGATIVES, drawn)):
+        if array is not None and not (shared / name).exists():
+            with complete_file(shared / name) as temporary:
+                np.save(temporary, array)
+    if slices is not None:
+        write_slices(slices, shared)
+    return slices is not None
 
 
 def tidy(folder: Path) -> None:
@@ -273,13 +286,65 @@ def new_manifest(
             trained=study.trains_items,
             sha256=None if table is None else table_hash(table),
         ),
-        slices=asked_slices(study.protocol),
-        machine=provenance.machine(device),
-        versions=provenance.versions(),
-        git=provenance.git_state(),
+        slices=slice_columns(study.protocol),
+        machine=machine(device),
+        versions=versions(),
+        git=git_state(),
         backbone=backbone,
     )
 
 
 def _table_width(study: Study) -> int:
-    return study.sasrec.width if study.item_table == "sasrec" else study.item_width
+    return study.sasrec.width if study.item_table == SASREC else study.item_width
+
+
+# --- where numbers come from: machine, versions, git ---------------------------------------------
+
+PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")
+
+
+def machine(device: torch.device) -> Machine:
+    """Processor, memory and accelerator of this machine."""
+    return Machine(
+        device=device.type,
+        gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
+        cpu=processor_name(),
+        cores=available_cores(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        system=platform.system(),
+    )
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    found = {"python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in PACKAGES}
+
+
+def git_state() -> Git | None:
+    """Commit and dirt of the code's checkout; None outside one."""
+    here = Path(__file__).resolve().parent
+    # installed into a virtual environment, the package may lie in somebody else's checkout
+    if not _git(here, "ls-files", "--error-unmatch", Path(__file__).name):
+        return None
+    commit = _git(here, "rev-parse", "HEAD")
+    return Git(commit, bool(_git(here, "status", "--porcelain", "-uno")))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(folder), *arguments],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

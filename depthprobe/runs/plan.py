@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from depthprobe.methods import Request, Task, Trial, method_of, method_order
 from depthprobe.study import SELECTIONS, Study, parse_blocks, parse_layers, settings_of
 
+# two methods that others stand on: the trained full-depth recommender, and the default item table
+TEACHER, SASREC = "full", "sasrec"
+
 
 def plan(study: Study, blocks: int) -> list[Task]:
     """All tasks of a study, each after what it needs.
@@ -48,9 +51,9 @@ def trial_of(method: str, kept: Iterable[int], seed: int, blocks: int) -> Trial:
 def _needs(study: Study, name: str) -> tuple[str, ...]:
     method = method_of(name)
     if method.trains and settings_of(study, name).needs_teacher:
-        return ("full",)
+        return (TEACHER,)
     # SASRec is not required when the item table comes from elsewhere
-    return tuple(n for n in method.needs if n != "sasrec" or study.item_table == "sasrec")
+    return tuple(n for n in method.needs if n != SASREC or study.item_table == SASREC)
 
 
 def _request(study: Study, name: str, seed: int, blocks: int) -> Request:

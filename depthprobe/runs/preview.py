@@ -26,12 +26,17 @@ from depthprobe.models.item_tables import TEXT, item_texts, make_table
 from depthprobe.models.precision import check_attention, quantization
 from depthprobe.models.recommender import Recommender
 from depthprobe.runs import estimate as effort
-from depthprobe.runs import provenance
-from depthprobe.runs.context import DATA, ITEM_TABLE, LEARNED, NEGATIVES, TIMING, Context
+from depthprobe.runs.context import LEARNED, Context
 from depthprobe.runs.estimate import Job
-from depthprobe.runs.layout import Inputs, check_same_inputs, new_manifest, read_inputs
+from depthprobe.runs.layout import (
+    Inputs,
+    available_cores,
+    check_same_inputs,
+    new_manifest,
+    read_inputs,
+)
 from depthprobe.runs.plan import full_trial
-from depthprobe.runs.records import is_done, state_of
+from depthprobe.runs.records import DATA, ITEM_TABLE, NEGATIVES, TIMING, is_done, state_of
 from depthprobe.runs.sweep import jobs_at_once
 from depthprobe.runs.training import FEATURES
 from depthprobe.study import Study
@@ -143,7 +148,7 @@ def preview(
         folder=folder,
         device=device,
         workers=workers,
-        threads=max(1, provenance.available_cores() // (1 if apart else workers)),
+        threads=max(1, available_cores() // (1 if apart else workers)),
         processes=processes,
         apart=apart,
         # of several GPUs each has its share of the workers

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +14,7 @@ from filelock import FileLock
 from torch import nn
 
 from depthprobe.cost.size import count_parameters, parameters_by_block
-from depthprobe.files import write_json
+from depthprobe.files import temporary_folder, write_json
 from depthprobe.methods import Task, Trial
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import merge_lora
@@ -32,8 +30,7 @@ from depthprobe.probing.similarity import similarities
 from depthprobe.probing.similarity import to_frame as to_scores
 from depthprobe.probing.taylor import taylor_importance
 from depthprobe.probing.walk import Route, rank_routes, route, route_without
-from depthprobe.runs.context import Context
-from depthprobe.runs.records import Result, Scores
+from depthprobe.runs.context import Context, Result, Scores
 
 TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
 
@@ -55,8 +52,8 @@ def walk_blocks(context: Context, task: Task) -> Iterator[Result]:
     """The teacher with blocks left out, or with a part of one."""
     teacher = _teacher(context, task)
     routes = [_route(trial) for trial in task.trials]
-    found = rank_routes(teacher, context.test, routes, device=context.device)
-    for trial, ranks in zip(task.trials, found, strict=True):
+    ranked = rank_routes(teacher, context.test, routes, device=context.device)
+    for trial, ranks in zip(task.trials, ranked, strict=True):
         yield Result(trial, ranks, part_of(teacher, trial))
 
 
@@ -74,33 +71,33 @@ def walk_spans(context: Context, task: Task) -> Iterator[Result]:
 
 
 def walk_greedy(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher after each greedy removal, chosen by the validation questions."""
-    found = removal(context, task.seed, task.blocks)
-    trials = [replace(trial, kept=found.kept(trial.depth)) for trial in task.trials]
+    """The teacher after each greedy removal, chosen by validation users."""
+    order = removal(context, task.seed, task.blocks)
+    trials = [replace(trial, kept=order.kept(trial.depth)) for trial in task.trials]
     yield from walk_blocks(context, replace(task, trials=tuple(trials)))
 
 
 def read_outs(context: Context, task: Task, *, lens: bool = False) -> Iterator[Result]:
-    """A head fitted at each depth: to the targets, or to what the teacher says (tuned lens)."""
+    """A head fitted at each depth: to the targets, or to the teacher's scores (tuned lens)."""
     teacher, device = _teacher(context, task), context.device
     fit = fit_lenses if lens else fit_readouts
-    with tempfile.TemporaryDirectory(dir=context.shared) as folder:
+    with temporary_folder(context.shared) as folder:
         train, validation = (
-            cache_states(teacher, asked, path=Path(folder, f"{name}.npy"), device=device)
-            for name, asked in (("train", context.training), ("validation", context.validation))
+            cache_states(teacher, eval_set, path=folder / f"{name}.npy", device=device)
+            for name, eval_set in (("train", context.training), ("validation", context.validation))
         )
         fitted = fit(teacher, train, validation, device=device, seed=task.seed)
-    found = rank_readouts(teacher, fitted, context.test, device=device)
+    ranked = rank_readouts(teacher, fitted, context.test, device=device)
     # a read-out takes the place of the teacher's own adapter; a translator comes before it
     more = fitted.weight[0].numel() + fitted.bias[0].numel() if lens else 0
     for trial in task.trials:
         counts = part_of(teacher, trial)
         counts |= {name: counts[name] + more for name in ("adapters", "total")}
-        yield Result(trial, found[trial.depth], counts)
+        yield Result(trial, ranked[trial.depth], counts)
 
 
 def tuned_lenses(context: Context, task: Task) -> Iterator[Result]:
-    """A translator fitted at each depth to what the teacher answers."""
+    """A translator fitted at each depth to the teacher's scores."""
     return read_outs(context, task, lens=True)
 
 
@@ -116,16 +113,13 @@ def replacements(context: Context, task: Task) -> Iterator[Result]:
     spans = [
         nearest_spans(angular, trial.blocks - trial.depth, first=1)[0] for trial in task.trials
     ]
-    for trial, found in zip(
-        task.trials,
-        fit_replacements(teacher, context.validation, spans, device=device),
-        strict=True,
-    ):
+    fitted = fit_replacements(teacher, context.validation, spans, device=device)
+    for trial, linear in zip(task.trials, fitted, strict=True):
         model = copy.deepcopy(teacher)
-        apply_replacement(model, found)
-        done = replace(trial, kept=outside((found.start, found.end), trial.blocks))
+        apply_replacement(model, linear)
+        done = replace(trial, kept=outside((linear.start, linear.end), trial.blocks))
         (ranks,) = rank_routes(model, context.test, [route(range(done.depth))], device=device)
-        yield Result(done, ranks, part_of(teacher, done), replacement=found)
+        yield Result(done, ranks, part_of(teacher, done), replacement=linear)
 
 
 def compare_states(context: Context, task: Task) -> Iterator[Scores]:
@@ -136,22 +130,22 @@ def compare_states(context: Context, task: Task) -> Iterator[Scores]:
 
 def weigh_blocks(context: Context, task: Task) -> Iterator[Scores]:
     """What the weights of each block matter to the loss of some validation users."""
-    asked = context.ask("validation", limit=TAYLOR_USERS)
-    found = taylor_importance(_teacher(context, task), asked, device=context.device)
-    blocks = np.arange(len(found))
-    frame = pd.DataFrame({"score": "taylor", "start": blocks, "end": blocks + 1, "value": found})
-    yield Scores(frame)
+    users = context.eval_set("validation", limit=TAYLOR_USERS)
+    values = taylor_importance(_teacher(context, task), users, device=context.device)
+    starts = np.arange(len(values))
+    scores = {"score": task.method, "start": starts, "end": starts + 1, "value": values}
+    yield Scores(pd.DataFrame(scores))
 
 
 def settle_users(context: Context, task: Task) -> Iterator[Scores]:
     """At which depth each test user's answers are the last ones."""
-    found = settling(_teacher(context, task), context.test, device=context.device)
-    yield Scores(to_users(found, context.test.users))
+    settled = settling(_teacher(context, task), context.test, device=context.device)
+    yield Scores(to_users(settled, context.test.users))
 
 
 def removal(context: Context, seed: int, blocks: int) -> Removal:
-    """The greedy removal by validation users; kept for all who ask for it."""
-    path = context.shared / f"greedy-s{seed}-{context.teacher_mark(seed, blocks)}.json"
+    """The greedy removal by validation users, made once for all who need it."""
+    path = context.shared / f"greedy-s{seed}-{context.teacher_digest(seed, blocks)}.json"
     with FileLock(path.with_name(f".{path.stem}.lock")):
         if not path.exists():
             teacher = context.teacher(seed, blocks)

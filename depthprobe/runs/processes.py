@@ -7,8 +7,12 @@ The command line asks whether there are several: importing this imports no torch
 from __future__ import annotations
 
 import os
+import pickle  # noqa: S403 - to see whether an error of this process can be sent
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,34 @@ class ProcessGroup:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on when all processes have come here, and see what the first one has written."""
+        """Go on when all processes have come here."""
         if self.processes > 1:
             import torch
 
             torch.distributed.barrier()
 
-    def agree(self, value: Any) -> Any:
-        """What the first process says, in all of them."""
+    def from_first(self, action: Callable[[], T]) -> T:
+        """Call the action in the first process; all of them return its result, or raise its error.
+
+        Else an error there would leave the others waiting for ever.
+        """
         if self.processes == 1:
-            return value
+            return action()
         import torch
 
-        told = [value]
-        torch.distributed.broadcast_object_list(told)
-        return told[0]
+        outcome: list[Any] = [None, None]  # a result or an error
+        if self.writes:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = _sendable(error)
+                torch.distributed.broadcast_object_list(outcome)
+                raise
+        torch.distributed.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
 
     def leave(self) -> None:
         """End the group of processes, when nothing is left to do together."""
@@ -46,6 +63,15 @@ class ProcessGroup:
             import torch
 
             torch.distributed.destroy_process_group()
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its words where it does not survive pickling."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301
+        return error
+    except Exception:  # noqa: BLE001 - an error's own pickling may raise anything
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def launched_processes() -> int:
@@ -59,7 +85,7 @@ def launched() -> bool:
 
 
 def join_processes(device: str) -> ProcessGroup:
-    """The team that the launcher made; alone without one.
+    """The group that the launcher made; alone without one.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``: where they will train.

@@ -1,10 +1,12 @@
-"""What a run's folder holds, typed once: the only reader and writer of records and manifest."""
+"""What a run's folder holds, typed once: the only reader and writer of records and manifest.
+
+Importing this imports no torch.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,28 +15,22 @@ import numpy as np
 import pandas as pd
 from msgspec import Struct
 from pyarrow.parquet import ParquetFile
-from torch import nn
 
 from depthprobe.errors import BadInput
-from depthprobe.evaluation.metrics import (
-    LISTS,
-    TrainingPopularity,
-    exposure,
-    list_metrics,
-    metrics_from_ranks,
-)
+from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.files import complete_folder, write_json
 from depthprobe.methods import Task, Trial
-from depthprobe.models.build import save_trained
-from depthprobe.models.recommender import Recommender
-from depthprobe.probing.replace import Replacement, save_replacement
-from depthprobe.runs.context import MODEL, PROBES, TRIALS
-from depthprobe.training.checkpoint import Fit
 
 Status = Literal["done", "failed"]
+FULL = "full"  # the protocol that ranks the whole catalogue
 SCHEMA = 1  # of records and manifest; raise it when the meaning of a key changes
-RECORD, MANIFEST = "record.json", "manifest.json"
+STUDY, MANIFEST, TABLES = "study.toml", "manifest.json", ("trials.parquet", "metrics.parquet")
+TRIALS, PROBES, SHARED, LOGS = "trials", "probes", "shared", "logs"
+# in the folder of a trial or of a probe's table
+RECORD, MODEL = "record.json", "model"
 USERS, ITEMS, SCORES = "users.parquet", "items.parquet", "scores.parquet"
+# in the folder of what all trials share
+DATA, NEGATIVES, TIMING, ITEM_TABLE = "data", "negatives.npy", "timing.json", "item-table.npy"
 
 
 # --- the manifest: what all trials of a run share ------------------------------------------------
@@ -221,117 +217,50 @@ class Record(Struct, kw_only=True):
         return self.costs.training if self.costs else None
 
 
-# --- what a task yields --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Result:
-    """A trial that ran: test ranks by protocol, and the model and its training if it has one.
-
-    Attributes:
-        ranks: of every test user, (E,) by protocol; and under ``"top-10"`` the best items, (E, 10).
-        training_flops: of its training, without its teacher's.
-        taught: seconds that its teacher took before, training and features.
-        replacement: the map that stands for blocks of the teacher, whose weights the trial shares.
-    """
-
-    trial: Trial
-    ranks: dict[str, np.ndarray]
-    parameters: dict[str, int]
-    flops: int | None = None
-    fit: Fit | None = None
-    training_flops: int | None = None
-    taught: float = 0.0
-    model: nn.Module | None = None
-    replacement: Replacement | None = None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A table that speaks of blocks, spans or users, where no trial does."""
-
-    frame: pd.DataFrame
-
-
 # --- writing -------------------------------------------------------------------------------------
 
 
-def write_result(
+def write_trial(
     folder: Path,
-    result: Result,
-    users: np.ndarray,
+    record: Record,
     *,
-    popularity: TrainingPopularity,
-    timing: Mapping[str, Any] | None,
-    provenance: Provenance,
-    validation_users: int,
+    users: pd.DataFrame,
+    items: pd.DataFrame,
+    save: Callable[[Path], None],
 ) -> None:
-    """Write a finished trial, complete or not at all: users, items, model, record."""
-    fit, model = result.fit, result.model
-    ranks = {name: values for name, values in result.ranks.items() if name != LISTS}
-    metrics = {protocol: metrics_from_ranks(values) for protocol, values in ranks.items()}
-    lists = result.ranks.get(LISTS, np.zeros((0, 0), np.int32))
-    counts = exposure(lists, len(popularity.popularity))  # (I,)
-    metrics["full"] |= list_metrics(counts, popularity)
-    record = _trial_record(result.trial, "done", None, provenance)
-    record.metrics = {"test": metrics}
-    record.costs = Costs(
-        parameters=result.parameters,
-        flops_user=result.flops,
-        prompt=model.prompt_mode if isinstance(model, Recommender) else None,
-        timing=msgspec.convert(timing, dict[str, Rounds] | None),
-    )
-    if fit is not None:
-        record.validation = Validation(ndcg=fit.best_score, users=validation_users)
-        record.costs.training = TrainingCosts(
-            epochs=fit.epochs,
-            steps=fit.steps,
-            seconds=round(fit.seconds, 3),
-            teacher_seconds=round(result.taught, 3),
-            flops=result.training_flops,
-            processes=fit.processes,
-            parts=fit.parts,
-            reused=fit.reused,
-            resumed_at=fit.resumed_at,
-            best_epoch=fit.best_epoch,
-            losses=fit.losses,
-            validation=fit.scores,
-        )
+    """Write a finished trial, complete or not at all.
+
+    Args:
+        users: the rank of each test user's target: user, protocol, rank.
+        items: how many users' best items hold an item: item, lists.
+        save: writes the trial's model, if it has one, into a folder that it makes.
+    """
     with complete_folder(folder) as temporary:
-        parts = [
-            pd.DataFrame({"user": users.astype(np.int32), "protocol": name, "rank": values})
-            for name, values in ranks.items()
-        ]
-        pd.concat(parts, ignore_index=True).to_parquet(temporary / USERS, index=False)
-        shown = np.flatnonzero(counts)
-        items = {"item": (shown + 1).astype(np.int32), "lists": counts[shown].astype(np.int32)}
-        pd.DataFrame(items).to_parquet(temporary / ITEMS, index=False)
-        if model is not None:
-            save_trained(model, temporary / MODEL)
-        if result.replacement is not None:
-            save_replacement(result.replacement, temporary / MODEL)
+        users.to_parquet(temporary / USERS, index=False)
+        items.to_parquet(temporary / ITEMS, index=False)
+        save(temporary / MODEL)
         _write(temporary / RECORD, record)
 
 
 def write_scores(
-    folder: Path, task: Task, scores: Scores, *, provenance: Provenance, seconds: float
+    folder: Path, task: Task, frame: pd.DataFrame, *, provenance: Provenance, seconds: float
 ) -> None:
     """Write a task's table and its record, complete or not at all."""
-    record = _table_record(task, "done", None, provenance)
+    record = record_of(task, provenance)
     record.seconds = round(seconds, 3)
     with complete_folder(folder) as temporary:
-        scores.frame.to_parquet(temporary / SCORES, index=False)
+        frame.to_parquet(temporary / SCORES, index=False)
         _write(temporary / RECORD, record)
 
 
 def write_failure(folders: list[Path], task: Task, error: str, provenance: Provenance) -> None:
     """Write the records of a task that failed, with the reason in one line; what is done stays."""
     reason = " ".join(error.split())
-    records = [_trial_record(trial, "failed", reason, provenance) for trial in task.trials]
-    records = records or [_table_record(task, "failed", reason, provenance)]
-    for folder, record in zip(folders, records, strict=True):
+    parts: Sequence[Trial | Task] = task.trials or (task,)
+    for folder, trial in zip(folders, parts, strict=True):
         if not is_done(folder):
-            record.attempts = attempts(folder) + 1
+            record = record_of(trial, provenance)
+            record.status, record.error, record.attempts = "failed", reason, attempts(folder) + 1
             with complete_folder(folder) as temporary:
                 _write(temporary / RECORD, record)
 
@@ -346,31 +275,14 @@ def _write(path: Path, content: Struct) -> None:
     write_json(path, msgspec.to_builtins(content, enc_hook=lambda value: value.item()))
 
 
-def _trial_record(
-    trial: Trial, status: Status, error: str | None, provenance: Provenance
-) -> Record:
-    return Record(
-        id=trial.id,
-        method=trial.method,
-        kept=trial.kept,
-        removed=trial.removed,
-        depth=trial.depth,
-        seed=trial.seed,
-        status=status,
-        error=error,
-        provenance=provenance,
+def record_of(done: Trial | Task, provenance: Provenance) -> Record:
+    """The record of a trial that is done, or of a task that leaves a table."""
+    record = Record(
+        id=done.id, method=done.method, seed=done.seed, status="done", provenance=provenance
     )
-
-
-def _table_record(task: Task, status: Status, error: str | None, provenance: Provenance) -> Record:
-    return Record(
-        id=task.id,
-        method=task.method,
-        seed=task.seed,
-        status=status,
-        error=error,
-        provenance=provenance,
-    )
+    if isinstance(done, Trial):
+        record.kept, record.removed, record.depth = done.kept, done.removed, done.depth
+    return record
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -450,6 +362,13 @@ def folders_of(place: Path) -> list[Path]:
         return [place / name for name in sorted(os.listdir(place))]
     except FileNotFoundError:
         return []
+
+
+def outputs_of(run: Path, task: Task) -> list[Path]:
+    """The folders that a task leaves in a run, each complete or absent."""
+    if not task.trials:
+        return [run / PROBES / task.id]
+    return [run / TRIALS / trial.id for trial in task.trials]
 
 
 # --- the state of a task, by what it left --------------------------------------------------------

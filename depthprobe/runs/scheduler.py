@@ -1,11 +1,11 @@
-"""Who works on what: a lock a task, so that several sweeps share one run and do nothing twice.
+"""Who works on what, and in which process.
 
-The locks are the operating system's (``flock``): whoever dies, by any signal, has let go of them.
+A lock a task lets several sweeps share one run and do nothing twice. The locks are the operating
+system's (``flock``): they are released when their process dies, by whatever signal.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,13 +21,13 @@ from filelock import FileLock, Timeout
 
 from depthprobe.methods import Task
 from depthprobe.runs.processes import ProcessGroup
-from depthprobe.runs.records import state_of, to_retry
+from depthprobe.runs.progress import Progress
+from depthprobe.runs.records import outputs_of, state_of, to_retry
 
 LOCKS = ".locks"
-WHOLE = ".run"  # what lays a run out, times it or writes its tables
+WHOLE_RUN = ".run"  # the lock of whoever lays a run out, times it or writes its tables
 
 State = Literal["ours", "theirs", "done", "failed"]
-Outputs = Callable[[Task], list[Path]]
 
 
 class Claims:
@@ -34,27 +35,23 @@ class Claims:
 
     Args:
         folder: of the run.
-        outputs: the folders that a task leaves.
         retry: failures that are tried again, with how often they had failed when the command
             was given: those alone, so that each is tried once a command.
-        team: processes that train together: the first one claims for all.
+        group: processes that train together: the first one claims for all.
     """
 
     def __init__(
         self,
         folder: Path,
-        outputs: Outputs,
         retry: Mapping[str, int],
-        team: ProcessGroup | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
-        self._folder, self._outputs, self._team = folder / LOCKS, outputs, team or ProcessGroup()
+        self._run, self._retry, self._group = folder, retry, group or ProcessGroup()
         self._locks: dict[str, FileLock] = {}
-        self._retry = retry
 
     def take(self, task: Task) -> State:
         """Claim a task: ``ours`` now, ``theirs``, or it was ``done`` or ``failed`` meanwhile."""
-        state: State = self._team.agree(self._take(task) if self._team.writes else "theirs")
-        return state
+        return self._group.from_first(lambda: self._take(task))
 
     def leave(self, task: Task) -> None:
         """Let go of a task, once its records are written; of one that is not held, nothing."""
@@ -68,18 +65,18 @@ class Claims:
     def _let_go(self, name: str) -> None:
         lock = self._locks.pop(name, None)
         if lock is not None:
-            # while it is held: whoever has it open already sees that it guards no name any more
+            # unlink while holding the lock; a waiter then sees an unlinked inode and retries
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
     def _take(self, task: Task) -> State:
-        lock = _lock(self._folder / f"{task.id}.lock")
+        lock = _lock(self._run / LOCKS / f"{task.id}.lock")
         try:
             _acquire(lock, 0)
         except Timeout:
             return "theirs"
         self._locks[task.id] = lock
-        outputs = self._outputs(task)
+        outputs = outputs_of(self._run, task)  # read under the lock: another sweep may have done it
         state = state_of(outputs)
         if state == "left" or (state == "failed" and to_retry(outputs, self._retry)):
             return "ours"
@@ -88,14 +85,13 @@ class Claims:
 
 
 @contextmanager
-def whole_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def whole_run(folder: Path, progress: Progress) -> Iterator[None]:
     """Alone with what all trials share: waits until no other sweep is at it."""
-    place = folder / LOCKS / f"{WHOLE}.lock"
-    lock = _lock(place)
+    lock = _lock(folder / LOCKS / f"{WHOLE_RUN}.lock")
     try:
         _acquire(lock, 0)
     except Timeout:
-        say("waiting for another sweep of this run")
+        progress.message("waiting for another sweep of this run")
         _acquire(lock, -1)
     try:
         yield
@@ -104,9 +100,9 @@ def whole_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Remove the folder of the locks, unless another sweep has some there.
+    """Remove the folder of the locks, unless another sweep holds some there.
 
-    What a sweep that was killed held, nobody may have come to since: its task can have been done.
+    A sweep that was killed leaves the files of its locks.
     """
     for place in [*(folder / LOCKS).glob("*.lock")]:
         lock = _lock(place)
@@ -120,18 +116,18 @@ def clear(folder: Path) -> None:
 
 def held(folder: Path) -> list[str]:
     """Tasks of a run that some living process works on, by name."""
-    found = []
+    names = []
     for place in sorted((folder / LOCKS).glob("[!.]*.lock")):
         lock = _lock(place)
         try:
             _acquire(lock, 0)
         except Timeout:
-            found.append(place.stem)
-        except OSError:  # a run that this user may only read: nobody can be asked
+            names.append(place.stem)
+        except OSError:  # a run that this user may only read: nothing can be found out
             continue
         else:
             lock.release()
-    return found
+    return names
 
 
 def _lock(path: Path) -> FileLock:
@@ -150,7 +146,7 @@ def _acquire(lock: FileLock, timeout: float) -> None:
             return
 
 
-# Run tasks in the order of their needs: in worker processes, or in this one.
+# --- the queue of tasks --------------------------------------------------------------------------
 
 POLL = 1.0  # seconds until tasks that another sweep holds are looked at again
 
@@ -174,7 +170,7 @@ Work = Callable[[Task], float]
 class Board(Protocol):
     """Who has which task; a task is left when its outcome has been dealt with."""
 
-    def take(self, task: Task) -> str:
+    def take(self, task: Task) -> State:
         """``ours``, ``theirs``, or what it became meanwhile: ``done`` or ``failed``."""
 
     def leave(self, task: Task) -> None:
@@ -218,6 +214,9 @@ class Queue:
         self.board.leave(outcome.task)
 
 
+# --- executors: they run tasks in the order of their needs ---------------------------------------
+
+
 def run_here(queue: Queue, work: Work, *, caught: type[Exception] = Exception) -> Iterator[Outcome]:
     """One task after the other in this process; a fault ends its task alone.
 
@@ -233,7 +232,7 @@ def run_here(queue: Queue, work: Work, *, caught: type[Exception] = Exception) -
         else:
             try:
                 outcome = Outcome(found, None, work(found))
-            except caught as error:  # by default whatever it was: the other tasks go on
+            except caught as error:
                 outcome = Outcome(found, describe(error), 0.0)
             yield from queue.end(outcome)
 
@@ -253,8 +252,9 @@ def run_in_processes(
         prepare: called once in each worker, with a counter of workers and then ``arguments``.
     """
     running: dict[Future[tuple[str | None, float]], Task] = {}
-    pool = _pool(jobs, prepare, arguments)
     suspects: list[Task] = []  # were running when a worker died: run again, one at a time
+    context = _Workers()
+    pool = _pool(context, jobs, prepare, arguments)
     try:
         while queue.waiting or running or suspects:
             limit = 1 if suspects else jobs
@@ -286,13 +286,19 @@ def run_in_processes(
                 broken += running.values()
                 running.clear()
                 pool.shutdown(wait=False, cancel_futures=True)
-                pool = _pool(jobs, prepare, arguments)
+                pool = _pool(context, jobs, prepare, arguments)
                 if alone:
                     died = "its process died (killed, or out of memory)"
                     yield from queue.end(Outcome(broken.pop(), died, 0.0))
                 suspects += broken
     finally:
-        _stop(pool)
+        # at once: after an interrupt nobody waits for their training
+        for worker in context.started:
+            worker.terminate()
+        for worker in context.started:
+            worker.join(timeout=10)
+        # Python, when it ends, wakes the pool's thread unguarded: it must have ended before
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def describe(error: BaseException) -> str:
@@ -303,34 +309,32 @@ def describe(error: BaseException) -> str:
 
 
 def _attempt(work: Work, task: Task) -> tuple[str | None, float]:
-    """In a worker: an error is told in words, for not every error survives the way back."""
+    """In a worker: an error is put into words, for not every error survives pickling."""
     try:
         return None, work(task)
     except Exception as error:  # whatever it was, the other tasks go on
         return describe(error), 0.0
 
 
+class _Workers(SpawnContext):
+    """Starts processes and remembers them.
+
+    Spawned ones: a forked copy of a process that has used torch's threads or CUDA can hang.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *arguments: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        process = SpawnProcess(*arguments, **options)
+        self.started.append(process)
+        return process
+
+
 def _pool(
-    jobs: int, prepare: Callable[..., None], arguments: tuple[Any, ...]
+    context: _Workers, jobs: int, prepare: Callable[..., None], arguments: tuple[Any, ...]
 ) -> ProcessPoolExecutor:
-    # spawn: a forked copy of a process that has used torch's threads or CUDA can hang
-    context = multiprocessing.get_context("spawn")
     started = context.Value("i", 0)
     return ProcessPoolExecutor(
         jobs, mp_context=context, initializer=prepare, initargs=(started, *arguments)
     )
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """End the workers at once: after an interrupt nobody waits for their training."""
-    workers = list((getattr(pool, "_processes", None) or {}).values())
-    manager = getattr(pool, "_executor_manager_thread", None)
-    pool.shutdown(wait=False, cancel_futures=True)
-    for worker in workers:
-        if worker.is_alive():
-            worker.terminate()
-    for worker in workers:
-        worker.join(timeout=10)
-    if manager is not None:
-        # Python, when it ends, wakes the thread unguarded: one that ends then has closed its pipe
-        manager.join(timeout=10)

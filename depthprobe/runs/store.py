@@ -1,9 +1,15 @@
-"""The run folder: one record a trial, complete or absent; tables derived from the records."""
+"""A run opened for reading: its records, the tables made from them, and how far it is.
+
+Importing this imports no torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import time
 import tomllib
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -18,23 +24,30 @@ from depthprobe.data.storage import load_data
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.slices import Family, families
 from depthprobe.files import complete_file
-from depthprobe.runs.context import DATA, PROBES, TRIALS
+from depthprobe.runs.plan import plan
 from depthprobe.runs.records import (
+    DATA,
+    LOGS,
     MANIFEST,
+    PROBES,
     SCORES,
+    SHARED,
+    STUDY,
+    TABLES,
+    TRIALS,
     Costs,
     Manifest,
     Record,
     folders_of,
+    outputs_of,
     read_manifest,
     read_record,
     read_users,
+    state_of,
 )
+from depthprobe.runs.scheduler import held
 from depthprobe.runs.tables import metrics_table, read_slices
 from depthprobe.study import Study, ranges, study_from_dict
-
-STUDY = "study.toml"
-TABLES = ("trials.parquet", "metrics.parquet")
 
 
 class Run:
@@ -46,8 +59,7 @@ class Run:
     @cached_property
     def records(self) -> list[Record]:
         """All records, done and failed, in the order of their names; a damaged one is no record."""
-        found = map(read_record, folders_of(self.path / TRIALS))
-        return [record for record in found if record is not None]
+        return _records(self.path / TRIALS)
 
     def record(self, trial: str) -> Record:
         """The record of one trial.
@@ -61,20 +73,18 @@ class Run:
         known = ", ".join(record.id for record in self.records) or "none yet"
         raise BadInput("trial", trial, f"one of {known}")
 
+    @cached_property
+    def _probes(self) -> list[Record]:
+        """The records of the tables of probes."""
+        return _records(self.path / PROBES)
+
     @property
     def failed(self) -> list[tuple[str, str]]:
         """(trial, error) of each failed trial, and of each table that could not be made."""
-        every = [*self.records, *self._probes]
-        return [(r.id, r.error or "") for r in every if not r.done]
-
-    @cached_property
-    def _probes(self) -> list[Record]:
-        """The records of the tables under ``probes``."""
-        found = map(read_record, folders_of(self.path / PROBES))
-        return [record for record in found if record is not None]
+        return [(r.id, r.error or "") for r in (*self.records, *self._probes) if not r.done]
 
     def scores(self, method: str) -> pd.DataFrame:
-        """What ``similarity``, ``taylor`` or ``settling`` found, with the seed of its teacher.
+        """The table of a probe that leaves no trials, with the seed of its teacher.
 
         Empty where the run has no such table.
         """
@@ -93,39 +103,39 @@ class Run:
     @cached_property
     def users(self) -> pd.DataFrame:
         """Rank of each test user's target: trial, user, protocol, rank."""
-        frames = []
-        for record in self.records:
-            if record.done:
-                for protocol, (users, ranks) in read_users(
-                    self.path / TRIALS / record.id, record
-                ).items():
-                    told = {"trial": record.id, "user": users, "protocol": protocol}
-                    frames.append(pd.DataFrame(told | {"rank": ranks}))
-        if not frames:
-            return pd.DataFrame(columns=["trial", "user", "protocol", "rank"])
-        return pd.concat(frames, ignore_index=True)
+        frames = [pd.DataFrame(columns=["trial", "user", "protocol", "rank"])]
+        for record in self._done:
+            ranked = read_users(self.path / TRIALS / record.id, record)
+            for protocol, (users, ranks) in ranked.items():
+                own = {"trial": record.id, "user": users, "protocol": protocol, "rank": ranks}
+                frames.append(pd.DataFrame(own))
+        return pd.concat(frames[1:], ignore_index=True) if len(frames) > 1 else frames[0]
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row a trial, split, protocol, slice and metric: value, interval, how many users."""
-        found = self.written_metrics()
-        return self.compute_metrics() if found is None else found
+        written = self.written_metrics()
+        return self.compute_metrics() if written is None else written
 
     def written_metrics(self) -> pd.DataFrame | None:
         """The table on disk, if it is of the records and slices as they are now, and readable."""
         try:
-            found = pd.read_parquet(self.path / TABLES[1])
+            table = pd.read_parquet(self.path / TABLES[1])
         except (OSError, ValueError):
             return None
         # versions before this one did not write down what a table is made from
-        return found if found.attrs.get("records", self._mark) == self._mark else None
+        return table if table.attrs.get("records", self._digest) == self._digest else None
 
     @cached_property
-    def _mark(self) -> str:
-        """What names the content of the metrics table."""
-        made_from = [(r.id, r.status, r.metrics, r.validation) for r in self.records]
-        content = repr((made_from, self.manifest.slices))
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+    def _digest(self) -> str:
+        """Sixteen digits that name what the metrics table is made from."""
+        content = [(r.id, r.status, r.metrics, r.validation) for r in self.records]
+        text = repr((content, self.manifest.slices))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def _done(self) -> list[Record]:
+        return [record for record in self.records if record.done]
 
     def compute_metrics(self) -> pd.DataFrame:
         """The metrics table, recomputed from every user's rank.
@@ -134,10 +144,9 @@ class Run:
             BadInput: if the ranks of a trial can't be read, or are not those of its record.
             ValueError: if the metrics of a trial break the bounds between them.
         """
-        done = [record for record in self.records if record.done]
-        asked, cuts = self._cuts
+        users, cuts = self._cuts
         resamples = self.study.protocol.resamples
-        return metrics_table(self.path, done, asked, cuts, resamples=resamples)
+        return metrics_table(self.path, self._done, users, cuts, resamples=resamples)
 
     @cached_property
     def slices(self) -> pd.DataFrame:
@@ -147,8 +156,8 @@ class Run:
         history as ``5-8``; own columns that the study names follow. Without the run's prepared log
         there are no slices, and no rows.
         """
-        asked, cuts = self._cuts
-        frame = pd.DataFrame({"user": asked})
+        users, cuts = self._cuts
+        frame = pd.DataFrame({"user": users})
         for family in cuts:
             kinds = pd.CategoricalDtype(list(family.labels))
             frame[family.name] = pd.Categorical.from_codes(family.codes, dtype=kinds)
@@ -157,24 +166,23 @@ class Run:
     @cached_property
     def _cuts(self) -> tuple[np.ndarray, list[Family]]:
         """The test's users, ascending, and the ways to slice them."""
-        prepared = self.path / "shared" / DATA
+        prepared = self.path / SHARED / DATA
         if not (prepared / DATA_MANIFEST).is_file():
             return np.empty(0, np.int64), []
         split = make_split(load_data(prepared), self.study.protocol)
-        return split.test.users, families(split, read_slices(self.path / "shared"))
+        return split.test.users, families(split, read_slices(self.path / SHARED))
 
 
 def open_run(path: str | Path) -> Run:
     """Open the folder of a run.
 
     Raises:
-        BadInput: if it is not one.
+        BadInput: if it is not one, or one that another version of the format wrote.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file() or not (folder / STUDY).is_file():
-        raise BadInput(
-            "run", str(path), f"a folder that sweep wrote ({MANIFEST} and {STUDY} in it)"
-        )
+        allowed = f"a folder that sweep wrote ({MANIFEST} and {STUDY} in it)"
+        raise BadInput("run", str(path), allowed)
     try:
         content = tomllib.loads((folder / STUDY).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -185,12 +193,16 @@ def open_run(path: str | Path) -> Run:
 def write_tables(run: Run) -> None:
     """Write trials.parquet and metrics.parquet anew from the records."""
     metrics = run.compute_metrics()
-    metrics.attrs["records"] = run._mark
+    metrics.attrs["records"] = run._digest
     # the metrics last: they say what both are made from
     for name, frame in zip(TABLES, (run.trials, metrics), strict=True):
         with complete_file(run.path / name) as temporary:
             frame.to_parquet(temporary, index=False)
     run.__dict__.pop("metrics", None)
+
+
+def _records(place: Path) -> list[Record]:
+    return [record for record in map(read_record, folders_of(place)) if record is not None]
 
 
 def _trial_row(record: Record) -> dict[str, Any]:
@@ -217,3 +229,75 @@ def _trial_row(record: Record) -> dict[str, Any]:
         rounds = timing[name].seconds if name in timing else ()
         row[f"{name}_ms"] = 1000 * median(rounds) if rounds else none
     return row
+
+
+# --- how far a run is ----------------------------------------------------------------------------
+
+TAIL = 4096  # bytes of a log that are looked at
+
+
+@dataclass(frozen=True)
+class Working:
+    """A task that some living process works on: its log's last line, and how old that is."""
+
+    task: str
+    line: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """Tasks of a run by their state; ``counts`` are by method, in the order of the plan."""
+
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    working: list[Working] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)  # task, reason
+
+    def total(self, state: str) -> int:
+        """How many tasks are ``done``, ``failed``, ``working`` or ``left``."""
+        return sum(count[state] for count in self.counts.values())
+
+
+def status_of(folder: Path) -> Status:
+    """The state of every task that a run's study asks for.
+
+    Raises:
+        BadInput: if the folder is no run, or one that has not been laid out yet.
+    """
+    if (folder / STUDY).is_file() and not (folder / MANIFEST).is_file():
+        raise BadInput("run", str(folder), "a run that has begun; this one is being laid out")
+    run = open_run(folder)
+    status, at_work = Status(), {each.task: each for each in working(folder)}
+    for task in plan(run.study, run.manifest.backbone.blocks):
+        outputs = outputs_of(folder, task)
+        state: str = state_of(outputs)
+        if state != "done" and task.id in at_work:
+            state = "working"
+            status.working.append(at_work[task.id])
+        elif state == "failed":
+            errors = (record.error for path in outputs if (record := read_record(path)))
+            reason = next(filter(None, errors), "")
+            status.failed.append((task.id, " ".join(reason.split())))
+        status.counts.setdefault(task.method, Counter())[state] += 1
+    return status
+
+
+def working(folder: Path) -> list[Working]:
+    """The tasks of living processes, on whatever machine, by the locks that they hold."""
+    found = []
+    for name in held(folder):
+        log = folder / LOGS / f"{name}.log"
+        try:
+            with log.open("rb") as file:
+                file.seek(max(0, log.stat().st_size - TAIL))
+                lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
+            age = time.time() - log.stat().st_mtime
+        except OSError:
+            lines, age = [], 0.0
+        found.append(Working(name, _without_time(lines[-1]) if lines else "", max(0.0, age)))
+    return found
+
+
+def _without_time(line: str) -> str:
+    words = line.split(" ", 2)
+    return words[2] if len(words) == 3 and words[0].count("-") == 2 else line

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import json
+import pickle  # noqa: S403 - to see whether a method can be sent to a worker
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from depthprobe.errors import BadInput
 from depthprobe.files import write_json
-from depthprobe.methods import Task
+from depthprobe.methods import BUILT_IN, METHODS, Method, Task
 from depthprobe.models.backbones import backbone_revision, describe, resolve_device
-from depthprobe.runs import provenance, worker
-from depthprobe.runs.context import TIMING, Context
+from depthprobe.runs import worker
+from depthprobe.runs.context import Context
 from depthprobe.runs.estimate import covers, measure
 from depthprobe.runs.layout import (
+    available_cores,
     check_same_inputs,
     lay_out,
+    manifest_before,
     new_manifest,
     read_inputs,
-    repeating,
     shared_table,
     tidy,
 )
 from depthprobe.runs.processes import ProcessGroup, join_processes
 from depthprobe.runs.progress import Progress, Silent
 from depthprobe.runs.records import (
-    MANIFEST,
+    FULL,
+    TABLES,
+    TIMING,
     BackboneFacts,
     Manifest,
     Provenance,
@@ -50,8 +55,7 @@ from depthprobe.runs.scheduler import (
     run_in_processes,
     whole_run,
 )
-from depthprobe.runs.store import TABLES, Run, open_run, write_tables
-from depthprobe.runs.tables import write_slices
+from depthprobe.runs.store import Run, open_run, write_tables
 from depthprobe.study import Study
 from depthprobe.training.loop import DivergedError
 
@@ -84,7 +88,7 @@ def run_sweep(
             Default: one a GPU, else one a core, at most four. Processes are spawned: a script
             that calls this needs the usual ``if __name__ == "__main__":``.
         command: what the report names as the way to repeat the run.
-        progress: is told what happens.
+        progress: is shown what happens.
         retry_failed: trials that failed before are tried again, once. Several sweeps of one
             command are given the failures that it found (:func:`.records.failures`): what one of
             them has tried in vain, no other tries again.
@@ -93,66 +97,61 @@ def run_sweep(
         BadInput: before anything is written, if the data, the backbone, the item table, the
             depths or a tracker can't be used, or the folder holds another study.
     """
-    team = join_processes(study.device)
-    watcher = (progress if team.writes else None) or Silent()
-    disable_progress_bar()  # one bar a loaded model would drown what the watcher says
+    group = join_processes(study.device)
+    progress = (progress if group.writes else None) or Silent()
+    disable_progress_bar()  # one bar a loaded model would drown the progress
     folder = Path(output) if output is not None else Path("runs") / study.name
     device = resolve_device(study.device)
     inputs = read_inputs(study, folder)
     retry = failures(folder) if retry_failed is True else retry_failed or {}
-    working, before, slices = inputs.working, inputs.before, inputs.slices
-    table = shared_table(working, inputs.split.sequences, folder, device, watcher)
+    working, before = inputs.working, inputs.before
+    table = shared_table(working, inputs.split.sequences, folder, device, progress)
     revision = backbone_revision(working.backbone)
-    # of a run that is continued nothing may be left to do, and loading takes long
+    # of a run that is continued nothing may be left to do, and loading a backbone takes long
     backbone = (
-        BackboneFacts(**describe(working.backbone, revision)) if before is None else before.backbone
+        group.from_first(lambda: BackboneFacts(**describe(working.backbone, revision)))
+        if before is None
+        else before.backbone
     )
     manifest = new_manifest(inputs.study, inputs.split, table, backbone, device, command)
-    if before is not None:
-        check_same_inputs(folder, before, manifest, revision)
-        manifest.command = repeating(folder, study, command, before.command)
+    check_same_inputs(folder, before, manifest, revision)
 
     began = time.perf_counter()
-    team.wait()  # all have read the folder as it was
     context = Context(folder, working)
-    with _alone(folder, team, watcher):
-        overtaken = team.agree(before is None and (folder / MANIFEST).is_file())
-        if not overtaken:
-            if team.writes:
-                lay_out(folder, inputs.study, inputs.split, table, manifest)
-                if slices is not None:
-                    write_slices(slices, folder / "shared")
-            waiting, done, failed = team.agree(_sorted(context, inputs.tasks, retry))
-            if waiting and team.writes:
-                _measure_once(context, manifest.backbone.blocks, watcher)
-    if overtaken:  # another sweep has begun the run since it was looked at: this one continues it
+    group.wait()  # all have read the folder as it was
+
+    def begin() -> tuple[bool, list[Task], set[str], set[str]] | None:
+        with whole_run(folder, progress):
+            if before is None and manifest_before(folder) is not None:
+                return None
+            resliced = lay_out(folder, study, inputs, table, manifest)
+            waiting, done, failed = _sorted(context, inputs.tasks, retry)
+            if waiting:
+                _measure_once(context, inputs.blocks, progress)
+        return resliced, waiting, done, failed
+
+    begun = group.from_first(begin)
+    if begun is None:  # another sweep has begun the run since it was looked at: continue it
         return run_sweep(
-            study,
-            folder,
-            jobs=jobs,
-            command=command,
-            progress=progress,
-            retry_failed=retry,
+            study, folder, jobs=jobs, command=command, progress=progress, retry_failed=retry
         )
-    watcher.plan([task.id for task in waiting])
+    resliced, waiting, done, failed = begun
+    progress.plan([task.id for task in waiting])
     if failed:
-        watcher.message(f"{len(failed)} failed before; --retry-failed runs them again")
-    claims = Claims(folder, context.outputs, retry, team)
+        progress.message(f"{len(failed)} failed before; --retry-failed runs them again")
+    claims = Claims(folder, retry, group)
     queue = Queue(waiting, claims, done=done, failed=failed)
-    workers = 0 if team.processes > 1 else jobs_at_once(jobs, device, len(waiting))
-    threads = max(1, provenance.available_cores() // max(1, workers))
-    origin = _provenance(manifest, device, threads)
+    workers = 0 if group.processes > 1 else jobs_at_once(jobs, device, len(waiting))
+    origin = _provenance(manifest, device, max(1, available_cores() // max(1, workers)))
     try:
-        for outcome in _outcomes(queue, folder, working, origin, workers, team):
-            if team.writes:
-                _report(outcome, context, origin, watcher)
-            team.wait()
+        for outcome in _outcomes(queue, context, origin, workers, group):
+            group.from_first(partial(_report, outcome, context, origin, progress))
     finally:
         claims.leave_all()
-    if not team.writes:
+    if not group.writes:
         return open_run(folder)
-    if waiting or slices is not None or not _has_tables(folder):
-        with whole_run(folder, watcher.message):
+    if waiting or resliced or not _has_tables(folder):
+        with whole_run(folder, progress):
             tidy(folder)
             write_tables(open_run(folder))
             _update_manifest(context, time.perf_counter() - began)
@@ -160,17 +159,13 @@ def run_sweep(
     return open_run(folder)
 
 
-def _has_tables(folder: Path) -> bool:
-    """Whether the tables of a run are those of its records."""
-    return (folder / TABLES[0]).is_file() and open_run(folder).written_metrics() is not None
-
-
-@contextmanager
-def _alone(folder: Path, team: ProcessGroup, watcher: Progress) -> Iterator[None]:
-    """Alone with the run; of a team, the first process is so for all."""
-    with whole_run(folder, watcher.message) if team.writes else nullcontext():
-        yield
-        team.wait()
+def jobs_at_once(jobs: int | None, device: torch.device, tasks: int) -> int:
+    """How many of so many tasks run at the same time; 0: in this process."""
+    if jobs is not None:
+        return min(jobs, tasks)
+    if device.type == "cpu":
+        return min(available_cores(), MOST_JOBS, tasks)
+    return min(max(1, torch.cuda.device_count()), tasks)
 
 
 def _sorted(
@@ -190,27 +185,75 @@ def _sorted(
     return waiting, done, failed
 
 
+def _measure_once(context: Context, blocks: int, progress: Progress) -> None:
+    path = context.shared / TIMING
+    # a sweep of the baselines alone has left no depth's times to one that goes on with more
+    if not path.exists() or not covers(json.loads(path.read_text()), context, blocks):
+        progress.message("timing every depth, alone on the machine")
+        write_json(path, measure(context, blocks))
+        progress.message("every depth is timed")
+
+
 def _outcomes(
-    queue: Queue,
-    folder: Path,
-    study: Study,
-    origin: Provenance,
-    workers: int,
-    team: ProcessGroup,
+    queue: Queue, context: Context, origin: Provenance, workers: int, group: ProcessGroup
 ) -> Iterator[Outcome]:
     """How the tasks end, in workers or in this process."""
     if not queue.waiting:
         return iter(())
+    folder, study = str(context.folder), context.study
     if workers:
-        arguments = (str(folder), study, origin)
+        arguments = (folder, study, origin, _registered())
         return run_in_processes(
             queue, worker.work, jobs=workers, prepare=worker.prepare, arguments=arguments
         )
-    worker.begin(str(folder), study, origin, writes=team.writes)
-    # all processes of a team see a training diverge; after any other fault of one of them, the
+    worker.begin(folder, study, origin, writes=group.writes)
+    # all processes of a group see a training diverge; after any other fault of one of them, the
     # others would wait for it for ever
-    caught = Exception if team.processes == 1 else DivergedError
+    caught = Exception if group.processes == 1 else DivergedError
     return run_here(queue, worker.work, caught=caught)
+
+
+def _registered() -> list[Method]:
+    """The methods that were registered here, which a worker must know too."""
+    methods = [method for name, method in METHODS.items() if name not in BUILT_IN]
+    for method in methods:
+        try:
+            pickle.dumps(method)
+        except Exception as error:
+            allowed = f"with --jobs 0, or made of functions that a module holds ({error})"
+            raise BadInput("method", method.name, allowed) from error
+    return methods
+
+
+def _report(outcome: Outcome, context: Context, origin: Provenance, progress: Progress) -> None:
+    task = outcome.task
+    if outcome.elsewhere:
+        status = "failed" if outcome.error else "done"
+        progress.done(task.id, status, outcome.seconds, "in another sweep of this run")
+    elif outcome.error is None:
+        progress.done(task.id, "done", outcome.seconds, _note(context, task))
+    else:
+        write_failure(context.outputs(task), task, outcome.error, origin)
+        progress.done(task.id, "failed", outcome.seconds, outcome.error)
+
+
+def _note(context: Context, task: Task) -> str:
+    if len(task.trials) != 1:
+        return f"{len(task.trials)} trials" if task.trials else "a table"
+    record = read_record(context.trial_folder(task.trials[0]))
+    if record is None:
+        return ""
+    note, training = f"NDCG@10 {record.metrics['test'][FULL]['NDCG@10']:.4f}", record.training
+    if training is not None and training.parts > 1:
+        note += f", batches in {training.parts} parts"
+    if training is not None and training.reused:
+        note += ", trained before"
+    return note
+
+
+def _has_tables(folder: Path) -> bool:
+    """Whether the tables of a run are those of its records."""
+    return (folder / TABLES[0]).is_file() and open_run(folder).written_metrics() is not None
 
 
 def _update_manifest(context: Context, seconds: float) -> None:
@@ -232,48 +275,3 @@ def _provenance(manifest: Manifest, device: torch.device, threads: int) -> Prove
         device_type=device.type,
         threads=threads,
     )
-
-
-def _measure_once(context: Context, blocks: int, watcher: Progress) -> None:
-    path = context.shared / TIMING
-    # a sweep of the baselines alone has left no depth's times to one that goes on with more
-    if not path.exists() or not covers(json.loads(path.read_text()), context, blocks):
-        watcher.message("timing every depth, alone on the machine")
-        write_json(path, measure(context, blocks))
-        watcher.message("every depth is timed")
-
-
-def jobs_at_once(asked: int | None, device: torch.device, tasks: int) -> int:
-    """How many of so many tasks run at the same time; 0: in this process."""
-    if asked is not None:
-        return min(asked, tasks)
-    if device.type == "cpu":
-        return min(provenance.available_cores(), MOST_JOBS, tasks)
-    return min(max(1, torch.cuda.device_count()), tasks)
-
-
-def _report(outcome: Outcome, context: Context, origin: Provenance, watcher: Progress) -> None:
-    task = outcome.task
-    if outcome.elsewhere:
-        told = "failed" if outcome.error else "done"
-        watcher.done(task.id, told, outcome.seconds, "in another sweep of this run")
-        return
-    if outcome.error is None:
-        watcher.done(task.id, "done", outcome.seconds, _score(context, task))
-        return
-    write_failure(context.outputs(task), task, outcome.error, origin)
-    watcher.done(task.id, "failed", outcome.seconds, outcome.error)
-
-
-def _score(context: Context, task: Task) -> str:
-    if len(task.trials) != 1:
-        return f"{len(task.trials)} trials" if task.trials else "a table"
-    record = read_record(context.trial_folder(task.trials[0]))
-    if record is None:
-        return ""
-    note, training = f"NDCG@10 {record.metrics['test']['full']['NDCG@10']:.4f}", record.training
-    if training is not None and training.parts > 1:
-        note += f", batches in {training.parts} parts"
-    if training is not None and training.reused:
-        note += ", trained before"
-    return note

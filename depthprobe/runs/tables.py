@@ -1,4 +1,4 @@
-"""Own columns by which a run's test users are sliced: read once, kept beside the log."""
+"""The metrics table of a run: from every user's rank, of all users and of each slice of them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import check_metrics, per_user_metric
 from depthprobe.evaluation.slices import ALL, RESERVED, Family, slice_means
 from depthprobe.files import complete_file
-from depthprobe.runs.context import TRIALS
-from depthprobe.runs.records import Record, read_users
+from depthprobe.runs.records import FULL, TRIALS, Record, read_users
 from depthprobe.study import Protocol
 
 SLICES = "slices.parquet"
 
 
-def asked_slices(protocol: Protocol) -> dict[str, list[str]]:
-    """The own columns that a study names, as the manifest of a run holds them."""
+def slice_columns(protocol: Protocol) -> dict[str, list[str]]:
+    """The own columns that a study names for its slices, of users and of items."""
     return {"user": list(protocol.user_slices), "item": list(protocol.item_slices)}
 
 
 def own_slices(protocol: Protocol, split: Split) -> pd.DataFrame:
     """Labels of the test's users: user, and one column for each that the study names.
 
-    A user has the value of their own, or that of the item asked for; empty where the file has
-    none.
+    A user has the value of their own, or that of their target; empty where the file has none.
 
     Raises:
         BadInput: if a file can't be read, or two columns have one name.
@@ -42,7 +40,7 @@ def own_slices(protocol: Protocol, split: Split) -> pd.DataFrame:
         "user": [name.strip() for name in sequences.user_ids[users].tolist()],
         "item": [name.strip() for name in sequences.item_ids[split.targets("test") - 1].tolist()],
     }
-    for what, settings in asked_slices(protocol).items():
+    for what, settings in slice_columns(protocol).items():
         kind: What = "user" if what == "user" else "item"
         field = f"protocol.{what}_slices"
         for setting in settings:
@@ -78,7 +76,6 @@ COLUMNS = (
     *("trial", "method", "depth", "seed", "split", "protocol", "slice", "metric"),
     *("value", "ci_low", "ci_high", "users"),
 )
-FULL = "full"
 DRAW_BYTES = 128 * 2**20  # of the bootstrap's draws that are held at once
 
 Row = dict[str, object]

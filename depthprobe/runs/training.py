@@ -1,8 +1,7 @@
-"""How long a model is trained: for as many steps as its teacher, or with as much compute."""
+"""The methods that are trained: baselines, the teacher, shallower models."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +21,17 @@ from depthprobe.cost.flops import UncountableError, epoch_flops, flops_per_user
 from depthprobe.cost.size import count_parameters
 from depthprobe.evaluation.ranks import Encoder, evaluate, mean_ndcg
 from depthprobe.files import complete_folder, write_json
-from depthprobe.methods import Task, Trial, base_of
+from depthprobe.methods import Task, Trial
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Popularity, Recommender
 from depthprobe.probing.greedy import nearest_spans
 from depthprobe.probing.passes import early_exit
-from depthprobe.runs.cache import features_folder, result_file, share_folder
-from depthprobe.runs.context import Context
-from depthprobe.runs.plan import full_trial
+from depthprobe.runs.cache import digest, features_folder, result_file, share_folder
+from depthprobe.runs.context import Context, Result
+from depthprobe.runs.plan import TEACHER, full_trial, plan
 from depthprobe.runs.probing import angular_distances, outside, part_of, removal
-from depthprobe.runs.records import Result, read_record
-from depthprobe.study import TEACHER_SELECTIONS, Recipe, parse_layers, settings_of
+from depthprobe.runs.records import FULL, read_record
+from depthprobe.study import TEACHER_SELECTIONS, Recipe, Settings, parse_layers, settings_of
 from depthprobe.training.checkpoint import Fit
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.features import (
@@ -48,131 +46,7 @@ from depthprobe.training.objectives import ElasticObjective, NextItem, count_tar
 
 logger = logging.getLogger(__name__)
 
-
-def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
-    """The trial's recipe; under ``budget = "compute"`` with the epochs that its teacher's buy.
-
-    Rounded to whole epochs, one at least. ``elastic`` stands for a variant at each asked depth and
-    for the teacher, and gets the compute of them all.
-    """
-    settings = settings_of(context.study, trial.method)
-    recipe = settings.recipe
-    if context.study.budget == "steps" or trial.method == "full":
-        return recipe
-    whole = _whole_epoch(context, trial)
-    models = 1
-    if settings.method.settings == "elastic":
-        below = [d for d in parse_layers(context.study.layers, trial.blocks) if d < trial.blocks]
-        models = 1 + len(below)
-    own = trained_epoch(context, trial, model)
-    return replace(recipe, epochs=max(1, round(recipe.epochs * models * whole / own)))
-
-
-def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
-    """FLOPs of an epoch of a trial's training; of distillation without its teacher's."""
-    settings = settings_of(context.study, trial.method)
-    lengths = np.array([len(window) - 1 for window in context.windows])
-    positions = int(count_targets(context.windows, settings.recipe.objective).sum())
-    scored: float = positions
-    if settings.method.settings == "elastic":
-        scored *= 1 + min(settings.elastic.exits, model.depth - 1)
-    if settings.method.settings == "distillation":
-        losses = settings.distillation
-        compared = len(lengths) if losses.positions == "last" else positions
-        followed = compared if losses.logits and not losses.top else 0
-        inner = min(losses.groups, model.depth) - 1 if losses.supervision else 0
-        scored = positions * bool(losses.ce) + followed + inner * len(lengths)
-    return epoch_flops(model, lengths, scored=scored, known=context.products[trial.kept])
-
-
-def _whole_epoch(context: Context, trial: Trial) -> int:
-    """FLOPs of an epoch of the teacher's."""
-    whole = full_trial("full", trial.seed, trial.blocks)
-    return trained_epoch(context, whole, context.new_recommender(whole))
-
-
-# What the students of a study follow: their teacher's features, computed once for all of them.
-
-FEATURES, SECONDS = "teacher-features", "seconds.json"
-
-
-def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
-    """What a student asks, and the seconds that it took to compute; None if it asks nothing.
-
-    Raises:
-        BadInput: if there is no trained teacher.
-    """
-    settings = settings_of(context.study, trial.method)
-    wanted = feature_spec(
-        settings.distillation, settings.recipe, depth=trial.depth, teacher_depth=trial.blocks
-    )
-    if not (wanted.ends or wanted.vectors or wanted.top):
-        return None, 0.0
-    if settings.distillation.features == "online":
-        return OnlineTeacher(context.teacher(trial.seed, trial.blocks), wanted), 0.0
-    folder = _features(context, trial, wanted)
-    seconds = json.loads((folder / SECONDS).read_text(encoding="utf-8"))["seconds"]
-    return CachedTeacher(folder, context.windows, wanted), float(seconds)
-
-
-def _features(context: Context, trial: Trial, wanted: FeatureSpec) -> Path:
-    """The folder of the features of all students of a seed; made by whoever comes first.
-
-    It is named by what it depends on, the teacher's weights among it: features of another teacher
-    than that of the record are never read.
-    """
-    whole = _of_all_students(context, trial, wanted)
-    mark = context.teacher_mark(trial.seed, trial.blocks)
-    origin = json.dumps(asdict(whole)) + mark
-    digest = hashlib.sha256(origin.encode()).hexdigest()[:12]
-    stem = f"{FEATURES}-s{trial.seed}-{whole.objective}-"
-    folder = context.shared / f"{stem}{digest}"
-    with FileLock(context.shared / f".{stem}lock"):
-        if folder.exists():
-            return folder
-        for stale in context.shared.glob(f"{stem}*"):
-            shutil.rmtree(stale)
-        kept = features_folder(context, mark, whole)
-        if kept is not None and kept.is_dir():
-            logger.info("teacher features of seed %d: from the cache", trial.seed)
-            share_folder(kept, folder)
-            return folder
-        logger.info("teacher features of seed %d: computed for all students", trial.seed)
-        teacher, windows = context.teacher(trial.seed, trial.blocks), context.windows
-        began = time.perf_counter()
-        with complete_folder(folder) as temporary:
-            write_features(teacher, windows, whole, folder=temporary, device=context.device)
-            write_json(temporary / SECONDS, {"seconds": time.perf_counter() - began})
-        if kept is not None:
-            with suppress(OSError):  # others' gain is no reason to end this trial
-                share_folder(folder, kept)
-    return folder
-
-
-def _of_all_students(context: Context, trial: Trial, wanted: FeatureSpec) -> FeatureSpec:
-    """What the students of the study ask together, where they are compared at the same places."""
-    study, asked = context.study, [wanted]
-    for method in study.methods:
-        if base_of(method) == "distill":
-            settings = settings_of(study, method)
-            depths = {*parse_layers(settings.layers, trial.blocks), trial.depth}
-            asked += [
-                feature_spec(
-                    settings.distillation, settings.recipe, depth=d, teacher_depth=trial.blocks
-                )
-                for d in depths
-                if d < trial.blocks
-            ]
-    asked = [each for each in asked if each.objective == wanted.objective]
-    return FeatureSpec(
-        objective=wanted.objective,
-        ends=tuple(sorted({end for each in asked for end in each.ends})),
-        vectors=any(each.vectors for each in asked),
-        top=max(each.top for each in asked),
-    )
-
-
-# The methods that train a shallower model: from the backbone, out of the teacher, after it.
+# --- the methods ---------------------------------------------------------------------------------
 
 
 def popularity(context: Context, task: Task) -> Iterator[Result]:
@@ -189,19 +63,7 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
     """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
     (trial,) = task.trials
     model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
-    objective = NextItem(model, recipe)
-    with context.tracked(trial) as track:
-        done = fit(
-            objective,
-            context.windows,
-            recipe=recipe,
-            validate=lambda: context.validate(model),
-            seed=trial.seed,
-            device=context.device,
-            track=track,
-            checkpoint=context.checkpoint(trial),
-            result=result_file(context, trial, objective, recipe),
-        )
+    done = _fit(context, trial, NextItem(model, recipe), recipe, lambda: context.validate(model))
     ranks = evaluate(model, context.test, device=context.device)
     yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
 
@@ -209,16 +71,16 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
 def fine_tune(context: Context, task: Task) -> Iterator[Result]:
     """The teacher, a variant cut from the pretrained backbone, or one without pretraining."""
     trial = _with_blocks(context, task.trials[0])
-    chosen = settings_of(context.study, trial.method).needs_teacher
-    taught = _seconds_of_teacher(context, trial) if chosen else 0.0
-    yield replace(train_recommender(context, trial, context.new_recommender(trial)), taught=taught)
+    result = train_recommender(context, trial, context.new_recommender(trial))
+    needed = settings_of(context.study, trial.method).needs_teacher
+    yield replace(result, teacher_seconds=_seconds_of_teacher(context, trial) if needed else 0.0)
 
 
 def heal(context: Context, task: Task) -> Iterator[Result]:
     """Cut out of the trained teacher, then fine-tuned for a share of its epochs."""
     trial = _with_blocks(context, task.trials[0])
-    taught = _seconds_of_teacher(context, trial)
-    yield replace(train_recommender(context, trial, _cut_teacher(context, trial)), taught=taught)
+    result = train_recommender(context, trial, _cut_teacher(context, trial))
+    yield replace(result, teacher_seconds=_seconds_of_teacher(context, trial))
 
 
 def distill(context: Context, task: Task) -> Iterator[Result]:
@@ -235,62 +97,38 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
     if weights.logits and not weights.top:
         goal = context.teacher(trial.seed, trial.blocks).item_matrix().detach()
     distiller = Distiller(student, weights, settings.recipe, teacher, goal_items=goal)
-    taught = seconds
     if teacher is not None or from_teacher or settings.select in TEACHER_SELECTIONS:
-        taught += _seconds_of_teacher(context, trial)
-    yield replace(
-        train_recommender(context, trial, student, distiller.to(context.device)), taught=taught
-    )
+        seconds += _seconds_of_teacher(context, trial)
+    result = train_recommender(context, trial, student, distiller.to(context.device))
+    yield replace(result, teacher_seconds=seconds)
 
 
 def elastic(context: Context, task: Task) -> Iterator[Result]:
     """One training, whose every prefix is a trial; the deepest one holds the weights."""
-    whole = task.trials[-1]
-    settings = settings_of(context.study, whole.method)
-    model = context.new_recommender(whole)
-    recipe = budgeted(context, whole, model)
+    deepest = task.trials[-1]
+    settings = settings_of(context.study, deepest.method)
+    model = context.new_recommender(deepest)
+    recipe = budgeted(context, deepest, model)
 
     def validate() -> float:
         every = early_exit(model.eval(), context.validation, device=context.device)
-        return float(np.mean([mean_ndcg(ranks["full"]) for ranks in every[1:]]))
+        return float(np.mean([mean_ndcg(ranks[FULL]) for ranks in every[1:]]))
 
-    done = _fit(context, whole, ElasticObjective(model, settings.elastic, recipe), recipe, validate)
+    objective = ElasticObjective(model, settings.elastic, recipe)
+    done = _fit(context, deepest, objective, recipe, validate)
     ranks = early_exit(model, context.test, device=context.device)
-    epoch = _counted(lambda: trained_epoch(context, whole, model))
+    epoch = _counted(lambda: trained_epoch(context, deepest, model))
+    trainable = count_parameters(model)["trainable"]
     for trial in task.trials:
         yield Result(
             trial,
             ranks[trial.depth],
-            part_of(model, trial) | {"trainable": count_parameters(model)["trainable"]},
-            flops=_counted(partial(_flops, context, whole, model, depth=trial.depth)),
+            part_of(model, trial) | {"trainable": trainable},
+            flops=_flops(context, deepest, model, depth=trial.depth),
             fit=done,
-            model=model if trial == whole else None,
+            model=model if trial == deepest else None,
             training_flops=epoch and epoch * done.epochs,
         )
-
-
-def _with_blocks(context: Context, trial: Trial) -> Trial:
-    """The trial with the blocks that its selection finds, where that asks the teacher."""
-    select = settings_of(context.study, trial.method).select
-    if select == "angular":
-        angular = angular_distances(context, trial.seed, trial.blocks)
-        span = nearest_spans(angular, trial.blocks - trial.depth)[0]
-        return replace(trial, kept=outside(span, trial.blocks))
-    if select == "greedy":
-        return replace(trial, kept=removal(context, trial.seed, trial.blocks).kept(trial.depth))
-    return trial
-
-
-def _cut_teacher(context: Context, trial: Trial) -> Recommender:
-    model = context.trained(full_trial("full", trial.seed, trial.blocks))
-    keep_blocks(model.backbone, trial.kept)
-    return model
-
-
-def _seconds_of_teacher(context: Context, trial: Trial) -> float:
-    """How long the teacher was trained."""
-    record = read_record(context.trial_folder(full_trial("full", trial.seed, trial.blocks)))
-    return record.training.seconds if record and record.training else 0.0
 
 
 def train_recommender(
@@ -298,20 +136,15 @@ def train_recommender(
 ) -> Result:
     """Train a recommender on the next item, or on an objective that holds it; then rank."""
     encoder, recipe = _SharedPrompt(model), budgeted(context, trial, model)
-    done = _fit(
-        context,
-        trial,
-        objective or NextItem(model, recipe),
-        recipe,
-        lambda: context.validate(encoder.refresh()),
-    )
+    objective = objective or NextItem(model, recipe)
+    done = _fit(context, trial, objective, recipe, lambda: context.validate(encoder.refresh()))
     ranks = evaluate(encoder.refresh(), context.test, device=context.device)
     epoch = _counted(lambda: trained_epoch(context, trial, model))
     return Result(
         trial,
         ranks,
         count_parameters(model),
-        flops=_counted(partial(_flops, context, trial, model)),
+        flops=_flops(context, trial, model),
         fit=done,
         model=model,
         training_flops=epoch and epoch * done.epochs,
@@ -339,19 +172,28 @@ def _fit(
         )
 
 
-def _flops(context: Context, trial: Trial, model: Recommender, *, depth: int | None = None) -> int:
-    """FLOPs of a user with the median history of the test."""
-    length = int(np.median([len(history) for history in context.test.histories]))
-    return flops_per_user(model, length, depth=depth, known=context.products[trial.kept])
+def _with_blocks(context: Context, trial: Trial) -> Trial:
+    """The trial with the blocks that its selection finds, where that asks the teacher."""
+    select = settings_of(context.study, trial.method).select
+    if select == "angular":
+        angular = angular_distances(context, trial.seed, trial.blocks)
+        span = nearest_spans(angular, trial.blocks - trial.depth)[0]
+        return replace(trial, kept=outside(span, trial.blocks))
+    if select in TEACHER_SELECTIONS:
+        return replace(trial, kept=removal(context, trial.seed, trial.blocks).kept(trial.depth))
+    return trial
 
 
-def _counted(count: Callable[[], int]) -> int | None:
-    """A count, or None for a model with kernels of its own: no reason to lose its training."""
-    try:
-        return count()
-    except UncountableError as error:
-        logger.warning("FLOPs are not counted: %s", error)
-        return None
+def _cut_teacher(context: Context, trial: Trial) -> Recommender:
+    model = context.trained(full_trial(TEACHER, trial.seed, trial.blocks))
+    keep_blocks(model.backbone, trial.kept)
+    return model
+
+
+def _seconds_of_teacher(context: Context, trial: Trial) -> float:
+    """How long the teacher was trained."""
+    record = read_record(context.trial_folder(full_trial(TEACHER, trial.seed, trial.blocks)))
+    return record.training.seconds if record and record.training else 0.0
 
 
 class _SharedPrompt(Encoder):
@@ -374,3 +216,142 @@ class _SharedPrompt(Encoder):
     def item_matrix(self) -> Tensor:
         """(I + 1, d_item)."""
         return self._model.item_matrix()
+
+
+# --- how long: for as many steps as the teacher, or with as much compute -------------------------
+
+
+def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
+    """The trial's recipe; under ``budget = "compute"`` with the epochs that its teacher's buy.
+
+    Rounded to full epochs, one at least. One elastic model stands for a variant at each depth of
+    the study and for the teacher, and gets the compute of them all.
+    """
+    settings = settings_of(context.study, trial.method)
+    recipe = settings.recipe
+    if context.study.budget == "steps" or trial.method == TEACHER:
+        return recipe
+    teacher = full_trial(TEACHER, trial.seed, trial.blocks)
+    full = trained_epoch(context, teacher, context.new_recommender(teacher))
+    models = 1
+    if settings.method.settings == "elastic":
+        depths = parse_layers(context.study.layers, trial.blocks)
+        models += sum(depth < trial.blocks for depth in depths)
+    own = trained_epoch(context, trial, model)
+    return replace(recipe, epochs=max(1, round(recipe.epochs * models * full / own)))
+
+
+def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
+    """FLOPs of an epoch of a trial's training; of distillation without its teacher's."""
+    settings = settings_of(context.study, trial.method)
+    lengths = np.array([len(window) - 1 for window in context.windows])
+    positions = int(count_targets(context.windows, settings.recipe.objective).sum())
+    scored: float = positions
+    if settings.method.settings == "elastic":
+        scored *= 1 + min(settings.elastic.exits, model.depth - 1)
+    if settings.method.settings == "distillation":
+        losses = settings.distillation
+        compared = len(lengths) if losses.positions == "last" else positions
+        followed = compared if losses.logits and not losses.top else 0
+        inner = min(losses.groups, model.depth) - 1 if losses.supervision else 0
+        scored = positions * bool(losses.ce) + followed + inner * len(lengths)
+    return epoch_flops(model, lengths, scored=scored, known=context.products[trial.kept])
+
+
+def _flops(
+    context: Context, trial: Trial, model: Recommender, *, depth: int | None = None
+) -> int | None:
+    """FLOPs of a user with the median history of the test."""
+    length = int(np.median([len(history) for history in context.test.histories]))
+    known = context.products[trial.kept]
+    return _counted(lambda: flops_per_user(model, length, depth=depth, known=known))
+
+
+def _counted(count: Callable[[], int]) -> int | None:
+    """A count, or None for a model with kernels of its own: no reason to lose its training."""
+    try:
+        return count()
+    except UncountableError as error:
+        logger.warning("FLOPs are not counted: %s", error)
+        return None
+
+
+# --- the teacher's features: computed once for all students of a seed ----------------------------
+
+FEATURES, SECONDS = "teacher-features", "seconds.json"
+
+
+def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
+    """What a student follows, and the seconds that it took to compute; None if it follows nothing.
+
+    Raises:
+        BadInput: if there is no trained teacher.
+    """
+    settings = settings_of(context.study, trial.method)
+    spec = _spec(settings, trial.depth, trial.blocks)
+    if not (spec.ends or spec.vectors or spec.top):
+        return None, 0.0
+    if settings.distillation.features == "online":
+        return OnlineTeacher(context.teacher(trial.seed, trial.blocks), spec), 0.0
+    folder = _features(context, trial, spec)
+    seconds = json.loads((folder / SECONDS).read_text(encoding="utf-8"))["seconds"]
+    return CachedTeacher(folder, context.windows, spec), float(seconds)
+
+
+def _features(context: Context, trial: Trial, spec: FeatureSpec) -> Path:
+    """The folder of the features of all students of a seed; made by whoever comes first.
+
+    Its name holds a hash of the teacher's weights: features of another teacher are never read, and
+    those alone are deleted. Features of the same teacher may be another sweep's, which is at it.
+    """
+    together = _of_all_students(context, trial, spec)
+    teacher = context.teacher_digest(trial.seed, trial.blocks)
+    stem = f"{FEATURES}-s{trial.seed}-{together.objective}-"
+    folder = context.shared / f"{stem}{teacher}-{digest(asdict(together))[:12]}"
+    with FileLock(context.shared / f".{stem}lock"):
+        if folder.exists():
+            return folder
+        for other in context.shared.glob(f"{stem}*"):
+            if not other.name.startswith(f"{stem}{teacher}-"):
+                shutil.rmtree(other)
+        kept = features_folder(context, teacher, together)
+        if kept is not None and kept.is_dir():
+            logger.info("teacher features of seed %d: from the cache", trial.seed)
+            share_folder(kept, folder)
+            return folder
+        logger.info("teacher features of seed %d: computed for all students", trial.seed)
+        model, windows = context.teacher(trial.seed, trial.blocks), context.windows
+        began = time.perf_counter()
+        with complete_folder(folder) as temporary:
+            write_features(model, windows, together, folder=temporary, device=context.device)
+            write_json(temporary / SECONDS, {"seconds": time.perf_counter() - began})
+        if kept is not None:
+            with suppress(OSError):  # other runs' gain is no reason to end this trial
+                share_folder(folder, kept)
+    return folder
+
+
+def _of_all_students(context: Context, trial: Trial, spec: FeatureSpec) -> FeatureSpec:
+    """The features of all students of the study that are compared at the same positions.
+
+    It does not depend on the trial, so that all of them share one folder.
+    """
+    study, specs = context.study, list[FeatureSpec]()
+    for name in study.methods:
+        settings = settings_of(study, name)
+        if settings.method.settings != "distillation":
+            continue
+        for task in plan(replace(study, methods=(name,)), trial.blocks):
+            if task.method == name and task.seed == trial.seed:
+                specs += [_spec(settings, each.depth, each.blocks) for each in task.trials]
+    specs = [each for each in specs if each.objective == spec.objective]
+    return FeatureSpec(
+        objective=spec.objective,
+        ends=tuple(sorted({end for each in specs for end in each.ends})),
+        vectors=any(each.vectors for each in specs),
+        top=max(each.top for each in specs),
+    )
+
+
+def _spec(settings: Settings, depth: int, blocks: int) -> FeatureSpec:
+    return feature_spec(settings.distillation, settings.recipe, depth=depth, teacher_depth=blocks)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -24,23 +24,36 @@ from contextlib import (
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import msgspec
+import numpy as np
+import pandas as pd
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from depthprobe.methods import Task, method_of
-from depthprobe.runs.context import LOGS, TIMING, Context
+from depthprobe.evaluation.metrics import LISTS, exposure, list_metrics, metrics_from_ranks
+from depthprobe.methods import METHODS, Method, Task, method_of, register
+from depthprobe.models.build import save_trained
+from depthprobe.models.recommender import Recommender
+from depthprobe.probing.replace import save_replacement
+from depthprobe.runs.context import Context, Result, Scores
 from depthprobe.runs.estimate import timing_of
-from depthprobe.runs.records import Provenance, Scores, is_done, write_result, write_scores
+from depthprobe.runs.records import (
+    FULL,
+    LOGS,
+    TIMING,
+    Costs,
+    Provenance,
+    Rounds,
+    TrainingCosts,
+    Validation,
+    is_done,
+    record_of,
+    write_scores,
+    write_trial,
+)
 from depthprobe.study import Study
 
 logger = logging.getLogger(__name__)
-
-
-def _forget(checkpoint: Path) -> None:
-    """Delete the checkpoint of a trial that has its record; the last one takes the folder along."""
-    checkpoint.unlink(missing_ok=True)
-    with suppress(OSError):
-        checkpoint.parent.rmdir()
 
 
 class Counter(Protocol):
@@ -60,27 +73,32 @@ class _Worker:
     writes: bool
 
 
-def prepare(started: Counter, folder: str, study: Study, origin: Provenance) -> None:
+def prepare(
+    started: Counter, folder: str, study: Study, provenance: Provenance, others: Sequence[Method]
+) -> None:
     """Make a process of its own ready: quiet, bound to its parent, with its share of the machine.
 
     Args:
         started: how many workers have begun before; the next one takes the next GPU.
-        origin: the provenance of its records.
+        others: methods that were registered in the parent.
     """
     with started.get_lock():
         _take_gpu(started.value)
         started.value += 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # what is said between two tasks, none should hear: the terminal belongs to the progress
+    # discard output between tasks: the terminal belongs to the progress bar
     sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    torch.set_num_threads(origin.threads)
+    torch.set_num_threads(provenance.threads)
     disable_progress_bar()
-    begin(folder, study, origin)
+    for method in others:
+        if method.name not in METHODS:  # else the module that it comes from has registered it here
+            register(method)
+    begin(folder, study, provenance)
 
 
 def _take_gpu(place: int) -> None:
-    """Of several GPUs one a worker, before anything of CUDA's begins."""
+    """Take one of several GPUs, before anything of CUDA's begins."""
     if torch.cuda.device_count() > 1:  # asks the driver, and begins nothing
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         every = named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]
@@ -95,22 +113,45 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def begin(
-    folder: str,
-    study: Study,
-    origin: Provenance,
-    *,
-    writes: bool = True,
-) -> None:
+def begin(folder: str, study: Study, provenance: Provenance, *, writes: bool = True) -> None:
     """Make this process ready for tasks of a run.
 
     Args:
-        origin: the provenance of its records.
+        provenance: of its records.
         writes: whether it writes them; of several processes that train together one does.
     """
     _Worker.writes = writes
     _Worker.context = Context(Path(folder), study)
-    _Worker.provenance = origin
+    _Worker.provenance = provenance
+
+
+def work(task: Task) -> float:
+    """Do a task and write its records; returns its seconds. The task's log is a file of its own.
+
+    In a process of its own, warnings and whatever else is printed go there, too.
+    """
+    context, began = _Worker.context, time.perf_counter()
+    log = context.folder / LOGS / f"{task.id}.log"
+    log.parent.mkdir(exist_ok=True)
+    with (
+        log.open("a", buffering=1, encoding="utf-8") as file,
+        _logged_to(file),
+        ExitStack() as stack,
+    ):
+        if multiprocessing.parent_process() is not None:
+            stack.enter_context(redirect_stdout(file))
+            stack.enter_context(redirect_stderr(file))
+        logger.info("begun by process %d on %s", os.getpid(), platform.node())
+        try:
+            for result in method_of(task.method).runner()(context, task):
+                if _Worker.writes:
+                    _write(task, result, time.perf_counter() - began)
+        except Exception:
+            traceback.print_exc(file=file)
+            raise
+        seconds = time.perf_counter() - began
+        logger.info("done in %.1f s", seconds)
+        return seconds
 
 
 @contextmanager
@@ -129,54 +170,70 @@ def _logged_to(file: TextIO) -> Iterator[None]:
         package.setLevel(level)
 
 
-def work(task: Task) -> float:
-    """Do a task and write its records; returns its seconds. The task's log is a file of its own.
-
-    In a process of its own, warnings and whatever else is printed go there, too.
-    """
-    log = _Worker.context.folder / LOGS / f"{task.id}.log"
-    log.parent.mkdir(exist_ok=True)
-    with (
-        log.open("a", buffering=1, encoding="utf-8") as file,
-        _logged_to(file),
-        ExitStack() as stack,
-    ):
-        if multiprocessing.parent_process() is not None:
-            stack.enter_context(redirect_stdout(file))
-            stack.enter_context(redirect_stderr(file))
-        logger.info("begun by process %d on %s", os.getpid(), platform.node())
-        try:
-            seconds = _work(task)
-        except Exception:
-            traceback.print_exc(file=file)
-            raise
-        logger.info("done in %.1f s", seconds)
-        return seconds
-
-
-def _work(task: Task) -> float:
-    context = _Worker.context
-    began = time.perf_counter()
+def _write(task: Task, result: Result | Scores, seconds: float) -> None:
+    """Write what a task yielded, complete or not at all."""
+    context, provenance = _Worker.context, _Worker.provenance
+    if isinstance(result, Scores):
+        (folder,) = context.outputs(task)
+        write_scores(folder, task, result.frame, provenance=provenance, seconds=seconds)
+        return
+    trial, model, fit = result.trial, result.model, result.fit
+    folder, popularity = context.trial_folder(trial), context.popularity
+    if is_done(folder):  # of a task that was cut short between two of its trials
+        return
+    ranks = {name: values for name, values in result.ranks.items() if name != LISTS}
+    metrics = {protocol: metrics_from_ranks(values) for protocol, values in ranks.items()}
+    lists = result.ranks.get(LISTS, np.zeros((0, 0), np.int32))
+    counts = exposure(lists, len(popularity.popularity))  # (I,)
+    metrics[FULL] |= list_metrics(counts, popularity)
     measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
-    for result in method_of(task.method).runner()(context, task):
-        if not _Worker.writes:
-            continue
-        if isinstance(result, Scores):
-            (folder,) = context.outputs(task)
-            seconds = time.perf_counter() - began
-            write_scores(folder, task, result, provenance=_Worker.provenance, seconds=seconds)
-            continue
-        folder = context.trial_folder(result.trial)
-        if is_done(folder):  # of a task that was cut short between two of its trials
-            continue
-        write_result(
-            folder,
-            result,
-            context.test.users,
-            popularity=context.taken,
-            timing=timing_of(result.trial, measured, context.study),
-            provenance=_Worker.provenance,
-            validation_users=len(context.validation.users),
+    timing = timing_of(trial, measured, context.study)
+    record = record_of(trial, provenance)
+    record.metrics = {"test": metrics}
+    record.costs = Costs(
+        parameters=result.parameters,
+        flops_user=result.flops,
+        prompt=model.prompt_mode if isinstance(model, Recommender) else None,
+        timing=msgspec.convert(timing, dict[str, Rounds] | None),
+    )
+    if fit is not None:
+        record.validation = Validation(ndcg=fit.best_score, users=len(context.validation.users))
+        record.costs.training = TrainingCosts(
+            epochs=fit.epochs,
+            steps=fit.steps,
+            seconds=round(fit.seconds, 3),
+            teacher_seconds=round(result.teacher_seconds, 3),
+            flops=result.training_flops,
+            processes=fit.processes,
+            parts=fit.parts,
+            reused=fit.reused,
+            resumed_at=fit.resumed_at,
+            best_epoch=fit.best_epoch,
+            losses=fit.losses,
+            validation=fit.scores,
         )
-        _forget(context.checkpoint(result.trial))
-    return time.perf_counter() - began
+
+    def save(place: Path) -> None:
+        if model is not None:
+            save_trained(model, place)
+        if result.replacement is not None:
+            save_replacement(result.replacement, place)
+
+    users = context.test.users.astype(np.int32)
+    tables = [
+        pd.DataFrame({"user": users, "protocol": protocol, "rank": values})
+        for protocol, values in ranks.items()
+    ]
+    shown = np.flatnonzero(counts)
+    items = {"item": (shown + 1).astype(np.int32), "lists": counts[shown].astype(np.int32)}
+    write_trial(
+        folder,
+        record,
+        users=pd.concat(tables, ignore_index=True),
+        items=pd.DataFrame(items),
+        save=save,
+    )
+    checkpoint = context.checkpoint(trial)
+    checkpoint.unlink(missing_ok=True)
+    with suppress(OSError):  # the last one takes the folder along
+        checkpoint.parent.rmdir()

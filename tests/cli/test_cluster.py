@@ -34,7 +34,7 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SharedSweep, int]]:
 
 
 def ends(monkeypatch: pytest.MonkeyPatch, how: Callable[[], dict[str, str]]) -> None:
-    monkeypatch.setattr(cluster, "follow", lambda jobs, say: how())
+    monkeypatch.setattr(cluster, "follow", lambda jobs, progress: how())
 
 
 def test_jobs_are_submitted_and_waited_for(
@@ -57,7 +57,7 @@ def test_jobs_are_submitted_and_waited_for(
     outcome = cli("sweep", "--executor", "slurm", "--jobs", "2", "--retry-failed")
     ((sweep, jobs),) = submitted
     assert jobs == 2
-    assert (sweep.study, sweep.watcher) == (demo_study(), job_progress)
+    assert (sweep.study, sweep.progress) == (demo_study(), job_progress)
     assert sweep.retry == {"sasrec-s0": 2}
     assert sweep.command == "depthprobe sweep --executor slurm --jobs 2 --retry-failed"
     assert Path(sweep.folder) == RUN.absolute() == opened[0]

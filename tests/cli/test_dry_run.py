@@ -34,7 +34,7 @@ def study(
     (tmp_path / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.setattr(preview, "SECONDS", 0.01)
     # one thread, as all tests have
-    monkeypatch.setattr("depthprobe.runs.provenance.available_cores", lambda: 1)
+    monkeypatch.setattr("depthprobe.runs.preview.available_cores", lambda: 1)
     paths = ["--data", "log.txt", "--backbone", "model", "--output", "run", "--device", "cpu"]
     return [*paths, "--seeds", 1, "--epochs", 1, "--jobs", 0, "--layers", 1]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from depthprobe.runs.progress import Silent
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import (
@@ -65,6 +66,26 @@ def small_run(study: Study, shared_folder: Callable[..., Path]) -> Iterator[Run]
 def contents(folder: Path) -> dict[Path, int]:
     """When each file was written last."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+class Recorder(Silent):
+    """Keeps what a sweep shows."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.tasks: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+    def done(self, trial: str, status: str, seconds: float, note: str) -> None:
+        if note != "in another sweep of this run":
+            self.tasks.append(trial)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
 
 
 @pytest.fixture

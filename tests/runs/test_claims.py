@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec import to_builtins
@@ -17,7 +17,8 @@ from msgspec import to_builtins
 from depthprobe.files import write_json
 from depthprobe.methods import Task
 from depthprobe.runs.plan import trial_of
-from depthprobe.runs.records import Provenance, Record, failures, write_failure
+from depthprobe.runs.progress import Silent
+from depthprobe.runs.records import Provenance, Record, failures, outputs_of, write_failure
 from depthprobe.runs.scheduler import LOCKS, Claims, clear, held, whole_run
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
@@ -28,12 +29,8 @@ ORIGIN = Provenance("study", "data", None, None, {}, "a machine", "cpu", 1)
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def outputs(folder: Path) -> Callable[[Task], list[Path]]:
-    return lambda task: [folder / "trials" / trial.id for trial in task.trials]
-
-
 def claims(folder: Path, retry: dict[str, int] | None = None) -> Claims:
-    return Claims(folder, outputs(folder), retry or {})
+    return Claims(folder, retry or {})
 
 
 def done(folder: Path) -> None:
@@ -45,7 +42,7 @@ def done(folder: Path) -> None:
 
 
 def fail(folder: Path) -> None:
-    write_failure(outputs(folder)(TASK), TASK, "no luck", ORIGIN)
+    write_failure(outputs_of(folder, TASK), TASK, "no luck", ORIGIN)
 
 
 def hold(folder: Path) -> None:
@@ -121,25 +118,22 @@ def test_a_killed_holder_has_let_go(tmp_path: Path) -> None:
     assert own.take(TASK) == "ours"
 
 
-def test_alone_with_the_run(tmp_path: Path) -> None:
-    said: list[str] = []
-    with whole_run(tmp_path, said.append):
+def test_alone_with_the_run(tmp_path: Path, recorder: Any) -> None:
+    with whole_run(tmp_path, recorder):
         assert held(tmp_path) == []  # it is no task
-    assert said == []
+    assert recorder.texts == []
 
 
 def sweep(study: Study, folder: Path, told: Path) -> None:
     """In a process of its own: a sweep that writes down what it did itself."""
     did: list[str] = []
 
-    class Watcher:
-        def plan(self, trials: object) -> None: ...
-        def message(self, text: str) -> None: ...
+    class Tasks(Silent):
         def done(self, trial: str, status: str, seconds: float, note: str) -> None:
             if note != "in another sweep of this run":
                 did.append(trial)
 
-    run_sweep(study, folder, jobs=0, progress=Watcher())
+    run_sweep(study, folder, jobs=0, progress=Tasks())
     told.write_text(json.dumps(did))
 
 

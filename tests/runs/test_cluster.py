@@ -21,6 +21,7 @@ from submitit.core.utils import DelayedSubmission
 from depthprobe.errors import BadInput
 from depthprobe.runs import cluster
 from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, last_line, submit
+from depthprobe.runs.progress import Silent
 from depthprobe.runs.records import read_record
 from depthprobe.runs.store import open_run
 from depthprobe.study import Recipe, Slurm, Study, Tracking
@@ -67,16 +68,17 @@ def refuse(folder: Path, reason: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_jobs_do_everything_once(sweep: SharedSweep, running: list[submitit.Job[None]]) -> None:
-    said: list[str] = []
+def test_two_jobs_do_everything_once(
+    sweep: SharedSweep, running: list[submitit.Job[None]], recorder: Any
+) -> None:
     running += submit(sweep, jobs=2, cluster="local")
-    assert follow(running, said.append, poll=0.2) == {}
+    assert follow(running, recorder, poll=0.2) == {}
     run = open_run(sweep.folder)
     assert sorted(run.trials["trial"]) == ["popularity-s0", "sasrec-s0"]
     assert set(run.trials["status"]) == {"done"}
     assert run.manifest.command == "typed"
-    assert said[0].startswith("jobs: ")
-    assert said[-1] == "jobs: 2 ended"
+    assert recorder.texts[0].startswith("jobs: ")
+    assert recorder.texts[-1] == "jobs: 2 ended"
     assert not list(Path(sweep.folder, "checkpoints").glob("*"))
 
 
@@ -86,7 +88,7 @@ def test_a_job_that_fails_is_told_by_its_last_words(
     data = replace(sweep.study.data, source=str(tmp_path / "nowhere.txt"))
     broken = replace(sweep, study=replace(sweep.study, data=data))
     running += submit(broken, cluster="local")
-    failures = follow(running, lambda line: None, poll=0.2)
+    failures = follow(running, Silent(), poll=0.2)
     assert list(failures) == [running[0].job_id]
     assert "nowhere.txt" in failures[running[0].job_id]
     assert "\n" not in failures[running[0].job_id]
@@ -108,7 +110,7 @@ def test_a_job_that_is_pre_empted_goes_on(
     (process,) = psutil.Process(int(job.job_id)).children()
     process.send_signal(signal.SIGTERM)  # comes first on a cluster, and must do nothing
     process.send_signal(signal.SIGUSR2)
-    assert follow(running, lambda line: None, poll=0.2) == {}
+    assert follow(running, Silent(), poll=0.2) == {}
     log = (job.stdout() or "") + (job.stderr() or "")
     assert "Requeued job" in log
     assert log.count("Starting with") == 2
@@ -181,17 +183,17 @@ def test_jobs_are_followed_by_what_the_scheduler_says(
     sweep: SharedSweep, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submitit.SlurmJob, "_results_timeout_s", 0)
-    said: list[str] = []
+    cancelled = "#!/bin/sh\necho 'JobID|State|NodeList'; echo '31_[0-1]|CANCELLED|'\n"
+    shown: list[str] = []
 
-    def say(line: str) -> None:
-        said.append(line)
-        (slurm / "sacct").write_text(
-            "#!/bin/sh\necho 'JobID|State|NodeList'; echo '31_[0-1]|CANCELLED|'\n"
-        )
+    class Cancelling(Silent):
+        def message(self, text: str) -> None:
+            shown.append(text)
+            (slurm / "sacct").write_text(cancelled)
 
     submitted = submit(sweep, jobs=2)
-    failures = follow(submitted, say, poll=0.1)
-    assert said == ["jobs: 1 ended, 1 pending", "jobs: 2 ended"]
+    failures = follow(submitted, Cancelling(), poll=0.1)
+    assert shown == ["jobs: 1 ended, 1 pending", "jobs: 2 ended"]
     assert sorted(failures) == ["31_0", "31_1"]
 
 

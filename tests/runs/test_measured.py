@@ -76,7 +76,7 @@ def test_slices_agree_with_the_split(small_run: Run) -> None:
 
 def test_what_is_recommended_is_recomputed_from_the_items(small_run: Run) -> None:
     context = Context(small_run.path, small_run.study)
-    popularity, usual = context.taken.popularity, context.taken.usual
+    popularity, usual = context.popularity.popularity, context.popularity.usual
     found = table(small_run).query("slice == 'all'").set_index(["trial", "metric"])
     for trial in small_run.trials["trial"]:
         items = pd.read_parquet(small_run.path / "trials" / trial / "items.parquet")

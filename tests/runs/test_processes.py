@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from depthprobe.errors import BadInput
 from depthprobe.runs.processes import ProcessGroup, join_processes
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
@@ -46,6 +50,51 @@ def quiet(study: Study, batch_size: int) -> Study:
 def test_one_process_is_a_team() -> None:
     assert join_processes("cpu") == ProcessGroup(rank=0, processes=1)
     ProcessGroup().wait()
+    assert ProcessGroup().from_first(lambda: 3) == 3
+
+
+def of_two(rank: int, store: str, told: Any) -> None:
+    """In a process of its own: the first of two raises where the other waits."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    group = ProcessGroup(rank, 2)
+
+    def refuse() -> None:
+        assert group.writes
+        raise BadInput("disk", "full", "room")
+
+    heard = [str(group.from_first(lambda: "laid out"))]
+    for action in (refuse, lambda: (_ for _ in ()).throw(Unsendable(1, 2))):
+        try:
+            group.from_first(action)
+        except Exception as error:
+            heard.append(f"{type(error).__name__}: {error}")
+    told.put((rank, heard))
+    group.leave()
+
+
+class Unsendable(RuntimeError):
+    """It can be pickled, and not be made again."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def test_an_error_of_the_first_process_is_raised_in_all(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    told = spawn.Queue()
+    both = [
+        spawn.Process(target=of_two, args=(rank, str(tmp_path / "store"), told)) for rank in (0, 1)
+    ]
+    for process in both:
+        process.start()
+    heard = dict(told.get(timeout=120) for _ in both)
+    for process in both:
+        process.join(timeout=60)
+    refused = "BadInput: disk: 'full' is not usable; room"
+    assert heard[0] == ["laid out", refused, "Unsendable: 1 and 2"]
+    assert heard[1] == ["laid out", refused, "RuntimeError: Unsendable: 1 and 2"]
 
 
 @pytest.mark.slow

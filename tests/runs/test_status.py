@@ -9,8 +9,7 @@ from pathlib import Path
 from depthprobe.methods import Task
 from depthprobe.runs.plan import plan, trial_of
 from depthprobe.runs.scheduler import Claims
-from depthprobe.runs.status import status_of, working
-from depthprobe.runs.store import Run
+from depthprobe.runs.store import Run, status_of, working
 
 
 def test_states_of_tasks(small_run: Run, tmp_path: Path) -> None:
@@ -25,7 +24,7 @@ def test_states_of_tasks(small_run: Run, tmp_path: Path) -> None:
     record = folder / "trials" / "heal-d02-s1" / "record.json"
     failed = json.loads(record.read_text()) | {"status": "failed", "error": "no\nluck"}
     record.write_text(json.dumps(failed))
-    claims = Claims(folder, lambda task: [folder / "trials" / t.id for t in task.trials], {})
+    claims = Claims(folder, {})
     assert claims.take(tasks["finetune-d01-s0"]) == "ours"
     found = status_of(folder)
     assert found.failed == [("heal-d02-s1", "no luck")]
@@ -39,7 +38,7 @@ def test_states_of_tasks(small_run: Run, tmp_path: Path) -> None:
 
 def test_the_last_line_without_its_time(tmp_path: Path) -> None:
     task = Task("sasrec", 0, (trial_of("sasrec", (), 0, 2),))
-    claims = Claims(tmp_path, lambda task: [tmp_path / "trials" / task.id], {})
+    claims = Claims(tmp_path, {})
     assert claims.take(task) == "ours"
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / f"{task.id}.log"

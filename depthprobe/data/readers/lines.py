@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import re
-from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -17,11 +17,10 @@ import pyarrow as pa
 from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.readers.arrow import log_of
 from depthprobe.data.readers.columns import REQUIRED, find_columns
-from depthprobe.data.readers.streams import FIELD, head, open_lines, stem
+from depthprobe.data.readers.streams import BLOCK, FIELD, head, open_lines, open_text, stem
 from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
 
-CHUNK = 2**16  # objects that become a chunk of each column
 TYPES: dict[Any, set[type]] = {pa.string(): {str}, pa.int64(): {int}, pa.float64(): {int, float}}
 SAMPLE = 1000  # lines that tell the columns of JSON lines, and ids from prose
 JSON_LINES = "expected JSON lines, one object a line"
@@ -50,18 +49,20 @@ def read_json(path: Path, columns: Columns) -> Log:
         what: _kind(what, [one.get(name) for one in sample], source=path)
         for what, name in wanted.items()
     }
-    chunks: dict[str, list[Any]] = {what: [] for what in wanted}
-    lines = array("q")  # the number of each row's
     # msgspec decodes these keys alone: most of a review is its text
     row = msgspec.defstruct("Row", [(what, Any, None) for what in wanted], rename=wanted)
-    objects = _objects(path, row)
-    while part := list(islice(objects, CHUNK)):
-        lines.extend(number for number, _ in part)
+
+    def where(at: int) -> str:
+        return f"line {next(islice(_objects(path, row), at, None))[0]}"
+
+    chunks: dict[str, list[Any]] = {what: [] for what in wanted}
+    rows = 0
+    for part in _blocks(path, row):
         for what, kind in kinds.items():
-            values = [getattr(one, what) for _, one in part]
+            values = [getattr(one, what) for one in part]
             if wrong := set(map(type, values)) - TYPES[kind] - {type(None)}:
                 at = next(at for at, value in enumerate(values) if type(value) in wrong)
-                fault = f"line {part[at][0]} has {short(values[at], 40)} as the {what}"
+                fault = f"{where(rows + at)} has {short(values[at], 40)} as the {what}"
                 expected = "a text" if kind == pa.string() else "a number"
                 raise BadInput(FIELD, path, f"{fault}; expected {expected}, as in the first lines")
             try:
@@ -69,8 +70,23 @@ def read_json(path: Path, columns: Columns) -> Log:
             except OverflowError as error:
                 fault = f"it can't be read: some {what} is a number of more than 64 bits"
                 raise BadInput(FIELD, path, fault) from error
+        rows += len(part)
     chosen = {what: pa.chunked_array(parts) for what, parts in chunks.items()}
-    return log_of(chosen, source=path, where=lambda row: f"line {lines[row]}")
+    return log_of(chosen, source=path, where=where)
+
+
+def _blocks(path: Path, kind: Any) -> Iterator[list[Any]]:
+    """The objects of a block of lines at a time: much faster than line by line."""
+    decode, rest = msgspec.json.Decoder(kind).decode_lines, b""
+    try:
+        with open_text(path) as stream:
+            while block := stream.read(BLOCK):
+                lines, end, rest = (rest + block).rpartition(b"\n")
+                yield decode((lines + end).removeprefix(codecs.BOM_UTF8))
+        yield decode(rest.removeprefix(codecs.BOM_UTF8))  # the last line need not end
+    except (msgspec.DecodeError, RecursionError):
+        deque(_objects(path, kind), maxlen=0)  # raises for the line at fault
+        raise
 
 
 def _objects(path: Path, kind: Any) -> Iterator[tuple[int, Any]]:

@@ -144,9 +144,12 @@ def test_refused_json(tmp_path: Path, text: str | bytes, fault: str) -> None:
 
 def test_a_fault_beyond_the_first_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("depthprobe.data.readers.lines.SAMPLE", 5)
-    monkeypatch.setattr("depthprobe.data.readers.lines.CHUNK", 7)
+    monkeypatch.setattr("depthprobe.data.readers.lines.BLOCK", 300)
     many = lines(*[GOOD] * 100)
-    assert len(read_json(write(tmp_path, many), Columns())) == 100
+    for size in (len(many), len(many) - 1, 300):  # a block may end with the last line, or in it
+        monkeypatch.setattr("depthprobe.data.readers.lines.BLOCK", size)
+        for text in (many, many.rstrip("\n")):
+            assert len(read_json(write(tmp_path, text), Columns())) == 100
     for bad, fault in (
         ("{'user': 'a'}\n", "line 101 is not JSON"),
         (lines(GOOD | {"user": 7}), "line 101 has 7 as the user"),

@@ -130,7 +130,7 @@ def curve(name: str, batch_size: int) -> dict[str, Any]:
 
 
 def kill(loss: Tensor) -> Tensor:
-    raise KeyboardInterrupt
+    raise SystemExit
 
 
 def resumed(folder: Path, dtype: torch.dtype) -> bool:
@@ -140,7 +140,7 @@ def resumed(folder: Path, dtype: torch.dtype) -> bool:
     expected = train(straight, 8)
     try:
         train(sasrec(0.3, dtype), 8, spoilt=(5, kill), path=path)
-    except KeyboardInterrupt:
+    except SystemExit:
         PartialState().wait_for_everyone()  # the first one has written its file
         done = train(again, 8, path=path)
     pairs = zip(straight.parameters(), again.parameters(), strict=True)

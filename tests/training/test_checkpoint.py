@@ -56,6 +56,10 @@ def run(
     return run
 
 
+def die() -> float:
+    raise SystemExit
+
+
 @pytest.mark.parametrize("call", [1, 2, 9, 12, 32])
 def test_resumed_to_the_bit(
     call: int, run: Run, sasrec: Callable[[], SASRec], path: Path, assert_same: AssertSame
@@ -63,7 +67,7 @@ def test_resumed_to_the_bit(
     """Killed at the very first call, in mid-batch, and at both ends of an epoch."""
     straight, resumed = sasrec(), sasrec()
     expected = run(straight, None)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run(sasrec(), path, killed=call)
     assert path.exists() == (call > 2)
     torch.rand(5)  # the state before must not matter
@@ -80,7 +84,7 @@ def test_resumed_again_and_again(
     drawn = {"loss": "sampled-softmax", "negatives": 4}
     expected = run(straight, None, **drawn)
     for _ in range(5):  # 3 steps further each time
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             run(sasrec(), path, killed=7, **drawn)
     done = run(resumed, path, **drawn)
     assert done == expected
@@ -107,7 +111,7 @@ def test_resumed_recommender_with_frozen_weights(
 
     straight, resumed = make(), make()
     expected = run(straight, None)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run(make(), path, killed=14)
     with safe_open(path, framework="pt") as file:
         names = " ".join(file.keys())
@@ -121,12 +125,9 @@ def test_resumed_recommender_with_frozen_weights(
 def test_killed_while_it_validates(
     run: Run, sasrec: Callable[[], SASRec], path: Path, assert_same: AssertSame
 ) -> None:
-    def die() -> float:
-        raise KeyboardInterrupt
-
     straight, resumed = sasrec(), sasrec()
     expected = run(straight, None)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run(sasrec(), path, validate=die)
     done = run(resumed, path)
     assert (done, done.resumed_at) == (expected, [4])
@@ -139,7 +140,7 @@ def test_an_ended_training_trains_no_more(
 ) -> None:
     first, again = sasrec(), sasrec()
     expected = run(first, None, **{option: path})
-    done = run(again, None, killed=1, **{option: path})  # not called once
+    done = run(again, None, killed=1, validate=die, **{option: path})  # neither is called
     assert done == expected
     assert done.reused == (option == "result")
     assert_same(again, first)
@@ -212,6 +213,6 @@ def test_scores_that_are_no_number_survive(
     run: Run, sasrec: Callable[[], SASRec], path: Path
 ) -> None:
     score = {"validate": lambda: float("nan"), "epochs": 2}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run(sasrec(), path, killed=12, **score)
     assert np.isnan(run(sasrec(), path, **score).scores).tolist() == [True, True]

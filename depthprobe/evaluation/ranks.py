@@ -34,12 +34,12 @@ def rank_targets(scores: Any, targets: Any, exclude: Any = None) -> Tensor:
     on average, so constant scores put the target in the middle and not on top.
 
     Args:
-        scores: (B, I); infinities are allowed.
+        scores: (B, I), a tensor, an array or nested lists, as the others; infinities are allowed.
         targets: (B,), column indices.
         exclude: (B, I) bool, items that are never counted; the target itself always is.
 
     Returns:
-        (B,) float64, on the CPU. Each argument may be a tensor, an array or nested lists.
+        (B,) float64, on the CPU.
 
     Raises:
         ValueError: if shapes disagree, a target is no column, or a score is NaN.
@@ -201,12 +201,8 @@ def top_lists(scores: Tensor, k: int) -> Tensor:
     maxima, of equal ones the first: any other block has ``k`` columns before it. So only these
     blocks are sorted, about ``2 sqrt(k I)`` numbers in place of I.
 
-    Args:
-        scores: (C, I) of items 1..I, without NaN; -inf is never recommended.
-        k: from 1; may be more than I.
-
-    Returns:
-        int64 (C, k); 0 where no item is left.
+    ``scores`` (C, I) of items 1..I hold no NaN, and -inf is never recommended. The lists are int64
+    (C, k), 0 where no item is left; k may be more than I.
     """
     width = scores.shape[1]
     most = min(k, width)
@@ -326,9 +322,8 @@ class EvalSet:
     ) -> list[dict[str, np.ndarray]]:
         """Ranks of all users' targets by K models, each (E,) by protocol.
 
-        Args:
-            batches: indices of users (B,), and their vectors by each model, (K, B, d).
-            items: the item matrix, (I + 1, d).
+        ``batches`` are indices of users (B,) and their vectors by each model, (K, B, d); ``items``
+        is the item matrix, (I + 1, d).
         """
         models: list[dict[str, np.ndarray]] = []
         for chosen, vectors in batches:

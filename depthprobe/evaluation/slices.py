@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthprobe.data.splits import Split
-from depthprobe.evaluation.statistics import percentile_bounds, weight_chunks
+from depthprobe.evaluation.statistics import LEVEL, percentile_bounds, weight_chunks
 
 ALL = "all"
 FEWEST = 30  # users of a slice with an interval: of fewer, percentiles come out too near together
@@ -38,11 +38,7 @@ class Family:
 
 
 def families(split: Split, own: Mapping[str, Sequence[str]] | None = None) -> list[Family]:
-    """``history`` and ``target`` of the split's test users, and own families.
-
-    Args:
-        own: labels of these users by the name of the family, see :func:`by_label`.
-    """
+    """``history`` and ``target`` of the split's test users, and own ones by name and labels."""
     users, places = split.test.users, split.test.targets
     popularity = np.bincount(
         np.asarray(split.sequences.items)[split.trained], minlength=split.sequences.n_items + 1
@@ -58,8 +54,7 @@ def families(split: Split, own: Mapping[str, Sequence[str]] | None = None) -> li
 def by_length(lengths: np.ndarray) -> Family:
     """Histories by length: 1, 2, 3 to 4, 5 to 8, 9 to 16 items, and so on.
 
-    Args:
-        lengths: items before the target, all of them and not only those that a model reads, (E,).
+    ``lengths`` (E,) are of all items before the target, not only of those that a model reads.
     """
     levels = np.searchsorted(2 ** np.arange(40), lengths)  # places of the upper bounds
     bounds = [(1, 1), *((2 ** (n - 1) + 1, 2**n) for n in range(1, int(levels.max(initial=0)) + 1))]
@@ -107,26 +102,14 @@ def popularity_groups(popularity: np.ndarray) -> np.ndarray:
 
 
 def slice_means(
-    values: np.ndarray,
-    cuts: Sequence[Family],
-    *,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    values: np.ndarray, cuts: Sequence[Family], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[int, np.ndarray]]:
-    """Means of M per-user quantities with bootstrap bounds, of all users and of each slice.
+    """Means of M per-user quantities (U, M), of all users and of each slice, with bounds.
 
     The draws are those of :func:`~depthprobe.evaluation.statistics.bootstrap_means`: of all users,
     the same for every slice and quantity. So the size of a slice varies with them, as it would
     with other users. It costs little more than the intervals of all users alone: each user's
     value is added up once, in the cell that all of its slices share.
-
-    Args:
-        values: float64 (U, M).
-        cuts: ways to slice these users.
-        resamples: bootstrap draws.
-        level: two-sided confidence.
-        seed: of the draws.
 
     Returns:
         By slice, ``all`` first, empty ones left out: how many users, and value, low and high,
@@ -167,7 +150,7 @@ def slice_means(
             draws[:, done : done + len(weights)] = sums[large] / sizes[large][:, :, None]
             done += len(weights)
         for place, own in zip(np.flatnonzero(large), draws, strict=True):
-            low, high = percentile_bounds(own, level=level)
+            low, high = percentile_bounds(own, level=LEVEL)
             constant = (low == high) & (place > 0)
             bounds[place] = np.where(constant, np.nan, [low, high])
     else:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+LEVEL = 0.95
 WEIGHT_BYTES = 4 * 2**20  # of weights at once: they stay in a cache while the arms read them
 MANY = 2**16  # users: above, drawing each of them takes a millisecond or more
 LARGE = 16  # users of a group: drawing its size takes about as long as ten of them
@@ -37,7 +38,7 @@ class Interval:
 
 
 def bootstrap_mean(
-    values: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    values: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
 ) -> Interval:
     """Mean of per-user values, (U,) or (S, U).
 
@@ -48,7 +49,7 @@ def bootstrap_mean(
 
 
 def bootstrap_difference(
-    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
 ) -> Interval:
     """``mean(candidate) - mean(reference)``, paired by user and seed."""
     arms = [candidate, reference]
@@ -56,7 +57,7 @@ def bootstrap_difference(
 
 
 def bootstrap_ratio(
-    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
 ) -> Interval:
     """``mean(candidate) / mean(reference)``, paired by user and seed.
 
@@ -71,7 +72,7 @@ def bootstrap_ratio(
 
 
 def bootstrap_means(
-    values: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    values: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
 ) -> list[Interval]:
     """Mean of each of M per-user quantities, (U, M), by the same draws of users."""
     (table,) = as_arms([values])  # (U, M)
@@ -84,7 +85,7 @@ def bootstrap_means(
 
 
 def median_ratio(
-    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
 ) -> Interval:
     """Median over paired rounds of ``reference / candidate``: the speed-up of the candidate.
 

@@ -16,14 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from depthprobe.evaluation.statistics import (
-    Interval,
-    as_arms,
-    interval,
-    lower_bound,
-    resampled_means,
-    shares,
-)
+from depthprobe.evaluation import statistics
+from depthprobe.evaluation.statistics import Interval, shares
 
 TAIL_DRAWS = 10  # a bound needs at least so many bootstrap draws below it
 
@@ -81,15 +75,12 @@ def sufficient_depth(
         level: confidence.
         resamples: bootstrap draws; more are made when many candidates need a farther tail.
         seed: of the draws.
-
-    Raises:
-        ValueError: for a value that is not allowed.
     """
     if not 0 <= margin < 1 or not 0 < level < 1:
         raise ValueError(f"margin is {margin} and level is {level}, expected numbers in [0, 1)")
     names = sorted(candidates, key=lambda name: (name[1], name[0]))
     try:
-        arms = as_arms([*(candidates[name] for name in names), reference])
+        arms = statistics.as_arms([*(candidates[name] for name in names), reference])
     except ValueError as error:
         raise ValueError(f"candidates {names}, then the reference: {error}") from error
     bottom = arms[-1].mean()
@@ -100,14 +91,15 @@ def sufficient_depth(
         return Sufficiency((), None, None, None, None, users, margin, level)
     tail = (1 - level) / len(names)
     resamples = max(resamples, math.ceil(TAIL_DRAWS / tail))
-    drawn = list(resampled_means(arms, resamples=resamples, seed=seed))
+    drawn = list(statistics.resampled_means(arms, resamples=resamples, seed=seed))
     crossed = shares(np.concatenate([both for both, _ in drawn]))  # (R, A - 1)
     by_user = shares(np.concatenate([users_alone for _, users_alone in drawn]))
     rows = []
     for place, (method, depth) in enumerate(names):
         value, draws = float(arms[place].mean() / bottom), crossed[:, place]
         if users > 1:
-            lower, kept = lower_bound(draws, tail), interval(value, draws, level=level)
+            lower = statistics.lower_bound(draws, tail)
+            kept = statistics.interval(value, draws, level=level)
         else:  # one user says nothing about others
             lower, kept = -math.inf, Interval(value, -math.inf, math.inf)
         rows.append(RetainedAccuracy(method, depth, kept, lower, lower >= 1 - margin))

@@ -52,18 +52,12 @@ def trust(
         scores: by name (M,), higher for a candidate believed to be more important.
         reference: a per-user metric of the full model, (U,), such as NDCG@10.
         outcomes: the same without each candidate, (U, M).
-        resamples: bootstrap draws.
-        level: two-sided confidence.
-        seed: of the draws, and of the splits of the users.
 
     Returns:
         One row a score, with :data:`COLUMNS`; the reliability is of the damages, so the same in
         each row. Correlations are NaN for a score that holds NaN or is constant, for fewer than 3
         candidates, and where all damages are equal. Resamples with equal damages count against
         both bounds.
-
-    Raises:
-        ValueError: if shapes disagree, or a metric is NaN or infinite.
     """
     full, without = np.asarray(reference, np.float64), np.asarray(outcomes, np.float64)
     if full.ndim != 1 or without.ndim != 2 or len(full) != len(without):
@@ -98,11 +92,9 @@ def trust(
 def correlations(score: Any, damage: Any) -> tuple[np.ndarray, np.ndarray]:
     """Spearman's rho and Kendall's tau-b of a score (M,) with each row of damages (R, M).
 
-    Tied values share their mean rank in rho. Infinities are allowed: only the order is read.
-
-    Returns:
-        Two (R,) float64; NaN for fewer than 3 candidates, and where the score or the row is
-        constant or holds NaN.
+    Tied values share their mean rank in rho. Infinities are allowed: only the order is read. Both
+    (R,) are NaN for fewer than 3 candidates, and where the score or the row is constant or holds
+    NaN.
     """
     values, rows = np.asarray(score, np.float64), np.asarray(damage, np.float64)
     if values.ndim != 1 or rows.ndim != 2 or rows.shape[1] != len(values):
@@ -137,15 +129,10 @@ def reliability(losses: Any, *, splits: int = SPLITS, seed: int = 0) -> float:
     one of twenty cases; 0.1 and 0.3 for fifty. It knows of chance between users only, not of the
     chance in training a variant.
 
-    Args:
-        losses: by user and candidate, (U, M), finite; a damage is a mean over users.
-        splits: how many.
-        seed: of the splits.
-
-    Returns:
-        From 0 to 1. 0 too where halves disagree more than by chance, since no share is negative.
-        A half in which all damages are equal orders nothing and counts as a correlation of 0. NaN
-        for fewer than 2 users or 3 candidates, and where the damages of all users are equal.
+    From 0 to 1; 0 too where halves disagree more than by chance, since no share is negative. A half
+    in which all damages are equal orders nothing and counts as a correlation of 0. NaN for fewer
+    than 2 users or 3 candidates, and where the damages of all users are equal. ``losses`` are by
+    user and candidate, (U, M); a damage is a mean over users.
     """
     table = np.asarray(losses, np.float64)
     if table.ndim != 2 or not np.isfinite(table).all():

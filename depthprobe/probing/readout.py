@@ -40,7 +40,7 @@ GoalFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Fitting:
-    """How all depths are fitted: AdamW whose learning rate falls along half a cosine to 0."""
+    """AdamW whose learning rate falls along half a cosine to 0, the same for all depths."""
 
     epochs: int = 10
     batch_size: int = 256
@@ -138,7 +138,7 @@ def fit_readouts(
         seed: of the order of the users.
     """
     items = model.item_matrix()
-    sample = train.at(np.arange(1), device, _working_dtype(items))
+    sample = train.at(np.arange(1), device, torch.promote_types(items.dtype, torch.float32))
     width = _normed(model, sample).shape[-1]
     start = torch.zeros(len(sample), width, items.shape[1]).to(sample)
 
@@ -176,7 +176,8 @@ def fit_lenses(
     used.
     """
     rows = np.arange(min(LENS_USERS, len(train.states)))
-    sample = train.at(rows, device, _working_dtype(model.item_matrix()))  # (L + 1, B, D)
+    dtype = torch.promote_types(model.item_matrix().dtype, torch.float32)
+    sample = train.at(rows, device, dtype)  # (L + 1, B, D)
     # steps of one length would move a bias far at depth 0, whose states are small, and hardly
     # behind the other blocks
     size = sample.square().mean(dim=(1, 2), keepdim=True).sqrt()  # (L + 1, 1, 1)
@@ -301,11 +302,6 @@ def _mean_items(vectors: Tensor, table: Tensor) -> Tensor:
     items = table[None, None]
     queries = vectors.flatten(0, -2)[None, None]
     return scaled_dot_product_attention(queries, items, items, scale=1).view_as(vectors)
-
-
-def _working_dtype(items: Tensor) -> torch.dtype:
-    """What read-outs are fitted in: float32, or float64 for a float64 model."""
-    return torch.promote_types(items.dtype, torch.float32)
 
 
 @torch.inference_mode()

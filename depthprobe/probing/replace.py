@@ -121,7 +121,7 @@ def fit_replacements(
 
 
 class _NormalEquations:
-    """What the least squares need of all positions, added up as the states of a pass come in."""
+    """Sums over positions from which the least squares are solved, as states of a pass come in."""
 
     def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
         self.first, self.last = 0, torch.empty(0)  # a row's real places: first to last (B,)

@@ -107,13 +107,13 @@ def similarities(
             size = wide.norm(dim=2, keepdim=True)  # (L + 1, B, 1)
             unit = (wide / size).transpose(0, 1)  # (B, L + 1, D)
             cosines = torch.bmm(unit, unit.mT).clamp_(-1, 1)  # (B, L + 1, L + 1)
-            influence += _sum(1 - cosines.diagonal(1, 1, 2), 0)  # neighbouring states
-            angular += _sum(cosines.acos(), 0) / np.pi
-            norms += _sum(size[..., 0], 1)
-            by_part = [
-                _part_influence(*each) for each in zip(wide[:-1], sums, outputs, strict=True)
-            ]
-            parts += _sum(torch.stack(by_part), 2)
+            neighbours = cosines.diagonal(1, 1, 2)  # (B, L)
+            influence += (1 - neighbours).sum(dim=0).cpu().numpy()
+            angular += cosines.acos().sum(dim=0).cpu().numpy() / np.pi
+            norms += size[..., 0].sum(dim=1).cpu().numpy()
+            blocks = zip(wide[:-1], sums, outputs, strict=True)
+            by_part = torch.stack([_part_influence(*block) for block in blocks])  # (L, 2, B)
+            parts += by_part.sum(dim=2).cpu().numpy()
     np.fill_diagonal(angular, 0)
     return Similarities(
         influence=influence / users,
@@ -147,11 +147,6 @@ def to_frame(similarities: Similarities) -> pd.DataFrame:
         for score, (start, end), value in scores
     ]
     return pd.concat(frames, ignore_index=True)
-
-
-def _sum(values: Tensor, dim: int) -> np.ndarray:
-    total: np.ndarray = values.sum(dim=dim).cpu().numpy()
-    return total
 
 
 class _Sample:
@@ -266,10 +261,12 @@ def find_sums(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) 
     def follow(block: int, path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             state, source = first_tensor(output), input_state(args, kwargs)
+            if not isinstance(state, Tensor):
+                return
             for branch in branches_of[block]:
                 end = ends.get((block, branch.path))
                 # of its size: a router of experts may be called with it, too
-                passed = end is not None and end.output is source and _same_shape(state, source)
+                passed = end is not None and end.output is source and state.shape == source.shape
                 if path == branch.path or passed:
                     ends[block, branch.path] = _BranchEnd(path, state, state.clone())
 
@@ -305,10 +302,6 @@ def _branches(blocks: nn.ModuleList, model: CausalEncoder) -> list[list[Branch]]
     except ValueError:
         return [[] for _ in blocks]
     return [branches_of[kinds.index(kind)] for kind in kinds]
-
-
-def _same_shape(one: object, other: Tensor) -> bool:
-    return isinstance(one, Tensor) and one.shape == other.shape
 
 
 def _at(output: Tensor, places: Tensor) -> Tensor:

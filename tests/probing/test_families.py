@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from depthprobe.probing.taylor import taylor_importance
 from depthprobe.probing.walk import rank_routes, route
 
 CPU = torch.device("cpu")
+Draw = Callable[[int, int], EvalSet]
 # what their blocks hand on is no state (B, T, D); or some do not run on text
 UNREADABLE = {
     "hy_v4": r"its blocks hand on \(1, 4, 4, 32\) for 4 tokens",
@@ -38,31 +40,52 @@ def make(family: str) -> Recommender:
     return Recommender(backbone, torch.randn(41, 6), (3, 1)).to(backbone.dtype).eval()
 
 
-def is_one_line(message: str) -> bool:
-    return bool(message) and "\n" not in message
+# no small model of these can be built and run on text
+NO_MODEL_NAMES = """
+bart bigbird_pegasus blenderbot blenderbot-small blt cpmant deepseek_v4 dots3_note gemma3n gemma4
+gemma4_assistant gemma4_unified gemma4_unified_assistant inkling2_loop_text inkling2_text marian
+mbart musicgen musicgen_melody mvp pegasus plbart prophetnet qwen4_exp qwen4_exp_text reformer trocr
+whisper xlm xlnet xmod zamba
+"""
+NO_MODEL = NO_MODEL_NAMES.split()
+NO_BLOCKS = {"hrm_text", "longcat_flash"}
+NO_MAP = (
+    "does not end in one linear map|a norm, or more than a sum|MLPs, not one|a factor of"
+    "|are not sums of their input"
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families())
-def test_every_family_is_probed_or_refused(family: str, few: EvalSet) -> None:
-    try:
-        model = make(family)
-        evaluate(model, few, device=CPU)
-    except Exception as error:  # whatever an architecture does
-        pytest.skip(f"no recommender to probe: {error}")
-    check(lambda: settling(model, few, device=CPU, k=5).ranks)
-    check(lambda: taylor_importance(model, few, device=CPU, batch_size=4))
-    check(lambda: similarities(model, few, device=CPU).influence)
-    check(lambda: fit_replacements(model, few, [(1, 2)], device=CPU)[0].map)
-
-
-def check(probe: Callable[[], np.ndarray]) -> None:
-    refusal = None
-    try:
-        found = probe()
-    except ValueError as error:
-        refusal = str(error)
-    assert np.isfinite(found).all() if refusal is None else is_one_line(refusal)
+def test_every_family_is_probed_or_refused_for_a_known_reason(family: str, draw: Draw) -> None:
+    if family in NO_MODEL:
+        pytest.skip("no small model of it")
+    if family == "dory":
+        pytest.xfail("what its blocks return is not counted right")
+    model, users = make(family), draw(6, 0)
+    evaluate(model, users, device=CPU)
+    probes: dict[str, Callable[[], np.ndarray]] = {
+        "taylor": lambda: taylor_importance(model, users, device=CPU, batch_size=4),
+        "settling": lambda: settling(model, users, device=CPU, k=5).ranks,
+        "similarity": lambda: similarities(model, users, device=CPU).influence,
+        "replace": lambda: fit_replacements(model, users, [(1, 2)], device=CPU)[0].map,
+    }
+    for name, probe in probes.items():
+        refusal = "list of blocks.* as long" if family in NO_BLOCKS else ""
+        if not refusal and name != "taylor":
+            refusal = UNREADABLE.get(family, "")
+        if name == "replace" and not refusal:
+            reason = ""
+            try:
+                probe()
+            except ValueError as error:
+                reason = str(error)
+            assert not reason or (re.search(NO_MAP, reason) and "\n" not in reason)
+        elif refusal:
+            with pytest.raises(ValueError, match=refusal):
+                probe()
+        else:
+            assert np.isfinite(probe()).all()
 
 
 @pytest.mark.parametrize("family", UNREADABLE)
@@ -89,7 +112,7 @@ def test_states_that_cannot_be_read_out_are_refused_at_once(
             ValueError, match=f"{family}.* by depth: .*{UNREADABLE[family]}"
         ) as raised:
             probe()
-        assert is_one_line(str(raised.value))
+        assert "\n" not in str(raised.value)
 
 
 def test_several_streams_are_read_out_as_by_a_cut_model(few: EvalSet) -> None:

@@ -439,11 +439,7 @@ def load_tokenizer(
 
 
 def pretrained(
-    settings: Backbone,
-    *,
-    random_init: int | None = None,
-    plain: bool = False,
-    weights: bool = True,
+    settings: Backbone, *, random_init: int | None = None, plain: bool = False, weights: bool = True
 ) -> PreTrainedModel:
     """The backbone that a study's settings describe, at full depth.
 

@@ -155,9 +155,7 @@ def _cuts(
     return cuts, note
 
 
-def _uncut_and_cut(
-    model: PreTrainedModel,
-) -> tuple[dict[str, PreTrainedModel], str]:
+def _uncut_and_cut(model: PreTrainedModel) -> tuple[dict[str, PreTrainedModel], str]:
     """The model and one without its first block, by what they are, and why that was refused."""
     depth = len(find_blocks(model))
     cuts, note = _cuts(model, (range(depth), range(1, depth)))
@@ -199,7 +197,7 @@ def skip(model: PreTrainedModel, ids: Tensor) -> str:
         try:
             with skip_blocks(model, {left_out}):
                 skipped = _logits(model, ids)
-        except BadInput as error:
+        except ValueError as error:  # also the family's own: HY V4's blocks read an earlier one's
             note += f"; block {left_out} not skippable: {_reason(error)}"
             continue
         with _changed(find_blocks(model)[left_out], _undo):

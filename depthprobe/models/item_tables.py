@@ -127,9 +127,7 @@ def embed_titles(
         padded[seen] = torch.tensor([t for place in chosen for t in [*start, *tokens[place]]])
         with torch.inference_mode():
             states = decoder(
-                input_ids=padded.to(device),
-                attention_mask=seen.long().to(device),
-                use_cache=False,
+                input_ids=padded.to(device), attention_mask=seen.long().to(device), use_cache=False
             ).last_hidden_state  # (B, T, D)
             pooled = (seen & (places >= len(start))).to(device)
             total = (states.float() * pooled[:, :, None]).sum(dim=1)

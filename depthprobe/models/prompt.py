@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -206,7 +207,8 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
     Args:
         model: a Hugging Face decoder, also under PEFT.
     """
-    with standing_in([(block, _run_again(block.forward)) for block in find_blocks(model)]):
+    again = partial(checkpoint, use_reentrant=False)
+    with standing_in([(block, partial(again, block.forward)) for block in find_blocks(model)]):
         yield
 
 
@@ -219,10 +221,3 @@ def take_over(model: PreTrainedModel) -> bool:
     for module in on:
         module.gradient_checkpointing = False  # type: ignore[assignment]
     return bool(on)
-
-
-def _run_again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

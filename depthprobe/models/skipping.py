@@ -172,6 +172,7 @@ def _nothing(branch: Branch, index: int | None) -> Callable[..., Any]:
 
 
 def _as_output(state: Tensor, extra: int | None) -> Any:
+    """The state, and None for each other value that a module returns."""
     return state if extra is None else (state, *[None] * extra)
 
 
@@ -183,6 +184,7 @@ def _keep_length(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, stat
 
 
 def _grow(cache: Cache, index: int, state: Tensor) -> None:
+    """Put a placeholder of one number a token into the layer of a skipped block."""
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
     if isinstance(layer, DummyLayer):
         return

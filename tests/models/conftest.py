@@ -43,21 +43,15 @@ GPTJ = {"n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64, "rotary
 FREE: dict[str, dict[str, Any]] = {
     "llama": MODERN,
     "mistral": MODERN | WINDOW,
-    "qwen2": MODERN
-    | WINDOW
-    | {"use_sliding_window": True, "max_window_layers": 3, "layer_types": None},
+    "qwen2": MODERN | WINDOW | {"use_sliding_window": True, "max_window_layers": 3,
+      "layer_types": None},
     "qwen3": MODERN | HEAD,
     "gpt2": {"n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64},
     "opt": OLD | {"ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
     "gpt_neox": OLD | {"intermediate_size": 48, "max_position_embeddings": 64},
-    "gpt_neo": {
-        "hidden_size": 32,
-        "num_layers": BLOCKS,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 3]],
-        "window_size": 4,
-        "max_position_embeddings": 64,
-    },
+    "gpt_neo": {"hidden_size": 32, "num_layers": BLOCKS, "num_heads": 4,
+      "attention_types": [[["global", "local"], 3]], "window_size": 4,
+      "max_position_embeddings": 64},
     "falcon": OLD,
     "bloom": {"hidden_size": 32, "n_layer": BLOCKS, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": BLOCKS, "n_heads": 4, "max_seq_len": 64},
@@ -76,79 +70,33 @@ FREE: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64},
     "codegen": GPTJ,
     "biogpt": OLD | {"intermediate_size": 48, "max_position_embeddings": 64},
-    "qwen2_moe": MODERN
-    | EXPERTS
-    | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    "qwen2_moe": MODERN | EXPERTS | {"shared_expert_intermediate_size": 16,
+      "decoder_sparse_step": 2, "mlp_only_layers": [1]},
     "qwen3_moe": MODERN | EXPERTS | HEAD | {"mlp_only_layers": [0, 3]},
-    "deepseek_v3": MODERN
-    | MULTI
-    | {
-        "first_k_dense_replace": 2,
-        "moe_intermediate_size": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 8,
-    },
+    "deepseek_v3": MODERN | MULTI | {"first_k_dense_replace": 2, "moe_intermediate_size": 16,
+      "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+      "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+      "v_head_dim": 8},
     "smollm3": MODERN | {"pad_token_id": 0, "no_rope_layer_interval": 3},
-    "llama4_text": MODERN
-    | HEAD
-    | {
-        "intermediate_size_mlp": 48,
-        "num_local_experts": 4,
-        "moe_layers": [1, 3, 5],
-        "attention_chunk_size": 4,
-    },
-}
+    "llama4_text": MODERN | HEAD | {"intermediate_size_mlp": 48, "num_local_experts": 4,
+      "moe_layers": [1, 3, 5], "attention_chunk_size": 4},
+}  # fmt: skip
 # Families where some cuts must be refused.
 BOUND: dict[str, dict[str, Any]] = {
-    "gpt2_scaled": {
-        "model_type": "gpt2",
-        "n_embd": 32,
-        "n_layer": BLOCKS,
-        "n_head": 4,
-        "n_positions": 64,
-        "scale_attn_by_inverse_layer_idx": True,
-    },
-    "qwen3_next": MODERN
-    | EXPERTS
-    | HEAD
-    | LINEAR
-    | {
-        "shared_expert_intermediate_size": 16,
-        "layer_types": (["linear_attention"] * 2 + ["full_attention"]) * 2,
-    },
+    "gpt2_scaled": {"model_type": "gpt2", "n_embd": 32, "n_layer": BLOCKS, "n_head": 4,
+      "n_positions": 64, "scale_attn_by_inverse_layer_idx": True},
+    "qwen3_next": MODERN | EXPERTS | HEAD | LINEAR | {"shared_expert_intermediate_size": 16,
+      "layer_types": (["linear_attention"] * 2 + ["full_attention"]) * 2},
     "mamba": {"hidden_size": 32, "num_hidden_layers": BLOCKS, "state_size": 4},
     "lfm2": MODERN | {"layer_types": ["conv", "conv", "full_attention"] * 2, "block_ff_dim": 48},
     "bert": OLD | {"intermediate_size": 48, "is_decoder": True},
-    "jamba": MODERN
-    | {
-        "num_experts": 4,
-        "attn_layer_period": 3,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "use_mamba_kernels": False,
-        "mamba_d_state": 4,
-        "mamba_dt_rank": 4,
-    },
-    "gemma3n_text": MODERN
-    | HEAD
-    | WINDOW
-    | {
-        "intermediate_size": [48] * BLOCKS,
-        "layer_types": PATTERN,
-        "num_kv_shared_layers": 2,
-        "vocab_size_per_layer_input": 61,
-        "hidden_size_per_layer_input": 8,
-        "activation_sparsity_pattern": [0.0] * BLOCKS,
-        "laurel_rank": 4,
-    },
-}
+    "jamba": MODERN | {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1,
+      "expert_layer_period": 2, "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    "gemma3n_text": MODERN | HEAD | WINDOW | {"intermediate_size": [48] * BLOCKS,
+      "layer_types": PATTERN, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 61,
+      "hidden_size_per_layer_input": 8, "activation_sparsity_pattern": [0.0] * BLOCKS,
+      "laurel_rank": 4},
+}  # fmt: skip
 
 
 # Run with every change. The other families are slow: ``make test-all`` runs them.

@@ -75,10 +75,7 @@ def test_save_and_reload(family, make_model, ids, tmp_path):
     cut = keep_blocks(make_model(family), (0, 3, 4))
     cut.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path,
-        dtype=torch.float64,
-        output_loading_info=True,
-        experts_implementation="eager",
+        tmp_path, dtype=torch.float64, output_loading_info=True, experts_implementation="eager"
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -142,9 +142,7 @@ def test_what_is_recorded_is_found_without_a_weight(hub, monkeypatch, make_model
     read = []
     tensor = torch.Tensor.to
     monkeypatch.setattr(
-        torch.Tensor,
-        "to",
-        lambda self, *a, **k: read.append(out := tensor(self, *a, **k)) or out,
+        torch.Tensor, "to", lambda self, *a, **k: read.append(out := tensor(self, *a, **k)) or out
     )
     recorded = describe(HUB, OLD)
     model = make_model("qwen3")

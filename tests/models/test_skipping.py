@@ -13,9 +13,11 @@ from depthprobe.errors import BadInput
 from depthprobe.models import skipping
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.families import family_config
 from depthprobe.models.prompt import cache_argument
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.taps import tap_blocks
+from depthprobe.models.tiny import tiny_model
 
 SKIPS = [{0, 3}, {2, 5}]
 
@@ -112,6 +114,14 @@ def test_recurrent_block_is_skipped_without_a_filled_cache_only(make_model, ids)
         with pytest.raises(ValueError, match="block 0 is recurrent"):
             model(ids, **{cache_argument(model): first.past_key_values})
     assert torch.equal(first.logits, logits(cut, ids))
+
+
+@torch.no_grad()
+def test_two_mixers_of_a_block_share_one_layer_of_the_cache(ids):
+    model = tiny_model(family_config("falcon_h1"), depth=2)  # attention beside a recurrence
+    with skip_blocks(model, {0}, part="attention"):
+        expected = logits(model, ids)
+        torch.testing.assert_close(model(ids, use_cache=True).logits, expected)
 
 
 def test_generate_under_skip(make_model, ids):

@@ -344,7 +344,7 @@ def recommender(model: PreTrainedModel, ids: Tensor) -> str:
                 use_cache=False,
                 **per_layer(tried.backbone, beside),
             )[0]
-            states = tried.states(histories)[:, tried.lead :]
+            states = tried(histories, states=True)[:, tried.lead :]
         _assert_close(states, expected[:, len(PROMPT) :], f"{which}, its prompt shared:")
     return f"runs; its prompt is computed once a {'user' if tried.lead else 'batch'}{note}"
 

@@ -252,32 +252,37 @@ class Recommender(nn.Module):
             ids = torch.cat([self.prompt.expand(len(ids), -1), ids], dim=1)
         return ids
 
-    def states(
-        self, histories: Tensor, lengths: Tensor | None = None, prompt: Cache | None = None
+    def forward(
+        self,
+        histories: Tensor,
+        lengths: Tensor | None = None,
+        prompt: Cache | None = None,
+        *,
+        states: bool = False,
     ) -> Tensor:
-        """Normed states of every position, (B, lead + T + S, D), S positions for the suffix.
+        """User vectors at every position, (B, T, d); after the last one where lengths say, (B, d).
 
         Args:
             histories: (B, T) item ids, right-padded with 0.
             lengths: (B,); needed where the suffix follows the last item.
             prompt: what ``prepare_prompt`` made; it is run if it is not given.
+            states: return the normed states of all positions in place of user vectors,
+                (B, lead + T + S, D), with S positions for the suffix.
         """
         prompt = prompt or self.prepare_prompt()
         with self._saving():
             out = self.backbone(**self.inputs(histories, lengths, prompt))
-        last: Tensor = out.last_hidden_state
-        return last.to(self.input_adapter.weight.dtype)
-
-    def forward(self, histories: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """User vectors (B, T, d) at every position; (B, d) after the last one where lengths say."""
-        if lengths is not None:
-            return self.encode(histories, lengths)
-        return self.read_out(self.states(histories)[:, self.lead :])
+        last: Tensor = out.last_hidden_state.to(self.input_adapter.weight.dtype)
+        if states:
+            return last
+        places = (
+            last[:, self.lead :] if lengths is None else states_at(last, self.last_place(lengths))
+        )
+        return self.read_out(places)
 
     def encode(self, histories: Tensor, lengths: Tensor, prompt: Cache | None = None) -> Tensor:
         """User vectors after the last item and the suffix, (B, T) and (B,) -> (B, d)."""
-        states = self.states(histories, lengths, prompt)
-        return self.read_out(states_at(states, self.last_place(lengths)))
+        return self.forward(histories, lengths, prompt)
 
 
 def _output_width(backbone: PreTrainedModel) -> int:

@@ -25,9 +25,9 @@ from depthprobe.training.losses import catalogue_kl, catalogue_loss, top_kl
 from depthprobe.training.objectives import (
     Batch,
     Objective,
+    at_targets,
     last_only,
     target_states,
-    target_vectors,
 )
 
 TINY = 1e-12  # the least size of a state, in place of 0
@@ -162,7 +162,7 @@ class Distiller(nn.Module):
         tapping = weights.follows_states or len(self.adapters) > 0
         # a tapped model runs uncompiled, so only where its states are read
         with tap_blocks(student.backbone) if tapping else nullcontext() as tap:
-            vectors = target_vectors(student, batch, recipe)  # (N, d)
+            vectors = at_targets(student(batch.inputs, batch.ends), batch)  # (N, d)
         states = [tap.states[end] for end in self.ends] if tap is not None else []  # (B, P, D) each
         items = student.item_matrix()
         loss = vectors.new_zeros(())

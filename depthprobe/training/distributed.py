@@ -32,7 +32,6 @@ from torch.optim import SGD, AdamW
 from depthprobe.errors import BadInput
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import Recipe
-from depthprobe.training.objectives import Batch
 
 EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # AdamW in one kernel: 4 times faster than a loop over the weights on a CPU, more on a GPU
@@ -117,12 +116,10 @@ class Engine:
         optimizer = SGD([p for p in self.inner.parameters() if p.requires_grad])
         self.called, _ = self.accelerator.prepare(self.inner, optimizer)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The loss of a batch in this process, a scalar, in the recipe's precision."""
+    def autocast(self) -> AbstractContextManager[None]:
+        """A forward pass inside computes in the recipe's precision."""
         half = self.recipe.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            value: Tensor = self.called(batch)
-        return value
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""

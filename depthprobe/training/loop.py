@@ -163,7 +163,17 @@ def _train_epoch(
             group["lr"] = rate
         # dropout and negatives: other ones in each step and process
         step_seed = _random_number((seed, fit.steps, engine.rank))
-        loss = _gradients_within_memory(engine, windows, chosen, step_seed, fit)
+        loss = None
+        while loss is None:
+            torch.manual_seed(step_seed)
+            try:
+                loss = _gradients(engine, windows, chosen, fit.parts)
+            except torch.OutOfMemoryError:
+                # of several processes one would go on alone
+                if engine.processes > 1 or fit.parts >= len(chosen):
+                    raise
+            if loss is None:  # after the handler: the traceback holds on to what did not fit
+                _take_more_parts(engine, fit, len(chosen))
         norm = engine.clip(recipe.clip)
         fit.steps += 1
         progress.done += 1
@@ -176,28 +186,18 @@ def _train_epoch(
             yield
 
 
-def _gradients_within_memory(
-    engine: Engine, windows: Windows, chosen: np.ndarray, seed: int, fit: Fit
-) -> Tensor:
-    """As :func:`_gradients`; in twice as many parts, from then on, where memory runs out.
+def _take_more_parts(engine: Engine, fit: Fit, most: int) -> None:
+    """Compute batches in twice as many parts from now on.
 
-    A step that ran out has changed no weights, so it is taken again, with the same random numbers.
-    Of several processes one would go on alone: there it is an error as any other.
+    A step that ran out of memory has changed no weights, so it is taken again, with the same
+    random numbers.
     """
-    while True:
-        torch.manual_seed(seed)
-        try:
-            return _gradients(engine, windows, chosen, fit.parts)
-        except torch.OutOfMemoryError:
-            if engine.processes > 1 or fit.parts >= len(chosen):
-                raise
-        # after the handler: the error's traceback holds on to what did not fit
-        engine.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        fit.parts = min(2 * fit.parts, len(chosen))
-        message = "out of memory at step %d: batches are computed in %d parts now"
-        logger.warning(message, fit.steps + 1, fit.parts)
+    engine.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    fit.parts = min(2 * fit.parts, most)
+    message = "out of memory at step %d: batches are computed in %d parts now"
+    logger.warning(message, fit.steps + 1, fit.parts)
 
 
 def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int) -> Tensor:
@@ -221,7 +221,8 @@ def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int)
         batch = make_batch(windows, part, engine.device, objective, draw=draw)
         fraction = counts * batch.count / total
         with engine.no_sync() if place < len(pieces) else nullcontext():
-            loss = engine.loss(batch)
+            with engine.autocast():
+                loss = engine.called(batch)
             (loss * (fraction * engine.processes)).backward()
         losses.append(loss.detach() * fraction)
     return torch.stack(losses).sum()

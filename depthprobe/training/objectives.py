@@ -39,6 +39,11 @@ class Batch:
         """N, the number of target positions."""
         return len(self.rows)
 
+    @property
+    def ends(self) -> Tensor | None:
+        """``lengths`` where a model reads out the last position alone; None for all positions."""
+        return self.lengths if self.objective == "last" else None
+
 
 def make_batch(
     windows: list[np.ndarray],
@@ -99,12 +104,9 @@ def target_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
     return at_rows(states[:, model.lead :], batch.rows)
 
 
-def target_vectors(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
-    """User vectors at the batch's target positions, (N, d)."""
-    if recipe.objective == "every":
-        return at_rows(model(batch.inputs), batch.rows)  # of (B, T, d)
-    last: Tensor = model(batch.inputs, batch.lengths)
-    return last
+def at_targets(vectors: Tensor, batch: Batch) -> Tensor:
+    """A model's user vectors, (B, T, d) or (B, d), at the batch's target positions, (N, d)."""
+    return vectors if batch.objective == "last" else at_rows(vectors, batch.rows)
 
 
 class NextItem(nn.Module):
@@ -120,7 +122,7 @@ class NextItem(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean loss of the batch's targets, a scalar."""
-        vectors = target_vectors(self.model, batch, self.recipe)  # (N, d)
+        vectors = at_targets(self.model(batch.inputs, batch.ends), batch)  # (N, d)
         items: Tensor = self.model.item_matrix()  # type: ignore[operator]
         return catalogue_loss(vectors, items, batch.targets, recipe=self.recipe)
 
@@ -161,7 +163,7 @@ class ElasticObjective(nn.Module):
         exits = draws.permutation(np.arange(1, depth))[: settings.exits]
         skipped = np.flatnonzero(dropped).tolist() if self.training else []
         with skip_blocks(model.backbone, skipped), tap_blocks(model.backbone) as tap:
-            vectors = target_vectors(model, batch, self.recipe)  # (N, d)
+            vectors = at_targets(model(batch.inputs, batch.ends), batch)  # (N, d)
         loss = self._loss(vectors, batch)
         for exit_depth in exits.tolist():
             state = target_states(model, tap.states[exit_depth], batch)  # (N, D)

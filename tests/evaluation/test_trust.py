@@ -38,14 +38,6 @@ def test_agrees_with_scipy(data: st.DataObject) -> None:
             assert kendall[place] == pytest.approx(kendalltau(score, values)[0], abs=1e-12)
 
 
-def test_agrees_with_scipy_without_ties() -> None:
-    draw = np.random.default_rng(0)
-    score, damage = draw.normal(size=40), draw.normal(size=(20, 40))
-    spearman, kendall = correlations(score, damage)
-    np.testing.assert_allclose(spearman, [spearmanr(score, row)[0] for row in damage], atol=1e-12)
-    np.testing.assert_allclose(kendall, [kendalltau(score, row)[0] for row in damage], atol=1e-12)
-
-
 def test_by_hand() -> None:
     """Of three pairs one is in another order: tau 1/3; d = 0, 1, 1: rho 1 - 6 * 2 / 24 = 1/2."""
     spearman, kendall = correlations([1, 2, 3], [[1, 3, 2], [10, 20, 30], [3, 2, 1]])
@@ -92,7 +84,7 @@ def test_agrees_with_a_plain_bootstrap() -> None:
     reference, outcomes = world(damage, noise=6.0)
     score = damage + draw.normal(size=8)
     drawn = []
-    for _ in range(2000):
+    for _ in range(1000):
         users = draw.integers(301, size=301)
         lost = (reference[users, None] - outcomes[users]).mean(axis=0)
         drawn.append((spearmanr(score, lost)[0], kendalltau(score, lost)[0]))
@@ -130,6 +122,7 @@ def test_coverage_where_the_damages_are_far_apart() -> None:
     assert (low >= 0.96).all(), low
 
 
+@pytest.mark.slow
 def test_noise_hides_an_order_and_the_low_bound_holds() -> None:
     both, low = coverage(noise=10.0, closeness=0.5)
     assert (both < 0.6).all(), both  # as the docstring warns
@@ -202,14 +195,14 @@ def naive_reliability(losses: np.ndarray, *, splits: int, seed: int) -> float:
     return float(max(0, 2 * half / (1 + half)))
 
 
-@pytest.mark.parametrize("users", [2, 3, 40, 41])
+@pytest.mark.parametrize("users", [2, 41])
 def test_reliability_agrees_with_a_loop_over_splits(users: int) -> None:
     draw = np.random.default_rng(users)
     # quarters: sums are exact in the naive loop too, and there are many ties
     losses = np.array([0, 0, 1, 2, 3]) + draw.integers(-6, 7, size=(users, 5)) / 4
     found = reliability(losses, splits=2000)
     assert 0 < found < 1
-    assert found == pytest.approx(naive_reliability(losses, splits=2000, seed=1), abs=0.04)
+    assert found == pytest.approx(naive_reliability(losses, splits=800, seed=1), abs=0.06)
 
 
 def test_reliability_of_noise_is_near_0_and_of_clear_damages_near_1() -> None:
@@ -250,8 +243,8 @@ def test_equal_damages_stay_tied_in_each_half() -> None:
     # where no user of a half is touched, its damages are 0 and not nearly so
     rare = np.zeros((30, 4))
     rare[:3, 1:] = [[0.1, 0.2, 0.7], [0.3, 0.2, 0.4], [0.9, 0.8, 0.7]]
-    expected = naive_reliability(rare, splits=2000, seed=1)
-    assert reliability(rare, splits=2000) == pytest.approx(expected, abs=0.03)
+    expected = naive_reliability(rare, splits=800, seed=1)
+    assert reliability(rare, splits=2000) == pytest.approx(expected, abs=0.06)
 
 
 def test_reliability_by_blocks_of_users(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,3 +84,8 @@ def test_what_cannot_be_built_small_is_told():
     config = BertConfig(is_decoder=True, hidden_act="no such function")
     with pytest.raises(ValueError, match="no small copy can be built and run on text"):
         tiny_model(config)
+
+
+def test_weights_are_large_enough_for_a_wrong_mask_to_show():
+    model = tiny_model(LlamaConfig(), depth=2)
+    assert model.model.layers[0].mlp.up_proj.weight.std() > 4 * model.config.initializer_range

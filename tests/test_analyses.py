@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from depthprobe.methods import method_of
 from depthprobe.runs.plan import plan
 from depthprobe.study import load_study
 
@@ -22,7 +25,7 @@ def test_a_study_can_be_planned(file: Path) -> None:
     study = load_study(file)
     tasks = plan(study, 12 if "plaintext" in study.backbone.source else 5)
     planned = {trial.method for task in tasks for trial in task.trials}
-    assert set(study.methods) - planned <= {"similarity", "taylor", "settling"}  # tables, no trials
+    assert all(method_of(name).table for name in set(study.methods) - planned)
 
 
 def test_every_question_has_its_answer_beside_it() -> None:
@@ -34,6 +37,19 @@ def test_every_question_has_its_answer_beside_it() -> None:
 def test_the_files_that_a_page_names_are_there(readme: Path) -> None:
     named = re.findall(r"analyses/[\w./-]+\.(?:py|toml)", readme.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+SCRIPTS = sorted([*(ROOT / "analyses").rglob("*.py"), *(ROOT / "notebooks").glob("*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_what_a_script_imports_from_the_package_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("depthprobe"):
+            module = importlib.import_module(node.module or "")
+            for name in node.names:
+                if not hasattr(module, name.name):  # a module, then
+                    importlib.import_module(f"{node.module}.{name.name}")
 
 
 @pytest.mark.parametrize("folder", sorted(REPORTS.iterdir()), ids=lambda folder: folder.name)

@@ -133,7 +133,7 @@ def show_estimate(plan: Preview) -> None:
         "longest chain": f"{duration_of(seconds)}, however many jobs: {chain}",
     }
     if guess.memory is not None:
-        rows["memory"] = _memory(plan, guess.memory)
+        rows["memory"] = ("at least " if guess.fewer else "") + _memory(plan, guess.memory)
     source = "the times of every depth that this run measured (shared/timing.json)"
     if not guess.timed:
         busy = f" other work was running ({guess.busy:.1f} processes a core): times are too long;"

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 TOP = 10  # items of an answer
 PATIENCE = 2  # an action is left out if one call is expected to take this many budgets
 LEAST = 5.0  # seconds that a call may always take
+SMALL = 8  # windows of a step, which are not made fewer to save time
 REPORT = 10.0  # seconds between lines of the log
 
 
@@ -56,6 +57,14 @@ class Action(NamedTuple):
 
     call: Callable[[], object]
     work: float = 0.0
+
+
+class TooLongError(Exception):
+    """A call would take so many times as long as it may."""
+
+    def __init__(self, seconds: float, times: float) -> None:
+        super().__init__(f"a call would take about {seconds:.0f} s")
+        self.times = times
 
 
 class Timing(NamedTuple):
@@ -80,7 +89,8 @@ def measure(
 ) -> Timing:
     """Time actions in turn for about so many seconds; every action is called at least once.
 
-    Out of memory halves the batch of the training steps and begins again.
+    Where memory runs out, or a call would take a quarter of the budget, the batch of the training
+    steps is made smaller, and the measurement begins again.
 
     Args:
         make: the actions for a batch of so many windows.
@@ -92,21 +102,29 @@ def measure(
     while True:
         try:
             with peak_memory(device) as peak:
-                timing = _rounds(make(batch), seconds, warmup, rounds, device)
+                longest = max(LEAST, seconds / 4) if batch > SMALL else math.inf
+                timing = _rounds(make(batch), seconds, warmup, rounds, device, longest)
             return timing._replace(batch=batch, peak=peak)
+        except TooLongError as error:
+            batch, why = max(SMALL, int(batch / error.times)), str(error)
         except RuntimeError as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             if batch == 1 or not (out_of_memory or should_reduce_batch_size(error)):
                 raise
-        # after the handler: the error's traceback holds on to what did not fit
-        batch //= 2
-        logger.warning("timing: out of memory; steps of %d windows now", batch)
+            batch, why = batch // 2, "out of memory"
+        # after the handlers: the error's traceback holds on to what did not fit
+        logger.warning("timing: %s; steps of %d windows now", why, batch)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _rounds(
-    actions: Mapping[str, Action], budget: float, warmup: int, rounds: int, device: torch.device
+    actions: Mapping[str, Action],
+    budget: float,
+    warmup: int,
+    rounds: int,
+    device: torch.device,
+    longest: float,
 ) -> Timing:
     logger.info("timing %d actions for about %.0f s", len(actions), budget)
     began = reported = time.perf_counter()
@@ -116,6 +134,9 @@ def _rounds(
     # the first round says what a round takes; the smallest actions come first in it
     for name, action in sorted(actions.items(), key=lambda each: each[1].work):
         expected = pace * action.work if action.work and pace < math.inf else 0.0
+        if expected > longest:
+            worst = pace * max(each.work for each in actions.values())
+            raise TooLongError(worst, worst / longest)
         if expected > max(LEAST, PATIENCE * budget):
             left_out.append(name)
             logger.warning("timing: %s left out, a call would take about %.0f s", name, expected)

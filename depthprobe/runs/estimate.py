@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import heapq
 import math
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +27,14 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.runs.context import Context
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.distillation import Distiller, feature_spec
-from depthprobe.training.features import CachedTeacher, OnlineTeacher, Teacher, write_features
-from depthprobe.training.objectives import Batch, ElasticObjective, NextItem, make_batch
+from depthprobe.training.features import FeatureSpec, OnlineTeacher, Teacher, TeacherOutputs
+from depthprobe.training.objectives import (
+    Batch,
+    ElasticObjective,
+    NextItem,
+    last_only,
+    make_batch,
+)
 
 # --- measuring -------------------------------------------------------------------------------
 
@@ -65,25 +69,24 @@ def measure(
         ).to(device)
         models = {depth: rig.cut_copy(full, depth) for depth in depths}
         items = full.item_matrix().detach()
-    with tempfile.TemporaryDirectory() as folder:
-        timing = rig.measure(
-            lambda size: _actions(context, models, items.to(device), size, Path(folder)),
-            batch=study.recipe.batch_size,
-            seconds=cost.seconds if seconds is None else seconds,
-            warmup=cost.warmup,
-            rounds=cost.rounds,
-            device=device,
-        )
+    timing = rig.measure(
+        lambda size: _actions(context, models, items.to(device), size),
+        batch=study.recipe.batch_size,
+        seconds=cost.seconds if seconds is None else seconds,
+        warmup=cost.warmup,
+        rounds=cost.rounds,
+        device=device,
+    )
     histories, _ = _typical_users(context, timing.batch)
-    windows, batch = _typical_batch(context, timing.batch, study.recipe)
+    inputs = _typical_batch(context, timing.batch, study.recipe).inputs
     conditions = {
         "device": device.type,
         "dtype": study.backbone.dtype,
         "precision": study.recipe.precision,
         "batch": len(histories),
         "length": histories.shape[1],
-        "train_batch": len(windows),
-        "train_length": batch.inputs.shape[1],
+        "train_batch": len(inputs),
+        "train_length": inputs.shape[1],
         "threads": torch.get_num_threads(),
         "warmup": timing.warmup,
         "rounds": timing.rounds,
@@ -97,24 +100,23 @@ def measure(
 
 
 def _actions(
-    context: Context, models: dict[int, Recommender], items: Tensor, size: int, folder: Path
+    context: Context, models: dict[int, Recommender], items: Tensor, size: int
 ) -> dict[str, Action]:
     """All that is timed, with steps of so many windows."""
     study, recipe = context.study, context.study.recipe
     histories, lengths = _typical_users(context, size)
-    windows, batch = _typical_batch(context, size, recipe)
+    batch = _typical_batch(context, size, recipe)
     timed: dict[str, Any] = {str(depth): model for depth, model in models.items()}
     steps: dict[str, nn.Module] = {
         f"train:{depth}": NextItem(model, recipe) for depth, model in models.items()
     }
     for method, depth in _own_steps(study, models, max(models, default=0)):
-        place = folder / f"{method}-{depth}-{size}"
-        steps[f"{method}:{depth}"] = _own_objective(context, method, models, depth, windows, place)
+        steps[f"{method}:{depth}"] = _own_objective(context, method, models, depth, batch)
     plain = {}
     if _times_sasrec(study):
         timed["sasrec"], own = context.new_sasrec(0), study.sasrec.recipe
         plain["train:sasrec"] = Action(
-            _step(NextItem(timed["sasrec"], own), _typical_batch(context, own.batch_size, own)[1])
+            _step(NextItem(timed["sasrec"], own), _typical_batch(context, own.batch_size, own))
         )
     actions = rig.encode_actions(timed, histories, lengths, items=items) | plain
     optimizer = rig.optimizer_of(*steps.values()) if steps else None
@@ -136,10 +138,9 @@ def _own_objective(
     method: str,
     models: Mapping[int, Recommender],
     depth: int,
-    windows: list[np.ndarray],
-    folder: Path,
+    batch: Batch,
 ) -> nn.Module:
-    """An elastic model; or a student of an untrained teacher, with features of its own."""
+    """An elastic model; or a student of an untrained teacher."""
     settings, recipe = settings_of(context.study, method), context.study.recipe
     model, full = models[depth], models[max(models)]
     if settings.method.settings == "elastic":
@@ -148,13 +149,31 @@ def _own_objective(
     spec = feature_spec(losses, recipe, depth=model.depth, teacher_depth=full.depth)
     teacher: Teacher = OnlineTeacher(rig.cut_copy(full, full.depth).eval(), spec)
     if losses.features == "cached":
-        folder.mkdir()
-        write_features(full.eval(), windows, spec, folder=folder, device=context.device)
-        teacher = CachedTeacher(folder, windows, spec)
+        teacher = _MadeUp(spec, full, last_only(batch) if spec.objective == "last" else batch)
     follows = bool(spec.ends or spec.vectors or spec.top)
     goal = full.item_matrix().detach() if spec.vectors else None
     student = Distiller(model, losses, recipe, teacher if follows else None, goal_items=goal)
     return student.to(context.device)
+
+
+class _MadeUp:
+    """A teacher's features of one batch, as random numbers: to compute them takes a full pass."""
+
+    def __init__(self, spec: FeatureSpec, full: Recommender, batch: Batch) -> None:
+        count, items = batch.count, full.item_matrix()
+        device, width = items.device, items.shape[1]
+        states = torch.randn(len(spec.ends), count, full.width, device=device)
+        top = torch.randint(1, len(items), (count, spec.top), dtype=torch.int32, device=device)
+        self.outputs = TeacherOutputs(
+            states=states if spec.ends else None,
+            vectors=torch.randn(count, width, device=device) if spec.vectors else None,
+            top=top if spec.top else None,
+            scores=torch.randn(count, spec.top, device=device) if spec.top else None,
+        )
+
+    def at(self, batch: Batch) -> TeacherOutputs:
+        """The same for every batch."""
+        return self.outputs
 
 
 def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
@@ -221,11 +240,10 @@ def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pad(chosen)).to(context.device), lengths.to(context.device)
 
 
-def _typical_batch(context: Context, size: int, recipe: Recipe) -> tuple[list[np.ndarray], Batch]:
+def _typical_batch(context: Context, size: int, recipe: Recipe) -> Batch:
     """Training windows of about the median length."""
-    every = context.windows
-    windows = [every[i] for i in _middle([len(window) for window in every], size)]
-    return windows, make_batch(windows, np.arange(len(windows)), context.device, recipe.objective)
+    chosen = _middle([len(window) for window in context.windows], size)
+    return make_batch(context.windows, chosen, context.device, recipe.objective)
 
 
 def _middle(lengths: list[int], size: int) -> np.ndarray:

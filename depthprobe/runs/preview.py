@@ -75,6 +75,7 @@ class Estimate(NamedTuple):
     chain: tuple[Job, ...]  # that must follow each other and take longest
     by_method: dict[str, Span]
     memory: float | None  # bytes of a process that trains all blocks, at its peak
+    fewer: bool  # that was measured with smaller batches than the study's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +228,7 @@ def _estimate(plan: Preview, context: Context, width: int | None, start: float) 
         chain=effort.longest_chain(slow),
         by_method={method: of(method) for method in dict.fromkeys(job.method for job in jobs)},
         memory=measured.get("peak_bytes") if trained else None,
+        fewer=measured["conditions"]["train_batch"] < min(study.recipe.batch_size, sizes.windows),
     )
 
 

@@ -92,6 +92,23 @@ def test_what_would_take_many_budgets_is_not_begun(
     assert "train:30 left out, a call would take about 60 s" in caplog.text
 
 
+def test_a_call_that_takes_long_makes_the_batch_smaller(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, began = Clock(monkeypatch), []
+
+    def make(batch: int) -> dict[str, Action]:
+        began.append(batch)
+        return {f"train:{d}": Action(clock.takes(d * batch / 10), d * batch) for d in (1, 30)}
+
+    found = measure(make, batch=128, seconds=60, warmup=0, rounds=1, device=CPU)
+    # 30 blocks and 128 windows take 384 s, a quarter of the budget is 15
+    assert began == [128, 8]
+    assert (found.batch, found.seconds["train:30"]) == (8, [pytest.approx(24)])
+    assert "a call would take about 384 s; steps of 8 windows now" in caplog.text
+    assert measure(make, batch=128, seconds=1e4, warmup=0, rounds=1, device=CPU).batch == 128
+
+
 def test_progress_is_logged_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

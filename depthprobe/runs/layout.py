@@ -198,7 +198,7 @@ def shared_table(
 
 
 def lay_out(
-    folder: Path, asked: Study, inputs: Inputs, table: Tensor | None, manifest: Manifest
+    folder: Path, given: Study, inputs: Inputs, table: Tensor | None, manifest: Manifest
 ) -> bool:
     """Write what trials share, alone with the run; what the folder has already stays.
 
@@ -206,19 +206,19 @@ def lay_out(
     again.
 
     Args:
-        asked: the study as it was given, without the methods that the run has already.
+        given: the study without the methods that the run has already.
         manifest: of a run that begins.
 
     Returns:
         Whether the slices of the run are new.
     """
     split, shared, before = inputs.split, folder / SHARED, manifest_before(folder)
-    study = continued(folder, asked)
+    study = continued(folder, given)
     slices = new_slices(study, split, before)
     if before is not None:
         for name in ("created", "wall_seconds", "timing", "backbone"):
             setattr(manifest, name, getattr(before, name))
-        manifest.command = repeating(folder, asked, manifest.command, before.command)
+        manifest.command = repeating(folder, given, manifest.command, before.command)
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder)
     drawn = _draw_negatives(study, split, shared)

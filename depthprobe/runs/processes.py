@@ -7,12 +7,17 @@ The command line asks whether there are several: importing this imports no torch
 from __future__ import annotations
 
 import os
-import pickle  # noqa: S403 - to see whether an error of this process can be sent
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from depthprobe.errors import BadInput
+
 T = TypeVar("T")
+
+
+class FirstProcessError(RuntimeError):
+    """What the first of several processes raised, in words, in the others."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class ProcessGroup:
             torch.distributed.barrier()
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """Call the action in the first process; all of them return its result, or raise its error.
+        """Call the action in the first process; all of them return its result, or raise.
 
         Else an error there would leave the others waiting for ever.
         """
@@ -47,8 +52,9 @@ class ProcessGroup:
         if self.writes:
             try:
                 outcome[0] = action()
-            except Exception as error:
-                outcome[1] = _sendable(error)
+            except Exception as error:  # others in words: not every error survives pickling
+                words = FirstProcessError(f"{type(error).__name__}: {error}")
+                outcome[1] = error if isinstance(error, BadInput) else words
                 torch.distributed.broadcast_object_list(outcome)
                 raise
         torch.distributed.broadcast_object_list(outcome)
@@ -63,15 +69,6 @@ class ProcessGroup:
             import torch
 
             torch.distributed.destroy_process_group()
-
-
-def _sendable(error: Exception) -> Exception:
-    """The error, or its words where it does not survive pickling."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301
-        return error
-    except Exception:  # noqa: BLE001 - an error's own pickling may raise anything
-        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def launched_processes() -> int:

@@ -334,7 +334,7 @@ def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.n
     Raises:
         BadInput: if they can't be read, or don't give the metrics of the trial's record.
     """
-    path, found = folder / USERS, {}
+    path, ranked = folder / USERS, {}
     try:
         # pandas would take five times as long, and a run may have ten thousand of these
         with ParquetFile(path, read_dictionary=["protocol"]) as file:
@@ -343,9 +343,9 @@ def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.n
         kinds = table["protocol"].chunk(0)
         codes = kinds.indices.to_numpy()
         for code, protocol in enumerate(kinds.dictionary.to_pylist()):
-            found[protocol] = users[codes == code], ranks[codes == code]
+            ranked[protocol] = users[codes == code], ranks[codes == code]
         for protocol, recorded in record.metrics.get("test", {}).items():
-            now = metrics_from_ranks(found[protocol][1])
+            now = metrics_from_ranks(ranked[protocol][1])
             if any(abs(recorded.get(name, value) - value) > 1e-9 for name, value in now.items()):
                 raise ValueError("other metrics than the record's")
     except (OSError, ValueError, KeyError) as error:
@@ -353,7 +353,7 @@ def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.n
             raise  # the disk's fault, not the file's
         allowed = "as the sweep wrote it; delete its folder, and the same sweep makes it anew"
         raise BadInput("run", str(path), allowed) from error
-    return found
+    return ranked
 
 
 def folders_of(place: Path) -> list[Path]:
@@ -404,5 +404,5 @@ def failures(run: Path) -> dict[str, int]:
 
 def to_retry(folders: Sequence[Path], known: Mapping[str, int]) -> bool:
     """Whether all that a failed task left failed is as it was known: nobody has tried since."""
-    found = {folder.name: attempts(folder) for folder in folders}
-    return all(known.get(name) == count for name, count in found.items() if count)
+    counts = {folder.name: attempts(folder) for folder in folders}
+    return all(known.get(name) == count for name, count in counts.items() if count)

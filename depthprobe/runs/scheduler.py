@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -167,16 +167,6 @@ class Outcome:
 Work = Callable[[Task], float]
 
 
-class Board(Protocol):
-    """Who has which task; a task is left when its outcome has been dealt with."""
-
-    def take(self, task: Task) -> State:
-        """``ours``, ``theirs``, or what it became meanwhile: ``done`` or ``failed``."""
-
-    def leave(self, task: Task) -> None:
-        """Let go of a task, if it is held."""
-
-
 class Queue:
     """Tasks in the order of the plan, until each has ended here or elsewhere.
 
@@ -186,10 +176,10 @@ class Queue:
     """
 
     def __init__(
-        self, tasks: Iterable[Task], board: Board, *, done: set[str], failed: set[str]
+        self, tasks: Iterable[Task], claims: Claims, *, done: set[str], failed: set[str]
     ) -> None:
         self.waiting = list(tasks)
-        self.board, self._done, self._failed = board, set(done), set(failed)
+        self._claims, self._done, self._failed = claims, set(done), set(failed)
 
     def next(self) -> Task | Outcome | None:
         """A task to do now, one that ended without us, or None while others hold what is ready."""
@@ -197,7 +187,7 @@ class Queue:
             lost = next((need for need in task.needs if need in self._failed), None)
             if lost is None and not self._done.issuperset(task.needs):
                 continue
-            state = self.board.take(task)
+            state = self._claims.take(task)
             if state == "theirs":
                 continue
             self.waiting.remove(task)
@@ -211,7 +201,7 @@ class Queue:
         """Hand an outcome on; what waits for the task may begin, and it is let go of."""
         (self._done if outcome.error is None else self._failed).update(outcome.task.names)
         yield outcome
-        self.board.leave(outcome.task)
+        self._claims.leave(outcome.task)
 
 
 # --- executors: they run tasks in the order of their needs ---------------------------------------
@@ -224,16 +214,16 @@ def run_here(queue: Queue, work: Work, *, caught: type[Exception] = Exception) -
         caught: the faults that end their task alone; any other ends the sweep.
     """
     while queue.waiting:
-        found = queue.next()
-        if found is None:
+        task = queue.next()
+        if task is None:
             time.sleep(POLL)
-        elif isinstance(found, Outcome):
-            yield from queue.end(found)
+        elif isinstance(task, Outcome):
+            yield from queue.end(task)
         else:
             try:
-                outcome = Outcome(found, None, work(found))
+                outcome = Outcome(task, None, work(task))
             except caught as error:
-                outcome = Outcome(found, describe(error), 0.0)
+                outcome = Outcome(task, describe(error), 0.0)
             yield from queue.end(outcome)
 
 
@@ -259,13 +249,13 @@ def run_in_processes(
         while queue.waiting or running or suspects:
             limit = 1 if suspects else jobs
             while len(running) < limit:
-                found = suspects.pop(0) if suspects else queue.next()
-                if found is None:
+                ready = suspects.pop(0) if suspects else queue.next()
+                if ready is None:
                     break
-                if isinstance(found, Outcome):
-                    yield from queue.end(found)
+                if isinstance(ready, Outcome):
+                    yield from queue.end(ready)
                 else:
-                    running[pool.submit(_attempt, work, found)] = found
+                    running[pool.submit(_attempt, work, ready)] = ready
             if not running:
                 if queue.waiting:
                     time.sleep(POLL)

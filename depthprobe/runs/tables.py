@@ -84,7 +84,7 @@ Row = dict[str, object]
 def metrics_table(
     folder: Path,
     records: Sequence[Record],
-    asked: np.ndarray,
+    sliced: np.ndarray,
     cuts: Sequence[Family],
     *,
     resamples: int,
@@ -92,29 +92,29 @@ def metrics_table(
     """The tidy metrics of finished trials, with 95 % intervals over users.
 
     All trials rank the same users, so they share the draws. Slices are those of full ranking. What
-    is no mean over users (:data:`OF_LISTS`) and what validation said has no interval.
+    is no mean over users (:data:`OF_LISTS`) and the validation score have no interval.
 
     Args:
         folder: of the run.
         records: of the trials that are done.
-        asked: the users that the slices are of, ascending (E,); empty where they are unknown.
+        sliced: the users that the slices are of, ascending (E,); empty where they are unknown.
         cuts: ways to slice these users.
 
     Raises:
         BadInput: if a trial's ranks can't be read, or don't give the metrics of its record.
         ValueError: if the metrics of a trial break the bounds between them.
     """
-    frames, told = [], [row for record in records for row in _of_validation(record)]
+    frames, rows = [], [row for record in records for row in _of_validation(record)]
     most = 1 + sum(len(family.labels) for family in cuts)
     block = max(1, DRAW_BYTES // (8 * resamples * most * len(METRICS)))
     for protocol, users, group in _by_users(folder, records):
-        own = _aligned(cuts, asked, users) if protocol == FULL else []
+        own = _aligned(cuts, sliced, users) if protocol == FULL else []
         for start in range(0, len(group), block):
             part = group[start : start + block]
             frames.append(_ranked(part, protocol, own, resamples=resamples))
         if protocol == FULL:
-            told += [row for record, _ in group for row in _of_lists(record, len(users))]
-    frames.append(pd.DataFrame(told, columns=COLUMNS))
+            rows += [row for record, _ in group for row in _of_lists(record, len(users))]
+    frames.append(pd.DataFrame(rows, columns=COLUMNS))
     table = pd.concat([frame for frame in frames if len(frame)] or frames, ignore_index=True)
     order = ["trial", "split", "protocol"]
     return table[list(COLUMNS)].sort_values(order, kind="stable", ignore_index=True)
@@ -134,11 +134,11 @@ def _by_users(folder: Path, records: Sequence[Record]) -> Iterator[tuple[str, np
         yield protocol, users, group
 
 
-def _aligned(cuts: Sequence[Family], asked: np.ndarray, users: np.ndarray) -> list[Family]:
+def _aligned(cuts: Sequence[Family], sliced: np.ndarray, users: np.ndarray) -> list[Family]:
     """The slices of these users, in their order; none if one of them is not known."""
-    if not cuts or not np.isin(users, asked).all():
+    if not cuts or not np.isin(users, sliced).all():
         return []
-    places = np.searchsorted(asked, users)
+    places = np.searchsorted(sliced, users)
     return [Family(family.name, family.labels, family.codes[places]) for family in cuts]
 
 
@@ -147,23 +147,23 @@ def _ranked(
 ) -> pd.DataFrame:
     """Rows of some trials, for each slice and metric."""
     values = [per_user_metric(ranks, name) for _, ranks in group for name in METRICS]
-    found = slice_means(np.stack(values, axis=1), cuts, resamples=resamples)
-    whole = found[ALL][1][0].reshape(len(group), len(METRICS))
-    for row in whole.tolist():
+    means = slice_means(np.stack(values, axis=1), cuts, resamples=resamples)
+    overall = means[ALL][1][0].reshape(len(group), len(METRICS))
+    for row in overall.tolist():
         check_metrics(dict(zip(METRICS, row, strict=True)))
-    shape = len(found), 3, len(group), len(METRICS)
-    numbers = np.stack([means for _, means in found.values()]).reshape(shape)
+    shape = len(means), 3, len(group), len(METRICS)
+    numbers = np.stack([each for _, each in means.values()]).reshape(shape)
     # by trial, in it by slice, in it by metric
     value, low, high = numbers.transpose(1, 2, 0, 3).reshape(3, -1)
-    rows = len(found) * len(METRICS)
-    users = np.repeat([users for users, _ in found.values()], len(METRICS))
+    each = len(means) * len(METRICS)
+    users = np.repeat([users for users, _ in means.values()], len(METRICS))
     return pd.DataFrame(
         {
-            **_repeated([record for record, _ in group], rows),
+            **_repeated([record for record, _ in group], each),
             "split": "test",
             "protocol": protocol,
-            "slice": np.tile(np.repeat(list(found), len(METRICS)), len(group)),
-            "metric": np.tile(METRICS, len(group) * len(found)),
+            "slice": np.tile(np.repeat(list(means), len(METRICS)), len(group)),
+            "metric": np.tile(METRICS, len(group) * len(means)),
             "value": value,
             "ci_low": low,
             "ci_high": high,

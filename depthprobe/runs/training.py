@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,6 @@ from depthprobe.runs.plan import TEACHER, full_trial, plan
 from depthprobe.runs.probing import angular_distances, outside, part_of, removal
 from depthprobe.runs.records import FULL, read_record
 from depthprobe.study import TEACHER_SELECTIONS, Recipe, Settings, parse_layers, settings_of
-from depthprobe.training.checkpoint import Fit
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.features import (
     CachedTeacher,
@@ -63,7 +63,15 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
     """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
     (trial,) = task.trials
     model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
-    done = _fit(context, trial, NextItem(model, recipe), recipe, lambda: context.validate(model))
+    objective = NextItem(model, recipe)
+    with context.tracked(trial) as track:
+        done = fit(
+            objective,
+            context.windows,
+            validate=lambda: context.validate(model),
+            track=track,
+            **_settings(context, trial, objective, recipe),
+        )
     ranks = evaluate(model, context.test, device=context.device)
     yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
 
@@ -115,7 +123,14 @@ def elastic(context: Context, task: Task) -> Iterator[Result]:
         return float(np.mean([mean_ndcg(ranks[FULL]) for ranks in every[1:]]))
 
     objective = ElasticObjective(model, settings.elastic, recipe)
-    done = _fit(context, deepest, objective, recipe, validate)
+    with context.tracked(deepest) as track:
+        done = fit(
+            objective,
+            context.windows,
+            validate=validate,
+            track=track,
+            **_settings(context, deepest, objective, recipe),
+        )
     ranks = early_exit(model, context.test, device=context.device)
     epoch = _counted(lambda: trained_epoch(context, deepest, model))
     trainable = count_parameters(model)["trainable"]
@@ -137,7 +152,14 @@ def train_recommender(
     """Train a recommender on the next item, or on an objective that holds it; then rank."""
     encoder, recipe = _SharedPrompt(model), budgeted(context, trial, model)
     objective = objective or NextItem(model, recipe)
-    done = _fit(context, trial, objective, recipe, lambda: context.validate(encoder.refresh()))
+    with context.tracked(trial) as track:
+        done = fit(
+            objective,
+            context.windows,
+            validate=lambda: context.validate(encoder.refresh()),
+            track=track,
+            **_settings(context, trial, objective, recipe),
+        )
     ranks = evaluate(encoder.refresh(), context.test, device=context.device)
     epoch = _counted(lambda: trained_epoch(context, trial, model))
     return Result(
@@ -151,25 +173,17 @@ def train_recommender(
     )
 
 
-def _fit(
-    context: Context,
-    trial: Trial,
-    objective: nn.Module,
-    recipe: Recipe,
-    validate: Callable[[], float],
-) -> Fit:
-    with context.tracked(trial) as track:
-        return fit(
-            objective,
-            context.windows,
-            recipe=recipe,
-            validate=validate,
-            seed=trial.seed,
-            device=context.device,
-            track=track,
-            checkpoint=context.checkpoint(trial),
-            result=result_file(context, trial, objective, recipe),
-        )
+def _settings(
+    context: Context, trial: Trial, objective: nn.Module, recipe: Recipe
+) -> dict[str, Any]:
+    """What all trainings hand to the loop."""
+    return {
+        "recipe": recipe,
+        "seed": trial.seed,
+        "device": context.device,
+        "checkpoint": context.checkpoint(trial),
+        "result": result_file(context, trial, objective, recipe),
+    }
 
 
 def _with_blocks(context: Context, trial: Trial) -> Trial:
@@ -197,7 +211,7 @@ def _seconds_of_teacher(context: Context, trial: Trial) -> float:
 
 
 class _SharedPrompt(Encoder):
-    """A recommender whose prompt is run once for a whole evaluation."""
+    """A recommender whose prompt is run once an evaluation."""
 
     def __init__(self, model: Recommender) -> None:
         self._model = model

@@ -160,14 +160,16 @@ def _logged_to(file: TextIO) -> Iterator[None]:
     package = logging.getLogger("depthprobe")
     handler = logging.StreamHandler(file) if _Worker.writes else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    level = package.level
+    before = package.level, package.propagate
     package.setLevel(logging.INFO)
+    package.propagate = False  # to the file alone: the terminal belongs to the progress
     package.addHandler(handler)
     try:
         yield
     finally:
         package.removeHandler(handler)
-        package.setLevel(level)
+        package.setLevel(before[0])
+        package.propagate = before[1]
 
 
 def _write(task: Task, result: Result | Scores, seconds: float) -> None:

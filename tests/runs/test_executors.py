@@ -32,7 +32,7 @@ class _State:
     folder = Path()
 
 
-class Board:
+class FakeClaims:
     """Others hold, or have ended, some of the tasks; what is taken must be left."""
 
     def __init__(self, **told: list[str]) -> None:
@@ -74,8 +74,8 @@ def processes(queue: Queue, folder: Path) -> Iterator[Outcome]:
     return run_in_processes(queue, work, jobs=2, prepare=prepare, arguments=(str(folder),))
 
 
-def queue_of(*tasks: Task, board: Board | None = None, failed: Iterable[str] = ()) -> Queue:
-    return Queue(tasks, board or Board(), done=set(), failed=set(failed))
+def queue_of(*tasks: Task, claims: FakeClaims | None = None, failed: Iterable[str] = ()) -> Queue:
+    return Queue(tasks, claims or FakeClaims(), done=set(), failed=set(failed))
 
 
 @pytest.mark.parametrize("execute", [here, processes])
@@ -121,8 +121,8 @@ def test_what_others_hold_is_left_to_them(
     execute: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "POLL", 0.01)
-    board = Board(sasrec_s0=["theirs", "theirs", "done"], popularity_s1=["theirs", "failed"])
-    found = list(execute(queue_of(SASREC, FULL, *OTHERS, board=board), tmp_path))
+    claims = FakeClaims(sasrec_s0=["theirs", "theirs", "done"], popularity_s1=["theirs", "failed"])
+    found = list(execute(queue_of(SASREC, FULL, *OTHERS, claims=claims), tmp_path))
     ended = {outcome.task.id: outcome for outcome in found}
     assert ended[SASREC.id] == Outcome(SASREC, None, 0.0, elsewhere=True)
     assert ended[OTHERS[1].id].elsewhere
@@ -130,15 +130,15 @@ def test_what_others_hold_is_left_to_them(
     assert ended[FULL.id].error is None  # it waited for what the other sweep did
     assert not (tmp_path / SASREC.id).exists()
     assert not (tmp_path / OTHERS[1].id).exists()
-    assert sorted(board.held) == sorted(t.id for t in (FULL, OTHERS[0], *OTHERS[2:]))
-    assert set(board.held) <= set(board.left)
+    assert sorted(claims.held) == sorted(t.id for t in (FULL, OTHERS[0], *OTHERS[2:]))
+    assert set(claims.held) <= set(claims.left)
 
 
 def test_a_task_is_held_until_its_outcome_has_been_dealt_with(tmp_path: Path) -> None:
-    board = Board()
-    for outcome in here(queue_of(*OTHERS, board=board), tmp_path):
-        assert board.held == [*board.left, outcome.task.id]
-    assert board.left == board.held
+    claims = FakeClaims()
+    for outcome in here(queue_of(*OTHERS, claims=claims), tmp_path):
+        assert claims.held == [*claims.left, outcome.task.id]
+    assert claims.left == claims.held
 
 
 def test_what_needs_an_earlier_failure_fails_too(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def of_ours(task: Task) -> float:
 def test_an_error_comes_back_in_words_with_its_line(
     tmp_path: Path, work: Callable[[Task], float], told: str
 ) -> None:
-    queue = Queue([SASREC], Board(), done=set(), failed=set())
+    queue = Queue([SASREC], FakeClaims(), done=set(), failed=set())
     (outcome,) = run_in_processes(queue, work, jobs=1, prepare=prepare, arguments=(str(tmp_path),))
     assert outcome.error is not None
     assert re.match(told, outcome.error)

@@ -94,7 +94,7 @@ def test_an_error_of_the_first_process_is_raised_in_all(tmp_path: Path) -> None:
         process.join(timeout=60)
     refused = "BadInput: disk: 'full' is not usable; room"
     assert heard[0] == ["laid out", refused, "Unsendable: 1 and 2"]
-    assert heard[1] == ["laid out", refused, "RuntimeError: Unsendable: 1 and 2"]
+    assert heard[1] == ["laid out", refused, "FirstProcessError: Unsendable: 1 and 2"]
 
 
 @pytest.mark.slow

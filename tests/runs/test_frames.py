@@ -1,0 +1,47 @@
+"""From the command to the backbone a reader passes few of our functions."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import LlamaModel
+
+import depthprobe
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import Study
+
+OURS = str(Path(depthprobe.__file__).parent)
+COMMAND = 2  # functions before `run_sweep`: the command's own, and what runs a study here
+# by what runs the method, and which of our functions calls the backbone at last
+MOST = {("training.fine_tune", "objectives.forward"): 14, ("probing.walk_blocks", "walk.rank"): 15}
+
+
+def ours() -> list[str]:
+    """Our functions on the stack, `run_sweep` first."""
+    frames = [frame for frame in inspect.stack(0) if frame.filename.startswith(OURS)]
+    names = [f"{Path(frame.filename).stem}.{frame.function}" for frame in reversed(frames)]
+    return names[names.index("sweep.run_sweep") :]
+
+
+def test_few_functions_lie_between_the_command_and_the_backbone(
+    study: Study, tmp_path: Path
+) -> None:
+    stacks: list[list[str]] = []
+
+    def note(module: torch.nn.Module, inputs: object) -> None:
+        if isinstance(module, LlamaModel):
+            stacks.append(ours())
+
+    few = replace(study, methods=("finetune", "skip"), layers="1", seeds=1, variants={})
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        run_sweep(few, tmp_path / "run", jobs=0)
+    finally:
+        hook.remove()
+    for (runner, caller), most in MOST.items():
+        calls = [s for s in stacks if runner in s and any(n.startswith(caller) for n in s)]
+        deepest = max(calls, key=len)
+        assert COMMAND + len(deepest) <= most, " > ".join(deepest)

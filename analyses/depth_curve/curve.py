@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.report.numbers import FULL, HEADLINE, Point, Summary, summarise
-from depthprobe.report.style import INK, MUTED, figure_style, method_style, save_figure
+from depthprobe.report.style import INK, MUTED, figure_style, method_info, save_figure
 from depthprobe.runs.store import open_run
 
 CURVES = ("early-exit", "readout", "finetune", "random-init")
@@ -52,12 +52,12 @@ def table(summary: Summary) -> Iterator[str]:
     yield "|---" * (len(depths) + 1) + "|"
     for method, points in curves.items():
         cells = {d: cell(share(p)) for d, p in points.items() if p.method != "full"}
-        yield f"| {method_style(method).label} | {' | '.join(cells.get(d, '') for d in depths)} |"
+        yield f"| {method_info(method).label} | {' | '.join(cells.get(d, '') for d in depths)} |"
     yield ""
     for point in summary.of("full", *FLAT):
         value, of = cell(point.accuracy[FULL, HEADLINE], digits=4), cell(share(point), unit=" %")
         yield (
-            f"- {method_style(point.method).label}: {HEADLINE} {value}, {of} of the teacher; "
+            f"- {method_info(point.method).label}: {HEADLINE} {value}, {of} of the teacher; "
             f"{point.users:,} users, seeds: {len(point.seeds)}"
         )
     yield ""
@@ -66,14 +66,14 @@ def table(summary: Summary) -> Iterator[str]:
 def panel(ax: Axes, summary: Summary, title: str) -> None:
     """The curves with their intervals; baselines as bands; the teacher at 100."""
     for point in summary.of(*FLAT):
-        of, style = share(point), method_style(point.method)
+        of, style = share(point), method_info(point.method)
         ax.axhspan(of.low, of.high, color=style.colour, alpha=0.18, linewidth=0)
         ax.axhline(
             of.value, color=style.colour, linestyle=style.line, linewidth=1.1, label=style.label
         )
     ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
     for method in CURVES:
-        points, style = points_of(summary, method), method_style(method)
+        points, style = points_of(summary, method), method_info(method)
         if not points:
             continue
         found = [share(point) for point in points.values()]

@@ -14,7 +14,7 @@ from typing import Any
 
 from depthprobe.evaluation.statistics import Interval, bootstrap_ratio
 from depthprobe.report.numbers import FULL, HEADLINE, Point, Summary, summarise
-from depthprobe.report.style import method_style
+from depthprobe.report.style import method_info
 from depthprobe.runs.store import open_run
 
 ADDED = (  # the loss, the student with it, the student without
@@ -62,7 +62,7 @@ def table(summary: Summary) -> Iterator[str]:
         pairs = [(points.get((new, depth)), points.get((old, depth))) for depth in depths]
         cells = [change(summary, *pair) for pair in pairs]
         if any(cells):
-            yield f"| {loss} | {method_style(old).label} | {' | '.join(cells)} |"
+            yield f"| {loss} | {method_info(old).label} | {' | '.join(cells)} |"
     yield ""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.methods import base_of, names
 from depthprobe.report.numbers import FULL, HEADLINE, Summary, summarise
-from depthprobe.report.style import method_style
+from depthprobe.report.style import method_info
 from depthprobe.report.tables import ablation_table
 from depthprobe.runs.store import Run, open_run
 
@@ -44,7 +44,7 @@ def kept(run: Run, summary: Summary) -> Iterator[str]:
         value = whole.value(HEADLINE) if whole else None
         cells.append(f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]" if value else "")
         seeds = {len(point.seeds) for point in points.values()}
-        name = method_style(method).label
+        name = method_info(method).label
         yield f"| {name} | {'-'.join(map(str, sorted(seeds)))} | {' | '.join(cells)} |"
 
 
@@ -69,7 +69,7 @@ def changes(run: Run, summary: Summary) -> Iterator[str]:
             change = "" if row["method"] == "finetune" else percent(ratio)
             seconds = row["training seconds"]
             taught = seconds + row["teacher seconds"]
-            name = method_style(row["method"]).label
+            name = method_info(row["method"]).label
             yield f"| {name} | {row['NDCG@10']:.4f} | {change} | {seconds:.1f} | {taught:.1f} |"
         yield ""
 

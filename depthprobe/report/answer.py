@@ -124,7 +124,7 @@ def _uncompared(summary: Summary) -> Answer:
         headline = "no trial of the teacher is finished, so nothing can be compared with it."
     elif not any(p.depth and p.method != TEACHER for p in summary.points):
         verdict, headline = "no depth tried", "no depth below the teacher's was tried."
-    labels = {style.method_style(p.method).label: p for p in shown}
+    labels = {p.info.label: p for p in shown}
     said = [f"{name} {style.with_bounds(p.accuracy[FULL, HEADLINE])}" for name, p in labels.items()]
     detail = f"{HEADLINE} so far: {', '.join(said)}." if said else ""
     if failed := len(summary.failed):
@@ -174,7 +174,7 @@ def _shallower(sufficiency: Sufficiency) -> str:
         return ""
     method, depth = sufficiency.undecided
     return (
-        f" Depth {depth} ({style.method_style(method).label}) is undecided: about "
+        f" Depth {depth} ({style.method_info(method).label}) is undecided: about "
         f"{_rounded(sufficiency.users_needed)} test users would decide; this run has "
         f"{sufficiency.users:,}."
     )
@@ -182,7 +182,7 @@ def _shallower(sufficiency: Sufficiency) -> str:
 
 def _means(point: Point, share: float | None) -> str:
     """How to get there, and what it saves."""
-    said = f"Method: {style.method_style(point.method).label}."
+    said = f"Method: {point.info.label}."
     if share is not None:
         said += f" It has {percent(share, 0)} of the parameters."
     for kind, verb in (("inference", "serve"), ("training", "train")):
@@ -251,7 +251,7 @@ def doubt(summary: Summary, baseline: str) -> str:
     ratio = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of(baseline)), None)
     if ratio is None or ratio.high < 1:
         return ""
-    name = style.method_style(baseline).label
+    name = style.method_info(baseline).label
     less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
     return f"the teacher is {less} {name}, which reaches {in_percent(ratio)} of its {HEADLINE}"
 

@@ -28,7 +28,7 @@ from depthprobe.report.style import (
     MUTED,
     figure_style,
     in_percent,
-    method_style,
+    method_info,
     need,
     new_axes,
     significant,
@@ -70,7 +70,7 @@ def skip_sensitivity(run: Source, *, metric: str = HEADLINE, ax: Axes | None = N
     with figure_style():
         ax = ax or new_axes()
         for index, (method, found) in enumerate(drawn.items()):
-            look, changes = method_style(method), [style.scaled(change) for _, change in found]
+            look, changes = method_info(method), [style.scaled(change) for _, change in found]
             x = style.beside([block for block, _ in found], index, len(drawn), 0.24)
             y = [change.value for change in changes]
             ax.vlines(x, 0, y, color=look.colour, alpha=0.3, linewidth=5, zorder=2)
@@ -133,7 +133,7 @@ def block_influence(run: Source, *, ax: Axes | None = None) -> Axes:
     with figure_style():
         ax = ax or new_axes()
         for index, (part, (label, method)) in enumerate(drawn.items()):
-            frame, look = block_scores(summary, f"{part}-influence"), method_style(method)
+            frame, look = block_scores(summary, f"{part}-influence"), method_info(method)
             if frame.empty:
                 continue
             found = frame.groupby("start")["value"].agg(["mean", "min", "max"])
@@ -168,7 +168,6 @@ def influence_reading(summary: Summary) -> str:
 # --- every span of blocks at once: how alike the states at its ends, what it costs -----------
 
 FEWEST = 3  # cells: fewer are no map
-NUMBERS = 8  # blocks: up to so many a cell has room for its number
 # from a tint on: white is where nothing was measured
 PALE = ListedColormap(colormaps["Blues"](np.linspace(0.1, 1, 256)).tolist())
 TITLES = {
@@ -214,13 +213,6 @@ def span_map(run: Source, *, score: str = "damage", ax: Axes | None = None) -> A
         ax.set_title(TITLES[score])
         bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.85, format="%g %%" if damage else "%g")
         bar.outline.set_visible(False)
-        if size <= NUMBERS:
-            for (row, column), value in np.ndenumerate(grid):
-                if np.isfinite(value):
-                    dark = float(norm(max(value, low))) > 0.55
-                    text = f"{value:.0f}" if damage else f"{value:.2f}"
-                    colour = "white" if dark != alike else "black"
-                    ax.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
     return ax
 
 
@@ -351,7 +343,7 @@ def ablation_changes(run: Source, *, ax: Axes | None = None) -> Axes:
         names, place, last = {}, 0.0, None
         for depth, method, change in changes:
             place += 1 if last == depth else 1.6
-            look, shown = method_style(method), style.scaled(change)
+            look, shown = method_info(method), style.scaled(change)
             ax.errorbar(
                 [shown.value], [place], xerr=style.bars([shown]), color=look.colour,
                 marker=look.marker, linestyle="none", elinewidth=1.2,
@@ -390,6 +382,6 @@ def ablation_reading(summary: Summary) -> str:
         f"Of {len(changes)} comparisons with fine-tuning, {better or 'none'} "
         f"{'lies' if better == 1 else 'lie'} above zero with the whole interval and "
         f"{worse or 'none'} below. By chance alone about one in forty would on each side. The "
-        f"highest is {method_style(method).label} at depth {depth}: {in_percent(best, sign=True)}."
+        f"highest is {method_info(method).label} at depth {depth}: {in_percent(best, sign=True)}."
         f"{style.without_bar(change for _, _, change in changes)}"
     )

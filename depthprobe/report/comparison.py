@@ -44,14 +44,8 @@ def build_comparison(runs: Sequence[Source], output: str | Path | None = None) -
     """Write a page that sets the answers of several runs side by side.
 
     Each run is compared with its own teacher; no run is tested against another. Beside the page, a
-    folder of its name holds the figure and the table.
-
-    Args:
-        runs: two or more, opened or the paths of their folders.
-        output: where the page goes; comparison.html in the folder that holds all runs by default.
-
-    Returns:
-        The path of the page.
+    folder of its name holds the figure and the table. Returns the path of the page: ``output``, or
+    comparison.html in the folder that holds all runs.
 
     Raises:
         BadInput: if a path is no run, there are fewer than two, one is given twice, or fewer than
@@ -161,7 +155,7 @@ def answers_table(compared: Sequence[Compared]) -> Table:
         depth = f"{answer.depth} of {answer.blocks}" if answer.depth else ""
         best = f"best candidate: {depth}" if depth else ""
         shown = Cell(depth) if answer.verdict == "shown" else Cell(answer.verdict, best)
-        way = style.method_style(answer.method).label if answer.method else style.NONE
+        way = style.method_info(answer.method).label if answer.method else style.NONE
         small = style.NONE if answer.parameters is None else style.percent(answer.parameters, 0)
         sasrec = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of(SASREC)), None)
         row: dict[str, Any] = {"run": one.name, "verdict": answer.verdict, "depth": answer.depth,

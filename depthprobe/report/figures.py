@@ -7,10 +7,8 @@ figure stands what its caption says, which is also what a screen reader reads; e
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -38,12 +36,11 @@ from depthprobe.report.numbers import (
     POPULARITY,
     Point,
     Source,
-    Spread,
     Summary,
     as_summary,
     summarise,
 )
-from depthprobe.report.style import INK, MUTED, figure_style, method_style, need, new_axes
+from depthprobe.report.style import INK, MUTED, figure_style, method_info, need, new_axes
 from depthprobe.report.tables import timed
 from depthprobe.study import ranges
 
@@ -63,36 +60,30 @@ __all__ = [
     "summarise",
 ]
 
-MOST_VARIANTS = 8  # of one method that are told apart in a figure
 Curves = dict[str, list[Point]]  # by the name in the figure, shallow to deep
 
 # --- what is drawn ---------------------------------------------------------------------------
 
 
-def drawn_as(summary: Summary) -> dict[str, str]:
-    """The methods that figures show, by the name that they show them under.
+def shown_methods(summary: Summary) -> list[str]:
+    """The methods that figures show, in the order of reports.
 
     Variants of a method that is there itself are not among them: those have a table of their own.
-    More variants of another than can be told apart go under their method's name, all together.
     """
     methods = {point.method for point in summary.points}
-    shown = {name for name in methods if name == base_of(name) or base_of(name) not in methods}
-    variants = Counter(base_of(name) for name in shown if name != base_of(name))
-    return {
-        name: base_of(name) if variants[base_of(name)] > MOST_VARIANTS else name for name in shown
-    }
+    shown = (name for name in methods if name == base_of(name) or base_of(name) not in methods)
+    return sorted(shown, key=method_order)
 
 
 def curves(summary: Summary, metric: str) -> Curves:
     """Measured points of each method that has a curve over depth, in the order of depth."""
     found: Curves = {}
-    names = drawn_as(summary)
-    for method in sorted(names, key=method_order):
+    for method in shown_methods(summary):
+        info = method_info(method)
         points = [point for point in summary.of(method) if point.value(metric) is not None]
-        info = style.method_info(method)
         if points and info.role not in ("baseline", "teacher") and not info.by_block:
-            found.setdefault(names[method], []).extend(points)
-    return {name: sorted(points, key=lambda point: point.depth) for name, points in found.items()}
+            found[method] = points
+    return found
 
 
 def kept_curves(summary: Summary, metric: str = HEADLINE) -> Curves:
@@ -105,11 +96,6 @@ def kept_curves(summary: Summary, metric: str = HEADLINE) -> Curves:
 def every(drawn: Mapping[str, Sequence[Point]]) -> list[Point]:
     """The points of all curves."""
     return [point for points in drawn.values() for point in points]
-
-
-def trains(point: Point) -> bool:
-    """Whether it is a shallow model that was trained, and no control."""
-    return point.info.role == "trained"
 
 
 def mean(point: Point, metric: str) -> float:
@@ -126,15 +112,14 @@ def _depth_axis(ax: Axes, summary: Summary, points: Sequence[Point]) -> None:
 
 
 def _draw_curves(ax: Axes, drawn: Curves, interval_of: Callable[[Point], Interval]) -> None:
-    """Each method's points with their intervals, joined where a depth has one point."""
+    """Each method's points with their intervals."""
     for index, (name, points) in enumerate(drawn.items()):
-        look, depths = method_style(name), [point.depth for point in points]
+        look, depths = method_info(name), [point.depth for point in points]
         intervals = [interval_of(point) for point in points]
         ax.errorbar(
             style.beside(depths, index, len(drawn)), [i.value for i in intervals],
             yerr=style.bars(intervals), color=look.colour, marker=look.marker, elinewidth=1,
-            linestyle=look.line if len(set(depths)) == len(depths) else "none",
-            zorder=4, label=look.label,
+            linestyle=look.line, zorder=4, label=look.label,
         )  # fmt: skip
 
 
@@ -152,7 +137,7 @@ def accuracy_vs_depth(run: Source, *, metric: str = HEADLINE, ax: Axes | None = 
         for point in summary.points:
             value = point.value(metric)
             if point.info.role in ("baseline", "teacher") and value is not None:
-                look = method_style(point.method)
+                look = method_info(point.method)
                 low, high = style.limits([value])
                 ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
                 ax.axhline(
@@ -177,7 +162,7 @@ def depth_reading(summary: Summary, metric: str) -> str:
     if teacher is not None and (value := teacher.value(metric)) is not None:
         said.append(f"The teacher ({teacher.depth} blocks) reaches {style.with_bounds(value)}.")
     half = summary.blocks // 2
-    trained = [point for point in points if trains(point) and point.depth <= half]
+    trained = [point for point in points if point.info.role == "trained" and point.depth <= half]
     depth = half
     if trained:
         best = max(trained, key=lambda point: mean(point, metric))
@@ -186,18 +171,15 @@ def depth_reading(summary: Summary, metric: str) -> str:
             f"The best trained model of at most {half} blocks is {best.name}: "
             f"{style.with_bounds(value)}."
         )
-    others = [p for p in points if p.depth == depth and not trains(p)]
+    others = [p for p in points if p.depth == depth and p.info.role != "trained"]
     controls = [point for point in others if point.info.role == "control"]
     probes = [point for point in others if point.info.candidate]
     if probes:
         controls.append(max(probes, key=lambda point: mean(point, metric)))
-    said += [f"{_upper(p.name)} reaches {style.with_bounds(p.accuracy[FULL, metric])}."
-             for p in controls]  # fmt: skip
+    for point in controls:
+        name = point.name[0].upper() + point.name[1:]
+        said.append(f"{name} reaches {style.with_bounds(point.accuracy[FULL, metric])}.")
     return " ".join(said) + style.without_bar(p.accuracy[FULL, metric] for p in points)
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def kept_vs_depth(
@@ -229,13 +211,15 @@ def kept_vs_depth(
     return ax
 
 
-LOWEST_KEPT = 85.0  # per cent of the teacher: what an untrained model may stretch the scale to
+LOWEST_KEPT = 0.85  # of the teacher: what an untrained model may stretch the scale to
 
 
 def kept_limits(summary: Summary, metric: str = HEADLINE) -> tuple[float, float]:
     """From where to where shares of the teacher's accuracy are drawn, in per cent."""
     points = every(kept_curves(summary, metric))
-    shares = [(trains(point), style.scaled(point.ratio[FULL, metric])) for point in points]
+    shares = [
+        (point.info.role == "trained", style.scaled(point.ratio[FULL, metric])) for point in points
+    ]
     # read-outs fall to nothing: only what is still in reach may widen the scale
     reach = [share for trained, share in shares if trained or share.low > LOWEST_KEPT]
     low, high = style.limits(reach, 100.0, 100 * (1 - summary.margin))
@@ -298,11 +282,11 @@ KINDS = {"inference": ("to serve", "#0069a8", "s"), "training": ("to train", "#c
 
 def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
     """Points with an accuracy and a cost; popularity and most probes are not on offer."""
-    drawn = drawn_as(summary).keys() - {POPULARITY}
+    shown = set(shown_methods(summary)) - {POPULARITY}
     return [
         point
         for point in summary.points
-        if point.method in drawn
+        if point.method in shown
         and (point.info.candidate or point.info.role != "probe")
         and point.cost(cost)
         and point.value(metric) is not None
@@ -332,14 +316,14 @@ def accuracy_vs_cost(
         points = priced(summary, cost, metric)
         need(points, summary, f"{title} of a model")
         ax = ax or new_axes()
-        names = drawn_as(summary)
-        for name in dict.fromkeys(names[point.method] for point in points):
-            own, look = [p for p in points if names[p.method] == name], method_style(name)
-            spreads = [_quartiles(point.time[cost]) for point in own if cost in point.time]
+        for method in dict.fromkeys(point.method for point in points):
+            own, look = [p for p in points if p.method == method], method_info(method)
+            spreads = [point.time[cost] for point in own if cost in point.time]
+            quartiles = [Interval(spread.median, spread.low, spread.high) for spread in spreads]
             accuracies = [point.accuracy[FULL, metric] for point in own]
             ax.errorbar(
                 [point.cost(cost) or 0 for point in own], [i.value for i in accuracies],
-                xerr=style.bars(spreads) if spreads else None,
+                xerr=style.bars(quartiles) if quartiles else None,
                 yerr=style.bars(accuracies), linestyle="none", color=look.colour,
                 marker=look.marker, elinewidth=0.9, label=look.label,
             )  # fmt: skip
@@ -373,10 +357,6 @@ def accuracy_vs_cost(
         ax.set_title(f"{metric} against {title}")
         style.legend(ax)
     return ax
-
-
-def _quartiles(time: Spread) -> Interval:
-    return Interval(time.median, time.low, time.high)
 
 
 def _tick(value: float) -> str:
@@ -422,7 +402,8 @@ def speed_vs_depth(run: Source, *, ax: Axes | None = None) -> Axes:
         ideal = np.linspace(first, blocks, 100)
         ax.plot(ideal, blocks / ideal, ":", color=MUTED, linewidth=1.1, label="blocks alone")
         ax.axhline(1, color=INK, linewidth=0.9)
-        low, high = style.limits(_speeds(points), blocks / first)
+        speeds = [point.speed[kind] for kind, own in points.items() for point in own]
+        low, high = style.limits(speeds, blocks / first)
         ax.set_yscale("log")
         ax.set_ylim(min(0.85, 0.95 * low) if low > 0 else 0.5, 1.15 * high)
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -432,10 +413,6 @@ def speed_vs_depth(run: Source, *, ax: Axes | None = None) -> Axes:
         ax.set_title("Times faster than at full depth")
         style.legend(ax)
     return ax
-
-
-def _speeds(points: Mapping[str, Sequence[Point]]) -> list[Interval]:
-    return [point.speed[kind] for kind, own in points.items() for point in own]
 
 
 def speed_reading(summary: Summary) -> str:
@@ -450,7 +427,7 @@ def speed_reading(summary: Summary) -> str:
                 f"fast {label} as at full depth; blocks alone would give "
                 f"{style.significant(summary.blocks / first.depth)}\u00d7."
             )
-    return " ".join(said) + style.without_bar(_speeds(points))
+    return " ".join(said)
 
 
 # --- the figures of the page -----------------------------------------------------------------
@@ -458,39 +435,40 @@ def speed_reading(summary: Summary) -> str:
 
 @dataclass(frozen=True)
 class FigureEntry:
-    """A figure of the page: where it stands, how it is drawn, what it shows."""
+    """A figure of the page: where it stands, how it is drawn, what it shows.
+
+    ``reading`` is caption and spoken label, empty where there is no data; both functions take the
+    run's summary and what was ``chosen``.
+    """
 
     name: str
     section: str
-    draw: Callable[[Summary], Axes]
-    reading: Callable[[Summary], str]  # caption and spoken label; empty means there is no data
+    draw: Callable[..., Axes]
+    reading: Callable[..., str]
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
 
-def _entry(
-    name: str,
-    section: str,
-    draw: Callable[..., Axes],
-    reading: Callable[..., str],
-    **chosen: str,
-) -> FigureEntry:
-    return FigureEntry(name, section, partial(draw, **chosen), partial(reading, **chosen))
-
-
+NDCG, HR = {"metric": "NDCG@10"}, {"metric": "HR@10"}
 FIGURES = (
-    _entry("kept_vs_depth", "depth", kept_vs_depth, kept_reading),
-    _entry("accuracy_vs_depth_ndcg10", "depth", accuracy_vs_depth, depth_reading, metric="NDCG@10"),
-    _entry("accuracy_vs_depth_hr10", "depth", accuracy_vs_depth, depth_reading, metric="HR@10"),
-    _entry("accuracy_vs_parameters", "pareto", accuracy_vs_cost, cost_reading, cost="parameters"),
-    _entry(
-        "accuracy_vs_inference_time", "pareto", accuracy_vs_cost, cost_reading, cost="inference"
+    FigureEntry("kept_vs_depth", "depth", kept_vs_depth, kept_reading),
+    FigureEntry("accuracy_vs_depth_ndcg10", "depth", accuracy_vs_depth, depth_reading, NDCG),
+    FigureEntry("accuracy_vs_depth_hr10", "depth", accuracy_vs_depth, depth_reading, HR),
+    *(
+        FigureEntry(f"accuracy_vs_{name}", "pareto", accuracy_vs_cost, cost_reading, {"cost": cost})
+        for cost, name in (
+            ("parameters", "parameters"), ("inference", "inference_time"),
+            ("training", "training_time"),
+        )
     ),
-    _entry("accuracy_vs_training_time", "pareto", accuracy_vs_cost, cost_reading, cost="training"),
-    _entry("skip_sensitivity", "blocks", skip_sensitivity, skip_reading),
-    _entry("block_influence", "blocks", block_influence, influence_reading),
-    _entry("span_damage", "maps", span_map, span_reading, score="damage"),
-    _entry("angular_distance", "maps", span_map, span_reading, score="angular-distance"),
-    _entry("cka", "maps", span_map, span_reading, score="cka"),
-    _entry("settling_depth", "hurt", settling_depth, settling_reading),
-    _entry("ablation_changes", "ablation", ablation_changes, ablation_reading),
-    _entry("speed_vs_depth", "cost", speed_vs_depth, speed_reading),
+    FigureEntry("skip_sensitivity", "blocks", skip_sensitivity, skip_reading),
+    FigureEntry("block_influence", "blocks", block_influence, influence_reading),
+    *(
+        FigureEntry(name, "maps", span_map, span_reading, {"score": score})
+        for name, score in (
+            ("span_damage", "damage"), ("angular_distance", "angular-distance"), ("cka", "cka")
+        )
+    ),
+    FigureEntry("settling_depth", "hurt", settling_depth, settling_reading),
+    FigureEntry("ablation_changes", "ablation", ablation_changes, ablation_reading),
+    FigureEntry("speed_vs_depth", "cost", speed_vs_depth, speed_reading),
 )  # fmt: skip

@@ -5,6 +5,7 @@ A point is a method at some kept blocks, its seeds together, compared with the t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from depthprobe.evaluation.statistics import (
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
 from depthprobe.methods import Method, method_order
-from depthprobe.report.style import Array, method_info, method_style
+from depthprobe.report.style import Array, method_info
 
 if TYPE_CHECKING:
     from depthprobe.runs.records import Record
@@ -90,7 +91,7 @@ class Point:
     @property
     def name(self) -> str:
         """As captions and columns name it: "distilled 4", "SASRec"."""
-        label = method_style(self.method).label
+        label = self.info.label
         return label if self.info.role == "baseline" else f"{label} {self.depth}"
 
     def of_seeds(self, seeds: Iterable[int]) -> tuple[str, ...]:
@@ -313,6 +314,7 @@ def _rounds(record: Record | None, parts: Sequence[str]) -> tuple[float, ...]:
 
 # --- a whole run -----------------------------------------------------------------------------
 
+Source: TypeAlias = "Run | Summary | str | Path"  # what figures and tables are made from
 Key = tuple[str, int]  # (method, depth), as the sufficient depth names candidates
 
 
@@ -366,7 +368,54 @@ class Summary:
         return bootstrap_ratio(values, reference, resamples=self.resamples)
 
 
-Source: TypeAlias = "Run | Summary | str | Path"  # what figures and tables are made from
+@dataclass(frozen=True)
+class Change:
+    """What one model adds to another, paired by seed and user."""
+
+    seeds: int
+    difference: Interval
+    ratio: Interval | None  # None where the other one's mean is 0
+    share: float  # the difference as a share of the other one's mean
+
+
+def paired_changes(
+    summary: Summary, pairs: Sequence[tuple[Point, Point]], inside: NDArray[np.bool_] | None = None
+) -> list[Change | None]:
+    """The change of each pair's first model against its second, over the seeds that both have.
+
+    Pairs with the same seeds share their draws. None without a common seed, for one user alone,
+    and where neither has a hit: draws are all 0 then, and sure of nothing.
+
+    Args:
+        inside: which users count, (U,); all by default.
+    """
+    found: list[Change | None] = [None] * len(pairs)
+    common = [tuple(s for s in one.seeds if s in other.seeds) for one, other in pairs]
+    for seeds in filter(None, dict.fromkeys(common)):
+        places = [place for place, own in enumerate(common) if own == seeds]
+        arms = list(dict.fromkeys(p.of_seeds(seeds) for place in places for p in pairs[place]))
+        arms = [trials for trials in arms if summary.ranks.has(trials)]
+        values = summary.ranks.values(FULL, HEADLINE, arms) if arms else []
+        if inside is not None:
+            values = [np.ascontiguousarray(arm[:, inside]) for arm in values]
+        if not values or values[0].shape[1] == 1:
+            continue
+        draws = draws_of_means(values, summary.resamples)  # (R, arms)
+        means = [float(arm.mean()) for arm in values]
+        for place in places:
+            trials = [point.of_seeds(seeds) for point in pairs[place]]
+            if not all(own in arms for own in trials):
+                continue
+            one, other = (arms.index(own) for own in trials)
+            if not (means[one] or means[other]):
+                continue
+            value, ratio, share = means[one] - means[other], None, math.nan
+            if means[other]:
+                share = value / means[other]
+                ratio = paired_ratio(means[one] / means[other], draws[:, one], draws[:, other])
+            difference = interval(value, draws[:, one] - draws[:, other], level=LEVEL)
+            found[place] = Change(len(seeds), difference, ratio, share)
+    return found
 
 
 def as_summary(run: Source) -> Summary:

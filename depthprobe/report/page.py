@@ -39,12 +39,7 @@ SECTIONS = (
 def build_report(run: Source, output: str | Path | None = None) -> Path:
     """Write a run's report: the page, RUN/figures/ (SVG, PNG, PDF) and RUN/tables/.
 
-    Args:
-        run: an opened run, or the path of its folder.
-        output: where the page goes; RUN/report.html by default.
-
-    Returns:
-        The path of the page.
+    Returns the path of the page: ``output``, or RUN/report.html.
 
     Raises:
         BadInput: if the path is no run.
@@ -100,12 +95,12 @@ def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]
     """Draw and save what there is data for; by section, the SVG and its caption."""
     sections: dict[str, list[Mapping[str, Any]]] = {}
     for entry in FIGURES:
-        reading = entry.reading(summary)
+        reading = entry.reading(summary, **entry.chosen)
         if not reading:
             for suffix in FORMATS:  # an older report of this run may have left them
                 (folder / f"{entry.name}.{suffix}").unlink(missing_ok=True)
             continue
-        svg = save_figure(entry.draw(summary), folder / entry.name)
+        svg = save_figure(entry.draw(summary, **entry.chosen), folder / entry.name)
         picture = inline_svg(svg, entry.name, label=reading)
         sections.setdefault(entry.section, []).append({"svg": picture, "caption": reading})
     return sections

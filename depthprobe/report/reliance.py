@@ -50,17 +50,6 @@ def block_scores(summary: Summary, score: str = "") -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """A trial of one seed, and its mean NDCG@10."""
-
-    name: str
-    method: str
-    depth: int
-    removed: str
-    mean: float
-
-
-@dataclass(frozen=True)
 class _Question:
     """Candidates of one kind: what they are called, and which method measured their damage."""
 
@@ -113,24 +102,29 @@ def _cell(found: tuple[float, float, float]) -> Cell | None:
 
 def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
     """Blocks, spans of blocks, parts of blocks, and depths."""
-    scores, done = _scores(summary, seed), _trials(summary, seed)
+    scores, ranks, trials = _scores(summary, seed), summary.ranks, summary.run.trials
+    own = trials[(trials["status"] == "done") & (trials["seed"] == seed)]
+    done = [trial for trial in records(own) if ranks.has([trial["trial"]])]
+    means = {
+        trial["trial"]: float(ranks.values(FULL, HEADLINE, [[trial["trial"]]])[0].mean())
+        for trial in done
+    }
     spans: dict[str, dict[Span, str]] = {method: {} for method in (BLOCK, SPAN, *PARTS.values())}
     for trial in done:
-        span = span_of(trial.removed)
-        if trial.method in spans and span is not None:
-            spans[trial.method][span] = trial.name
+        span = span_of(trial["removed"])
+        if trial["method"] in spans and span is not None:
+            spans[trial["method"]][span] = trial["trial"]
     of_parts = {f"{part}-influence" for part in PARTS}
+    of_spans = {name: dict(values) for name, values in scores.items() if name not in of_parts}
     of_blocks = {
         name: {span: v for span, v in values.items() if span[1] - span[0] == 1}
-        for name, values in scores.items()
-        if name not in of_parts
+        for name, values in of_spans.items()
     }
     yield _Question("blocks", BLOCK, spans[BLOCK], of_blocks)
 
-    of_spans = {name: dict(values) for name, values in scores.items() if name not in of_parts}
-    means = {trial.name: trial.mean for trial in done}
-    full = [trial.mean for trial in done if trial.method == TEACHER]
-    damages = {span: full[0] - means[trial] for span, trial in spans[BLOCK].items() if full}
+    full = [trial for trial in done if trial["method"] == TEACHER]
+    top = means[full[0]["trial"]] if full else math.nan
+    damages = {span: top - means[trial] for span, trial in spans[BLOCK].items() if full}
     for name, values in (*of_blocks.items(), (f"{BLOCK} damage", damages)):
         # a score of single blocks is one of spans by its sum
         if name not in of_spans or not set(spans[SPAN]) <= set(of_spans[name]):
@@ -146,34 +140,22 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
         yield _Question(kind, PARTS[part], spans[PARTS[part]], of_part)
 
     # depths below the full one, against the accuracy after training there
-    blocks = max((trial.depth for trial in done if trial.method == TEACHER), default=0)
-    shallow = [trial for trial in done if trial.depth < blocks]
-    read: Scores = {}
-    for method in READERS:
-        own = {(t.depth, blocks): -t.mean for t in shallow if t.method == method}
-        if own:
-            read[f"{style.method_style(method).label} loss"] = own
+    shallow: dict[str, dict[Span, str]] = {}
+    for trial in done:
+        if full and trial["depth"] < full[0]["depth"]:
+            removed = trial["depth"], full[0]["depth"]
+            shallow.setdefault(trial["method"], {})[removed] = trial["trial"]
+    read = {
+        f"{style.method_info(method).label} loss": {
+            removed: -means[trial] for removed, trial in shallow[method].items()
+        }
+        for method in READERS
+        if method in shallow
+    }
     for method in names("trained"):
-        if METHODS[method].selectable:
-            trials = {(t.depth, blocks): t.name for t in shallow if t.method == method}
-            usable = {n: v for n, v in (read | scores).items() if set(trials) <= set(v)}
-            yield _Question("depths", method, trials, usable)
-
-
-def _trials(summary: Summary, seed: int) -> list[_Trial]:
-    """The seed's trials that were ranked."""
-    trials = summary.run.trials
-    own = trials[(trials["status"] == "done") & (trials["seed"] == seed)]
-    columns = (own[name] for name in ("trial", "method", "depth", "removed"))
-    ranks = summary.ranks
-    return [
-        _Trial(
-            str(name), str(method), int(depth), str(removed),
-            float(ranks.values(FULL, HEADLINE, [[str(name)]])[0].mean()),
-        )
-        for name, method, depth, removed in zip(*columns, strict=True)
-        if ranks.has([str(name)])
-    ]  # fmt: skip
+        if METHODS[method].selectable and method in shallow:
+            usable = {n: v for n, v in (read | scores).items() if set(shallow[method]) <= set(v)}
+            yield _Question("depths", method, shallow[method], usable)
 
 
 def _scores(summary: Summary, seed: int) -> Scores:

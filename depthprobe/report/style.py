@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
-from depthprobe.methods import METHODS, Method, Work, base_of, no_trials
+from depthprobe.methods import METHODS, Method, Work, no_trials
 
 if TYPE_CHECKING:
     from depthprobe.report.numbers import Summary
@@ -135,44 +135,28 @@ def times_faster(ratio: Interval) -> tuple[str, str, str]:
 # --- methods ---------------------------------------------------------------------------------
 
 
-def method_info(name: str) -> Method:
-    """The record of a method; a plain one for a method that is not registered here.
-
-    A run may hold trials of a plug-in that this machine lacks: they are shown, but no answer.
-    """
-    base = base_of(name)
-    if base in METHODS:
-        return METHODS[base]
-    return Method(
-        name=base, label=base, summary="", role="probe", run="", trials=no_trials,
-        work=lambda task, sizes, study: Work(),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class MethodStyle:
-    """The look of a method in figures and tables."""
-
-    label: str
-    colour: str
-    marker: str
-    line: str = "-"
-
-
 # What variants of a method are told apart by. Which one has which depends on its name alone.
 VARIANT_COLOURS = ("#0069a8", "#c2500a", "#00805e", "#9b4f96", "#857200", "#b3365b", "#4a55b8")
 VARIANT_MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
 
 
-def method_style(name: str) -> MethodStyle:
-    """The look of a method: its record's, or for a variant its own behind the method's label."""
-    method, (_, _, variant) = method_info(name), name.partition(":")
+def method_info(name: str) -> Method:
+    """The record of a method: label, look, role; a variant has a label and a look of its own.
+
+    A run may hold trials of a plug-in that this machine lacks: they are shown, but no answer.
+    """
+    base, _, variant = name.partition(":")
+    method = METHODS.get(base) or Method(
+        name=base, label=base, summary="", role="probe", run="", trials=no_trials,
+        work=lambda task, sizes, study: Work(),
+    )  # fmt: skip
     if not variant:
-        return MethodStyle(method.label, method.colour, method.marker, method.line)
+        return method
     place = zlib.crc32(variant.encode())
     colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
     marker = VARIANT_MARKERS[place % len(VARIANT_MARKERS)]
-    return MethodStyle(f"{method.label}: {variant}", colour, marker, "-.")
+    label = f"{method.label}: {variant}"
+    return replace(method, label=label, colour=colour, marker=marker, line="-.")
 
 
 # --- figures ---------------------------------------------------------------------------------

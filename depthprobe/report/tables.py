@@ -16,14 +16,13 @@ import pandas as pd
 
 from depthprobe.evaluation.metrics import check_metrics
 from depthprobe.evaluation.slices import ALL, FEWEST
-from depthprobe.evaluation.statistics import Interval, interval
+from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
 from depthprobe.methods import method_order
 from depthprobe.report import style
 from depthprobe.report.numbers import (
     FULL,
     HEADLINE,
-    LEVEL,
     METRICS,
     PLAIN,
     POPULARITY,
@@ -34,11 +33,9 @@ from depthprobe.report.numbers import (
     Source,
     Summary,
     as_summary,
-    draws_of_means,
     less_one,
-    paired_ratio,
+    paired_changes,
 )
-from depthprobe.report.style import Array
 
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 BRIEF = SHOWN[1:]  # of a trial, on the page: the file has all
@@ -131,7 +128,7 @@ def ready(row: Numbers, name: str) -> Cell:
 
 def label(row: Numbers, name: str) -> Cell:
     """The name of a method."""
-    return Cell(style.method_style(row[name]).label)
+    return Cell(style.method_info(row[name]).label)
 
 
 def metric(row: Numbers, name: str) -> Cell:
@@ -379,7 +376,7 @@ def cost_table(run: Source) -> Table | None:
     full, numbers = teacher.cost("parameters"), []
     for line in lines:
         point = next(filter(None, line.values()))
-        name, own = style.method_style(point.method).label, point.cost("parameters")
+        name, own = point.info.label, point.cost("parameters")
         below = style.percent(own / full, 0) if own and full and point is not teacher else ""
         row: dict[str, Any] = {
             "depth": point.depth, "method": "" if point.depth else point.method,
@@ -419,16 +416,15 @@ def ablation_table(run: Source) -> Table | None:
         if point.depth == depth and point.method != PLAIN
     ]
     numbers: list[dict[str, Any]] = []
-    for (point, reference), found in zip(pairs, _changes(summary, pairs), strict=True):
-        if found is None:
+    for (point, reference), found in zip(pairs, paired_changes(summary, pairs), strict=True):
+        if found is None or found.ratio is None:
             continue
         if not numbers or numbers[-1]["depth"] != point.depth:
             numbers.append(_ablation_row(summary, reference, len(reference.seeds)))
-        seeds, difference, ratio = found
-        row = _ablation_row(summary, point, seeds)
-        row["_change"] = difference_cell(difference)
-        row["_relative"] = share_cell(less_one(ratio), sign=True)
-        numbers.append(row | three("difference", difference) | three("ratio", ratio))
+        row = _ablation_row(summary, point, found.seeds)
+        row["_change"] = difference_cell(found.difference)
+        row["_relative"] = share_cell(less_one(found.ratio), sign=True)
+        numbers.append(row | three("difference", found.difference) | three("ratio", found.ratio))
     if not numbers:
         return None
     columns: list[Column] = [
@@ -438,37 +434,6 @@ def ablation_table(run: Source) -> Table | None:
         ("with teacher", "_seconds", seconds),
     ]  # fmt: skip
     return make_table("ablation", numbers, columns, words=2, group="depth")
-
-
-Paired = tuple[int, Interval, Interval]  # seeds, difference, ratio
-
-
-def _changes(summary: Summary, pairs: Sequence[tuple[Point, Point]]) -> list[Paired | None]:
-    """Paired change of each pair; those with the same seeds share their draws."""
-    found: list[Paired | None] = [None] * len(pairs)
-    common = [tuple(s for s in point.seeds if s in plain.seeds) for point, plain in pairs]
-    for seeds in filter(None, dict.fromkeys(common)):
-        places = [place for place, own in enumerate(common) if own == seeds]
-        arms = list(dict.fromkeys(p.of_seeds(seeds) for place in places for p in pairs[place]))
-        arms = [trials for trials in arms if summary.ranks.has(trials)]
-        values = summary.ranks.values(FULL, HEADLINE, arms) if arms else []
-        if not values or values[0].shape[1] == 1:  # one user says nothing about others
-            continue
-        draws = draws_of_means(values, summary.resamples)  # (R, arms)
-        means = [float(arm.mean()) for arm in values]
-        for place in places:
-            trials = [point.of_seeds(seeds) for point in pairs[place]]
-            if not all(own in arms for own in trials):
-                continue
-            own, plain = (arms.index(own) for own in trials)
-            if means[plain] == 0:
-                continue
-            difference = interval(
-                means[own] - means[plain], draws[:, own] - draws[:, plain], level=LEVEL
-            )
-            ratio = paired_ratio(means[own] / means[plain], draws[:, own], draws[:, plain])
-            found[place] = len(seeds), difference, ratio
-    return found
 
 
 def _ablation_row(summary: Summary, point: Point, seeds: int) -> dict[str, Any]:
@@ -519,7 +484,6 @@ def left_out_table(run: Source) -> Table | None:
 # --- who loses when blocks go, and what is recommended then ----------------------------------
 
 DEPTHS = 3  # beside the answer: more columns are no longer read
-SliceChange = tuple[Interval, float]  # paired difference, and its share of the teacher's mean
 
 
 def slice_table(run: Source) -> Table | None:
@@ -533,26 +497,28 @@ def slice_table(run: Source) -> Table | None:
     teacher, points, labels = summary.teacher, _chosen(summary), summary.run.slices
     if teacher is None or not points or len(labels) != summary.ranks.users(teacher.trials):
         return None
-    arms = _arms(summary, points, teacher)
     own = summary.ranks.values(FULL, HEADLINE, [teacher.trials])[0].mean(axis=0)  # (U,)
     rows: list[dict[str, Any]] = []
     numbers = []
     for name, inside in _slices(labels):
         users, mean = int(inside.sum()), float(own[inside].mean())
-        found = _slice_changes(arms, inside, summary.resamples) if users >= FEWEST else {}
-        rows.append({"name": _words(name), "users": users, "mean": Cell(style.accuracy(mean))})
-        rows[-1]["family"] = name.partition(":")[0]
-        for place, point in enumerate(points):
-            nothing = Interval(math.nan, math.nan, math.nan)
-            difference, relative = found.get(place, (nothing, math.nan))
-            more = f", {style.percent(relative, sign=True)}" if math.isfinite(relative) else ""
-            rows[-1][f"{place}"] = difference_cell(difference, more) if place in found else None
+        pairs = [(point, teacher) for point in points]
+        changes = [None] * len(pairs) if users < FEWEST else paired_changes(summary, pairs, inside)
+        row = {"name": _words(name), "users": users, "mean": Cell(style.accuracy(mean))}
+        row["family"] = name.partition(":")[0]
+        for place, (point, found) in enumerate(zip(points, changes, strict=True)):
+            difference, relative = Interval(math.nan, math.nan, math.nan), math.nan
+            if found is not None:
+                difference, relative = found.difference, found.share
+                more = f", {style.percent(relative, sign=True)}" if found.ratio else ""
+                row[f"{place}"] = difference_cell(difference, more)
             numbers.append(
                 {
                     "slice": name, "users": users, "method": point.method, "depth": point.depth,
                     "teacher": mean, **three("difference", difference), "relative": relative,
                 }
             )  # fmt: skip
+        rows.append(row)
     columns: list[Column] = [
         ("group", "name", text), ("users", "users", text), ("teacher", "mean", ready),
         *((point.name, f"{place}", ready) for place, point in enumerate(points)),
@@ -590,41 +556,6 @@ def _slices(labels: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
         values = labels[family]
         for label in values.cat.categories:
             yield f"{family}:{label}", (values == label).to_numpy(bool)
-
-
-Arms = tuple[list[int], list[Array]]  # places of points, and their metric with the teacher's last
-
-
-def _arms(summary: Summary, points: Sequence[Point], teacher: Point) -> list[Arms]:
-    """Points that share their seeds with the teacher stand against the same reference."""
-    seeds: dict[tuple[int, ...], list[int]] = {}
-    for place, point in enumerate(points):
-        common = tuple(seed for seed in point.seeds if seed in teacher.seeds)
-        seeds.setdefault(common, []).append(place)
-    found = []
-    for common, places in seeds.items():
-        arms = [p.of_seeds(common) for p in (*(points[place] for place in places), teacher)]
-        if common and all(summary.ranks.has(arm) for arm in arms):
-            found.append((places, summary.ranks.values(FULL, HEADLINE, arms)))
-    return found
-
-
-def _slice_changes(
-    groups: Sequence[Arms], inside: np.ndarray, resamples: int
-) -> dict[int, SliceChange]:
-    """Paired changes within a slice, by the point's place; all share their draws."""
-    found = {}
-    for places, arms in groups:
-        own = [np.ascontiguousarray(arm[:, inside]) for arm in arms]
-        draws = draws_of_means(own, resamples)  # (R, points + 1)
-        reference = float(own[-1].mean())
-        for index, place in enumerate(places):
-            if not (own[index].any() or own[-1].any()):
-                continue  # no hit in either arm: draws are all 0, and sure of nothing
-            value = float(own[index].mean()) - reference
-            difference = interval(value, draws[:, index] - draws[:, -1], level=LEVEL)
-            found[place] = difference, value / reference if reference else math.nan
-    return found
 
 
 def _words(name: str) -> str:

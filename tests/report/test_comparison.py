@@ -70,7 +70,7 @@ def test_another_question_is_said_to_be_one(two: list[Summary], tmp_path: Path) 
     assert differences([two[0], other])["margin"] == "1 %, 5 %"
     assert differences([two[0], two[0]]) == {}
     text = build_comparison([two[0], other], tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "They do not ask the same question: margin differs" in text
+    assert "The runs do not answer the same question: margin differs" in text
 
 
 def test_another_split_is_named(make: Callable[..., Any], two: list[Summary]) -> None:

@@ -52,22 +52,6 @@ def test_accuracy_vs_depth_draws_every_method_with_its_intervals(summary: Summar
         assert segment[:, 1].tolist() == pytest.approx([interval.low, interval.high])
 
 
-@pytest.mark.parametrize("draw", [accuracy_vs_depth, kept_vs_depth, accuracy_vs_cost])
-def test_more_variants_than_can_be_told_apart_are_drawn_as_one(
-    draw: Callable[..., Axes], summary: Summary
-) -> None:
-    others = [point for point in summary.points if point.method != "finetune"]
-    (point,) = (point for point in summary.of("finetune") if point.depth == 2)
-
-    def drawn(count: int) -> set[str]:
-        variants = [replace(point, method=f"finetune:k{n}") for n in range(count)]
-        return set(series(draw(replace(summary, points=(*others, *variants)))))
-
-    assert {f"fine-tuned: k{n}" for n in range(8)} <= drawn(8)
-    assert "fine-tuned" in drawn(9)
-    assert not any(name.startswith("fine-tuned:") for name in drawn(9))
-
-
 def test_kept_vs_depth_shows_the_margin(summary: Summary) -> None:
     lines = {line.get_label(): line for line in kept_vs_depth(summary).get_lines()}
     assert lines["margin: 99 %"].get_ydata()[0] == pytest.approx(99)
@@ -143,9 +127,9 @@ def test_captions_are_sentences_and_empty_without_data(
     summary: Summary, make: Make, tmp_path: Path
 ) -> None:
     for entry in FIGURES:
-        assert entry.reading(summary).endswith(".")
+        assert entry.reading(summary, **entry.chosen).endswith(".")
     bare = summarise(make(tmp_path, users=60, methods={"popularity"}))
-    assert [entry.name for entry in FIGURES if entry.reading(bare)] == []
+    assert [entry.name for entry in FIGURES if entry.reading(bare, **entry.chosen)] == []
 
 
 def test_what_a_run_does_not_hold_is_refused_by_name(make: Make, tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ from depthprobe.report.style import (
     bounds,
     count,
     figure_style,
-    method_style,
+    method_info,
     percent,
     significant,
     times_faster,
 )
 
-STYLES = {name: method_style(name) for name, method in METHODS.items() if not method.table}
+STYLES = {name: method_info(name) for name, method in METHODS.items() if not method.table}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_methods_differ_in_marker_and_colour() -> None:
     lines = [s for m, s in STYLES.items() if m != "skip"]
     assert len({s.marker for s in lines}) == len(lines)
     assert len({s.colour for s in lines}) == len(lines)
-    assert method_style("elastic").label == "elastic"
+    assert method_info("elastic").label == "elastic"
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=list(STYLES))

@@ -17,7 +17,7 @@ from depthprobe.evaluation.statistics import bootstrap_difference
 from depthprobe.methods import method_order
 from depthprobe.report.figures import curves
 from depthprobe.report.numbers import SAMPLED, Summary, summarise
-from depthprobe.report.style import method_style
+from depthprobe.report.style import method_info
 from depthprobe.report.tables import (
     ablation_table,
     all_tables,
@@ -175,8 +175,8 @@ def test_ablation_is_paired_by_seed_and_user(users: pd.DataFrame, summary: Summa
 def test_variants_are_methods_of_their_own(run: Any) -> None:
     renamed = run.trials["method"].replace({"random-init": "distill:cos"})
     summary = summarise(replace(run, trials=run.trials.assign(method=renamed)))
-    assert method_style("distill:cos").label == "distilled: cos"
-    assert method_style("distill:cos") != method_style("distill")
+    assert method_info("distill:cos").label == "distilled: cos"
+    assert method_info("distill:cos") != method_info("distill")
     ordered = ["finetune", "heal:ends", "distill", "distill:cos", "elastic"]
     assert sorted(reversed(ordered), key=method_order) == ordered
     table = ablation_table(summary)

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from depthprobe.evaluation.statistics import Interval, bootstrap_means
 from depthprobe.methods import METHODS
@@ -16,7 +16,10 @@ from depthprobe.report.numbers import (
     BLOCK,
     HEADLINE,
     PARTS,
+    PLAIN,
+    SETTLING,
     SPAN,
+    STATES,
     Point,
     Source,
     Summary,
@@ -116,8 +119,8 @@ def skip_reading(summary: Summary, metric: str = HEADLINE) -> str:
     unclear = sum(change.low <= 0 <= change.high for _, change in changes)
     return (
         f"Block {block} costs the most when it is left out: {metric} changes by "
-        f"{in_percent(worst, sign=True)}. For {unclear or 'none'} of {len(changes)} blocks the "
-        f"interval of the change contains zero.{style.without_bar(i for _, i in changes)}"
+        f"{in_percent(worst, sign=True)}. The interval of the change contains zero for "
+        f"{unclear or 'none'} of {len(changes)} blocks.{style.without_bar(i for _, i in changes)}"
     )
 
 
@@ -127,7 +130,7 @@ def block_influence(run: Source, *, ax: Axes | None = None) -> Axes:
     On a log scale; with several teachers the mean over them, bars from the lowest to the highest.
     """
     summary = as_summary(run)
-    need(len(block_scores(summary, "block-influence")), summary, "similarity")
+    need(len(block_scores(summary, "block-influence")), summary, STATES)
     drawn = {"block": ("the block", BLOCK), "attention": ("its attention", PARTS["attention"]),
              "mlp": ("its MLP", PARTS["mlp"])}  # fmt: skip
     with figure_style():
@@ -143,8 +146,7 @@ def block_influence(run: Source, *, ax: Axes | None = None) -> Axes:
                 color=look.colour, marker=look.marker, linewidth=1, elinewidth=1.2, label=label,
             )  # fmt: skip
         ax.set_yscale("log")
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
+        style.log_ticks(ax.yaxis, lambda value: significant(value, 1))
         _block_axis(ax, "block, counted from 0")
         ax.set_title("Influence: 1 − cosine of states before and after")
         style.legend(ax, columns=len(drawn))
@@ -185,7 +187,7 @@ def span_map(run: Source, *, score: str = "damage", ax: Axes | None = None) -> A
     """
     summary = as_summary(run)
     cells = span_cells(summary, score)
-    need(cells, summary, f"a teacher and {SPAN}" if score == "damage" else "similarity")
+    need(cells, summary, f"a teacher and {SPAN}" if score == "damage" else STATES)
     size = max(end for _, end in cells)
     damage, alike = score == "damage", score == "cka"
     grid = np.full((size, size), np.nan)
@@ -283,7 +285,7 @@ def settling_depth(run: Source, *, ax: Axes | None = None) -> Axes:
     """
     summary = as_summary(run)
     frame = _settling(summary)
-    need(len(frame), summary, "settling")
+    need(len(frame), summary, SETTLING)
     with figure_style():
         ax = ax or new_axes()
         depths, highest = np.arange(summary.blocks), 0.0  # at the last one all are settled
@@ -336,7 +338,7 @@ def ablation_changes(run: Source, *, ax: Axes | None = None) -> Axes:
     """
     summary = as_summary(run)
     changes = _changes(summary)
-    need(changes, summary, "finetune and another way to train at the same depth")
+    need(changes, summary, f"{PLAIN} and another way to train at the same depth")
     with figure_style():
         depths = len({depth for depth, _, _ in changes})
         ax = ax or new_axes((style.SIZE[0], max(2.2, ROW * (len(changes) + depths) + 0.9)))

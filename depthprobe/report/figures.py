@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.methods import base_of, method_order
@@ -342,13 +342,11 @@ def accuracy_vs_cost(
         costs = [point.cost(cost) or 0 for point in points]
         if max(costs) >= 4 * min(costs):
             ax.set_xscale("log")
-            wide = max(costs) >= 100 * min(costs)
-            ax.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+            style.log_ticks(ax.xaxis, style.round_count, wide=max(costs) >= 100 * min(costs))
         else:
             ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.round_count(value)))
         # no bars to compare with zero: the scale follows the points, or they would lie on a line
         low, high = style.limits(point.accuracy[FULL, metric] for point in points)
         gap = 0.15 * (high - low) or 0.5
@@ -357,12 +355,6 @@ def accuracy_vs_cost(
         ax.set_title(f"{metric} against {title}")
         style.legend(ax)
     return ax
-
-
-def _tick(value: float) -> str:
-    if value >= 10:
-        return style.round_count(value)
-    return style.significant(value, 2).rstrip("0").rstrip(".")
 
 
 def cost_reading(summary: Summary, cost: str, metric: str = HEADLINE) -> str:
@@ -406,9 +398,7 @@ def speed_vs_depth(run: Source, *, ax: Axes | None = None) -> Axes:
         low, high = style.limits(speeds, blocks / first)
         ax.set_yscale("log")
         ax.set_ylim(min(0.85, 0.95 * low) if low > 0 else 0.5, 1.15 * high)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}\u00d7"))
+        style.log_ticks(ax.yaxis, lambda value: f"{value:g}\u00d7")
         _depth_axis(ax, summary, every(points))
         ax.set_title("Times faster than at full depth")
         style.legend(ax)

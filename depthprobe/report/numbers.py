@@ -49,6 +49,7 @@ HEAD = "readout"  # at depth 0 a head on the last item alone: do blocks add anyt
 BLOCK, SPAN, PARTS = "skip", "span", {"attention": "drop-attention", "mlp": "drop-mlp"}
 # They read the teacher's states at each depth: a hint of what training reaches there.
 READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
+STATES, SETTLING = "similarity", "settling"  # whose tables figures of blocks and users need
 
 
 @dataclass(frozen=True)

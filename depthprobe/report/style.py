@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from depthprobe.errors import BadInput
@@ -73,7 +74,9 @@ def count(value: float | None) -> str:
 
 
 def round_count(value: float) -> str:
-    """1,000, 20 k and 3 M: the round numbers of an axis."""
+    """0.5, 1,000, 20 k and 3 M: the round numbers of an axis."""
+    if value < 10:
+        return f"{value:g}"
     return count(value).replace(".00", "").replace(".0 ", " ")
 
 
@@ -197,6 +200,13 @@ def percent_axis(ax: Axes, *, signed: bool = False, horizontal: bool = False) ->
         return f"{value:+g} %".replace("-", "\u2212") if value else "0"
 
     (ax.xaxis if horizontal else ax.yaxis).set_major_formatter(FuncFormatter(text))
+
+
+def log_ticks(axis: Axis, text: Callable[[float], str], *, wide: bool = False) -> None:
+    """Ticks of a logarithmic scale at 1, 2, 5; of a wide one at powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bars(intervals: Iterable[Interval]) -> Array:

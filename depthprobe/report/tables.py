@@ -316,7 +316,8 @@ def trial_table(run: Source) -> Table | None:
         failed = row["status"] != "done"
         row |= {"_state": "failed" if failed else "", "_error": ""}
         if failed:
-            row["_error"] = (str(row["error"] or "").strip() or "no message").splitlines()[0]
+            error = row["error"].strip() if isinstance(row["error"], str) else ""
+            row["_error"] = (error or "no message").splitlines()[0]
     for name in SHOWN:
         frame[name] = [found[name].value if name in found else math.nan for found in own]
     columns: list[Column] = [

@@ -111,7 +111,7 @@ def make_run(
     )
     # a user has a luck of their own in every trial, so that trials are paired as real ones are
     luck = np.random.default_rng(0).normal(size=users)
-    rows, tidy, ranks, records = [], [], [], []
+    rows, tidy, ranks, records, ids = [], [], [], [], np.arange(users) * 3 + 1
     for seed in range(seeds):
         shared = np.random.default_rng([seed, 1]).normal(size=users)
         for method, depth, kept, removed in planned():
@@ -135,12 +135,11 @@ def make_run(
                 if sampled:
                     found["sampled-999"] = np.floor(1 + (found["full"] - 1) * 999 / ITEMS)
                 for protocol, values in found.items():
-                    ranks.append(_users(trial, protocol, values))
+                    ranked = {"trial": trial, "user": ids, "protocol": protocol, "rank": values}
+                    ranks.append(pd.DataFrame(ranked))
                     tidy += _metrics(trial, method, depth, seed, protocol, values)
                 if timing and (depth in {1, 2, 4, 8, 12} or method == "sasrec"):
-                    timings = _timing(method, depth)
-                    record.costs = msgspec.convert({"timing": timings}, Costs)
-                    row |= _medians(timings)
+                    record.costs = msgspec.convert({"timing": _timing(method, depth)}, Costs)
             rows.append(row)
             records.append(record)
     columns = ["trial", "user", "protocol", "rank"]
@@ -164,15 +163,8 @@ def _row(trial: str, method: str, depth: int, kept: str, removed: str, seed: int
         "seed": seed, "status": "done", "error": None, "parameters_blocks": blocks,
         "parameters_token_embeddings": 0, "parameters_adapters": 90_000 if depth else 0,
         "parameters_item_table": table, "parameters_total": total, "parameters_trainable": total,
-        "flops_user": 2.0 * total * 30, "training_steps": 900, "training_epochs": 9,
-        "training_seconds": 60.0 * (depth + 1), "train_step_ms": np.nan, "encode_ms": np.nan,
-        "score_ms": np.nan, "latency_ms": np.nan,
+        "training_seconds": 60.0 * (depth + 1),
     }  # fmt: skip
-
-
-def _users(trial: str, protocol: str, ranks: np.ndarray) -> pd.DataFrame:
-    users = np.arange(len(ranks)) * 3 + 1
-    return pd.DataFrame({"trial": trial, "user": users, "protocol": protocol, "rank": ranks})
 
 
 def _metrics(
@@ -203,12 +195,6 @@ def _timing(method: str, depth: int) -> dict[str, Any]:
     found = {"encode": rounds(9.5 * size), "score": rounds(2.1), "latency": rounds(size + 0.4)}
     trained = method not in {"early-exit", "skip"}
     return found | ({"train_step": rounds(31 * size * extra)} if trained else {})
-
-
-def _medians(timing: dict[str, Any]) -> dict[str, float]:
-    return {
-        f"{part}_ms": 1e3 * float(np.median(rounds["seconds"])) for part, rounds in timing.items()
-    }
 
 
 def _manifest(dataset: str, backbone: str, users: int, timing: bool) -> dict[str, Any]:

@@ -10,14 +10,10 @@ from typing import Any
 import pytest
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.report.answer import Answer, build_answer
+from depthprobe.report.answer import build_answer
 from depthprobe.report.numbers import Summary, summarise
 
 Make = Callable[..., Any]
-
-
-def _answer(run: Any) -> Answer:
-    return build_answer(run)
 
 
 def _better_student(method: str, depth: int) -> float:
@@ -47,7 +43,7 @@ def test_shown(make: Make, tmp_path: Path) -> None:
 
 
 def test_not_shown_says_so_first(make: Make, tmp_path: Path) -> None:
-    answer = _answer(make(tmp_path, users=120))
+    answer = build_answer(make(tmp_path, users=120))
     assert answer.verdict == "not shown"
     assert answer.headline.startswith("Not shown at a margin of 1 %")
     assert answer.detail.startswith("Best candidate: ")
@@ -61,71 +57,82 @@ def test_not_shown_says_so_first(make: Make, tmp_path: Path) -> None:
 def test_far_below_the_margin_asks_for_no_more_users(make: Make, tmp_path: Path) -> None:
     run = make(tmp_path, users=400, methods={"full", "early-exit"},
                gain=lambda method, depth: -1.0 if method == "early-exit" else 0.0)  # fmt: skip
-    answer = _answer(run)
+    answer = build_answer(run)
     assert answer.verdict == "not shown"
     assert answer.users_needed is None
     assert "more users would not change that" in answer.detail
 
 
-def test_no_teacher(make: Make, tmp_path: Path) -> None:
-    run = make(tmp_path, users=100, failing=[("full", 12, 0), ("full", 12, 1)])
-    answer = _answer(run)
+@pytest.mark.parametrize(
+    ("methods", "verdict", "headline", "tiles"),
+    [
+        (set(), "nothing finished", "no trial of this run is finished", []),
+        ({"popularity", "sasrec"}, "no teacher", "no trial of the teacher is finished",
+         ["NDCG@10, popularity", "NDCG@10, SASRec"]),
+        ({"sasrec", "full"}, "no depth tried", "no depth below the teacher's was tried",
+         ["NDCG@10, teacher", "NDCG@10, SASRec"]),
+    ],
+)  # fmt: skip
+def test_what_is_missing_for_an_answer_is_named(
+    methods: set[str], verdict: str, headline: str, tiles: list[str], make: Make, tmp_path: Path
+) -> None:
+    answer = build_answer(make(tmp_path, users=60, methods=methods))
+    assert (answer.verdict, answer.kept, answer.depth) == (verdict, None, None)
+    assert answer.headline.startswith(f"No answer: {headline}")
+    assert [tile.label for tile in answer.tiles] == tiles
+
+
+def test_a_failed_teacher_is_no_answer(make: Make, tmp_path: Path) -> None:
+    answer = build_answer(make(tmp_path, users=60, failing=[("full", 12, 0), ("full", 12, 1)]))
     assert answer.verdict == "no teacher"
-    assert "teacher" in answer.headline
-    assert "keep" not in answer.headline
     assert "2 of 73 trials failed" in answer.detail
-    assert answer.kept is None
-    assert answer.depth is None
 
 
-def test_only_baselines(make: Make, tmp_path: Path) -> None:
-    answer = _answer(make(tmp_path, users=100, methods={"popularity", "sasrec"}))
-    assert answer.verdict == "no teacher"
-    assert "SASRec" in answer.detail
-    assert [tile.label for tile in answer.tiles] == ["NDCG@10, popularity", "NDCG@10, SASRec"]
+def said(make: Make, tmp_path: Path, **options: Any) -> str:
+    """All caveats of a made-up run."""
+    return " ".join(build_answer(make(tmp_path, **({"users": 100} | options))).caveats)
 
 
-def test_only_the_teacher(make: Make, tmp_path: Path) -> None:
-    answer = _answer(make(tmp_path, users=100, methods={"sasrec", "full"}))
-    assert answer.verdict == "no depth tried"
-    assert "no depth below the teacher's was tried" in answer.headline
-
-
-def test_nothing_finished(make: Make, tmp_path: Path) -> None:
-    answer = _answer(make(tmp_path, methods=set()))
-    assert answer.verdict == "nothing finished"
-    assert answer.tiles == ()
-
-
-def test_failed_trials_and_few_seeds_are_said(summary: Summary) -> None:
+def test_few_seeds_failures_and_warnings_are_said(
+    summary: Summary, make: Make, tmp_path: Path
+) -> None:
     caveats = build_answer(summary).caveats
     assert any(f"1 of {len(summary.run.trials)} trials failed" in text for text in caveats)
     assert any(text.startswith("2 seeds") for text in caveats)
     assert "Data: no times: order is the file's." in caveats
+    assert "One seed: " in said(make, tmp_path, seeds=1)
+    assert "1 seed of 2 compared" in said(make, tmp_path, failing=[("distill", 4, 1)])
 
 
-def test_single_seed(make: Make, tmp_path: Path) -> None:
-    caveats = _answer(make(tmp_path, users=100, seeds=1)).caveats
-    assert any(text.startswith("One seed") for text in caveats)
-
-
-def test_a_failed_seed_is_said(make: Make, tmp_path: Path) -> None:
-    caveats = _answer(make(tmp_path, users=100, failing=[("distill", 4, 1)])).caveats
-    assert any(text.startswith("1 seed of 2 compared") for text in caveats)
-
-
-def test_a_baseline_that_beats_the_teacher_is_said(make: Make, tmp_path: Path) -> None:
-    run = make(tmp_path, users=400, gain=lambda method, _: 0.8 if method == "sasrec" else 0.0)
-    assert "The teacher is less accurate than SASRec" in _answer(run).caveats[0]
+def test_controls_that_weaken_the_answer_are_said(make: Make, tmp_path: Path) -> None:
+    text = said(make, tmp_path, users=300, gain=lambda m, _: 0.8 if m == "sasrec" else 0.0)
+    assert text.startswith("The teacher is less accurate than SASRec")
+    text = said(make, tmp_path, users=300, gain=lambda m, _: 0.7 if m == "random-init" else 0.0)
+    assert "Pretraining is not shown to help" in text
+    text = said(make, tmp_path, methods={"full", "finetune"})
+    assert "SASRec was not run" in text
+    assert "No random init" in text
+    for gain in (0.0, 1.1):  # of a head on the last item alone
+        run = {"users": 300, "methods": {"full", "finetune", "readout"}}
+        text = said(make, tmp_path, **run, gain=lambda _, d, gain=gain: 0.0 if d else gain)
+        assert ("not shown that blocks add" in text) == bool(gain)
 
 
 def test_a_teacher_no_better_than_popularity_answers_nothing(make: Make, tmp_path: Path) -> None:
     worst = {"popularity": 1.9, "distill": 0.5}
-    answer = _answer(make(tmp_path, users=300, gain=lambda method, _: worst.get(method, 0.0)))
+    answer = build_answer(make(tmp_path, users=300, gain=lambda method, _: worst.get(method, 0.0)))
     assert answer.verdict == "weak teacher"
     assert answer.headline.startswith("No answer: the teacher is")
     assert "popularity" in answer.headline
     assert answer.detail.startswith("Measured all the same: ")
+
+
+def test_without_times_no_speed_is_claimed(make: Make, tmp_path: Path) -> None:
+    answer = build_answer(make(tmp_path, users=100, timing=False))
+    assert "faster" not in answer.headline + answer.detail
+    assert answer.inference is None
+    assert [tile.label for tile in answer.tiles] == ["accuracy kept", "parameters"]
+    assert any("No times were compared" in text for text in answer.caveats)
 
 
 def test_an_interval_above_the_margin_that_is_not_enough_is_explained(summary: Summary) -> None:
@@ -157,31 +164,3 @@ def test_a_shallower_depth_that_is_undecided_is_named(summary: Summary) -> None:
     answer = build_answer(replace(summary, sufficiency=found))
     assert answer.headline.startswith("8 of 12 blocks keep 100.0 % [99.5, 100.5]")
     assert "Depth 2 (distilled) is undecided" in answer.detail
-
-
-def test_random_init_as_good_as_pretrained_is_said(make: Make, tmp_path: Path) -> None:
-    run = make(tmp_path, users=300, gain=lambda method, _: 0.7 if method == "random-init" else 0.0)
-    assert any("Pretraining is not shown to help" in text for text in _answer(run).caveats)
-
-
-@pytest.mark.parametrize(("gain", "said"), [(0.0, False), (1.1, True)])
-def test_that_blocks_may_add_nothing_is_said(
-    gain: float, said: bool, make: Make, tmp_path: Path
-) -> None:
-    methods = {"full", "finetune", "readout"}
-    run = make(tmp_path, users=300, methods=methods, gain=lambda _, depth: 0.0 if depth else gain)
-    assert any("not shown that blocks add" in text for text in _answer(run).caveats) == said
-
-
-def test_without_the_controls_that_is_said(make: Make, tmp_path: Path) -> None:
-    caveats = _answer(make(tmp_path, users=100, methods={"full", "finetune"})).caveats
-    assert any("SASRec was not run" in text for text in caveats)
-    assert any("No random init" in text for text in caveats)
-
-
-def test_without_times_no_speed_is_claimed(make: Make, tmp_path: Path) -> None:
-    answer = _answer(make(tmp_path, users=100, timing=False))
-    assert "faster" not in answer.headline + answer.detail
-    assert answer.inference is None
-    assert [tile.label for tile in answer.tiles] == ["accuracy kept", "parameters"]
-    assert any("No times were compared" in text for text in answer.caveats)

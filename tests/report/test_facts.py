@@ -62,13 +62,6 @@ def test_the_split_is_the_run_s(make: Make, tmp_path: Path, split: str) -> None:
     assert ("last item" in said) == (split == "leave-one-out")
 
 
-def test_a_run_without_counts_still_says_its_split(make: Make, tmp_path: Path) -> None:
-    said = dict(how_measured(summary_of(make, tmp_path, "leave-one-out")))
-    assert said["split"].startswith("Leave-one-out")
-    assert "Training has" not in said["split"]
-    assert "cleaning" not in said
-
-
 def test_cleaning_statistics_and_warnings(make: Make, tmp_path: Path) -> None:
     steps = [
         {"step": "as read", "interactions": 20_000, "users": 500, "items": 3_000},

@@ -16,8 +16,10 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 import depthprobe
+import depthprobe.report
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.methods import METHODS
 from depthprobe.report.figures import (
     FIGURES,
     accuracy_vs_cost,
@@ -31,6 +33,7 @@ from depthprobe.report.figures import (
 )
 from depthprobe.report.numbers import FULL, HEADLINE, Summary, summarise
 from depthprobe.report.style import save_figure
+from depthprobe.report.tables import ablation_table
 
 Make = Callable[..., Any]
 
@@ -130,6 +133,32 @@ def test_captions_are_sentences_and_empty_without_data(
         assert entry.reading(summary, **entry.chosen).endswith(".")
     bare = summarise(make(tmp_path, users=60, methods={"popularity"}))
     assert [entry.name for entry in FIGURES if entry.reading(bare, **entry.chosen)] == []
+
+
+def test_a_method_of_another_package_is_drawn_and_may_be_the_answer(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = replace(METHODS["distill"], name="ours", label="our way")
+    monkeypatch.setitem(METHODS, "ours", added)
+    run = make(tmp_path, users=60, seeds=1, methods={"full", "finetune", "distill"})
+    run.trials["method"] = run.trials["method"].replace("distill", "ours")
+    summary = summarise(run)
+    assert "our way" in series(accuracy_vs_depth(summary))
+    assert ("ours", 4) in summary.candidates
+    table = ablation_table(summary)
+    assert table is not None
+    assert "our way" in {row.cells[1].text for row in table.rows}
+
+
+def test_methods_are_named_in_one_module_alone() -> None:
+    source = Path(depthprobe.report.__file__).parent
+    others = {path.name: path.read_text(encoding="utf-8") for path in source.glob("*.py")}
+    del others["numbers.py"]
+    del others["facts.py"]  # of settings: where item embeddings come from, how negatives are drawn
+    named = {
+        (path, name) for path, text in others.items() for name in METHODS if f'"{name}"' in text
+    }
+    assert named == {("comparison.py", "sasrec")}  # a column of its table
 
 
 def test_what_a_run_does_not_hold_is_refused_by_name(make: Make, tmp_path: Path) -> None:

@@ -1,134 +1,97 @@
-"""The table of how far cheap scores can be trusted, against the definitions written out."""
+"""How far cheap scores can be trusted, against the definitions written out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.trust import reliability
-from depthprobe.report.page import build_report
+from depthprobe.report.numbers import Summary
 from depthprobe.report.reliance import reliance_table
-from depthprobe.runs.store import Run
-from depthprobe.runs.sweep import run_sweep
-from depthprobe.study import Backbone, Cost, Data, Protocol, Recipe, SasRecSettings, Study
+from depthprobe.report.tables import Table
 
-WANTED = ("full", "skip", "span", "drop-mlp", "similarity", "taylor", "early-exit", "finetune")
+Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("reliance")
-    rng = np.random.default_rng(0)
-    starts = rng.integers(30, size=80)
-    lines = [
-        f"u{u} " + " ".join(f"i{(s + k) % 30}" for k in range(7)) for u, s in enumerate(starts)
-    ]
-    (folder / "log.txt").write_text("\n".join(lines) + "\n")
-    config = LlamaConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=5,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "backbone")
-    few = Recipe(epochs=2, batch_size=16, learning_rate=0.01)
-    study = Study(
-        name="reliance", layers="1,2,3,4", methods=WANTED, seeds=1, device="cpu", recipe=few,
-        item_table="learned", item_width=8, protocol=Protocol(resamples=100),
-        data=Data(source=str(folder / "log.txt")), sasrec=SasRecSettings(width=8, recipe=few),
-        backbone=Backbone(source=str(folder / "backbone"), prompt=""),
-        cost=Cost(batch_size=8, warmup=0, rounds=1),
-    )  # fmt: skip
-    return run_sweep(study, folder / "run", jobs=0)
+def table(summary: Summary) -> Table:
+    made = reliance_table(summary)
+    assert made is not None
+    return made
 
 
-def by_user(run: Run, trial: str) -> np.ndarray:
+def by_user(run: Any, trial: str) -> np.ndarray:
     users = run.users
-    chosen = users[(users["trial"] == trial) & (users["protocol"] == "full")]
+    chosen = users[(users["trial"] == f"{trial}-0") & (users["protocol"] == "full")]
     return np.asarray(per_user_metric(chosen.sort_values("user")["rank"].to_numpy(), "NDCG@10"))
 
 
-def ndcg(run: Run, trial: str) -> float:
-    return float(by_user(run, trial).mean())
+def row(table: Table, candidate: str, by: str, score: str) -> pd.Series:
+    frame = table.frame.query("seed == 0 and candidate == @candidate and by == @by")
+    frame = frame[frame["score"] == score]
+    assert len(frame) == 1
+    return frame.iloc[0]
 
 
-def row(frame: pd.DataFrame, candidate: str, by: str, score: str) -> pd.Series:
-    chosen = frame.query("candidate == @candidate and by == @by and score == @score")
-    assert len(chosen) == 1
-    return chosen.iloc[0]
+def losses(run: Any) -> np.ndarray:
+    """Of each user without each block, (U, blocks)."""
+    skips = [by_user(run, f"skip-11-{block}") for block in range(12)]
+    return np.stack([by_user(run, "full-12-x") - skip for skip in skips], axis=1)
 
 
-def test_correlations_are_those_of_scores_and_damage(run: Run) -> None:
-    table = reliance_table(run)
-    assert table is not None
-    frame, maps = table.frame, run.scores("similarity")
-    whole = ndcg(run, "full-d05-s0")
-    blocks = [whole - ndcg(run, f"skip-b{b:02d}-s0") for b in range(5)]
-    influence = maps[maps["score"] == "block-influence"].sort_values("start")["value"]
-    found = row(frame, "blocks", "skip", "block-influence")
+def test_correlations_are_those_of_scores_and_damage(run: Any, table: Table) -> None:
+    scores, blocks = run.scores("similarity").query("seed == 0"), losses(run).mean(axis=0)
+    influence = scores[scores["score"] == "block-influence"].sort_values("start")["value"]
+    found = row(table, "blocks", "skip", "block-influence")
     assert found["spearman"] == pytest.approx(stats.spearmanr(influence, blocks).statistic)
     assert found["kendall"] == pytest.approx(stats.kendalltau(influence, blocks).statistic)
-    assert (found["candidates"], found["users"]) == (5, 80)
+    assert (found["candidates"], found["users"]) == (12, 400)
 
-    spans = [(i, i + n) for n in (2, 3, 4) for i in range(6 - n)]
-    damage = [whole - ndcg(run, f"span-b{i:02d}-{j - 1:02d}-s0") for i, j in spans]
-    cka = maps[maps["score"] == "cka"].set_index(["start", "end"])["value"]
+    spans = [(i, i + n) for n in (2, 3) for i in range(13 - n)]
+    full = by_user(run, "full-12-x").mean()
+    damage = [full - by_user(run, f"span-{12 - j + i}-{i}-{j - 1}").mean() for i, j in spans]
+    cka = scores[scores["score"] == "cka"].set_index(["start", "end"])["value"]
     unlike = [1 - cka[span] for span in spans]
-    found = row(frame, "spans", "span", "1 - CKA")
+    found = row(table, "spans", "span", "1 - CKA")
     assert found["spearman"] == pytest.approx(stats.spearmanr(unlike, damage).statistic)
-    summed = [sum(blocks[i:j]) for i, j in spans]
-    found = row(frame, "spans", "span", "skip damage, summed")
+    summed = [blocks[i:j].sum() for i, j in spans]
+    found = row(table, "spans", "span", "skip damage, summed")
     assert found["spearman"] == pytest.approx(stats.spearmanr(summed, damage).statistic)
 
 
-def test_depths_are_judged_by_the_variants_trained_there(run: Run) -> None:
-    table = reliance_table(run)
-    assert table is not None
-    exits = [-ndcg(run, f"early-exit-d{d:02d}-s0") for d in (1, 2, 3, 4)]
-    trained = [-ndcg(run, f"finetune-d{d:02d}-s0") for d in (1, 2, 3, 4)]
-    found = row(table.frame, "depths", "finetune", "early exit loss")
+def test_depths_are_judged_by_the_models_trained_there(run: Any, table: Table) -> None:
+    exits, trained = (
+        [-by_user(run, f"{method}-{d}-{d}-11").mean() for d in (1, 2, 4, 8)]
+        for method in ("early-exit", "finetune")
+    )
+    found = row(table, "depths", "finetune", "early exit loss")
     expected = stats.spearmanr(exits, trained).statistic
     np.testing.assert_allclose(found["spearman"], expected)
 
 
-def test_the_reliability_is_that_of_the_damages(run: Run) -> None:
-    table = reliance_table(run)
-    assert table is not None
-    whole = by_user(run, "full-d05-s0")
-    losses = np.stack([whole - by_user(run, f"skip-b{b:02d}-s0") for b in range(5)], axis=1)
-    of_blocks = table.frame.query("candidate == 'blocks'")["reliability"]
+def test_the_reliability_is_that_of_the_damages(run: Any, table: Table) -> None:
+    of_blocks = table.frame.query("candidate == 'blocks' and seed == 0")["reliability"]
     assert len(of_blocks) > 1
-    assert of_blocks.tolist() == pytest.approx([reliability(losses)] * len(of_blocks))
+    assert of_blocks.tolist() == pytest.approx([reliability(losses(run))] * len(of_blocks))
     place = table.columns.index("damage's reliability")
     shown = [row.cells[place].text for row in table.rows]
     assert shown == [f"{value:.2f}" for value in table.frame["reliability"]]
 
 
-def test_a_part_is_judged_by_its_own_damage(run: Run) -> None:
-    table = reliance_table(run)
-    assert table is not None
-    found = row(table.frame, "MLP alone", "drop-mlp", "mlp-influence")
-    assert found["candidates"] == 5
-    assert "attention alone" not in set(table.frame["candidate"])
+def test_a_part_is_judged_by_its_own_damage(table: Table) -> None:
+    for part, kind in (("mlp", "MLP alone"), ("attention", "attention alone")):
+        assert row(table, kind, f"drop-{part}", f"{part}-influence")["candidates"] == 12
 
 
-def test_the_page_has_it_and_the_folder_too(run: Run, tmp_path: Path) -> None:
-    page = build_report(run, tmp_path / "page.html").read_text()
-    assert "How far cheap scores can be trusted" in page
-    saved = pd.read_csv(run.path / "tables" / "reliance.csv")
-    assert "reliability" in saved
-    assert set(saved["candidate"]) == {"blocks", "spans", "MLP alone", "depths"}
-
-
-def test_no_table_without_scores_or_damage(run: Run) -> None:
-    assert reliance_table(Run(run.path, replace(run.study), run.manifest)) is not None
-    bare = Run(run.path, run.study, run.manifest)
-    bare.scores = lambda method: pd.DataFrame()  # type: ignore[method-assign]
+def test_no_table_without_scores_or_damage(run: Any, make: Make, tmp_path: Path) -> None:
     chosen = run.trials["method"].isin(["full", "finetune", "skip"])
-    bare.trials = run.trials[chosen]
-    assert reliance_table(bare) is None
+    assert reliance_table(replace(run, trials=run.trials[chosen], probes={})) is None
+    assert reliance_table(make(tmp_path, users=60, seeds=1, methods={"finetune", "skip"})) is None

@@ -17,6 +17,7 @@ from depthprobe.report.style import (
     figure_style,
     method_info,
     percent,
+    round_count,
     significant,
     times_faster,
 )
@@ -24,23 +25,16 @@ from depthprobe.report.style import (
 STYLES = {name: method_info(name) for name, method in METHODS.items() if not method.table}
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.048632, "0.0486"), (12.345, "12.3"), (1240.4, "1,240"), (0.0, "0"), (-3.14159, "-3.14"),
-        (math.nan, "–"), (1e-5, "0.0000100"),
-    ],
-)  # fmt: skip
-def test_significant_digits_are_never_in_exponent_form(value: float, text: str) -> None:
-    assert significant(value) == text
+def test_significant_digits_are_never_in_exponent_form() -> None:
+    values = (0.048632, 12.345, 1240.4, 0.0, -3.14159, math.nan, 1e-5)
+    texts = ["0.0486", "12.3", "1,240", "0", "-3.14", "–", "0.0000100"]
+    assert [significant(value) for value in values] == texts
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(812, "812"), (12_400, "12.4 k"), (6_631_000, "6.63 M"), (1.2e9, "1.20 B"), (None, "–")],
-)
-def test_counts_carry_their_unit(value: float | None, text: str) -> None:
-    assert count(value) == text
+def test_counts_carry_their_unit() -> None:
+    values = (812, 12_400, 6_631_000, 1.2e9, None)
+    assert [count(value) for value in values] == ["812", "12.4 k", "6.63 M", "1.20 B", "–"]
+    assert [round_count(value) for value in (0.5, 7, 20_000)] == ["0.5", "7", "20 k"]
 
 
 def test_metrics_and_shares() -> None:

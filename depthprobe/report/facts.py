@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from depthprobe.methods import METHODS
 from depthprobe.report.numbers import HEADLINE, SAMPLED, Summary
 from depthprobe.report.style import count, plural, significant
 from depthprobe.study import Study
@@ -62,6 +63,7 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
     run, manifest, study = summary.run, summary.run.manifest, summary.run.study
     data, protocol, git = manifest.data, study.protocol, manifest.git
     commit = git.commit if git else None
+    candidates = ", ".join(method.label for method in METHODS.values() if method.candidate)
     dirt = ", with uncommitted changes" if git and git.dirty else ""
     facts = [
         ("data", _data(data)),
@@ -80,8 +82,8 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
                       "and seeds in both arms. Times: the median ratio over paired rounds."),
         ("sufficient depth", "The fewest blocks that, with 95 % confidence, lose at most "
                              f"{100 * protocol.margin:g} % of the teacher's {HEADLINE}. The "
-                             "confidence is for all candidates at once (Bonferroni). Baselines, "
-                             "controls and models with a block left out are no candidates."),
+                             "confidence is for all candidates at once (Bonferroni). The "
+                             f"candidates are of these methods: {candidates}."),
         ("timing", _timing(manifest.timing or {})),
         ("reused trainings", _reused(run.records)),
         ("machine", _machine(manifest.machine)),

@@ -272,4 +272,5 @@ def rendered(ax: Axes, suffix: str) -> bytes:
 
 def beside(places: Sequence[float], index: int, number: int, gap: float = 0.09) -> Array:
     """Places of one series among several, moved aside so that their bars don't cover each other."""
+    gap = min(gap, 0.6 / number)  # or they would reach the next place
     return np.asarray(places, dtype=np.float64) + gap * (index - (number - 1) / 2)

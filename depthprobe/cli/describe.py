@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def describe(
     sequences: Sequences, *, source: str, protocol: Protocol | None = None, charts: bool = False
 ) -> None:
-    """Print sizes, cleaning, quantiles, charts where wanted, the split, the warnings.
+    """Print sizes, cleaning, quantiles, charts on demand, the split, the warnings.
 
     Without a ``protocol`` the split is the default one, and a log that can't be split so is no
     error: it is still worth a look.

@@ -128,10 +128,8 @@ def count_unknown(
         unknown = [item for item in history if item not in model.numbers]
         if unknown and not allowed:
             where = f"in the catalogue, in {path}, line {number}"
-            wanted = f"an item of the {len(model.item_ids):,} {where}"
-            raise BadInput(
-                "history", unknown[0], f"{wanted} (--skip-unknown leaves such items out)"
-            )
+            known = f"an item of the {len(model.item_ids):,} {where}"
+            raise BadInput("history", unknown[0], f"{known} (--skip-unknown leaves such items out)")
         items += len(unknown)
         users += len(unknown) == len(history)
     return items, users
@@ -144,7 +142,7 @@ def answers(file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int)
         known = [(user, [i for i in items if i in model.numbers]) for _, user, items in part]
         users = [(user, items) for user, items in known if items]
         best = model.recommend([items for _, items in users], top=top)
-        yield "".join(_rows(user, found) for (user, _), found in zip(users, best, strict=True))
+        yield "".join(_rows(user, items) for (user, _), items in zip(users, best, strict=True))
 
 
 def _count(number: int, what: str) -> str:

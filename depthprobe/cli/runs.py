@@ -50,19 +50,19 @@ def status(run: Run) -> None:
 
     from depthprobe.runs.store import status_of
 
-    found = status_of(run)
-    rows = [[name, *(counts[state] for state in STATES)] for name, counts in found.counts.items()]
-    rows.append(["all", *(found.total(state) for state in STATES)])
+    state = status_of(run)
+    rows = [[name, *(counts[each] for each in STATES)] for name, counts in state.counts.items()]
+    rows.append(["all", *(state.total(each) for each in STATES)])
     show_table(["tasks of", *STATES], rows, words=["tasks of"], title=str(run))
-    if found.working:
+    if state.working:
         header = ["working on", "last log line", ""]
-        lines = [[each.task, each.line, f"{each.seconds:.0f} s ago"] for each in found.working]
+        lines = [[each.task, each.line, f"{each.seconds:.0f} s ago"] for each in state.working]
         show_table(header, lines, words=header[:2])
-    for task, reason in found.failed:
+    for task, reason in state.failed:
         print(f"failed: {task}: {reason}", file=sys.stderr)
-    if found.failed:
+    if state.failed:
         print("--retry-failed tries them again")
-    if found.total("left") and not found.working:
+    if state.total("left") and not state.working:
         print("nobody works on it; the same sweep continues it")
 
 

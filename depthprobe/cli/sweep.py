@@ -138,10 +138,10 @@ def _run_here(study: Study, folder: Path, progress: Display, **how: Any) -> Run 
     from depthprobe.runs.processes import join_processes
     from depthprobe.runs.sweep import run_sweep
 
-    team = join_processes(study.device)
-    run = run_sweep(study, folder, progress=progress if team.writes else None, **how)
-    team.leave()
-    return run if team.writes else int(bool(run.failed))
+    group = join_processes(study.device)
+    run = run_sweep(study, folder, progress=progress if group.writes else None, **how)
+    group.leave()
+    return run if group.writes else int(bool(run.failed))
 
 
 def job_progress() -> Display:

@@ -77,9 +77,11 @@ def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Displa
         display = Display(stream, bar)
         logger.addHandler(display)
         logger.setLevel(logging.INFO)
+        logger.propagate = False  # the terminal would show the same line twice
         try:
             yield display
         finally:
+            logger.propagate = True
             logger.removeHandler(display)
             logger.setLevel(level)
 

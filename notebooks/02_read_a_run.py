@@ -20,6 +20,7 @@
 
 # %%
 # %matplotlib inline
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -208,4 +209,5 @@ _ = ax.set(xlabel="rank by the teacher", ylabel="rank by 2 blocks", aspect="equa
 # `data` differs can't be compared, whatever their names say.
 
 # %%
-sorted(run.record("full-d12-s0")["provenance"])
+record = json.loads((run.path / "trials" / "full-d12-s0" / "record.json").read_text())
+sorted(record["provenance"])

@@ -95,7 +95,7 @@ def test_features_are_made_once_a_seed_and_belong_to_one_teacher(
     small_run: Run, tmp_path: Path
 ) -> None:
     folders = sorted(small_run.path.glob(f"shared/{FEATURES}-*"))
-    assert [folder.name.rsplit("-", 1)[0] for folder in folders] == [
+    assert [folder.name.rsplit("-", 2)[0] for folder in folders] == [
         f"{FEATURES}-s{seed}-every" for seed in (0, 1)
     ]
     copy = shutil.copytree(small_run.path, tmp_path / "copy")

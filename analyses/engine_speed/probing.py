@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.passes import encode, passes, prepare_prompt, vectors_of
+from depthprobe.probing.passes import passes, vectors_of
 from depthprobe.probing.similarity import similarities
 from depthprobe.probing.walk import Route, blocks_run, route, walk
 
@@ -78,15 +78,15 @@ def main() -> None:
 
 @torch.inference_mode()
 def _encode(model: Recommender, asked: EvalSet) -> None:
-    prompt = prepare_prompt(model)
-    for _ in asked.map_batches(lambda _, *batch: encode(model, *batch, prompt), device=CPU):
-        pass
+    prompt = model.prepare_prompt()
+    for _, histories, lengths in asked.batches(device=CPU):
+        model.encode(histories, lengths, prompt)
 
 
 @torch.inference_mode()
 def _depths(model: Recommender, asked: EvalSet) -> None:
-    for batch in passes(model, asked, device=CPU):
-        vectors_of(model, batch.states)
+    for _, states in passes(model, asked, device=CPU):
+        vectors_of(model, states)
 
 
 def _maps(model: Recommender, asked: EvalSet) -> object:
@@ -96,8 +96,8 @@ def _maps(model: Recommender, asked: EvalSet) -> object:
 def _walking(routes: list[Route]) -> Action:
     @torch.inference_mode()
     def action(model: Recommender, asked: EvalSet) -> None:
-        for batch in walk(model, asked, routes, device=CPU):
-            vectors_of(model, batch.states)
+        for _, states in walk(model, asked, routes, device=CPU):
+            vectors_of(model, states)
 
     return action
 

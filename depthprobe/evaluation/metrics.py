@@ -55,58 +55,43 @@ def per_user_metric(ranks: Any, name: str) -> np.ndarray:
     return values
 
 
-def check_metrics(
-    metrics: Mapping[str, float], *, whole: bool = False, tolerance: float = 1e-9
-) -> None:
+def check_metrics(metrics: Mapping[str, float]) -> None:
     """Refuse a table row that no set of ranks can give; other metrics are passed over.
 
-    The share HR@K - HR@1 has ranks above 1 and up to K, and so bounds the rest: for whole ranks
-    ``HR@1 + (HR@K - HR@1) / log2(K + 1) <= NDCG@K <= HR@1 + (HR@K - HR@1) / log2(3)``, and
-    ``MRR`` lies likewise between ``HR@1 + (HR@K - HR@1) / K`` and ``HR@1 + (HR@K - HR@1) / 2 +
-    (1 - HR@K) / (K + 1)``. The mean rank over a tie can be 1.5, or K + 1/2: the upper bounds are
-    then wider, with log2(2.5), 1.5 and K + 1/2.
-
-    Args:
-        metrics: values as shares, not per cent.
-        whole: all ranks are whole numbers (as in published tables): the sharper bounds hold.
-        tolerance: how far a bound may be missed; for printed tables, their rounding.
+    The share HR@K - HR@1 has ranks above 1 and up to K, and so bounds the rest:
+    ``HR@1 + (HR@K - HR@1) / log2(K + 1) <= NDCG@K <= HR@1 + (HR@K - HR@1) / log2(2.5)``, and
+    ``MRR`` lies likewise between ``HR@1 + (HR@K - HR@1) / K`` and ``HR@1 + (HR@K - HR@1) / 1.5 +
+    (1 - HR@K) / (K + 1/2)``: the best mean rank after 1 is 1.5, and K + 1/2 after K.
 
     Raises:
         ValueError: naming the first bound that is missed.
     """
-    next_best = 2.0 if whole else 1.5  # the best rank after 1
-    after = 1.0 if whole else 0.5  # K + after: the best rank that is no hit
 
     def at_most(low: float, low_name: str, high: float, high_name: str) -> None:
-        if not low <= high + tolerance:  # so that NaN is refused
+        if not low <= high + 1e-9:  # so that NaN is refused
             raise ValueError(f"{low_name} = {low:.6g} is above {high_name} = {high:.6g}")
 
     for name, value in metrics.items():
         if _cut_off(name) or name == "MRR":
             at_most(0.0, "0", value, name)
             at_most(value, name, 1.0, "1")
-    cuts = {
-        gain: sorted(_cut_off(name) for name in metrics if name.startswith(f"{gain}@"))
-        for gain in ("HR", "NDCG")
-    }
-    for gain, own in cuts.items():
-        for pair in itertools.pairwise(own):
-            low, high = (f"{gain}@{cut}" for cut in pair)
+    for gain in ("HR@", "NDCG@"):
+        own = sorted((name for name in metrics if name.startswith(gain)), key=_cut_off)
+        for low, high in itertools.pairwise(own):
             at_most(metrics[low], low, metrics[high], high)
-    first = metrics.get("HR@1")
-    for cut in cuts["HR"]:
-        hits = metrics[f"HR@{cut}"]
+    for hits in (name for name in metrics if name.startswith("HR@")):
+        cut, share = _cut_off(hits), metrics[hits]
         # without HR@1 it may be anything up to HR@K: all on top, or none
-        top, bottom = (hits, 0.0) if first is None else (first, first)
-        name, bound = f"NDCG@{cut}", f"its bound from HR@1 and HR@{cut}"
-        if name in metrics:
-            highest = top + (hits - top) / math.log2(1 + min(next_best, cut))
+        top, bottom = metrics.get("HR@1", share), metrics.get("HR@1", 0.0)
+        bound = f"its bound from HR@1 and {hits}"
+        if (name := f"NDCG@{cut}") in metrics:
+            highest = top + (share - top) / math.log2(1 + min(1.5, cut))
             at_most(metrics[name], name, highest, bound)
-            at_most(bottom + (hits - bottom) / math.log2(cut + 1), bound, metrics[name], name)
+            at_most(bottom + (share - bottom) / math.log2(cut + 1), bound, metrics[name], name)
         if "MRR" in metrics:
-            highest = top + (hits - top) / next_best + (1 - hits) / (cut + after)
+            highest = top + (share - top) / 1.5 + (1 - share) / (cut + 0.5)
             at_most(metrics["MRR"], "MRR", highest, bound)
-            at_most(bottom + (hits - bottom) / cut, bound, metrics["MRR"], "MRR")
+            at_most(bottom + (share - bottom) / cut, bound, metrics["MRR"], "MRR")
 
 
 def _cut_off(name: str) -> int:
@@ -134,14 +119,10 @@ def _checked_ranks(ranks: Any) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class TrainingPopularity:
-    """Training interactions of each item, int64 (I,), and the mean popularity that users chose.
+    """How popular items are in training, and what the test's users chose there."""
 
-    ``usual`` is the mean over the test users of the mean popularity of their training items; NaN
-    if none of them has any.
-    """
-
-    popularity: np.ndarray
-    usual: float
+    popularity: np.ndarray  # (I,) int64, training interactions of each item
+    usual: float  # the mean over test users of their training items' mean popularity, maybe NaN
 
 
 def training_popularity(split: Split) -> TrainingPopularity:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from depthprobe.models.recommender import best_columns
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Ranks = dict[str, np.ndarray]  # of all E users' targets by protocol, (E,); lists under "top-10"
 
 CHUNK_BYTES = 64 * 2**20
 SMALLEST_BLOCK = 16
@@ -82,37 +84,28 @@ def rank_users(
 ) -> dict[str, Tensor]:
     """Rank each user's target by ``vectors @ item_matrix.T``, in chunks of users.
 
-    The scores of a chunk are made once, for both protocols. The target's score is read out of
-    them: a dot product made apart can differ in the last bit, and an item tied with the target
-    would then count as above or below it. Half precision is raised to float32 for the same
-    reason, as it ties items that are not equal.
+    The target's score is read out of the catalogue's: a dot product made apart can differ in the
+    last bit, and an item tied with the target would then count as above or below it. Half precision
+    is raised to float32, as it ties items that are not equal.
 
     Args:
         vectors: (E, d), one a user.
         item_matrix: (I + 1, d); row 0 is padding and never ranked.
         targets: (E,), items 1..I.
-        seen: for each user the items to leave out (any number, repeats allowed); the target is
-            ranked even if it is among them. None ranks against the whole catalogue.
+        seen: for each user the items to leave out, repeats allowed; the target is ranked even if
+            it is among them.
         negatives: (E, n), items 1..I, for the sampled protocol.
-        top: how many of each user's best items to return as well; seen ones are left out, the
-            target too if it is among them.
-        chunk_bytes: most memory that the scores of a chunk take, and again for working on them;
-            one user's row at least.
+        top: how many of each user's best items to return as well, without the seen ones.
+        chunk_bytes: most memory that the scores of a chunk take, and again for working on them.
 
     Returns:
         ``{"full": (E,)}`` and, with negatives, ``"sampled-<n>"``: float64 on the CPU. With
         ``top``, ``"top-<k>"``: see :func:`top_lists`.
 
     Raises:
-        ValueError: if shapes disagree, an item is not in 1..I, or a score is NaN.
+        ValueError: if an item is not in 1..I, or a score is NaN.
     """
     n_users, n_items = len(vectors), len(item_matrix) - 1
-    if vectors.dim() != 2 or item_matrix.dim() != 2 or vectors.shape[1] != item_matrix.shape[1]:
-        shapes = f"{tuple(vectors.shape)} and {tuple(item_matrix.shape)}"
-        raise ValueError(f"expected vectors (E, d) and an item matrix (I + 1, d), got {shapes}")
-    for name, values in (("targets", targets), ("seen", seen), ("negatives", negatives)):
-        if values is not None and len(values) != n_users:
-            raise ValueError(f"expected {name} of {n_users} users, got {len(values)}")
     dtype = torch.promote_types(vectors.dtype, item_matrix.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     vectors, device = vectors.to(dtype), vectors.device
@@ -166,9 +159,8 @@ def rank_users(
 
 def _count(marks: Tensor) -> Tensor:
     """The number of ones in each row: many times faster than over booleans on a CPU."""
-    # whole numbers in float32 are exact up to 2^24
-    wide = marks.shape[1] > 2**24
-    return marks.sum(1, dtype=torch.float64 if wide else torch.float32).long()
+    exact = torch.float32 if marks.shape[1] <= 2**24 else torch.float64
+    return marks.sum(1, dtype=exact).long()
 
 
 def _pairs(seen: Sequence[np.ndarray], n_items: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -194,15 +186,12 @@ def _check_nan(scores: Tensor, *, first: int = 0) -> None:
 
 
 def top_lists(scores: Tensor, k: int) -> Tensor:
-    """The best items 1..I of each row, best first, the lower one first on ties.
+    """The best items 1..I of each row of scores (C, I), the lower one first on ties: int64 (C, k).
 
-    What ``best_columns`` finds, for little more than the price of a maximum. A row is cut into
-    blocks of neighbouring columns. Its ``k`` best all lie in the ``k`` blocks with the highest
-    maxima, of equal ones the first: any other block has ``k`` columns before it. So only these
-    blocks are sorted, about ``2 sqrt(k I)`` numbers in place of I.
-
-    ``scores`` (C, I) of items 1..I hold no NaN, and -inf is never recommended. The lists are int64
-    (C, k), 0 where no item is left; k may be more than I.
+    0 where no item is left: -inf is never recommended. What ``best_columns`` finds, for little more
+    than the price of a maximum. A row is cut into blocks of neighbouring columns. Its ``k`` best
+    all lie in the ``k`` blocks with the highest maxima, of equal ones the first: any other block
+    has ``k`` columns before it. So only these are sorted, about ``2 sqrt(k I)`` numbers of I.
     """
     width = scores.shape[1]
     most = min(k, width)
@@ -243,6 +232,55 @@ class Encoder(Protocol):
         ...
 
 
+class Batches(Generic[T]):
+    """Batches of like length, the longest first; halved when memory runs out.
+
+    Work on each batch inside ``with batches.retry():``. One that does not fit comes again in
+    halves, and all later ones are as small. So the work must not add to a total before its end.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, make: Callable[[np.ndarray], T]) -> None:
+        """Cut ``lengths`` into batches of ``size``; ``make`` turns indices (B,) into a batch."""
+        self._waiting = deque(length_buckets(lengths, size))
+        self._size, self._make = size, make
+        self._chosen, self._failed = np.empty(0, np.int64), False
+
+    def __iter__(self) -> Iterator[T]:
+        while self._waiting:
+            chosen = self._chosen = self._waiting.popleft()
+            if len(chosen) > self._size:
+                parts = np.split(chosen, range(self._size, len(chosen), self._size))
+                self._waiting.extendleft(reversed(parts))
+                continue
+            self._failed = False
+            yield self._make(chosen)
+            if self._failed:  # only now: the error's traceback held on to what did not fit
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                self._size = (len(chosen) + 1) // 2
+                self._waiting.appendleft(chosen)
+                message = "out of memory with %d users at once: now %d"
+                logger.warning(message, len(chosen), self._size)
+
+    @contextmanager
+    def retry(self) -> Iterator[None]:
+        """Within the context, running out of memory is an error with a single user alone."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if len(self._chosen) == 1:
+                raise
+            self._failed = True
+
+
+class UserBatch(NamedTuple):
+    """Some users of an eval set."""
+
+    chosen: np.ndarray  # (B,) their indices
+    histories: Tensor  # (B, T) item ids, right-padded with 0
+    lengths: Tensor  # (B,)
+
+
 @dataclass(frozen=True)
 class EvalSet:
     """Users, their histories, and the target that a model must rank.
@@ -257,46 +295,15 @@ class EvalSet:
     negatives: np.ndarray | None  # (E, 999)
     lists: bool = False
 
-    def map_batches(
-        self,
-        function: Callable[[np.ndarray, Tensor, Tensor], T],
-        *,
-        device: torch.device,
-        size: int = BATCH,
-    ) -> Iterator[tuple[np.ndarray, T]]:
-        """Call ``function(chosen, histories, lengths)`` on users of like length together.
+    def batches(self, *, device: torch.device, size: int = BATCH) -> Batches[UserBatch]:
+        """All users in batches of like length."""
 
-        ``chosen`` (B,) are indices of users, ``histories`` (B, T), ``lengths`` (B,). When memory
-        runs out the batch is cut in half, and so are those that follow. The function is then
-        called again for some of the same users: it must not add to a total.
+        def make(chosen: np.ndarray) -> UserBatch:
+            own = [self.histories[i] for i in chosen]
+            lengths = torch.tensor([len(history) for history in own])
+            return UserBatch(chosen, torch.from_numpy(pad(own)).to(device), lengths.to(device))
 
-        Yields:
-            ``chosen``, and what the function returned for them.
-        """
-        lengths = np.array([len(history) for history in self.histories])
-        waiting = deque(length_buckets(lengths, size))
-        while waiting:
-            chosen = waiting.popleft()
-            if len(chosen) > size:
-                pieces = [chosen[at : at + size] for at in range(0, len(chosen), size)]
-                waiting.extendleft(reversed(pieces))
-                continue
-            histories = torch.from_numpy(pad([self.histories[i] for i in chosen]))
-            own = torch.from_numpy(lengths[chosen])
-            try:
-                value = function(chosen, histories.to(device), own.to(device))
-            except torch.OutOfMemoryError:
-                if len(chosen) == 1:
-                    raise
-                size = (len(chosen) + 1) // 2
-                waiting.appendleft(chosen)
-            else:
-                yield chosen, value
-                continue
-            # after the handler: the error's traceback holds on to what did not fit
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            logger.warning("out of memory with %d users at once: now %d", len(chosen), size)
+        return Batches([len(history) for history in self.histories], size, make)
 
     def rank(
         self, chosen: np.ndarray, vectors: Tensor, items: Tensor, *, top: int | None = None
@@ -308,33 +315,27 @@ class EvalSet:
         ranks = rank_users(
             vectors,
             items,
-            torch.from_numpy(self.targets[chosen].astype(np.int64)),
+            self.targets[chosen].astype(np.int64),
             seen=None if self.seen is None else [self.seen[i] for i in chosen],
-            negatives=None
-            if self.negatives is None
-            else torch.from_numpy(self.negatives[chosen].astype(np.int64)),
+            negatives=None if self.negatives is None else self.negatives[chosen].astype(np.int64),
             top=TOP * self.lists if top is None else top,
         )
         return {protocol: values.numpy() for protocol, values in ranks.items()}
 
     def rank_models(
-        self, batches: Iterable[tuple[np.ndarray, Tensor]], items: Tensor
-    ) -> list[dict[str, np.ndarray]]:
-        """Ranks of all users' targets by K models, each (E,) by protocol.
+        self, models: list[Ranks], chosen: np.ndarray, vectors: Tensor, items: Tensor
+    ) -> None:
+        """Rank the chosen users' targets by K models, into each model's ranks of all users.
 
-        ``batches`` are indices of users (B,) and their vectors by each model, (K, B, d); ``items``
-        is the item matrix, (I + 1, d).
+        ``models`` is empty before the first batch. ``vectors`` (K, B, d) are those of each model.
         """
-        models: list[dict[str, np.ndarray]] = []
-        for chosen, vectors in batches:
-            models = models or [{} for _ in vectors]
-            for ranks, own in zip(models, vectors, strict=True):
-                for name, values in self.rank(chosen, own, items).items():
-                    if name not in ranks:
-                        shape = (len(self.users), *values.shape[1:])
-                        ranks[name] = np.empty(shape, np.int32 if name == LISTS else np.float64)
-                    ranks[name][chosen] = values
-        return models
+        models += [{} for _ in vectors[len(models) :]]
+        for ranks, own in zip(models, vectors, strict=True):
+            for name, values in self.rank(chosen, own, items).items():
+                if name not in ranks:
+                    shape = (len(self.users), *values.shape[1:])
+                    ranks[name] = np.empty(shape, np.int32 if name == LISTS else np.float64)
+                ranks[name][chosen] = values
 
 
 def make_eval_set(
@@ -346,12 +347,9 @@ def make_eval_set(
     negatives: np.ndarray | None = None,
     limit: int | None = None,
 ) -> EvalSet:
-    """The users and targets of ``validation`` or ``test``.
+    """The users and targets of ``validation`` or ``test``; negatives (E, n) are of all its users.
 
-    Args:
-        limit: at most so many users, drawn once with a fixed seed so that every model of a study
-            is evaluated on the same ones.
-        negatives: (E, n) item ids aligned with the part's users, for the sampled protocol.
+    With a limit so many users, drawn with a fixed seed: the same ones for every model of a study.
     """
     users = split.part(part).users
     chosen = np.arange(len(users))
@@ -367,16 +365,18 @@ def make_eval_set(
 
 
 @torch.inference_mode()
-def evaluate(model: Encoder, eval_set: EvalSet, *, device: torch.device) -> dict[str, np.ndarray]:
+def evaluate(model: Encoder, eval_set: EvalSet, *, device: torch.device) -> Ranks:
     """Rank of every user's target by protocol, each (E,); the model must be in eval mode.
 
-    Where the eval set wants lists, ``"top-10"`` has each user's best items, int32 (E, 10): 0 where
-    none is left.
+    Where the eval set wants lists, ``"top-10"`` has each user's best items, int32 (E, 10).
     """
-    items = model.item_matrix()
-    encoded = eval_set.map_batches(lambda _, *batch: model.encode(*batch), device=device)
-    one_model = ((chosen, vectors[None]) for chosen, vectors in encoded)  # (1, B, d)
-    return next(iter(eval_set.rank_models(one_model, items)), {})
+    models: list[Ranks] = []
+    items, batches = model.item_matrix(), eval_set.batches(device=device)
+    for chosen, histories, lengths in batches:
+        with batches.retry():
+            vectors = model.encode(histories, lengths)
+            eval_set.rank_models(models, chosen, vectors[None], items)
+    return models[0] if models else {}
 
 
 def mean_ndcg(ranks: Sequence[float] | np.ndarray, k: int = 10) -> float:

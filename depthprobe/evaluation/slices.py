@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthprobe.data.splits import Split
+from depthprobe.evaluation.metrics import training_popularity
 from depthprobe.evaluation.statistics import LEVEL, percentile_bounds, weight_chunks
 
 ALL = "all"
@@ -22,14 +23,11 @@ RESERVED = frozenset({ALL, "history", "target", "user"})  # names that no own co
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A way to cut the test users into slices, each user in one.
-
-    ``codes`` int64 (E,): user ``e`` of the test is in slice ``labels[codes[e]]``.
-    """
+    """A way to cut the test users into slices, each user in one."""
 
     name: str
     labels: tuple[str, ...]
-    codes: np.ndarray
+    codes: np.ndarray  # int64 (E,): user ``e`` of the test is in slice ``labels[codes[e]]``
 
     @property
     def slices(self) -> list[str]:
@@ -40,10 +38,7 @@ class Family:
 def families(split: Split, own: Mapping[str, Sequence[str]] | None = None) -> list[Family]:
     """``history`` and ``target`` of the split's test users, and own ones by name and labels."""
     users, places = split.test.users, split.test.targets
-    popularity = np.bincount(
-        np.asarray(split.sequences.items)[split.trained], minlength=split.sequences.n_items + 1
-    )[1:]
-    groups = popularity_groups(popularity)[split.targets("test") - 1]
+    groups = popularity_groups(training_popularity(split).popularity)[split.targets("test") - 1]
     return [
         by_length(places - np.asarray(split.sequences.offsets)[users]),
         _used("target", groups, GROUPS),
@@ -83,9 +78,8 @@ def popularity_groups(popularity: np.ndarray) -> np.ndarray:
     The head are the most popular items, as many as it takes to hold 20 % of the training
     interactions (I,); the tail the least popular ones that hold 20 %; the middle is the rest
     (Abdollahpouri et al. 2021, arXiv 2103.06364). Cold items have none. Items of equal popularity
-    stay together: in the head or the tail if some of them are needed there, in the middle if in
-    both. The most popular ones are the head always, and the least popular the tail, unless all are
-    equal.
+    stay together: in the middle if some are needed in both. The most popular ones are the head
+    always, and the least popular the tail, unless all are equal.
     """
     counts, level = np.unique(popularity, return_inverse=True)  # ascending
     held = counts * np.bincount(level)  # interactions of each level
@@ -106,10 +100,9 @@ def slice_means(
 ) -> dict[str, tuple[int, np.ndarray]]:
     """Means of M per-user quantities (U, M), of all users and of each slice, with bounds.
 
-    The draws are those of :func:`~depthprobe.evaluation.statistics.bootstrap_means`: of all users,
-    the same for every slice and quantity. So the size of a slice varies with them, as it would
-    with other users. It costs little more than the intervals of all users alone: each user's
-    value is added up once, in the cell that all of its slices share.
+    The draws are of all users, the same for every slice and quantity. So the size of a slice varies
+    with them, as it would with other users. Each user's value is added up once, in the cell that
+    all of its slices share.
 
     Returns:
         By slice, ``all`` first, empty ones left out: how many users, and value, low and high,
@@ -142,19 +135,17 @@ def slice_means(
     totals, counts = add_up(np.ones((1, n_users)))
     users = counts[:, 0].astype(int)
     bounds = np.full((len(names), 2, width), np.nan)
-    large = (users >= FEWEST) | (np.arange(len(names)) == 0)
+    bounds[0] = [[-np.inf], [np.inf]]  # of one user
     if n_users > 1:
-        draws, done = np.empty((int(large.sum()), resamples, width)), 0
+        large = np.flatnonzero((users >= FEWEST) | (np.arange(len(names)) == 0))
+        draws, done = np.empty((len(large), resamples, width)), 0
         for weights in weight_chunks(n_users, resamples=resamples, seed=seed):
             sums, sizes = add_up(weights[:, order])
             draws[:, done : done + len(weights)] = sums[large] / sizes[large][:, :, None]
             done += len(weights)
-        for place, own in zip(np.flatnonzero(large), draws, strict=True):
+        for place, own in zip(large, draws, strict=True):
             low, high = percentile_bounds(own, level=LEVEL)
-            constant = (low == high) & (place > 0)
-            bounds[place] = np.where(constant, np.nan, [low, high])
-    else:
-        bounds[0] = [[-np.inf], [np.inf]]
+            bounds[place] = np.where((low == high) & (place > 0), np.nan, [low, high])
     return {
         name: (int(users[place]), np.stack([totals[place, 0] / users[place], *bounds[place]]))
         for place, name in enumerate(names)

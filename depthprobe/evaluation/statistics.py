@@ -37,55 +37,50 @@ class Interval:
     high: float
 
 
-def bootstrap_mean(
-    values: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
-) -> Interval:
+def bootstrap_mean(values: Any, *, resamples: int = 1000, seed: int = 0) -> Interval:
     """Mean of per-user values, (U,) or (S, U).
 
     Raises:
         ValueError: if there are no values, or one is NaN or infinite; so do all functions here.
     """
-    return _bootstrap([values], lambda means: means[..., 0], resamples, level, seed)
+    return _bootstrap([values], lambda means: means[..., 0], resamples, seed)
 
 
 def bootstrap_difference(
-    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
+    candidate: Any, reference: Any, *, resamples: int = 1000, seed: int = 0
 ) -> Interval:
     """``mean(candidate) - mean(reference)``, paired by user and seed."""
-    arms = [candidate, reference]
-    return _bootstrap(arms, lambda means: means[..., 0] - means[..., 1], resamples, level, seed)
+    return _bootstrap(
+        [candidate, reference], lambda means: means[..., 0] - means[..., 1], resamples, seed
+    )
 
 
 def bootstrap_ratio(
-    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
+    candidate: Any, reference: Any, *, resamples: int = 1000, seed: int = 0
 ) -> Interval:
     """``mean(candidate) / mean(reference)``, paired by user and seed.
 
     A resample in which the reference's mean is 0 counts against both bounds, so that they become
     infinite where such resamples are frequent. The reference's own mean must not be 0.
     """
-    if not np.any(np.mean(as_arms([candidate, reference])[1])):
+    if not np.any(np.mean(reference)):
         raise ValueError("the reference's mean is 0: a ratio to it has no meaning")
-    return _bootstrap(
-        [candidate, reference], lambda means: shares(means)[..., 0], resamples, level, seed
-    )
+    return _bootstrap([candidate, reference], lambda means: shares(means)[..., 0], resamples, seed)
 
 
-def bootstrap_means(
-    values: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
-) -> list[Interval]:
+def bootstrap_means(values: Any, *, resamples: int = 1000, seed: int = 0) -> list[Interval]:
     """Mean of each of M per-user quantities, (U, M), by the same draws of users."""
     (table,) = as_arms([values])  # (U, M)
     if len(table) == 1:
         return [Interval(float(value), -np.inf, np.inf) for value in table[0]]
     chunks = weight_chunks(len(table), resamples=resamples, seed=seed)
     draws = np.concatenate([weights @ table for weights in chunks])  # (R, M)
-    bounds = percentile_bounds(draws, level=level)
+    bounds = percentile_bounds(draws, level=LEVEL)
     return [Interval(*each) for each in np.stack([table.mean(axis=0), *bounds], axis=1).tolist()]
 
 
 def median_ratio(
-    candidate: Any, reference: Any, *, resamples: int = 1000, level: float = LEVEL, seed: int = 0
+    candidate: Any, reference: Any, *, resamples: int = 1000, seed: int = 0
 ) -> Interval:
     """Median over paired rounds of ``reference / candidate``: the speed-up of the candidate.
 
@@ -93,24 +88,15 @@ def median_ratio(
         candidate: seconds in each round, (n,), above 0.
         reference: seconds in the same rounds, (n,): what slows a whole round down cancels.
     """
-    times = np.asarray(candidate, np.float64), np.asarray(reference, np.float64)
-    if times[0].ndim != 1 or times[0].shape != times[1].shape or not times[0].size:
-        raise ValueError(f"expected two (n,) of times, got {times[0].shape} and {times[1].shape}")
-    if not all(np.all((t > 0) & np.isfinite(t)) for t in times):
-        raise ValueError("expected times above 0")
-    ratios = times[1] / times[0]  # (n,)
+    ratios = np.asarray(reference, np.float64) / np.asarray(candidate, np.float64)  # (n,)
     if len(ratios) == 1:
         return Interval(float(ratios[0]), 0.0, float("inf"))
     draws = np.random.default_rng(seed).integers(len(ratios), size=(resamples, len(ratios)))
-    return interval(float(np.median(ratios)), np.median(ratios[draws], axis=1), level=level)
+    return interval(float(np.median(ratios)), np.median(ratios[draws], axis=1))
 
 
 def _bootstrap(
-    arms: Sequence[Any],
-    statistic: Callable[[np.ndarray], np.ndarray],
-    resamples: int,
-    level: float,
-    seed: int,
+    arms: Sequence[Any], statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
 ) -> Interval:
     """Interval of ``statistic``, a function of means (..., A)."""
     checked = as_arms(arms)
@@ -118,7 +104,7 @@ def _bootstrap(
     if checked[0].shape[1] == 1:
         return Interval(value, -np.inf, np.inf)
     drawn = resampled_means(checked, resamples=resamples, seed=seed)
-    return interval(value, np.concatenate([statistic(both) for both, _ in drawn]), level=level)
+    return interval(value, np.concatenate([statistic(both) for both, _ in drawn]))
 
 
 def shares(means: np.ndarray) -> np.ndarray:
@@ -128,7 +114,7 @@ def shares(means: np.ndarray) -> np.ndarray:
     return share
 
 
-def interval(value: float, draws: np.ndarray, *, level: float) -> Interval:
+def interval(value: float, draws: np.ndarray, *, level: float = LEVEL) -> Interval:
     """The percentile interval of bootstrap draws, (R,)."""
     low, high = percentile_bounds(draws[:, None], level=level)[:, 0].tolist()
     return Interval(value, low, high)
@@ -139,18 +125,11 @@ def percentile_bounds(draws: np.ndarray, *, level: float) -> np.ndarray:
 
     Bounds are draws, never between. NaN counts against both.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}, expected a number between 0 and 1")
     tail = (1 - level) / 2
-    return np.stack([_quantiles(draws, tail), -_quantiles(-draws, tail)])
+    return np.stack([lower_bounds(draws, tail), -lower_bounds(-draws, tail)])
 
 
-def lower_bound(draws: np.ndarray, tail: float) -> float:
-    """The ``tail`` quantile of draws, shape (R,); NaN draws count as -inf."""
-    return float(_quantiles(draws[:, None], tail)[0])
-
-
-def _quantiles(draws: np.ndarray, tail: float) -> np.ndarray:
+def lower_bounds(draws: np.ndarray, tail: float) -> np.ndarray:
     """The ``tail`` quantile of each column of (R, M); NaN draws count as -inf."""
     rows = np.ascontiguousarray(draws.T)  # (M, R)
     rows = np.where(np.isnan(rows), -np.inf, rows)
@@ -161,11 +140,7 @@ def _quantiles(draws: np.ndarray, tail: float) -> np.ndarray:
 
 def as_arms(arms: Sequence[Any]) -> list[np.ndarray]:
     """Check that all arms are finite and of one shape; each becomes float64 (S, U)."""
-    checked = []
-    for values in arms:
-        if hasattr(values, "detach"):  # a tensor; this module needs no torch
-            values = values.detach().cpu()
-        checked.append(np.atleast_2d(np.asarray(values, dtype=np.float64)))
+    checked = [np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in arms]
     shapes = [arm.shape for arm in checked]
     if len(set(shapes)) > 1:
         raise ValueError(f"paired values need one shape (seeds, users), got {shapes}")
@@ -192,21 +167,17 @@ def resampled_means(
     rng = np.random.default_rng(seed)
     groups = _alike(arms) if n_users > MANY else None
     if groups is not None:
-        chosen, sizes = groups
-        arms = [arm[:, chosen] for arm in arms]  # (S, K + users apart)
+        arms = [arm[:, groups[0]] for arm in arms]  # (S, K + users apart)
     # equal arms have equal means to the last bit: in one product of all they need not
     keys = [hashlib.sha256(arm.tobytes()).digest() for arm in arms]
     distinct = dict(zip(keys, arms, strict=True))
     owner = [list(distinct).index(key) for key in keys]
     rows = np.concatenate(list(distinct.values()))  # (distinct arms * S, U)
-    chunk = max(1, WEIGHT_BYTES // (8 * rows.shape[1]))
-    for start in range(0, resamples, chunk):
-        count = min(chunk, resamples - start)
-        users = (
-            _weights(rng, count, n_users)  # (C, U)
-            if groups is None
-            else _weights_by_group(rng, count, n_users, sizes, rows.shape[1] - len(sizes))
-        )
+    for count in _chunks(rows.shape[1], resamples):
+        if groups is None:
+            users = _weights(rng, count, n_users)  # (C, U)
+        else:
+            users = _weights_by_group(rng, count, n_users, groups[1], rows.shape[1])
         seeds = _weights(rng, count, n_seeds) if n_seeds > 1 else np.ones((count, 1))  # (C, S)
         means = (users @ rows.T).reshape(count, -1, n_seeds)[:, owner]  # (C, A, S)
         yield np.einsum("cas,cs->ca", means, seeds), means.mean(axis=2)
@@ -215,9 +186,14 @@ def resampled_means(
 def weight_chunks(n_users: int, *, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Multinomial weights of bootstrap draws over users, with sum 1: (C, U), R rows in all."""
     rng = np.random.default_rng(seed)
+    for count in _chunks(n_users, resamples):
+        yield _weights(rng, count, n_users)
+
+
+def _chunks(n_users: int, resamples: int) -> list[int]:
+    """How many resamples are drawn at a time."""
     chunk = max(1, WEIGHT_BYTES // (8 * n_users))
-    for start in range(0, resamples, chunk):
-        yield _weights(rng, min(chunk, resamples - start), n_users)
+    return [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
 
 
 def _weights(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
@@ -237,25 +213,21 @@ def _alike(arms: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
     codes = np.zeros(arms[0].shape[1], np.int64)
     for values in (row for arm in arms for row in arm):
         kinds, own = np.unique(values, return_inverse=True)
-        codes = codes * len(kinds) + own
         _, firsts, codes, sizes = np.unique(
-            codes, return_index=True, return_inverse=True, return_counts=True
+            codes * len(kinds) + own, return_index=True, return_inverse=True, return_counts=True
         )
         large = sizes >= LARGE
         if 2 * sizes[large].sum() < len(codes):
             return None
-    apart = np.flatnonzero(~large[codes])
-    return np.concatenate([firsts[large], apart]), sizes[large]
+    return np.concatenate([firsts[large], np.flatnonzero(~large[codes])]), sizes[large]
 
 
 def _weights_by_group(
-    rng: np.random.Generator, count: int, n_users: int, sizes: np.ndarray, apart: int
+    rng: np.random.Generator, count: int, n_users: int, sizes: np.ndarray, width: int
 ) -> np.ndarray:
-    """Multinomial weights of K groups and of the users in none, (count, K + apart), sum 1."""
-    weights = np.empty((count, len(sizes) + apart))
-    drawn = rng.multinomial(
-        n_users, np.append(sizes, apart) / n_users, size=count
-    )  # (count, K + 1)
+    """Multinomial weights of K groups, then of the users in none, (count, width), sum 1."""
+    weights, apart = np.empty((count, width)), width - len(sizes)
+    drawn = rng.multinomial(n_users, np.append(sizes, apart) / n_users, size=count)  # (C, K + 1)
     weights[:, : len(sizes)] = drawn[:, :-1]
     if apart:
         for row, left in zip(weights, drawn[:, -1], strict=True):

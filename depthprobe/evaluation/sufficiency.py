@@ -64,7 +64,6 @@ def sufficient_depth(
     margin: float = 0.01,
     level: float = 0.95,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> Sufficiency:
     """Find the smallest depth whose loss against the reference is within the margin.
 
@@ -74,51 +73,46 @@ def sufficient_depth(
         margin: the relative loss that is acceptable, 0.01 is 1 %.
         level: confidence.
         resamples: bootstrap draws; more are made when many candidates need a farther tail.
-        seed: of the draws.
     """
     if not 0 <= margin < 1 or not 0 < level < 1:
         raise ValueError(f"margin is {margin} and level is {level}, expected numbers in [0, 1)")
     names = sorted(candidates, key=lambda name: (name[1], name[0]))
-    try:
-        arms = statistics.as_arms([*(candidates[name] for name in names), reference])
-    except ValueError as error:
-        raise ValueError(f"candidates {names}, then the reference: {error}") from error
+    arms = statistics.as_arms([*(candidates[name] for name in names), reference])
     bottom = arms[-1].mean()
     if not bottom > 0:
         raise ValueError(f"the reference's mean is {bottom:g}, expected a number above 0")
     users = arms[-1].shape[1]
-    if not names:
-        return Sufficiency((), None, None, None, None, users, margin, level)
-    tail = (1 - level) / len(names)
+    tail = (1 - level) / max(1, len(names))
     resamples = max(resamples, math.ceil(TAIL_DRAWS / tail))
-    drawn = list(statistics.resampled_means(arms, resamples=resamples, seed=seed))
+    drawn = list(statistics.resampled_means(arms, resamples=resamples, seed=0))
     crossed = shares(np.concatenate([both for both, _ in drawn]))  # (R, A - 1)
     by_user = shares(np.concatenate([users_alone for _, users_alone in drawn]))
     rows = []
     for place, (method, depth) in enumerate(names):
         value, draws = float(arms[place].mean() / bottom), crossed[:, place]
         if users > 1:
-            lower = statistics.lower_bound(draws, tail)
+            lower = float(statistics.lower_bounds(draws[:, None], tail)[0])
             kept = statistics.interval(value, draws, level=level)
         else:  # one user says nothing about others
             lower, kept = -math.inf, Interval(value, -math.inf, math.inf)
         rows.append(RetainedAccuracy(method, depth, kept, lower, lower >= 1 - margin))
     shown = [row for row in rows if row.shown]
     best = min(shown, key=lambda row: (row.depth, -row.kept.value), default=None)
-    undecided, needed = None, None
+    needed = dict[tuple[str, int], int]()
     for place, row in enumerate(rows):
         if row.shown or (best is not None and row.depth >= best.depth):
             continue
         gap = row.kept.value - (1 - margin)
         reach = row.kept.value - row.lower
         enough = _users_needed(crossed[:, place], by_user[:, place], gap, reach, users)
-        if enough is not None and (needed is None or enough < needed):
-            undecided, needed = (row.method, row.depth), enough
+        if enough is not None:
+            needed[row.method, row.depth] = enough
+    undecided = min(needed, key=lambda name: needed[name], default=None)
     return Sufficiency(
         rows=tuple(rows),
         method=best.method if best else None,
         depth=best.depth if best else None,
-        users_needed=needed,
+        users_needed=needed[undecided] if undecided else None,
         undecided=undecided,
         users=users,
         margin=margin,

@@ -32,21 +32,18 @@ def trust(
     outcomes: Any,
     *,
     resamples: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Rank correlations of each score with the measured damage, and their intervals over users.
 
-    The damage of a candidate is the mean over users of ``reference - outcome``. It is computed
-    again in each bootstrap draw of users, the same for all scores; scores and candidates stay what
-    they are. So intervals hold for these candidates and other users, and leave out that the score
-    itself was estimated.
+    The damage of a candidate is the mean over users of ``reference - outcome``, computed again in
+    each bootstrap draw of users. So intervals hold for these candidates and other users, and leave
+    out that the score itself was estimated.
 
     Noise in the damage hides an order, and a resample carries the users' noise twice. Where many
-    neighbours in the order of damage are no farther apart than their standard errors, the estimate
-    is too near to 0 and the interval nearer still, most of all for a good score: the bound at 0's
-    side then holds and the other one does not. Such a low correlation may be the users' fault:
-    their :func:`reliability` says how high a correlation can be.
+    damages are no farther apart than their standard errors, the estimate is too near to 0 and the
+    interval nearer still: the bound at 0's side then holds and the other one does not. The users'
+    :func:`reliability` says how high a correlation can be.
 
     Args:
         scores: by name (M,), higher for a candidate believed to be more important.
@@ -54,21 +51,11 @@ def trust(
         outcomes: the same without each candidate, (U, M).
 
     Returns:
-        One row a score, with :data:`COLUMNS`; the reliability is of the damages, so the same in
-        each row. Correlations are NaN for a score that holds NaN or is constant, for fewer than 3
-        candidates, and where all damages are equal. Resamples with equal damages count against
-        both bounds.
+        One row a score, with :data:`COLUMNS`. Resamples with equal damages count against both
+        bounds of a correlation.
     """
     full, without = np.asarray(reference, np.float64), np.asarray(outcomes, np.float64)
-    if full.ndim != 1 or without.ndim != 2 or len(full) != len(without):
-        raise ValueError(
-            f"expected reference (U,) and outcomes (U, M), got {full.shape} and {without.shape}"
-        )
     users, candidates = without.shape
-    table = {name: np.asarray(values, np.float64) for name, values in scores.items()}
-    for name, values in table.items():
-        if values.shape != (candidates,):
-            raise ValueError(f"score {name!r} is {values.shape}, expected ({candidates},)")
     damages, sound = np.empty((1, 0)), math.nan
     if candidates:
         losses = np.subtract(full, without.T, order="C")  # (M, U)
@@ -79,28 +66,22 @@ def trust(
         # the damage itself first, then each resample's
         damages = np.concatenate([damage, *(both for both, _ in drawn)])  # (1 + R, M)
     rows: list[dict[str, Any]] = []
-    for name, values in table.items():
+    for name, values in scores.items():
         spearman, kendall = correlations(values, damages)
         rows.append(
             {"score": name, "candidates": candidates, "users": users, "reliability": sound}
-            | _with_bounds("spearman", spearman, users, level)
-            | _with_bounds("kendall", kendall, users, level)
+            | _with_bounds("spearman", spearman, users)
+            | _with_bounds("kendall", kendall, users)
         )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def correlations(score: Any, damage: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Spearman's rho and Kendall's tau-b of a score (M,) with each row of damages (R, M).
+    """Spearman's rho and Kendall's tau-b, both (R,), of a score (M,) with rows of damages (R, M).
 
-    Tied values share their mean rank in rho. Infinities are allowed: only the order is read. Both
-    (R,) are NaN for fewer than 3 candidates, and where the score or the row is constant or holds
-    NaN.
+    NaN for fewer than 3 candidates, and where the score or the row is constant or holds NaN.
     """
     values, rows = np.asarray(score, np.float64), np.asarray(damage, np.float64)
-    if values.ndim != 1 or rows.ndim != 2 or rows.shape[1] != len(values):
-        raise ValueError(
-            f"expected a score (M,) and damages (R, M), got {values.shape} and {rows.shape}"
-        )
     if len(values) < FEWEST:
         return np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     rows, values = _centred_ranks(rows), _centred_ranks(values)
@@ -117,34 +98,25 @@ def correlations(score: Any, damage: Any) -> tuple[np.ndarray, np.ndarray]:
 def reliability(losses: Any, *, splits: int = SPLITS, seed: int = 0) -> float:
     """How well these users order the candidates by damage: split halves, stepped up to all users.
 
-    The users are split at random into two halves (one has a user more where the count is odd),
-    each half has its own damages, and Spearman's rho between the two, averaged over splits, is the
-    reliability r of half of the users. That of all is ``2 r / (1 + r)`` (Spearman-Brown). The
-    formula is one for linear correlations, so with ranks it is an approximation.
+    Each random half of the users has its own damages, and Spearman's rho between the two, averaged
+    over splits, is the reliability r of half of the users. That of all is ``2 r / (1 + r)``
+    (Spearman-Brown; a formula for linear correlations, so with ranks an approximation). About
+    ``sqrt(reliability)`` is the highest correlation that a score can be expected to have, unless
+    it was measured on the same users. With few candidates it is rough: damages of nothing but
+    noise give 0.2 on average for four candidates, and above 0.7 in one of twenty cases.
 
-    It is the squared correlation of the damages with those that endlessly many such users would
-    give: about ``sqrt(reliability)`` is the highest correlation that a score can be expected to
-    have, unless it was measured on the same users and shares their noise. With few candidates it
-    is rough: damages of nothing but noise give 0.2 on average for four candidates, and above 0.7 in
-    one of twenty cases; 0.1 and 0.3 for fifty. It knows of chance between users only, not of the
-    chance in training a variant.
-
-    From 0 to 1; 0 too where halves disagree more than by chance, since no share is negative. A half
-    in which all damages are equal orders nothing and counts as a correlation of 0. NaN for fewer
-    than 2 users or 3 candidates, and where the damages of all users are equal. ``losses`` are by
-    user and candidate, (U, M); a damage is a mean over users.
+    From 0 to 1; 0 too where halves disagree more than by chance, or a half has equal damages. NaN
+    for fewer than 2 users or 3 candidates, and where the damages of all users are equal.
+    ``losses`` are by user and candidate, (U, M); a damage is a mean over users.
     """
     table = np.asarray(losses, np.float64)
-    if table.ndim != 2 or not np.isfinite(table).all():
-        raise ValueError(f"expected finite losses (U, M), got {table.shape}")
     users, candidates = table.shape
     if users < 2 or candidates < FEWEST:
         return math.nan
     first, second = _halves(table, splits, seed)
     if not np.ptp(first[0] + second[0]):
         return math.nan
-    found = _linear(_centred_ranks(first), _centred_ranks(second))
-    half = float(np.nan_to_num(found).mean())
+    half = float(np.nan_to_num(_linear(_centred_ranks(first), _centred_ranks(second))).mean())
     return 2 * half / (1 + half) if half > 0 else 0.0
 
 
@@ -188,12 +160,12 @@ def _share(part: np.ndarray, square: np.ndarray) -> np.ndarray:
     return share
 
 
-def _with_bounds(name: str, correlation: np.ndarray, users: int, level: float) -> dict[str, float]:
+def _with_bounds(name: str, correlation: np.ndarray, users: int) -> dict[str, float]:
     """The first of (1 + R,) correlations, and bounds from the others."""
     value, low, high = float(correlation[0]), -1.0, 1.0
     if math.isnan(value):
         low = high = value
     elif users > 1:
-        bounds = interval(value, correlation[1:], level=level)
+        bounds = interval(value, correlation[1:])
         low, high = max(low, bounds.low), min(high, bounds.high)
     return {name: value, f"{name}_low": low, f"{name}_high": high}

@@ -280,9 +280,7 @@ class Recommender(nn.Module):
         )
         return self.read_out(places)
 
-    def encode(self, histories: Tensor, lengths: Tensor, prompt: Cache | None = None) -> Tensor:
-        """User vectors after the last item and the suffix, (B, T) and (B,) -> (B, d)."""
-        return self.forward(histories, lengths, prompt)
+    encode = forward  # with lengths: user vectors after the last item and the suffix, (B, d)
 
 
 def _output_width(backbone: PreTrainedModel) -> int:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from depthprobe.evaluation.ranks import BATCH, Encoder, EvalSet
+from depthprobe.evaluation.ranks import BATCH, Encoder, EvalSet, Ranks
 from depthprobe.models.parts import check_readable, join_streams, split_streams
 from depthprobe.models.skipping import after_blocks
-from depthprobe.models.taps import tap_blocks
+from depthprobe.models.taps import removed_after, tap_blocks
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # half precision: 3e-2
 
@@ -39,32 +38,11 @@ class CausalEncoder(Encoder, Protocol):
         return states
 
 
-@dataclass(frozen=True)
-class BatchStates:
-    """A batch of users and their states."""
-
-    chosen: np.ndarray  # (B,) indices of the users
-    histories: Tensor  # (B, T)
-    lengths: Tensor  # (B,)
-    states: Tensor  # (L + 1, B, D) before the first and after each block, where users are read out
-
-
-def prepare_prompt(model: CausalEncoder) -> Cache | None:
-    """The prompt that all users share, run once; None for a model that has none."""
+def shared_prompt(model: CausalEncoder) -> tuple[Any, ...]:
+    """The prompt that all users share, run once: a last argument of ``encode``; () without one."""
     prepare = getattr(model, "prepare_prompt", None)
-    cache: Cache | None = prepare() if prepare is not None else None
-    return cache
-
-
-def encode(
-    model: CausalEncoder, histories: Tensor, lengths: Tensor, prompt: Cache | None
-) -> Tensor:
-    """User vectors (B, d) of histories (B, T) behind a prompt that has run."""
-    if prompt is None:
-        return model.encode(histories, lengths)
-    behind: Any = model.encode
-    vectors: Tensor = behind(histories, lengths, prompt)
-    return vectors
+    prompt = prepare() if prepare is not None else None
+    return () if prompt is None else (prompt,)
 
 
 def vectors_of(model: CausalEncoder, states: Tensor) -> Tensor:
@@ -83,11 +61,8 @@ def normed(model: CausalEncoder, states: Tensor) -> Tensor:
 def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
     """Within the context, call each hook with its module, args, kwargs and output."""
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def exact(values: Tensor) -> Tensor:
@@ -97,30 +72,29 @@ def exact(values: Tensor) -> Tensor:
 
 def passes(
     model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, batch_size: int = BATCH
-) -> Iterator[BatchStates]:
-    """Encode all users once, and yield each batch with its states; nothing else is kept.
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Encode all users once; yields each batch's users (B,) and states (L + 1, B, D).
 
-    The caller decides about gradients: probing runs this in inference mode.
+    States are those before the first and after each block, where users are read out. Nothing else
+    is kept. The caller decides about gradients: probing runs this in inference mode.
 
     Raises:
         ValueError: for a backbone that has no state to read out after each block, or if the
             vectors of the first batch are not what its states are read out to.
     """
     check_readable(model.backbone)
-    prompt, checked = prepare_prompt(model), False
-
-    def run(chosen: np.ndarray, histories: Tensor, lengths: Tensor) -> tuple[Tensor, BatchStates]:
-        tap.positions = model.last_place(lengths)
-        vectors = encode(model, histories, lengths, prompt)
-        states = torch.stack([join_streams(state) for state in tap.states])
-        return vectors, BatchStates(chosen, histories, lengths, states)
-
+    prompt, checked = shared_prompt(model), False
+    batches = eval_set.batches(device=device, size=batch_size)
     with tap_blocks(model.backbone) as tap:
-        for _, (vectors, batch) in eval_set.map_batches(run, device=device, size=batch_size):
-            if not checked:
-                _check_read_out(model, vectors, batch.states[-1])
-                checked = True
-            yield batch
+        for chosen, histories, lengths in batches:
+            with batches.retry():
+                tap.positions = model.last_place(lengths)
+                vectors = model.encode(histories, lengths, *prompt)
+                states = torch.stack([join_streams(state) for state in tap.states])
+                if not checked:
+                    _check_read_out(model, vectors, states[-1])
+                    checked = True
+                yield chosen, states
 
 
 def _check_read_out(model: CausalEncoder, vectors: Tensor, last: Tensor) -> None:
@@ -139,7 +113,7 @@ def _check_read_out(model: CausalEncoder, vectors: Tensor, last: Tensor) -> None
 @torch.inference_mode()
 def early_exit(
     model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, norm: bool = True
-) -> list[dict[str, np.ndarray]]:
+) -> list[Ranks]:
     """Ranks of every user's target read out after each block, 0..L, by protocol, each (E,).
 
     The state after block k of a causal model is the state of the model cut to its first k blocks,
@@ -147,23 +121,17 @@ def early_exit(
     a cut model does. Without it, SLMRec's reading, the full depth alone is the model's own; a
     backbone whose final states have another width is then refused.
     """
-
-    def read(states: Tensor) -> Tensor:  # (L + 1, B, D) -> (L + 1, B, d)
-        if norm:
-            return vectors_of(model, states)
-        return torch.cat([_past_norm(model, states[:-1]), vectors_of(model, states[-1:])])
-
-    batches = passes(model, eval_set, device=device)
-    vectors = ((batch.chosen, read(batch.states)) for batch in batches)
-    return eval_set.rank_models(vectors, model.item_matrix())
-
-
-def _past_norm(model: CausalEncoder, states: Tensor) -> Tensor:
-    """States (K, B, D) to user vectors (K, B, d), past the final norm."""
-    width = normed(model, states[:1]).shape[-1]
-    if width != states.shape[-1]:
-        raise ValueError(
-            f"states {states.shape[-1]} wide can't be read out without the final norm: what"
-            f" follows the blocks makes them {width} wide"
-        )
-    return model.read_out(states.to(model.item_matrix().dtype))
+    ranks: list[Ranks] = []
+    items = model.item_matrix()
+    for chosen, states in passes(model, eval_set, device=device):
+        vectors = vectors_of(model, states if norm else states[-1:])
+        if not norm:
+            inner = states[:-1]
+            if (width := normed(model, inner[:1]).shape[-1]) != inner.shape[-1]:
+                raise ValueError(
+                    f"states {inner.shape[-1]} wide can't be read out without the final norm: what"
+                    f" follows the blocks makes them {width} wide"
+                )
+            vectors = torch.cat([model.read_out(inner.to(items.dtype)), vectors])
+        eval_set.rank_models(ranks, chosen, vectors, items)
+    return ranks

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from depthprobe.evaluation.ranks import BATCH, EvalSet, mean_ndcg
+from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks, mean_ndcg
 from depthprobe.files import reserve
 from depthprobe.probing.passes import CausalEncoder, normed, passes, vectors_of
 
@@ -83,8 +83,8 @@ def cache_states(
 ) -> CachedStates:
     """Run the model once over the users, into a memory-mapped file of E (L + 1) D numbers.
 
-    In float16, half as large and read twice as fast; in float32 where a state does not fit, as
-    the few huge features of some language models do not. An old file at ``path`` is overwritten.
+    In float16, or in float32 where a state does not fit, as the few huge features of some language
+    models do not.
 
     Raises:
         ValueError: without users, for a backbone without one state a position after each block, or
@@ -103,8 +103,8 @@ def _write_states(
 ) -> bool:
     """Whether all states fit the dtype; then they are in the file."""
     out: np.ndarray | None = None
-    for batch in passes(model, eval_set, device=device):
-        states = batch.states.transpose(0, 1).to(dtype)  # (B, L + 1, D)
+    for chosen, batch in passes(model, eval_set, device=device):
+        states = batch.transpose(0, 1).to(dtype)  # (B, L + 1, D)
         if not torch.isfinite(states).all():
             return False
         rows = states.cpu().numpy()
@@ -112,7 +112,7 @@ def _write_states(
             shape = (len(eval_set.users), *rows.shape[1:])
             out = np.lib.format.open_memmap(path, mode="w+", dtype=rows.dtype, shape=shape)
             reserve(path)
-        out[batch.chosen] = rows
+        out[chosen] = rows
     return True
 
 
@@ -128,25 +128,19 @@ def fit_readouts(
     """Fit a linear map from normed states to user vectors at each depth 0..L.
 
     By the cross-entropy of the target against the catalogue, scored with the model's own item
-    matrix. That is convex in the map, so all start at zero. The model stays as it is.
-
-    Args:
-        model: the one that the states are of.
-        train: what the model was trained on itself will do, but then the deepest states may know
-            the targets better than those of new users do.
-        validation: what chooses each depth's epoch.
-        seed: of the order of the users.
+    matrix. That is convex in the map, so all start at zero. The model stays as it is. ``train`` may
+    be what the model was trained on, but then the deepest states may know the targets better than
+    those of new users do; ``validation`` chooses each depth's epoch.
     """
     items = model.item_matrix()
     sample = train.at(np.arange(1), device, torch.promote_types(items.dtype, torch.float32))
     width = _normed(model, sample).shape[-1]
     start = torch.zeros(len(sample), width, items.shape[1]).to(sample)
 
-    def goal(_: Tensor, targets: Tensor) -> Tensor:
-        return targets
-
     cached = (train, validation)
-    return _fit_side_by_side(model, cached, _read_linear, goal, start, seed, settings)
+    return _fit_side_by_side(
+        model, cached, _read_linear, lambda _, targets: targets, start, seed, settings
+    )
 
 
 def _read_linear(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -187,12 +181,17 @@ def fit_lenses(
     def read(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _read_translated(model, states, moves * weight, size * bias)
 
-    def goal(states: Tensor, _: Tensor) -> Tensor:  # the teacher's own vectors
-        return _unembed(model, states[-1:])[0]
-
     start = sample.new_zeros(len(sample), sample.shape[-1], sample.shape[-1])
     cached = (train, validation)
-    fitted = _fit_side_by_side(model, cached, read, goal, start, seed, settings)
+    fitted = _fit_side_by_side(
+        model,
+        cached,
+        read,
+        lambda states, _: _unembed(model, states[-1:])[0],
+        start,
+        seed,
+        settings,
+    )
     weight, bias = moves * fitted.weight, size * fitted.bias
     return replace(fitted, read=_read_translated, weight=weight, bias=bias)
 
@@ -281,13 +280,9 @@ def score_gradient(vectors: Tensor, table: Tensor, goal: Tensor) -> Tensor:
 
     With scores ``s = v E'`` it is ``(softmax(s) E - goal) / B``. The first term is attention of
     users to items, whose kernels go through the catalogue tile by tile (Dao et al., arXiv
-    2205.14135): no graph is needed, and the scores never exist as a whole.
-
-    Args:
-        vectors: (K, B, d).
-        table: the catalogue without padding, (I, d).
-        goal: targets (B,), counted from 1; or user vectors (B, d), whose shares of the items are
-            the goal: then it is the gradient of the KL divergence from them, too.
+    2205.14135): no graph is needed, and the scores never exist as a whole. ``table`` is the
+    catalogue without padding, (I, d). ``goal`` are targets (B,), counted from 1; or user vectors
+    (B, d): then it is the gradient of the KL divergence from their shares of the items.
     """
     users = vectors.shape[1]
     # where torch has no such kernel (float64 on a GPU) there are scores: of one depth at a time
@@ -307,8 +302,10 @@ def _mean_items(vectors: Tensor, table: Tensor) -> Tensor:
 @torch.inference_mode()
 def rank_readouts(
     model: CausalEncoder, fitted: Readouts, eval_set: EvalSet, *, device: torch.device
-) -> list[dict[str, np.ndarray]]:
+) -> list[Ranks]:
     """Ranks of every user's target at each depth 0..L, by protocol, each (E,), from one pass."""
-    batches = passes(model, eval_set, device=device)
-    vectors = ((batch.chosen, fitted.vectors(model, batch.states)) for batch in batches)
-    return eval_set.rank_models(vectors, model.item_matrix())
+    ranks: list[Ranks] = []
+    items = model.item_matrix()
+    for chosen, states in passes(model, eval_set, device=device):
+        eval_set.rank_models(ranks, chosen, fitted.vectors(model, states), items)
+    return ranks

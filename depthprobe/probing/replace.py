@@ -29,7 +29,7 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable, find_projection
 from depthprobe.models.taps import tap_blocks
-from depthprobe.probing.passes import CausalEncoder, encode, exact, hooked, prepare_prompt
+from depthprobe.probing.passes import CausalEncoder, exact, hooked, shared_prompt
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.
@@ -58,22 +58,16 @@ def fit_replacements(
     ridge: float = RIDGE,
     batch_size: int = BATCH,
 ) -> list[Replacement]:
-    """Fit the map of each span, in one pass over the users for all of them.
+    """Fit the map of each span [start, end), in one pass over the users for all of them.
 
     With ``E = h_end - h_start`` and ``G = M'M`` over all real positions,
     ``T = I + (G + a I)^-1 M'E``: the minimum of ``||M T - (M + E)||^2 + a ||T - I||^2``. The ridge
-    pulls T to the identity, which is plain removal, so that on these users the map is never worse
-    than no map. The paper's ridge pulls T to zero: ``(G + a I)^-1 M'(M + E)``, the same for a -> 0,
-    but it also deletes what M writes in directions that these users hardly show.
+    (a in units of ``trace(G) / D``) pulls T to the identity, which is plain removal, so that on
+    these users the map is never worse than no map. The paper's pulls T to zero: the same for
+    a -> 0, but it also deletes what M writes in directions that these users hardly show.
 
-    Positions are those of a user's items, up to the one that is read out (with what follows the
-    items before it); neither padding nor a prompt counts. Sums are float64; memory is two (D, D)
-    matrices for each span and each start, however many users there are.
-
-    Args:
-        spans: blocks [start, end), 0-based; start at least 1, as block start - 1 takes the map.
-        ridge: a in units of ``trace(G) / D``, more than 0. It matters where there are few
-            positions for the width: from some 100 D of them on, 0.01 and less do the same.
+    Positions are those of a user's items, up to the one that is read out; neither padding nor a
+    prompt counts. Sums are float64; memory is two (D, D) matrices for each span and each start.
 
     Raises:
         ValueError: without users; for no such span; for a backbone without one state a position
@@ -83,8 +77,6 @@ def fit_replacements(
     """
     if not len(eval_set.users):
         raise ValueError("no users to fit a map on")
-    if not ridge > 0:
-        raise ValueError(f"ridge is {ridge}: it must be more than 0")
     for start, end in spans:
         _check_span(model, start, end)
     check_readable(model.backbone)
@@ -99,25 +91,21 @@ def fit_replacements(
     starts = {start for start, _ in spans}
     hooks = [(find_projection(model.backbone, start - 1), keep(start)) for start in starts]
 
-    def run(_: np.ndarray, histories: Tensor, lengths: Tensor) -> _NormalEquations:
-        nonlocal batch
-        tap.clear()  # of a pass that ran out of memory
-        batch = _NormalEquations(spans)
-        batch.first = int(getattr(model, "lead", 0))  # a prompt repeated in each row
-        batch.last = model.last_place(lengths)
-        encode(model, histories, lengths, prompt)
-        tap.check_complete()
-        return batch
-
-    prompt = prepare_prompt(model)
+    prompt, batches = shared_prompt(model), eval_set.batches(device=device, size=batch_size)
     with (
         tap_blocks(model.backbone, consume=lambda k, state: batch.add_state(k, state)) as tap,
         hooked(hooks),
     ):
-        for _, sums in eval_set.map_batches(run, device=device, size=batch_size):
-            total.add(sums)
-    factors = {start: _factor(total.gram[start], ridge) for start in starts}
-    return [_solve(total, span, factors[span[0]]) for span in spans]
+        for _, histories, lengths in batches:
+            with batches.retry():
+                tap.clear()  # of a pass that ran out of memory
+                batch = _NormalEquations(spans)
+                batch.first = int(getattr(model, "lead", 0))  # a prompt repeated in each row
+                batch.last = model.last_place(lengths)
+                model.encode(histories, lengths, *prompt)
+                tap.check_complete()
+                total.add(batch)
+    return [_solve(total, span, ridge) for span in spans]
 
 
 class _NormalEquations:
@@ -170,17 +158,12 @@ class _NormalEquations:
         return exact(values.reshape(state.shape)[real])
 
 
-def _factor(gram: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of G + a I, (D, D)."""
+def _solve(sums: _NormalEquations, span: tuple[int, int], ridge: float) -> Replacement:
+    gram, cross = sums.gram[span[0]], sums.cross[span]
     size = gram.diagonal().mean()
     # an MLP that wrote nothing: any positive a gives the identity
     shift = ridge * size if size > 0 else torch.ones_like(size)
-    factor: Tensor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
-    return factor
-
-
-def _solve(sums: _NormalEquations, span: tuple[int, int], factor: Tensor) -> Replacement:
-    gram, cross = sums.gram[span[0]], sums.cross[span]
+    factor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
     change = torch.cholesky_solve(cross, factor)  # T - I
     # ||M (T - I) - E||^2 from the sums alone
     left = (change * (gram @ change - 2 * cross)).sum() + sums.moved[span]
@@ -195,35 +178,13 @@ def _solve(sums: _NormalEquations, span: tuple[int, int], factor: Tensor) -> Rep
 
 
 @torch.no_grad()
-def fold_map(model: CausalEncoder, replacement: Replacement) -> None:
-    """Fold the map into the block before the span, in place; all blocks stay.
+def fold_map(model: CausalEncoder, replacement: Replacement, *, cut: bool = False) -> None:
+    """Fold the map into the block before the span, in place; with ``cut`` the span is removed.
 
-    What it is worth shows once the span is left out, by a cut or a route past it. The product is
-    taken in float64 and rounded once to the weights' dtype. A model that :func:`fit_replacements`
-    refuses, or a map of another width, is refused here too; the model is then unchanged.
+    Else what it is worth shows once the span is left out. The product is taken in float64 and
+    rounded once. A model that :func:`fit_replacements` refuses, a map of another width, or a cut
+    that ``keep_blocks`` refuses is refused, and the model is then unchanged.
     """
-    for weight, value in _folded(model, replacement):
-        weight.copy_(value)
-
-
-@torch.no_grad()
-def apply_replacement(model: CausalEncoder, replacement: Replacement) -> None:
-    """Fold the map into the block before the span and remove the span, in place.
-
-    The backbone is then a plain model of fewer blocks, as after ``keep_blocks``. What
-    :func:`fold_map` or ``keep_blocks`` refuses is refused, and the model is then unchanged.
-    """
-    folded = _folded(model, replacement)
-    span = range(replacement.start, replacement.end)
-    # before the weights change: the cut may be refused
-    depth = len(find_blocks(model.backbone))
-    keep_blocks(model.backbone, [b for b in range(depth) if b not in span])
-    for weight, value in folded:
-        weight.copy_(value)
-
-
-def _folded(model: CausalEncoder, replacement: Replacement) -> list[tuple[Tensor, Tensor]]:
-    """The weights that take the map, each with its new value in float64."""
     _check_span(model, replacement.start, replacement.end)
     projection = find_projection(model.backbone, replacement.start - 1)
     transposed = isinstance(projection, Conv1D)
@@ -232,11 +193,15 @@ def _folded(model: CausalEncoder, replacement: Replacement) -> list[tuple[Tensor
         raise ValueError(f"the map is {replacement.map.shape}, and the stream {outputs} wide")
     # y = x W' + b (`nn.Linear`): y T = x (T'W)' + T'b; y = x W + b (`Conv1D`): y T = x (W T) + T'b
     turned = torch.from_numpy(replacement.map).T  # T'
-    old = exact(projection.weight).cpu()
-    folded = [(projection.weight, (turned @ old.T).T if transposed else turned @ old)]
-    if projection.bias is not None:
-        folded.append((projection.bias, turned @ exact(projection.bias).cpu()))
-    return folded
+    old, bias = exact(projection.weight).cpu(), projection.bias
+    value = (turned @ old.T).T if transposed else turned @ old
+    if cut:  # before the weights change: it may be refused
+        span = range(replacement.start, replacement.end)
+        depth = len(find_blocks(model.backbone))
+        keep_blocks(model.backbone, [b for b in range(depth) if b not in span])
+    projection.weight.copy_(value)
+    if bias is not None:
+        bias.copy_(turned @ exact(bias).cpu())
 
 
 def _check_span(model: CausalEncoder, start: int, end: int) -> None:
@@ -247,13 +212,11 @@ def _check_span(model: CausalEncoder, start: int, end: int) -> None:
         raise ValueError(f"[{start}, {end}) is no span of {depth} blocks")
 
 
-# A fitted linear map on disk: with the teacher's weights it makes the shallower model again.
-
 FILE, MAP = "replacement.safetensors", "map"
 
 
 def save_replacement(replacement: Replacement, folder: Path) -> None:
-    """Write the map in float64, as it was fitted, and what it stands for."""
+    """Write the map as it was fitted; with the teacher's weights it makes the model again."""
     folder.mkdir(parents=True, exist_ok=True)
     rest = {name: value for name, value in vars(replacement).items() if name != MAP}
     save_file({MAP: replacement.map}, folder / FILE, metadata={"of": json.dumps(rest)})

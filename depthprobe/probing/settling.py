@@ -34,20 +34,16 @@ def settling(
 ) -> Settling:
     """Read every depth out of one pass and compare each user's answers with the last.
 
-    Seen items are left out of the lists where the eval set has them, as out of the ranks. ``k``,
-    from 1 to I, is the length of the lists; a user with fewer items left has a shorter one.
+    Seen items are left out of the lists of length ``k`` as they are of the ranks.
     """
     items = model.item_matrix()
-    if not 1 <= k < len(items):
-        raise ValueError(f"k is {k}, expected 1 to {len(items) - 1}, the number of items")
     eval_set = replace(eval_set, negatives=None)  # the sampled protocol has no top list
     n_users, n_depths = len(eval_set.users), len(find_blocks(model.backbone)) + 1
     ranks = np.empty((n_users, n_depths), np.float32)
     top_settled, set_settled = np.empty(n_users, np.int16), np.empty(n_users, np.int16)
-    for batch in passes(model, eval_set, device=device):
-        chosen = batch.chosen
+    for chosen, states in passes(model, eval_set, device=device):
         lists = np.empty((len(chosen), n_depths, k), np.int64)
-        for depth, vectors in enumerate(vectors_of(model, batch.states)):  # (B, d)
+        for depth, vectors in enumerate(vectors_of(model, states)):  # (B, d)
             answers = eval_set.rank(chosen, vectors, items, top=k)
             ranks[chosen, depth], lists[:, depth] = answers["full"], answers[f"top-{k}"]
         top_settled[chosen] = settled_depths(lists)
@@ -68,15 +64,12 @@ def settled_depths(lists: np.ndarray) -> np.ndarray:
 def to_frame(settling: Settling, users: np.ndarray) -> pd.DataFrame:
     """One row a user, ``users`` (E,) in the order of the eval set.
 
-    ``rank_settled`` is the first depth whose rank is within one of the last: later depths may leave
-    again, as a single rank moves more easily than the best of a list; it says when an exit would
-    have served. ``best_depth`` is the first depth with the target's best rank; it can be before L
-    without overthinking, where the full model only draws level. ``overthinking`` says that some
-    depth before L ranks the target strictly better.
+    ``rank_settled`` is the first depth whose rank is within one of the last; later depths may leave
+    again. ``best_depth`` is the first depth with the target's best rank; it can be before L where
+    the full model only draws level. ``overthinking``: a depth before L ranks the target strictly
+    better.
     """
     ranks = settling.ranks
-    if len(users) != len(ranks):
-        raise ValueError(f"expected {len(ranks)} users, got {len(users)}")
     final, best = ranks[:, -1], ranks.min(axis=1)
     return pd.DataFrame(
         {

@@ -19,7 +19,7 @@ from depthprobe.evaluation.ranks import BATCH, EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import Branch, check_readable, find_sublayers, join_streams
 from depthprobe.models.taps import first_tensor, input_state, tap_blocks
-from depthprobe.probing.passes import CausalEncoder, encode, exact, hooked, passes, prepare_prompt
+from depthprobe.probing.passes import CausalEncoder, exact, hooked, passes, shared_prompt
 
 FEW = 8  # users from whom is learnt how a block adds its branches up
 CONSTANT = 1e-10  # of a state's size: less than what two users' states can differ by
@@ -61,9 +61,8 @@ def similarities(
     2406.15786). There x is the stream to which the part is added: the block's input plus the
     branches that ran before it, also where attention and MLP both read the block's input.
 
-    Whatever their dtype, states are compared in float64: in bfloat16, 1 - cos of a redundant
-    block rounds to 0. At most ``cka_users`` users' states are kept, for CKA, drawn with a fixed
-    seed.
+    States are compared in float64: in bfloat16, 1 - cos of a redundant block rounds to 0. At most
+    ``cka_users`` users' states are kept, for CKA, drawn with a fixed seed.
 
     Raises:
         ValueError: without users, for a backbone without one state a position after each block, or
@@ -74,7 +73,6 @@ def similarities(
         raise ValueError("no users to compare the states of")
     check_readable(model.backbone)
     sums = find_sums(model, eval_set, device=device)
-    depth = len(sums)
     outputs = [[torch.empty(0)] * len(terms) for terms in sums]  # of each block's terms, (B, D)
     places = torch.empty(0)  # (B,) where the users of the batch are read out
 
@@ -90,39 +88,39 @@ def similarities(
         for place, term in enumerate(sums[index])
     ]
 
-    def run(_: np.ndarray, histories: Tensor, lengths: Tensor) -> Tensor:
-        nonlocal places
-        tap.positions = places = model.last_place(lengths)
-        encode(model, histories, lengths, prompt)
-        return torch.stack([join_streams(state) for state in tap.states])  # (L + 1, B, D)
-
-    sample = _Sample(users, cka_users)
-    influence, parts = np.zeros(depth), np.zeros((depth, 2))
-    angular, norms = np.zeros((depth + 1, depth + 1)), np.zeros(depth + 1)
-    prompt = prepare_prompt(model)
+    sample, totals = _Sample(users, cka_users), [np.zeros(1)] * 4
+    prompt, batches = shared_prompt(model), eval_set.batches(device=device, size=batch_size)
     with tap_blocks(model.backbone) as tap, hooked(hooks):
-        for chosen, states in eval_set.map_batches(run, device=device, size=batch_size):
-            sample.put(chosen, states)
-            wide = exact(states)
-            size = wide.norm(dim=2, keepdim=True)  # (L + 1, B, 1)
-            unit = (wide / size).transpose(0, 1)  # (B, L + 1, D)
-            cosines = torch.bmm(unit, unit.mT).clamp_(-1, 1)  # (B, L + 1, L + 1)
-            neighbours = cosines.diagonal(1, 1, 2)  # (B, L)
-            influence += (1 - neighbours).sum(dim=0).cpu().numpy()
-            angular += cosines.acos().sum(dim=0).cpu().numpy() / np.pi
-            norms += size[..., 0].sum(dim=1).cpu().numpy()
-            blocks = zip(wide[:-1], sums, outputs, strict=True)
-            by_part = torch.stack([_part_influence(*block) for block in blocks])  # (L, 2, B)
-            parts += by_part.sum(dim=2).cpu().numpy()
+        for chosen, histories, lengths in batches:
+            with batches.retry():
+                tap.positions = places = model.last_place(lengths)
+                model.encode(histories, lengths, *prompt)
+                states = torch.stack([join_streams(state) for state in tap.states])  # (L+1, B, D)
+                sample.put(chosen, states)
+                wide = exact(states)
+                size = wide.norm(dim=2, keepdim=True)  # (L + 1, B, 1)
+                unit = (wide / size).transpose(0, 1)  # (B, L + 1, D)
+                cosines = torch.bmm(unit, unit.mT).clamp_(-1, 1)  # (B, L + 1, L + 1)
+                blocks = zip(wide[:-1], sums, outputs, strict=True)
+                by_part = torch.stack([_part_influence(*block) for block in blocks])  # (L, 2, B)
+                own = [
+                    (1 - cosines.diagonal(1, 1, 2)).sum(dim=0),  # (L,)
+                    cosines.acos().sum(dim=0) / np.pi,  # (L + 1, L + 1)
+                    size[..., 0].sum(dim=1),  # (L + 1,)
+                    by_part.sum(dim=2),  # (L, 2)
+                ]
+                pairs = zip(totals, own, strict=True)
+                totals = [total + each.cpu().numpy() for total, each in pairs]
+    influence, angular, norms, parts = (total / users for total in totals)
     np.fill_diagonal(angular, 0)
     return Similarities(
-        influence=influence / users,
-        angular=angular / users,
+        influence=influence,
+        angular=angular,
         cka=sample.cka(),
         cka_users=sample.users,
-        norms=norms / users,
-        attention=parts[:, 0] / users,
-        mlp=parts[:, 1] / users,
+        norms=norms,
+        attention=parts[:, 0],
+        mlp=parts[:, 1],
     )
 
 
@@ -204,9 +202,6 @@ def _by_user(states: Tensor) -> Tensor:
 
 
 # Parts of a block: what it adds to its input, in which order, by which factors.
-#
-# `find_sublayers` finds the modules that the branches come from; here is found what becomes of
-# their outputs until they are added, from the states that a few users really have.
 
 
 @dataclass(frozen=True)
@@ -247,15 +242,15 @@ class _BranchEnd:
 def find_sums(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> list[list[Term]]:
     """What each block adds to its input, in order; nothing for a block that is no such sum.
 
-    A branch may pass a norm before it is added, and be scaled, and so may the whole sum. The norm
-    is the module that is called with the very tensor that the branch returned; the factors are
-    those that make the sum the block's output, for the first users.
+    A branch may pass a norm before it is added: the module that is called with the very tensor that
+    the branch returned. The factors are those that make the sum the block's output, for few users.
     """
     blocks = find_blocks(model.backbone)
     branches_of = _branches(blocks, model)
     few = replace(eval_set, users=eval_set.users[:FEW], histories=eval_set.histories[:FEW])
-    # a pass of its own, as it checks the read-out, which runs some modules on other states
-    (batch,) = passes(model, few, device=device)
+    # a pass of its own checks the read-out, as that runs some modules on other states
+    for _ in passes(model, few, device=device):
+        pass
     ends: dict[tuple[int, str], _BranchEnd] = {}  # by block and branch
 
     def follow(block: int, path: str) -> Callable[..., None]:
@@ -278,10 +273,11 @@ def find_sums(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) 
         for path, module in block.named_modules()
         if path and branches_of[index]
     ]
-    places, prompt = model.last_place(batch.lengths), prepare_prompt(model)
+    ((_, histories, lengths),) = few.batches(device=device)
+    places, prompt = model.last_place(lengths), shared_prompt(model)
     with tap_blocks(model.backbone) as tap, hooked(hooks):
         tap.positions = places
-        encode(model, batch.histories, batch.lengths, prompt)
+        model.encode(histories, lengths, *prompt)
     sums: list[list[Term]] = []
     for index, branches in enumerate(branches_of):
         own = [ends[index, b.path] for b in branches if (index, b.path) in ends]
@@ -314,11 +310,11 @@ def _at(output: Tensor, places: Tensor) -> Tensor:
 def _factors(state: Tensor, added: Sequence[Tensor], result: Tensor) -> list[float]:
     """By what each of ``added`` is multiplied in ``result / c = state + their sum``, all (B, D).
 
-    Empty if there are no such numbers. Rounding is relative to the terms, so each equation is
-    weighed by the size of its own: else a few huge features would hide all others.
+    Empty if there are no such numbers.
     """
     terms = torch.stack([state, *added]).cpu().double().flatten(1)  # (k, B D)
     goal = result.cpu().double().flatten()
+    # rounding is relative to an equation's terms: else a few huge features would hide all others
     weight = (terms.abs().sum(dim=0) + goal.abs()).clamp_min(1e-300)
     terms, goal = terms / weight, goal / weight
     if not (added and terms.isfinite().all() and goal.isfinite().all()):

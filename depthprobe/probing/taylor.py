@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.blocks import find_blocks
-from depthprobe.probing.passes import CausalEncoder, encode, prepare_prompt
+from depthprobe.probing.passes import CausalEncoder, shared_prompt
 from depthprobe.probing.readout import score_gradient
 
 BATCH = 32  # a backward pass keeps what an evaluation pass forgets
@@ -38,33 +38,27 @@ def taylor_importance(
     blocks = find_blocks(model.backbone)
     _check_weights(model, blocks)
     weights = list(dict.fromkeys(blocks.parameters()))
-    targets = torch.from_numpy(eval_set.targets.astype(np.int64))
-
-    def gradients(
-        chosen: np.ndarray, histories: Tensor, lengths: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """Of the sum of the users' losses, by each weight."""
-        # the prompt anew for each batch: its part of the graph is gone after the backward pass
-        vectors = encode(model, histories, lengths, prepare_prompt(model))  # (B, d)
-        slope = score_gradient(
-            vectors.detach().to(table.dtype)[None], table, targets[chosen].to(device)
-        )[0]
-        # the sum over users, not the mean: half precision loses what is small
-        slope = (len(chosen) * slope).to(vectors.dtype)
-        # not backward(): nothing is to be added to the model's own gradients
-        return torch.autograd.grad(vectors, weights, slope, allow_unused=True)
-
     total: dict[Tensor, Tensor] = {}
+    batches = eval_set.batches(device=device, size=batch_size)
     # the caller may be in inference mode, whose tensors remember no gradient
     with torch.inference_mode(False), torch.enable_grad(), _requiring_gradients(weights):
         table = model.item_matrix().detach()[1:]  # (I, d)
         table = table.to(torch.promote_types(table.dtype, torch.float32))
-        batches = eval_set.map_batches(gradients, device=device, size=batch_size)
-        for _, slopes in batches:
-            for weight, slope in zip(weights, slopes, strict=True):
-                if slope is not None:  # an expert may have had no user
+        for chosen, histories, lengths in batches:
+            slopes: tuple[Tensor | None, ...] = ()
+            with batches.retry():
+                # the prompt anew: its part of the graph is gone after the backward pass
+                vectors = model.encode(histories, lengths, *shared_prompt(model))  # (B, d)
+                own = torch.from_numpy(eval_set.targets[chosen].astype(np.int64)).to(device)
+                slope = score_gradient(vectors.detach().to(table.dtype)[None], table, own)[0]
+                # the sum over users, not the mean: half precision loses what is small
+                slope = (len(chosen) * slope).to(vectors.dtype)
+                # not backward(): nothing is to be added to the model's own gradients
+                slopes = torch.autograd.grad(vectors, weights, slope, allow_unused=True)
+            for weight, each in zip(weights, slopes, strict=False):  # none if out of memory
+                if each is not None:  # an expert may have had no user
                     wide = torch.promote_types(weight.dtype, torch.float32)
-                    total[weight] = total.get(weight, 0) + slope.to(wide)
+                    total[weight] = total.get(weight, 0) + each.to(wide)
     importance = [
         sum(float((p.detach() * total[p]).abs().sum()) for p in block.parameters() if p in total)
         for block in blocks

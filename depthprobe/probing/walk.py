@@ -9,8 +9,6 @@ tree is walked depth first, so no more states are held than the tree is deep.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from depthprobe.evaluation.ranks import BATCH, EvalSet
+from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
-from depthprobe.models.skipping import Plan, plan_skip, refuse_shared, standing_in
+from depthprobe.models.skipping import plan_skip, refuse_shared, standing_in
 from depthprobe.models.taps import BlockCalls, first_tensor, record_calls
-from depthprobe.probing.passes import BatchStates, CausalEncoder, encode, prepare_prompt, vectors_of
+from depthprobe.probing.passes import CausalEncoder, shared_prompt, vectors_of
 
 
 class Step(NamedTuple):
@@ -47,29 +45,26 @@ def route_without(part: Literal["attention", "mlp"], block: int, depth: int) -> 
     return tuple(Step(b, part if b == block else "nothing") for b in range(depth))
 
 
-@dataclass
-class _Node:
-    """The state that routes share after the steps from the root to here."""
+class _Node(NamedTuple):
+    """A block that runs, on the state of the node before it."""
 
-    ending: list[int] = field(default_factory=list)  # indices of the routes that end here
-    after: dict[Step, _Node] = field(default_factory=dict)
-    prompt: Cache | None = None  # its keys and values in the last step's block, on this route
-
-    @property
-    def size(self) -> int:
-        """How many blocks are run from here on."""
-        return sum(1 + child.size for child in self.after.values())
+    level: int  # how many blocks run before it; those are the nodes above it in the tree
+    step: Step
+    ending: list[int]  # indices of the routes that end behind it
 
 
-def _tree(routes: Sequence[Route]) -> _Node:
-    """A trie: routes [0, 1], [0, 2] and [1, 2] run block 0 once, and five blocks in all."""
-    root = _Node()
+def _tree(routes: Sequence[Route]) -> list[_Node]:
+    """The tree of routes that begin alike, depth first.
+
+    Routes [0, 1], [0, 2] and [1, 2] run block 0 once, and five blocks in all.
+    """
+    nodes: dict[Route, _Node] = {}
+    for steps in sorted(set(routes)):
+        for level, step in enumerate(steps):
+            nodes.setdefault(steps[: level + 1], _Node(level, step, []))
     for index, steps in enumerate(routes):
-        node = root
-        for step in steps:
-            node = node.after.setdefault(step, _Node())
-        node.ending.append(index)
-    return root
+        nodes[steps].ending.append(index)
+    return list(nodes.values())
 
 
 def blocks_run(routes: Sequence[Route]) -> int:
@@ -78,13 +73,13 @@ def blocks_run(routes: Sequence[Route]) -> int:
     >>> blocks_run([route([0, 1]), route([0, 2]), route([1, 2])])
     5
     """
-    return _tree(routes).size
+    return len(_tree(routes))
 
 
 @torch.inference_mode()
 def rank_routes(
     model: CausalEncoder, eval_set: EvalSet, routes: Sequence[Route], *, device: torch.device
-) -> list[dict[str, np.ndarray]]:
+) -> list[Ranks]:
     """Ranks of every user's target on each route, by protocol, each (E,).
 
     Equal to the ranks of models that have these blocks alone, cut with ``keep_blocks``. A route
@@ -95,9 +90,11 @@ def rank_routes(
             part; for a backbone that has no state to read out after each block.
     """
     check_readable(model.backbone)
-    batches = walk(model, eval_set, routes, device=device)
-    vectors = ((batch.chosen, vectors_of(model, batch.states)) for batch in batches)
-    return eval_set.rank_models(vectors, model.item_matrix())
+    ranks: list[Ranks] = []
+    items = model.item_matrix()
+    for chosen, states in walk(model, eval_set, routes, device=device):
+        eval_set.rank_models(ranks, chosen, vectors_of(model, states), items)
+    return ranks
 
 
 def walk(
@@ -107,79 +104,64 @@ def walk(
     *,
     device: torch.device,
     batch_size: int = BATCH,
-) -> Iterator[BatchStates]:
-    """Yield each batch with its state at the end of each route, (routes, B, D), before the norm."""
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Yield each batch's users (B,) and states at the end of each route, (routes, B, D).
+
+    States are those before the final norm.
+    """
     if not routes:
         return
     blocks = find_blocks(model.backbone)
     _check(blocks, routes)
-    tree, steps = _tree(routes), {step for each in routes for step in each}
-    plans = {
-        step: plan_skip(model.backbone, {step.block}, part=step.without)
-        for step in steps
-        if step.without != "nothing"
-    }
-    walker = _Walker(blocks, plans)
+    nodes = _tree(routes)
     every = plan_skip(model.backbone, range(len(blocks)))
+    plans = {
+        node.step: plan_skip(model.backbone, {node.step.block}, part=node.step.without)
+        for node in nodes
+        if node.step.without != "nothing"
+    }
 
-    def run(chosen: np.ndarray, histories: Tensor, lengths: Tensor) -> BatchStates:
-        # No block runs in this encoding. It makes the embeddings and shows what each block is
-        # called with (mask, positions, cache), so that the walk can call it so on other states.
-        with standing_in(every), record_calls(blocks) as calls:
-            encode(model, histories, lengths, prompt)
-        ends = dict(walker.run(tree, calls, calls.states[0], model.last_place(lengths)))
-        states = torch.stack([ends[index] for index in range(len(routes))])  # (routes, B, D)
-        return BatchStates(chosen, histories, lengths, states)
+    def follow(node: _Node, path: list[Tensor], calls: BlockCalls, cache: Cache | None) -> Tensor:
+        """Run a node's block: the path holds the states (B, T, D) up to here, then one more."""
+        del path[node.level + 1 :]  # of the branch that was walked before
+        with standing_in(plans.get(node.step, [])):
+            block = node.step.block
+            output = calls.repeat(blocks[block], block, path[node.level], cache)
+        path.append(first_tensor(output))
+        return path[-1]
 
     with torch.compiler.set_stance("force_eager"):
+        caches: list[Cache | None] = [None] * len(nodes)
         with standing_in(every), record_calls(blocks) as calls:
-            prompt = prepare_prompt(model)
-        if prompt is not None:
-            # the prompt's keys and values depend on the blocks before: one run for each route
-            walker.run_prompt(tree, calls, calls.states[0])
-        for _, batch in eval_set.map_batches(run, device=device, size=batch_size):
-            yield batch
-
-
-@dataclass(frozen=True)
-class _Walker:
-    blocks: nn.ModuleList
-    plans: dict[Step, Plan]  # of the steps that leave a part out
-
-    def run_prompt(self, node: _Node, calls: BlockCalls, state: Tensor) -> None:
-        """Leave each node the prompt's keys and values in its block, behind the steps before it."""
-        for step, child in node.after.items():
-            recorded = recording_cache()
-            after = self._step(step, calls, state, recorded)
-            # all alike, since some blocks ask the cache's first layer for its length
-            child.prompt = sharing_cache(recorded, [step.block] * len(self.blocks))
-            self.run_prompt(child, calls, after)
-
-    def run(
-        self, node: _Node, calls: BlockCalls, state: Tensor, place: Tensor
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The state (B, D) at ``place`` where each route ends, by the route's index.
-
-        Depth first: ``state`` (B, T, D) is held once for each step on the way from the root.
-        """
-        if node.ending:
-            rows = torch.arange(len(place), device=place.device)
-            last = join_streams(state[..., rows, place, :])
-            yield from ((index, last) for index in node.ending)
-        for step, child in node.after.items():
-            yield from self.run(child, calls, self._step(step, calls, state, child.prompt), place)
-
-    def _step(self, step: Step, calls: BlockCalls, state: Tensor, cache: Cache | None) -> Tensor:
-        with standing_in(self.plans[step]) if step in self.plans else nullcontext():
-            output = calls.repeat(self.blocks[step.block], step.block, state, cache)
-        after: Tensor = first_tensor(output)
-        return after
+            prompt = shared_prompt(model)
+        if prompt:
+            # the prompt's keys and values depend on the blocks before: one run for each node
+            path = [calls.states[0]]
+            for place, node in enumerate(nodes):
+                recorded = recording_cache()
+                follow(node, path, calls, recorded)
+                # all alike, since some blocks ask the cache's first layer for its length
+                caches[place] = sharing_cache(recorded, [node.step.block] * len(blocks))
+        batches = eval_set.batches(device=device, size=batch_size)
+        for chosen, histories, lengths in batches:
+            with batches.retry():
+                # No block runs in this encoding. It makes the embeddings and shows what each block
+                # is called with (mask, positions, cache), to call it so on other states.
+                with standing_in(every), record_calls(blocks) as calls:
+                    model.encode(histories, lengths, *prompt)
+                rows, last = torch.arange(len(lengths), device=device), model.last_place(lengths)
+                path, ends = [calls.states[0]], [torch.empty(0)] * len(routes)
+                for node, cache in zip(nodes, caches, strict=True):
+                    state = follow(node, path, calls, cache)
+                    for index in node.ending:
+                        ends[index] = join_streams(state[..., rows, last, :])  # (B, D)
+                yield chosen, torch.stack(ends)
 
 
 def _check(blocks: nn.ModuleList, routes: Sequence[Route]) -> None:
     for steps in routes:
         kept = [step.block for step in steps]
-        if kept != sorted(set(kept)) or not set(kept) <= set(range(len(blocks))):
+        if not kept or kept != sorted(set(kept)) or not set(kept) <= set(range(len(blocks))):
             raise ValueError(f"{kept} is no route through {len(blocks)} blocks, in their order")
-        for left_out in set(range(max(kept, default=0))) - set(kept):
+        for left_out in set(range(max(kept))) - set(kept):
             refuse_shared(blocks, left_out)

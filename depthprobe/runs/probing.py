@@ -23,7 +23,7 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.probing.greedy import Removal, Span, greedy, nearest_spans
 from depthprobe.probing.passes import early_exit
 from depthprobe.probing.readout import cache_states, fit_lenses, fit_readouts, rank_readouts
-from depthprobe.probing.replace import apply_replacement, fit_replacements
+from depthprobe.probing.replace import fit_replacements, fold_map
 from depthprobe.probing.settling import settling
 from depthprobe.probing.settling import to_frame as to_users
 from depthprobe.probing.similarity import similarities
@@ -116,7 +116,7 @@ def replacements(context: Context, task: Task) -> Iterator[Result]:
     fitted = fit_replacements(teacher, context.validation, spans, device=device)
     for trial, linear in zip(task.trials, fitted, strict=True):
         model = copy.deepcopy(teacher)
-        apply_replacement(model, linear)
+        fold_map(model, linear, cut=True)
         done = replace(trial, kept=outside((linear.start, linear.end), trial.blocks))
         (ranks,) = rank_routes(model, context.test, [route(range(done.depth))], device=device)
         yield Result(done, ranks, part_of(teacher, done), replacement=linear)

@@ -11,10 +11,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -67,18 +66,12 @@ class Progress:
         self.done, self.lost = 0, 0.0
 
 
-@dataclass(frozen=True)
-class SavedState:
+class SavedState(NamedTuple):
     """The content of a checkpoint."""
 
     progress: Progress
-    tensors: Mapping[str, Tensor]  # "best NAME", and those of an engine: "weights NAME", ...
-
-    @property
-    def best(self) -> dict[str, Tensor]:
-        """The best weights so far, by name."""
-        kind = "best "
-        return {k.removeprefix(kind): v for k, v in self.tensors.items() if k.startswith(kind)}
+    best: dict[str, Tensor]  # the best weights so far, by name
+    engine: dict[str, Tensor]  # what an engine goes on from
 
 
 class Checkpoint:
@@ -95,15 +88,12 @@ class Checkpoint:
         return self.path is not None and waited >= max(self.every, SHARE * self._took)
 
     def write(self, engine: Engine, progress: Progress, best: dict[str, Tensor]) -> None:
-        """Write all that the rest of the training needs; every process must call it.
-
-        A training that has ended needs its best weights alone.
-        """
+        """Write all that the rest of the training needs; every process must call it."""
         if self.path is None:
             return
         began = time.perf_counter()
         tensors = {f"best {name}": value for name, value in best.items()}
-        if not progress.ended:
+        if not progress.ended:  # then the best weights are enough
             tensors |= engine.state()
         if engine.rank == 0:
             # a copy where memory is shared, which safetensors refuses
@@ -145,7 +135,9 @@ class Checkpoint:
                 f"{self.path} is of another training ({listed}): delete it to begin anew"
             )
         stored = header["progress"]
-        return SavedState(Progress(Fit(**stored.pop("fit")), **stored), tensors)
+        names = {name.removeprefix("best "): name for name in tensors if name.startswith("best ")}
+        best = {short: tensors.pop(name) for short, name in names.items()}
+        return SavedState(Progress(Fit(**stored.pop("fit")), **stored), best, tensors)
 
 
 def identity(
@@ -153,14 +145,10 @@ def identity(
 ) -> dict[str, Any]:
     """All that decides a training's numbers and can be seen from outside, for comparison.
 
-    The weights that it begins with are not in it: they may differ in the last bit from one machine
-    to the next.
+    Not the weights that it begins with: they may differ in the last bit between machines.
     """
-    shapes = [
-        (name, str(weight.dtype), *weight.shape)
-        for name, weight in objective.named_parameters()
-        if weight.requires_grad
-    ]
+    trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    shapes = [(name, str(weight.dtype), *weight.shape) for name, weight in trained]
     return {
         "objective": type(objective).__name__,
         **{f"recipe.{name}": value for name, value in asdict(recipe).items()},

@@ -10,7 +10,7 @@ and all are compared.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,7 @@ from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Distillation, Recipe
 from depthprobe.training.features import FeatureSpec, Teacher, TeacherOutputs
 from depthprobe.training.losses import catalogue_kl, catalogue_loss, top_kl
-from depthprobe.training.objectives import (
-    Batch,
-    Objective,
-    at_targets,
-    last_only,
-    target_states,
-)
+from depthprobe.training.objectives import Batch, Objective, at_targets, last_only, target_states
 
 TINY = 1e-12  # the least size of a state, in place of 0
 
@@ -72,12 +66,9 @@ def state_loss(
 ) -> Tensor:
     """``cosine D_cos + norm D_norm`` of states (G, N, D), summed over groups, mean over N.
 
-    SLMRec's ``D_cos = 1 - cos(h_s, h_t)`` and ``D_norm = ||h_s - h_t||_2``. Gradients are made with
-    the loss, in a third of the time that they take one operation after the other.
-
-    Args:
-        teacher: gets no gradient.
-        form: ``squared`` takes ``||h_s - h_t||_2^2 / D``, which does not grow with the width.
+    SLMRec's ``D_cos = 1 - cos(h_s, h_t)`` and ``D_norm = ||h_s - h_t||_2``, or ``squared``:
+    ``||h_s - h_t||_2^2 / D``, which does not grow with the width. The teacher gets no gradient; the
+    student's is made with the loss, in a third of autograd's time.
     """
     loss: Tensor = _StateLoss.apply(student, teacher, cosine, norm, form)  # type: ignore[no-untyped-call]
     return loss
@@ -136,11 +127,9 @@ class Distiller(nn.Module):
         *,
         goal_items: Tensor | None = None,
     ) -> None:
-        """Put a student together with its teacher's outputs.
+        """Put a student together with its teacher's outputs, if it follows any.
 
-        Args:
-            teacher: None where neither states nor scores are followed.
-            goal_items: the teacher's item matrix, (I + 1, d'), for the scores of all items.
+        ``goal_items`` is the teacher's item matrix, (I + 1, d'), for the scores of all items.
 
         Raises:
             ValueError: for a backbone whose states after each block can't be read.
@@ -174,13 +163,8 @@ class Distiller(nn.Module):
             outputs = self.teacher.at(place)
             if outputs.states is not None:
                 own = torch.stack([target_states(student, s, place) for s in states]).float()
-                loss = loss + state_loss(
-                    own,
-                    outputs.states,
-                    cosine=weights.cosine,
-                    norm=weights.norm,
-                    form=weights.norm_form,
-                )
+                sizes = {"cosine": weights.cosine, "norm": weights.norm}
+                loss = loss + state_loss(own, outputs.states, **sizes, form=weights.norm_form)
             if weights.logits:
                 if place.objective != batch.objective:  # all positions -> each window's last, (B,)
                     vectors = vectors[batch.lengths.cumsum(dim=0) - 1]
@@ -190,13 +174,12 @@ class Distiller(nn.Module):
         return loss
 
     def _follow_scores(self, vectors: Tensor, items: Tensor, outputs: TeacherOutputs) -> Tensor:
-        temperature = self.settings.temperature
-        if outputs.top is not None and outputs.scores is not None:
-            return top_kl(vectors, items, outputs.top, outputs.scores, temperature=temperature)
-        if outputs.vectors is None or self.goal_items is None:
-            raise ValueError("no scores of the teacher to follow")
-        goal_items = self.goal_items
-        return catalogue_kl(vectors, items, outputs.vectors, goal_items, temperature=temperature)
+        temperature, goal_items = self.settings.temperature, self.goal_items
+        if outputs.vectors is not None and goal_items is not None:
+            goal = outputs.vectors
+            return catalogue_kl(vectors, items, goal, goal_items, temperature=temperature)
+        best = cast("tuple[Tensor, Tensor]", (outputs.top, outputs.scores))
+        return top_kl(vectors, items, *best, temperature=temperature)
 
     def _supervise(self, states: list[Tensor], items: Tensor, batch: Batch) -> Tensor:
         """L_ms: each inner group predicts the last item of each window, as in the paper."""

@@ -15,6 +15,7 @@ import copy
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -33,7 +34,6 @@ from depthprobe.errors import BadInput
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import Recipe
 
-EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # AdamW in one kernel: 4 times faster than a loop over the weights on a CPU, more on a GPU
 FUSED = ("cpu", "cuda")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,35 +44,25 @@ def join(device: str) -> PartialState:
 
     Sets the GPU that ``cuda`` means in this process. Under FSDP it makes every process load its
     weights: transformers would load them in the first alone, and the others could not validate.
-
-    Returns:
-        accelerate's state: ``is_main_process``, ``num_processes``, ``wait_for_everyone()``.
     """
-    os.environ[EFFICIENT] = "false"
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=device == "cpu")
 
 
 class Engine:
     """An objective with its optimiser, wrapped for the processes that train it.
 
-    AdamW updates ``masters``. A weight of 16 bits has a float32 copy there: a step of 1e-3 of a
-    weight's size would be rounded away in bfloat16, again and again. Other weights are their own.
-
     Attributes:
         objective: in full; it validates and is saved.
         inner: the objective, or the copy of it that is sharded.
         called: ``inner`` or what wraps it: a batch in, its loss out.
         weights: the trained ones by name: the objective's own, or shards of a copy's.
-        masters: what AdamW updates, by the same names.
+        masters: what AdamW updates, by the same names. A weight of 16 bits has a float32 copy here:
+            small steps would be rounded away in bfloat16. Other weights are their own.
     """
 
     def __init__(self, objective: nn.Module, recipe: Recipe, device: torch.device) -> None:
-        """Wrap an objective for the processes there are.
-
-        Raises:
-            BadInput: for a kind of FSDP that would train wrongly, and for weights or blocks that
-                can't be sharded.
-        """
+        """Wrap it; ``BadInput`` for sharding that would train wrongly or can't be done."""
         state = PartialState(cpu=device.type == "cpu")
         self.rank, self.processes = int(state.process_index), int(state.num_processes)
         self.objective, self.recipe, self.device = objective, recipe, device
@@ -135,12 +125,9 @@ class Engine:
         torch.distributed.broadcast(shared, 0)
         return float(shared.item())
 
-    def no_sync(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> Any:
         """A backward pass inside leaves its gradients in this process."""
-        if self.accelerator is None:
-            return nullcontext()
-        context: AbstractContextManager[None] = self.accelerator.no_sync(self.called)
-        return context
+        return self.accelerator.no_sync(self.called) if self.accelerator else nullcontext()
 
     def clip(self, largest: float) -> Tensor:
         """Hand the gradients to the masters and clip them; returns their norm before, a scalar."""
@@ -161,43 +148,40 @@ class Engine:
         for tensor in (*self.weights.values(), *self.masters.values()):
             tensor.grad = None
 
+    @torch.no_grad()
     def publish(self) -> None:
         """Give the objective the weights as they are now, where a copy of it is trained."""
         own = dict(self.objective.named_parameters())
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                if weight is not own[name]:
-                    own[name].copy_(_full(weight))
+        for name, weight in self.weights.items():
+            if weight is not own[name]:
+                own[name].copy_(_full(weight))
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments in full, as ``weights NAME``, ``exp_avg NAME`` and so on.
-
-        Every process must call it.
-        """
+        """Masters and moments in full, as ``weights NAME``, ``exp_avg NAME``; a call of all."""
         tensors = {f"weights {name}": _full(master) for name, master in self.masters.items()}
         for name, master in self.masters.items():
             moments = self.optimizer.state.get(master, {})  # empty before its first gradient
             tensors |= {f"{kind} {name}": _full(value) for kind, value in moments.items()}
         return tensors
 
+    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state` returned."""
         fused = bool(self.optimizer.defaults["fused"])
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(_shard_like(state[f"weights {name}"], master))
-                if (step := state.get(f"step {name}")) is not None:
-                    self.optimizer.state[master] = {
-                        "step": step.to(master.device if fused else "cpu"),
-                        **{k: _shard_like(state[f"{k} {name}"], master) for k in MOMENTS},
-                    }
+        for name, master in self.masters.items():
+            master.copy_(_shard_like(state[f"weights {name}"], master))
+            if (step := state.get(f"step {name}")) is not None:
+                self.optimizer.state[master] = {
+                    "step": step.to(master.device if fused else "cpu"),
+                    **{k: _shard_like(state[f"{k} {name}"], master) for k in MOMENTS},
+                }
         self._copy_back()
 
+    @torch.no_grad()
     def _copy_back(self) -> None:
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                if self.masters[name] is not weight:
-                    weight.copy_(self.masters[name])
+        for name, weight in self.weights.items():
+            if self.masters[name] is not weight:
+                weight.copy_(self.masters[name])
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
@@ -210,9 +194,6 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
     if policy not in {None, "NO_WRAP", "TRANSFORMER_BASED_WRAP"}:
         allowed = "NO_WRAP or TRANSFORMER_BASED_WRAP"
         raise BadInput("accelerate launch --fsdp_auto_wrap_policy", policy, allowed)
-    if os.environ.get(EFFICIENT, "false").lower() == "true":
-        allowed = "false: every process validates, with all weights"
-        raise BadInput("accelerate launch --fsdp_cpu_ram_efficient_loading", True, allowed)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
 
 
@@ -231,8 +212,7 @@ def _check_dtypes(objective: nn.Module, recipe: Recipe) -> None:
 def _check_units(plugin: FullyShardedDataParallelPlugin, objective: nn.Module) -> None:
     """Blocks sharded one by one can't run a prompt that the batch's users share.
 
-    Its keys and values reach the loss around the blocks' outputs, which are where FSDP learns that
-    a block's weights are needed again.
+    Its keys and values reach the loss past the blocks' outputs, by which FSDP gathers weights anew.
     """
     if plugin.auto_wrap_policy is None:
         return
@@ -248,13 +228,9 @@ def _check_units(plugin: FullyShardedDataParallelPlugin, objective: nn.Module) -
 
 def _copy(objective: nn.Module) -> nn.Module:
     """A copy with weights of its own; data that a module holds beside them is shared."""
-    data = (
-        value
-        for module in objective.modules()
-        for value in vars(module).values()
-        if type(value).__module__.startswith("depthprobe.") and not isinstance(value, nn.Module)
-    )
-    return copy.deepcopy(objective, {id(value): value for value in data})
+    values = (value for module in objective.modules() for value in vars(module).values())
+    ours = (v for v in values if type(v).__module__.startswith("depthprobe."))
+    return copy.deepcopy(objective, {id(v): v for v in ours if not isinstance(v, nn.Module)})
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -265,6 +241,6 @@ def _full(tensor: Tensor) -> Tensor:
 def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor in full as ``like`` is: on its device, sharded if it is."""
     moved = tensor.to(like.device)
-    if not isinstance(like, DTensor):
-        return moved
-    return distribute_tensor(moved, like.device_mesh, like.placements)
+    if isinstance(like, DTensor):
+        return distribute_tensor(moved, like.device_mesh, like.placements)
+    return moved

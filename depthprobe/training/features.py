@@ -8,8 +8,6 @@ students of every depth.
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +17,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from depthprobe.data.batches import length_buckets
+from depthprobe.evaluation.ranks import Batches
 from depthprobe.files import reserve
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
@@ -32,31 +30,18 @@ from depthprobe.training.objectives import (
 )
 
 SPEC = "features.json"  # what a folder of features holds
+HALF = (torch.float16, torch.bfloat16)  # what states are stored in, the first that fits
 TOP_BYTES = 64 * 2**20  # of scores at once, when the best items are looked for
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which of the teacher's outputs are needed.
+    """Which of the teacher's outputs are needed."""
 
-    Attributes:
-        objective: at every position of a window that has a target, or at the last one.
-        ends: the depths whose states are needed; empty for none.
-        vectors: whether user vectors are needed, from which the scores of all items follow.
-        top: how many best items are needed, with their scores; 0 for none.
-    """
-
-    objective: Objective
-    ends: tuple[int, ...] = ()
-    vectors: bool = False
-    top: int = 0
-
-    @property
-    def fields(self) -> list[str]:
-        """The fields of ``TeacherOutputs`` that are needed."""
-        needed = {"states": self.ends, "vectors": self.vectors}
-        needed |= {"top": self.top, "scores": self.top}
-        return [name for name, value in needed.items() if value]
+    objective: Objective  # at every position of a window that has a target, or at the last one
+    ends: tuple[int, ...] = ()  # the depths whose states are needed
+    vectors: bool = False  # user vectors, from which the scores of all items follow
+    top: int = 0  # how many best items are needed, with their scores
 
 
 @dataclass(frozen=True)
@@ -97,8 +82,9 @@ class CachedTeacher:
         self._top = spec.top
         self._columns = [stored["ends"].index(end) for end in spec.ends]
         self._starts = _starts(windows, spec)
+        needed = {"states": spec.ends, "vectors": spec.vectors, "top": spec.top, "scores": spec.top}
         self._arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in spec.fields
+            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in needed if needed[name]
         }
 
     def at(self, batch: Batch) -> TeacherOutputs:
@@ -129,8 +115,7 @@ class OnlineTeacher:
         if "states" in outputs:
             states = outputs["states"]
             fits = bool(torch.isfinite(states.half()).all())
-            # rounded as they would be on disk
-            outputs["states"] = states.to(torch.float16 if fits else torch.bfloat16).float()
+            outputs["states"] = states.to(HALF[not fits]).float()  # rounded as on disk
         return TeacherOutputs(**outputs)
 
 
@@ -143,27 +128,41 @@ def write_features(
     device: torch.device,
     batch_size: int = 256,
 ) -> None:
-    """Run the teacher once over the training windows, into memory-mapped files.
+    """Run the teacher, in evaluation mode, over the training windows, into memory-mapped files.
 
     States are stored in float16, or in bfloat16 where one does not fit: N (G D) 2 bytes for N
-    target positions. User vectors and scores are float32. A batch that does not fit into memory is
-    computed in halves.
-
-    Args:
-        teacher: in evaluation mode.
-        folder: exists, and is empty.
+    target positions. User vectors and scores are float32. The folder exists, and is empty.
 
     Raises:
         ValueError: if a state is infinite or NaN.
     """
-    starts = _starts(windows, spec)
-    for dtype in (torch.float16, torch.bfloat16):
-        files: dict[str, np.ndarray] = {}
-        for rows, outputs in _batches(teacher, windows, spec, device, batch_size):
+    if not any(_write(teacher, windows, spec, folder, device, batch_size, dtype) for dtype in HALF):
+        raise ValueError("a state of the teacher is infinite or NaN")
+    (folder / SPEC).write_text(json.dumps(asdict(spec)) + "\n", encoding="utf-8")
+
+
+def _write(
+    teacher: Recommender,
+    windows: list[np.ndarray],
+    spec: FeatureSpec,
+    folder: Path,
+    device: torch.device,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether all states fit the dtype; then the outputs are in the files."""
+    starts, files = _starts(windows, spec), dict[str, np.ndarray]()
+    lengths = [len(window) - 1 for window in windows]
+    batches = Batches(
+        lengths, batch_size, lambda chosen: make_batch(windows, chosen, device, spec.objective)
+    )
+    for batch in batches:
+        with batches.retry():
+            outputs = _run(teacher, batch, spec)
             if "states" in outputs:
                 packed = _pack(outputs["states"], dtype).transpose(0, 1).contiguous()  # (N, G, D)
                 if not torch.isfinite(_unpack(packed)).all():
-                    break
+                    return False
                 outputs["states"] = packed
             for name, values in outputs.items():
                 array, path = values.cpu().numpy(), folder / f"{name}.npy"
@@ -171,35 +170,10 @@ def write_features(
                     shape = (int(starts[-1]), *array.shape[1:])
                     files[name] = open_memmap(path, mode="w+", dtype=array.dtype, shape=shape)
                     reserve(path)
-                files[name][rows] = array
-        else:  # all states fit
-            for file in files.values():
-                file.flush()  # type: ignore[attr-defined]
-            (folder / SPEC).write_text(json.dumps(asdict(spec)) + "\n", encoding="utf-8")
-            return
-    raise ValueError("a state of the teacher is infinite or NaN")
-
-
-def _batches(
-    teacher: Recommender,
-    windows: list[np.ndarray],
-    spec: FeatureSpec,
-    device: torch.device,
-    batch_size: int,
-) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """The teacher's outputs at all windows, batch by batch, with their rows in the files, (N,)."""
-    starts = _starts(windows, spec)
-    batches = deque(length_buckets([len(window) - 1 for window in windows], batch_size))
-    while batches:
-        chosen = batches.popleft()
-        try:
-            outputs = _run(teacher, make_batch(windows, chosen, device, spec.objective), spec)
-        except torch.OutOfMemoryError:
-            if len(chosen) == 1:
-                raise
-            batches.extendleft(np.array_split(chosen, 2))
-        else:
-            yield _rows_of(chosen, starts), outputs
+                files[name][_rows_of(batch.chosen, starts)] = array
+    for file in files.values():
+        file.flush()  # type: ignore[attr-defined]
+    return True
 
 
 def _starts(windows: list[np.ndarray], spec: FeatureSpec) -> np.ndarray:

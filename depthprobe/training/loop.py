@@ -67,14 +67,13 @@ def fit(
         validate: the score to maximise, called after each epoch with the objective in eval mode;
             in every process, and the first one's score counts.
         seed: decides batch order and dropout.
-        track: gets, in the first process, the loss and the score of each epoch, and the mean loss
-            and the learning rate of every so many steps.
-        checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds.
-            It stays when the training ends, as one that has ended, until the caller deletes it:
-            so nothing is lost if the process dies before its result is saved.
-        result: a file of the result. If it holds that of an equal training, that is taken and
-            nothing is trained, else it is written in the end. It must be named by what decides the
-            result: the checks here know neither the first weights nor the settings of the loss.
+        track: gets, in the first process, each epoch's loss and score, and the mean loss and the
+            learning rate of every so many steps.
+        checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds. It
+            stays when the training has ended: nothing is lost if the process dies before its
+            result is saved.
+        result: a file of the result: read if it is that of an equal training, else written. It
+            must be named by what the checks here can't see: first weights, settings of the loss.
 
     Raises:
         DivergedError: if the loss or its gradient is not finite; the message names the step, and
@@ -82,8 +81,6 @@ def fit(
         ValueError: if the checkpoint is of another training.
         BadInput: for a way of sharding that would train wrongly.
     """
-    if not windows or min(len(window) for window in windows) < 2:
-        raise ValueError("every training window needs at least two items")
     began = time.perf_counter()
     engine = Engine(objective, recipe, device)
     origin = identity(objective, windows, recipe=recipe, seed=seed, processes=engine.processes)
@@ -94,13 +91,10 @@ def fit(
     if (saved := reused or own.read()) is not None:
         progress, best = saved.progress, saved.best
         if not progress.ended:
-            engine.load(saved.tensors)
+            engine.load(saved.engine)
     done = progress.fit
     if (first := engine.agree(done.steps)) != done.steps:
-        raise ValueError(
-            f"process {engine.rank} begins at step {done.steps} and the first one at {first:g}:"
-            " all must see the same checkpoint"
-        )
+        raise ValueError(f"processes begin at step {done.steps} and {first:g}: other checkpoints")
     if reused is not None:
         done.reused = True
         logger.info("an equal training has ended before: its result is reused")
@@ -132,14 +126,13 @@ def fit(
     for name, value in best.items():
         weights[name].copy_(value)
     objective.eval()
-    if reused is not None:
-        return done
-    if own.is_due():
-        save(own)
-    try:
-        save(shared)
-    except OSError as error:  # others' gain is no reason to lose this training
-        logger.warning("the result is not kept for other runs: %s", error)
+    if reused is None:
+        if own.is_due():
+            save(own)
+        try:
+            save(shared)
+        except OSError as error:  # others' gain is no reason to lose this training
+            logger.warning("the result is not kept for other runs: %s", error)
     return done
 
 
@@ -161,11 +154,10 @@ def _train_epoch(
         rate = recipe.learning_rate * _cosine(fit.steps, total, recipe.warmup)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        # dropout and negatives: other ones in each step and process
-        step_seed = _random_number((seed, fit.steps, engine.rank))
         loss = None
         while loss is None:
-            torch.manual_seed(step_seed)
+            # dropout and negatives: other ones in each step and process
+            torch.manual_seed(_random_number((seed, fit.steps, engine.rank)))
             try:
                 loss = _gradients(engine, windows, chosen, fit.parts)
             except torch.OutOfMemoryError:
@@ -173,31 +165,22 @@ def _train_epoch(
                 if engine.processes > 1 or fit.parts >= len(chosen):
                     raise
             if loss is None:  # after the handler: the traceback holds on to what did not fit
-                _take_more_parts(engine, fit, len(chosen))
+                # the step has changed no weights, so it is taken again
+                engine.zero_grad()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                fit.parts = min(2 * fit.parts, len(chosen))
+                message = "out of memory at step %d: batches are computed in %d parts now"
+                logger.warning(message, fit.steps + 1, fit.parts)
         norm = engine.clip(recipe.clip)
         fit.steps += 1
         progress.done += 1
-        monitor.add(loss, norm)
         write = False
-        if monitor.is_full or progress.done == len(batches):
+        if monitor.add(loss, norm) or progress.done == len(batches):
             write = monitor.read(due=due(), rate=rate, total=total)
         engine.step()
         if write:
             yield
-
-
-def _take_more_parts(engine: Engine, fit: Fit, most: int) -> None:
-    """Compute batches in twice as many parts from now on.
-
-    A step that ran out of memory has changed no weights, so it is taken again, with the same
-    random numbers.
-    """
-    engine.zero_grad()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    fit.parts = min(2 * fit.parts, most)
-    message = "out of memory at step %d: batches are computed in %d parts now"
-    logger.warning(message, fit.steps + 1, fit.parts)
 
 
 def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int) -> Tensor:
@@ -211,15 +194,14 @@ def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int)
     total = count_targets([windows[index] for index in chosen], objective).sum()
     # every n-th window of a batch that is sorted by length: all processes get about as long ones
     own = chosen[engine.rank :: engine.processes]
-    counts = len(own) > 0
-    if not counts:  # nothing to do, but the others wait for gradients of this process too
-        own = chosen[:1]
+    weight = float(len(own) > 0)
+    own = own if weight else chosen[:1]  # the others wait for gradients of this process too
     pieces = np.array_split(own, min(parts, len(own)))
     # the same in all processes and parts of a step: they know its windows
     losses, draw = [], _random_number(chosen.tolist())
     for place, part in enumerate(pieces, start=1):
         batch = make_batch(windows, part, engine.device, objective, draw=draw)
-        fraction = counts * batch.count / total
+        fraction = weight * batch.count / total
         with engine.no_sync() if place < len(pieces) else nullcontext():
             with engine.autocast():
                 loss = engine.called(batch)
@@ -231,10 +213,9 @@ def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int)
 class LossMonitor:
     """Looks for losses that are not finite; logs and tracks the others.
 
-    Reading a loss makes a GPU wait for the host, and processes for each other. So on a GPU some
-    steps are read together. Meanwhile the device itself lets no update through from the first bad
-    step on, by the way that loss scaling skips one; so the weights are those before that step when
-    the error names it.
+    Reading a loss makes a GPU wait for the host. So there some steps are read together. Meanwhile
+    the device lets no update through from the first bad step on, by the way that loss scaling skips
+    one: the weights are those before that step when the error names it.
     """
 
     def __init__(self, engine: Engine, progress: Progress, track: Track) -> None:
@@ -248,26 +229,18 @@ class LossMonitor:
         self._begun = progress.fit.steps
         self._tracked = progress.done, progress.lost
 
-    @property
-    def is_full(self) -> bool:
-        """Whether it is time to read."""
-        return len(self._unread) >= self.together
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Take a step's loss and the norm of its gradient, before its update."""
+    def add(self, loss: Tensor, norm: Tensor) -> bool:
+        """Take a step's loss and its gradient's norm, before its update; whether to read now."""
         numbers = torch.stack([loss, norm.to(loss.dtype)])
         self._unread.append(numbers)
         if self.together > 1:
             bad = (~torch.isfinite(numbers).all()).float()
             self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
             self._engine.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+        return len(self._unread) >= self.together
 
     def read(self, *, due: bool, rate: float, total: int) -> bool:
         """Add the losses to the epoch's; returns what the first process passed as ``due``.
-
-        Args:
-            rate: the learning rate.
-            total: steps of all epochs.
 
         Raises:
             DivergedError: in all processes, for the first step that was not finite in one of them.
@@ -276,10 +249,9 @@ class LossMonitor:
         last = self._unread[0].new_tensor([float(due and engine.rank == 0), 0.0])
         *steps, (due_in_first, _) = engine.total(torch.stack([*self._unread, last])).tolist()
         for step, (loss, norm) in enumerate(steps, start=progress.fit.steps + 1 - len(steps)):
-            if not math.isfinite(loss):
-                raise DivergedError(f"the loss is {loss} at step {step}")
-            if not math.isfinite(norm):
-                raise DivergedError(f"the loss is {loss}, its gradient {norm}, at step {step}")
+            if not math.isfinite(loss + norm):
+                gradient = f", its gradient {norm}," if math.isfinite(loss) else ""
+                raise DivergedError(f"the loss is {loss}{gradient} at step {step}")
             progress.lost += loss
         self._unread.clear()
         self._log_steps(rate, total)

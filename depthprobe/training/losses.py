@@ -45,32 +45,29 @@ Judge = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 class _MeanLoss(torch.autograd.Function):
     """A mean over positions; its gradients are made with it.
 
-    The backward pass scales them in place and gives them away: the gradient of a table is as large
-    as the table, and there is one of it. A second backward pass over a retained graph makes them
-    again. There is no second derivative.
+    The backward pass scales them in place and gives them away, since the gradient of a table is as
+    large as the table. So there is one backward pass, and no second derivative.
     """
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, items: Tensor, fill: Fill) -> Tensor:
         """(N, d), (I + 1, d) -> scalar."""
-        ctx.save_for_backward(vectors, items)
-        ctx.fill, ctx.sums = fill, _zeros(vectors, items, ctx.needs_input_grad)
+        dtype = _sum_dtype(vectors.dtype)
+        pairs = zip((vectors, items), ctx.needs_input_grad, strict=False)
+        ctx.sums = [torch.zeros_like(x, dtype=dtype) if needed else None for x, needed in pairs]
+        ctx.dtypes, ctx.count = (vectors.dtype, items.dtype), len(vectors)
         return fill(vectors, items, *ctx.sums).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Sum, Sum, None]:
         """Scale the gradients that the forward pass made."""
-        vectors, items = ctx.saved_tensors
-        sums, ctx.sums = ctx.sums, None
-        if sums is None:
-            sums = _zeros(vectors, items, ctx.needs_input_grad)
-            ctx.fill(vectors, items, *sums)
-        scale = grad / len(vectors)
+        scale = grad / ctx.count
         d_vectors, d_items = (
-            None if each is None else each.mul_(scale).to(like.dtype)
-            for each, like in zip(sums, (vectors, items), strict=True)
+            None if each is None else each.mul_(scale).to(dtype)
+            for each, dtype in zip(ctx.sums, ctx.dtypes, strict=True)
         )
+        del ctx.sums
         return d_vectors, d_items, None
 
 
@@ -88,12 +85,6 @@ def _mean_loss(vectors: Tensor, items: Tensor, fill: Fill) -> Tensor:
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _zeros(vectors: Tensor, items: Tensor, needed: tuple[bool, ...]) -> list[Sum]:
-    dtype = _sum_dtype(vectors.dtype)
-    pairs = zip((vectors, items), needed, strict=False)
-    return [torch.zeros_like(each, dtype=dtype) if need else None for each, need in pairs]
 
 
 def _chosen_loss(
@@ -184,13 +175,8 @@ def _fill_chunk(
     """Cross-entropy of a chunk of positions, (rows,), tile by tile of the catalogue.
 
     A catalogue that does not fit in one tile is gone over twice: for each position's normaliser,
-    then for the gradients (as Cut Cross-Entropy does, arXiv 2411.09009).
-
-    Args:
-        vectors: (rows, d), in the dtype of the products.
-        columns: the targets as columns of the catalogue, (rows, 1), from 0.
-        tiles: first and end column of each tile.
-        buffer: room for the scores of a tile, in the dtype of the sums.
+    then for the gradients (as Cut Cross-Entropy does, arXiv 2411.09009). ``columns`` (rows, 1) are
+    the targets as columns of the catalogue, ``buffer`` is room for the scores of a tile.
     """
     catalogue = items[1:]
     # First pass: the softmax's normaliser, with a running maximum so that no exponential overflows.
@@ -258,10 +244,9 @@ def sampled_softmax(vectors: Tensor, items: Tensor, targets: Tensor, *, negative
     def judge(scores: Tensor, _: slice) -> tuple[Tensor, Tensor]:
         scores[:, 1:] += raised
         logs = log_softmax(scores, dim=1)
-        losses = -logs[:, 0]
         error = logs.exp()
         error[:, 0] -= 1
-        return losses, error
+        return -logs[:, 0], error
 
     return _sampled(vectors, items, targets, negatives, judge)
 
@@ -272,10 +257,6 @@ def gbce(vectors: Tensor, items: Tensor, targets: Tensor, *, negatives: int, t: 
     ``-(log s(+)^beta + sum of log(1 - s(-))) / (n + 1)`` where ``s`` is the sigmoid of a score,
     ``beta = alpha (t (1 - 1 / alpha) + 1 / alpha)`` and ``alpha = n / (I - 1)``. At ``t = 0`` it is
     the plain binary cross-entropy, which sampling makes overconfident; at ``t = 1`` calibrated.
-
-    Args:
-        negatives: random other items a position; at most all of them.
-        t: calibration, in [0, 1].
     """
     others = len(items) - 2
     negatives = min(negatives, others)
@@ -297,13 +278,11 @@ def _sampled(
     vectors: Tensor, items: Tensor, targets: Tensor, negatives: int, judge: Judge
 ) -> Tensor:
     """A loss over each target and its negatives; scores (rows, 1 + n), the target's first."""
-    n_items = len(items) - 1
-    pattern, shifts = _draw(n_items, negatives, positions=len(vectors), like=targets)
+    pattern, shifts = _draw(len(items) - 1, negatives, positions=len(vectors), like=targets)
 
     def choose(chunk: slice) -> Tensor:
-        target = targets[chunk]
-        others = _negatives(pattern, shifts[chunk], target, n_items=n_items)
-        return torch.cat([target[:, None], others], dim=1)  # (rows, 1 + n)
+        others = _negatives(pattern, shifts[chunk], targets[chunk], n_items=len(items) - 1)
+        return torch.cat([targets[chunk, None], others], dim=1)  # (rows, 1 + n)
 
     return _chosen_loss(vectors, items, count=1 + len(pattern), choose=choose, judge=judge)
 
@@ -311,10 +290,9 @@ def _sampled(
 def _draw(n_items: int, negatives: int, *, positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Random numbers that decide every position's negatives: (n,) distinct ones, and (N,) shifts.
 
-    Each position has negatives of its own, as in gSASRec and eSASRec: it shifts one random set
-    around the catalogue. They are a uniform sample without repeats, and sums over them are
-    uncorrelated between positions; samples drawn apart would take a shuffled catalogue a position.
-    One sample for the whole batch is faster, but a few items then carry all of its noise
+    Each position shifts one random set around the catalogue: a uniform sample without repeats, and
+    sums over them are uncorrelated between positions. Samples drawn apart would take a shuffled
+    catalogue a position, and one sample for all lets a few items carry all of its noise
     (``analyses/catalogue_loss``).
     """
     others = n_items - 1
@@ -336,11 +314,8 @@ def catalogue_kl(
 ) -> Tensor:
     """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` over the catalogue.
 
-    Distillation of Hinton et al. (arXiv 1503.02531); T^2 keeps the size of the gradient.
-
-    Args:
-        goal: the teacher's user vectors, (N, d'), of a width of their own.
-        goal_items: the teacher's item table, (I + 1, d').
+    Distillation of Hinton et al. (arXiv 1503.02531); T^2 keeps the size of the gradient. The
+    teacher's user vectors are ``goal`` (N, d'), its items (I + 1, d').
     """
 
     def fill(vectors: Tensor, items: Tensor, d_vectors: Sum, d_items: Sum) -> Tensor:
@@ -366,22 +341,16 @@ def catalogue_kl(
 def top_kl(
     vectors: Tensor, items: Tensor, top: Tensor, scores: Tensor, *, temperature: float
 ) -> Tensor:
-    """The same over the teacher's best items alone, both distributions over those.
+    """The same over the teacher's best items ``top`` (N, K) alone, with its scores of them (N, K).
 
     It is ListNet's loss on the teacher's list: it leaves the student free about all other items.
-
-    Args:
-        top: the items that the teacher scores best, (N, K).
-        scores: the teacher's scores of these, (N, K).
     """
 
     def judge(own: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         return _divergence(own, scores[chunk].to(own.dtype), temperature)
 
-    def choose(chunk: slice) -> Tensor:
-        return top[chunk].long()
-
-    return _chosen_loss(vectors, items, count=top.shape[1], choose=choose, judge=judge)
+    count = top.shape[1]
+    return _chosen_loss(vectors, items, count=count, choose=lambda c: top[c].long(), judge=judge)
 
 
 def _divergence(own: Tensor, teachers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -112,8 +112,8 @@ def at_targets(vectors: Tensor, batch: Batch) -> Tensor:
 class NextItem(nn.Module):
     """A recommender with the loss that trains it: a batch in, the mean over its targets out.
 
-    The model is called and its items are read inside one ``forward``, so that what wraps a module
-    for several processes sees both.
+    What wraps a module for several processes must see the model's call and its items: both happen
+    inside ``forward``.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:

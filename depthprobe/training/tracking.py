@@ -31,11 +31,7 @@ RUN = {
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate does not know, or whose package is not installed.
-
-    Raises:
-        BadInput: for the first of them.
-    """
+    """Refuse trackers that accelerate does not know, or whose package is not installed."""
     built_in = {str(kind) for kind in LoggerType}
     available = {str(kind) for kind in get_available_trackers()}
     for name in names:
@@ -50,14 +46,9 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracked(
     names: Sequence[str], *, folder: Path, project: str, run: str, settings: Mapping[str, str | int]
 ) -> Iterator[Track]:
-    """The function that hands a training's values to the trackers.
+    """The function that hands a training's values to the trackers, which start with the first.
 
-    Args:
-        names: of the trackers; they start with the first values.
-        folder: where those that write files write them.
-        project: what the runs of a study have in common.
-        run: the name of this one.
-        settings: what is recorded of it, once.
+    ``project`` is what the runs of a study have in common, ``settings`` is recorded once.
     """
     working, started = list(names), dict[str, GeneralTracker]()
 
@@ -67,19 +58,17 @@ def tracked(
                 action(name)
             except Exception as error:  # whatever it was: no reason to lose a training
                 working.remove(name)
-                text = " ".join(str(error).split())
-                logger.warning(
-                    "not tracked by %s any more: %s: %s", name, type(error).__name__, text
-                )
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                logger.warning("not tracked by %s any more: %s", name, text)
 
     def track(step: int, values: Mapping[str, float]) -> None:
-        def hand_on(name: str) -> None:
+        def log(name: str) -> None:
             if name not in started:
                 started[name] = _start(name, folder, project, run)
                 started[name].store_init_configuration(dict(settings))
             started[name].log(dict(values), step=step)
 
-        each(hand_on)
+        each(log)
 
     try:
         yield track

@@ -56,14 +56,6 @@ def test_other_cuts_and_kinds() -> None:
         assert metrics_from_ranks(same) == metrics_from_ranks(ranks)
 
 
-@given(HALVES)
-def test_means_of_per_user_values(ranks: list[float]) -> None:
-    for name, value in metrics_from_ranks(ranks, ks=(1, 2, 7)).items():
-        values = per_user_metric(ranks, name)
-        assert values.shape == (len(ranks),)
-        assert value == pytest.approx(values.mean(), abs=1e-12)
-
-
 def test_agrees_with_trec_eval() -> None:
     draw = np.random.default_rng(0)
     scores = draw.permuted(np.tile(np.arange(200.0), (300, 1)), axis=1)  # no ties
@@ -104,19 +96,18 @@ def test_agrees_with_sklearn_over_ties_within_a_list() -> None:
 def test_bounds_hold_for_all_ranks(ranks: list[float]) -> None:
     check_metrics(metrics_from_ranks(ranks, ks=(1, 2, 3, 5, 10)))
     check_metrics(metrics_from_ranks(ranks, ks=(5, 10)))  # without HR@1
-    check_metrics(metrics_from_ranks(np.ceil(ranks), ks=(1, 2, 3, 5, 10)), whole=True)
 
 
 def test_bounds_are_sharp() -> None:
     """One group of ranks at a bound's place reaches it."""
-    for rank, whole in ((1.5, False), (2, True), (5, True), (5.5, False), (6, True)):
+    for rank in (1.5, 5, 5.5):
         met = metrics_from_ranks([1, rank])
-        check_metrics(met, whole=whole)
+        check_metrics(met)
         moved = 0
         for name in ("NDCG@5", "MRR"):
             for step in (-1e-6, 1e-6):
                 try:
-                    check_metrics({**met, name: met[name] + step}, whole=whole)
+                    check_metrics({**met, name: met[name] + step})
                 except ValueError:
                     moved += 1
         assert moved >= 1, rank
@@ -127,7 +118,7 @@ def test_bounds_are_sharp() -> None:
     [
         ({"HR@1": 0.5}, "HR@1 = 0.5 is above HR@5"),
         ({"NDCG@10": 0.1}, "NDCG@5 = 0.18 is above NDCG@10"),
-        ({"NDCG@5": 0.27}, r"NDCG@5 = 0\.27 is above"),
+        ({"NDCG@5": 0.27, "NDCG@10": 0.28}, r"NDCG@5 = 0\.27 is above"),
         ({"NDCG@10": 0.7, "HR@10": 1.2}, "HR@10 = 1.2 is above 1"),
         ({"MRR": 0.01}, r"is above MRR = 0\.01"),
         ({"MRR": 0.5}, r"MRR = 0\.5 is above"),
@@ -137,17 +128,9 @@ def test_bounds_are_sharp() -> None:
 )
 def test_impossible_tables_are_refused(changed: dict[str, float], said: str) -> None:
     table = {"HR@1": 0.1, "HR@5": 0.3, "HR@10": 0.4, "NDCG@5": 0.18, "NDCG@10": 0.22, "MRR": 0.2}
-    check_metrics(table, whole=True)
+    check_metrics(table)
     with pytest.raises(ValueError, match=said):
-        check_metrics({**table, **changed}, whole=True)
-
-
-def test_a_published_row_that_breaks_the_bound() -> None:
-    """NDCG@5 <= HR@1 + 0.631 (HR@5 - HR@1) for whole ranks: 13.08 + 0.631 * 3.86 is 15.52."""
-    row = {"HR@1": 0.1308, "HR@5": 0.1694, "NDCG@5": 0.1501}
-    check_metrics(row, whole=True, tolerance=1e-4)
-    with pytest.raises(ValueError, match="NDCG@5"):
-        check_metrics({**row, "NDCG@5": 0.156}, whole=True, tolerance=1e-4)
+        check_metrics({**table, **changed})
 
 
 def test_bad_input_is_refused() -> None:
@@ -191,11 +174,7 @@ def test_gini_is_half_the_relative_mean_difference(counts: list[int]) -> None:
     pairs = [abs(a - b) for a, b in itertools.product(counts, repeat=2)]
     expected = sum(pairs) / len(pairs) / 2 / (sum(counts) / len(counts))
     assert gini(np.array(counts)) == pytest.approx(expected, abs=1e-12)
-
-
-def test_gini_at_the_ends_of_its_scale() -> None:
-    assert gini(np.full(50, 3)) == pytest.approx(0, abs=1e-15)
-    assert gini(np.eye(50)[7]) == pytest.approx(1 - 1 / 50, abs=1e-15)
+    assert gini(np.eye(50)[7]) == pytest.approx(1 - 1 / 50, abs=1e-15)  # the end of its scale
 
 
 def test_training_popularity_agrees_with_loops() -> None:

@@ -98,26 +98,6 @@ def ndcg(draw: np.random.Generator, users: int, *, gain: float = 0.0) -> np.ndar
     return np.stack([per_user_metric(each, "NDCG@10") for each in ranks])
 
 
-@pytest.mark.slow
-def test_coverage_on_ranking_metrics() -> None:
-    """What is reported, NDCG@10 of 400 users: its mean, paired change, and share of the teacher."""
-    draw = np.random.default_rng(12)
-    truth = ndcg(draw, 2_000_000, gain=0.1).mean(axis=1)
-    trials, covered = 1500, np.zeros(3)
-    for trial in range(trials):
-        teacher, model = ndcg(draw, 400, gain=0.1)
-        options = {"resamples": 400, "seed": trial}
-        for place, (found, true) in enumerate(
-            (
-                (bootstrap_mean(model, **options), truth[1]),
-                (bootstrap_difference(model, teacher, **options), truth[1] - truth[0]),
-                (bootstrap_ratio(model, teacher, **options), truth[1] / truth[0]),
-            )
-        ):
-            covered[place] += found.low <= true <= found.high
-    assert ((covered / trials >= 0.93) & (covered / trials <= 0.97)).all(), covered / trials
-
-
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_groups_are_drawn_as_their_users_are(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many users with few values: the same distribution, whether drawn by group or one by one."""
@@ -151,15 +131,13 @@ def test_groups_by_hand() -> None:
     assert sizes.tolist() == [20, 18]
     assert [(one[0, u], two[0, u]) for u in chosen[:2]] == [(0, 0), (0, 1)]
     assert chosen[2:].tolist() == [38, 39, 40, 41, 42]
-    weights = statistics._weights_by_group(np.random.default_rng(0), 50, 43, sizes, 5)
+    weights = statistics._weights_by_group(np.random.default_rng(0), 50, 43, sizes, 7)
     assert weights.shape == (50, 7)
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=0, atol=1e-12)
     assert statistics._alike([np.arange(100.0)[None]]) is None  # nobody is like another
 
 
-def test_level_and_seed() -> None:
-    wide, narrow = bootstrap_mean(REFERENCE[0], level=0.99), bootstrap_mean(REFERENCE[0], level=0.5)
-    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
+def test_the_seed_decides_the_draws() -> None:
     assert bootstrap_mean(REFERENCE[0], seed=1) == bootstrap_mean(REFERENCE[0], seed=1)
     assert bootstrap_mean(REFERENCE[0], seed=1) != bootstrap_mean(REFERENCE[0], seed=2)
 
@@ -181,8 +159,6 @@ def test_bad_input_is_refused() -> None:
         bootstrap_mean([1.0, np.nan])
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_mean([])
-    with pytest.raises(ValueError, match="level is 95"):
-        bootstrap_mean([1.0, 2.0], level=95)
 
 
 def test_median_ratio_by_hand() -> None:
@@ -197,11 +173,3 @@ def test_median_ratio_cancels_slow_rounds() -> None:
     found = median_ratio(0.1 * load, 0.4 * load * DRAW.normal(1, 0.01, size=30))
     assert found.low > 3.95
     assert found.high < 4.05
-
-
-@pytest.mark.parametrize(
-    ("candidate", "reference"), [([1.0], [1.0, 2.0]), ([], []), ([0.0], [1.0]), ([1.0], [np.inf])]
-)
-def test_median_ratio_refuses(candidate: list[float], reference: list[float]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        median_ratio(candidate, reference)

@@ -115,7 +115,7 @@ def test_wrong_claims_are_rare() -> None:
     for seed in range(200):
         keeps = {("finetune", depth): 0.99 for depth in range(1, 11)}
         candidates, teacher = world(keeps, users=300, seed=seed)
-        wrong += sufficient_depth(candidates, teacher, resamples=200, seed=seed).depth is not None
+        wrong += sufficient_depth(candidates, teacher, resamples=200).depth is not None
     assert wrong <= 200 * 0.05 + 2.5 * (200 * 0.05 * 0.95) ** 0.5
 
 
@@ -123,7 +123,7 @@ def test_bad_input_is_refused() -> None:
     values = np.ones((1, 5))
     with pytest.raises(ValueError, match="reference's mean is 0, expected a number above 0"):
         sufficient_depth({("a", 1): values}, np.zeros((1, 5)))
-    with pytest.raises(ValueError, match=r"\('a', 1\).* one shape"):
+    with pytest.raises(ValueError, match="one shape"):
         sufficient_depth({("a", 1): values}, np.ones((2, 5)))
     with pytest.raises(ValueError, match="margin is 1"):
         sufficient_depth({("a", 1): values}, values, margin=1.0)

@@ -73,8 +73,8 @@ def states_of() -> Callable[[Recommender, EvalSet], CachedStates]:
     @torch.inference_mode()
     def compute(model: Recommender, eval_set: EvalSet) -> CachedStates:
         states = np.empty((len(eval_set.users), model.depth + 1, model.width))
-        for batch in passes(model, eval_set, device=torch.device("cpu")):
-            states[batch.chosen] = batch.states.transpose(0, 1).numpy()
+        for chosen, batch in passes(model, eval_set, device=torch.device("cpu")):
+            states[chosen] = batch.transpose(0, 1).numpy()
         return CachedStates(eval_set, states)
 
     return compute

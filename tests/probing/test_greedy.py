@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from depthprobe.evaluation.ranks import EvalSet, evaluate, mean_ndcg
-from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.greedy import Removal, greedy, nearest_spans
@@ -60,47 +57,6 @@ def test_equals_a_naive_loop(teacher: Recommender, few: EvalSet, lazy: bool) -> 
         assert removal.scores[5 - depth] == score
     if not lazy:
         assert removal.evaluated == 5 + 4 + 3 + 2
-
-
-def peaked(teacher: Recommender, eval_set: EvalSet) -> EvalSet:
-    """What the teacher at full depth answers best: its own first choice is each target."""
-    best = evaluate(teacher, replace(eval_set, seen=None, lists=True), device=CPU)["top-10"][:, 0]
-    return replace(eval_set, targets=best, seen=None, negatives=None)
-
-
-def test_finds_a_block_that_does_nothing(teacher: Recommender, eval_set: EvalSet) -> None:
-    idle = find_blocks(teacher.backbone)[2]
-    with torch.no_grad():
-        idle.self_attn.o_proj.weight.zero_()
-        idle.mlp.down_proj.weight.zero_()
-    removal = greedy(teacher, peaked(teacher, eval_set), device=CPU)
-    assert removal.removed[0] == 2
-    assert removal.scores[0] == removal.scores[1]
-
-
-class Shift(nn.Module):
-    """In place of an MLP: adds the same vector everywhere."""
-
-    def __init__(self, by: torch.Tensor) -> None:
-        super().__init__()
-        self.by = nn.Parameter(by)
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return self.by.expand_as(state)
-
-
-def test_finds_two_blocks_that_undo_each_other(teacher: Recommender, eval_set: EvalSet) -> None:
-    blocks = find_blocks(teacher.backbone)
-    by = 5 * torch.randn(16, dtype=torch.float64)
-    with torch.no_grad():
-        for index, sign in ((1, 1), (2, -1)):
-            blocks[index].self_attn.o_proj.weight.zero_()
-            blocks[index].mlp = Shift(sign * by)
-    removal = greedy(teacher, peaked(teacher, eval_set), device=CPU, lazy=False)
-    place = {block: order for order, block in enumerate((*removal.removed, -1))}
-    first, second = sorted((place.get(1, 4), place.get(2, 4)))
-    assert second == first + 1  # once one has gone, the other does nothing but harm
-    assert removal.scores[second + 1] > removal.scores[first + 1]
 
 
 def test_one_block_is_left_as_it_is(plain: Recommender, few: EvalSet) -> None:

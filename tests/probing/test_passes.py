@@ -95,16 +95,16 @@ def test_every_probe_of_a_model_of_ones_own(few: EvalSet) -> None:
 def test_states_are_those_of_the_model(eval_set: EvalSet) -> None:
     model = Mine()
     with torch.inference_mode():
-        for batch in passes(model, eval_set, device=CPU, batch_size=64):
-            hidden = model.backbone(
-                input_ids=batch.histories, use_cache=False, output_hidden_states=True
-            ).hidden_states
-            assert batch.states.shape == (5, len(batch.chosen), 16)
+        for chosen, states in list(passes(model, eval_set, device=CPU, batch_size=64)):
+            assert states.shape == (5, len(chosen), 16)
             # of this batch alone: it is free before the next one
-            assert batch.states.untyped_storage().nbytes() <= 5 * 64 * 16 * 8
-            rows = torch.arange(len(batch.chosen))
-            for k in range(4):  # the last one of theirs is behind the norm
-                assert torch.equal(batch.states[k], hidden[k][rows, batch.lengths - 1])
+            assert states.untyped_storage().nbytes() <= 5 * 64 * 16 * 8
+            for place, user in enumerate(chosen):
+                ids = torch.from_numpy(eval_set.histories[user])[None]
+                hidden = model.backbone(ids, use_cache=False, output_hidden_states=True)
+                for k in range(4):  # the last one of theirs is behind the norm
+                    alone = hidden.hidden_states[k][0, -1]
+                    torch.testing.assert_close(states[k, place], alone, rtol=0, atol=1e-12)
 
 
 def test_a_model_read_out_elsewhere_is_refused(few: EvalSet) -> None:

@@ -23,7 +23,7 @@ from depthprobe.models.parts import find_projection
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.tiny import tiny_model
-from depthprobe.probing.replace import Replacement, apply_replacement, fit_replacements, fold_map
+from depthprobe.probing.replace import Replacement, fit_replacements, fold_map
 
 CPU = torch.device("cpu")
 SPANS = [(1, 2), (1, 4), (2, 3), (2, 5), (4, 5)]
@@ -100,49 +100,12 @@ def test_equals_least_squares_on_stacked_states(
         assert one.error < one.error_without
 
 
-def test_a_vanishing_ridge_gives_the_formula_of_the_paper(plain: Recommender, few: EvalSet) -> None:
-    (fitted,) = fit_replacements(plain, few, [(2, 4)], device=CPU, ridge=1e-12)
-    written, after = stacked(plain, few)
-    m, h, g = written[1], after[1], after[3]
-    shift = 1e-12 * np.square(m).sum() / m.shape[1] * np.eye(m.shape[1])
-    expected = np.linalg.solve(m.T @ m + shift, m.T @ (g + m - h))
-    np.testing.assert_allclose(fitted.map, expected, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("ridge", [1e-9, 1.0, 1e3])
 def test_never_worse_than_plain_removal(plain: Recommender, draw: Draw, ridge: float) -> None:
     # also of fewer positions than the stream is wide
     for users in (1, 3, 100):
         for one in fit_replacements(plain, draw(users, 0), SPANS, device=CPU, ridge=ridge):
             assert one.error <= one.error_without
-
-
-def test_padding_and_batches_do_not_matter(teacher: Recommender, few: EvalSet) -> None:
-    alone = fit_replacements(teacher, few, SPANS, device=CPU, batch_size=1)
-    for size in (7, 30):
-        fitted = fit_replacements(teacher, few, SPANS, device=CPU, batch_size=size)
-        for one, other in zip(fitted, alone, strict=True):
-            np.testing.assert_allclose(one.map, other.map, rtol=0, atol=1e-9)
-            assert one.error == pytest.approx(other.error, rel=1e-9)
-
-
-def test_a_span_of_identities_needs_no_map(teacher: Recommender, few: EvalSet) -> None:
-    with skip_blocks(teacher.backbone, {2, 3}):
-        (fitted,) = fit_replacements(teacher, few, [(2, 4)], device=CPU, ridge=1e-9)
-    np.testing.assert_array_equal(fitted.map, np.eye(teacher.width))
-    assert (fitted.error, fitted.error_without) == (0, 0)
-
-
-def test_finds_a_planted_map(plain: Recommender, eval_set: EvalSet) -> None:
-    blocks, width = find_blocks(plain.backbone), plain.width
-    planted = torch.from_numpy(np.random.default_rng(0).normal(size=(width, width)))
-    seen: dict[str, Tensor] = {}
-    blocks[0].mlp.down_proj.register_forward_hook(lambda _, __, out: seen.update(m=out))
-    blocks[0].register_forward_hook(lambda _, __, out: seen.update(h=out))
-    blocks[2].register_forward_hook(lambda *_: seen["h"] - seen["m"] + seen["m"] @ planted)
-    (fitted,) = fit_replacements(plain, eval_set, [(1, 3)], device=CPU, ridge=1e-13)
-    np.testing.assert_allclose(fitted.map, planted.numpy(), rtol=0, atol=1e-7)
-    assert fitted.error < 1e-6 < fitted.error_without
 
 
 def check_applied(model: Recommender, few: EvalSet, span: tuple[int, int]) -> Recommender:
@@ -155,7 +118,7 @@ def check_applied(model: Recommender, few: EvalSet, span: tuple[int, int]) -> Re
     keep_blocks(hooked.backbone, kept)
     projection = find_projection(hooked.backbone, span[0] - 1)
     projection.register_forward_hook(lambda _, __, out: out @ torch.from_numpy(fitted.map))
-    apply_replacement(folded, fitted)
+    fold_map(folded, fitted, cut=True)
     assert folded.depth == len(kept)
     expected = encode_each(hooked, few)
     torch.testing.assert_close(encode_each(folded, few), expected, rtol=1e-9, atol=1e-12)
@@ -179,7 +142,7 @@ def test_applied_equals_a_map_in_a_hook(teacher: Recommender, draw: Draw) -> Non
 def test_a_folded_map_waits_for_the_cut(plain: Recommender, few: EvalSet) -> None:
     (fitted,) = fit_replacements(plain, few, [(2, 4)], device=CPU)
     applied, folded = copy.deepcopy(plain), copy.deepcopy(plain)
-    apply_replacement(applied, fitted)
+    fold_map(applied, fitted, cut=True)
     fold_map(folded, fitted)
     assert folded.depth == plain.depth == 5
     before = plain.state_dict()
@@ -198,7 +161,7 @@ def test_a_refused_cut_leaves_the_model_as_it_was(plain: Recommender, few: EvalS
     blocks[4].self_attn.q_proj.weight = blocks[0].self_attn.q_proj.weight
     before = copy.deepcopy(plain.state_dict())
     with pytest.raises(ValueError, match="share weights with each other"):
-        apply_replacement(plain, fitted)
+        fold_map(plain, fitted, cut=True)
     assert plain.depth == 5
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
 
@@ -260,7 +223,7 @@ def test_refused_families(family: str, changes: dict[str, Any], reason: str, dra
         fit_replacements(model, draw(4, 0), [(last, last + 1)], device=CPU)
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=reason):
-        apply_replacement(model, Replacement(last, last + 1, np.eye(32), 0, 0))
+        fold_map(model, Replacement(last, last + 1, np.eye(32), 0, 0), cut=True)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -324,17 +287,15 @@ def test_no_span(plain: Recommender, draw: Draw, span: tuple[int, int], reason: 
     with pytest.raises(ValueError, match=reason):
         fit_replacements(plain, draw(4, 0), [span], device=CPU)
     with pytest.raises(ValueError, match=reason):
-        apply_replacement(plain, Replacement(*span, np.eye(32), 0, 0))
+        fold_map(plain, Replacement(*span, np.eye(32), 0, 0), cut=True)
 
 
-def test_bad_users_ridge_and_width(plain: Recommender, draw: Draw) -> None:
+def test_bad_users_and_width(plain: Recommender, draw: Draw) -> None:
     with pytest.raises(ValueError, match="no users"):
         fit_replacements(plain, draw(0, 0), [(1, 2)], device=CPU)
-    with pytest.raises(ValueError, match="ridge is 0"):
-        fit_replacements(plain, draw(4, 0), [(1, 2)], device=CPU, ridge=0)
     (fitted,) = fit_replacements(plain, draw(4, 0), [(1, 2)], device=CPU)
     with pytest.raises(ValueError, match="the stream 16 wide"):
-        apply_replacement(plain, replace(fitted, map=np.eye(15)))
+        fold_map(plain, replace(fitted, map=np.eye(15)), cut=True)
     assert plain.depth == 5
     assert fit_replacements(plain, draw(4, 0), [], device=CPU) == []
 
@@ -344,6 +305,6 @@ def test_half_precision_weights_are_rounded_once(few: EvalSet) -> None:
     (fitted,) = fit_replacements(model, few, [(1, 3)], device=CPU)
     projection = find_blocks(model.backbone)[0].mlp.down_proj
     exact = torch.from_numpy(fitted.map).T @ projection.weight.detach().double()
-    apply_replacement(model, fitted)
+    fold_map(model, fitted, cut=True)
     assert projection.weight.dtype == torch.bfloat16
     assert torch.equal(projection.weight.detach(), exact.to(torch.bfloat16))

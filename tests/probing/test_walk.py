@@ -71,11 +71,11 @@ def test_families(family: str, prompt: tuple[int, ...], few: EvalSet) -> None:
     model = tiny_model(CONFIG_MAPPING[family](**changes), depth=4)
     teacher = Recommender(model, torch.randn(41, 6), prompt).double().eval()
     kept = [k for k in ([0, 1, 3], [1, 2, 3], [3], [0, 2, 3]) if max(k) < teacher.depth]
-    (batch,) = walk(teacher, few, [route(k) for k in kept], device=CPU)
-    for blocks, states in zip(kept, batch.states, strict=True):
+    ((_, ends),) = walk(teacher, few, [route(k) for k in kept], device=CPU)
+    for blocks, states in zip(kept, ends, strict=True):
         cut = cut_to(teacher, blocks)
-        (expected,) = walk(cut, few, [route(range(len(blocks)))], device=CPU)
-        torch.testing.assert_close(states, expected.states[0], rtol=1e-9, atol=1e-12)
+        ((_, expected),) = walk(cut, few, [route(range(len(blocks)))], device=CPU)
+        torch.testing.assert_close(states, expected[0], rtol=1e-9, atol=1e-12)
 
 
 def test_runs_the_blocks_that_it_says(teacher: Recommender, few: EvalSet) -> None:
@@ -102,13 +102,7 @@ def test_leaves_the_teacher_as_it_was(teacher: Recommender, few: EvalSet) -> Non
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 
 
-def test_states_do_not_depend_on_the_other_routes(teacher: Recommender, few: EvalSet) -> None:
-    (alone,) = rank_routes(teacher, few, [route([0, 4])], device=CPU)
-    among = rank_routes(teacher, few, [*spans(5), route([0, 4])], device=CPU)[-1]
-    np.testing.assert_array_equal(alone["full"], among["full"])
-
-
-@pytest.mark.parametrize("kept", [[1, 0], [0, 5], [2, 2], [-1]])
+@pytest.mark.parametrize("kept", [[1, 0], [0, 5], [2, 2], [-1], []])
 def test_no_route(plain: Recommender, few: EvalSet, kept: list[int]) -> None:
     with pytest.raises(ValueError, match="is no route through 5 blocks"):
         rank_routes(plain, few, [route(kept)], device=CPU)

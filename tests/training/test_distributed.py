@@ -137,7 +137,6 @@ def test_two_processes_of_the_real_launcher(alone: dict[str, Any], tmp_path: Pat
     [
         ("FSDP_VERSION", "1", "--fsdp_version: '1' is not usable; 2"),
         ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "--fsdp_auto_wrap_policy"),
-        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "--fsdp_cpu_ram_efficient_loading"),
     ],
 )
 def test_settings_that_would_train_wrongly_are_refused(

@@ -151,7 +151,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(
 
     monkeypatch.setattr(features, "_run", tight)
     assert torch.equal(cached(teacher, spec, "tight").at(batch).vectors, expected)
-    assert set(sizes) == {7, 4, 3, 2, 1}
+    assert set(sizes) == {7, 4, 2, 1}
 
 
 def test_features_that_are_not_there_are_refused(

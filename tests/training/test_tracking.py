@@ -131,53 +131,6 @@ def test_a_tracker_that_fails_is_left_out(
     assert caplog.messages[1] == "not tracked by broken any more: ConnectionError: nobody there"
 
 
-def test_trackers_end_with_a_training_that_fails(tmp_path: Path) -> None:
-    def training() -> None:
-        with tracked(("recorder",), folder=tmp_path, **RUN) as track:
-            track(1, {"loss": 1.0})
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        training()
-    assert Recorder.every[0].events[-1] == "finish"
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("wandb", {"args": ("study",), "name": "full-s0"}),
-        ("mlflow", {"args": ("study",), "run_name": "full-s0"}),
-        ("comet_ml", {"args": ("study",)}),
-        ("tensorboard", {"args": ("full-s0", "{folder}")}),
-        ("dvclive", {"args": (), "dir": "{folder}/full-s0"}),
-    ],
-)
-def test_a_run_has_its_name_in_each_tracker(
-    kind: str, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[dict[str, Any]] = []
-    real = trackers.LOGGER_TYPE_TO_CLASS[kind]
-
-    class Stub(Recorder):
-        requires_logging_directory = real.requires_logging_directory
-
-        def __init__(self, *args: object, **named: object) -> None:
-            made.append({"args": args, **named})
-            super().__init__("", "")
-
-    monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, kind, Stub)
-    with tracked((kind,), folder=tmp_path, **RUN) as track:
-        track(1, {"loss": 1.0})
-    place = str(tmp_path)
-    filled = {
-        key: tuple(word.format(folder=place) for word in value)
-        if isinstance(value, tuple)
-        else value.format(folder=place)
-        for key, value in expected.items()
-    }
-    assert made == [filled]
-
-
 def test_a_real_tracker_takes_its_names(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -53,20 +53,15 @@ def rank_targets(scores: Any, targets: Any, exclude: Any = None) -> Tensor:
         raise ValueError(f"expected scores (B, I) and targets (B,), got {shapes}")
     if not column.numel():
         return torch.zeros(0, dtype=torch.float64)
-    if column.is_floating_point() or column.dtype == torch.bool:
-        raise ValueError(f"targets are {column.dtype}, expected integers")
     column = column.long()[:, None]  # (B, 1)
     _check_range("targets", column, 0, table.shape[1] - 1)
     _check_nan(table)
     at_target = table.gather(1, column)  # (B, 1)
     above, tied = table > at_target, table == at_target  # (B, I)
     if exclude is not None:
-        excluded = torch.as_tensor(exclude, device=table.device)
-        if excluded.shape != table.shape or excluded.dtype != torch.bool:
-            shape = f"{tuple(excluded.shape)} {excluded.dtype}"
-            raise ValueError(f"expected exclude {tuple(table.shape)} bool, got {shape}")
-        above &= ~excluded
-        tied &= ~excluded
+        counted = ~torch.as_tensor(exclude, device=table.device)
+        above &= counted
+        tied &= counted
     tied.scatter_(1, column, False)
     return 1 + above.sum(1).cpu().double() + tied.sum(1).cpu().double() / 2
 
@@ -105,10 +100,10 @@ def rank_users(
     Raises:
         ValueError: if an item is not in 1..I, or a score is NaN.
     """
-    n_users, n_items = len(vectors), len(item_matrix) - 1
+    n_users, n_items, device = len(vectors), len(item_matrix) - 1, vectors.device
     dtype = torch.promote_types(vectors.dtype, item_matrix.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    vectors, device = vectors.to(dtype), vectors.device
+    vectors = vectors.to(dtype)
     table = item_matrix[1:].to(device, dtype)  # (I, d), so column c is item c + 1
     columns = torch.as_tensor(targets).to(device).long() - 1  # (E,)
     _check_range("targets", columns + 1, 1, n_items)

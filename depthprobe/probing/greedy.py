@@ -29,19 +29,14 @@ class Removal:
         return tuple(b for b in range(len(self.scores)) if b not in gone)
 
 
-def greedy(
-    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, lazy: bool = True
-) -> Removal:
+def greedy(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> Removal:
     """Remove the block whose absence costs the least, down to a single one.
 
     The first removal is chosen from all single skips, which one walk measures. After that, lazily:
     the damage of a block is measured anew only while it is the smallest known, and the block goes
     if it still is. A removal seldom makes another block dispensable, so most are not measured
     again; one whose damage has fallen below the smallest is missed. Of equal ones the last goes.
-
-    Args:
-        eval_set: the users to choose by: of validation, never of the test.
-        lazy: False measures every block at every removal, about L^2 / 6 passes.
+    Choose by users of validation, never of the test.
     """
     left = list(range(len(find_blocks(model.backbone))))
     evaluated = 0
@@ -58,7 +53,7 @@ def greedy(
     damage = dict.fromkeys(left, -np.inf)  # as it was when last measured
     while len(left) > 1:
         fresh: dict[int, float] = {}  # the score without each block that is measured now
-        if not removed or not lazy:
+        if not removed:
             fresh = scores_without(left)
             damage = {b: scores[-1] - value for b, value in fresh.items()}
         while (least := min(left, key=lambda b: (damage[b], -b))) not in fresh:

@@ -10,7 +10,7 @@ arXiv 2303.08112). It learns the teacher's distribution over the items and never
 it shows when the teacher has made up its mind; a read-out shows when the target can be known.
 
 Both are affine maps. The states are computed once and kept on disk; then all depths are fitted in
-one loop, since they share the batches, the catalogue and the clock, and nothing else.
+one loop.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class Fitting:
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     patience: int = 3  # epochs without a better validation score after which a depth is done
+
+
+DEFAULT = Fitting()
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def fit_readouts(
     *,
     device: torch.device,
     seed: int,
-    settings: Fitting | None = None,
+    settings: Fitting = DEFAULT,
 ) -> Readouts:
     """Fit a linear map from normed states to user vectors at each depth 0..L.
 
@@ -160,14 +163,13 @@ def fit_lenses(
     *,
     device: torch.device,
     seed: int,
-    settings: Fitting | None = None,
+    settings: Fitting = DEFAULT,
 ) -> Readouts:
     """Fit a translator at each depth 0..L - 1; depth L needs none, and keeps the zero one.
 
     By the KL divergence from the model's own distribution over the items to the translated one.
     All start at zero, which is early exit, and a depth where nothing does better on the validation
-    targets stays there. Arguments as for :func:`fit_readouts`; the targets of ``train`` are not
-    used.
+    targets stays there. The targets of ``train`` are not used.
     """
     rows = np.arange(min(LENS_USERS, len(train.states)))
     dtype = torch.promote_types(model.item_matrix().dtype, torch.float32)
@@ -212,7 +214,7 @@ def _fit_side_by_side(
     goal: GoalFunction,
     weight: Tensor,
     seed: int,
-    settings: Fitting | None,
+    settings: Fitting,
 ) -> Readouts:
     """Fit an affine map at each depth, all in one loop over the users: no depth sees another.
 
@@ -220,7 +222,7 @@ def _fit_side_by_side(
     where it would if it were fitted alone. Each keeps the weights of its best epoch. Weights start
     at ``weight`` (L + 1, D, d), biases at zero.
     """
-    settings, device, (train, validation) = settings or Fitting(), weight.device, cached
+    device, (train, validation) = weight.device, cached
     table = model.item_matrix().detach()[1:].to(device, weight.dtype)  # (I, d)
     maps = [weight.clone().requires_grad_(), torch.zeros_like(weight[:, :1]).requires_grad_()]
     optimizer = torch.optim.AdamW(
@@ -265,13 +267,12 @@ def _validate(
 ) -> np.ndarray:
     """NDCG@10 of each depth, (L + 1,), by full ranking."""
     eval_set, items, weight = cached.eval_set, model.item_matrix(), maps[0]
-    ranks = np.empty((len(weight), len(eval_set.users)))
+    ranks: list[Ranks] = []
     for start in range(0, len(eval_set.users), BATCH):
         chosen = np.arange(start, min(start + BATCH, len(eval_set.users)))
         vectors = read(model, cached.at(chosen, weight.device, weight.dtype), *maps)
-        for own, row in zip(vectors, ranks, strict=True):
-            row[chosen] = eval_set.rank(chosen, own, items)["full"]
-    return np.array([mean_ndcg(row) for row in ranks])
+        eval_set.rank_models(ranks, chosen, vectors, items)
+    return np.array([mean_ndcg(each["full"]) for each in ranks])
 
 
 @torch.no_grad()

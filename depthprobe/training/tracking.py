@@ -21,13 +21,7 @@ logger = logging.getLogger(__name__)
 Track = Callable[[int, Mapping[str, float]], None]
 
 # what a tracker calls the name of a run inside its project, where runs have names
-RUN = {
-    "wandb": "name",
-    "trackio": "name",
-    "mlflow": "run_name",
-    "clearml": "task_name",
-    "swanlab": "experiment_name",
-}
+RUN = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "clearml": "task_name"}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -79,9 +73,7 @@ def tracked(
 
 def _start(name: str, folder: Path, project: str, run: str) -> GeneralTracker:
     kind = LOGGER_TYPE_TO_CLASS[name]
-    if name == "dvclive":  # knows neither projects nor runs: a folder each
-        tracker = kind(dir=str(folder / run))
-    elif kind.requires_logging_directory:  # runs are folders there, side by side
+    if kind.requires_logging_directory:  # runs are folders there, side by side
         folder.mkdir(parents=True, exist_ok=True)
         tracker = kind(run, str(folder))
     else:

@@ -109,11 +109,6 @@ def test_bad_input_is_refused() -> None:
     for bad in ([0, 0, 4], [0, -1, 0]):
         with pytest.raises(ValueError, match=r"expected 0\.\.3"):
             rank_targets(good, bad)
-    with pytest.raises(ValueError, match="expected integers"):
-        rank_targets(good, [0.0, 1.0, 2.0])
-    for mask in (torch.zeros(3, 3, dtype=torch.bool), torch.zeros(3, 4)):
-        with pytest.raises(ValueError, match="expected exclude"):
-            rank_targets(good, [0, 0, 0], mask)
 
 
 def case(users: int = 37, items: int = 50) -> dict[str, Any]:

@@ -50,8 +50,11 @@ def check(
         raise BadInput("output", output, "with --all alone")
     refuse_unusable(backbone)
 
+    from transformers.utils.logging import disable_progress_bar
+
     from depthprobe.models.check import can_be_cut, check_backbone
 
+    disable_progress_bar()  # one for each model that is reloaded
     results = check_backbone(backbone, revision=revision, trust_remote_code=trust_remote_code)
     header = ["check", "result", "detail"]
     marks = {True: "passed", False: "no"}  # what is not required may fail

@@ -122,7 +122,8 @@ def cost_table(
     try:
         rows = _sizes(config, depths, workload)
     except ValueError as error:
-        raise BadInput("backbone", backbone, f"a decoder that can be cut ({error})") from error
+        reason = error.allowed if isinstance(error, BadInput) else error
+        raise BadInput("backbone", backbone, f"a decoder that can be cut ({reason})") from error
     here = machine(place)  # before it is busy with this
     timing, peaks, obstacle = None, {}, "no time was given to it" if not workload.seconds else None
     needs, free = rows[-1]["bytes"] + rows[-1]["optimizer_bytes"], free_memory(place)

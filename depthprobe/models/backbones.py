@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import socket
@@ -23,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -30,22 +30,20 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-
-from depthprobe.errors import BadInput
-from depthprobe.models.blocks import find_blocks
-from depthprobe.models.precision import (
-    check_attention,
-    check_dtype,
-    mark_quantized,
-    placement,
-    plain_weights,
-    quantization,
+from transformers.utils.import_utils import (
+    is_bitsandbytes_available,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
 )
-from depthprobe.study import ATTENTIONS, Backbone
+
+from depthprobe.errors import BadInput, one_of
+from depthprobe.models.blocks import find_blocks
+from depthprobe.study import ATTENTIONS, QUANTIZATIONS, Backbone
 
 Source = str | os.PathLike[str]
 EMBEDDED = "embedded"
 ALLOWED = f'"{EMBEDDED}", a folder with config.json and safetensors weights, or a hub model id'
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 # what the libraries raise for a source that can't be used; a missing package is an ImportError
 FAILURES = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
@@ -59,11 +57,18 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 HARMLESS = re.compile(
     r"(^|\.)(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|attn\.bias|attention\.bias)$"
 )
+# what transformers says on a quantised model; accelerate and peft look for it
+QUANTIZED_MARKS = (
+    "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer",
+)  # fmt: skip
 # The embedded default: a small Llama and a byte-level tokenizer, made on the spot, no download.
 BLOCKS, WIDTH, HEADS, INTERMEDIATE, POSITIONS = 12, 32, 2, 88, 512
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 
 _auto: Any = AutoModelForCausalLM  # untyped in transformers
+
+
+# How a backbone computes.
 
 
 def resolve_device(name: str) -> torch.device:
@@ -77,23 +82,67 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """``"auto"``, or the torch dtype of a name."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    one_of("dtype", dtype, DTYPES)
+    named: torch.dtype = getattr(torch, dtype)
+    return named
+
+
+def check_attention(attention: str | None) -> str | None:
+    """The implementation that transformers is to use; None leaves it the choice."""
+    if attention is None or attention == "auto":
+        return None
+    one_of("attention", attention, ATTENTIONS)
+    flash = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+    }
+    if attention in flash and not flash[attention]():
+        allowed = "the package flash-attn installed and a CUDA GPU, or eager, sdpa, flex_attention"
+        raise BadInput("attention", attention, allowed)
+    return attention
+
+
+def can_quantize() -> bool:
+    """Whether bitsandbytes and a CUDA GPU are here."""
+    return is_bitsandbytes_available() and torch.cuda.is_available()
+
+
+def quantization(quantize: str | None) -> BitsAndBytesConfig | None:
+    """How bitsandbytes stores the weights of linear maps; None leaves them as they are.
+
+    8 bits: LLM.int8 (arXiv 2208.07339). 4 bits: NF4, computed in bfloat16 (arXiv 2305.14314).
+    """
+    if quantize is None or quantize == "none":
+        return None
+    one_of("quantize", quantize, QUANTIZATIONS)
+    if not can_quantize():
+        allowed = "bitsandbytes (pip install 'depthprobe[quantize]') and a CUDA GPU"
+        raise BadInput("quantize", quantize, allowed)
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if quantize == "4bit":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        options["bnb_4bit_compute_dtype"] = torch.bfloat16
+    make: Any = BitsAndBytesConfig  # untyped in transformers
+    config: BitsAndBytesConfig = make(**options)
+    return config
+
+
 # Where a backbone comes from.
 
 
 def is_folder(source: Source) -> bool:
-    """Whether this names a place on disk rather than a model on the hub."""
+    """Whether this names a place on disk rather than the embedded backbone or a hub model."""
     text = os.fspath(source)
-    return (
+    return text != EMBEDDED and (
         not isinstance(source, str)
         or text.startswith((".", "~", os.sep))
         or text.count(os.sep) > 1
         or os.path.exists(text)
     )
-
-
-def folder_of(source: Source) -> Path:
-    """The path of a source on disk."""
-    return Path(source).expanduser()
 
 
 def offline(source: Source) -> bool:
@@ -129,11 +178,7 @@ def resolve_revision(source: Source, revision: str | None = None) -> str | None:
         )
     except FAILURES as error:
         raise _cannot("found", source, error) from error
-    commit = Path(file).parent.name
-    if not COMMIT.fullmatch(commit):
-        allowed = "a model whose hub says which commit it serves, or a downloaded folder"
-        raise BadInput("backbone", str(source), allowed)
-    return commit
+    return Path(file).parent.name
 
 
 def _cannot(what: str, source: Source, error: Exception) -> BadInput:
@@ -145,22 +190,18 @@ def _cannot(what: str, source: Source, error: Exception) -> BadInput:
 
 def _location(source: Source) -> str:
     """What the libraries are given: a path without ``~``, or the hub id."""
-    return str(folder_of(source)) if is_folder(source) else os.fspath(source)
+    return str(Path(source).expanduser()) if is_folder(source) else os.fspath(source)
 
 
 def _origin(source: Source, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """What the libraries' ``from_pretrained`` are given beside it, to find one commit's files."""
-    _check_trust(source, revision, trust_remote_code)
+    if trust_remote_code and revision is None and not is_folder(source):
+        raise BadInput("revision", None, "a commit or tag, required by trust_remote_code")
     return {
         "revision": revision or "main",
         "trust_remote_code": trust_remote_code,
         "local_files_only": offline(source),
     }
-
-
-def _check_trust(source: Source, revision: str | None, trust_remote_code: bool) -> None:
-    if trust_remote_code and revision is None and not is_folder(source):
-        raise BadInput("revision", None, "a commit or tag, required by trust_remote_code")
 
 
 # The embedded default.
@@ -236,8 +277,8 @@ def load_backbone(
         revision: of a hub id: branch, tag or commit. All files come from the commit that it points
             to now.
         dtype: "auto" follows the checkpoint; else a torch dtype or its name.
-        attention: None or "auto" follows transformers; else "eager", "sdpa", "flash_attention_2",
-            "flash_attention_3" or "flex_attention".
+        attention: None or "auto" follows transformers; else one of its implementations, such as
+            "eager", "sdpa" or "flash_attention_2".
         quantize: None or "none"; "8bit" or "4bit" stores the linear maps in fewer bits, which
             needs bitsandbytes and a CUDA GPU. Such a model is on the GPU already.
         trust_remote_code: run Python code from the hub; only with a ``revision``.
@@ -251,34 +292,41 @@ def load_backbone(
             they do not fit the model: missing, unexpected or mismatched keys; if ``dtype``,
             ``attention`` or ``quantize`` can't be used, here or with this backbone.
     """
-    kind, chosen = check_dtype(dtype), check_attention(attention)
-    fewer_bits = quantize not in {None, "none"}
-    if fewer_bits and (random_init is not None or str(path_or_id) == EMBEDDED):
+    kind, chosen = _resolve_dtype(dtype), check_attention(attention)
+    embedded = str(path_or_id) == EMBEDDED
+    if quantize not in {None, "none"} and (random_init is not None or embedded):
         raise BadInput("quantize", quantize, "pretrained weights: random ones can't be quantised")
     packed = quantization(quantize)
-    options: dict[str, Any] = {} if chosen is None else {"attn_implementation": chosen}
-    if str(path_or_id) == EMBEDDED:
+    if embedded:
         return _embedded(random_init or 0, kind, chosen)
-    _check_trust(path_or_id, revision, trust_remote_code)
+    _origin(path_or_id, revision, trust_remote_code)  # code needs the caller's own revision
     commit = resolve_revision(path_or_id, revision)
     config = backbone_config(path_or_id, revision=commit, trust_remote_code=trust_remote_code)
-    if chosen is None:
+    options: dict[str, Any] = {}
+    if chosen is not None:
+        options["attn_implementation"] = chosen
+    else:
         for written in _attentions(config):
             check_attention(written)
     if random_init is not None:
-        options["trust_remote_code"] = trust_remote_code
-        return _random(path_or_id, config, kind, random_init, options)
+        options |= {"trust_remote_code": trust_remote_code}
+        options["dtype"] = kind if isinstance(kind, torch.dtype) else config.dtype or torch.float32
+        return _random(path_or_id, config, random_init, options)
     quantized = bool(getattr(config, "quantization_config", None))
     if packed is not None and quantized:
         raise BadInput("quantize", quantize, "a checkpoint that is not quantised already")
     if not weights and not quantized:
         options["device_map"] = "meta"
-    elif packed is not None:
-        options |= {"quantization_config": packed, "device_map": placement()}
+    elif packed is not None:  # all of them on the GPU that ``cuda`` means here
+        options |= {"quantization_config": packed, "device_map": {"": torch.cuda.current_device()}}
     options |= {"dtype": kind} | _origin(path_or_id, commit, trust_remote_code)
     model = _read_weights(path_or_id, config, options)
     if packed is not None:
-        mark_quantized(model)
+        # A recommender holds the base model alone; without the marks there, LoRA would treat packed
+        # bytes as weights.
+        for name in QUANTIZED_MARKS:
+            if hasattr(model, name):
+                setattr(model.base_model, name, getattr(model, name))
     return model
 
 
@@ -291,23 +339,18 @@ def _embedded(seed: int, dtype: str | torch.dtype, attention: str | None) -> Pre
             model.set_attn_implementation(attention)
         except FAILURES as error:
             raise _cannot(f"run with attention {attention}", EMBEDDED, error) from error
-    ready: PreTrainedModel = model.eval()
+    ready: PreTrainedModel = model
     return ready
 
 
 def _random(
-    source: Source,
-    config: PreTrainedConfig,
-    dtype: str | torch.dtype,
-    seed: int,
-    options: dict[str, Any],
+    source: Source, config: PreTrainedConfig, seed: int, options: dict[str, Any]
 ) -> PreTrainedModel:
     """A model with fresh weights, from the configuration alone."""
-    chosen = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.float32)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs
-            model: PreTrainedModel = _auto.from_config(config, dtype=chosen, **options)
+            model: PreTrainedModel = _auto.from_config(config, **options)
     except FAILURES as error:
         raise _cannot("built", source, error) from error
     model.eval()
@@ -318,10 +361,9 @@ def _read_weights(
     source: Source, config: PreTrainedConfig, options: dict[str, Any]
 ) -> PreTrainedModel:
     """The pretrained model; BadInput if its weights are not those of its configuration."""
-    if is_folder(source):
-        check_weights(folder_of(source))
+    check_weights(source)
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel
         model, loaded = _auto.from_pretrained(
             _location(source),
             config=config,
@@ -339,29 +381,25 @@ def _read_weights(
         if names:
             keys = sorted(name if isinstance(name, str) else name[0] for name in names)
             shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-            raise BadInput(
-                "backbone",
-                str(source),
-                f"{len(keys)} of its weights are {what} ({shown}):"
-                " the checkpoint must fit its configuration",
-            )
+            allowed = f"{len(keys)} of its weights are {what} ({shown}): the checkpoint must fit"
+            raise BadInput("backbone", str(source), f"{allowed} its configuration")
     model.eval()
     return model
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(source: Source) -> None:
     """Refuse a folder without safetensors weights."""
-    if any(folder.glob("*.safetensors")):
+    folder = Path(_location(source))
+    if not is_folder(source) or any(folder.glob("*.safetensors")):
         return
+    allowed = f"no weights (*.safetensors) in it: {ALLOWED}"
     pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLED]
     if pickled:
-        raise BadInput(
-            "backbone",
-            str(folder),
+        allowed = (
             f"only pickled weights in it ({pickled[0]}), which can run code when loaded:"
-            " convert them with save_pretrained to safetensors",
+            " convert them with save_pretrained to safetensors"
         )
-    raise BadInput("backbone", str(folder), f"no weights (*.safetensors) in it: {ALLOWED}")
+    raise BadInput("backbone", str(source), allowed)
 
 
 def backbone_config(
@@ -374,10 +412,15 @@ def backbone_config(
     if str(path_or_id) == EMBEDDED:
         return embedded_config()
     origin = _origin(path_or_id, revision, trust_remote_code)
+    location = _location(path_or_id)
     if is_folder(path_or_id):
-        _check_config_file(path_or_id)
+        path = _existing(path_or_id)
+        if not (path.is_file() or (path / "config.json").is_file()):
+            adapter = (path / "adapter_config.json").is_file()
+            hint = " (it holds an adapter: merge it into its base first)" if adapter else ""
+            raise BadInput("backbone", str(path_or_id), f"no config.json in it{hint}: {ALLOWED}")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(_location(path_or_id), **origin)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, **origin)
     except FAILURES as error:
         raise _cannot("found", path_or_id, error) from error
     for written in _attentions(config):
@@ -387,20 +430,12 @@ def backbone_config(
     return config
 
 
-def _check_config_file(source: Source) -> None:
-    """Refuse a place on disk without a configuration in JSON."""
-    path = folder_of(source)
+def _existing(source: Source) -> Path:
+    """The path of a source on disk; the libraries would take one that is not there for a hub id."""
+    path = Path(_location(source))
     if not path.exists():
         raise BadInput("backbone", str(source), f"no such folder: expected {ALLOWED}")
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        adapter = (path / "adapter_config.json").is_file()
-        hint = " (it holds an adapter: merge it into its base first)" if adapter else ""
-        raise BadInput("backbone", str(source), f"no config.json in it{hint}: {ALLOWED}")
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise _cannot("read: its configuration is not JSON", source, error) from error
+    return path
 
 
 def _attentions(config: PreTrainedConfig) -> Iterator[str]:
@@ -419,9 +454,7 @@ def load_tokenizer(
     if str(path_or_id) == EMBEDDED:
         return embedded_tokenizer()
     if is_folder(path_or_id):
-        folder = folder_of(path_or_id)
-        if not folder.is_dir():
-            raise BadInput("backbone", str(path_or_id), f"no such folder: expected {ALLOWED}")
+        folder = _existing(path_or_id)
         # Without any of these the library makes up an empty tokenizer.
         if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
             raise BadInput("backbone", str(path_or_id), "no tokenizer in it (tokenizer.json)")
@@ -443,10 +476,7 @@ def pretrained(
 ) -> PreTrainedModel:
     """The backbone that a study's settings describe, at full depth.
 
-    Args:
-        random_init: as for :func:`load_backbone`.
-        plain: with ordinary weights, of the same values where they are quantised.
-        weights: as for :func:`load_backbone`.
+    With ``plain``, quantised weights are turned back into ordinary ones of the same values.
     """
     model = load_backbone(
         settings.source,
@@ -459,7 +489,12 @@ def pretrained(
         weights=weights,
     )
     find_blocks(model)
-    return plain_weights(model) if plain else model
+    if plain and getattr(model, "is_quantized", False):
+        base = model.base_model
+        model = model.dequantize(dtype=model.dtype)
+        for name in QUANTIZED_MARKS:
+            vars(base).pop(name, None)
+    return model
 
 
 def pretrained_config(settings: Backbone) -> PreTrainedConfig:
@@ -476,8 +511,6 @@ def pretrained_tokenizer(settings: Backbone) -> PreTrainedTokenizerBase:
 
 def backbone_revision(settings: Backbone) -> str:
     """Which weights exactly: the hub's commit, or ``sha256:`` of configuration and weights."""
-    if settings.source != EMBEDDED and not is_folder(settings.source):
-        return str(resolve_revision(settings.source, settings.revision))
     digest = hashlib.sha256()
     if settings.source == EMBEDDED:
         model = embedded_backbone()
@@ -485,21 +518,22 @@ def backbone_revision(settings: Backbone) -> str:
         for name, weight in sorted(model.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy())
-    else:
-        folder = folder_of(settings.source)
+    elif is_folder(settings.source):
+        folder = Path(_location(settings.source))
         for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while chunk := file.read(4 * 2**20):
                     digest.update(chunk)
+    else:
+        return str(resolve_revision(settings.source, settings.revision))
     return f"{HASH}{digest.hexdigest()[:16]}"
 
 
 def pinned(settings: Backbone, recorded: str | None) -> Backbone:
     """The settings with the recorded commit in place of a branch or tag, which may move.
 
-    Args:
-        recorded: :func:`backbone_revision` when the run began; None and hashes change nothing.
+    The record is :func:`backbone_revision` when the run began; None and hashes change nothing.
     """
     unchanged = recorded is None or recorded.startswith(HASH)
     return settings if unchanged else replace(settings, revision=recorded)

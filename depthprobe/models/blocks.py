@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +43,9 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
         BadInput: if there is no such list, more than one, or the model is no plain decoder.
     """
     owner, name = locate(unwrap(model))
-    return list_at(owner, name)
+    blocks = owner.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)  # noqa: S101 - what locate looks for
+    return blocks
 
 
 def find_decoder(model: nn.Module) -> PreTrainedModel:
@@ -68,12 +71,15 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(execution) if device.type == "meta" and execution is not None else device
 
 
-def list_at(owner: nn.Module, name: str) -> nn.ModuleList:
-    """The ``ModuleList`` at a path, typed."""
-    blocks = owner.get_submodule(name)
-    if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(f"{name} of {type(owner).__name__} is not a ModuleList")
-    return blocks
+def block_indices(field: str, indices: Iterable[int], depth: int) -> tuple[int, ...]:
+    """The indices as plain numbers; BadInput if one is not that of a block."""
+    try:
+        chosen = tuple(operator.index(index) for index in indices)
+    except TypeError:
+        chosen = (-1,)
+    if any(not 0 <= index < depth for index in chosen):
+        raise BadInput(field, indices, f"block indices from 0 to {depth - 1}")
+    return chosen
 
 
 def locate(model: PreTrainedModel) -> tuple[nn.Module, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -67,11 +68,8 @@ def around(
     seed: int,
     train_items: bool = False,
 ) -> Recommender:
-    """A recommender around a backbone, whose blocks it uses in place; fresh adapters.
-
-    Arguments as for :func:`build_recommender`.
-    """
-    place, prompt, suffix = backbone.device, prompt_tokens(settings), suffix_tokens(settings)
+    """A recommender around a backbone, whose blocks it uses in place; fresh adapters."""
+    place, (prompt, suffix) = backbone.device, prompt_and_suffix(settings)
     torch.manual_seed(seed)  # the adapters are drawn from the global generator
     with torch.device(place):  # quantised weights are on the GPU from the start
         model = Recommender(backbone, items.to(place), prompt, suffix=suffix, head=settings.head)
@@ -92,23 +90,19 @@ def learned_table(items: int, width: int, *, seed: int) -> Tensor:
     return table
 
 
-def prompt_tokens(settings: Backbone) -> list[int]:
-    """Token ids of the prompt, after the start token that a text of this tokenizer begins with."""
-    if not settings.prompt:
-        return []
-    tokenizer = pretrained_tokenizer(settings)
-    ids = list(tokenizer(settings.prompt)["input_ids"])
-    start = tokenizer.bos_token_id
-    # some tokenizers have a start token and leave it to the caller
-    return ids if start is None or ids[:1] == [start] else [start, *ids]
-
-
-def suffix_tokens(settings: Backbone) -> list[int]:
-    """Token ids of what follows the items; no start token, as nothing starts there."""
-    if not settings.suffix:
-        return []
-    tokenizer = pretrained_tokenizer(settings)
-    return list(tokenizer(settings.suffix, add_special_tokens=False)["input_ids"])
+def prompt_and_suffix(settings: Backbone) -> tuple[list[int], list[int]]:
+    """Token ids of the texts around the items; the prompt begins with the start token, if any."""
+    prompt: list[int] = []
+    suffix: list[int] = []
+    if settings.prompt or settings.suffix:
+        tokenizer = pretrained_tokenizer(settings)
+        if settings.prompt:
+            prompt, start = tokenizer(settings.prompt)["input_ids"], tokenizer.bos_token_id
+            # some tokenizers have a start token and leave it to the caller
+            prompt = prompt if start in (None, *prompt[:1]) else [start, *prompt]
+        if settings.suffix:
+            suffix = tokenizer(settings.suffix, add_special_tokens=False)["input_ids"]
+    return prompt, suffix
 
 
 def make_trainable(model: Recommender, settings: Backbone) -> None:
@@ -133,12 +127,11 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
 
 def _mlp_projections(backbone: PreTrainedModel) -> list[str]:
     """Paths of the linear maps of the blocks outside attention (gate, up and down in Llama)."""
-    blocks = set(map(id, find_blocks(backbone)))
-    roots = [name for name, module in backbone.named_modules() if id(module) in blocks]
+    blocks = find_blocks(backbone)
+    prefix = next(name for name, module in backbone.named_modules() if module is blocks)
     paths = [
-        f"{root}.{name}"
-        for root in roots
-        for name, module in backbone.get_submodule(root).named_modules()
+        f"{prefix}.{name}"
+        for name, module in blocks.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and "att" not in name.lower()
     ]
     if not paths:
@@ -159,10 +152,7 @@ def merge_lora(model: nn.Module) -> None:
 def save_trained(model: nn.Module, folder: Path) -> None:
     """Write the weights that were trained; the rest comes from the backbone and the item table."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {
-        n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad
-    }
-    save_file(trained, folder / WEIGHTS)
+    save_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder / WEIGHTS)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -171,10 +161,20 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         trained = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): delete its trial") from error
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if trained.keys() != weights.keys():
-        odd = sorted(trained.keys() ^ weights.keys())
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model: {', '.join(odd[:3])}")
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(trained[name])
+    fill({n: p for n, p in model.named_parameters() if p.requires_grad}, trained, folder / WEIGHTS)
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """Write weights of any device, also views."""
+    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, file)
+
+
+@torch.no_grad()
+def fill(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor], file: Path) -> None:
+    """Copy stored values into weights; ValueError where a name or a shape differs."""
+    odd = sorted(stored.keys() ^ weights.keys())
+    odd += [n for n in stored.keys() & weights.keys() if stored[n].shape != weights[n].shape]
+    if odd:
+        raise ValueError(f"{file} does not fit the model: {', '.join(odd[:3])}")
+    for name, weight in weights.items():
+        weight.copy_(stored[name])

@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import backbone_config
@@ -79,23 +79,23 @@ def check_backbone(
     else:
         config = backbone_config(source, revision=revision, trust_remote_code=trust_remote_code)
     results: list[CheckResult] = []
+    models: list[PreTrainedModel] = []
 
-    def run(name: str, check: Callable[[], tuple[str, Any]]) -> Any:
+    def run(name: str, check: Callable[[], str]) -> bool:
         try:
-            detail, made = check()
+            results.append(CheckResult(name, True, check()))
         except Exception as error:  # whatever an architecture does is a finding, not a crash
-            detail, made = _reason(error), None
-        results.append(CheckResult(name, made is not None, detail))
-        return made
+            results.append(CheckResult(name, False, _reason(error)))
+        return results[-1].passed
 
-    if run("blocks", lambda: _blocks(config)) is None:
-        return results
-    model = run("tiny copy", lambda: _copy(config, depth))
-    if model is None:
-        return results
-    ids = torch.arange(3, 3 + 2 * TOKENS).reshape(2, TOKENS)
-    for name, check in CHECKS.items():
-        run(name, lambda check=check: (check(model, ids), True))  # type: ignore[misc]
+    def tiny_copy() -> str:
+        models.append(model := tiny_model(config, depth=depth))
+        return f"{len(find_blocks(model))} blocks, {model.num_parameters():,} parameters"
+
+    if run("blocks", partial(_blocks, config)) and run("tiny copy", tiny_copy):
+        ids = torch.arange(3, 3 + 2 * TOKENS).reshape(2, TOKENS)
+        for name, check in CHECKS.items():
+            run(name, partial(check, models[0], ids))
     return results
 
 
@@ -110,19 +110,14 @@ def _reason(error: Exception) -> str:
     return next(iter(text.strip().splitlines()), type(error).__name__)
 
 
-def _blocks(config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
+def _blocks(config: PreTrainedConfig) -> str:
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder: only decoders can be cut")
     with torch.device("meta"):
         model = _auto.from_config(copy.deepcopy(config), trust_remote_code=brings_code(config))
     blocks = find_blocks(model)
     kinds = sorted({type(block).__name__ for block in blocks})
-    return f"{len(blocks)} blocks ({', '.join(kinds)}) in {type(model).__name__}", blocks
-
-
-def _copy(config: PreTrainedConfig, depth: int) -> tuple[str, PreTrainedModel]:
-    model = tiny_model(config, depth=depth)
-    return f"{len(find_blocks(model))} blocks, {model.num_parameters():,} parameters", model
+    return f"{len(blocks)} blocks ({', '.join(kinds)}) in {type(model).__name__}"
 
 
 @torch.no_grad()
@@ -200,7 +195,7 @@ def skip(model: PreTrainedModel, ids: Tensor) -> str:
         except ValueError as error:  # also the family's own: HY V4's blocks read an earlier one's
             note += f"; block {left_out} not skippable: {_reason(error)}"
             continue
-        with _changed(find_blocks(model)[left_out], _undo):
+        with _changed(find_blocks(model)[left_out], lambda before, after: before):
             _assert_close(skipped, _logits(model, ids), f"skipping block {left_out}: it is")
         if kept in cuts and not torch.equal(skipped, _logits(cuts[kept], ids)):
             raise AssertionError(f"skipping block {left_out} differs from cutting it out")
@@ -234,7 +229,8 @@ def _one_part(
     with skip_blocks(model, {index}, part=part):
         skipped = _logits(model, ids)
     if len(chosen) == 1:
-        with _changed(find_blocks(model)[index].get_submodule(chosen[0].path), _silence):
+        module = find_blocks(model)[index].get_submodule(chosen[0].path)
+        with _changed(module, lambda before, after: torch.zeros_like(after)):
             _assert_close(skipped, _logits(model, ids), f"skipping {part} of block {index}: it is")
     if torch.equal(skipped, _logits(model, ids)):
         raise AssertionError(f"skipping {part} of block {index} changes nothing")
@@ -252,21 +248,13 @@ def _changed(module: nn.Module, change: Callable[[Any, Any], Any]) -> Iterator[N
         yield
 
 
-def _undo(before: Tensor, after: Tensor) -> Tensor:
-    return before
-
-
-def _silence(before: Tensor, after: Tensor) -> Tensor:
-    return torch.zeros_like(after)
-
-
 def reload(model: PreTrainedModel, ids: Tensor) -> str:
     """Stock transformers reads a cut model back without a missing or unexpected key."""
     depth = len(find_blocks(model))
     choices = (range(max(1, depth // 2)), range(0, depth, 2), range(1, depth), range(depth - 1))
     cuts, note = _cuts(model, dict.fromkeys(tuple(kept) for kept in choices if kept))
     for kept, shallow in cuts.items():
-        with tempfile.TemporaryDirectory() as folder, _without_bars():
+        with tempfile.TemporaryDirectory() as folder:
             shallow.save_pretrained(folder)
             loaded, info = _auto.from_pretrained(
                 folder,
@@ -282,18 +270,6 @@ def reload(model: PreTrainedModel, ids: Tensor) -> str:
             expected = _logits(shallow, ids)
             _assert_close(_logits(loaded.eval(), ids), expected, f"reloaded {list(kept)}:")
     return f"{len(cuts)} cuts, no missing or unexpected keys{note}"
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Saving and loading some kilobytes needs no progress bar."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def cache(model: PreTrainedModel, ids: Tensor) -> str:

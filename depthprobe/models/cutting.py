@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from depthprobe.errors import BadInput
-from depthprobe.models.blocks import find_blocks, keys_are_read, list_at, locate, refusal, unwrap
+from depthprobe.models.blocks import (
+    block_indices,
+    find_blocks,
+    keys_are_read,
+    locate,
+    refusal,
+    unwrap,
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -72,7 +78,10 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
     inner = unwrap(model)
     owner, name = locate(inner)
     blocks = find_blocks(inner)
-    chosen = _check_kept(kept, len(blocks))
+    chosen = block_indices("kept", kept, len(blocks))
+    if not chosen or list(chosen) != sorted(set(chosen)):
+        allowed = f"increasing block indices from 0 to {len(blocks) - 1}, at least one"
+        raise BadInput("kept", list(chosen), allowed)
     if len(chosen) == len(blocks):
         return model
     _refuse_unsafe(model, inner, name, chosen)
@@ -81,8 +90,8 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
 
     # from here on nothing is refused: the list, indices in the blocks, settings and weights outside
     parent, _, attribute = name.rpartition(".")
-    setattr(owner.get_submodule(parent), attribute, nn.ModuleList(blocks[old] for old in chosen))
-    remaining = list_at(owner, name)
+    remaining = nn.ModuleList(blocks[old] for old in chosen)
+    setattr(owner.get_submodule(parent), attribute, remaining)
     for block, path, index_name, value in changes.inside:
         setattr(remaining[block].get_submodule(path), index_name, value)
     for path, settings in changes.outside.items():
@@ -169,20 +178,18 @@ def _changed_fields(
 ) -> dict[str, Any]:
     """The fields that a cut changes, and what they become."""
     depth = text.num_hidden_layers
-    changes: dict[str, Any] = {}
-    for name, values in _sequences(text, PER_BLOCK_LISTS).items():
-        if len(values) == depth:
-            changes[name] = [values[old] for old in kept]
+    changes: dict[str, Any] = {
+        name: [values[old] for old in kept]
+        for name, values in _sequences(text, PER_BLOCK_LISTS).items()
+        if len(values) == depth
+    }
     for name, values in _sequences(text, BLOCK_INDICES).items():
         changes[name] = [position[old] for old in values if old in position]
-    for name in LEADING_BLOCKS:
+    for name in (*LEADING_BLOCKS, *TRAILING_BLOCKS):
         value = getattr(text, name, None)
         if isinstance(value, int):
-            changes[name] = sum(old < value for old in kept)
-    for name in TRAILING_BLOCKS:
-        value = getattr(text, name, None)
-        if isinstance(value, int):
-            changes[name] = sum(old >= depth - value for old in kept)
+            special = range(value) if name in LEADING_BLOCKS else range(depth - value, depth)
+            changes[name] = sum(old in special for old in kept)
     if getattr(text, "num_blocks", None) == depth:  # the same number under a second name
         changes["num_blocks"] = len(kept)
     last_sparse = getattr(text, "moe_layer_end_index", None)
@@ -204,47 +211,33 @@ def _changed_fields(
     return changes
 
 
-def _check_kept(kept: Iterable[int], depth: int) -> tuple[int, ...]:
-    allowed = f"increasing block indices from 0 to {depth - 1}, at least one"
-    try:
-        values = list(kept)
-        chosen = tuple(operator.index(value) for value in values)
-    except TypeError:
-        raise BadInput("kept", kept, allowed) from None
-    increasing = all(low < high for low, high in zip(chosen, chosen[1:], strict=False))
-    if not chosen or not increasing or chosen[0] < 0 or chosen[-1] >= depth:
-        raise BadInput("kept", values, allowed)
-    return chosen
-
-
 def _refuse_unsafe(
     model: nn.Module, inner: PreTrainedModel, name: str, chosen: tuple[int, ...]
 ) -> None:
     """Refuse what no comparison of configurations can find."""
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
     inside = re.compile(rf"(^|\.){re.escape(name)}\.\d+\.")
-    owners: dict[int, int] = {}  # a weight's identity -> the first block that has it
-    shared = any(
-        owners.setdefault(id(parameter), index) != index
-        for index, block in enumerate(find_blocks(inner))
-        for parameter in block.parameters()
-    )
+    weights = [id(p) for block in find_blocks(inner) for p in block.parameters()]  # once a block
+    shared = len(set(weights)) < len(weights)
     if shared or any(inside.search(key) for pair in tied.items() for key in pair):
-        raise refusal(inner, "it cannot be cut: its blocks share weights with each other")
+        raise _no_cut(inner, "its blocks share weights with each other")
     if getattr(inner.config, "rescale_every", 0):
-        raise refusal(inner, "it cannot be cut: it rescales its weights by their block's index")
-    for adapter in getattr(model, "peft_config", {}).values():
-        if getattr(adapter, "layers_to_transform", None) is not None:
-            reason = "an adapter with layers_to_transform is around it: cut first, adapt afterwards"
-            raise refusal(inner, f"it cannot be cut: {reason}")
+        raise _no_cut(inner, "it rescales its weights by their block's index")
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "layers_to_transform", None) is not None for adapter in adapters):
+        reason = "an adapter with layers_to_transform is around it: cut first, adapt afterwards"
+        raise _no_cut(inner, reason)
     kinds = getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or []
     attentive = [kind not in RECURRENT for kind in kinds]
     if any(attentive) and not any(attentive[old] for old in chosen):
-        raise refusal(
-            inner,
-            f"it cannot be cut to blocks {list(chosen)}: none of them has attention, and a"
-            " hybrid needs at least one such block to count positions",
-        )
+        reason = "none of them has attention, and a hybrid needs at least one such block to count"
+        raise _no_cut(inner, f"{reason} positions", chosen)
+
+
+def _no_cut(inner: PreTrainedModel, reason: str, chosen: Iterable[int] | None = None) -> BadInput:
+    """The refusal of any cut, or of the cut to the chosen blocks."""
+    to = "" if chosen is None else f" to blocks {list(chosen)}"
+    return refusal(inner, f"it cannot be cut{to}: {reason}")
 
 
 def _keep_chunks(base: nn.Module, path: str, dim: int, depth: int, chosen: tuple[int, ...]) -> None:
@@ -274,8 +267,8 @@ def _replace_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConf
 class _Changes:
     """What a cut changes beside the list of blocks."""
 
+    # new index of the block, path inside it, attribute that holds an index, its new value
     inside: list[tuple[int, str, str, int]] = field(default_factory=list)
-    """New index of the block, path inside it, attribute that holds an index, its new value."""
     outside: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> settings
     chunked: dict[str, int] = field(default_factory=dict)  # weight -> dimension with block chunks
 
@@ -288,7 +281,7 @@ def _compare_reload(
     after = _skeleton(inner, new_config, reloaded=True)
     old_blocks, new_blocks = find_blocks(before), find_blocks(after)
     if len(new_blocks) != len(chosen):
-        raise refusal(inner, "it cannot be cut: the depth in its configuration is not obeyed")
+        raise _no_cut(inner, "the depth in its configuration is not obeyed")
     changes = _Changes()
     position = {old: new for new, old in enumerate(chosen)}
     for new, old in enumerate(chosen):
@@ -297,18 +290,12 @@ def _compare_reload(
                 continue  # whether it keeps what no block reads
             is_index = type(was) is int and type(becomes) is int
             if not is_index or not INDEX_ATTRIBUTE.search(attribute):
-                raise refusal(
-                    inner,
-                    f"it cannot be cut to blocks {list(chosen)}: reloaded, block {old} would"
-                    f" become block {new} with {path or 'its'} {attribute} = {becomes!r},"
-                    f" not {was!r}",
-                )
+                setting = f"{path or 'its'} {attribute} = {becomes!r}, not {was!r}"
+                reason = f"reloaded, block {old} would become block {new} with {setting}"
+                raise _no_cut(inner, reason, chosen)
             if position.get(was) != becomes:
-                raise refusal(
-                    inner,
-                    f"it cannot be cut to blocks {list(chosen)}: block {old} depends on"
-                    f" block {was} ({attribute})",
-                )
+                reason = f"block {old} depends on block {was} ({attribute})"
+                raise _no_cut(inner, reason, chosen)
             changes.inside.append((new, path, attribute, becomes))
     prefix = next(path for path, module in before.named_modules() if module is old_blocks)
     stored = before.state_dict().keys() | after.state_dict().keys()
@@ -319,8 +306,7 @@ def _compare_reload(
             changes.chunked[path] = dims[0]
         # A rotary table of a kind of attention that no block has any more may disappear.
         elif is_shape and (path in stored or (was and becomes)):
-            reason = f"it cannot be cut: the shape of {path} depends on the number of blocks"
-            raise refusal(inner, reason)
+            raise _no_cut(inner, f"the shape of {path} depends on the number of blocks")
         elif PER_BLOCK_WEIGHTS.search(path) or (type(becomes) is int and "layer" in attribute):
             changes.outside.setdefault(path, {})[attribute] = becomes
     return changes
@@ -350,8 +336,7 @@ def _skeleton(
             skeleton: PreTrainedModel = kind(saved)
     except Exception as error:  # a configuration checks itself in its own ways
         line = str(error).partition("\n")[0]
-        reason = f"it cannot be cut: its configuration does not rebuild it ({line})"
-        raise refusal(inner, reason) from error
+        raise _no_cut(inner, f"its configuration does not rebuild it ({line})") from error
     return skeleton
 
 
@@ -377,7 +362,7 @@ def _same(one: object, other: object) -> bool:
 def _is_plain(value: object) -> bool:
     if isinstance(value, dict):  # such as which shared module a block's index stands for
         return all(isinstance(item, int) for pair in value.items() for item in pair)
-    return isinstance(value, bool | int | float | str | None)
+    return isinstance(value, int | float | str | None)
 
 
 def _facts(root: nn.Module, without: str | None) -> dict[str, dict[str, Any]]:

@@ -15,12 +15,13 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import FAILURES, load_backbone, resolve_device
+from depthprobe.models.build import fill, save_weights
 from depthprobe.models.recommender import Recommender, best_columns
 
 PARTS, CARD = "recommender.safetensors", "recommender.json"
@@ -93,7 +94,7 @@ class ExportedRecommender:
         if not 1 <= top <= len(self.item_ids):
             raise BadInput("top", top, f"a whole number from 1 to {len(self.item_ids)}")
         known = [self._numbered(history) for history in histories]
-        prompt = self.model.prepare_prompt()
+        prompt, titles = self.model.prepare_prompt(), self.titles or [""] * len(self.item_ids)
         answers: list[list[Recommendation]] = [[] for _ in known]
         at_once = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))  # users scored at once
         # users of like length together: less padding is computed
@@ -104,16 +105,13 @@ class ExportedRecommender:
             for first in range(0, len(batch), at_once):
                 places = batch[first : first + at_once]
                 best = self._best(vectors[first : first + at_once], [known[p] for p in places], top)
-                for place, columns, scores in zip(places, *best, strict=True):
+                for place, items, scores in zip(places, *best, strict=True):
                     answers[place] = [
-                        Recommendation(self.item_ids[column - 1], self._title(column), score)
-                        for column, score in zip(columns, scores, strict=True)
+                        Recommendation(self.item_ids[item - 1], titles[item - 1] or None, score)
+                        for item, score in zip(items, scores, strict=True)
                         if score > -torch.inf
                     ]
         return answers
-
-    def _title(self, number: int) -> str | None:
-        return (self.titles[number - 1] or None) if self.titles else None
 
     def _numbered(self, history: Sequence[str]) -> np.ndarray:
         """The rows of a history's items in the item table, int64 (T,)."""
@@ -163,8 +161,7 @@ def write_recommender(
         attention: how it was evaluated.
     """
     backbone.save_pretrained(folder)
-    parts = {ITEMS: model.items.weight, **_own_weights(model)}
-    save_file({name: p.detach().cpu().contiguous() for name, p in parts.items()}, folder / PARTS)
+    save_weights({ITEMS: model.items.weight, **_own_weights(model)}, folder / PARTS)
     card = Card(
         schema=1,
         prompt=model.prompt.tolist(),
@@ -210,40 +207,21 @@ def load_recommender(
             path, attention=card.attention, trust_remote_code=trust_remote_code
         )
         model = Recommender(backbone, items, card.prompt, suffix=card.suffix, head=card.head)
-        _fill(model, parts)
+        if max([0, *card.prompt, *card.suffix]) >= model.token_embeddings.num_embeddings:
+            raise ValueError(f"{CARD} has a token beyond those of the backbone")
+        fill(_own_weights(model), parts, path / PARTS)
     except BadInput:
         raise
     except (*FAILURES, msgspec.MsgspecError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
         allowed = f"a complete export (damaged: {reason.partition(chr(10))[0]})"
         raise BadInput("recommender", str(folder), allowed) from None
+    model.to(place).eval()
     return ExportedRecommender(
-        model=model.to(place).eval(),
-        item_ids=card.item_ids,
-        titles=card.titles,
-        max_history=card.max_history,
-        filter_seen=card.filter_seen,
+        model, card.item_ids, card.titles, card.max_history, card.filter_seen
     )
 
 
 def _own_weights(model: Recommender) -> dict[str, Tensor]:
     """Adapters and head by name: what is neither the backbone's nor the item table."""
     return {name: p for name, p in model.named_parameters() if name.startswith(OWN)}
-
-
-@torch.no_grad()
-def _fill(model: Recommender, parts: dict[str, Tensor]) -> None:
-    """Put the recommender's own weights in; a name or a shape that differs is a ValueError."""
-    weights = _own_weights(model)
-    if parts.keys() != weights.keys():
-        odd = sorted(parts.keys() ^ weights.keys())
-        raise ValueError(f"{PARTS}: {', '.join(odd[:3])} missing or unexpected")
-    tokens = model.token_embeddings.num_embeddings
-    for name in ("prompt", "suffix"):
-        if max([0, *model.get_buffer(name).tolist()]) >= tokens:
-            raise ValueError(f"{CARD}: its {name} has a token beyond the {tokens} of the backbone")
-    for name, weight in weights.items():
-        if parts[name].shape != weight.shape:
-            shapes = f"{tuple(parts[name].shape)}, expected {tuple(weight.shape)}"
-            raise ValueError(f"{PARTS}: {name} is {shapes}")
-        weight.copy_(parts[name])

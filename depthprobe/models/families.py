@@ -100,9 +100,9 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def family_config(name: str) -> PreTrainedConfig:
-    """A family's configuration by default, as a decoder and completed where it could not run."""
-    config: PreTrainedConfig = CONFIG_MAPPING[name](**COMPLETED.get(name, {}))
+def family_config(name: str, **changes: Any) -> PreTrainedConfig:
+    """A family's default configuration, as a decoder, completed where it could not run; changed."""
+    config: PreTrainedConfig = CONFIG_MAPPING[name](**COMPLETED.get(name, {}) | changes)
     if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
         config.is_decoder = True
     return config

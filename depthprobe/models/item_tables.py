@@ -6,10 +6,12 @@ Row ``i`` of a table, (I + 1, d) float32, is item ``i``; row 0 is padding and ze
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,8 @@ SMALLEST_SPREAD = 1e-6  # of the values' size: below, the items differ by float3
 # starts close to ln(I), and usual learning rates move it
 ITEM_LENGTH = 1.0
 
+logger = logging.getLogger(__name__)
+
 
 def make_table(
     source: str,
@@ -34,19 +38,11 @@ def make_table(
     titles: Sequence[str] | None,
     *,
     device: torch.device,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Tensor:
     """The balanced item table of a ``.npy`` file, or of ``"text"``, (I + 1, d) on the CPU.
 
-    Args:
-        settings: the backbone that reads the titles.
-        item_ids: raw ids of items 1..I.
-        titles: of items 1..I, empty where unknown; None where no item has one.
-        device: where the backbone runs.
-        say: is told before the titles are read, which can take minutes.
-
-    Raises:
-        BadInput: if there are no titles, no tokenizer, or the file can't be used.
+    Raw ids and titles are of items 1..I, a title empty where unknown. The backbone that the
+    settings describe reads the titles, on the device.
     """
     if source != TEXT:
         return balanced(read_embeddings(source, item_ids), source)
@@ -55,7 +51,7 @@ def make_table(
     backbone = pretrained(settings)
     if settings.quantize == "none":  # else it is on the device, and packed weights should not move
         backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
-    say(f"embedding the titles of {len(texts):,} items")
+    logger.info("embedding the titles of %s items", f"{len(texts):,}")  # can take minutes
     return balanced(embed_titles(backbone, tokenizer, texts), source)
 
 
@@ -64,12 +60,6 @@ def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
 
     ``NAME.ids.txt`` beside ``NAME.npy`` says the raw id of each row, one a line; rows of other
     items are left out. Without it there is a row an item, in the order of ``item_ids``.
-
-    Args:
-        item_ids: raw ids of items 1..I.
-
-    Raises:
-        BadInput: if the file is not such an array, an item has no row, or a value is not finite.
     """
     file = Path(path)
     values = _open(file)
@@ -102,18 +92,14 @@ def embed_titles(
     """Mean of the backbone's last normed states over each title's tokens, (I + 1, D) float32.
 
     The start token, where the tokenizer has one, is read before the title but not pooled: no title
-    changes its state.
-
-    Args:
-        texts: of items 1..I; each is cut to 64 tokens.
-        batch: titles at once; those of like length go together.
+    changes its state. A text is cut to 64 tokens; those of like length go together in a batch.
     """
     start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     longest = LONGEST_TITLE - len(start)
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in texts]
-    for text, found in zip(texts, tokens, strict=True):
-        if not found:
-            raise BadInput(FIELD, TEXT, f"titles that the tokenizer can read; in {text!r} it can't")
+    if [] in tokens:
+        unread = texts[tokens.index([])]
+        raise BadInput(FIELD, TEXT, f"titles that the tokenizer can read; in {unread!r} it can't")
     decoder, device = backbone.base_model, backbone.device
     width = backbone.config.get_text_config(decoder=True).hidden_size
     table = torch.zeros(len(texts) + 1, width)
@@ -143,9 +129,6 @@ def balanced(table: Tensor, source: str) -> Tensor:
     Both change how fast it learns. Mean-pooled states of a language model point nearly all the
     same way, so that scores would start equal; embeddings of length 1 and of length 20
     would learn at different speeds.
-
-    Args:
-        source: what the table was made from, for the message.
     """
     items = table[1:].double()
     centred = items - items.mean(dim=0)
@@ -199,14 +182,14 @@ def _rows(file: Path, rows: int, item_ids: list[str]) -> np.ndarray:
     if len(lines) != rows:
         allowed = f"{len(lines):,} lines, and {file.name} has {rows:,} rows: the raw id of each"
         raise BadInput(FIELD, beside, allowed)
-    row: dict[str, int] = {}
-    for place, line in enumerate(lines):
-        first = row.setdefault(line.strip(), place)
-        if first != place:
-            twice = f"{line.strip()!r} is on lines {first + 1} and {place + 1}"
-            raise BadInput(FIELD, beside, f"each id once; {twice}")
-    missing = [raw for raw in item_ids if raw not in row]
-    if missing:
-        some = f"{len(missing):,} of {len(item_ids):,} are not in it, the first is {missing[0]!r}"
-        raise BadInput(FIELD, beside, f"a row for each of the log's items; {some}")
-    return np.array([row[raw] for raw in item_ids], dtype=np.int64)
+    index = pd.Index([line.strip() for line in lines])
+    if not index.is_unique:
+        twice = index[index.duplicated()][0]
+        first, second = np.flatnonzero(index == twice)[:2] + 1
+        raise BadInput(FIELD, beside, f"each id once; {twice!r} is on lines {first} and {second}")
+    row = index.get_indexer(pd.Index(item_ids))
+    if (row < 0).any():
+        missing = f"{(row < 0).sum():,} of {len(row):,} are not in it, the first is"
+        allowed = f"a row for each of the log's items; {missing} {item_ids[row.argmin()]!r}"
+        raise BadInput(FIELD, beside, allowed)
+    return row

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from depthprobe.models.taps import (
     BlockCalls,
     first_tensor,
     input_state,
+    original_forwards,
     paused_taps,
     record_calls,
     removed_after,
@@ -51,88 +52,56 @@ def find_sublayers(model: nn.Module, indices: Iterable[int] | None = None) -> li
     """The branches of each block, in the order in which they run.
 
     Learnt from one pass over four tokens and a few calls of each block, in evaluation mode; the
-    model, its random state and its taps stay as they are.
-
-    Args:
-        model: a Hugging Face decoder, also under PEFT.
-        indices: blocks to look at; None: all.
+    model, its random state and its taps stay as they are. None looks at all blocks.
 
     Raises:
         BadInput: if a block is not a sum of its input and its sub-layers.
     """
     inner = unwrap(model)
-    blocks = find_blocks(inner)
-    chosen = range(len(blocks)) if indices is None else list(indices)
-    with _undisturbed(inner):
-        calls = _calls_on_few_tokens(inner)
-        return [_branches(inner, _Replay(blocks[index], calls, index)) for index in chosen]
+    chosen = range(len(find_blocks(inner))) if indices is None else indices
+    with few_tokens(inner) as calls:
+        return [_branches(inner, _Replay(inner, calls, index)) for index in chosen]
 
 
 @contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Passes inside are those of the plain model in evaluation mode, and leave no trace."""
-    with torch.no_grad(), paused_taps(), evaluating(model), original_forwards(model):
-        yield
+def few_tokens(model: PreTrainedModel) -> Iterator[BlockCalls]:
+    """How the blocks are called in a pass over ``TOKENS`` tokens, to call them so again.
 
-
-def _calls_on_few_tokens(model: PreTrainedModel) -> BlockCalls:
-    """How the blocks are called in a pass over ``TOKENS`` tokens, to call them so again."""
+    All inside runs as the plain model in evaluation mode, and leaves no trace.
+    """
     embeddings: Any = model.get_input_embeddings()
     # from the end: the first ids are often padding, and some models see those differently
     last = embeddings.weight.shape[0] - 1
     ids = torch.arange(last, last - TOKENS, -1, device=input_device(model))[None]
-    with record_calls(find_blocks(model)) as calls:
-        model.base_model(input_ids=ids, use_cache=False)
-    return calls
+    with torch.no_grad(), paused_taps(), evaluating(model), original_forwards(model):
+        with record_calls(find_blocks(model)) as calls:
+            model.base_model(input_ids=ids, use_cache=False)
+        yield calls
 
 
-class Replaced:
-    """A stand-in for a module's forward that knows what it stands in for."""
+class _Call(NamedTuple):
+    """What one call of a sub-module was given and returned."""
 
-    def __init__(self, stand_in: Callable[..., Any], before: Callable[..., Any] | None) -> None:
-        self.stand_in = stand_in
-        self.before = before  # what the module's own dictionary held; None: nothing
+    state: Any
+    result: Any
+    extra: int | None  # values returned beside the result; None: the result alone
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The stand-in's answer."""
-        return self.stand_in(*args, **kwargs)
-
-
-@contextmanager
-def original_forwards(model: nn.Module) -> Iterator[None]:
-    """Undo the skips that are in force, for a while."""
-    undone: list[tuple[nn.Module, Any]] = []
-    try:
-        for module in model.modules():
-            while isinstance(current := vars(module).get("forward"), Replaced):
-                undone.append((module, current))
-                restore_forward(module, current.before)
-        yield
-    finally:
-        for module, forward in reversed(undone):
-            vars(module)["forward"] = forward
+    def returned_state(self, like: Tensor) -> bool:
+        """Whether it returned a state, position by position, maybe with the batch flattened."""
+        source, result = self.state, self.result
+        if not isinstance(source, Tensor) or not isinstance(result, Tensor) or not result.dim():
+            return False
+        positions = (source.shape[:-1], (source.shape[:-1].numel(),))
+        same_size = result.shape[-1] == like.shape[-1] and result.numel() == like.numel()
+        return same_size and result.shape[:-1] in positions
 
 
-def restore_forward(module: nn.Module, before: Callable[..., Any] | None) -> None:
-    """Give a module back what its own dictionary held as ``forward``."""
-    if before is None:
-        vars(module).pop("forward", None)
-    else:
-        vars(module)["forward"] = before
-
-
-@dataclass(frozen=True)
 class _Replay:
     """A block called again as in the recorded pass."""
 
-    block: nn.Module
-    calls: BlockCalls
-    index: int
-
-    @property
-    def state(self) -> Tensor:
-        """The block's input, (..., T, D)."""
-        return self.calls.states[self.index].detach()
+    def __init__(self, model: PreTrainedModel, calls: BlockCalls, index: int) -> None:
+        self.block, self.calls, self.index = find_blocks(model)[index], calls, index
+        self.state = calls.states[index].detach()  # the block's input, (..., T, D)
 
     def run(self, state: Tensor, zeroed: Collection[str] = ()) -> Tensor:
         """The block's output on a state, with the outputs of these sub-modules set to zero."""
@@ -149,27 +118,33 @@ class _Replay:
             output: Tensor = first_tensor(self.calls.repeat(self.block, self.index, state.clone()))
         return output
 
+    def observe(self) -> tuple[dict[str, _Call], Tensor]:
+        """The calls of the sub-modules, in order of their return, and the block's output."""
+        calls: dict[str, _Call] = {}
 
-@dataclass(frozen=True)
-class _Call:
-    """What one call of a sub-module looked like."""
+        def hook(path: str) -> Callable[..., None]:
+            def after(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                # copies, as what comes later may add to them in place
+                both = (input_state(args, kwargs), first_tensor(output))
+                state, result = (v.clone() if isinstance(v, Tensor) else v for v in both)
+                extra = len(output) - 1 if isinstance(output, tuple) else None
+                calls[path] = _Call(state, result, extra)
 
-    state: Any  # that it was called with
-    output: Any
+            return after
 
-    def returned_state(self, like: Tensor) -> bool:
-        """Whether it returned a state, position by position, maybe with the batch flattened."""
-        source, result = self.state, first_tensor(self.output)
-        if not isinstance(source, Tensor) or not isinstance(result, Tensor) or not result.dim():
-            return False
-        positions = (source.shape[:-1], (source.shape[:-1].numel(),))
-        same_size = result.shape[-1] == like.shape[-1] and result.numel() == like.numel()
-        return same_size and result.shape[:-1] in positions
+        handles = [
+            module.register_forward_hook(hook(path), with_kwargs=True)
+            for path, module in self.block.named_modules()
+            if path
+        ]
+        with removed_after(handles):
+            output = self.run(self.state)
+        return calls, output
 
 
 def _branches(model: PreTrainedModel, replay: _Replay) -> list[Branch]:
     """Search for the modules that end the branches, from the outermost ones inwards."""
-    calls = _observe(replay)
+    calls, _ = replay.observe()
     waiting = deque([_outermost(replay, calls, "")])
     tried: set[tuple[str, ...]] = set()
     while waiting and len(tried) < ATTEMPTS:
@@ -178,8 +153,12 @@ def _branches(model: PreTrainedModel, replay: _Replay) -> list[Branch]:
             continue
         tried.add(paths)
         if _is_identity(replay, paths):
-            needed = _needed(replay, paths)
-            return [_branch(replay, calls, needed, path) for path in needed]
+            needed = list(paths)
+            for path in paths:  # without those whose silence changes nothing any more
+                fewer = [other for other in needed if other != path]
+                if fewer and _is_identity(replay, fewer):
+                    needed = fewer
+            return [_branch(replay, calls[path], needed, path) for path in needed]
         # one of them holds the stream itself, or ends in a norm that adds a bias: look inside it
         for place, path in enumerate(paths):
             inner = _outermost(replay, calls, path)
@@ -189,26 +168,6 @@ def _branches(model: PreTrainedModel, replay: _Replay) -> list[Branch]:
         f"the blocks ({type(replay.block).__name__}) are not sums of their input and sub-layers, so"
         " leaving one out is not defined",
     )
-
-
-def _observe(replay: _Replay) -> dict[str, _Call]:
-    """The sub-modules that run, in order of their return."""
-    calls: dict[str, _Call] = {}
-
-    def hook(path: str) -> Callable[..., None]:
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            calls[path] = _Call(input_state(args, kwargs), out)
-
-        return after
-
-    handles = [
-        module.register_forward_hook(hook(path), with_kwargs=True)
-        for path, module in replay.block.named_modules()
-        if path
-    ]
-    with removed_after(handles):
-        replay.run(replay.state)
-    return calls
 
 
 def _outermost(replay: _Replay, calls: dict[str, _Call], within: str) -> tuple[str, ...]:
@@ -255,39 +214,26 @@ def _wave(tokens: int, width: int) -> Tensor:
     return wave * torch.arange(1, tokens + 1, dtype=torch.float64)[:, None]
 
 
-def _needed(replay: _Replay, paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Without those whose silence changes nothing once the later ones are silent."""
-    needed = list(paths)
-    for path in paths:
-        fewer = [other for other in needed if other != path]
-        if fewer and _is_identity(replay, fewer):
-            needed = fewer
-    return tuple(needed)
-
-
-def _branch(replay: _Replay, calls: dict[str, _Call], paths: tuple[str, ...], path: str) -> Branch:
+def _branch(replay: _Replay, call: _Call, paths: list[str], path: str) -> Branch:
     """What one of the branches does: change all positions but the last, and see if that changes."""
     others = [other for other in paths if other != path]
     before = replay.state
     after = _disturbed(before)
     after[..., -1, :] = before[..., -1, :]
     last, changed = (replay.run(state, others)[..., -1, :] for state in (before, after))  # (..., D)
-    output = calls[path].output
-    state: Tensor = first_tensor(output)
+    result: Tensor = call.result
+    # other positions change the last one by rounding: they shape the batches of experts, and some
+    # of a float64 model's work is float32 whatever its weights are
+    eps = max(torch.finfo(kind).eps for kind in (result.dtype, torch.float32))
+    rounding = min(64 * eps, 0.06) * result.abs().max()
     return Branch(
         path=path,
-        mixes=bool((last - changed).abs().max() > _rounding(state.dtype) * state.abs().max()),
-        flat=state.dim() < calls[path].state.dim(),
-        width=state.shape[-1],
-        dtype=state.dtype,
-        extra=len(output) - 1 if isinstance(output, tuple) else None,
+        mixes=bool((last - changed).abs().max() > rounding),
+        flat=result.dim() < call.state.dim(),
+        width=result.shape[-1],
+        dtype=result.dtype,
+        extra=call.extra,
     )
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """What other positions may change by rounding alone: they shape the batches of experts."""
-    # some of a float64 model's work is float32 whatever its weights are
-    return min(64 * max(torch.finfo(kind).eps for kind in (dtype, torch.float32)), 0.06)
 
 
 # Read-out by depth. AltUp (Gemma 3n) passes several streams from block to block and makes one of
@@ -298,34 +244,20 @@ def _rounding(dtype: torch.dtype) -> float:
 def check_readable(model: nn.Module, *, streams: bool = True) -> None:
     """Refuse a decoder whose blocks hand on neither states (B, T, D) nor streams (A, B, T, D).
 
-    Such as streams in another order. Learnt from a pass over four tokens; the model stays as it is.
-
-    Args:
-        model: a Hugging Face decoder, also under PEFT.
-        streams: whether several of them can be dealt with, or plain states alone.
-
-    Raises:
-        BadInput: in that case, or if a block does not run on text.
+    Also one with a block that does not run on text, and with ``streams=False`` one with streams.
+    Learnt from a pass over four tokens; the model stays as it is.
     """
     inner = unwrap(model)
-    with _undisturbed(inner):
-        states = _calls_on_few_tokens(inner).states
-    family = inner.config.get_text_config(decoder=True).model_type
-    idle = [
-        index
-        for index, state in enumerate(states)
-        if not isinstance(state, Tensor) or not state.numel()
-    ]
+    with few_tokens(inner) as calls:
+        states = calls.states
+    cannot = f"{inner.config.get_text_config(decoder=True).model_type} can't be read out by depth"
+    idle = [k for k, state in enumerate(states) if not isinstance(state, Tensor) or not len(state)]
     if idle:
-        reason = f"{family} can't be read out by depth: blocks {idle} do not run on text"
-        raise refusal(inner, reason)
+        raise refusal(inner, f"{cannot}: blocks {idle} do not run on text")
     shape = tuple(states[0].shape)
     if shape[-3:-1] != (1, TOKENS) or len(shape) > (4 if streams else 3):
-        raise refusal(
-            inner,
-            f"{family} can't be read out by depth: its blocks hand on {shape} for {TOKENS} tokens,"
-            f" not states (1, {TOKENS}, D) or streams of them",
-        )
+        reason = f"its blocks hand on {shape} for {TOKENS} tokens, not states (1, {TOKENS}, D)"
+        raise refusal(inner, f"{cannot}: {reason} or streams of them")
 
 
 def join_streams(state: Tensor) -> Tensor:
@@ -346,21 +278,13 @@ def split_streams(model: nn.Module, states: Tensor) -> Tensor:
 # the stream can be folded into its weights. Names are not trusted: a pass over a few tokens shows
 # what the module computes, and what the block makes of it.
 
-_States = dict[nn.Module, tuple[Tensor, Tensor]]  # a module's first input and output
-
 
 def find_projection(model: nn.Module, index: int) -> Any:
     """The linear map whose output is the last thing that a block adds to the stream.
 
     Proved on a pass over a few tokens: its output is its weights times its input, it is what the
-    block's MLP returns, and if Z takes its place, ``h - M + Z`` is what the block returns.
-
-    Args:
-        model: a Hugging Face decoder.
-        index: of the block.
-
-    Returns:
-        an ``nn.Linear`` or transformers' ``Conv1D``.
+    block's MLP returns, and if Z takes its place, ``h - M + Z`` is what the block returns. It is an
+    ``nn.Linear`` or transformers' ``Conv1D``.
 
     Raises:
         ValueError: if there is none, or its weights can't be changed.
@@ -368,16 +292,19 @@ def find_projection(model: nn.Module, index: int) -> Any:
     inner = unwrap(model)
     if getattr(inner, "is_quantized", False):
         raise ValueError("quantised weights take no map: probe the unquantised model")
-    block = find_blocks(inner)[index]
-    branches = [branch for branch in find_sublayers(inner, [index])[0] if not branch.mixes]
+    branches = [branch.path for branch in find_sublayers(inner, [index])[0] if not branch.mixes]
     if len(branches) != 1:
         raise ValueError(f"block {index} has {len(branches)} MLPs, not one to fold a map into")
-    branch = block.get_submodule(branches[0].path)
-    with _undisturbed(inner):
-        replay = _Replay(block, _calls_on_few_tokens(inner), index)
-        states, before = _observe_inside(branch, replay)
-        written = states[branch][1]  # M
-        same = [m for m, (_, output) in states.items() if _equal(output, written)]
+    (mlp,) = branches
+    with few_tokens(inner) as recorded:
+        replay = _Replay(inner, recorded, index)
+        calls, before = replay.observe()  # before: the block's output, (B, T, D)
+        written = calls[mlp].result  # M
+        same = {
+            replay.block.get_submodule(path): call
+            for path, call in calls.items()
+            if f"{path}.".startswith(f"{mlp}.") and _equal(call.result, written)
+        }
         if any(hasattr(module, "base_layer") for module in same):
             raise ValueError(f"the MLP of block {index} is under an adapter: merge it first")
         linear = [module for module in same if isinstance(module, nn.Linear | Conv1D)]
@@ -387,53 +314,36 @@ def find_projection(model: nn.Module, index: int) -> Any:
             )
         projection = linear[-1]
         _check_weights(inner, projection, index)
-        _check_linear(projection, *states[projection], index)
+        _check_linear(projection, same[projection], index)
         _check_added(projection, written, before, replay)
     return projection
 
 
-def _observe_inside(branch: nn.Module, replay: _Replay) -> tuple[_States, Tensor]:
-    """What the modules of a branch read and return, and what the block returns, (B, T, D)."""
-    states: _States = {}
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        result = first_tensor(output)
-        if isinstance(result, Tensor) and args:
-            states[module] = (args[0].clone(), result.clone())
-
-    with removed_after([module.register_forward_hook(hook) for module in branch.modules()]):
-        output = replay.run(replay.state)
-    return states, output
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
+def _equal(one: Any, other: Tensor) -> bool:
+    return isinstance(one, Tensor) and torch.equal(one.flatten(), other.flatten())
 
 
 def _check_weights(model: nn.Module, projection: Any, index: int) -> None:
     """That weight and bias are plain parameters of this module alone."""
     where = f"the MLP's last linear map in block {index}"
     own = dict(projection.named_parameters(recurse=False))
-    for name in ("weight", "bias"):
-        value = getattr(projection, name)
-        if value is None and name == "bias":
-            continue
-        if name not in own:
-            raise ValueError(f"{where} computes its {name} from others: it takes no map")
-        # the 8-bit floats are for storage only
-        if value.is_meta or not value.is_floating_point() or value.element_size() < 2:
-            raise ValueError(f"{where} is quantised or offloaded: it takes no map")
-        users = [p for _, p in model.named_parameters(remove_duplicate=False) if p is value]
-        if len(users) > 1:
+    if "weight" not in own or (projection.bias is not None and "bias" not in own):
+        raise ValueError(f"{where} computes its weight from others: it takes no map")
+    # the 8-bit floats are for storage only
+    if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in own.values()):
+        raise ValueError(f"{where} is quantised or offloaded: it takes no map")
+    everywhere = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    for name, parameter in own.items():
+        if everywhere.count(id(parameter)) > 1:
             raise ValueError(f"{where} shares its {name} with another module: it takes no map")
 
 
-def _check_linear(projection: Any, source: Tensor, output: Tensor, index: int) -> None:
+def _check_linear(projection: Any, call: _Call, index: int) -> None:
     matrix = projection.weight if isinstance(projection, Conv1D) else projection.weight.T
-    product = source @ matrix
+    product = call.state @ matrix
     product = product if projection.bias is None else product + projection.bias
-    error = _exact(product - output).norm() / _exact(output).norm().clamp_min(1e-300)
-    if not float(error) <= 64 * torch.finfo(output.dtype).eps:
+    error = _exact(product - call.result).norm() / _exact(call.result).norm().clamp_min(1e-300)
+    if not float(error) <= 64 * torch.finfo(call.result.dtype).eps:
         raise ValueError(f"the MLP of block {index} does more than its last weights times an input")
 
 

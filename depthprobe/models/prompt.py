@@ -25,8 +25,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from depthprobe.models.blocks import evaluating, find_blocks, input_device, per_layer
-from depthprobe.models.skipping import standing_in
-from depthprobe.models.taps import paused_taps
+from depthprobe.models.taps import paused_taps, standing_in
 
 SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 # what a model calls its cache: from transformers 5.24 on, before, and before where it recurs
@@ -77,16 +76,10 @@ class _SharedLayer(DynamicLayer):
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
-def shared_prompt(
-    backbone: PreTrainedModel, prompt: Tensor, *, first: int, order: Iterable[int] | None = None
-) -> Cache:
-    """Run the prompt once; returns a cache that any number of users can be appended to.
+def shared_prompt(backbone: PreTrainedModel, prompt: Tensor, *, first: int) -> Cache:
+    """Run the prompt, token ids (P,), once; any number of users can be appended to the cache.
 
-    Args:
-        backbone: a causal decoder without its language-model head.
-        prompt: token ids, (P,).
-        first: the position id of the first token.
-        order: as for :func:`sharing_cache`.
+    ``first`` is the position id of the first token.
     """
     recorded = recording_cache()
     embeddings: Any = backbone.get_input_embeddings()
@@ -97,7 +90,7 @@ def shared_prompt(
         use_cache=True,
         **per_layer(backbone, prompt[None]),
     )
-    return sharing_cache(recorded, order)
+    return sharing_cache(recorded)
 
 
 def cache_argument(decoder: nn.Module) -> str:
@@ -141,9 +134,7 @@ def first_position(decoder: PreTrainedModel) -> int:
 def can_share_prompt(decoder: PreTrainedModel) -> bool:
     """Whether all that a decoder remembers of a prompt is keys and values, one pair a block.
 
-    A recurrence or a convolution keeps a state that every user changes, some families have caches
-    of their own, and some ignore the cache they are given. Proved with one pass over one token; the
-    model's random state, mode and taps stay as they are. Why a prompt can't be shared is logged.
+    Why not is logged.
     """
     reason = _obstacle_to_sharing(decoder)
     if reason:
@@ -152,7 +143,11 @@ def can_share_prompt(decoder: PreTrainedModel) -> bool:
 
 
 def _obstacle_to_sharing(decoder: PreTrainedModel) -> str:
-    """Why a prompt can't be shared; empty where it can."""
+    """Why a prompt can't be shared; empty where it can.
+
+    A recurrence or a convolution keeps a state that every user changes, some families have caches
+    of their own, and some ignore the cache they are given. Proved with one pass over one token.
+    """
     config = decoder.config.get_text_config(decoder=True)
     own = DynamicCache(config=config).layers
     others = {type(layer).__name__ for layer in own if type(layer) not in SHAREABLE}
@@ -203,9 +198,6 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
 
     Same numbers, dropout included: the random state is the first run's. Hooks on the blocks, a tap
     among them, fire once. A cache must be one that a second run doesn't change.
-
-    Args:
-        model: a Hugging Face decoder, also under PEFT.
     """
     again = partial(checkpoint, use_reentrant=False)
     with standing_in([(block, partial(again, block.forward)) for block in find_blocks(model)]):

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
-from depthprobe.errors import BadInput
+from depthprobe.errors import BadInput, one_of
 from depthprobe.models.blocks import (
-    evaluating,
+    block_indices,
     find_blocks,
     find_decoder,
-    input_device,
     keys_are_read,
     refusal,
     unwrap,
 )
-from depthprobe.models.parts import Branch, Part, Replaced, find_sublayers, restore_forward
-from depthprobe.models.taps import input_state, paused_taps
+from depthprobe.models.parts import Branch, Part, few_tokens, find_sublayers
+from depthprobe.models.taps import Plan, input_state, paused_taps, standing_in
 
-PARTS = ("block", "attention", "mlp")
-Plan = list[tuple[nn.Module, Callable[..., Any]]]  # modules and what stands in for their forward
 # Class of a block -> how many values its forward returns beside the state; None: only the state.
 _extra_outputs: dict[type[nn.Module], int | None] = {}
 
@@ -69,15 +65,14 @@ def plan_skip(model: nn.Module, skipped: Iterable[int], *, part: Part = "block")
     Arguments and what is raised as there. Holds as long as the model's modules are the same.
     """
     blocks = find_blocks(model)
-    indices = _check_skipped(skipped, len(blocks))
-    if part not in PARTS:
-        raise BadInput("part", part, ", ".join(PARTS))
+    indices = sorted(set(block_indices("skip", skipped, len(blocks))))
+    one_of("part", part, get_args(Part))
     plan: Plan = []
     if part == "block":
         for index in indices:
             if not set(range(index + 1, len(blocks))) <= set(indices):
                 refuse_shared(blocks, index)
-            extra = _count_extra_outputs(unwrap(model), blocks[index])
+            extra = _count_extra_outputs(unwrap(model), index)
             plan.append((blocks[index], _pass_through(index, extra)))
         return plan
     sublayers = find_sublayers(model, indices) if indices else []
@@ -92,21 +87,6 @@ def plan_skip(model: nn.Module, skipped: Iterable[int], *, part: Part = "block")
             # all mixers of a block share one layer of the cache, which grows once a pass
             plan.append((module, _nothing(branch, index if place == 0 else None)))
     return plan
-
-
-@contextmanager
-def standing_in(plan: Plan) -> Iterator[None]:
-    """Within the context, each planned stand-in takes the place of its module's forward."""
-    replaced: list[tuple[nn.Module, Any]] = []
-    try:
-        for module, stand_in in plan:
-            before = vars(module).get("forward")
-            replaced.append((module, before))
-            vars(module)["forward"] = Replaced(stand_in, before)
-        yield
-    finally:
-        for module, before in reversed(replaced):
-            restore_forward(module, before)
 
 
 def after_blocks(model: nn.Module, state: Tensor) -> Tensor:
@@ -128,22 +108,10 @@ def after_blocks(model: nn.Module, state: Tensor) -> Tensor:
     # skip all blocks, and let the last one return the given state in place of the embeddings
     ids = torch.zeros(state.shape[-3:-1], dtype=torch.long, device=state.device)  # (B, T)
     with paused_taps(), skip_blocks(inner, range(len(blocks))):
-        extra = _count_extra_outputs(inner, blocks[-1])
+        extra = _count_extra_outputs(inner, len(blocks) - 1)
         vars(blocks[-1])["forward"] = lambda *_, **__: _as_output(state, extra)
         result: Tensor = find_decoder(inner)(input_ids=ids, use_cache=False)[0]
     return result
-
-
-def _check_skipped(skipped: Iterable[int], depth: int) -> list[int]:
-    allowed = f"block indices from 0 to {depth - 1}"
-    try:
-        values = list(skipped)
-        indices = sorted({operator.index(value) for value in values})
-    except TypeError:
-        raise BadInput("skip", skipped, allowed) from None
-    if indices and (indices[0] < 0 or indices[-1] >= depth):
-        raise BadInput("skip", values, allowed)
-    return indices
 
 
 def _pass_through(index: int, extra: int | None) -> Callable[..., Any]:
@@ -177,14 +145,10 @@ def _as_output(state: Tensor, extra: int | None) -> Any:
 
 
 def _keep_length(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, state: Tensor) -> None:
-    """Let the cache layer of a skipped block, if there is a cache, grow by this pass's tokens."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Cache):
-            _grow(value, index, state)
-
-
-def _grow(cache: Cache, index: int, state: Tensor) -> None:
-    """Put a placeholder of one number a token into the layer of a skipped block."""
+    """Put a placeholder of one number a token into a skipped block's layer of the cache, if any."""
+    cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
+    if cache is None:
+        return
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
     if isinstance(layer, DummyLayer):
         return
@@ -212,20 +176,12 @@ def refuse_shared(blocks: nn.ModuleList, index: int) -> None:
         raise BadInput("skip", index, "cannot skip a block whose keys and values later blocks read")
 
 
-def _count_extra_outputs(model: PreTrainedModel, block: nn.Module) -> int | None:
-    """Whether blocks of this class return a tuple, learnt from one pass over one token."""
+def _count_extra_outputs(model: PreTrainedModel, index: int) -> int | None:
+    """How many values blocks of this class return beside the state, learnt from one call."""
+    block = find_blocks(model)[index]
     kind = type(block)
     if kind not in _extra_outputs:
-        outputs: list[Any] = []
-        ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-        with (
-            block.register_forward_hook(lambda _, __, output: outputs.append(output)),
-            torch.no_grad(),
-            paused_taps(),
-            evaluating(model),
-        ):
-            model.base_model(input_ids=ids, use_cache=False)
-        (output,) = outputs
-        several = isinstance(output, tuple | list)
-        _extra_outputs[kind] = len(output) - 1 if several else None
+        with few_tokens(model) as calls:
+            output = calls.repeat(block, index, calls.states[index].clone())
+        _extra_outputs[kind] = len(output) - 1 if isinstance(output, tuple | list) else None
     return _extra_outputs[kind]

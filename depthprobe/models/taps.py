@@ -1,4 +1,4 @@
-"""The state after every block, from the model's own forward pass, through hooks on the blocks."""
+"""The state after every block, and how blocks are called: hooks and stand-ins, all restored."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from depthprobe.models.blocks import find_blocks
+
+Plan = list[tuple[nn.Module, Callable[..., Any]]]  # modules and what stands in for their forward
 
 _paused: ContextVar[bool] = ContextVar("depthprobe_taps_paused", default=False)
 
@@ -35,10 +37,8 @@ class BlockTap:
     ) -> None:
         """Use :func:`tap_blocks`."""
         self.positions: Tensor | None = None
-        self._dtype = dtype
-        self._consume = consume
-        self._ran = [False] * (n_blocks + 1)
-        self._states: list[Tensor | None] = [None] * (n_blocks + 1)
+        self._size, self._dtype, self._consume = n_blocks + 1, dtype, consume
+        self._states: dict[int, Tensor | None] = {}  # by depth; None: it went to the consumer
 
     @property
     def states(self) -> list[Tensor]:
@@ -53,23 +53,23 @@ class BlockTap:
         """
         if self._consume is not None:
             raise RuntimeError("no states: they were handed to the tap's consumer")
-        if not any(self._ran):
+        if not self._states:
             raise RuntimeError("no states: the model has not run since the tap was set or cleared")
         self.check_complete()
-        return [state for state in self._states if state is not None]
+        states = (self._states[depth] for depth in range(self._size))
+        return [state for state in states if state is not None]
 
     def clear(self) -> None:
         """Forget the states (and free the graph they hold)."""
-        self._ran = [False] * len(self._ran)
-        self._states = [None] * len(self._states)
+        self._states = {}
 
     def check_complete(self) -> None:
         """Refuse a pass in which a block did not run; a tap that saw no pass is complete."""
-        absent = [index - 1 for index, ran in enumerate(self._ran) if not ran]
-        if absent and any(self._ran):
+        absent = [k - 1 for k in range(self._size) if k not in self._states]
+        if absent and self._states:
             raise RuntimeError(
-                f"{sum(self._ran)} states instead of {len(self._ran)}: blocks {absent} did not"
-                " run in the latest forward pass"
+                f"{len(self._states)} states instead of {self._size}: blocks {absent} did not run"
+                " in the latest forward pass"
             )
 
     def record(self, index: int, state: Tensor) -> None:
@@ -84,10 +84,8 @@ class BlockTap:
             state = state[..., rows, self.positions.to(state.device), :]
         if self._dtype is not None:
             state = state.to(self._dtype)
-        self._ran[index] = True
-        if self._consume is None:
-            self._states[index] = state
-        else:
+        self._states[index] = state if self._consume is None else None
+        if self._consume is not None:
             self._consume(index, state)
 
 
@@ -168,7 +166,7 @@ class BlockCalls:
     def __init__(self, n_blocks: int) -> None:
         """Use :func:`record_calls`."""
         self.states: list[Tensor] = [torch.empty(0)] * n_blocks
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = [None] * n_blocks
+        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a block's call."""
@@ -179,11 +177,11 @@ class BlockCalls:
         self, block: nn.Module, index: int, state: Tensor, cache: Cache | None = None
     ) -> Any:
         """Call a block as the ``index``-th was called, on another state and another cache."""
-        call = self._calls[index]
-        if call is None:
+        if index not in self._calls:
             raise ValueError(f"block {index} does not run on text alone")
-        args = [cache if isinstance(v, Cache) else v for v in call[0]]
-        kwargs = {k: cache if isinstance(v, Cache) else v for k, v in call[1].items()}
+        given, named = self._calls[index]
+        args = [cache if isinstance(v, Cache) else v for v in given]
+        kwargs = {k: cache if isinstance(v, Cache) else v for k, v in named.items()}
         if args:
             args[0] = state
         else:
@@ -197,10 +195,7 @@ def record_calls(blocks: nn.ModuleList) -> Iterator[BlockCalls]:
     calls = BlockCalls(len(blocks))
 
     def hook(index: int) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.record(index, args, kwargs)
-
-        return before
+        return lambda _, args, kwargs: calls.record(index, args, kwargs)
 
     with removed_after(
         [
@@ -224,3 +219,58 @@ def input_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def first_tensor(output: Any) -> Any:
     """The state in what a module returned."""
     return output[0] if isinstance(output, tuple | list) and output else output
+
+
+# Stand-ins for the forward of a module.
+
+
+class _StandIn:
+    """A stand-in that knows what the module's own dictionary held before; None: nothing."""
+
+    def __init__(self, forward: Callable[..., Any], before: Callable[..., Any] | None) -> None:
+        self.forward, self.before = forward, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
+@contextmanager
+def standing_in(plan: Plan) -> Iterator[None]:
+    """Within the context, each planned stand-in takes the place of its module's forward."""
+    with _forwards(
+        (module, _StandIn(forward, vars(module).get("forward"))) for module, forward in plan
+    ):
+        yield
+
+
+@contextmanager
+def original_forwards(model: nn.Module) -> Iterator[None]:
+    """Undo the stand-ins that are in force, for a while."""
+    undone = []
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        while isinstance(forward, _StandIn):
+            forward = forward.before
+        undone.append((module, forward))
+    with _forwards(undone):
+        yield
+
+
+@contextmanager
+def _forwards(chosen: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> Iterator[None]:
+    """Within the context, modules have these in their dictionary; None: their class's forward."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for module, forward in chosen:
+            before.append((module, vars(module).get("forward")))
+            _set_forward(module, forward)
+        yield
+    finally:
+        for module, forward in reversed(before):
+            _set_forward(module, forward)
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    vars(module).pop("forward", None)
+    if forward is not None:
+        vars(module)["forward"] = forward

@@ -108,10 +108,9 @@ def tiny_config(
 ) -> PreTrainedConfig:
     """A copy with few, narrow blocks of the same kinds in the same order.
 
-    Args:
-        config: any decoder's; where it holds other models too (a vision tower), those shrink.
-        width: whether to shrink the hidden size and the heads too.
-        depth: how many blocks at most: the first ones, and the first of each kind.
+    Where the configuration holds other models too (a vision tower), those shrink as well. The
+    ``depth`` blocks at most are the first ones, and the first of each kind. Without ``width`` the
+    hidden size and the heads stay as they are.
     """
     tiny = cut_config(config, _representative(config, depth))
     text = tiny.get_text_config(decoder=True)

@@ -20,8 +20,8 @@ from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
-from depthprobe.models.skipping import plan_skip, refuse_shared, standing_in
-from depthprobe.models.taps import BlockCalls, first_tensor, record_calls
+from depthprobe.models.skipping import plan_skip, refuse_shared
+from depthprobe.models.taps import BlockCalls, first_tensor, record_calls, standing_in
 from depthprobe.probing.passes import CausalEncoder, shared_prompt, vectors_of
 
 

@@ -184,7 +184,7 @@ def model_card(run: Run, record: Record) -> str:
     """
     backbone = run.manifest.backbone
     source = _code(_public_name(backbone.source))
-    on_hub = backbone.source != EMBEDDED and not is_folder(backbone.source)
+    on_hub = not (backbone.source == EMBEDDED or is_folder(backbone.source))
     front = ModelCardData(
         library_name="transformers",
         license="other",
@@ -271,7 +271,7 @@ def _provenance(run: Run, record: Record, source: str) -> str:
 
 def _public_name(source: str) -> str:
     """The source without the folders above it, which are nobody else's business."""
-    if source != EMBEDDED and is_folder(source):
+    if is_folder(source):
         return Path(source).name or source
     return source
 

@@ -30,7 +30,6 @@ from depthprobe.models.backbones import pinned, pinned_now, pretrained_config
 from depthprobe.models.item_tables import TEXT, make_table, table_hash
 from depthprobe.runs.context import CHECKPOINTS, LEARNED
 from depthprobe.runs.plan import SASREC, plan
-from depthprobe.runs.progress import Progress
 from depthprobe.runs.records import (
     DATA,
     ITEM_TABLE,
@@ -179,7 +178,7 @@ def read_log(study: Study, folder: Path) -> Sequences:
 
 
 def shared_table(
-    study: Study, sequences: Sequences, folder: Path, device: torch.device, progress: Progress
+    study: Study, sequences: Sequences, folder: Path, device: torch.device
 ) -> Tensor | None:
     """The item table that all trials share, not yet written; None where each seed has its own."""
     if study.item_table in {SASREC, LEARNED}:
@@ -193,7 +192,6 @@ def shared_table(
         sequences.item_ids.tolist(),
         sequences.titles,
         device=device,
-        say=progress.message,
     )
 
 

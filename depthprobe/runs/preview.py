@@ -23,7 +23,6 @@ from depthprobe.methods import Task, method_of, method_order
 from depthprobe.models import backbones
 from depthprobe.models.build import around
 from depthprobe.models.item_tables import TEXT, item_texts, make_table
-from depthprobe.models.precision import check_attention, quantization
 from depthprobe.models.recommender import Recommender
 from depthprobe.runs import estimate as effort
 from depthprobe.runs.context import LEARNED, Context
@@ -287,11 +286,9 @@ def _check(inputs: Inputs, folder: Path, device: torch.device) -> int | None:
         item_texts(ids, titles)
     elif study.item_table not in ("sasrec", LEARNED):
         table = make_table(study.item_table, study.backbone, ids, titles, device=device)
-    check_attention(study.backbone.attention)
-    quantization(study.backbone.quantize)
-    source = study.backbone.source
-    if source != backbones.EMBEDDED and backbones.is_folder(source):
-        backbones.check_weights(backbones.folder_of(source))
+    backbones.check_attention(study.backbone.attention)
+    backbones.quantization(study.backbone.quantize)
+    backbones.check_weights(study.backbone.source)
     if before is not None:
         manifest = new_manifest(study, inputs.split, table, before.backbone, device, None)
         if study.item_table == TEXT:  # it is made of the titles and the backbone

@@ -105,7 +105,7 @@ def run_sweep(
     inputs = read_inputs(study, folder)
     retry = failures(folder) if retry_failed is True else retry_failed or {}
     working, before = inputs.working, inputs.before
-    table = shared_table(working, inputs.split.sequences, folder, device, progress)
+    table = shared_table(working, inputs.split.sequences, folder, device)
     revision = backbone_revision(working.backbone)
     # of a run that is continued nothing may be left to do, and loading a backbone takes long
     backbone = (

@@ -1,10 +1,14 @@
-"""Loading backbones: the embedded default, folders, and every way a source can be wrong."""
+"""Loading backbones: every source, what is refused, revisions, code beside a checkpoint, bits."""
 
 from __future__ import annotations
 
+import builtins
+import hashlib
 import json
 import shutil
 import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,17 +16,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+import depthprobe.models.backbones as module
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import (
     backbone_config,
+    backbone_revision,
+    describe,
     embedded_backbone,
     embedded_config,
     embedded_tokenizer,
     is_folder,
     load_backbone,
     load_tokenizer,
+    pinned,
+    pinned_now,
+    pretrained,
+    resolve_revision,
 )
 from depthprobe.models.blocks import find_blocks
+from depthprobe.models.families import family_config
+from depthprobe.models.tiny import tiny_model
+from depthprobe.study import Backbone
 
 
 @pytest.fixture
@@ -138,7 +152,7 @@ def test_missing_folder_and_files(tmp_path):
     with pytest.raises(BadInput, match="holds an adapter"):
         load_backbone(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
-    with pytest.raises(BadInput, match="not JSON"):
+    with pytest.raises(BadInput, match="JSON"):
         backbone_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
     with pytest.raises(BadInput) as caught:
@@ -265,8 +279,8 @@ def test_attention_of_another_name_would_be_a_download(saved, name):
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_needs_its_package(saved, monkeypatch, name, edit_config):
     """Without it transformers would fetch a kernel from the hub."""
-    monkeypatch.setattr("depthprobe.models.precision.is_flash_attn_2_available", lambda: False)
-    monkeypatch.setattr("depthprobe.models.precision.is_flash_attn_3_available", lambda: False)
+    monkeypatch.setattr("depthprobe.models.backbones.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("depthprobe.models.backbones.is_flash_attn_3_available", lambda: False)
     for source in (saved, "embedded"):
         with pytest.raises(BadInput, match="package flash-attn installed and a CUDA GPU"):
             load_backbone(source, attention=name)
@@ -282,3 +296,294 @@ def test_a_configuration_that_names_a_kernel_is_refused(saved, edit_config):
         with pytest.raises(BadInput, match="'someone/kernel'.*a kernel to download") as caught:
             load(saved)
         assert "\n" not in str(caught.value)
+
+
+# Weights of 8 or 4 bits.
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+@pytest.mark.parametrize(("package", "gpu"), [(False, False), (True, False), (False, True)])
+def test_quantising_needs_the_package_and_a_gpu(saved, monkeypatch, quantize, package, gpu):
+    here = "depthprobe.models.backbones"
+    monkeypatch.setattr(f"{here}.is_bitsandbytes_available", lambda: package)
+    monkeypatch.setattr(f"{here}.torch.cuda.is_available", lambda: gpu)
+    with pytest.raises(
+        BadInput, match=r"pip install 'depthprobe\[quantize\]'.* CUDA GPU"
+    ) as caught:
+        load_backbone(saved, quantize=quantize)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_can_not_be_quantised(saved, monkeypatch, edit_config):
+    with pytest.raises(BadInput, match="quantize: '2bit'.*one of none, 8bit, 4bit"):
+        load_backbone(saved, quantize="2bit")
+    for source, seed in ((saved, 0), ("embedded", None), ("embedded", 0)):
+        with pytest.raises(BadInput, match="quantize.*random ones"):
+            load_backbone(source, quantize="4bit", random_init=seed)
+    pretend_a_gpu(monkeypatch)
+    edit_config(saved, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(BadInput, match="not quantised already"):
+        load_backbone(saved, quantize="4bit")
+    load_backbone("embedded", quantize="none")
+
+
+def pretend_a_gpu(monkeypatch):
+    here = "depthprobe.models.backbones"
+    monkeypatch.setattr(f"{here}.is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(f"{here}.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(f"{here}.torch.cuda.current_device", lambda: 1)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_what_transformers_is_asked_for(saved, monkeypatch, quantize):
+    pretend_a_gpu(monkeypatch)
+    model = load_backbone(saved)
+    model.is_loaded_in_4bit = quantize == "4bit"
+    seen = {}
+
+    def from_pretrained(source, **arguments):
+        seen.update(arguments, source=source)
+        nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return model, nothing
+
+    monkeypatch.setattr(
+        "depthprobe.models.backbones.AutoModelForCausalLM.from_pretrained", from_pretrained
+    )
+    settings = Backbone(
+        source=str(saved), dtype="bfloat16", attention="eager", quantize=quantize, tuning="lora"
+    )
+    assert pretrained(settings) is model
+    # the base model is what a recommender holds, and what peft asks
+    assert model.base_model.is_loaded_in_4bit == (quantize == "4bit")
+    packed = seen["quantization_config"]
+    assert (packed.load_in_8bit, packed.load_in_4bit) == (quantize == "8bit", quantize == "4bit")
+    if quantize == "4bit":
+        assert packed.bnb_4bit_quant_type == "nf4"
+        assert packed.bnb_4bit_compute_dtype == torch.bfloat16
+    assert seen["device_map"] == {"": 1}
+    assert seen["attn_implementation"] == "eager"
+    assert seen["dtype"] == torch.bfloat16
+    assert seen["use_safetensors"] is True
+    assert seen["trust_remote_code"] is False
+    assert pretrained(Backbone(source=str(saved))) is model
+
+
+# Revisions: a branch is looked up once, a commit is loaded whatever the branch does later.
+
+OLD, NEW = "a" * 40, "b" * 40
+HUB = Backbone(source="org/model")
+
+
+@pytest.fixture
+def hub(make_model, tmp_path, monkeypatch) -> Path:
+    """The hub client's cache as it is after downloads: two commits, ``main`` at the older one."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--org--model"
+    for seed, commit in enumerate((OLD, NEW)):
+        make_model("qwen3", seed=seed).float().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(OLD)
+    (repository / "refs" / "v2").write_text(NEW)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(module, "offline", lambda source: True)
+    return repository
+
+
+def weight(model) -> torch.Tensor:
+    return model.model.layers[0].mlp.up_proj.weight
+
+
+def test_what_a_name_points_to(hub):
+    assert resolve_revision("org/model") == OLD
+    assert resolve_revision("org/model", "v2") == NEW
+    assert resolve_revision("org/model", NEW) == NEW
+    assert resolve_revision("embedded") is None
+    assert resolve_revision(hub) is None
+    for source, revision in (("org/model", "v3"), ("org/other", None)):
+        with pytest.raises(BadInput, match=f"backbone: '{source}'") as caught:
+            resolve_revision(source, revision)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_come_from_the_commit(hub, make_model):
+    older, newer = (make_model("qwen3", seed=seed).float() for seed in (0, 1))
+    assert torch.equal(weight(load_backbone("org/model")), weight(older))
+    assert torch.equal(weight(load_backbone("org/model", revision="v2")), weight(newer))
+    assert torch.equal(weight(load_backbone("org/model", revision=NEW)), weight(newer))
+
+
+def test_configuration_and_weights_are_of_one_commit(hub, monkeypatch):
+    """The branch moves between the two: both are of where it pointed before."""
+
+    def moves(*args, **kwargs):
+        (hub / "refs" / "main").write_text(NEW)
+        return config(*args, **kwargs)
+
+    config = module.backbone_config
+    before = weight(load_backbone("org/model"))
+    monkeypatch.setattr(module, "backbone_config", moves)
+    assert torch.equal(weight(load_backbone("org/model")), before)
+    assert not torch.equal(weight(load_backbone("org/model")), before)
+
+
+def test_pinned_settings_outlive_a_branch(hub):
+    settings = pinned_now(HUB)
+    assert settings == replace(HUB, revision=OLD)
+    before = weight(pretrained(settings))
+    (hub / "refs" / "main").write_text(NEW)
+    assert backbone_revision(settings) == OLD
+    assert torch.equal(weight(pretrained(settings)), before)
+    assert backbone_revision(HUB) == NEW
+    assert pinned(HUB, OLD) == settings
+    shutil.rmtree(hub / "snapshots" / OLD)
+    with pytest.raises(BadInput, match="cannot be"):
+        pretrained(settings)
+
+
+def test_folders_have_no_commit_but_a_hash(hub):
+    folder = hub / "snapshots" / OLD
+    settings = Backbone(source=str(folder))
+    assert pinned_now(settings) == settings
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        digest.update(name.encode() + (folder / name).read_bytes())
+    expected = f"sha256:{digest.hexdigest()[:16]}"
+    assert backbone_revision(settings) == expected
+    assert pinned(settings, expected) == settings
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert backbone_revision(settings) != expected
+
+
+def test_the_embedded_backbone_is_hashed_in_memory(tmp_path, monkeypatch):
+    (tmp_path / "embedded").mkdir()  # a folder of that name is not meant
+    monkeypatch.chdir(tmp_path)
+    first = backbone_revision(Backbone())
+    assert first == backbone_revision(Backbone(dtype="bfloat16"))
+    changed = embedded_backbone()
+    weight(changed).data[0, 0] += 1
+    monkeypatch.setattr("depthprobe.models.backbones.embedded_backbone", lambda: changed)
+    assert backbone_revision(Backbone()) != first
+
+
+def test_what_is_recorded(make_model):
+    found = describe(Backbone(dtype="bfloat16"), "sha256:0")
+    model = embedded_backbone()
+    assert found == {
+        "source": "embedded",
+        "revision": "sha256:0",
+        "blocks": 12,
+        "width": 32,
+        "family": "llama",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": "bfloat16",
+    }
+
+
+def test_what_is_recorded_is_found_without_a_weight(hub, monkeypatch, make_model):
+    read = []
+    tensor = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *a, **k: read.append(out := tensor(self, *a, **k)) or out
+    )
+    recorded = describe(HUB, OLD)
+    model = make_model("qwen3")
+    assert recorded["parameters"] == model.num_parameters()
+    assert (recorded["dtype"], recorded["blocks"]) == ("float32", 6)
+    assert {p.device.type for p in pretrained(HUB, weights=False).parameters()} == {"meta"}
+    assert {t.device.type for t in read} <= {"meta"}
+
+
+@pytest.mark.parametrize("change", ["fewer", "more", "shorter"])
+def test_weights_that_do_not_fit_are_refused_without_reading_them(hub, change):
+    file = hub / "snapshots" / OLD / "model.safetensors"
+    weights = load_file(file)
+    if change == "fewer":
+        del weights["model.layers.5.mlp.up_proj.weight"]
+    weights |= {"more": {"extra": torch.ones(2)}}.get(change, {})
+    save_file(weights, file, metadata={"format": "pt"})
+    if change == "shorter":
+        file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(BadInput, match="backbone: 'org/model'") as caught:
+        describe(HUB, OLD)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_without_blocks_is_refused_before_a_run_begins(tmp_path):
+    tiny_model(family_config("xlm"), depth=2).save_pretrained(tmp_path)
+    for use in (pretrained, lambda settings: describe(settings, "sha256:0")):
+        with pytest.raises(BadInput, match="more than one list of blocks"):
+            use(Backbone(source=str(tmp_path)))
+
+
+# Code beside a checkpoint: it runs where it is trusted, and nobody is asked.
+
+CODE = """
+from pathlib import Path
+Path({marker!r}).write_text("ran")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class PlantedConfig(LlamaConfig):
+    model_type = "planted"
+class PlantedModel(LlamaForCausalLM):
+    config_class = PlantedConfig
+class PlantedTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+MAP = {"AutoConfig": "code.PlantedConfig", "AutoModelForCausalLM": "code.PlantedModel"}
+
+
+@pytest.fixture
+def planted(saved, tmp_path, monkeypatch, edit_config):
+    """A folder whose files name Python code beside them; the code leaves a marker where it runs."""
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    marker = tmp_path / "marker"
+    (saved / "code.py").write_text(CODE.format(marker=str(marker)))
+    edit_config(saved, auto_map=MAP)
+    return saved, marker
+
+
+def test_code_in_a_folder_is_not_run_and_nobody_is_asked(planted, edit_config):
+    folder, marker = planted
+    edit_config(folder, model_type="planted")
+    for load in (load_backbone, backbone_config):
+        with pytest.raises(BadInput, match="contains custom code") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match="contains custom code"):
+        load_backbone(folder, random_init=0)
+    assert not marker.exists()
+
+
+def test_code_for_a_family_that_transformers_has_is_left_aside(planted):
+    folder, marker = planted
+    assert type(load_backbone(folder)).__name__ == "Qwen3ForCausalLM"
+    assert type(load_backbone(folder, random_init=0)).__name__ == "Qwen3ForCausalLM"
+    assert not marker.exists()
+
+
+def test_code_of_a_tokenizer_is_not_run_and_nobody_is_asked(planted, edit_config):
+    folder, marker = planted
+    edit_config(folder, model_type="planted")
+    embedded_tokenizer().save_pretrained(folder)
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    written |= {
+        "tokenizer_class": "PlantedTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "code.PlantedTokenizer"]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(written))
+    try:
+        load_tokenizer(folder)
+    except BadInput as error:
+        assert "\n" not in str(error)  # noqa: PT017 - refusing and leaving aside are both right
+    assert not marker.exists()
+
+
+def test_code_is_run_where_it_is_trusted(planted, edit_config):
+    """The planted code works: what keeps it from running is the missing trust."""
+    folder, marker = planted
+    edit_config(folder, model_type="planted")
+    config = backbone_config(folder, trust_remote_code=True)
+    assert type(config).__name__ == "PlantedConfig"
+    assert marker.exists()

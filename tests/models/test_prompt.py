@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel, RobertaConfig
 
-from depthprobe.models.blocks import find_blocks, no_token, per_layer
+from depthprobe.models.blocks import find_blocks, find_decoder, no_token, per_layer
 from depthprobe.models.build import make_trainable
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.families import family_config
 from depthprobe.models.prompt import checkpointed_blocks
 from depthprobe.models.recommender import Recommender
@@ -37,8 +38,6 @@ FLOAT32 |= {"bloom": 1e-6, "mpt": 1e-6, "deepseek_v3": 1e-5, "llama4_text": 1e-6
 # attention sees everything before it, and positions are ids: padding in the middle changes nothing
 PADDABLE = ("llama", "qwen3", "gpt_neox", "phi", "stablelm", "olmo2", "cohere", "gemma", "mixtral")
 PADDABLE += ("gpt2", "opt", "biogpt", "gpt_bigcode", "bloom", "falcon", "starcoder2", "nemotron")
-# its distance, in a window or a bias, is counted in slots
-SLOT_COUNTING = ("mistral", "gemma3_text", "gpt_neo", "mpt", "llama4_text")
 
 
 def build(backbone: PreTrainedModel, *, prompt: Any = LONG, suffix: Any = SUFFIX) -> Recommender:
@@ -162,18 +161,6 @@ def test_why_a_prompt_is_repeated_is_logged(caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize("name", PADDABLE)
 def test_equals_the_padded_layout(name: str, suffix: Any, make_model: MAKE) -> None:
     compare(build(make_model(name), suffix=suffix), suffix, padded, name)
-
-
-@pytest.mark.parametrize("name", SLOT_COUNTING)
-def test_the_padded_layout_is_no_reference_where_slots_are_counted(
-    name: str, make_model: MAKE
-) -> None:
-    # padding takes up the window, or distance, of what comes after: the paper's layout is off
-    model = build(make_model(name))
-    with torch.no_grad():
-        found, expected, other = ours(model), alone(model), padded(model)
-    assert (found - expected).abs().max() < 1e-6
-    assert (other - expected).abs().max() > 1e-2
 
 
 def test_without_a_prompt(make_model: MAKE) -> None:
@@ -392,3 +379,69 @@ def without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+# Per-layer embeddings: a recommender of the tokens themselves against stock transformers.
+
+PER_LAYER = ("gemma3n_text", "gemma4_text")
+START, END = (3, 1, 4, 1, 5), (2, 7)
+FEW, FEW_LENGTHS = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1])
+
+
+def build_of_tokens(backbone: PreTrainedModel, **settings: Any) -> Recommender:
+    """A recommender whose items are embedded as what stands for no token."""
+    torch.manual_seed(0)
+    model = Recommender(backbone, torch.randn(6, 4), **settings).double().eval()
+    with torch.no_grad():
+        for weight in model.backbone.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))  # some begin at zero and hide the rest
+        model.input_adapter.weight.zero_()
+        filler = torch.tensor(no_token(model.backbone))
+        model.input_adapter.bias.copy_(model.token_embeddings(filler))
+    return model
+
+
+def stock(model: Recommender, items: int) -> torch.Tensor:
+    """States of one user with so many items, by the token ids alone, (T, D)."""
+    ids = [*model.prompt.tolist(), *[no_token(model.backbone)] * items, *model.suffix.tolist()]
+    states: torch.Tensor = model.backbone(input_ids=torch.tensor([ids]), use_cache=False)[0][0]
+    return states
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", [END, ()], ids=["suffix", "none"])
+@pytest.mark.parametrize("prompt", [START, ()], ids=["prompt", "none"])
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_equals_a_pass_over_token_ids(name: str, prompt: Any, suffix: Any) -> None:
+    model = build_of_tokens(tiny_model(family_config(name), depth=6), prompt=prompt, suffix=suffix)
+    found = model.encode(FEW, FEW_LENGTHS)
+    expected = torch.stack([stock(model, int(items))[-1] for items in FEW_LENGTHS])
+    torch.testing.assert_close(found, model.read_out(expected), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_every_token_tells(name: str) -> None:
+    """Other embeddings of one token: what is tested above is not lost in the noise."""
+    model = build_of_tokens(tiny_model(family_config(name), depth=6), prompt=START, suffix=END)
+    before = model.encode(FEW, FEW_LENGTHS)
+    for token in (START[0], no_token(model.backbone), END[0]):
+        model.backbone.embed_tokens_per_layer.weight[token] *= -1
+        after = model.encode(FEW, FEW_LENGTHS)
+        assert (after - before).abs().max() > 1e-5
+        before = after
+
+
+@torch.no_grad()
+def test_cut() -> None:
+    model = build_of_tokens(
+        keep_blocks(tiny_model(family_config("gemma4_text"), depth=6), (4, 5)), prompt=()
+    )
+    found = model.encode(FEW, FEW_LENGTHS)
+    expected = torch.stack([stock(model, int(items))[-1] for items in FEW_LENGTHS])
+    torch.testing.assert_close(found, model.read_out(expected), rtol=0, atol=1e-6)
+
+
+def test_other_decoders_are_told_nothing() -> None:
+    decoder = find_decoder(tiny_model(family_config("llama"), depth=2))
+    assert per_layer(decoder, torch.zeros(1, 1, dtype=torch.long)) == {}

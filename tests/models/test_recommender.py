@@ -17,7 +17,7 @@ from depthprobe.models.build import (
     load_trained,
     make_trainable,
     merge_lora,
-    prompt_tokens,
+    prompt_and_suffix,
     save_trained,
 )
 from depthprobe.models.recommender import Recommender, best_columns
@@ -112,11 +112,11 @@ def test_merged_lora_is_a_plain_model(make_model: Callable[..., PreTrainedModel]
 
 
 def test_prompt_begins_once_with_the_start_token() -> None:
-    settings = Backbone(source="embedded", prompt="Next:")
-    ids = prompt_tokens(settings)
+    ids, after = prompt_and_suffix(Backbone(source="embedded", prompt="Next:", suffix=" is"))
     assert ids[0] == embedded_tokenizer().bos_token_id
     assert len(ids) == 1 + len(b"Next:")
-    assert prompt_tokens(Backbone(source="embedded", prompt="")) == []
+    assert after == embedded_tokenizer()(" is")["input_ids"]
+    assert prompt_and_suffix(Backbone(source="embedded", prompt="")) == ([], [])
 
 
 def test_a_linear_head_scores_every_item(make_model: Callable[..., PreTrainedModel]) -> None:

@@ -35,8 +35,8 @@ def quantized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Study:
     if not torch.cuda.is_available():
-        monkeypatch.setattr("depthprobe.models.precision.can_quantize", lambda: True)
-        monkeypatch.setattr("depthprobe.models.backbones.placement", lambda: {"": "cpu"})
+        monkeypatch.setattr("depthprobe.models.backbones.can_quantize", lambda: True)
+        monkeypatch.setattr("torch.cuda.current_device", lambda: "cpu")
     # bitsandbytes packs rows and columns in blocks
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     source = write_backbone(tmp_path / "backbone", llama_config(vocab_size=259, **sizes))

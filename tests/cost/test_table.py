@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, T5Config
+from transformers import GPT2Config, LlamaConfig, RwkvConfig, T5Config
 
 from depthprobe.cost import table as module
 from depthprobe.cost.table import Workload, cost_table, random_backbone
@@ -137,6 +137,10 @@ def test_what_can_not_be_cut(tmp_path: Path) -> None:
     T5Config(vocab_size=11, d_model=8, num_layers=2, num_heads=2).save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="backbone"):
         cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)
+    RwkvConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="rescales its weights") as caught:
+        cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)
+    assert str(caught.value).count("is not usable") == 1
 
 
 def test_depths_that_are_not_there(config: str) -> None:

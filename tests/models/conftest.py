@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import nn
 from transformers import PreTrainedModel
 
 from depthprobe.models.families import family_config
@@ -119,17 +118,3 @@ def fresh_accelerate() -> Iterator[None]:
             state._reset_state()  # accelerate has no public way
         if not last:
             yield
-
-
-@pytest.fixture
-def bypass() -> Callable[..., Any]:
-    """``bypass(blocks, indices)``: an oracle for skipping: let blocks run, undo what they did."""
-
-    def install(blocks: nn.ModuleList, indices: set[int]) -> list[Any]:
-        def undo(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            state = args[0] if args else kwargs["hidden_states"]
-            return (state, *output[1:]) if isinstance(output, tuple) else state
-
-        return [blocks[i].register_forward_hook(undo, with_kwargs=True) for i in indices]
-
-    return install

@@ -16,12 +16,12 @@ from transformers import LlamaForCausalLM as Llama
 
 from depthprobe.errors import BadInput
 from depthprobe.models import cutting
-from depthprobe.models.blocks import find_blocks, find_decoder
+from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import cut_config, keep_blocks
 from depthprobe.models.families import family_config
 from depthprobe.models.parts import check_readable, find_sublayers
 from depthprobe.models.prompt import cache_argument
-from depthprobe.models.skipping import after_blocks, skip_blocks
+from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.taps import tap_blocks
 from depthprobe.models.tiny import tiny_model
 
@@ -43,32 +43,12 @@ def cached(model, ids, split=6):
     return torch.cat(steps, dim=1)
 
 
-@torch.no_grad()
-def test_truncated_equals_early_read_out_bit_for_bit(family, make_model, ids):
-    model = make_model(family)
-    with tap_blocks(model) as tap:
-        model(ids, use_cache=False)
-    for depth in (1, 4):
-        cut = keep_blocks(make_model(family), range(depth))
-        expected = find_decoder(cut)(ids, use_cache=False)[0]
-        assert torch.equal(after_blocks(model, tap.states[depth]), expected), depth
-
-
 def test_llama_read_out_is_head_of_norm(make_model, ids):
     model = make_model("llama")
     with torch.no_grad(), tap_blocks(model) as tap:
         model(ids, use_cache=False)
         read_out = model.lm_head(model.model.norm(tap.states[2]))
     assert torch.equal(read_out, logits(keep_blocks(model, [0, 1]), ids))
-
-
-def test_cut_equals_bypassed_blocks(family, make_model, ids, bypass):
-    kept = (0, 1, 3, 5)
-    model = make_model(family)
-    bypass(find_blocks(model), set(range(6)) - set(kept))
-    cut = keep_blocks(make_model(family), kept)
-    assert len(find_blocks(cut)) == len(kept)
-    torch.testing.assert_close(logits(cut, ids), logits(model, ids), rtol=0, atol=1e-12)
 
 
 def test_save_and_reload(family, make_model, ids, tmp_path):
@@ -88,11 +68,6 @@ def test_save_and_reload(family, make_model, ids, tmp_path):
     torch.testing.assert_close(
         logits(keep_blocks(loaded, [1]), ids), logits(keep_blocks(cut, [1]), ids), rtol=0, atol=1e-6
     )
-
-
-def test_cached_steps_equal_one_pass(family, make_model, ids):
-    cut = keep_blocks(make_model(family), (1, 2, 4))
-    torch.testing.assert_close(cached(cut, ids), logits(cut, ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family_name", ["llama", "gpt2", "gemma3_text", "falcon", "qwen3_moe"])
@@ -174,7 +149,7 @@ def test_layers_to_transform_is_refused(make_model, ids):
 def test_all_blocks_kept_changes_nothing(make_model):
     model = make_model("llama")
     blocks, config = find_blocks(model), model.config
-    assert keep_blocks(model, range(6)) is model
+    assert keep_blocks(model, np.arange(6)) is model
     assert find_blocks(model) is blocks
     assert model.config is config
 
@@ -185,10 +160,6 @@ def test_bad_kept(kept, make_model):
     with pytest.raises(BadInput, match="kept.*from 0 to 5"):
         keep_blocks(model, kept)
     assert len(find_blocks(model)) == 6
-
-
-def test_numpy_indices(make_model):
-    assert len(find_blocks(keep_blocks(make_model("llama"), np.array([0, 3])))) == 2
 
 
 def test_refuses_hybrid_without_attention(make_model, ids):

@@ -112,16 +112,6 @@ def test_scores_never_exceed_their_memory(folder: Path, monkeypatch: pytest.Monk
     assert sizes == [3, 3, 3, 1]
 
 
-def test_ties_are_in_the_order_of_the_catalogue(write: Write) -> None:
-    folder = write(filter_seen=False)
-    parts = load_file(folder / PARTS)
-    parts["items"] = torch.ones_like(parts["items"])
-    save_file(parts, folder / PARTS)
-    for top in (1, 7, ITEMS - 1, ITEMS):
-        (answer,) = load_recommender(folder).recommend([["i9"]], top=top)
-        assert [found.item for found in answer] == IDS[:top]
-
-
 def test_ties_across_the_last_place_are_in_the_order_of_the_catalogue(write: Write) -> None:
     folder = write(filter_seen=True)
     parts = load_file(folder / PARTS)
@@ -142,13 +132,6 @@ def test_few_items_left_and_none(folder: Path) -> None:
     assert {found.item for found in first} == set(IDS[-2:])
     assert second == []
     assert loaded.recommend([]) == []
-
-
-def test_numbers_are_made_once(folder: Path) -> None:
-    loaded = load_recommender(folder)
-    assert loaded.numbers is loaded.numbers
-    assert loaded.numbers["i1"] == 1
-    assert loaded.numbers[f"i{ITEMS}"] == ITEMS
 
 
 @pytest.mark.parametrize(

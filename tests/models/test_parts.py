@@ -97,23 +97,6 @@ def test_llama_against_a_loop_written_by_hand(make_model, ids):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
-def test_a_skipped_block_is_its_parts_skipped(family, make_model, ids):
-    model = make_model(family)
-    whole = logits(model, ids)
-    for skipped in ({0, 3}, range(6)):
-        with skip_blocks(model, skipped):
-            expected = logits(model, ids)
-        with skip_blocks(model, skipped, part="attention"):
-            without = logits(model, ids)
-            with skip_blocks(model, skipped, part="mlp"):
-                both = logits(model, ids)
-            assert torch.equal(logits(model, ids), without)
-        torch.testing.assert_close(both, expected, rtol=0, atol=1e-12)
-        assert not torch.allclose(without, whole)
-        assert not torch.allclose(without, expected)
-    assert torch.equal(logits(model, ids), whole)
-
-
 def test_what_is_skipped_is_not_computed(make_model, ids):
     model = make_model("llama")
     block = find_blocks(model)[2]

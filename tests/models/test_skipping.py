@@ -37,21 +37,6 @@ def footprint(model):
     ], {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_skip_equals_keep_and_bypass(family, make_model, ids, bypass):
-    model = make_model(family)
-    whole = logits(model, ids)
-    for skipped in SKIPS:
-        with skip_blocks(model, skipped):
-            result = logits(model, ids)
-        kept = sorted(set(range(6)) - skipped)
-        assert torch.equal(result, logits(keep_blocks(make_model(family), kept), ids)), skipped
-        handles = bypass(find_blocks(model), skipped)
-        torch.testing.assert_close(result, logits(model, ids), rtol=0, atol=1e-12)
-        for handle in handles:
-            handle.remove()
-    assert torch.equal(logits(model, ids), whole)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["block", "attention", "mlp"])
 def test_cache_made_under_the_same_skip(family, part, make_model, ids):

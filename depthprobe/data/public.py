@@ -13,11 +13,9 @@ import re
 import shutil
 import tomllib
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from depthprobe import __version__
@@ -39,7 +37,7 @@ class PublicFile:
     url: str
     size: int | None = None
     checksum: str | None = None
-    members: tuple[str, ...] = ()
+    members: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -71,16 +69,13 @@ def _load() -> Iterator[PublicSet]:
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     for entry in table["sets"]:
         for category in entry.get("categories", [""]):
+            files = [file | {"url": file["url"].format(category)} for file in entry["files"]]
             yield PublicSet(
                 name=f"{entry['name']}:{category}" if category else entry["name"],
                 about=entry["about"].format(category.replace("_", " ")),
-                files=tuple(_file(category, **file) for file in entry["files"]),
+                files=tuple(PublicFile(**file) for file in files),
                 terms=entry["terms"],
             )
-
-
-def _file(category: str, url: str, members: list[str] | None = None, **known: Any) -> PublicFile:
-    return PublicFile(url=url.format(category), members=tuple(members or ()), **known)
 
 
 SETS: dict[str, PublicSet] = {one.name: one for one in _load()}
@@ -126,41 +121,31 @@ def fetch(name: str) -> Path:
     """
     public = public_set(name)
     folder = cache_folder() / "datasets" / name.replace(":", "/")
-    if _is_complete(public, folder):
+    if not _missing(public, folder):
         return folder
+
+    from filelock import FileLock
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock")):
-            if not _is_complete(public, folder):  # another process may have filled it meanwhile
+        with FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False):
+            if missing := _missing(public, folder):  # another process may have filled it meanwhile
                 remove_leftovers(folder)
                 log.warning("%s: %s", name, public.terms)
-                for file in public.files:
-                    _fetch_file(file, folder)
+            for file in missing:
+                _fetch_file(file, folder)
     except OSError as error:
         allowed = f"a folder that can be written ({error.strerror or error})"
         raise BadInput("DEPTHPROBE_CACHE", folder, allowed) from error
     return folder
 
 
-def _is_complete(public: PublicSet, folder: Path) -> bool:
-    return all((folder / name).is_file() for file in public.files for name in file.contents)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Fill a folder alone, across processes and threads; the lock dies with its process."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path, thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        log.warning("waiting for another process, which holds %s", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def _missing(public: PublicSet, folder: Path) -> list[PublicFile]:
+    return [
+        file
+        for file in public.files
+        if not all((folder / name).is_file() for name in file.contents)
+    ]
 
 
 def _fetch_file(file: PublicFile, folder: Path) -> None:
@@ -188,13 +173,10 @@ def _fetch_file(file: PublicFile, folder: Path) -> None:
             fault = f"{path} is not the published file, and {fault}"
         allowed = f"{fault}; download it by hand to {path} and run again"
         raise BadInput("data.source", file.name, allowed) from error
-    if file.members:
-        _unpack(path, file, folder)
-
-
-def _unpack(archive: Path, file: PublicFile, folder: Path) -> None:
+    if not file.members:
+        return
     try:
-        with ZipFile(archive) as opened:
+        with ZipFile(path) as opened:
             for member, name in zip(file.members, file.contents, strict=True):
                 with (
                     complete_file(folder / name) as temporary,
@@ -204,4 +186,4 @@ def _unpack(archive: Path, file: PublicFile, folder: Path) -> None:
                     shutil.copyfileobj(source, target)
     except (BadZipFile, KeyError, EOFError, zlib.error) as error:
         allowed = f"a zip with {', '.join(file.members)} ({error}); delete it and run again"
-        raise BadInput("data.source", archive, allowed) from error
+        raise BadInput("data.source", path, allowed) from error

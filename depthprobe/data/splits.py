@@ -121,14 +121,8 @@ def temporal(sequences: Sequences, protocol: Protocol) -> Split:
         dates = ", ".join(as_date(begin) for begin in begins)
         allowed = f"validation before test; these begin at {dates}"
         raise BadInput("protocol.split_at", points, allowed)
-    first = [_first_from(sequences, begin) for begin in begins]
-    starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
-    held_out, cold = [], []
-    for place, end in zip(first, (first[1], stops), strict=True):
-        active = place < end
-        users = np.flatnonzero(active & (place > starts))
-        held_out.append(HeldOut(users, place[users]))
-        cold.append(int((active & (place == starts)).sum()))
+    train_stop, test_begin = (_first_from(sequences, begin) for begin in begins)
+    held_out, cold = _parts(sequences, train_stop, test_begin)
     if not (len(held_out[0].users) and len(held_out[1].users)):
         allowed = "points between which, and after which, known users go on"
         raise BadInput("protocol.split_at", points, allowed)
@@ -137,7 +131,7 @@ def temporal(sequences: Sequences, protocol: Protocol) -> Split:
         warnings = [f"{cold[1]:,} users begin after the test does: cold, not evaluated"]
     return _split(
         sequences,
-        first[0],
+        train_stop,
         held_out,
         warnings,
         validation_begins=as_date(begins[0]),
@@ -153,33 +147,26 @@ def given(sequences: Sequences, _: Protocol | None = None) -> Split:
         allowed = "a log of training, validation and test files"
         raise BadInput("protocol.split", "given", allowed)
     starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
-    train_stop, valid_stop = (np.asarray(sequences.given[:, part]) for part in (0, 1))
-    held_out = []
-    for begin, end, what in (
-        (train_stop, valid_stop, "validation"),
-        (valid_stop, stops, "test"),
-    ):
-        users = np.flatnonzero((end > begin) & (begin > starts))
-        if not len(users):
+    train_stop, test_begin = (np.asarray(sequences.given[:, part]) for part in (0, 1))
+    held_out, cold = _parts(sequences, train_stop, test_begin)
+    for part, what in zip(held_out, ("validation", "test"), strict=True):
+        if not len(part.users):
             allowed = f"a user with a history and a {what} item"
             raise BadInput("data.source", sequences.name, allowed)
-        held_out.append(HeldOut(users, begin[users]))
     warnings = []
-    tested = stops - valid_stop
-    if (further := int(np.maximum(tested - 1, 0).sum())) > 0:
+    if further := int(np.maximum(stops - test_begin - 1, 0).sum()):
         warnings.append(
             f"{further:,} test interactions are not evaluated: only the first of each user is"
         )
-    cold = int(((tested > 0) & (valid_stop == starts)).sum())
-    if cold:
-        warnings.append(f"{cold:,} users are in the test file alone: cold, not evaluated")
+    if cold[1]:
+        warnings.append(f"{cold[1]:,} users are in the test file alone: cold, not evaluated")
     if sequences.times is not None:
-        trains = train_stop[held_out[1].users] > starts[held_out[1].users]
-        users, targets = held_out[1].users[trains], held_out[1].targets[trains]
-        late = int((sequences.times[train_stop[users] - 1] > sequences.times[targets]).sum())
-        if late:
+        test = held_out[1]
+        trains = train_stop[test.users] > starts[test.users]
+        last, targets = train_stop[test.users][trains] - 1, test.targets[trains]
+        if late := int((sequences.times[last] > sequences.times[targets]).sum()):
             warnings.append(f"{late:,} users train on interactions later than their test")
-    return _split(sequences, train_stop, held_out, warnings, cold_test_users=cold)
+    return _split(sequences, train_stop, held_out, warnings, cold_test_users=cold[1])
 
 
 SPLITS: dict[str, Callable[[Sequences, Protocol], Split]] = {
@@ -189,6 +176,20 @@ SPLITS: dict[str, Callable[[Sequences, Protocol], Split]] = {
 }
 
 
+def _parts(
+    sequences: Sequences, train_stop: np.ndarray, test_begin: np.ndarray
+) -> tuple[list[HeldOut], list[int]]:
+    """Validation and test, a user's first item of each; and how many have no history before it."""
+    starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
+    held_out, cold = [], []
+    for begin, end in ((train_stop, test_begin), (test_begin, stops)):
+        active = begin < end
+        users = np.flatnonzero(active & (begin > starts))
+        held_out.append(HeldOut(users, begin[users]))
+        cold.append(int((active & (begin == starts)).sum()))
+    return held_out, cold
+
+
 def _split(
     sequences: Sequences,
     train_stop: np.ndarray,
@@ -196,10 +197,7 @@ def _split(
     warnings: list[str],
     **more: int | str,
 ) -> Split:
-    """A split with what every kind counts: users, and targets unknown to training.
-
-    ``held_out`` is the validation and the test.
-    """
+    """A split with what every kind counts: users, and targets unknown to training."""
     validation, test = held_out
     lengths = train_stop - np.asarray(sequences.offsets[:-1])
     if not (lengths > 1).any():
@@ -220,11 +218,10 @@ def _split(
     }
     if cold_targets:
         share = cold_targets / len(test.users)
-        warnings = [
-            *warnings,
+        warnings.append(
             f"{cold_targets:,} of {len(test.users):,} test targets ({100 * share:.2g} %) are items "
-            "that no training interaction holds: they stay in every score",
-        ]
+            "that no training interaction holds: they stay in every score"
+        )
     return replace(split, warnings=tuple(warnings))
 
 

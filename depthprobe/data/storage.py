@@ -107,22 +107,20 @@ def load_data(path: str | Path) -> Sequences:
             times=_map(folder / "times.npy", np.int64, rows) if manifest["times"] else None,
             given=_map(folder / "given.npy", np.int64, users, 2) if manifest["given"] else None,
             n_items=items,
-            read_items=lambda: _read_table(folder / "items.parquet", items),
-            read_users=lambda: _read_table(folder / "users.parquet", users),
+            read_items=lambda: _read_table(folder / "items.parquet"),
+            read_users=lambda: _read_table(folder / "users.parquet"),
             notes=tuple(manifest["notes"]),
             warnings=tuple(manifest["warnings"]),
             statistics=manifest["statistics"],
             cleaning=tuple(Step(**step) for step in manifest["cleaning"]),
             fingerprint=manifest["fingerprint"],
         )
+        if (sequences.offsets[0], sequences.offsets[-1]) != (0, rows):
+            raise ValueError("the sizes disagree")
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
-    if not all((folder / name).is_file() for name in ("items.parquet", "users.parquet")):
-        raise _damaged(folder, "the items or the users are missing")
-    if (sequences.offsets[0], sequences.offsets[-1]) != (0, rows):
-        raise _damaged(folder, "the sizes disagree")
     return sequences
 
 
@@ -141,6 +139,9 @@ def write_data(sequences: Sequences, output: Path) -> None:
     Raises:
         BadInput: if the folder can't be written, for want of room or of permission.
     """
+    import pyarrow as pa
+    from pyarrow import parquet
+
     columns: Table = {"item_id": sequences.item_ids.tolist()}
     if sequences.titles is not None:
         columns["title"] = sequences.titles
@@ -164,8 +165,9 @@ def write_data(sequences: Sequences, output: Path) -> None:
             for name in ("offsets", "items", "times", "given"):
                 if (array := getattr(sequences, name)) is not None:
                     np.save(folder / f"{name}.npy", array)
-            _write_table(folder / "items.parquet", columns)
-            _write_table(folder / "users.parquet", {"user_id": sequences.user_ids.tolist()})
+            parquet.write_table(pa.table(columns), folder / "items.parquet")
+            users = {"user_id": sequences.user_ids.tolist()}
+            parquet.write_table(pa.table(users), folder / "users.parquet")
             (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         allowed = f"a folder that can be written, with room for the log ({str(error)[:80]})"
@@ -176,22 +178,13 @@ def _damaged(folder: Path, why: object) -> BadInput:
     return BadInput("data.source", folder, f"a complete prepared folder ({str(why)[:80]})")
 
 
-def _write_table(path: Path, columns: Table) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    parquet.write_table(pa.table(columns), path)
-
-
-def _read_table(path: Path, rows: int) -> Table:
+def _read_table(path: Path) -> Table:
     from pyarrow import parquet
 
     try:
         table: Any = parquet.read_table(path)
     except (OSError, ValueError) as error:
         raise _damaged(path.parent, f"{path.name}: {error}") from error
-    if table.num_rows != rows:
-        raise _damaged(path.parent, f"{path.name} has {table.num_rows} rows, expected {rows}")
     return {name: table[name].to_pylist() for name in table.column_names}
 
 

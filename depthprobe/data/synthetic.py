@@ -16,6 +16,7 @@ Inside a genre, items are drawn by the same Zipf law, and nobody takes an item t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,22 +38,9 @@ NOUNS = (
 )  # fmt: skip
 NUMERALS = ("I", "II", "III", "IV", "V", "VI")
 DAY = 86_400
-
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """The generating process; the defaults are the embedded log."""
-
-    users: int = 2500
-    items: int = 1200
-    seed: int = 20_405
-    series: float = 0.32
-    companion: float = 0.18
-    crossing: float = 0.12
-    taste: float = 0.30
-    memory: int = 8
-    mean_length: float = 12.0
-    longest: int = 40
+SHARES = (0.32, 0.18, 0.12, 0.30)  # of series, companions, crossings, taste
+MEMORY = 8  # interactions in which a series was begun
+MEAN_LENGTH, LONGEST = 12.0, 40
 
 
 @dataclass(frozen=True)
@@ -66,24 +54,23 @@ class Catalogue:
     titles: list[str]
 
 
-def embedded_log(process: Process | None = None) -> Log:
+def embedded_log(n_users: int = 2500, n_items: int = 1200, *, seed: int = 20_405) -> Log:
     """The generated log, the same to the bit on every machine with the same numpy."""
-    process = process or Process()
-    rng = np.random.default_rng(process.seed)
-    catalogue = _catalogue(process, rng)
+    rng = np.random.default_rng(seed)
+    catalogue = _catalogue(n_items, rng)
     crossing = rng.integers(len(GENRES), size=(len(GENRES), len(GENRES)))
-    draw = _Drawer(catalogue, rng)
+    draw = _drawer(catalogue, rng)
     users: list[int] = []
     items: list[int] = []
     times: list[int] = []
-    for user in range(process.users):
-        history = _history(process, catalogue, crossing, draw, rng)
+    for user in range(n_users):
+        history = _history(catalogue, crossing, draw, rng)
         start = int(rng.integers(0, 700 * DAY))
         gaps = np.maximum(60, rng.lognormal(11.5, 1.2, size=len(history))).astype(np.int64)
         users.extend([user] * len(history))
         items.extend(history)
         times.extend((1_577_836_800 + start + np.cumsum(gaps)).tolist())
-    names = [f"i{k:04d}" for k in range(process.items)]
+    names = [f"i{k:04d}" for k in range(n_items)]
     return Log(
         users=encode_ids(f"u{user:05d}" for user in users),
         items=encode_ids(names[item] for item in items),
@@ -93,8 +80,7 @@ def embedded_log(process: Process | None = None) -> Log:
     )
 
 
-def _catalogue(process: Process, rng: np.random.Generator) -> Catalogue:
-    size = process.items
+def _catalogue(size: int, rng: np.random.Generator) -> Catalogue:
     genre = np.empty(size, dtype=np.int64)
     sequel = np.full(size, -1)
     titles: list[str] = []
@@ -121,40 +107,37 @@ def _catalogue(process: Process, rng: np.random.Generator) -> Catalogue:
     return Catalogue(genre, sequel, companion, appeal / appeal.sum(), titles)
 
 
-class _Drawer:
-    """Draws items by appeal, from all or from one genre."""
+def _drawer(catalogue: Catalogue, rng: np.random.Generator) -> Callable[[int], int]:
+    """Draws an item of a genre by appeal; -1, or an empty genre, draws from the whole catalogue."""
+    pools = [np.flatnonzero(catalogue.genre == g) for g in range(len(GENRES))]
+    pools.append(np.arange(len(catalogue.genre)))
+    weights = [catalogue.appeal[pool] for pool in pools]
+    steps = [np.cumsum(w) / max(w.sum(), 1e-9) for w in weights]
 
-    def __init__(self, catalogue: Catalogue, rng: np.random.Generator) -> None:
-        self._rng = rng
-        self._pools = [np.flatnonzero(catalogue.genre == g) for g in range(len(GENRES))]
-        self._pools.append(np.arange(len(catalogue.genre)))
-        weights = [catalogue.appeal[pool] for pool in self._pools]
-        self._steps = [np.cumsum(w) / max(w.sum(), 1e-9) for w in weights]
+    def draw(genre: int) -> int:
+        genre = genre if len(pools[genre]) else -1
+        place = int(np.searchsorted(steps[genre], rng.random(), side="right"))
+        return int(pools[genre][min(place, len(pools[genre]) - 1)])
 
-    def __call__(self, genre: int) -> int:
-        """One item of the genre; -1, or a genre without items, draws from the whole catalogue."""
-        genre = genre if len(self._pools[genre]) else -1
-        place = int(np.searchsorted(self._steps[genre], self._rng.random(), side="right"))
-        return int(self._pools[genre][min(place, len(self._pools[genre]) - 1)])
+    return draw
 
 
 def _history(
-    process: Process,
     catalogue: Catalogue,
     crossing: np.ndarray,
-    draw: _Drawer,
+    draw: Callable[[int], int],
     rng: np.random.Generator,
 ) -> list[int]:
-    length = int(min(process.longest, 5 + rng.geometric(1 / (process.mean_length - 4))))
+    length = int(min(LONGEST, 5 + rng.geometric(1 / (MEAN_LENGTH - 4))))
     taste = np.log(rng.dirichlet(np.full(len(GENRES), 0.15)) + 1e-6)
-    bounds = np.cumsum([process.series, process.companion, process.crossing, process.taste])
+    bounds = np.cumsum(SHARES)
     history: list[int] = []
     seen: set[int] = set()
     while len(history) < length:
         cause = int(np.searchsorted(bounds, rng.random(), side="right"))
         item = -1
         if cause == 0:
-            recent = reversed(history[-process.memory :])
+            recent = reversed(history[-MEMORY:])
             open_parts = [int(catalogue.sequel[i]) for i in recent]
             item = next((i for i in open_parts if i >= 0 and i not in seen), -1)
         elif cause == 1 and history:

@@ -160,7 +160,7 @@ def test_a_failed_write_leaves_the_old_folder(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("depthprobe.data.storage._write_table", fail)
+    monkeypatch.setattr("pyarrow.parquet.write_table", fail)
     with pytest.raises(BadInput, match=r"output.*room for the log \(disk full\)") as caught:
         write_data(order_log(replace(LOG, times=None)), tmp_path / "out")
     assert "\n" not in str(caught.value)
@@ -181,7 +181,6 @@ def test_refuses_damaged_folders(tmp_path: Path) -> None:
 
     for name, content in [
         ("items.npy", None),
-        ("users.parquet", None),
         ("times.npy", b"\x93NUMPY"),
         ("manifest.json", b"{}"),
         ("manifest.json", b"[1"),

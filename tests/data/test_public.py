@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import resource
 import socket
@@ -18,7 +17,6 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from filelock import FileLock
 
 from depthprobe.data import public
 from depthprobe.data.public import PublicSet, cache_folder, fetch, is_public, public_set
@@ -245,25 +243,6 @@ def test_two_at_once_fetch_once(serve: Serve, tmp_path: Path) -> None:
         thread.join()
     assert got == [READ] * 4
     assert Server.requested == ["ml-1m.zip"]
-
-
-def test_waiting_for_another_process_is_logged(cache: Path, serve: Serve, tmp_path: Path) -> None:
-    serve("ml-1m", {"ml-1m.zip": movielens(tmp_path)})
-    cache.mkdir(parents=True)
-    waiting = threading.Event()
-    handler = logging.Handler()
-    handler.emit = lambda record: waiting.set()  # type: ignore[method-assign]
-    public.log.addHandler(handler)
-    try:
-        with FileLock(cache / "ml-1m.lock"):
-            thread = threading.Thread(target=fetch, args=("ml-1m",))
-            thread.start()
-            assert waiting.wait(20)
-            assert not (cache / "ml-1m.zip").exists()
-        thread.join()
-    finally:
-        public.log.removeHandler(handler)
-    assert content(cache / "ml-1m") == READ
 
 
 def test_a_cache_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from depthprobe.data.prepared import order_log
 from depthprobe.data.storage import Sequences
-from depthprobe.data.synthetic import Process, embedded_log
+from depthprobe.data.synthetic import embedded_log
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,7 @@ def test_size_and_times(sequences: Sequences) -> None:
 
 
 def test_same_seed_same_log_and_another_seed_another() -> None:
-    small = {"users": 40, "items": 100}
-    one, two, other = (embedded_log(Process(seed=seed, **small)) for seed in (1, 1, 2))
+    one, two, other = (embedded_log(40, 100, seed=seed) for seed in (1, 1, 2))
     assert one.items.codes.tolist() == two.items.codes.tolist()
     assert one.items.codes.tolist() != other.items.codes.tolist()
 

@@ -24,6 +24,10 @@ EXACT = 2**53  # whole numbers up to here are exact as float64
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _ZONE = r":\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)$"
 _ISO = "a number, or an ISO date or time such as 2024-05-31T18:30:00Z"
+_TEXTS = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+    *(pa.types.is_binary, pa.types.is_large_binary),
+)
 
 Where = Callable[[int], str]
 
@@ -43,18 +47,20 @@ class Column:
     where: Where = row_number
 
     def plain(self) -> Column:
-        """Without a dictionary, texts as ``large_string`` without blanks around."""
+        """Without a dictionary or blanks around texts, every row filled."""
         values = self.values
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
         if _is_text(values.type):
             values = pc.utf8_trim_whitespace(values.cast(pa.large_string()))
-        return replace(self, values=values)
+        column = replace(self, values=values)
+        column.check_filled()
+        return column
 
     def check_filled(self) -> None:
         """Refuse nulls, NaN and empty texts."""
         missing = self.values.is_null(nan_is_null=True)
-        if _is_text(self.values.type):
+        if self.values.type == pa.large_string():
             missing = pc.or_(missing, pc.fill_null(pc.equal(self.values, ""), True))
         row = pc.index(missing, True).as_py()
         if row >= 0:
@@ -70,9 +76,10 @@ class Column:
         """The error that names a row."""
         return BadInput(FIELD, self.source, f"{self.where(row)} {fault}")
 
-    def wrong_type(self, expected: str = "") -> BadInput:
+    def wrong_type(self, expected: str) -> BadInput:
         """The error that names the column's type."""
-        fault = f"the {self.what} column has the type {type_name(self.values.type)}{expected}"
+        kind = " ".join(str(self.values.type).split())[:60]
+        fault = f"the {self.what} column has the type {kind}; expected {expected}"
         return BadInput(FIELD, self.source, fault)
 
 
@@ -116,11 +123,10 @@ def to_ids(column: Column) -> Ids:
 def to_numbers(column: Column) -> np.ndarray:
     """The finite numbers of a column of numbers or their texts, int64 or float64 (N,)."""
     column = column.plain()
-    column.check_filled()
     kind = column.values.type
     whole = pa.types.is_integer(kind) or _is_text(kind)
     if not (whole or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
-        raise column.wrong_type()
+        raise column.wrong_type("numbers")
     numbers = _cast(column.values, pa.int64()) if whole else None
     if numbers is None:
         numbers = _cast(column.values, pa.float64())
@@ -145,13 +151,10 @@ def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
     kind = column.values.type
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return _from_dates(column), ()
-    if _is_text(kind):
-        column.check_filled()
-        if not pc.match_substring_regex(column.values[:1], _NUMBER)[0].as_py():
-            return _from_texts(column)
+    if _is_text(kind) and not pc.match_substring_regex(column.values[:1], _NUMBER)[0].as_py():
+        return _from_texts(column)
     numbers = to_numbers(column)
-    column.check(numbers < 0, "a negative time", numbers)
-    column.check(numbers > LARGEST, "a time too late to be one", numbers)
+    column.check((numbers < 0) | (numbers > LARGEST), "a time before 1970 or too late", numbers)
     units = np.searchsorted(BOUNDS, numbers)  # (N,): places in UNITS
     if (units != units[0]).any():
         row = int(np.argmax(units != units[0]))
@@ -163,13 +166,8 @@ def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
     return _divide(numbers, factor), notes
 
 
-def type_name(kind: Any) -> str:
-    """An Arrow type as a message shows it: in one line, cut where it is long."""
-    return " ".join(str(kind).split())[:60]
-
-
 def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return any(is_kind(kind) for is_kind in _TEXTS)
 
 
 def _as_ids(column: Column) -> Any:
@@ -178,29 +176,22 @@ def _as_ids(column: Column) -> Any:
     if pa.types.is_floating(kind):
         values = column.values.to_numpy()
         wrong = (values != np.trunc(values)) | (np.abs(values) > EXACT)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            fault = f"has the {column.what} {values[row]}; ids are texts or whole numbers"
-            raise column.refusal(row, fault)
+        column.check(wrong, f"no text or whole number as the {column.what}", values)
         return pa.chunked_array([values.astype(np.int64)])
     if pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0):
         return column.values
-    binary = (pa.types.is_string_view, pa.types.is_binary, pa.types.is_large_binary)
-    if not (_is_text(kind) or any(is_kind(kind) for is_kind in binary)):
-        raise column.wrong_type("; ids are texts or integers")
-    try:
-        return column.values.cast(pa.large_string())
-    except pa.ArrowInvalid as error:
-        allowed = f"ids in UTF-8; a {column.what} in it is not"
-        raise BadInput(FIELD, column.source, allowed) from error
+    texts = _cast(column.values, pa.large_string()) if _is_text(kind) else None
+    if texts is None:
+        raise column.wrong_type("texts in UTF-8, or integers")
+    return texts
 
 
 def _titles(column: Column, items: Ids) -> dict[str, str]:
     """The first title that is not blank of each item that has one, its blanks collapsed."""
-    try:
-        texts = column.values.cast(pa.large_string()).dictionary_encode().combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise column.wrong_type("; expected texts") from error
+    texts = _cast(column.values, pa.large_string())
+    if texts is None:
+        raise column.wrong_type("texts")
+    texts = texts.dictionary_encode().combine_chunks()
     titles = [" ".join(text.split()) for text in texts.dictionary.to_pylist()]
     usable = np.array([bool(title) for title in [*titles, ""]])  # the last one stands for null
     codes = texts.indices.fill_null(len(titles)).to_numpy()
@@ -214,7 +205,6 @@ def _titles(column: Column, items: Ids) -> dict[str, str]:
 
 def _from_dates(column: Column) -> np.ndarray:
     """Seconds of timestamps or dates; a timestamp with a zone is held in UTC."""
-    column.check_filled()
     dates = column.values
     if pa.types.is_date(dates.type):
         dates = dates.cast(pa.timestamp("s" if pa.types.is_date32(dates.type) else "ms"))
@@ -249,9 +239,10 @@ def _divide(values: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _cast(values: Any, kind: Any) -> Any:
+    """The values in another type, or None where some can't be."""
     try:
         return values.cast(kind)
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
 
 

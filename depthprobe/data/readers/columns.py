@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from depthprobe.data.readers.streams import FIELD
-from depthprobe.errors import BadInput, nearest, short
+from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
 
 SHOWN = 20  # names of a header that a message lists
@@ -42,13 +43,19 @@ def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dic
 
     Columns that ``columns`` names are taken, the others guessed from :data:`SPELLINGS`. Refused is
     a name that isn't there or is there twice, a header without user or item, two columns that are
-    as likely, and one that would serve for two things.
+    as likely, and one that would serve for two things. A title's may be in the items' file instead.
     """
-    given = columns.given()
-    places = {what: _named(names, what, name, source=source) for what, name in given.items()}
-    for what in SPELLINGS:
-        if what in given:
+    places: dict[str, int] = {}
+    for what, name in columns.given().items():
+        place = place_of(names, name)
+        if place is None and what == "title":
             continue
+        if place is None:
+            raise BadInput(f"data.columns.{what}", name, missing(names, name, source))
+        if list(names).count(name) > 1:
+            raise BadInput(f"data.columns.{what}", name, f"{source} has it more than once")
+        places[what] = place
+    for what in [what for what in SPELLINGS if what not in columns.given()]:
         place = guess_column(names, what, source=source)
         if place is None and what in REQUIRED:
             allowed = (
@@ -92,6 +99,19 @@ def place_of(names: Sequence[str], name: str) -> int | None:
     return None
 
 
+def refuse_columns(columns: Columns, why: str) -> None:
+    """Refuse named columns, but for the title's, for a log that has none to name."""
+    for what, name in replace(columns, title=None).given().items():
+        raise BadInput(f"data.columns.{what}", name, f"none for {why}")
+
+
+def missing(names: Sequence[str], name: str, source: Path) -> str:
+    """What is allowed in place of a column's name, the one that was probably meant first."""
+    close = difflib.get_close_matches(name, [untyped(one) for one in names], n=1)
+    hint = f"did you mean {listed(close)}? " if close else ""
+    return f"{hint}{source} has no such column; its columns are {listed(names)}"
+
+
 def simple(name: str) -> str:
     """A column's name without case, ``_``, ``-``, blanks and RecBole's type: for comparisons."""
     return re.sub(r"[_\-\s]", "", untyped(name).lower())
@@ -106,16 +126,3 @@ def listed(names: Iterable[str]) -> str:
     """The names in one line, cut where they are long or many."""
     texts = [" ".join(short(name, 40)[1:-1].split()) for name in names]
     return ", ".join(texts[:SHOWN]) + (", ..." if len(texts) > SHOWN else "")
-
-
-def _named(names: Sequence[str], what: str, name: str, *, source: Path) -> int:
-    field = f"data.columns.{what}"
-    spelled = list(names) if name in names else [untyped(one) for one in names]
-    if name not in spelled:
-        texts = [listed([known]) for known in names]
-        first = dict.fromkeys([*difflib.get_close_matches(name, texts, n=1), *texts])
-        allowed = f"a column of {source}: {nearest(name, list(first)[:SHOWN])}"
-        raise BadInput(field, name, allowed)
-    if spelled.count(name) > 1:
-        raise BadInput(field, name, f"{source} has {name!r} more than once")
-    return spelled.index(name)

@@ -6,8 +6,9 @@ raises BadInput, which names the file, the line or the row, and what was expecte
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from depthprobe.data.log import PARTS, Ids, Log
 from depthprobe.data.public import SETS, fetch, is_public
-from depthprobe.data.readers.columns import listed
+from depthprobe.data.readers.columns import listed, refuse_columns
 from depthprobe.data.readers.lines import is_sequences, read_json, read_sequences
 from depthprobe.data.readers.streams import FIELD, OTHERS, fits, head, plain_name
 from depthprobe.data.readers.tables import (
@@ -39,15 +40,10 @@ START = 2**16  # bytes at a file's start that tell its format
 
 @dataclass(frozen=True)
 class Format:
-    """A format that a log may have.
-
-    ``fits`` tells it by a file's first characters, decompressed; where no format's does, a name
-    that ends with one of ``endings`` decides whose error is shown.
-    """
+    """A format that a log may have; ``fits`` tells it by a file's first characters."""
 
     read: Callable[[Path, Columns], Log]
     fits: Callable[[str], object]
-    endings: tuple[str, ...]
     help: str
 
 
@@ -55,36 +51,34 @@ def read_embedded(source: Path, columns: Columns) -> Log:
     """Make the embedded log; there is nothing to read."""
     if str(source) != EMBEDDED:
         raise BadInput("data.format", EMBEDDED, f"another one for {source}; this one has no file")
-    for what, name in columns.given().items():
-        raise BadInput(f"data.columns.{what}", name, "none for the embedded log")
+    refuse_columns(columns, "the embedded log")
     return embedded_log()
 
 
 # in the order in which they are tried
 FORMATS: dict[str, Format] = {
     EMBEDDED: Format(
-        read_embedded, lambda start: False, (), "a generated log of films, the source 'embedded'"
+        read_embedded, lambda start: False, "a generated log of films, the source 'embedded'"
     ),
     "parquet": Format(
-        read_parquet, lambda start: start.startswith("PAR1"), (".parquet",),
+        read_parquet, lambda start: start.startswith("PAR1"),
         "Parquet, a file or a folder of part files, an interaction a row",
     ),
-    "recbole": Format(read_recbole, is_recbole, (".inter",), "RecBole's X.inter with X.item"),
+    "recbole": Format(read_recbole, is_recbole, "RecBole's X.inter with X.item"),
     "movielens": Format(
-        read_movielens, is_movielens, (".data", ".dat"),
+        read_movielens, is_movielens,
         "MovieLens: u.data with u.item, ratings.dat or ratings.csv with movies",
     ),
     "json": Format(
-        read_json, re.compile(r"\s*(\[\s*)?\{").match, (".json", ".jsonl"),
+        read_json, re.compile(r"\s*(\[\s*)?\{").match,
         "JSON lines, an interaction a line, such as Amazon's reviews with meta_X",
     ),
     "csv": Format(
-        read_csv, lambda start: is_table(start, START), (".csv", ".tsv"),
+        read_csv, lambda start: is_table(start, START),
         "CSV and its kin (comma, tab, semicolon, pipe), an interaction a row",
     ),
     "sequences": Format(
-        read_sequences, is_sequences, (".txt",),
-        "user item item ..., a user a line, with items.tsv",
+        read_sequences, is_sequences, "user item item ..., a user a line, with items.tsv"
     ),
 }  # fmt: skip
 
@@ -122,9 +116,7 @@ def recognise(path: Path) -> str:
     if path.is_dir():
         return "parquet"
     start = head(path, START)
-    by_content = (name for name, one in FORMATS.items() if one.fits(start))
-    by_ending = (name for name, one in FORMATS.items() if set(path.suffixes) & set(one.endings))
-    name = next(by_content, None) or next(by_ending, None)
+    name = next((name for name, one in FORMATS.items() if one.fits(start)), None)
     if name is None:
         first = start.strip().partition("\n")[0]
         fault = f"it starts with {short(first, 60)}" if first else "it is empty"
@@ -134,12 +126,8 @@ def recognise(path: Path) -> str:
 
 
 def _located(source: str | Path) -> Path:
-    path = Path(source)
-    try:
-        if path.exists():
-            return path
-    except OSError as error:
-        raise BadInput(FIELD, source, f"a path to look at ({error.strerror})") from error
+    if os.path.exists(source):  # unlike Path.exists, False for a name that is too long
+        return Path(source)
     if is_public(str(source)):
         return fetch(str(source))
     families = dict.fromkeys(one.family for one in SETS.values())
@@ -169,14 +157,15 @@ def logs_in(folder: Path) -> list[Path]:
 
     Three paths are in the order of :data:`depthprobe.data.log.PARTS`.
     """
-    try:
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-    except OSError as error:
-        raise BadInput(FIELD, folder, f"a folder that can be read ({error.strerror})") from error
+    files = sorted(path for path in folder.iterdir() if path.is_file())
     named = [path for path in files if fits(path, LOGS) and not _part(path)]
-    parts = {part: [path for path in files if _part(path) == part] for part in PARTS}
-    if parts["training"]:
-        return _one_a_part(folder, parts, others=named)
+    parts = [[path for path in files if _part(path) == part] for part in PARTS]
+    if parts[0]:
+        if any(len(paths) != 1 for paths in parts) or named:
+            names = listed(path.name for path in [*chain(*parts), *named])
+            allowed = "one file each for training, validation and test, and no other log"
+            raise BadInput(FIELD, folder, f"{allowed}; it has {names}")
+        return list(chain(*parts))
     logs = named or [path for path in files if _ending(path) and not fits(path, OTHERS)]
     if len(logs) == 1:
         return logs
@@ -189,11 +178,12 @@ def logs_in(folder: Path) -> list[Path]:
 
 def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:
     """One log of a training, a validation and a test part, ids united, in that order."""
+    joined: dict[str, np.ndarray | None] = {}
     for what in ("times", "ratings"):
-        without = [p for p, log in zip(PARTS, logs, strict=True) if getattr(log, what) is None]
-        if 0 < len(without) < len(logs):
-            fault = f"the {' and '.join(without)} part has no {what}, and the others have"
-            raise BadInput(FIELD, folder, f"{fault}; expected the same columns in all three")
+        given = [getattr(log, what) for log in logs if getattr(log, what) is not None]
+        if len(given) not in (0, len(logs)):
+            raise BadInput(FIELD, folder, f"{what} in all three parts, or in none")
+        joined[what] = np.concatenate(given) if given else None
     users, items = _united([log.users for log in logs]), _united([log.items for log in logs])
     parts = np.repeat(np.arange(len(logs), dtype=np.int8), [len(log) for log in logs])
     pairs = users.codes.astype(np.int64) * len(items.names) + items.codes
@@ -204,26 +194,12 @@ def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:
     return Log(
         users,
         items,
-        _joined(log.times for log in logs),
-        _joined(log.ratings for log in logs),
-        parts,
+        **joined,
+        parts=parts,
         titles={item: title for log in logs for item, title in log.titles.items()},
         name=folder.resolve().name,
         notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def _one_a_part(folder: Path, parts: dict[str, list[Path]], *, others: list[Path]) -> list[Path]:
-    missing = [part for part, paths in parts.items() if not paths]
-    several = next((paths for paths in parts.values() if len(paths) > 1), others)
-    fault = f"it came split ({listed(path.name for path in chain(*parts.values()))})"
-    if missing:
-        fault = f"{fault}, and there is no {' and no '.join(missing)} file"
-        raise BadInput(FIELD, folder, f"{fault}; all three are needed, or name one file as the log")
-    if several:
-        fault = f"{fault}, and has {listed(path.name for path in several)} as well"
-        raise BadInput(FIELD, folder, f"{fault}; expected one file a part and no other log")
-    return [paths[0] for paths in parts.values()]
 
 
 def _part(path: Path) -> str | None:
@@ -241,14 +217,10 @@ def _ending(path: Path) -> str | None:
 
 
 def _united(columns: Sequence[Ids]) -> Ids:
+    """The ids of several columns as one, numbered by first appearance."""
     place: dict[str, int] = {}
     codes = []
     for ids in columns:
         new = [place.setdefault(name, len(place)) for name in ids.names]
         codes.append(np.array(new, dtype=np.int32)[ids.codes])
     return Ids(np.concatenate(codes), list(place))
-
-
-def _joined(columns: Iterable[np.ndarray | None]) -> np.ndarray | None:
-    given = [column for column in columns if column is not None]
-    return np.concatenate(given) if given else None

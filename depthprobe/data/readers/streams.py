@@ -31,7 +31,7 @@ OTHERS = ("items.*", "movies.*", "users.*", "meta_*", "readme*", "license*", "_*
 
 
 @contextmanager
-def open_bytes(path: Path, *, field: str = FIELD) -> Iterator[Any]:
+def open_bytes(path: Path) -> Iterator[Any]:
     """A file's bytes, decompressed, as a binary stream with ``read(size)``.
 
     Raises:
@@ -46,41 +46,37 @@ def open_bytes(path: Path, *, field: str = FIELD) -> Iterator[Any]:
         with pa.input_stream(str(path), compression=kind) as stream:
             yield stream
     except OSError as error:
-        if error.strerror:  # the system's, not the decompressor's
-            fault = f"a file that can be read ({error.strerror})"
-        elif "truncated" in str(error).lower():
-            fault = "it is cut off: its compressed data end early; copy it anew"
-        else:
-            fault = "it is damaged: it can't be decompressed; copy it anew"
-        raise BadInput(field, path, fault) from error
+        # the decompressor's errors have no strerror
+        fault = error.strerror or "its compressed data are cut off or damaged; copy it anew"
+        raise BadInput(FIELD, path, f"a file that can be read ({fault})") from error
 
 
-def head(path: Path, size: int = 2**16, *, field: str = FIELD) -> str:
+def head(path: Path, size: int = 2**16) -> str:
     """The first ``size`` bytes as text, decompressed; what is no UTF-8 in them is replaced."""
-    with open_bytes(path, field=field) as stream:
+    with open_bytes(path) as stream:
         raw: bytes = stream.read(size)
     return raw.decode("utf-8-sig", errors="replace")
 
 
 @contextmanager
-def open_text(path: Path, *, field: str = FIELD) -> Iterator[CheckedText]:
+def open_text(path: Path) -> Iterator[CheckedText]:
     """The bytes of a UTF-8 text for parsers that take bytes, checked as they are read."""
-    with open_bytes(path, field=field) as stream:
-        yield CheckedText(path, stream, field)
+    with open_bytes(path) as stream:
+        yield CheckedText(path, stream)
 
 
 @contextmanager
-def open_lines(path: Path, *, newline: str = "\n", field: str = FIELD) -> Iterator[TextIO]:
+def open_lines(path: Path, *, newline: str = "\n") -> Iterator[TextIO]:
     """The same text decoded, to be read line by line: what is held of a long log stays small."""
-    with open_text(path, field=field) as stream:
+    with open_text(path) as stream:
         yield io.TextIOWrapper(cast(BinaryIO, stream), encoding="utf-8-sig", newline=newline)
 
 
 class CheckedText(io.RawIOBase):
-    """Passes a text's bytes on, counts lines, refuses a NUL and what is not UTF-8 by its line."""
+    """Passes a text's bytes on, counts its lines, and refuses what is not UTF-8 by its line."""
 
-    def __init__(self, path: Path, stream: Any, field: str) -> None:
-        self.path, self.stream, self.field = path, stream, field
+    def __init__(self, path: Path, stream: Any) -> None:
+        self.path, self.stream = path, stream
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.lines = 0  # ends of lines read so far
 
@@ -91,19 +87,14 @@ class CheckedText(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         """The next bytes, ``size`` of them unless the text ends before; none at its end."""
         block: bytes = self.stream.read(size) if size >= 0 else self.stream.read()
-        if (nul := block.find(b"\x00")) >= 0:
-            raise self._refusal("has a NUL byte", block[:nul])
         try:
             self.decoder.decode(block, final=size < 0 or not block)
         except UnicodeDecodeError as error:
-            raise self._refusal("is not UTF-8", error.object[: error.start]) from error
+            line = self.lines + error.object[: error.start].count(b"\n") + 1
+            expected = "expected a text file in UTF-8"
+            raise BadInput(FIELD, self.path, f"line {line} is not UTF-8; {expected}") from error
         self.lines += block.count(b"\n")
         return block
-
-    def _refusal(self, fault: str, before: bytes) -> BadInput:
-        line = self.lines + before.count(b"\n") + 1
-        expected = "expected a text file in UTF-8"
-        return BadInput(self.field, self.path, f"line {line} {fault}; {expected}")
 
 
 def stem(path: Path) -> str:

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,13 +18,14 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from depthprobe.data.log import Log
-from depthprobe.data.readers.arrow import log_of, row_number, type_name
+from depthprobe.data.readers.arrow import Where, log_of, row_number
 from depthprobe.data.readers.columns import (
     REQUIRED,
     SPELLINGS,
     find_columns,
     guess_column,
     listed,
+    refuse_columns,
     simple,
 )
 from depthprobe.data.readers.streams import BLOCK, FIELD, OTHERS, fits, head, open_lines, open_text
@@ -41,11 +42,36 @@ _ML_COLONS = re.compile(r"\s*[^:\s]+::[^:\s]+::\d+(\.\d+)?::\d+\r?(\n|$)")
 
 RECBOLE_TYPES = {"token", "float", "token_seq", "float_seq"}
 
+Pick = Callable[[list[str]], dict[str, int]]  # of a header, the places by what they hold
+Chosen = dict[str, Any]  # chunked Arrow columns by what they hold
+
 
 def read_csv(
     path: Path, columns: Columns, *, delimiter: str | None = None, quoted: bool = True
 ) -> Log:
-    """Read delimited text with a header, or without one and with columns given by number.
+    """Read delimited text with a header, or without one and with columns given by number."""
+    # Numbers name the columns of a text without a header, whatever its first row holds: numbers
+    # there may be ids, and a row taken for a header would be lost. With a 0 among them they are
+    # names, as pandas gives them.
+    named = columns.given().values()
+    numbered = bool(named) and all(name.isdecimal() and int(name) > 0 for name in named)
+
+    def pick(first: list[str]) -> dict[str, int]:
+        if numbered:
+            if all(guess_column(first, what, source=path) is not None for what in REQUIRED):
+                fault = f"its first line is a header ({listed(first)})"
+                raise BadInput(FIELD, path, f"{fault}; name the columns as it does")
+            first = [str(at) for at in range(1, len(first) + 1)]
+        return find_columns(first, columns, source=path)
+
+    chosen, where = csv_columns(path, pick, header=not numbered, delimiter=delimiter, quoted=quoted)
+    return log_of(chosen, source=path, where=where)
+
+
+def csv_columns(
+    path: Path, pick: Pick, *, header: bool = True, delimiter: str | None = None, quoted: bool
+) -> tuple[Chosen, Where]:
+    """The columns that ``pick`` chooses by the first row, and what to call a row.
 
     The first lines tell the ``delimiter`` where it is None; without ``quoted``, quotes are text.
     Rows of different lengths and a quote that isn't closed are refused with their line.
@@ -57,30 +83,20 @@ def read_csv(
     candidates = [delimiter] if delimiter else list(DELIMITERS)
     split = {one: split_rows(start, one, START, quoted=quoted) for one in candidates}
     delimiter = _best(split, source=path)
-    skipped, row = next((at, row) for at, row in enumerate(split[delimiter], 1) if row)
-    header = first = [cell.strip() for cell in row]
-    # Numbers name the columns of a text without a header, whatever its first row holds: numbers
-    # there may be ids, and a row taken for a header would be lost. With a 0 among them they are
-    # names, as pandas gives them.
-    named = columns.given().values()
-    numbered = bool(named) and all(name.isdecimal() and int(name) > 0 for name in named)
-    if numbered:
-        if all(guess_column(first, what, source=path) is not None for what in REQUIRED):
-            allowed = f"its first line is a header ({listed(first)}); name the columns as it does"
-            raise BadInput(FIELD, path, allowed)
-        header = [str(at) for at in range(1, len(first) + 1)]
-    places = find_columns(header, columns, source=path)
+    skipped, first = next((at, row) for at, row in enumerate(split[delimiter], 1) if row)
+    skipped = skipped if header else 0
+    places = pick([cell.strip() for cell in first])
     # Arrow is fast, and names no lines: a slow pass over the records finds those of a fault
-    rows = partial(records, path, delimiter, quoted=quoted, skip=not numbered)
-    texts = {what: pa.dictionary(pa.int32(), pa.string()) for what in REQUIRED}
-    kinds = {str(place): texts.get(what, pa.string()) for what, place in places.items()}
+    rows = partial(records, path, delimiter, quoted=quoted, skip=header)
+    ids = pa.dictionary(pa.int32(), pa.string())
+    kinds = {str(at): ids if what in REQUIRED else pa.string() for what, at in places.items()}
     try:
         with open_text(path) as stream:
             table = pa.csv.read_csv(
                 stream,
                 pa.csv.ReadOptions(
                     column_names=[str(place) for place in range(len(first))],  # may be repeated
-                    skip_rows_after_names=0 if numbered else skipped,
+                    skip_rows_after_names=skipped,
                     block_size=BLOCK,
                 ),
                 pa.csv.ParseOptions(
@@ -91,57 +107,44 @@ def read_csv(
                 pa.csv.ConvertOptions(include_columns=list(kinds), column_types=kinds),
             )
     except pa.ArrowInvalid as error:
-        _exhaust(rows())
+        deque(rows(), maxlen=0)
         text = " ".join(str(error).split())
         raise BadInput(FIELD, path, f"it can't be read as a table ({text[:120]})") from error
-    if quoted and len(table) + (0 if numbered else skipped) < stream.lines:
+    if quoted and len(table) + skipped < stream.lines:
         # some records are over several lines, and Arrow takes a quote never closed for another
-        _exhaust(rows())
+        deque(rows(), maxlen=0)
 
     def where(row: int) -> str:
         record = next(islice(rows(), row, None), None)
         return f"line {record[0]}" if record else row_number(row)
 
-    chosen = {what: table[str(place)] for what, place in places.items()}
-    return log_of(chosen, source=path, where=where)
-
-
-def _exhaust(rows: Iterator[Any]) -> None:
-    deque(rows, maxlen=0)
+    return {what: table[str(place)] for what, place in places.items()}, where
 
 
 def records(
-    path: Path,
-    delimiter: str,
-    *,
-    quoted: bool,
-    skip: bool = True,
-    field: str = FIELD,
-    tabs_last: bool = False,
+    path: Path, delimiter: str, *, quoted: bool, skip: bool = True
 ) -> Iterator[tuple[int, list[str]]]:
     """The records that are not blank, each with the number of its first line, after a header.
 
     Refuses a record with another number of columns than the first one has, and a quote that isn't
-    closed. With ``tabs_last`` the last column may hold tabs itself.
+    closed.
     """
-    with open_lines(path, newline="", field=field) as text:
+    with open_lines(path, newline="") as text:
         rows = _csv_rows(text, delimiter, quoted=quoted, strict=True)
         line, width = 1, 0
         try:
             for row in rows:
                 width = width or len(row)
-                if tabs_last and len(row) > width:
-                    row[width - 1 :] = ["\t".join(row[width - 1 :])]
                 if row and len(row) != width:
                     expected = f"{width} columns, as the first line has"
-                    raise BadInput(field, path, f"line {line} has {len(row)}; expected {expected}")
+                    raise BadInput(FIELD, path, f"line {line} has {len(row)}; expected {expected}")
                 if row and not skip:
                     yield line, row
                 skip = skip and not row
                 line = rows.line_num + 1
         except csv.Error as error:
             allowed = f"in the row of line {line} a quote isn't closed, or not at a column's end"
-            raise BadInput(field, path, f"{allowed} ({error})") from error
+            raise BadInput(FIELD, path, f"{allowed} ({error})") from error
 
 
 def split_rows(start: str, delimiter: str, limit: int, *, quoted: bool = True) -> list[list[str]]:
@@ -185,9 +188,7 @@ def read_movielens(path: Path, columns: Columns) -> Log:
     tabs = _ML_TABS.match(start)
     if not (tabs or _ML_COLONS.match(start)):
         return read_csv(path, columns)
-    for what, name in columns.given().items():
-        allowed = f"none for {path}: this file has no header, its columns are known by their places"
-        raise BadInput(f"data.columns.{what}", name, allowed)
+    refuse_columns(columns, f"{path}: it has no header, its columns are known by their places")
     if tabs:
         places = Columns(user="1", item="2", rating="3", time="4")
         return read_csv(path, places, delimiter="\t", quoted=False)
@@ -197,16 +198,15 @@ def read_movielens(path: Path, columns: Columns) -> Log:
 
 def is_recbole(start: str) -> bool:
     """Whether each column of the first line has a name and a type (recbole.io/atomic_files)."""
-    columns = [name.rpartition(":") for name in _recbole_header(start)]
-    return all(name and kind in RECBOLE_TYPES for name, _, kind in columns)
+    columns = [name.rpartition(":") for name in start.lstrip().partition("\n")[0].split("\t")]
+    return all(name and kind.rstrip("\r") in RECBOLE_TYPES for name, _, kind in columns)
 
 
 def read_recbole(path: Path, columns: Columns) -> Log:
     """Read a ``.inter`` file: tab-separated, not quoted, with a typed header."""
-    lists = [name for name in _recbole_header(head(path)) if name.endswith("_list:token_seq")]
-    if lists:
+    if "_list:token_seq" in head(path).lstrip().partition("\n")[0]:
         expected = "expected an interaction a row, with one item_id:token"
-        raise BadInput(FIELD, path, f"a row of {listed(lists)} is a list of items; {expected}")
+        raise BadInput(FIELD, path, f"each of its rows has a list of items; {expected}")
     return read_csv(path, columns, delimiter="\t", quoted=False)
 
 
@@ -231,10 +231,8 @@ def read_parquet(path: Path, columns: Columns) -> Log:
     return log_of(chosen, source=path, where=where)
 
 
-def parquet_columns(
-    path: Path, pick: Callable[[Sequence[str]], dict[str, int]], *, field: str = FIELD
-) -> dict[str, Any]:
-    """The columns whose places ``pick`` gives by what they hold, as chunked arrays."""
+def parquet_columns(path: Path, pick: Pick) -> Chosen:
+    """The columns that ``pick`` chooses by their names."""
     try:
         with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
@@ -243,7 +241,7 @@ def parquet_columns(
             table.validate(full=True)  # as that texts are UTF-8
     except (pa.ArrowException, OSError) as error:
         text = " ".join(str(error).split())
-        raise BadInput(field, path, f"a whole Parquet file ({text[:120]})") from error
+        raise BadInput(FIELD, path, f"a whole Parquet file ({text[:120]})") from error
     return {what: table[names[place]] for what, place in places.items()}
 
 
@@ -267,10 +265,6 @@ def _best(split: dict[str, list[list[str]]], *, source: Path) -> str:
     raise BadInput(FIELD, source, f"a table with columns split by {names}; {fault}")
 
 
-def _recbole_header(start: str) -> list[str]:
-    return start.lstrip("\r\n").partition("\n")[0].rstrip("\r").split("\t")
-
-
 def _part_files(folder: Path) -> list[Path]:
     """The Parquet files of a folder by name, without companions such as ``items.parquet``."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not fits(path, OTHERS)]
@@ -284,9 +278,6 @@ def _part_files(folder: Path) -> list[Path]:
 def _part_of_a_log(path: Path, wanted: Columns) -> Any:
     columns = parquet_columns(path, lambda names: find_columns(names, wanted, source=path))
     for what, column in columns.items():
-        if pa.types.is_nested(column.type):
-            fault = f"the {what} column has the type {type_name(column.type)}"
-            raise BadInput(FIELD, path, f"{fault}; expected one value a row")
         if pa.types.is_dictionary(column.type):  # one may hold values that no row has
             columns[what] = column.cast(column.type.value_type)
     return pa.table(columns)

@@ -14,19 +14,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from depthprobe.data.log import Log
-from depthprobe.data.readers.arrow import Column, to_ids
-from depthprobe.data.readers.columns import guess_column, listed, place_of, simple, untyped
+from depthprobe.data.readers.arrow import Column, row_number, to_ids
+from depthprobe.data.readers.columns import guess_column, listed, missing, place_of, simple
 from depthprobe.data.readers.streams import COMPRESSED, head, open_bytes, open_lines
-from depthprobe.data.readers.tables import parquet_columns, records, split_rows
-from depthprobe.errors import BadInput, nearest, short
+from depthprobe.data.readers.tables import csv_columns, parquet_columns
+from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
 
 FIELD = "data.items"
@@ -43,32 +40,28 @@ _ASIN = re.compile(r"""['"](?:parent_)?asin['"]: ?['"](\w+)['"]""")
 
 What = Literal["user", "item"]
 Pairs = Iterator[tuple[str, str]]  # an id and a value, as they are written
-Pick = Callable[[Sequence[str]], tuple[int, int]]  # their places in a header
-
-
-class _NoTitleColumn(BadInput):
-    """A table of items that has other things than titles."""
+Pick = Callable[[list[str]], tuple[int, int]]  # their places in a header
 
 
 def with_titles(log: Log, source: Path, *, items: str | Path | None, columns: Columns) -> Log:
-    """The log with titles from the file ``items``, or its companion, if it has none itself."""
+    """The log with titles from the file ``items``, or its companion, if it has none itself.
+
+    A companion that can't be used is noted; a file that was named is refused.
+    """
     if items is None and log.titles:
         return log
     path = companion(source) if items is None else Path(items)
+    if path is None and columns.title is not None:
+        allowed = "a column of the log, or of a file with the items' titles; neither has it"
+        raise BadInput("data.columns.title", columns.title, allowed)
     if path is None:
         return log
-    if not path.is_file():
-        raise BadInput(FIELD, path, "a file with the items' titles; there is none")
     try:
         titles = read_titles(path, columns, wanted={name.strip() for name in log.items.names})
-    except _NoTitleColumn:
-        if items is not None:
-            raise
-        return replace(log, notes=(*log.notes, f"{path.name} beside the log has no title column"))
-    if not titles:
-        example = short(log.items.names[0], 40)
-        allowed = f"it has no title for any of the log's items, such as {example}"
-        raise BadInput(FIELD, path, allowed)
+    except BadInput as error:
+        if items is not None or columns.title is not None:
+            raise BadInput(FIELD, path, error.allowed) from error
+        return replace(log, notes=(*log.notes, f"no titles from {path.name}: {error.allowed}"))
     names = ((name, titles.get(name.strip())) for name in log.items.names)
     return replace(log, titles={name: title for name, title in names if title})
 
@@ -87,11 +80,21 @@ def companion(source: Path) -> Path | None:
     return None
 
 
-def read_titles(
-    path: Path, columns: Columns, *, wanted: AbstractSet[str] | None = None
-) -> dict[str, str]:
-    """Titles by stripped item id, their blanks collapsed; ``wanted`` None takes all items."""
-    start = head(path, field=FIELD).lstrip()
+def read_titles(path: Path, columns: Columns, *, wanted: AbstractSet[str]) -> dict[str, str]:
+    """Titles of the stripped item ids that are ``wanted``, their blanks collapsed."""
+
+    def pick(names: Sequence[str]) -> tuple[int, int]:
+        item, title = (_place(names, what, columns, path) for what in ("item", "title"))
+        if item is None:
+            raise BadInput(FIELD, path, f"its first line has {listed(names)}; {EXPECTED}")
+        if title is None:
+            fault = f"its columns are {listed(names)}, and none is known as the title's"
+            if columns.title is not None:
+                fault = missing(names, columns.title, path)
+            raise BadInput(FIELD, path, f"{fault}; say --title-column")
+        return item, title
+
+    start = head(path).lstrip()
     if not start:
         raise BadInput(FIELD, path, f"it is empty; {EXPECTED}")
     if start[0] in "{[":
@@ -99,9 +102,8 @@ def read_titles(
     elif bare := re.match(r"\S+?(::)|\d+(\|)", start):
         pairs = _bare_pairs(path, bare[1] or bare[2])
     else:
-        pick = partial(_title_places, columns=columns, path=path)
-        pairs = _table_pairs(path, pick, "item", tabs_last=True)
-    return _by_id(pairs, wanted, "item", "title", partial(BadInput, FIELD, path))
+        pairs = _table_pairs(path, pick, "item")
+    return _by_id(pairs, wanted, "item")
 
 
 def read_attribute(
@@ -121,57 +123,44 @@ def read_attribute(
         BadInput: if there is no such file or column, it has no id column, it knows none of the
             wanted ids, or it has two values for one.
     """
-    place, colon, column = setting.rpartition(":")
-    if not (place and colon and column):
-        raise BadInput(field, setting, WRITTEN)
+    place, _, column = setting.rpartition(":")
     path = Path(place)
-    if not path.is_file():
-        raise BadInput(field, setting, f"{WRITTEN}; there is no file {path}")
+    if not (column and path.is_file()):
+        raise BadInput(field, setting, f"{WRITTEN}; there is no file {place or setting}")
 
     def pick(names: Sequence[str]) -> tuple[int, int]:
         value, key = place_of(names, column), _guess(names, what, path)
         if value is None:
-            known = nearest(column, [untyped(name) for name in names])
-            raise BadInput(field, column, f"a column of {path}: {known}")
+            raise BadInput(field, setting, missing(names, column, path))
         if key is None:
-            allowed = f"its columns are {listed(names)}, and none is known as the {what}'s id"
-            raise BadInput(field, path, f"{allowed}; call one {what}_id")
+            fault = f"its columns are {listed(names)}, and none is known as the {what}'s id"
+            raise BadInput(field, setting, f"{fault}; call one {what}_id")
         return key, value
 
-    pairs = _table_pairs(path, pick, what, field=field)
-    refusal = partial(BadInput, field, setting)
-    values = _by_id(pairs, wanted, what, "value", refusal, longest=LONGEST_LABEL)
-    if not values:
-        example = short(min(wanted, default=""), 40)
-        raise refusal(f"it knows none of the log's {what}s, such as {example}")
-    return column, values
+    try:
+        values = _by_id(_table_pairs(path, pick, what), wanted, what)
+    except BadInput as error:
+        raise BadInput(field, setting, error.allowed) from error
+    return column, {key: value[:LONGEST_LABEL] for key, value in values.items()}
 
 
-def _by_id(
-    pairs: Pairs,
-    wanted: AbstractSet[str] | None,
-    what: str,
-    noun: str,
-    refusal: Callable[[str], BadInput],
-    *,
-    longest: int | None = None,
-) -> dict[str, str]:
-    """Values by stripped id, blanks collapsed, empty ones left out; one for each id."""
+def _by_id(pairs: Pairs, wanted: AbstractSet[str], what: What) -> dict[str, str]:
+    """Values by stripped id, blanks collapsed, empty ones left out; one for each wanted id."""
     values: dict[str, str] = {}
     for raw, text in pairs:
-        key, value = raw.strip(), " ".join(text.split())[:longest]
-        if not value or (wanted is not None and key not in wanted):
-            continue
-        other = values.setdefault(key, value)
-        if other != value:
-            fault = f"{what} {short(key, 40)} has two {noun}s, {short(other, 40)}"
-            raise refusal(f"{fault} and {short(value, 40)}; expected one")
+        key, value = raw.strip(), " ".join(text.split())
+        if value and key in wanted and (other := values.setdefault(key, value)) != value:
+            fault = f"{what} {short(key, 40)} has both {short(other, 40)} and {short(value, 40)}"
+            raise BadInput(FIELD, key, f"{fault}; expected one value")
+    if not values:
+        example = short(min(wanted, default=""), 40)
+        raise BadInput(FIELD, example, f"it knows none of the log's {what}s, such as {example}")
     return values
 
 
 def _bare_pairs(path: Path, delimiter: str) -> Pairs:
     """MovieLens's: an id and a title come first; UTF-8 in ml-10m, ISO-8859-1 in the older ones."""
-    with open_bytes(path, field=FIELD) as stream:
+    with open_bytes(path) as stream:
         raw: bytes = stream.read()
     try:
         text = raw.decode("utf-8-sig")
@@ -179,61 +168,46 @@ def _bare_pairs(path: Path, delimiter: str) -> Pairs:
         text = raw.decode("iso-8859-1")
     for number, line in enumerate(text.split("\n"), 1):
         row = line.split(delimiter)
-        if "\x00" in line:
-            raise BadInput(FIELD, path, f"line {number} has a NUL byte; expected a text file")
         if len(row) > 1:
             yield row[0], row[1]
         elif line.strip():
             raise BadInput(FIELD, path, f"line {number} has no {delimiter!r}, as the first one has")
 
 
-def _table_pairs(
-    path: Path, pick: Pick, what: What, *, field: str = FIELD, tabs_last: bool = False
-) -> Pairs:
-    """A table's with a header; split at tabs, it has plain quotes.
+def _table_pairs(path: Path, pick: Pick, what: What) -> Pairs:
+    """A table's with a header; where it is split at tabs, its quotes are plain text."""
 
-    ``tabs_last``: a last column that is wanted may hold tabs itself.
-    """
-    start = head(path, field=field).lstrip()
+    def places(names: list[str]) -> dict[str, int]:
+        return dict(zip((what, "value"), pick(names), strict=True))
+
+    start = head(path)
     if start.startswith("PAR1"):
-        yield from _parquet_pairs(path, pick, what, field)
-        return
-    delimiter = max("\t,;|", key=start.partition("\n")[0].count)
-    quoted = delimiter != "\t"
-    rows = split_rows(start, delimiter, len(start) + 1, quoted=quoted)
-    names = next((row for row in rows if row), [])
-    key, value = pick(names)
-    joined = tabs_last and not quoted and value == len(names) - 1
-    for _, row in records(path, delimiter, quoted=quoted, field=field, tabs_last=joined):
-        yield row[key], row[value]
+        chosen, where = parquet_columns(path, places), row_number
+    else:
+        quoted = "\t" not in start.lstrip("\n").partition("\n")[0]
+        chosen, where = csv_columns(path, places, quoted=quoted)
+    ids = to_ids(Column(chosen[what], what, path, where))
+    for code, value in zip(ids.codes.tolist(), chosen["value"].to_pylist(), strict=True):
+        if value is not None:
+            yield ids.names[code], str(value)
 
 
-def _parquet_pairs(path: Path, pick: Pick, what: What, field: str) -> Pairs:
-    def places(names: Sequence[str]) -> dict[str, int]:
-        return dict(zip(("key", "value"), pick(names), strict=True))
-
-    table = pa.table(parquet_columns(path, places, field=field))
-    table = table.filter(pc.and_(*(pc.is_valid(table[name]) for name in ("key", "value"))))
-    if len(table):
-        ids = to_ids(Column(table["key"], what, path))
-        for code, text in zip(ids.codes.tolist(), table["value"].to_pylist(), strict=True):
-            yield ids.names[code], str(text)
-
-
-def _json_pairs(path: Path, columns: Columns, wanted: AbstractSet[str] | None) -> Pairs:
+def _json_pairs(path: Path, columns: Columns, wanted: AbstractSet[str]) -> Pairs:
     """JSON lines' or Python literals'; HTML's entities in a title become what they stand for."""
-    places: dict[tuple[str, ...], list[int | None]] = {}  # of item and title, by a line's keys
-    with open_lines(path, field=FIELD) as lines:
+
+    @cache
+    def places(keys: tuple[str, ...]) -> list[int | None]:
+        return [_place(keys, what, columns, path) for what in ("item", "title")]
+
+    with open_lines(path) as lines:
         for number, line in enumerate(lines, 1):
             # most of Amazon's are of other items, and parsing them is slow
-            ids = _ASIN.findall(line) if wanted is not None and columns.item is None else []
-            if not line.strip() or (ids and wanted is not None and wanted.isdisjoint(ids)):
+            ids = _ASIN.findall(line) if columns.item is None else []
+            if not line.strip() or (ids and wanted.isdisjoint(ids)):
                 continue
             record = _parsed(line, number, source=path)
             keys = tuple(record)
-            if keys not in places:
-                places[keys] = [_place(keys, what, columns, path) for what in ("item", "title")]
-            item, title = (None if at is None else record[keys[at]] for at in places[keys])
+            item, title = (None if at is None else record[keys[at]] for at in places(keys))
             if not isinstance(item, str | int) or isinstance(title, list | dict):
                 fault = f"line {number} has no item id, or a title that is no text"
                 raise BadInput(FIELD, path, f"{fault}; its keys are {listed(keys)}")
@@ -251,19 +225,6 @@ def _parsed(line: str, number: int, *, source: Path) -> dict[str, Any]:
             return {str(key): value for key, value in record.items()}
     fault = f"line {number} is {short(line.strip(), 40)}"
     raise BadInput(FIELD, source, f"{fault}; expected a JSON object on each line")
-
-
-def _title_places(names: Sequence[str], *, columns: Columns, path: Path) -> tuple[int, int]:
-    item, title = (_place(names, what, columns, path) for what in ("item", "title"))
-    if item is None:
-        raise BadInput(FIELD, path, f"its first line has {listed(names)}; {EXPECTED}")
-    if title is None and columns.title is not None:
-        allowed = f"a column of {path}: {nearest(columns.title, names)}"
-        raise BadInput("data.columns.title", columns.title, allowed)
-    if title is None:
-        allowed = f"its columns are {listed(names)}, and none is known as the title's"
-        raise _NoTitleColumn(FIELD, path, f"{allowed}; say --title-column")
-    return item, title
 
 
 def _place(names: Sequence[str], what: str, columns: Columns, path: Path) -> int | None:

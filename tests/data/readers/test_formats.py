@@ -113,16 +113,6 @@ def test_the_format_that_is_named_wins(tmp_path: Path) -> None:
         read_log(path, format="sequence")
 
 
-def test_where_the_content_is_silent_the_name_tells(tmp_path: Path) -> None:
-    for name, expected in (
-        ("a.csv", "a table"),
-        ("a.json", "JSON lines"),
-        ("a.txt", "one user a line"),
-    ):
-        with pytest.raises(BadInput, match=f"is empty.*{expected}|{expected}.*is empty"):
-            read_log(write(tmp_path / name, "\n"))
-
-
 FOLDERS: dict[str, dict[str, str | bytes]] = {
     "sequences": {"sequences.txt": FORMS["sequences"], "embeddings.npy": b"\x93NUMPY"},
     "RecBole": {"x.inter": FORMS["recbole"], "x.user": "user_id:token\tage:token\n7\t30\n"},
@@ -165,15 +155,14 @@ def test_a_folder_of_part_files(tmp_path: Path) -> None:
         ({"a.csv": "", "b.csv": ""}, "it has several logs, a.csv, b.csv; expected one log"),
         ({"a.inter": "", "sequences.txt": ""}, "it has several logs, a.inter, sequences.txt"),
         ({"a.parquet": "", "b.csv": ""}, "it has several logs, a.parquet, b.csv"),
-        ({"train.csv": "", "test.csv": ""}, r"\(train.csv, test.csv\), and there is no validation"),
-        ({"x.train.inter": ""}, "there is no validation and no test file; all three are needed"),
+        ({"train.csv": "", "test.csv": ""}, "no other log; it has train.csv, test.csv"),
         (
             dict.fromkeys(("train.csv", "valid.csv", "dev.csv", "test.csv"), ""),
-            "has dev.csv, valid.csv as well; expected one file a part",
+            "it has train.csv, dev.csv, valid.csv, test.csv",
         ),
         (
             dict.fromkeys(("train.csv", "valid.csv", "test.csv", "ratings.csv"), ""),
-            "has ratings.csv as well",
+            "it has train.csv, valid.csv, test.csv, ratings.csv",
         ),
     ],
 )
@@ -221,7 +210,7 @@ def test_parts_have_the_same_columns(tmp_path: Path) -> None:
         return Log(encode_ids(["u"]), encode_ids(["i"]), times, notes=("as milliseconds",))
 
     some = np.array([1.5])
-    with pytest.raises(BadInput, match="the validation and test part has no times"):
+    with pytest.raises(BadInput, match="times in all three parts, or in none"):
         join_parts([part(some), part(None), part(None)], folder=tmp_path)
     log = join_parts([part(np.array([2])), part(some), part(some)], folder=tmp_path)
     assert log.notes[0] == "as milliseconds"
@@ -245,7 +234,7 @@ def test_a_public_set_by_its_name_unless_a_path_has_it(
     ("source", "fault"),
     [
         ("ml-1mm", "did you mean ml-1m?"),
-        ("x" * 300, "File name too long"),
+        ("x" * 300, "no such path"),
         ("embeded", "did you mean embedded?"),
         ("nowhere/log.csv", "no such path"),
         ("amazon-2014:Beuty", "did you mean Beauty?"),
@@ -265,10 +254,8 @@ def test_refuses_what_is_missing(source: str, fault: str) -> None:
         ("a.gz", b"\x1f\x8b no gzip", "damaged"),
         ("a.npy", b"\x93NUMPY\x01\x00", "its format isn't recognised, it starts with"),
         ("a", "\n", "its format isn't recognised, it is empty"),
-        ("a.csv", FORMS["csv"].encode("utf-16"), "line 1"),
-        ("a.toml", "[study]\nname = 'x'\n", "its format isn't recognised"),
+        ("a.csv", FORMS["csv"].encode("utf-16"), "its format isn't recognised"),
         ("a.html", "<html>\n", "say --format, one of embedded, parquet"),
-        ("a.py", "from __future__ import annotations\nimport os\nx = [1]\n", "line 3 has '['"),
     ],
 )
 def test_refuses_what_is_no_log(

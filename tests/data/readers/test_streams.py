@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,7 +63,7 @@ def test_cut_off_anywhere(
     end = data.draw(st.integers(5, len(raw) - 1))
     path = write(tmp_path_factory.mktemp("cut"), raw[:end])
     for read in (read_text, head):
-        with pytest.raises(BadInput, match="it is cut off"):
+        with pytest.raises(BadInput, match="cut off"):
             read(path)
 
 
@@ -69,7 +71,7 @@ def test_damaged_gzip(tmp_path: Path) -> None:
     raw = bytearray(gzip.compress(TEXT))
     raw[len(raw) // 2] ^= 0xFF
     for damaged in (bytes(raw), gzip.compress(TEXT) + b"something else"):
-        with pytest.raises(BadInput, match="it is damaged"):
+        with pytest.raises(BadInput, match="damaged"):
             read_text(write(tmp_path, damaged))
 
 
@@ -79,25 +81,16 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
             head(path)
 
 
-@pytest.mark.parametrize(
-    ("bad", "what"),
-    [(b"\x00", "has a NUL byte"), (b"\xff", "is not UTF-8"), ("é".encode()[:1], "is not UTF-8")],
-)
+@pytest.mark.parametrize("bad", [b"\xff", "é".encode()[:1]])
 @pytest.mark.parametrize("line", [1, 2, 3])
-def test_what_is_no_text(tmp_path: Path, bad: bytes, what: str, line: int) -> None:
+def test_what_is_no_text(tmp_path: Path, bad: bytes, line: int) -> None:
     lines = [b"one", b"two", b"three"]
     lines[line - 1] += bad
     path = write(tmp_path, gzip.compress(b"\n".join(lines)))
-    with pytest.raises(BadInput, match=f"line {line} {what}"):
+    with pytest.raises(BadInput, match=f"line {line} is not UTF-8"):
         read_text(path)
-
-    def read_on() -> None:
-        with open_text(path) as stream:
-            while stream.read(4):
-                pass
-
-    with pytest.raises(BadInput, match=f"line {line} {what}"):
-        read_on()
+    with pytest.raises(BadInput, match=f"line {line} is not UTF-8"), open_text(path) as stream:
+        deque(iter(partial(stream.read, 4), b""))
 
 
 @given(st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"])), st.integers(1))

@@ -13,11 +13,17 @@ import pyarrow.parquet
 import pytest
 
 from depthprobe.data.log import Log, encode_ids
+from depthprobe.data.readers.formats import read_log
 from depthprobe.data.readers.titles import companion, read_attribute, read_titles, with_titles
 from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
+WANTED = {"B1", "B2", "1", "2", "3"}
 TITLES = {"B1": 'Soap, "blue"', "B2": "Thé & lemon"}
+
+
+def titles(path: Path, columns: Columns | None = None, wanted: set[str] = WANTED) -> dict[str, str]:
+    return read_titles(path, columns or Columns(), wanted=wanted)
 
 
 def write(folder: Path, text: str | bytes, name: str = "items") -> Path:
@@ -55,37 +61,37 @@ TEXTS = {
 def test_each_form_gives_the_same_titles(tmp_path: Path, form: str, compress: type[bytes]) -> None:
     text = TEXTS[form]
     path = write(tmp_path, compress(text.encode() if isinstance(text, str) else text))
-    assert read_titles(path, Columns()) == TITLES
-    assert read_titles(path, Columns(), wanted={"B2", "other"}) == {"B2": TITLES["B2"]}
+    assert titles(path) == TITLES
+    assert titles(path, wanted={"B2", "other"}) == {"B2": TITLES["B2"]}
 
 
 def test_u_item(tmp_path: Path) -> None:
     path = write(tmp_path, "1|Amélie (2001)|01-Jan-2001||x|0\n2||||\n".encode("iso-8859-1"))
-    assert read_titles(path, Columns()) == {"1": "Amélie (2001)"}
+    assert titles(path) == {"1": "Amélie (2001)"}
 
 
 def test_parquet_with_integer_ids(tmp_path: Path) -> None:
     table = pa.table({"title": ["a", None, "c  c"], "movieId": [3, 1, 2]})
     pa.parquet.write_table(table, tmp_path / "items")
-    assert read_titles(tmp_path / "items", Columns()) == {"3": "a", "2": "c c"}
+    assert titles(tmp_path / "items") == {"3": "a", "2": "c c"}
 
 
 def test_columns_that_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, "id,title,label\nB1,x,Soap\n")
-    assert read_titles(path, Columns(title="label")) == {"B1": "Soap"}
+    assert titles(path, Columns(title="label")) == {"B1": "Soap"}
     # the log's item column need not be called so in the item file
-    assert read_titles(path, Columns(item="product")) == {"B1": "x"}
+    assert titles(path, Columns(item="product")) == {"B1": "x"}
     lines = write(tmp_path, '{"asin": "B0"}\n{"asin": "B1", "label": "Soap"}\n', "meta")
-    assert read_titles(lines, Columns(title="label")) == {"B1": "Soap"}
-    with pytest.raises(BadInput, match=r"data\.columns\.title: 'lable' .*did you mean label"):
-        read_titles(path, Columns(title="lable"))
+    assert titles(lines, Columns(title="label")) == {"B1": "Soap"}
+    with pytest.raises(BadInput, match="did you mean label"):
+        titles(path, Columns(title="lable"))
 
 
 def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
-    path = write(tmp_path, metadata(2018) + "{'asin': 'B7', 'title' oops\n")
-    assert read_titles(path, Columns(), wanted={"B1"}) == {"B1": TITLES["B1"]}
+    path = write(tmp_path, metadata(2018) + "{'asin': 'B2', 'title' oops\n")
+    assert titles(path, wanted={"B1"}) == {"B1": TITLES["B1"]}
     with pytest.raises(BadInput, match="line 4 is"):
-        read_titles(path, Columns())
+        titles(path)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +99,16 @@ def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
     [
         ("", "it is empty"),
         ("1\tsoap\n", "its first line has 1, soap; expected a header"),
-        ("item_id\ttitle\n1 soap\n", "line 2 has 1; expected 2 columns"),
+        ("item_id\ttitle\n1\tsoap\n1 soap\n", "line 3 has 1; expected 2 columns"),
+        ("item_id,title\n,soap\n", "line 2 has no item"),
         ("item_id,title\n1,soap, blue\n", "line 2 has 3; expected 2 columns"),
         ('item_id,title\n1,"soap\n2,tea\n', "in the row of line 2 a quote isn't closed"),
         ("item_id,colour\n1,blue\n", "none is known as the title's; say --title-column"),
-        ("item_id,title\n1,soap\n 1 ,tea\n", "item '1' has two titles, 'soap' and 'tea'"),
+        (
+            "item_id,title\n1,soap\n 1 ,tea\n",
+            "item '1' has both 'soap' and 'tea'; expected one value",
+        ),
         (b"item_id,title\n1,\xff\n", "line 2 is not UTF-8"),
-        (b"item_id,title\n1,a\x00\n", "line 2 has a NUL byte"),
         ("1::soap::x\ntea\n", "line 2 has no '::'"),
         ('{"asin": "1", "title": "soap"}\n{"asin": \n', "line 2 is"),
         ('{"asin": "1", "title": ["soap"]}\n', "line 1 has no item id, or a title that is no text"),
@@ -112,7 +121,7 @@ def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
 def test_refuses_in_one_line(tmp_path: Path, text: str | bytes, fault: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(BadInput) as caught:
-        read_titles(path, Columns())
+        titles(path)
     assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -164,21 +173,27 @@ def test_titles_are_those_of_the_raw_ids(tmp_path: Path) -> None:
     assert replaced.titles == {"1": "soap"}
 
 
-def test_an_item_file_that_does_not_help_is_refused(tmp_path: Path) -> None:
+def test_an_item_file_that_does_not_help_is_noted_or_refused(tmp_path: Path) -> None:
     log, source = log_with(["i1"]), tmp_path / "log.csv"
-    write(tmp_path, "item_id\ttitle\n1\tsoap\n", "items.tsv")
-    with pytest.raises(BadInput, match=r"data\.items: .*no title for any.*, such as 'i1'"):
-        with_titles(log, source, items=None, columns=Columns())
-    with pytest.raises(BadInput, match=r"data\.items: .*there is none"):
-        with_titles(log, source, items=tmp_path / "nowhere.csv", columns=Columns())
-    features = write(tmp_path, "item_id\tcolour\ni1\tblue\n", "items.tsv")
-    with pytest.raises(BadInput, match="none is known as the title's"):
-        with_titles(log, source, items=features, columns=Columns())
-    log = with_titles(log, source, items=None, columns=Columns())
-    assert log.notes == ("items.tsv beside the log has no title column",)
+    other = write(tmp_path, "item_id\ttitle\n1\tsoap\n", "items.tsv")
+    noted = with_titles(log, source, items=None, columns=Columns())
+    assert noted.titles == {}
+    assert "no titles from items.tsv: it knows none of the log's items, such as" in noted.notes[0]
+    for items, fault in ((other, "knows none"), (tmp_path / "nowhere.csv", "No such file")):
+        with pytest.raises(BadInput, match=rf"data\.items: .*{fault}"):
+            with_titles(log, source, items=items, columns=Columns())
 
 
-WANTED = {"1", "2", "3"}
+def test_a_named_title_column_may_be_the_item_files_alone(tmp_path: Path) -> None:
+    source = write(tmp_path, "user,item\na,i1\nb,i1\n", "log.csv")
+    named = Columns(title="label")
+    with pytest.raises(BadInput, match=r"data\.columns\.title: 'label' .*neither has it"):
+        read_log(source, columns=named)
+    path = write(tmp_path, "item,label\ni1,Soap\n", "items.csv")
+    assert read_log(source, columns=named).titles == {"i1": "Soap"}
+    assert read_log(source, columns=named, items=path).titles == {"i1": "Soap"}
+    with pytest.raises(BadInput, match="did you mean label"):
+        read_log(source, columns=Columns(title="lable"))
 
 
 def read(setting: str, what: Any = "user", wanted: set[str] = WANTED) -> tuple[str, dict[str, str]]:
@@ -223,9 +238,9 @@ def test_long_values_are_cut_and_blanks_collapsed(tmp_path: Path) -> None:
         ("user_id,country\n1,de\n", "{}:contry", "did you mean country"),
         ("name,country\n1,de\n", "{}:country", "none is known as the user's id"),
         ("user_id,country\n9,de\n", "{}:country", "knows none of the log's users, such as '1'"),
-        ("user_id,country\n1,de\n1,fr\n", "{}:country", "two values, 'de' and 'fr'"),
+        ("user_id,country\n1,de\n1,fr\n", "{}:country", "both 'de' and 'fr'"),
         ("user_id,country\n1,de,x\n", "{}:country", "line 2 has 3; expected 2 columns"),
-        ("", "{}:country", "a column of"),
+        ("", "{}:country", "it is empty"),
         ('user_id,country\n1,"de\n', "{}:country", "a quote isn't closed"),
     ],
 )

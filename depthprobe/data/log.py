@@ -12,7 +12,6 @@ from depthprobe.errors import BadInput
 
 PARTS = ("training", "validation", "test")
 LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
-MOST_IDS = 2**31 - 2  # numbers are int32 and 0 is padding
 _DIGITS = re.compile(r"[0-9]+")
 
 
@@ -68,8 +67,6 @@ def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
             or differ in the blanks around them alone: nothing tells whether those are one or two.
     """
     field = f"data.{what}"
-    if len(ids.names) > MOST_IDS:
-        raise BadInput(field, f"{len(ids.names):,} {what}s", f"at most {MOST_IDS:,}")
     names = [name.strip() for name in ids.names]
     order = _natural_sort(names)
     names = [names[place] for place in order.tolist()]
@@ -90,8 +87,6 @@ def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
 def used_only(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
     """Codes without gaps, in the same order, after some names have lost their last row."""
     used = np.flatnonzero(np.bincount(codes, minlength=len(names)))
-    if len(used) == len(names):
-        return codes, names
     code = np.zeros(len(names), dtype=np.int32)
     code[used] = np.arange(len(used), dtype=np.int32)
     return code[codes], [names[place] for place in used.tolist()]

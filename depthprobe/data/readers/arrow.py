@@ -205,13 +205,10 @@ def _titles(column: Column, items: Ids) -> dict[str, str]:
 
 def _from_dates(column: Column) -> np.ndarray:
     """Seconds of timestamps or dates; a timestamp with a zone is held in UTC."""
-    dates = column.values
-    if pa.types.is_date(dates.type):
-        dates = dates.cast(pa.timestamp("s" if pa.types.is_date32(dates.type) else "ms"))
-    factor = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[dates.type.unit]
-    values = dates.cast(pa.int64()).to_numpy()
-    column.check(values < 0, "a time before 1970", dates)
-    return _divide(values, factor)
+    kind = pa.timestamp("us", getattr(column.values.type, "tz", None))
+    values = column.values.cast(kind, safe=False).cast(pa.int64()).to_numpy()
+    column.check(values < 0, "a time before 1970", column.values)
+    return _divide(values, 10**6)
 
 
 def _from_texts(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:

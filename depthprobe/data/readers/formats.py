@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from depthprobe.data.log import PARTS, Ids, Log
+from depthprobe.data.log import Ids, Log
 from depthprobe.data.public import SETS, fetch, is_public
 from depthprobe.data.readers.columns import listed, refuse_columns
 from depthprobe.data.readers.lines import is_sequences, read_json, read_sequences
@@ -138,14 +138,13 @@ def _located(source: str | Path) -> Path:
 
 # What a folder holds: one log, or the training, validation and test part of one.
 
-ENDINGS = {"csv", "dat", "inter", "json", "jsonl", "parquet", "tsv", "txt"}
+ENDINGS = (".csv", ".dat", ".data", ".inter", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 # names that are those of a log, whatever lies beside it
 LOGS = ("sequences.txt", "*.inter", "u.data", "ratings.dat", "ratings.csv")
-WORDS = {
-    "training": {"train", "training"},
-    "validation": {"valid", "validation", "val", "dev"},
-    "test": {"test"},
-}
+# train.csv, X.train.inter, train-0-of-1.parquet
+TRAINING = re.compile(r"(.*\.)?train(ing)?(-\d+-of-\d+)?\.\w+")
+VALIDATION = re.compile(r"(.*\.)?(val|valid|validation|dev)(-\d+-of-\d+)?\.\w+")
+TEST = re.compile(r"(.*\.)?test(-\d+-of-\d+)?\.\w+")
 EXPECTED = (
     "expected one log (sequences.txt, X.inter, u.data, ratings.dat, ratings.csv, or one CSV, "
     "JSON-lines or Parquet file), or train, valid and test files, or Parquet part files"
@@ -158,18 +157,20 @@ def logs_in(folder: Path) -> list[Path]:
     Three paths are in the order of :data:`depthprobe.data.log.PARTS`.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    named = [path for path in files if fits(path, LOGS) and not _part(path)]
-    parts = [[path for path in files if _part(path) == part] for part in PARTS]
+    logs = [path for path in files if plain_name(path).endswith(ENDINGS) and not fits(path, OTHERS)]
+    forms = (TRAINING, VALIDATION, TEST)
+    parts = [[path for path in logs if form.fullmatch(plain_name(path))] for form in forms]
+    named = [path for path in logs if fits(path, LOGS) and path not in chain(*parts)]
     if parts[0]:
         if any(len(paths) != 1 for paths in parts) or named:
             names = listed(path.name for path in [*chain(*parts), *named])
             allowed = "one file each for training, validation and test, and no other log"
             raise BadInput(FIELD, folder, f"{allowed}; it has {names}")
         return list(chain(*parts))
-    logs = named or [path for path in files if _ending(path) and not fits(path, OTHERS)]
+    logs = named or logs
     if len(logs) == 1:
         return logs
-    if logs and all(_ending(path) == "parquet" for path in logs):
+    if logs and all(plain_name(path).endswith(".parquet") for path in logs):
         return [folder]
     names = listed(path.name for path in logs or files)
     fault = f"it has several logs, {names}" if logs else f"it has {names or 'no file'}"
@@ -200,20 +201,6 @@ def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:
         name=folder.resolve().name,
         notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def _part(path: Path) -> str | None:
-    """The part that a name tells: ``train.csv``, ``X.train.inter``, ``train-0-of-1.parquet``."""
-    if _ending(path) is None:
-        return None
-    word = re.sub(r"-\d+-of-\d+$", "", plain_name(path).split(".")[-2])
-    return next((part for part, words in WORDS.items() if word in words), None)
-
-
-def _ending(path: Path) -> str | None:
-    """What a file's name ends with, if it is what a log's may."""
-    start, _, ending = plain_name(path).rpartition(".")
-    return ending if start and ending in ENDINGS else None
 
 
 def _united(columns: Sequence[Ids]) -> Ids:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from depthprobe.data.log import Log
-from depthprobe.data.readers.arrow import Column, row_number, to_ids
+from depthprobe.data.readers.arrow import Column, to_ids
 from depthprobe.data.readers.columns import guess_column, listed, missing, place_of, simple
 from depthprobe.data.readers.streams import COMPRESSED, head, open_bytes, open_lines
 from depthprobe.data.readers.tables import csv_columns, parquet_columns
@@ -84,7 +84,8 @@ def read_titles(path: Path, columns: Columns, *, wanted: AbstractSet[str]) -> di
     """Titles of the stripped item ids that are ``wanted``, their blanks collapsed."""
 
     def pick(names: Sequence[str]) -> tuple[int, int]:
-        item, title = (_place(names, what, columns, path) for what in ("item", "title"))
+        item = _place(names, "item", path, columns.item)
+        title = _place(names, "title", path, columns.title)
         if item is None:
             raise BadInput(FIELD, path, f"its first line has {listed(names)}; {EXPECTED}")
         if title is None:
@@ -129,7 +130,7 @@ def read_attribute(
         raise BadInput(field, setting, f"{WRITTEN}; there is no file {place or setting}")
 
     def pick(names: Sequence[str]) -> tuple[int, int]:
-        value, key = place_of(names, column), _guess(names, what, path)
+        value, key = place_of(names, column), _place(names, what, path)
         if value is None:
             raise BadInput(field, setting, missing(names, column, path))
         if key is None:
@@ -182,11 +183,12 @@ def _table_pairs(path: Path, pick: Pick, what: What) -> Pairs:
 
     start = head(path)
     if start.startswith("PAR1"):
-        chosen, where = parquet_columns(path, places), row_number
+        chosen = parquet_columns(path, places)
+        ids = to_ids(Column(chosen[what], what, path))
     else:
         quoted = "\t" not in start.lstrip("\n").partition("\n")[0]
         chosen, where = csv_columns(path, places, quoted=quoted)
-    ids = to_ids(Column(chosen[what], what, path, where))
+        ids = to_ids(Column(chosen[what], what, path, where))
     for code, value in zip(ids.codes.tolist(), chosen["value"].to_pylist(), strict=True):
         if value is not None:
             yield ids.names[code], str(value)
@@ -197,7 +199,8 @@ def _json_pairs(path: Path, columns: Columns, wanted: AbstractSet[str]) -> Pairs
 
     @cache
     def places(keys: tuple[str, ...]) -> list[int | None]:
-        return [_place(keys, what, columns, path) for what in ("item", "title")]
+        named = {"item": columns.item, "title": columns.title}
+        return [_place(keys, what, path, name) for what, name in named.items()]
 
     with open_lines(path) as lines:
         for number, line in enumerate(lines, 1):
@@ -227,17 +230,14 @@ def _parsed(line: str, number: int, *, source: Path) -> dict[str, Any]:
     raise BadInput(FIELD, source, f"{fault}; expected a JSON object on each line")
 
 
-def _place(names: Sequence[str], what: str, columns: Columns, path: Path) -> int | None:
-    """Where a column lies; an item column that was named may be the log's alone."""
-    named = columns.given().get(what)
+def _place(names: Sequence[str], what: str, path: Path, named: str | None = None) -> int | None:
+    """Where a column lies; an item column that was named may be the log's alone.
+
+    Guessed as in a log; beyond that these names are clear, `title` even beside what a review has.
+    """
     place = None if named is None else place_of(names, named)
     if place is not None or (named is not None and what == "title"):
         return place
-    return _guess(names, what, path)
-
-
-def _guess(names: Sequence[str], what: str, path: Path) -> int | None:
-    """As in a log; beyond that these names are clear, `title` even beside what a review has."""
     place = guess_column(names, what, source=path)
     known = [simple(name) for name in names]
     clear = ("title", "name") if what == "title" else ("id",)

@@ -241,7 +241,7 @@ def test_long_values_are_cut_and_blanks_collapsed(tmp_path: Path) -> None:
         ("user_id,country\n1,de\n1,fr\n", "{}:country", "both 'de' and 'fr'"),
         ("user_id,country\n1,de,x\n", "{}:country", "line 2 has 3; expected 2 columns"),
         ("", "{}:country", "it is empty"),
-        ('user_id,country\n1,"de\n', "{}:country", "a quote isn't closed"),
+        ('user_id,country\n1,"de\n2,fr\n', "{}:country", "a quote isn't closed"),
     ],
 )
 def test_refused_attributes(text: str, setting: str, fault: str, tmp_path: Path) -> None:

@@ -27,8 +27,6 @@ def length_buckets(
 
     Each index 0..len(lengths)-1 stands in exactly one of the arrays, int64.
     """
-    if batch_size < 1 or pool < 1:
-        raise ValueError(f"batch_size is {batch_size} and pool is {pool}, expected 1 or more")
     sizes = np.asarray(lengths)
     if seed is None:
         # the longest first: what does not fit into memory fails at once

@@ -63,8 +63,8 @@ def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
     """Codes 0.. in the natural order of the stripped ids, int32 (N,), and the ids by code.
 
     Raises:
-        BadInput: for ids of a ``what`` (``user`` or ``item``) that are blank, too long, too many,
-            or differ in the blanks around them alone: nothing tells whether those are one or two.
+        BadInput: for ids of a ``what`` (``user`` or ``item``) that are blank or too long, or that
+            differ in the blanks around them alone: nothing tells whether those are one or two.
     """
     field = f"data.{what}"
     names = [name.strip() for name in ids.names]

@@ -94,11 +94,9 @@ def public_set(name: str) -> PublicSet:
     """
     if name in SETS:
         return SETS[name]
-    family, _, category = name.partition(":")
-    categories = [one.partition(":")[2] for one in SETS if one.startswith(f"{family}:")]
-    if categories:
-        raise BadInput("data.source", name, f"for the category, {nearest(category, categories)}")
-    known = dict.fromkeys(re.sub(":.*", ":CATEGORY", one) for one in SETS)
+    family = name.partition(":")[0]
+    categories = [one for one in SETS if one.startswith(f"{family}:")]
+    known = categories or dict.fromkeys(re.sub(":.*", ":CATEGORY", one) for one in SETS)
     raise BadInput("data.source", name, nearest(name, known))
 
 

@@ -61,10 +61,8 @@ class Split:
         return self._span(user, int(self.train_stop[user]), max_history)
 
     def part(self, part: Part) -> HeldOut:
-        """What is held out for ``validation`` or ``test``; a ValueError for any other part."""
-        if part not in ("validation", "test"):
-            raise ValueError(f"part is {part!r}, expected one of validation, test")
-        return self.validation if part == "validation" else self.test
+        """What is held out for ``validation`` or ``test``."""
+        return {"validation": self.validation, "test": self.test}[part]
 
     def targets(self, part: Part) -> np.ndarray:
         """The item to predict for each user of a part, int32 (E,)."""
@@ -78,8 +76,6 @@ class Split:
     def _span(self, user: int, stop: int, max_history: int | None) -> np.ndarray:
         start = int(self.sequences.offsets[user])
         if max_history is not None:
-            if max_history < 0:
-                raise ValueError(f"max_history is {max_history}, expected 0 or more")
             start = max(start, stop - max_history)
         return self.sequences.items[start:stop]
 

@@ -221,7 +221,7 @@ def test_bad_splits_and_figures(
 def test_a_name_that_is_no_log_is_refused_before_anything_is_fetched(cli: Cli) -> None:
     outcome = cli("data", "show", "amazon-2014:Beuty")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "did you mean Beauty?" in outcome.err
+    assert "did you mean amazon-2014:Beauty?" in outcome.err
     assert "depthprobe data list" in cli("data", "show", "nowhere.csv").err
 
 

@@ -29,7 +29,7 @@ from depthprobe.data.readers.columns import (
     simple,
 )
 from depthprobe.data.readers.streams import BLOCK, FIELD, OTHERS, fits, head, open_lines, open_text
-from depthprobe.errors import BadInput, short
+from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
@@ -217,8 +217,7 @@ def read_parquet(path: Path, columns: Columns) -> Log:
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
-        kinds = sorted({" ".join(str(one.schema).split()) for one in tables})
-        allowed = f"part files of the same columns; it has {short(' and '.join(kinds[:2]))}"
+        allowed = f"part files of the same columns ({' '.join(str(error).split())[:120]})"
         raise BadInput(FIELD, path, allowed) from error
     ends = np.cumsum([len(one) for one in tables])
 

@@ -134,16 +134,6 @@ def test_folders(tmp_path: Path, kind: str) -> None:
     assert log.titles == ({"10": "Tea & co"} if kind in {"Amazon", "one CSV"} else {})
 
 
-def test_a_folder_of_part_files(tmp_path: Path) -> None:
-    content = parquet(tmp_path)
-    for number in (1, 2):
-        write(tmp_path / "parts" / f"part-{number}.parquet", content)
-    write(tmp_path / "parts" / "_SUCCESS", "")
-    log = read_log(tmp_path / "parts")
-    assert pairs(log) == 2 * [row[:2] for row in ROWS]
-    assert log.name == "parts"
-
-
 @pytest.mark.parametrize(
     ("files", "fault"),
     [
@@ -237,7 +227,7 @@ def test_a_public_set_by_its_name_unless_a_path_has_it(
         ("x" * 300, "no such path"),
         ("embeded", "did you mean embedded?"),
         ("nowhere/log.csv", "no such path"),
-        ("amazon-2014:Beuty", "did you mean Beauty?"),
+        ("amazon-2014:Beuty", "did you mean amazon-2014:Beauty?"),
     ],
 )
 def test_refuses_what_is_missing(source: str, fault: str) -> None:

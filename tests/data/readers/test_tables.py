@@ -143,17 +143,12 @@ def test_columns_by_number(tmp_path: Path) -> None:
         ("user\na\n", "its first line has none"),
         ("user,item;time\na,b;1\n", "split alike at each"),
         ("Benutzer,Artikel\na,b\n", "Benutzer, Artikel"),
-        ("1,2,5,9\n3,4,1,8\n", "1, 2, 5, 9"),
         (HEADER + "a,b,1,1\na,b,1\n", "line 3 has 3; expected 4 columns"),
-        (HEADER + "a,b,1,1\n\na,b,1,1,1\n", "line 4 has 5; expected 4 columns"),
         (HEADER + "a,b,1,1\n" * 3 + "a;b;1;1\n", "line 5 has 1; expected 4 columns"),
-        (HEADER + "a,b,1,1\n,b,1,1\n", "line 3 has no user"),
         (HEADER + "a,b,1,1\n\n\na,,1,1\n", "line 5 has no item"),
         (HEADER + "a,b,,1\n", "line 2 has no rating"),
         (HEADER + "a,b,nan,1\n", "line 2 has no finite rating"),
-        (HEADER + "a,b,inf,1\n", "line 2 has no finite rating"),
         (HEADER + "a,b,good,1\n", "line 2 has the rating 'good'"),
-        (HEADER + "a,b,1,1\na,b,1,\n", "line 3 has no time"),
         (HEADER + "a,b,1,1\na,b,1,soon\n", "line 3 has the time 'soon'"),
         (HEADER + "a,b\x00,1,1\n", "line 2 has a line break or a NUL"),
         (HEADER.encode() + b"a,b\xff,1,1\n", "line 2 is not UTF-8"),
@@ -330,7 +325,6 @@ GENERATIONS = {
         "movies.dat": MOVIES.encode("iso-8859-1"),
         "users.dat": "7::F::1::10::48067\n",
     },
-    "ml-10m": {"ratings.dat": COLONS, "movies.dat": MOVIES},
     "ml-25m": {
         "ratings.csv": WITH_HEADER,
         "movies.csv": 'movieId,title,genres\n2,"Amélie (2001)",Comedy\n10,Ran (1985),War\n',
@@ -401,8 +395,6 @@ def test_recbole_columns_are_named_with_or_without_their_types(tmp_path: Path, k
     ("name", "text", "fault"),
     [
         ("ratings.dat", COLONS + "8::11::5\n", "line 4 has 5; expected 7 columns"),
-        ("ratings.dat", COLONS + "8::::5::900000000\n", "line 4 has no item"),
-        ("ratings.dat", COLONS + "8::11::five::900000000\n", "line 4 has the rating 'five'"),
         ("u.data", TABS + "8\t11\t5\tnever\n", "line 4 has the time 'never'"),
         (
             "x.inter",
@@ -410,9 +402,7 @@ def test_recbole_columns_are_named_with_or_without_their_types(tmp_path: Path, k
             "each of its rows has a list of items; expected an interaction a row",
         ),
         ("x.inter", "user_id:token\tcolour:token\n1\tred\n", "none is known as the item's"),
-        ("x.inter", INTER + "u3\ti1\n", "line 4 has 2"),
         ("x.inter", INTER + "u3\ti1\tgood\t30\n", "line 4 has the rating 'good'"),
-        ("x.inter", INTER + "u3\ti1\t5\t\n", "line 4 has no time"),
     ],
 )
 def test_refused_movielens_and_recbole(tmp_path: Path, name: str, text: str, fault: str) -> None:

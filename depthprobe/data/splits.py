@@ -53,8 +53,7 @@ class Split:
     def trained(self) -> np.ndarray:
         """Which interactions train, bool (N,)."""
         stops = np.repeat(self.train_stop, np.diff(self.sequences.offsets))
-        trained: np.ndarray = np.arange(self.sequences.n_interactions) < stops
-        return trained
+        return np.asarray(np.arange(self.sequences.n_interactions) < stops)
 
     def train_history(self, user: int, max_history: int | None = None) -> np.ndarray:
         """The latest ``max_history`` training items of a user, oldest first, int32."""
@@ -241,5 +240,4 @@ def _first_from(sequences: Sequences, moment: float) -> np.ndarray:
     """Where each user's interactions at or after a moment begin, int64 (U,)."""
     late = np.concatenate([[0], np.cumsum(np.asarray(sequences.times) >= moment)])
     offsets = np.asarray(sequences.offsets)
-    first: np.ndarray = offsets[1:] - (late[offsets[1:]] - late[offsets[:-1]])
-    return first
+    return np.asarray(offsets[1:] - (late[offsets[1:]] - late[offsets[:-1]]))

@@ -24,10 +24,7 @@ def popularity(sequences: Sequences) -> np.ndarray:
 
 
 def length_bins(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """Histories by length, as (shortest, longest, users): 1, 2, 3 to 4, 5 to 8, 9 to 16, ...
-
-    From the first bin that holds a user to the last; those between them may be empty.
-    """
+    """Histories by length, as (shortest, longest, users): 1, 2, 3 to 4, 5 to 8, 9 to 16, ..."""
     levels = np.searchsorted(2 ** np.arange(40), lengths)  # (U,), places of the upper bounds
     users = np.bincount(levels).tolist()
     return [
@@ -37,10 +34,7 @@ def length_bins(lengths: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def top_shares(popularity: np.ndarray) -> list[tuple[int, int, float]]:
-    """Which share of the interactions the most popular items take, as (per cent, items, share).
-
-    Per cent of the items are rounded up to whole ones.
-    """
+    """Which share of the interactions the most popular items take, as (per cent, items, share)."""
     total = np.cumsum(np.sort(popularity)[::-1])
     counts = [-(-percent * len(popularity) // 100) for percent in TOP]
     return [(p, n, float(total[n - 1] / total[-1])) for p, n in zip(TOP, counts, strict=True)]
@@ -91,10 +85,8 @@ def order_warnings(
 ) -> list[str]:
     """Why the order of the sequences may not be the order of time.
 
-    Args:
-        items: numbers of the items, 1..I in the natural order of ``ids``.
-        tied: of :func:`tied_neighbours`; None for a log without times.
-        ids: raw ids, I of them.
+    ``items`` are numbered 1..I in the natural order of ``ids``; ``tied`` is that of
+    :func:`tied_neighbours`, or None for a log without times.
     """
     rows = _rows_before_another(offsets)
     warnings = [NO_TIMES]
@@ -123,13 +115,9 @@ def order_warnings(
 
 
 def tied_neighbours(offsets: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """For each row whose next one is of the same user, whether both have the same time; bool.
-
-    ``times`` are as precise as they were read.
-    """
+    """For each row whose next one is of the same user, whether both have the same time; bool."""
     rows = _rows_before_another(offsets)
-    tied: np.ndarray = times[rows + 1] == times[rows]
-    return tied
+    return np.asarray(times[rows + 1] == times[rows])
 
 
 def as_date(seconds: float) -> str:

@@ -213,7 +213,17 @@ def read_recbole(path: Path, columns: Columns) -> Log:
 def read_parquet(path: Path, columns: Columns) -> Log:
     """Read a Parquet file, or a folder's part files in the order of their names as one table."""
     parts = _part_files(path) if path.is_dir() else [path]
-    tables = [_part_of_a_log(part, columns) for part in parts]
+    tables = []
+    for part in parts:
+        chosen = parquet_columns(part, partial(find_columns, columns=columns, source=part))
+        # a dictionary may hold values that no row has
+        plain = {
+            what: column.cast(column.type.value_type)
+            if pa.types.is_dictionary(column.type)
+            else column
+            for what, column in chosen.items()
+        }
+        tables.append(pa.table(plain))
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -272,11 +282,3 @@ def _part_files(folder: Path) -> list[Path]:
     if not parts:
         raise BadInput(FIELD, folder, "a folder of Parquet part files; it has none")
     return parts
-
-
-def _part_of_a_log(path: Path, wanted: Columns) -> Any:
-    columns = parquet_columns(path, lambda names: find_columns(names, wanted, source=path))
-    for what, column in columns.items():
-        if pa.types.is_dictionary(column.type):  # one may hold values that no row has
-            columns[what] = column.cast(column.type.value_type)
-    return pa.table(columns)

@@ -112,17 +112,13 @@ def read_attribute(
 ) -> tuple[str, dict[str, str]]:
     """The column that a setting ``FILE:COLUMN`` names: its name, and its values by id.
 
-    The file is a table with a header, delimited text (gzip and zstd are undone) or Parquet. Its id
-    column is guessed as a log's is, or is called ``id``. Values of the stripped ids that are
-    ``wanted`` are kept, blanks collapsed, empty ones left out.
-
-    Args:
-        what: whose ids the file has.
-        field: the setting's name, for errors.
+    The file is a table with a header, delimited text or Parquet. Its id column, of a ``what``, is
+    guessed as a log's is, or is called ``id``. Values of the stripped ids that are ``wanted`` are
+    kept, blanks collapsed, empty ones left out.
 
     Raises:
-        BadInput: if there is no such file or column, it has no id column, it knows none of the
-            wanted ids, or it has two values for one.
+        BadInput: naming the ``field``, if there is no such file or column, it has no id column, it
+            knows none of the wanted ids, or it has two values for one.
     """
     place, _, column = setting.rpartition(":")
     path = Path(place)

@@ -143,7 +143,6 @@ def test_folders(tmp_path: Path, kind: str) -> None:
             "it has README.md, items.csv; expected",
         ),
         ({"a.csv": "", "b.csv": ""}, "it has several logs, a.csv, b.csv; expected one log"),
-        ({"a.inter": "", "sequences.txt": ""}, "it has several logs, a.inter, sequences.txt"),
         ({"a.parquet": "", "b.csv": ""}, "it has several logs, a.parquet, b.csv"),
         ({"train.csv": "", "test.csv": ""}, "no other log; it has train.csv, test.csv"),
         (
@@ -225,7 +224,6 @@ def test_a_public_set_by_its_name_unless_a_path_has_it(
     [
         ("ml-1mm", "did you mean ml-1m?"),
         ("x" * 300, "no such path"),
-        ("embeded", "did you mean embedded?"),
         ("nowhere/log.csv", "no such path"),
         ("amazon-2014:Beuty", "did you mean amazon-2014:Beauty?"),
     ],
@@ -245,7 +243,6 @@ def test_refuses_what_is_missing(source: str, fault: str) -> None:
         ("a.npy", b"\x93NUMPY\x01\x00", "its format isn't recognised, it starts with"),
         ("a", "\n", "its format isn't recognised, it is empty"),
         ("a.csv", FORMS["csv"].encode("utf-16"), "its format isn't recognised"),
-        ("a.html", "<html>\n", "say --format, one of embedded, parquet"),
     ],
 )
 def test_refuses_what_is_no_log(

@@ -140,6 +140,7 @@ def test_columns_by_number(tmp_path: Path) -> None:
         ("", "it is empty"),
         (HEADER, "it has none"),
         ("user\na\n", "its first line has none"),
+        ("user,item;time\na,b;1\n", "split alike at each"),
         ("Benutzer,Artikel\na,b\n", "Benutzer, Artikel"),
         (HEADER + "a,b,1,1\na,b,1\n", "line 3 has 3; expected 4 columns"),
         (HEADER + "a,b,1,1\n" * 3 + "a;b;1;1\n", "line 5 has 1; expected 4 columns"),

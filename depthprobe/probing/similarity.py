@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -204,8 +204,7 @@ def _by_user(states: Tensor) -> Tensor:
 # Parts of a block: what it adds to its input, in which order, by which factors.
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """A module whose output, times a factor, a block adds to its input: a branch's end."""
 
     path: str  # inside the block
@@ -230,8 +229,7 @@ def _part_influence(state: Tensor, terms: Sequence[Term], outputs: Sequence[Tens
     return influence
 
 
-@dataclass(frozen=True)
-class _BranchEnd:
+class _BranchEnd(NamedTuple):
     """The last module that a branch's output has passed."""
 
     path: str  # inside the block

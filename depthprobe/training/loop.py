@@ -94,7 +94,8 @@ def fit(
             engine.load(saved.engine)
     done = progress.fit
     if (first := engine.agree(done.steps)) != done.steps:
-        raise ValueError(f"processes begin at step {done.steps} and {first:g}: other checkpoints")
+        steps = f"{done.steps} and {first:g}"
+        raise ValueError(f"processes begin at steps {steps}: all must see the same checkpoint")
     if reused is not None:
         done.reused = True
         logger.info("an equal training has ended before: its result is reused")

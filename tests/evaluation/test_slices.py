@@ -132,19 +132,6 @@ def test_slices_agree_with_a_loop_over_resamples() -> None:
     assert found["one:c"][0] < FEWEST
 
 
-def test_intervals_of_a_slice_cover_its_mean() -> None:
-    """95 % intervals of a slice of a third of the users, over 600 samples of 300."""
-    draw = np.random.default_rng(2)
-    covered = 0
-    for trial in range(600):
-        codes = (draw.random(300) < 1 / 3).astype(int)
-        values = draw.gamma(2.0, 0.5, size=(300, 1)) + codes[:, None]  # means 1 and 2
-        cut = Family("cut", ("no", "yes"), codes)
-        _, (_, low, high) = slice_means(values, [cut], resamples=300, seed=trial)["cut:yes"]
-        covered += bool(low[0] <= 2 <= high[0])
-    assert 0.92 <= covered / 600 <= 0.97
-
-
 def test_slices_that_no_draw_changes_have_no_bounds() -> None:
     """No hit among fifty users does not mean that there is never one."""
     hits = np.zeros((100, 1))

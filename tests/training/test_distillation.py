@@ -187,18 +187,6 @@ def test_gradients_reach_the_student_and_its_adapters_alone(
     assert not any(name.startswith("teacher") for name, _ in whole.named_parameters())
 
 
-def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(
-    make_recommender: Maker, windows: list[np.ndarray]
-) -> None:
-    teacher, twin = make_recommender().eval(), make_recommender().eval()
-    batch = make_batch(windows, np.arange(8), CPU, "every")
-    weights = Distillation(groups=4, cosine=1.0, norm=1.0, supervision=0.0, logits=1.0)
-    spec = feature_spec(weights, Recipe(), depth=4, teacher_depth=4)
-    online = OnlineTeacher(teacher, spec)
-    distiller = Distiller(twin, weights, Recipe(), online, goal_items=teacher.item_matrix())
-    torch.testing.assert_close(distiller(batch), NextItem(twin, Recipe())(batch), rtol=0, atol=2e-2)
-
-
 @pytest.fixture
 def trained(train: Callable[..., Fit]) -> Callable[..., None]:
     """``trained(objective, **recipe)``"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Distillation, Elastic, Recipe
 from depthprobe.training.distillation import Distiller
-from depthprobe.training.loop import Fit
 from depthprobe.training.objectives import (
     ElasticObjective,
     NextItem,
@@ -130,25 +128,6 @@ def test_dropped_blocks_are_left_out_in_training_alone(
         torch.testing.assert_close(objective.train()(batch), dropped)
         torch.testing.assert_close(objective.eval()(batch), full)
         assert not torch.equal(full, dropped)
-
-
-def test_elastic_training_makes_every_prefix_better(
-    make_recommender: Maker, windows: list[np.ndarray], train: Callable[..., Fit]
-) -> None:
-    model, recipe = make_recommender(), Recipe(epochs=8, batch_size=8, learning_rate=0.01)
-    batch = make_batch(windows, np.arange(30), CPU, "every")
-
-    @torch.no_grad()
-    def losses() -> list[float]:
-        values = []
-        for depth in range(1, 5):
-            with skip_blocks(model.backbone, range(depth, 4)):
-                values.append(float(NextItem(model, recipe)(batch)))
-        return values
-
-    before = losses()
-    train(ElasticObjective(model, Elastic(), recipe), recipe, count())
-    assert all(after < first for after, first in zip(losses(), before, strict=True))
 
 
 def test_several_streams_between_blocks_are_refused() -> None:

@@ -206,10 +206,8 @@ def fold_map(model: CausalEncoder, replacement: Replacement, *, cut: bool = Fals
 
 def _check_span(model: CausalEncoder, start: int, end: int) -> None:
     depth = len(find_blocks(model.backbone))
-    if start == 0:
-        raise ValueError(f"span [0, {end}): no block before it could take the map")
     if not 0 < start < end <= depth:
-        raise ValueError(f"[{start}, {end}) is no span of {depth} blocks")
+        raise ValueError(f"[{start}, {end}) is no span of {depth} blocks behind the first")
 
 
 FILE, MAP = "replacement.safetensors", "map"

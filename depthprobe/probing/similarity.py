@@ -30,9 +30,8 @@ ROWS = 128  # of the sample's Gram matrices at once
 class Similarities:
     """Means over the users; L blocks, and L + 1 states: before the first and after each block.
 
-    What is not defined is NaN: CKA with a state that all users share (the input, where a suffix
-    follows the items), a part that a block does not have, and both parts of a block that is no sum
-    of its input and its parts.
+    NaN: CKA with a state that all users share (the input, where a suffix follows the items), a part
+    that a block does not have, and both parts of a block that is no sum of its input and its parts.
     """
 
     influence: np.ndarray  # (L,) 1 - cos(h_i, h_{i+1}), in [0, 2]

@@ -276,7 +276,7 @@ def test_weights_that_take_no_map(
 @pytest.mark.parametrize(
     ("span", "reason"),
     [
-        ((0, 2), "no block before it"),
+        ((0, 2), "is no span of 5 blocks behind the first"),
         ((2, 2), r"\[2, 2\) is no span of 5 blocks"),
         ((3, 2), "no span"),
         ((4, 6), "no span"),

@@ -213,17 +213,10 @@ def read_recbole(path: Path, columns: Columns) -> Log:
 def read_parquet(path: Path, columns: Columns) -> Log:
     """Read a Parquet file, or a folder's part files in the order of their names as one table."""
     parts = _part_files(path) if path.is_dir() else [path]
-    tables = []
-    for part in parts:
-        chosen = parquet_columns(part, partial(find_columns, columns=columns, source=part))
-        # a dictionary may hold values that no row has
-        plain = {
-            what: column.cast(column.type.value_type)
-            if pa.types.is_dictionary(column.type)
-            else column
-            for what, column in chosen.items()
-        }
-        tables.append(pa.table(plain))
+    picks = [partial(find_columns, columns=columns, source=part) for part in parts]
+    tables = [
+        pa.table(parquet_columns(part, pick)) for part, pick in zip(parts, picks, strict=True)
+    ]
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -251,7 +244,11 @@ def parquet_columns(path: Path, pick: Pick) -> Chosen:
     except (pa.ArrowException, OSError) as error:
         text = " ".join(str(error).split())
         raise BadInput(FIELD, path, f"a whole Parquet file ({text[:120]})") from error
-    return {what: table[names[place]] for what, place in places.items()}
+    chosen = {what: table[names[place]] for what, place in places.items()}
+    for what, column in chosen.items():
+        if pa.types.is_dictionary(column.type):  # one may hold values that no row has
+            chosen[what] = column.cast(column.type.value_type)
+    return chosen
 
 
 def _csv_rows(text: Any, delimiter: str, *, quoted: bool, strict: bool = False) -> Any:

@@ -53,13 +53,19 @@ def rank_targets(scores: Any, targets: Any, exclude: Any = None) -> Tensor:
         raise ValueError(f"expected scores (B, I) and targets (B,), got {shapes}")
     if not column.numel():
         return torch.zeros(0, dtype=torch.float64)
+    if column.is_floating_point() or column.dtype == torch.bool:
+        raise ValueError(f"targets are {column.dtype}, expected integers")
     column = column.long()[:, None]  # (B, 1)
     _check_range("targets", column, 0, table.shape[1] - 1)
     _check_nan(table)
     at_target = table.gather(1, column)  # (B, 1)
     above, tied = table > at_target, table == at_target  # (B, I)
     if exclude is not None:
-        counted = ~torch.as_tensor(exclude, device=table.device)
+        excluded = torch.as_tensor(exclude, device=table.device)
+        if excluded.shape != table.shape or excluded.dtype != torch.bool:
+            shapes = f"{tuple(table.shape)} bool, got {tuple(excluded.shape)} {excluded.dtype}"
+            raise ValueError(f"expected exclude {shapes}")
+        counted = ~excluded
         above &= counted
         tied &= counted
     tied.scatter_(1, column, False)

@@ -100,6 +100,13 @@ def test_kinds_of_input_agree() -> None:
 def test_bad_input_is_refused() -> None:
     scores = torch.zeros(3, 4)
     scores[1, 2] = torch.nan
+    table = torch.zeros(2, 3)
+    for targets in ([0.5, 1.0], [True, False]):
+        with pytest.raises(ValueError, match="expected integers"):
+            rank_targets(table, targets)
+    for exclude in (torch.zeros(2, 3), torch.zeros(3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"expected exclude \(2, 3\) bool"):
+            rank_targets(table, [0, 1], exclude)
     with pytest.raises(ValueError, match="row 1 hold NaN"):
         rank_targets(scores, [0, 0, 0])
     good = torch.zeros(3, 4)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import RetainedAccuracy, Sufficiency
@@ -21,30 +22,25 @@ from depthprobe.report.numbers import (
     Summary,
     as_summary,
 )
-from depthprobe.report.style import in_percent, percent
+from depthprobe.report.style import in_percent, percent, plain_percent
 
 FEW_SEEDS = 5
-Verdict = Literal[
-    "shown", "not shown", "weak teacher", "no comparison", "no depth tried", "no teacher",
-    "nothing finished",
-]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """A number of the first screen: what, how much, how sure, against what."""
 
     label: str
     value: str
-    interval: str
-    note: str
+    interval: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Answer:
     """The first screen. What was not measured is None; the sentences say nothing beyond this."""
 
-    verdict: Verdict
+    verdict: str  # "shown", "not shown", "weak teacher"; else what is missing for an answer
     headline: str
     detail: str
     tiles: tuple[Tile, ...]
@@ -74,49 +70,44 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     point, blocks = summary.candidates[row.method, row.depth], summary.blocks
     own, full = point.cost("parameters"), teacher.cost("parameters")
     share = own / full if own and full else None
-    number, margin = len(sufficiency.rows), _plain(summary.margin)
-    floor = _plain(1 - summary.margin)
+    number, margin = len(sufficiency.rows), plain_percent(summary.margin)
     offer = (
         f"{point.depth} of {blocks} blocks {'keeps' if point.depth == 1 else 'keep'} "
         f"{in_percent(row.kept)} of the teacher's {HEADLINE}"
     )
-    means = _means(point, share)
-    weak = doubt(summary, POPULARITY)
-    verdict: Verdict = "weak teacher" if weak else "shown" if sufficiency.depth else "not shown"
-    if weak:  # then what is kept of its accuracy is worth nothing
+    means, verdict = _means(point, share), "shown" if sufficiency.depth else "not shown"
+    if weak := doubt(summary, POPULARITY):  # then what is kept of its accuracy is worth nothing
+        verdict = "weak teacher"
         headline, detail = f"No answer: {weak}.", f"Measured all the same: {offer}. {means}"
-    elif verdict == "shown":
+    elif sufficiency.depth:
         headline = f"{offer}."
         among = f", all {number} candidates taken into account" if number > 1 else ""
         detail = (
-            f"With {_plain(LEVEL)} confidence it loses at most {margin} of the teacher's {HEADLINE}"
-            f"{among}. {means}{_shallower(sufficiency)}"
+            f"With {plain_percent(LEVEL)} confidence it loses at most {margin} of the teacher's "
+            f"{HEADLINE}{among}. {means}{_shallower(sufficiency)}"
         )
     else:
+        floor = 1 - summary.margin
         headline = (
-            f"Not shown at a margin of {margin}: no depth below {blocks} is sure to keep {floor} "
-            f"of the teacher's {HEADLINE}."
+            f"Not shown at a margin of {margin}: no depth below {blocks} is sure to keep "
+            f"{plain_percent(floor)} of the teacher's {HEADLINE}."
         )
         detail = f"Best candidate: {offer}. {means}"
-        if row.kept.low >= 1 - summary.margin:
-            bound = _below(row.lower, 1 - summary.margin)
-            detail += f" With all {number} candidates taken into account, its lower bound is "
-            detail += f"{bound}."
-        detail += f" {_more_users(sufficiency, row, floor)}"
+        if row.kept.low >= floor:
+            detail += (
+                f" With all {number} candidates taken into account, its lower bound is "
+                f"{_below(row.lower, floor)}."
+            )
+        detail += f" {_more_users(sufficiency, row)}"
     return Answer(
         verdict, headline, detail, _tiles(point, teacher, row.kept, share),
-        caveats(summary, point), summary.margin, blocks, teacher.users,
-        method=point.method, depth=point.depth, kept=row.kept, parameters=share,
-        inference=point.speed.get("inference"), training=point.speed.get("training"),
-        users_needed=sufficiency.users_needed,
+        caveats(summary, point), summary.margin, blocks, teacher.users, point.method, point.depth,
+        row.kept, share, point.speed.get("inference"), point.speed.get("training"),
+        sufficiency.users_needed,
     )  # fmt: skip
 
 
 def _uncompared(summary: Summary) -> Answer:
-    shown = [p for p in summary.points if p.info.role in ("baseline", "teacher")]
-    shown = sorted((p for p in shown if p.value(HEADLINE)), key=lambda p: p.method != TEACHER)
-    verdict: Verdict = "no comparison"
-    headline = "no finished trial below full depth can be compared with the teacher."
     if not summary.points:
         verdict, headline = "nothing finished", "no trial of this run is finished."
     elif summary.teacher is None:
@@ -124,20 +115,24 @@ def _uncompared(summary: Summary) -> Answer:
         headline = "no trial of the teacher is finished, so nothing can be compared with it."
     elif not any(p.depth and p.method != TEACHER for p in summary.points):
         verdict, headline = "no depth tried", "no depth below the teacher's was tried."
-    labels = {p.info.label: p for p in shown}
-    said = [f"{name} {style.with_bounds(p.accuracy[FULL, HEADLINE])}" for name, p in labels.items()]
-    detail = f"{HEADLINE} so far: {', '.join(said)}." if said else ""
+    else:
+        verdict = "no comparison"
+        headline = "no finished trial below full depth can be compared with the teacher."
+    shown = [p for p in summary.points if p.info.role in ("baseline", "teacher")]
+    shown = sorted((p for p in shown if p.value(HEADLINE)), key=lambda p: p.method != TEACHER)
+    reached = {point.info.label: point.accuracy[FULL, HEADLINE] for point in shown}
+    detail = ", ".join(f"{name} {style.with_bounds(value)}" for name, value in reached.items())
+    detail = f"{HEADLINE} so far: {detail}." if shown else ""
     if failed := len(summary.failed):
         detail += f" {failed} of {len(summary.run.trials)} trials failed."
+    sizes = [style.count(size) if (size := p.cost("parameters")) else "" for p in shown]
     tiles = [
         Tile(
-            f"{HEADLINE}, {name}",
-            style.accuracy(point.accuracy[FULL, HEADLINE].value),
-            style.bounds(point.accuracy[FULL, HEADLINE], digits=4),
-            f"{style.count(size)} parameters" if (size := point.cost("parameters")) else "",
+            f"{HEADLINE}, {name}", style.accuracy(value.value), style.bounds(value, digits=4),
+            f"{size} parameters" if size else "",
         )
-        for name, point in labels.items()
-    ]
+        for (name, value), size in zip(reached.items(), sizes, strict=True)
+    ]  # fmt: skip
     users = max((point.users for point in summary.points), default=0)
     return Answer(
         verdict, f"No answer: {headline}", detail.strip(), tuple(tiles), caveats(summary, None),
@@ -154,18 +149,21 @@ def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
     return next(named, max(sufficiency.rows, key=lambda row: row.kept.value))
 
 
-def _more_users(sufficiency: Sufficiency, row: RetainedAccuracy, floor: str) -> str:
+def _more_users(sufficiency: Sufficiency, row: RetainedAccuracy) -> str:
     """What it would take to decide about the best candidate."""
+    floor = 1 - sufficiency.margin
     if sufficiency.users_needed is not None:
         return (
             f"About {_rounded(sufficiency.users_needed)} test users would be needed to decide; "
             f"this run has {sufficiency.users:,}."
         )
-    if row.kept.value >= 1 - sufficiency.margin:
+    if row.kept.value >= floor:
         return "The seeds differ too much for more users alone to decide: it takes more seeds."
-    if row.kept.high < 1 - sufficiency.margin:
-        return f"The whole interval is below {floor}: more users would not change that."
-    return f"Its mean is below {floor}: more users are more likely to confirm that."
+    if row.kept.high < floor:
+        return (
+            f"The whole interval is below {plain_percent(floor)}: more users would not change that."
+        )
+    return f"Its mean is below {plain_percent(floor)}: more users are more likely to confirm that."
 
 
 def _shallower(sufficiency: Sufficiency) -> str:
@@ -192,27 +190,22 @@ def _means(point: Point, share: float | None) -> str:
 
 
 def _tiles(point: Point, teacher: Point, kept: Interval, share: float | None) -> tuple[Tile, ...]:
-    both = [p.value(HEADLINE) for p in (point, teacher)]
-    own, theirs = (style.accuracy(value.value if value else None) for value in both)
+    both = (point, teacher)
+    own, theirs = (style.accuracy(p.accuracy[FULL, HEADLINE].value) for p in both)
     note = f"{HEADLINE} {own}, teacher {theirs}"
-    interval = style.bounds(kept, scale=100, digits=1)
-    tiles = [Tile("accuracy kept", percent(kept.value), interval, note)]
+    tiles = [
+        Tile("accuracy kept", percent(kept.value), style.bounds(kept, scale=100, digits=1), note)
+    ]
     if share is not None:
-        sizes = [style.count(p.cost("parameters")) for p in (point, teacher)]
-        tiles.append(
-            Tile("parameters", percent(share, 0), "exact", f"{sizes[0]}, teacher {sizes[1]}")
-        )
+        own, theirs = (style.count(p.cost("parameters")) for p in both)
+        tiles.append(Tile("parameters", percent(share, 0), "exact", f"{own}, teacher {theirs}"))
     for kind, label in (("inference", "inference time"), ("training", "training step")):
-        if kind in point.speed and kind in point.time and kind in teacher.time:
+        if kind in point.speed:
             number, interval, word = style.times_faster(point.speed[kind])
-            took = [style.significant(p.time[kind].median) for p in (point, teacher)]
-            note = f"{took[0]} ms, teacher {took[1]} ms"
+            own, theirs = (style.significant(p.time[kind].value) for p in both)
+            note = f"{own} ms, teacher {theirs} ms"
             tiles.append(Tile(label, f"{number} {word}".strip(), interval, note))
     return tuple(tiles)
-
-
-def _plain(share: float) -> str:
-    return f"{100 * share:g} %"
 
 
 def _rounded(users: int) -> str:
@@ -234,9 +227,7 @@ def _below(share: float, floor: float) -> str:
 
 def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
     """Sentences, the weightiest first; `chosen` is the point that the answer names."""
-    found = [
-        *_controls(summary, chosen), *_data(summary), *_times(summary), *_seeds(summary)
-    ]  # fmt: skip
+    found = [*_controls(summary, chosen), *_conditions(summary)]
     if summary.left_out:
         names = ", ".join(point.name for point in summary.left_out)
         found.append(f"Not compared with the teacher, for want of a common seed: {names}.")
@@ -256,81 +247,63 @@ def doubt(summary: Summary, baseline: str) -> str:
     return f"the teacher is {less} {name}, which reaches {in_percent(ratio)} of its {HEADLINE}"
 
 
-def _controls(summary: Summary, chosen: Point | None) -> list[str]:
+def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
     """Does it take a language model, its blocks, its pretraining; is the teacher at its best?"""
-    found, study = [], summary.run.study
+    study = summary.run.study
     if text := doubt(summary, SASREC):
-        found.append(f"T{text[1:]}.")
+        yield f"T{text[1:]}."
     if summary.teacher is not None and not summary.of(SASREC):
-        found.append("SASRec was not run: whether a language model is needed at all is not tested.")
+        yield "SASRec was not run: whether a language model is needed at all is not tested."
     # heads of one kind, one on the last item's embedding alone
     heads = {point.depth: point for point in summary.of(HEAD)}
     if 0 in heads and (full := heads.get(summary.blocks)):
         ratio = summary.against(heads[0], full)
         if ratio is not None and ratio.high >= 1 - summary.margin:
-            found.append(
-                f"It is not shown that blocks add more than {_plain(summary.margin)}: a fresh head "
-                f"on the last item alone reaches {in_percent(ratio)} of the {HEADLINE} of one "
-                "behind all blocks."
+            yield (
+                f"It is not shown that blocks add more than {plain_percent(summary.margin)}: a "
+                f"fresh head on the last item alone reaches {in_percent(ratio)} of the {HEADLINE} "
+                "of one behind all blocks."
             )
     last = int(study.recipe.epochs)
-    for record in summary.run.records:
+    trained = [r.training for r in summary.run.records if r.method == TEACHER and r.training]
+    if any(training.best_epoch == last for training in trained):
         # a teacher that was cut off is an easy one to match
-        training = record.training
-        if record.method == TEACHER and training is not None and training.best_epoch == last:
-            found.append(
-                f"The teacher was best at its last epoch ({last}): a longer training may change "
-                "the comparison."
-            )
+        yield (
+            f"The teacher was best at its last epoch ({last}): a longer training may change the "
+            "comparison."
+        )
     if chosen is not None and study.backbone.source != "embedded":
-        fresh = (p for p in summary.points if p.info.fresh and p.depth == chosen.depth)
-        control = next(fresh, None)
-        ratio = summary.against(control, chosen) if control is not None else None
+        fresh = [p for p in summary.points if p.info.fresh and p.depth == chosen.depth]
+        ratio = summary.against(fresh[0], chosen) if fresh else None
         if ratio is None:
-            found.append(
-                f"No random init at depth {chosen.depth}: what pretraining adds is not tested."
-            )
+            yield f"No random init at depth {chosen.depth}: what pretraining adds is not tested."
         elif ratio.high >= 1:
-            found.append(
+            yield (
                 f"Pretraining is not shown to help: random init at depth {chosen.depth} reaches "
                 f"{in_percent(ratio)} of this {HEADLINE}."
             )
-    return found
 
 
-def _data(summary: Summary) -> list[str]:
-    study, data = summary.run.study, summary.run.manifest.data
-    found = []
+def _conditions(summary: Summary) -> Iterator[str]:
+    """What the data, the machine and the number of seeds leave open."""
+    study, manifest = summary.run.study, summary.run.manifest
     if study.data.source == "embedded":
-        found.append("The log is the generated default: the numbers say nothing about another log.")
+        yield "The log is the generated default: the numbers say nothing about another log."
     if study.backbone.source == "embedded":
-        found.append(
-            "The backbone is the small embedded one with random weights: pretraining has no part."
-        )
-    return found + [f"Data: {warning.rstrip('.')}." for warning in data.warnings]
-
-
-def _times(summary: Summary) -> list[str]:
+        yield "The backbone is the small embedded one with random weights: pretraining has no part."
+    yield from (f"Data: {warning.rstrip('.')}." for warning in manifest.data.warnings)
     if not any(point.speed for point in summary.points):
-        return ["No times were compared: what a shallower model saves in time is not shown."]
-    timing = summary.run.manifest.timing or {}
-    if timing.get("device", "cpu") == "cpu":
-        return ["Times were measured on a CPU; on a GPU the savings can differ."]
-    return []
-
-
-def _seeds(summary: Summary) -> list[str]:
-    wanted, compared = int(summary.run.study.seeds), len(summary.seeds_compared)
+        yield "No times were compared: what a shallower model saves in time is not shown."
+    elif (manifest.timing or {}).get("device", "cpu") == "cpu":
+        yield "Times were measured on a CPU; on a GPU the savings can differ."
+    compared = len(summary.seeds_compared)
     seeds = style.plural(compared, "seed")
-    if not compared:
-        return []
-    if compared < wanted:
-        return [
-            f"{seeds} of {wanted} compared: the others are not finished for the teacher and every "
-            "candidate."
-        ]
-    if compared == 1:
-        return ["One seed: the intervals do not hold the differences between trainings."]
-    if compared < FEW_SEEDS:
-        return [f"{seeds}: differences between trainings are only roughly known."]
-    return []
+    if 0 < compared < study.seeds:
+        yield (
+            f"{seeds} of {study.seeds} compared: the others are not finished for the teacher and "
+            "every candidate."
+        )
+    elif compared == 1:
+        yield "One seed: the intervals do not hold the differences between trainings."
+    elif 0 < compared < FEW_SEEDS:
+        yield f"{seeds}: differences between trainings are only roughly known."

@@ -26,19 +26,18 @@ from depthprobe.report.numbers import (
     as_summary,
     less_one,
 )
-from depthprobe.report.reliance import block_scores, score_tables
+from depthprobe.report.reliance import Span, block_scores, score_tables
 from depthprobe.report.style import (
     MUTED,
-    figure_style,
+    Look,
+    drawing,
     in_percent,
     method_info,
     need,
-    new_axes,
     significant,
+    without_bar,
 )
-from depthprobe.report.tables import ablation_table, interval_of, records
-
-Span = tuple[int, int]  # blocks [start, end)
+from depthprobe.report.tables import ablation_table, records
 
 # --- one block at a time ---------------------------------------------------------------------
 
@@ -56,9 +55,8 @@ def skip_changes(summary: Summary, metric: str = HEADLINE) -> dict[str, list[tup
         points = summary.of(method)
         if all(point.removed.isdigit() for point in points):
             changes = [(int(p.removed), change) for p in points if (change := p.change(metric))]
-            if changes:
-                found[method] = sorted(changes, key=lambda pair: pair[0])
-    return found
+            found[method] = sorted(changes, key=lambda pair: pair[0])
+    return {method: changes for method, changes in found.items() if changes}
 
 
 def skip_sensitivity(run: Source, *, metric: str = HEADLINE, ax: Axes | None = None) -> Axes:
@@ -70,22 +68,18 @@ def skip_sensitivity(run: Source, *, metric: str = HEADLINE, ax: Axes | None = N
     summary = as_summary(run)
     drawn = skip_changes(summary, metric)
     need(drawn, summary, f"a teacher and {BLOCK}, {' or '.join(PARTS.values())}")
-    with figure_style():
-        ax = ax or new_axes()
-        for index, (method, found) in enumerate(drawn.items()):
-            look, changes = method_info(method), [style.scaled(change) for _, change in found]
-            x = style.beside([block for block, _ in found], index, len(drawn), 0.24)
-            y = [change.value for change in changes]
-            ax.vlines(x, 0, y, color=look.colour, alpha=0.3, linewidth=5, zorder=2)
-            ax.errorbar(
-                x, y, yerr=style.bars(changes), zorder=3, color=look.colour, marker=look.marker,
-                linestyle="none", elinewidth=1.2,
-                label="whole block" if method == BLOCK else look.label,
-            )  # fmt: skip
-        every = [style.scaled(change) for found in drawn.values() for _, change in found]
+    with drawing(ax) as ax:
+        for index, (method, changes) in enumerate(drawn.items()):
+            look, shown = method_info(method), [style.scaled(change) for _, change in changes]
+            places = style.beside([block for block, _ in changes], index, len(drawn), 0.24)
+            ax.vlines(
+                places, 0, [c.value for c in shown], color=look.colour, alpha=0.3, linewidth=5
+            )
+            label = "whole block" if method == BLOCK else look.label
+            style.draw_series(ax, places, shown, look, linestyle="none", zorder=3, label=label)
+        every = [style.scaled(change) for own in drawn.values() for _, change in own]
         sizes = [abs(change.value) for change in every]
-        far = max(sizes) > 4 * LINEAR and np.median(sizes) < LINEAR
-        if far:
+        if max(sizes) > 4 * LINEAR and np.median(sizes) < LINEAR:
             low, high = style.limits(every)
             low, high = min(1.25 * low, -LINEAR), max(1.25 * high, 2.0)
             ticks = {sign * t for t in TICKS for sign in (-1, 1) if low <= sign * t <= high}
@@ -93,12 +87,11 @@ def skip_sensitivity(run: Source, *, metric: str = HEADLINE, ax: Axes | None = N
             ax.yaxis.set_major_locator(FixedLocator(sorted(ticks)))
             ax.yaxis.set_minor_locator(NullLocator())
             ax.set_ylim(low, high)
+            ax.set_ylabel(f"logarithmic beyond ±{LINEAR:g} %")
+        style.percent_axis(ax, signed=True)
         ax.axhline(0, color=MUTED, linewidth=0.9)
         ax.grid(visible=False, axis="x")
         _block_axis(ax, "block left out, counted from 0")
-        style.percent_axis(ax, signed=True)
-        if far:
-            ax.set_ylabel(f"logarithmic beyond ±{LINEAR:g} %")
         ax.set_title(f"Change of {metric} without one block")
         if len(drawn) > 1:
             style.legend(ax, columns=len(drawn))
@@ -120,7 +113,7 @@ def skip_reading(summary: Summary, metric: str = HEADLINE) -> str:
     return (
         f"Block {block} costs the most when it is left out: {metric} changes by "
         f"{in_percent(worst, sign=True)}. The interval of the change contains zero for "
-        f"{unclear or 'none'} of {len(changes)} blocks.{style.without_bar(i for _, i in changes)}"
+        f"{unclear or 'none'} of {len(changes)} blocks.{without_bar(i for _, i in changes)}"
     )
 
 
@@ -133,18 +126,14 @@ def block_influence(run: Source, *, ax: Axes | None = None) -> Axes:
     need(len(block_scores(summary, "block-influence")), summary, STATES)
     drawn = {"block": ("the block", BLOCK), "attention": ("its attention", PARTS["attention"]),
              "mlp": ("its MLP", PARTS["mlp"])}  # fmt: skip
-    with figure_style():
-        ax = ax or new_axes()
+    with drawing(ax) as ax:
         for index, (part, (label, method)) in enumerate(drawn.items()):
-            frame, look = block_scores(summary, f"{part}-influence"), method_info(method)
-            if frame.empty:
-                continue
+            frame = block_scores(summary, f"{part}-influence")
             found = frame.groupby("start")["value"].agg(["mean", "min", "max"])
-            ax.errorbar(
-                style.beside(found.index.tolist(), index, len(drawn), 0.14), found["mean"],
-                yerr=style.bars(Interval(*map(float, row)) for row in found.to_numpy()),
-                color=look.colour, marker=look.marker, linewidth=1, elinewidth=1.2, label=label,
-            )  # fmt: skip
+            if len(found):
+                places = style.beside(found.index.tolist(), index, len(drawn), 0.14)
+                means = [Interval(*map(float, row)) for row in found.to_numpy()]
+                style.draw_series(ax, places, means, method_info(method), linewidth=1, label=label)
         ax.set_yscale("log")
         style.log_ticks(ax.yaxis, lambda value: significant(value, 1))
         _block_axis(ax, "block, counted from 0")
@@ -196,8 +185,7 @@ def span_map(run: Source, *, score: str = "damage", ax: Axes | None = None) -> A
     low, high = (float(np.nanmin(grid)), 1.0) if alike else (0.0, float(np.nanmax(grid)))
     # one early block may cost all: the root keeps the others apart
     norm = PowerNorm(0.5 if damage else 1, vmin=low, vmax=max(high, low + 1e-9))
-    with figure_style():
-        ax = ax or new_axes()
+    with drawing(ax) as ax:
         ax.grid(visible=False)
         # a mesh and no picture: sharp on paper at any size
         mesh = ax.pcolormesh(
@@ -240,13 +228,13 @@ def span_reading(summary: Summary, score: str) -> str:
         return ""
     if score != "damage":
         start, end = (max if score == "cka" else min)(wide, key=lambda span: wide[span])
-        name, value = f"blocks {start} to {end - 1}", significant(wide[start, end], 2)
+        verb, how = "turn the state least", "angular distance {}, where 0 is not at all and 0.5 is "
         if score == "cka":
-            return f"Of spans of two blocks or more, {name} change the states least: CKA {value}."
-        return (
-            f"Of spans of two blocks or more, {name} turn the state least: angular distance "
-            f"{value}, where 0 is not at all and 0.5 is a right angle."
-        )
+            verb, how = "change the states least", "CKA {}"
+        else:
+            how += "a right angle"
+        value = how.format(significant(wide[start, end], 2))
+        return f"Of spans of two blocks or more, blocks {start} to {end - 1} {verb}: {value}."
     margin = f"{100 * summary.margin:g} %"
     small = [span for span, loss in wide.items() if loss <= summary.margin]
     if small:
@@ -256,26 +244,25 @@ def span_reading(summary: Summary, score: str) -> str:
         start, end = min(wide, key=lambda span: wide[span])
         text = f"Every span of two blocks or more costs more than {margin} on the mean; least costs"
     change = _left_out(summary)[start, end].change()
-    said = in_percent(change, sign=True) if change else ""
+    cost = in_percent(change, sign=True) if change else ""
     return (
-        f"{text} blocks {start} to {end - 1}: {said} against the teacher. It was picked out of "
+        f"{text} blocks {start} to {end - 1}: {cost} against the teacher. It was picked out of "
         f"{len(wide)}, so it may look better than it is."
     )
 
 
 # --- at which depth a user's answer is settled -----------------------------------------------
 
-# the column of the settling table, its name, colour and marker
-CURVES = {
-    "rank_settled": ("rank within one", "#9b4f96", "o"),
-    "set_settled": ("same ten items", "#0069a8", "s"),
-    "top_settled": ("same order too", "#c2500a", "^"),
+CURVES = {  # by the column of the settling table
+    "rank_settled": Look("rank within one", "#9b4f96", "o"),
+    "set_settled": Look("same ten items", "#0069a8", "s"),
+    "top_settled": Look("same order too", "#c2500a", "^"),
 }
 
 
 def _settling(summary: Summary) -> pd.DataFrame:
-    frames = [frame for frame in score_tables(summary) if set(CURVES) <= set(frame)]
-    return frames[0] if frames else pd.DataFrame()
+    frames = (frame for frame in score_tables(summary) if set(CURVES) <= set(frame))
+    return next(frames, pd.DataFrame())
 
 
 def settling_depth(run: Source, *, ax: Axes | None = None) -> Axes:
@@ -286,18 +273,14 @@ def settling_depth(run: Source, *, ax: Axes | None = None) -> Axes:
     summary = as_summary(run)
     frame = _settling(summary)
     need(len(frame), summary, SETTLING)
-    with figure_style():
-        ax = ax or new_axes()
+    with drawing(ax) as ax:
         depths, highest = np.arange(summary.blocks), 0.0  # at the last one all are settled
-        for column, (label, colour, marker) in CURVES.items():
+        for column, look in CURVES.items():
             by_seed = frame.sort_values("user", kind="stable").groupby("seed")[column]
             settled = [own.to_numpy()[:, None] <= depths for _, own in by_seed]  # (U, depths) each
             found = bootstrap_means(np.mean(settled, axis=0), resamples=summary.resamples)
             shares = [style.scaled(share) for share in found]
-            ax.errorbar(
-                depths, [share.value for share in shares], yerr=style.bars(shares), color=colour,
-                marker=marker, elinewidth=1, label=label,
-            )  # fmt: skip
+            style.draw_series(ax, depths, shares, look)
             highest = max(highest, shares[-1].value)
         ax.set_ylim(0, min(102.0, 1.2 * highest + 1))
         style.percent_axis(ax)
@@ -339,16 +322,15 @@ def ablation_changes(run: Source, *, ax: Axes | None = None) -> Axes:
     summary = as_summary(run)
     changes = _changes(summary)
     need(changes, summary, f"{PLAIN} and another way to train at the same depth")
-    with figure_style():
-        depths = len({depth for depth, _, _ in changes})
-        ax = ax or new_axes((style.SIZE[0], max(2.2, ROW * (len(changes) + depths) + 0.9)))
+    depths = len({depth for depth, _, _ in changes})
+    with drawing(ax, (style.SIZE[0], max(2.2, ROW * (len(changes) + depths) + 0.9))) as ax:
         names, place, last = {}, 0.0, None
         for depth, method, change in changes:
             place += 1 if last == depth else 1.6
             look, shown = method_info(method), style.scaled(change)
             ax.errorbar(
                 [shown.value], [place], xerr=style.bars([shown]), color=look.colour,
-                marker=look.marker, linestyle="none", elinewidth=1.2,
+                marker=look.marker, linestyle="none", elinewidth=1,
             )  # fmt: skip
             names[place] = f"{style.short(look.label)} {depth}"
             last = depth
@@ -367,9 +349,9 @@ def _changes(summary: Summary) -> list[tuple[int, str, Interval]]:
     table = ablation_table(summary)
     if table is None:
         return []
-    rows = records(table.frame.dropna(subset="ratio"))
-    found = ((int(row["depth"]), str(row["method"]), interval_of(row, "ratio")) for row in rows)
-    return [(depth, name, less_one(ratio)) for depth, name, ratio in found if ratio is not None]
+    columns = ["depth", "method", "ratio", "ratio low", "ratio high"]
+    rows = table.frame.dropna(subset="ratio")[columns].itertuples(index=False)
+    return [(depth, method, less_one(Interval(*ratio))) for depth, method, *ratio in rows]
 
 
 def ablation_reading(summary: Summary) -> str:
@@ -385,5 +367,5 @@ def ablation_reading(summary: Summary) -> str:
         f"{'lies' if better == 1 else 'lie'} above zero with the whole interval and "
         f"{worse or 'none'} below. By chance alone about one in forty would on each side. The "
         f"highest is {method_info(method).label} at depth {depth}: {in_percent(best, sign=True)}."
-        f"{style.without_bar(change for _, _, change in changes)}"
+        f"{without_bar(change for _, _, change in changes)}"
     )

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
 from depthprobe.report import style
 from depthprobe.report.answer import Answer, build_answer
 from depthprobe.report.facts import base_name, conditions
-from depthprobe.report.figures import common_limits, kept_reading, kept_side_by_side, kept_vs_depth
+from depthprobe.report.figures import kept_limits, kept_reading, kept_side_by_side, kept_vs_depth
 from depthprobe.report.numbers import FULL, HEADLINE, SASREC, Source, Summary, as_summary
 from depthprobe.report.page import environment, inline_svg
 from depthprobe.report.tables import (
+    NOTHING,
     Cell,
     Column,
     Table,
     make_table,
-    ready,
+    plain,
     save_table,
     share,
-    text,
-    three,
 )
 
 QUESTION = ("margin", "split", "seen items")  # with another of these, the question is another
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(NamedTuple):
     """One of the runs: what it is called on the page, its numbers, its answer."""
 
     name: str
@@ -62,24 +59,27 @@ def build_comparison(runs: Sequence[Source], output: str | Path | None = None) -
     folder = target.parent / target.stem
     table = answers_table(compared)
     save_table(table, folder)
-    side_by_side = kept_side_by_side([one.summary for one in drawn])
-    style.save_figure(side_by_side[0], folder / "kept_side_by_side")
+    panels = kept_side_by_side([one.summary for one in drawn])
+    style.save_figure(panels[0], folder / "kept_side_by_side")
     differing = differences([one.summary for one in compared])
+    limits, figures = kept_limits(*(one.summary for one in drawn)), []
+    for place, one in enumerate(drawn):  # a panel a run, all on one scale
+        ax = kept_vs_depth(one.summary, limits=limits, title=one.name)
+        reading = f"{one.name}. {kept_reading(one.summary)}"
+        svg = inline_svg(style.rendered(ax, "svg").decode(), f"run{place}", label=reading)
+        figures.append({"svg": svg, "caption": reading})
     page = environment().get_template("comparison.html.j2").render(
         headline=headline(compared),
         runs=[
             {
-                "name": one.name,
-                "answer": one.answer,
-                "conditions": conditions(one.summary),
-                "report": _report(path, target),
-                "path": str(path),
+                "name": one.name, "answer": one.answer, "conditions": conditions(one.summary),
+                "report": _report(path, target), "path": path,
             }
             for one, path in zip(compared, paths, strict=True)
         ],
         differences=differing,
         question=[word for word in QUESTION if word in differing],
-        figures=_figures(drawn),
+        figures=figures,
         table_of_answers=table,
         folder=folder.name,
         command="depthprobe report " + " ".join(map(str, paths)),
@@ -148,52 +148,37 @@ def _split(protocol: Any) -> str:
 
 def answers_table(compared: Sequence[Compared]) -> Table:
     """The sufficient depth of each run and what it saves; else its best candidate, said so."""
-    numbers = []
-    for one in compared:
-        summary, answer, manifest = one.summary, one.answer, one.summary.run.manifest
+    rows = []
+    for name, summary, answer in compared:
+        manifest = summary.run.manifest
         data = f"{manifest.data.name}, {base_name(manifest.backbone.source)}"
         depth = f"{answer.depth} of {answer.blocks}" if answer.depth else ""
         best = f"best candidate: {depth}" if depth else ""
         shown = Cell(depth) if answer.verdict == "shown" else Cell(answer.verdict, best)
-        way = style.method_info(answer.method).label if answer.method else style.NONE
-        small = style.NONE if answer.parameters is None else style.percent(answer.parameters, 0)
-        sasrec = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of(SASREC)), None)
-        row: dict[str, Any] = {"run": one.name, "verdict": answer.verdict, "depth": answer.depth,
+        small = answer.parameters
+        row: dict[str, Any] = {
+            "run": name, "verdict": answer.verdict, "depth": answer.depth,
             "blocks": answer.blocks, "method": answer.method, "margin": answer.margin,
-            "parameters": answer.parameters, "_run": Cell(one.name, data), "_depth": shown,
-            "_method": way, "_parameters": small,
-            "_inference": _times(answer.inference), "_training": _times(answer.training),
+            "parameters": small, "_run": Cell(name, data), "_depth": shown,
+            "_method": style.method_info(answer.method).label if answer.method else None,
+            "_parameters": None if small is None else style.percent(small, 0),
+            "kept": answer.kept or NOTHING,
         }  # fmt: skip
-        row |= three("kept", answer.kept) | three("inference", answer.inference)
-        row |= three("training", answer.training) | three("sasrec", sasrec)
-        numbers.append(row | {"users": answer.users, "seeds": len(summary.seeds_compared)})
+        for kind, ratio in (("inference", answer.inference), ("training", answer.training)):
+            row[kind] = ratio or NOTHING
+            number, interval, word = style.times_faster(ratio) if ratio else (style.NONE, "", "")
+            row[f"_{kind}"] = Cell(f"{number} {word}".strip(), interval)
+        ratios = [point.ratio.get((FULL, HEADLINE), NOTHING) for point in summary.of(SASREC)]
+        row |= {"sasrec": ratios[0] if ratios else NOTHING, "users": answer.users}
+        rows.append(row | {"seeds": len(summary.seeds_compared)})
     columns: list[Column] = [
-        ("run", "_run", ready), ("sufficient depth", "_depth", ready),
-        ("reached by", "_method", text), (f"{HEADLINE} kept", "kept", share),
-        ("parameters", "_parameters", text), ("to serve", "_inference", ready),
-        ("to train", "_training", ready), ("SASRec of teacher's", "sasrec", share),
-        ("test users", "users", text), ("seeds", "seeds", text),
+        ("run", "_run", plain), ("sufficient depth", "_depth", plain),
+        ("reached by", "_method", plain), (f"{HEADLINE} kept", "kept", share),
+        ("parameters", "_parameters", plain), ("to serve", "_inference", plain),
+        ("to train", "_training", plain), ("SASRec of teacher's", "sasrec", share),
+        ("test users", "users", plain), ("seeds", "seeds", plain),
     ]  # fmt: skip
-    return make_table("answers", numbers, columns, words=3)
-
-
-def _times(ratio: Any) -> Cell | None:
-    if ratio is None:
-        return None
-    number, interval, word = style.times_faster(ratio)
-    return Cell(f"{number} {word}".strip(), interval)
-
-
-def _figures(drawn: Sequence[Compared]) -> list[dict[str, Any]]:
-    """One panel a run for the page, all on one scale."""
-    limits = common_limits([one.summary for one in drawn])
-    made = []
-    for place, one in enumerate(drawn):
-        ax = kept_vs_depth(one.summary, limits=limits, title=one.name)
-        reading = f"{one.name}. {kept_reading(one.summary)}"
-        svg = inline_svg(style.rendered(ax, "svg").decode(), f"run{place}", label=reading)
-        made.append({"svg": svg, "caption": reading})
-    return made
+    return make_table("answers", rows, columns, words=3)
 
 
 def _report(folder: Path, target: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -53,11 +54,7 @@ def data_figure(sequences: Sequences, protocol: Protocol | None = None) -> Figur
 
 
 def save_data_figure(sequences: Sequences, path: Path, *, protocol: Protocol | None = None) -> Path:
-    """Draw the figure into a .png (150 dpi), .svg or .pdf file, complete or not at all.
-
-    Raises:
-        BadInput: if the log can't be split as the protocol says.
-    """
+    """Draw the figure into a .png (150 dpi), .svg or .pdf file, complete or not at all."""
     kind, figure = path.suffix.lower().lstrip("."), data_figure(sequences, protocol)
     with figure_style(), complete_file(path) as temporary:
         figure.savefig(temporary, format=kind, **FORMATS[kind])
@@ -73,8 +70,7 @@ def _lengths(ax: Axes, lengths: np.ndarray) -> None:
     step = -(-len(bins) // 8)  # more numbers than that would touch
     ax.xaxis.set_major_locator(FixedLocator([high for _, high, _ in bins][::step]))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    ax.grid(visible=False, axis="x")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     _counts(ax)
     ax.set_xlabel("interactions of a user, up to")
     ax.set_title("Users by length of history")
@@ -114,24 +110,19 @@ def _times(ax: Axes, times: np.ndarray, split: Split | None) -> None:
         for targets, text, side in marks:
             begins = times[targets.targets].min().astype("datetime64[s]")
             ax.axvline(begins, color=INK, linewidth=1.1, linestyle="--")
-            ax.text(
-                begins, 0.98, text, transform=ax.get_xaxis_transform(), ha=side, va="top",
-                color=MUTED,
-            )  # fmt: skip
+            words: dict[str, Any] = {"ha": side, "va": "top", "color": MUTED}
+            ax.text(begins, 0.98, text, transform=ax.get_xaxis_transform(), **words)
     locator = AutoDateLocator(minticks=3, maxticks=6)  # type: ignore[no-untyped-call]
     ax.xaxis.set_major_locator(locator)
-    dates = ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]
-    ax.xaxis.set_major_formatter(dates)
-    ax.grid(visible=False, axis="x")
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     _counts(ax)
     if split is not None:
         # on the left: on the right stands the year or day that the ticks leave out
-        ax.legend(
-            loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, handlelength=1.2, borderpad=0
-        )
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, handlelength=1.2)
     ax.set_title("Interactions over time")
 
 
 def _counts(ax: Axes) -> None:
+    ax.grid(visible=False, axis="x")
     ax.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: round_count(value)))

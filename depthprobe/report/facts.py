@@ -12,7 +12,7 @@ from depthprobe.report.style import count, plural, significant
 from depthprobe.study import Study
 
 if TYPE_CHECKING:
-    from depthprobe.runs.records import BackboneFacts, Dataset, ItemTable, Machine, Record
+    from depthprobe.runs.records import BackboneFacts, ItemTable, Machine
 
 SIZES = ("users", "items", "interactions")
 SPLITS = {
@@ -32,16 +32,21 @@ def conditions(summary: Summary) -> tuple[str, ...]:
     data, machine = manifest.data, manifest.machine
     tested = max((point.users for point in summary.points), default=0)
     seen = ", seen items left out" if run.study.protocol.filter_seen else ""
-    said = [
+    texts = (
         f"data {data.name}",
         f"{data.users:,} users ({tested:,} tested)",
         f"{data.items:,} items",
         f"backbone {base_name(manifest.backbone.source)}",
         plural(run.study.seeds, "seed"),
         f"{_split_name(run.study, data.split)}, full ranking{seen}",
-        f"{machine.name}, {machine.cores} cores" if machine.cores else machine.name,
-    ]
-    return tuple(filter(None, said))
+        _joined(machine.name, machine.cores and f"{machine.cores} cores"),
+    )
+    return tuple(filter(None, texts))
+
+
+def _joined(*texts: object) -> str:
+    """The texts that there are, with commas."""
+    return ", ".join(str(text) for text in texts if text)
 
 
 def base_name(source: str) -> str:
@@ -62,11 +67,13 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
     """Word and fact, in the order of reading; what the run did not record is absent."""
     run, manifest, study = summary.run, summary.run.manifest, summary.run.study
     data, protocol, git = manifest.data, study.protocol, manifest.git
-    commit = git.commit if git else None
     candidates = ", ".join(method.label for method in METHODS.values() if method.candidate)
-    dirt = ", with uncommitted changes" if git and git.dirty else ""
+    sizes = ", ".join(f"{getattr(data, key):,} {key}" for key in SIZES)
+    statistics = _pairs({k: v for k, v in data.statistics.items() if k not in SIZES})
+    texts = (f"{data.name}: {sizes}", statistics, f"fingerprint {data.fingerprint[:16]}")
+    reused = sum(bool(record.training and record.training.reused) for record in run.records)
     facts = [
-        ("data", _data(data)),
+        ("data", "; ".join(filter(None, texts))),
         ("cleaning", _cleaning(data.cleaning)),
         ("warnings", "; ".join(data.warnings) or "none"),
         ("backbone", _backbone(manifest.backbone, study)),
@@ -76,7 +83,11 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
         ("ranking", "Every item of the catalogue is ranked for every tested user; items seen "
                     f"before are {'left out' if protocol.filter_seen else 'ranked too'}. "
                     "A rank is the mean rank over ties, so equal scores earn nothing."),
-        ("sampled ranking", _sampled(summary)),
+        ("sampled ranking", any(point.value(HEADLINE, SAMPLED) for point in summary.points) and
+                            f"Beside it, the item is ranked among {negatives_of(study)} that the "
+                            "user never took, the same for every trial. These numbers are higher. "
+                            "They can't be compared with those of full ranking, nor with those of "
+                            "another way to draw."),
         ("intervals", f"95 %, bootstrap of {protocol.resamples:,} draws over users, and over seeds "
                       "where there are several. Comparisons with the teacher use the same users "
                       "and seeds in both arms. Times: the median ratio over paired rounds."),
@@ -84,28 +95,28 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
                              f"{100 * protocol.margin:g} % of the teacher's {HEADLINE}. The "
                              "confidence is for all candidates at once (Bonferroni). The "
                              f"candidates are of these methods: {candidates}."),
-        ("timing", _timing(manifest.timing or {})),
-        ("reused trainings", _reused(run.records)),
+        ("timing", manifest.timing and
+                   f"{_pairs(manifest.timing)}. Rounds are interleaved over depths, so that a "
+                   "drift of the machine meets all alike. Inference is encoding the users and "
+                   "scoring the catalogue; a training step is forward, backward and update."),
+        ("reused trainings", reused and
+                             f"{reused} trials have their training from the cache. Its seconds "
+                             "were measured in the earlier run that left it there, on such a "
+                             "machine. The trials were tested anew."),
         ("machine", _machine(manifest.machine)),
         ("versions", _pairs(manifest.versions)),
-        ("git commit", f"{commit}{dirt}" if commit else ""),
+        ("git commit", git and git.commit and
+                       f"{git.commit}{', with uncommitted changes' if git.dirty else ''}"),
         ("study", f"{study.name}, hash {manifest.study_hash}"),
         ("wall time", _duration(manifest.wall_seconds)),
     ]  # fmt: skip
-    return tuple((word, text) for word, text in facts if text)
-
-
-def _data(data: Dataset) -> str:
-    sizes = ", ".join(f"{getattr(data, key):,} {key}" for key in SIZES)
-    rest = _pairs({k: v for k, v in data.statistics.items() if k not in SIZES})
-    said = (f"{data.name}: {sizes}", rest, f"fingerprint {data.fingerprint[:16]}")
-    return "; ".join(filter(None, said))
+    return tuple((word, str(text)) for word, text in facts if text)
 
 
 def _cleaning(steps: Sequence[Mapping[str, Any]]) -> str:
     """What each step left; the first is the log as it was read."""
-    said = [f"{s['step']}: " + ", ".join(f"{s[key]:,} {key}" for key in SIZES) for s in steps]
-    return "; ".join(said) if len(said) > 1 else "none" if said else ""
+    texts = [f"{s['step']}: " + ", ".join(f"{s[key]:,} {key}" for key in SIZES) for s in steps]
+    return "; ".join(texts) if len(texts) > 1 else "none" if texts else ""
 
 
 def _split_name(study: Study, split: Mapping[str, Any]) -> str:
@@ -136,10 +147,12 @@ def _split(study: Study, split: Mapping[str, Any]) -> str:
 
 
 def _backbone(backbone: BackboneFacts, study: Study) -> str:
-    said = [backbone.source, backbone.family, f"{backbone.blocks} blocks"]
-    said += [f"width {backbone.width}", f"{count(backbone.parameters)} parameters"]
-    said += [f"revision {backbone.revision}"] if backbone.revision else []
-    return ", ".join([*said, f"tuning {study.backbone.tuning}", study.backbone.dtype])
+    return _joined(
+        backbone.source, backbone.family, f"{backbone.blocks} blocks", f"width {backbone.width}",
+        f"{count(backbone.parameters)} parameters",
+        backbone.revision and f"revision {backbone.revision}",
+        f"tuning {study.backbone.tuning}", study.backbone.dtype,
+    )  # fmt: skip
 
 
 def _item_embeddings(table: ItemTable) -> str:
@@ -149,10 +162,8 @@ def _item_embeddings(table: ItemTable) -> str:
         "learned": "random at first, anew for each seed",
     }.get(table.source, f"from {table.source}")
     trained = "trained with the recommender" if table.trained else "frozen"
-    said = [made, f"width {table.width}", trained]
-    if table.sha256:
-        said += ["centred and scaled", "the same for all seeds", table.sha256]
-    return ", ".join(said)
+    same = table.sha256 and f"centred and scaled, the same for all seeds, {table.sha256}"
+    return _joined(made, f"width {table.width}", trained, same)
 
 
 def _training(study: Study) -> str:
@@ -164,50 +175,18 @@ def _training(study: Study) -> str:
         "sampled-softmax": f"softmax over {recipe.negatives} random items",
         "gbce": f"gBCE with {recipe.negatives} random items, t = {recipe.gbce_t:g}",
     }
-    said = [f"the next item {where[recipe.objective]}", loss[recipe.loss], recipe.precision]
-    said += ["a linear head over the items"] * (study.backbone.head == "linear")
-    return ", ".join(said)
-
-
-def _sampled(summary: Summary) -> str:
-    if not any(point.value(HEADLINE, SAMPLED) for point in summary.points):
-        return ""
-    return (
-        f"Beside it, the item is ranked among {negatives_of(summary.run.study)} that the user "
-        "never took, the same for every trial. These numbers are higher. They can't be compared "
-        "with those of full ranking, nor with those of another way to draw."
-    )
-
-
-def _timing(timing: Mapping[str, Any]) -> str:
-    if not timing:
-        return ""
-    return (
-        f"{_pairs(timing)}. Rounds are interleaved over depths, so that a drift of the machine "
-        "meets all alike. Inference is encoding the users and scoring the catalogue; a training "
-        "step is forward, backward and update."
-    )
-
-
-def _reused(records: Sequence[Record]) -> str:
-    """How many trainings come from the cache: their seconds were measured in another run."""
-    found = sum(record.training is not None and record.training.reused for record in records)
-    if not found:
-        return ""
-    return (
-        f"{found} trials have their training from the cache. Its seconds were measured in the "
-        "earlier run that left it there, on such a machine. The trials were tested anew."
-    )
+    head = study.backbone.head == "linear" and "a linear head over the items"
+    place = f"the next item {where[recipe.objective]}"
+    return _joined(place, loss[recipe.loss], recipe.precision, head)
 
 
 def _machine(machine: Machine) -> str:
-    said = [
+    return _joined(
         machine.name,
-        f"{machine.cores} cores" if machine.cores else "",
-        f"{significant(machine.memory_gib)} GiB" if machine.memory_gib else "",
-        f"device {machine.device}" if machine.device else "",
-    ]
-    return ", ".join(filter(None, said))
+        machine.cores and f"{machine.cores} cores",
+        machine.memory_gib and f"{significant(machine.memory_gib)} GiB",
+        machine.device and f"device {machine.device}",
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -218,11 +197,13 @@ def _duration(seconds: float) -> str:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    said = ((k, v) for k, v in values.items() if v is not None)
-    return ", ".join(f"{str(key).replace('_', ' ')} {_plain(value)}" for key, value in said)
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, float):
-        return significant(value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    """Names and values; numbers as a reader writes them."""
+    texts = []
+    for key, value in values.items():
+        if isinstance(value, float):
+            value = significant(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        if value is not None:
+            texts.append(f"{str(key).replace('_', ' ')} {value}")
+    return ", ".join(texts)

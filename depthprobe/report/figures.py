@@ -8,7 +8,8 @@ figure stands what its caption says, which is also what a screen reader reads; e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ from depthprobe.report.numbers import (
     as_summary,
     summarise,
 )
-from depthprobe.report.style import INK, MUTED, figure_style, method_info, need, new_axes
+from depthprobe.report.style import INK, MUTED, method_info, need
 from depthprobe.report.tables import timed
 from depthprobe.study import ranges
 
@@ -60,7 +61,7 @@ __all__ = [
     "summarise",
 ]
 
-Curves = dict[str, list[Point]]  # by the name in the figure, shallow to deep
+Curves = dict[str, list[Point]]  # by method, shallow to deep
 
 # --- what is drawn ---------------------------------------------------------------------------
 
@@ -75,22 +76,19 @@ def shown_methods(summary: Summary) -> list[str]:
     return sorted(shown, key=method_order)
 
 
-def curves(summary: Summary, metric: str) -> Curves:
-    """Measured points of each method that has a curve over depth, in the order of depth."""
+def curves(summary: Summary, metric: str, *, kept: bool = False) -> Curves:
+    """Measured points of each method with a curve over depth; ``kept``: beside the teacher's."""
     found: Curves = {}
     for method in shown_methods(summary):
         info = method_info(method)
-        points = [point for point in summary.of(method) if point.value(metric) is not None]
+        points = [
+            point
+            for point in summary.of(method)
+            if (FULL, metric) in (point.ratio if kept else point.accuracy)
+        ]
         if points and info.role not in ("baseline", "teacher") and not info.by_block:
             found[method] = points
     return found
-
-
-def kept_curves(summary: Summary, metric: str = HEADLINE) -> Curves:
-    """The curves over depth that can be compared with the teacher."""
-    found = curves(summary, metric)
-    found = {n: [p for p in points if (FULL, metric) in p.ratio] for n, points in found.items()}
-    return {name: points for name, points in found.items() if points}
 
 
 def every(drawn: Mapping[str, Sequence[Point]]) -> list[Point]:
@@ -100,7 +98,7 @@ def every(drawn: Mapping[str, Sequence[Point]]) -> list[Point]:
 
 def mean(point: Point, metric: str) -> float:
     """The mean of a metric that the point is known to have."""
-    return float(point.accuracy[FULL, metric].value)
+    return point.accuracy[FULL, metric].value
 
 
 def _depth_axis(ax: Axes, summary: Summary, points: Sequence[Point]) -> None:
@@ -115,11 +113,9 @@ def _draw_curves(ax: Axes, drawn: Curves, interval_of: Callable[[Point], Interva
     """Each method's points with their intervals."""
     for index, (name, points) in enumerate(drawn.items()):
         look, depths = method_info(name), [point.depth for point in points]
-        intervals = [interval_of(point) for point in points]
-        ax.errorbar(
-            style.beside(depths, index, len(drawn)), [i.value for i in intervals],
-            yerr=style.bars(intervals), color=look.colour, marker=look.marker, elinewidth=1,
-            linestyle=look.line, zorder=4, label=look.label,
+        style.draw_series(
+            ax, style.beside(depths, index, len(drawn)), [interval_of(point) for point in points],
+            look, linestyle=look.line, zorder=4,
         )  # fmt: skip
 
 
@@ -132,12 +128,10 @@ def accuracy_vs_depth(run: Source, *, metric: str = HEADLINE, ax: Axes | None = 
     Points are means over users and seeds; bars and bands are 95 % bootstrap intervals.
     """
     summary = as_summary(run)
-    with figure_style():
-        ax = ax or new_axes()
+    with style.drawing(ax) as ax:
         for point in summary.points:
-            value = point.value(metric)
-            if point.info.role in ("baseline", "teacher") and value is not None:
-                look = method_info(point.method)
+            value, look = point.value(metric), point.info
+            if look.role in ("baseline", "teacher") and value is not None:
                 low, high = style.limits([value])
                 ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
                 ax.axhline(
@@ -161,15 +155,14 @@ def depth_reading(summary: Summary, metric: str) -> str:
     said = [f"{metric} against depth."]
     if teacher is not None and (value := teacher.value(metric)) is not None:
         said.append(f"The teacher ({teacher.depth} blocks) reaches {style.with_bounds(value)}.")
-    half = summary.blocks // 2
+    depth = half = summary.blocks // 2
     trained = [point for point in points if point.info.role == "trained" and point.depth <= half]
-    depth = half
     if trained:
         best = max(trained, key=lambda point: mean(point, metric))
-        depth, value = best.depth, best.accuracy[FULL, metric]
+        depth = best.depth
         said.append(
             f"The best trained model of at most {half} blocks is {best.name}: "
-            f"{style.with_bounds(value)}."
+            f"{style.with_bounds(best.accuracy[FULL, metric])}."
         )
     others = [p for p in points if p.depth == depth and p.info.role != "trained"]
     controls = [point for point in others if point.info.role == "control"]
@@ -196,14 +189,13 @@ def kept_vs_depth(
     ``limits`` are of the scale, in per cent; by default :func:`kept_limits` of this run.
     """
     summary = as_summary(run)
-    with figure_style():
-        ax = ax or new_axes()
-        drawn, floor = kept_curves(summary, metric), 100 * (1 - summary.margin)
+    with style.drawing(ax) as ax:
+        drawn, floor = curves(summary, metric, kept=True), 100 * (1 - summary.margin)
         ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
         ax.axhline(floor, color=MUTED, linewidth=1.1, linestyle="--", label=f"margin: {floor:g} %")
         _draw_curves(ax, drawn, lambda point: style.scaled(point.ratio[FULL, metric]))
         _depth_axis(ax, summary, every(drawn))
-        ax.set_ylim(limits or kept_limits(summary, metric))
+        ax.set_ylim(limits or kept_limits(summary, metric=metric))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
         style.percent_axis(ax)
         ax.set_title(title or f"Share of the teacher's {metric} kept")
@@ -214,21 +206,19 @@ def kept_vs_depth(
 LOWEST_KEPT = 0.85  # of the teacher: what an untrained model may stretch the scale to
 
 
-def kept_limits(summary: Summary, metric: str = HEADLINE) -> tuple[float, float]:
-    """From where to where shares of the teacher's accuracy are drawn, in per cent."""
-    points = every(kept_curves(summary, metric))
-    shares = [
-        (point.info.role == "trained", style.scaled(point.ratio[FULL, metric])) for point in points
-    ]
+def kept_limits(*summaries: Summary, metric: str = HEADLINE) -> tuple[float, float]:
+    """From where to where shares of the teachers' accuracy are drawn, in per cent."""
+    points = [p for one in summaries for p in every(curves(one, metric, kept=True))]
+    shares = [(point.info.role == "trained", point.ratio[FULL, metric]) for point in points]
     # read-outs fall to nothing: only what is still in reach may widen the scale
-    reach = [share for trained, share in shares if trained or share.low > LOWEST_KEPT]
-    low, high = style.limits(reach, 100.0, 100 * (1 - summary.margin))
+    reach = [style.scaled(s) for trained, s in shares if trained or s.low > LOWEST_KEPT]
+    low, high = style.limits(reach, 100.0, *(100 * (1 - one.margin) for one in summaries))
     return low - 1.5, high + 1.5
 
 
 def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
     """Which depths are within the margin on the mean, and which are shown to be."""
-    points = [p for p in every(kept_curves(summary, metric)) if p.info.candidate]
+    points = [p for p in every(curves(summary, metric, kept=True)) if p.info.candidate]
     if not points:
         return ""
     floor = 1 - summary.margin
@@ -253,8 +243,8 @@ def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
     Each is titled with the name of its folder; every run is compared with its own teacher.
     """
     summaries = [as_summary(run) for run in runs]
-    limits = common_limits(summaries)
-    with figure_style():
+    limits = kept_limits(*summaries)
+    with style.figure_style():
         size = (style.SIZE[0] * len(summaries), style.SIZE[1])
         figure = Figure(figsize=size, layout="constrained")
         axes: list[Axes] = list(figure.subplots(1, len(summaries), squeeze=False)[0])
@@ -264,12 +254,6 @@ def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
     return axes
 
 
-def common_limits(summaries: Sequence[Summary]) -> tuple[float, float]:
-    """The widest of the runs' :func:`kept_limits`."""
-    lows, highs = zip(*(kept_limits(summary) for summary in summaries), strict=True)
-    return min(lows), max(highs)
-
-
 # --- accuracy against what it costs, and how much faster a shallower model is ----------------
 
 COSTS = {
@@ -277,7 +261,10 @@ COSTS = {
     "inference": ("inference time", "milliseconds a batch, encoding and scoring"),
     "training": ("training time", "milliseconds a training step"),
 }
-KINDS = {"inference": ("to serve", "#0069a8", "s"), "training": ("to train", "#c2500a", "o")}
+KINDS = {
+    "inference": style.Look("to serve", "#0069a8", "s"),
+    "training": style.Look("to train", "#c2500a", "o"),
+}
 
 
 def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
@@ -312,20 +299,16 @@ def accuracy_vs_cost(
     """
     summary = as_summary(run)
     title, label = COSTS[cost]
-    with figure_style():
-        points = priced(summary, cost, metric)
-        need(points, summary, f"{title} of a model")
-        ax = ax or new_axes()
+    points = priced(summary, cost, metric)
+    need(points, summary, f"{title} of a model")
+    with style.drawing(ax) as ax:
         for method in dict.fromkeys(point.method for point in points):
-            own, look = [p for p in points if p.method == method], method_info(method)
-            spreads = [point.time[cost] for point in own if cost in point.time]
-            quartiles = [Interval(spread.median, spread.low, spread.high) for spread in spreads]
-            accuracies = [point.accuracy[FULL, metric] for point in own]
-            ax.errorbar(
-                [point.cost(cost) or 0 for point in own], [i.value for i in accuracies],
-                xerr=style.bars(quartiles) if quartiles else None,
-                yerr=style.bars(accuracies), linestyle="none", color=look.colour,
-                marker=look.marker, elinewidth=0.9, label=look.label,
+            own = [point for point in points if point.method == method]
+            times = [point.time[cost] for point in own if cost in point.time]
+            style.draw_series(
+                ax, [point.cost(cost) or 0 for point in own],
+                [point.accuracy[FULL, metric] for point in own], method_info(method),
+                xerr=style.bars(times) if times else None, linestyle="none",
             )  # fmt: skip
         front = pareto_front(points, cost, metric)
         ax.plot(
@@ -379,18 +362,12 @@ def speed_vs_depth(run: Source, *, ax: Axes | None = None) -> Axes:
     summary = as_summary(run)
     points = {kind: timed(summary, kind) for kind in KINDS}
     need(every(points), summary, "times of a depth and the teacher")
-    with figure_style():
-        ax = ax or new_axes()
+    with style.drawing(ax) as ax:
         blocks, first = summary.blocks, min(point.depth for point in every(points))
-        for index, (kind, (label, colour, marker)) in enumerate(KINDS.items()):
-            speeds = [point.speed[kind] for point in points[kind]]
-            if speeds:
-                depths = [point.depth for point in points[kind]]
-                ax.errorbar(
-                    style.beside(depths, index, 2, 0.16), [speed.value for speed in speeds],
-                    yerr=style.bars(speeds), color=colour, marker=marker, elinewidth=1,
-                    label=label,
-                )  # fmt: skip
+        for index, (kind, look) in enumerate(KINDS.items()):
+            if points[kind]:
+                places = style.beside([point.depth for point in points[kind]], index, 2, 0.16)
+                style.draw_series(ax, places, [p.speed[kind] for p in points[kind]], look)
         ideal = np.linspace(first, blocks, 100)
         ax.plot(ideal, blocks / ideal, ":", color=MUTED, linewidth=1.1, label="blocks alone")
         ax.axhline(1, color=INK, linewidth=0.9)
@@ -409,12 +386,12 @@ def speed_reading(summary: Summary) -> str:
     """How much faster the shallowest depth is."""
     points = {kind: timed(summary, kind) for kind in KINDS}
     said = []
-    for kind, (label, _, _) in KINDS.items():
+    for kind, look in KINDS.items():
         if points[kind]:
             first = points[kind][0]
             said.append(
                 f"At depth {first.depth} a model is {' '.join(style.times(first.speed[kind]))} as "
-                f"fast {label} as at full depth; blocks alone would give "
+                f"fast {look.label} as at full depth; blocks alone would give "
                 f"{style.significant(summary.blocks / first.depth)}\u00d7."
             )
     return " ".join(said)
@@ -423,8 +400,7 @@ def speed_reading(summary: Summary) -> str:
 # --- the figures of the page -----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FigureEntry:
+class FigureEntry(NamedTuple):
     """A figure of the page: where it stands, how it is drawn, what it shows.
 
     ``reading`` is caption and spoken label, empty where there is no data; both functions take the
@@ -435,29 +411,27 @@ class FigureEntry:
     section: str
     draw: Callable[..., Axes]
     reading: Callable[..., str]
-    chosen: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, str] = MappingProxyType({})
 
 
-NDCG, HR = {"metric": "NDCG@10"}, {"metric": "HR@10"}
 FIGURES = (
     FigureEntry("kept_vs_depth", "depth", kept_vs_depth, kept_reading),
-    FigureEntry("accuracy_vs_depth_ndcg10", "depth", accuracy_vs_depth, depth_reading, NDCG),
-    FigureEntry("accuracy_vs_depth_hr10", "depth", accuracy_vs_depth, depth_reading, HR),
     *(
-        FigureEntry(f"accuracy_vs_{name}", "pareto", accuracy_vs_cost, cost_reading, {"cost": cost})
-        for cost, name in (
-            ("parameters", "parameters"), ("inference", "inference_time"),
-            ("training", "training_time"),
+        FigureEntry(f"accuracy_vs_depth_{name}", "depth", accuracy_vs_depth, depth_reading, chosen)
+        for name, chosen in (("ndcg10", {"metric": "NDCG@10"}), ("hr10", {"metric": "HR@10"}))
+    ),
+    *(
+        FigureEntry(
+            f"accuracy_vs_{name.replace(' ', '_')}", "pareto", accuracy_vs_cost, cost_reading,
+            {"cost": cost},
         )
+        for cost, (name, _) in COSTS.items()
     ),
     FigureEntry("skip_sensitivity", "blocks", skip_sensitivity, skip_reading),
     FigureEntry("block_influence", "blocks", block_influence, influence_reading),
-    *(
-        FigureEntry(name, "maps", span_map, span_reading, {"score": score})
-        for name, score in (
-            ("span_damage", "damage"), ("angular_distance", "angular-distance"), ("cka", "cka")
-        )
-    ),
+    FigureEntry("span_damage", "maps", span_map, span_reading, {"score": "damage"}),
+    FigureEntry("angular_distance", "maps", span_map, span_reading, {"score": "angular-distance"}),
+    FigureEntry("cka", "maps", span_map, span_reading, {"score": "cka"}),
     FigureEntry("settling_depth", "hurt", settling_depth, settling_reading),
     FigureEntry("ablation_changes", "ablation", ablation_changes, ablation_reading),
     FigureEntry("speed_vs_depth", "cost", speed_vs_depth, speed_reading),

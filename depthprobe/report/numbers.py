@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import (
     Interval,
-    bootstrap_ratio,
     interval,
     median_ratio,
     resampled_means,
@@ -53,16 +52,6 @@ STATES, SETTLING = "similarity", "settling"  # whose tables figures of blocks an
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of timing rounds, in milliseconds."""
-
-    median: float
-    low: float
-    high: float
-    rounds: int
-
-
-@dataclass(frozen=True)
 class Point:
     """A method at some kept blocks; every finished seed of it."""
 
@@ -76,7 +65,7 @@ class Point:
     parameters: Mapping[str, float] = field(repr=False)  # blocks, adapters, ..., total, trainable
     accuracy: Mapping[tuple[str, str], Interval] = field(repr=False)  # (protocol, metric)
     ratio: Mapping[tuple[str, str], Interval] = field(repr=False)  # the same, over the teacher's
-    time: Mapping[str, Spread] = field(repr=False)  # "training" a step, "inference", "latency"
+    time: Mapping[str, Interval] = field(repr=False)  # median and quartiles, in ms
     speed: Mapping[str, Interval] = field(repr=False)  # the teacher's time over this one's
 
     @property
@@ -113,7 +102,7 @@ class Point:
         """Total parameters, or median milliseconds of a kind of time; None if unknown."""
         if name == "parameters":
             return self.parameters.get("total")
-        return self.time[name].median if name in self.time else None
+        return self.time[name].value if name in self.time else None
 
 
 def less_one(ratio: Interval) -> Interval:
@@ -137,36 +126,27 @@ class Ranks:
     """The test users' ranks of every trial, and the per-user metrics made from them."""
 
     def __init__(self, users: pd.DataFrame) -> None:
-        self._ranks: dict[tuple[str, str], tuple[NDArray[np.int64], Array]] = {}
-        for (trial, protocol), part in users.groupby(["trial", "protocol"], sort=False):
-            ids = part["user"].to_numpy(dtype=np.int64)
-            order = np.argsort(ids, kind="stable")
-            ranks = part["rank"].to_numpy(dtype=np.float64)
-            self._ranks[str(trial), str(protocol)] = ids[order], ranks[order]
+        self._ranks = {  # by protocol, (users, trials)
+            str(protocol): part.pivot(index="user", columns="trial", values="rank").astype(float)
+            for protocol, part in users.groupby("protocol", observed=True)
+        }
 
     def users(self, trials: Iterable[str]) -> int:
         """How many users were ranked for these trials, under full ranking."""
-        ranked = (self._ranks.get((trial, FULL)) for trial in trials)
-        return min((len(own[0]) for own in ranked if own is not None), default=0)
+        trials = list(trials)
+        return int(self._ranks[FULL][trials].count().min()) if self.has(trials) else 0
 
     def has(self, trials: Sequence[str], protocol: str = FULL) -> bool:
         """Whether every one of these trials was ranked under the protocol."""
-        return bool(trials) and all((trial, protocol) in self._ranks for trial in trials)
+        ranked = self._ranks.get(protocol, pd.DataFrame()).columns
+        return bool(trials) and all(trial in ranked for trial in trials)
 
     def values(self, protocol: str, metric: str, arms: Sequence[Sequence[str]]) -> list[Array]:
         """Per-user metric (S, U) of each arm's trials, over the users that all of them ranked."""
-        ranked = [self._ranks[trial, protocol] for arm in arms for trial in arm]
-        common = ranked[0][0]
-        for ids, _ in ranked[1:]:
-            if not np.array_equal(ids, common):
-                common = np.intersect1d(common, ids)
-        rows = iter(
-            per_user_metric(
-                ranks if len(ids) == len(common) else ranks[np.isin(ids, common)], metric
-            )
-            for ids, ranks in ranked
-        )
-        return [np.stack([next(rows) for _ in arm]) for arm in arms]
+        trials = list(dict.fromkeys(trial for arm in arms for trial in arm))
+        common = self._ranks[protocol][trials].dropna()
+        values = {trial: per_user_metric(common[trial].to_numpy(), metric) for trial in trials}
+        return [np.stack([values[trial] for trial in arm]) for arm in arms]
 
 
 def draws_of_means(arms: Sequence[Array], resamples: int) -> Array:
@@ -209,33 +189,24 @@ def _make_points(
     points = []
     for place, (rows, method, own) in enumerate(zip(groups, methods, seeds, strict=True)):
         first = rows.iloc[0]
+        kept, removed = (
+            str(first[name]) if rows[name].nunique() == 1 else "other blocks with each seed"
+            for name in ("kept", "removed")
+        )
+        parameters = {
+            str(name).removeprefix(PARAMETERS): float(value)
+            for name, value in first.items()
+            if str(name).startswith(PARAMETERS) and pd.notna(value) and value > 0
+        }
         time, speed = _timing(own, {} if method == TEACHER else teacher, records)
         points.append(
             Point(
-                method=method,
-                depth=int(first["depth"]),
-                kept=_in_all(rows["kept"]),
-                removed=_in_all(rows["removed"]),
-                trials=tuple(own.values()),
-                seeds=tuple(own),
-                users=ranks.users(own.values()),
-                parameters={
-                    str(name).removeprefix(PARAMETERS): float(value)
-                    for name, value in first.items()
-                    if str(name).startswith(PARAMETERS) and pd.notna(value) and value > 0
-                },
-                accuracy=accuracy[place],
-                ratio={} if method == TEACHER else ratio[place],
-                time=time,
-                speed=speed,
+                method, int(first["depth"]), kept, removed, tuple(own.values()), tuple(own),
+                ranks.users(own.values()), parameters, accuracy[place],
+                {} if method == TEACHER else ratio[place], time, speed,
             )
-        )
+        )  # fmt: skip
     return points
-
-
-def _in_all(texts: pd.Series) -> str:
-    """The text that all seeds share."""
-    return str(texts.iloc[0]) if texts.nunique() == 1 else "other blocks with each seed"
 
 
 def _accuracies(
@@ -281,17 +252,16 @@ def _accuracies(
 
 def _timing(
     own: Group, teacher: Group, records: Mapping[str, Record]
-) -> tuple[dict[str, Spread], dict[str, Interval]]:
+) -> tuple[dict[str, Interval], dict[str, Interval]]:
     """Medians of each kind of time, and how many times faster than the teacher."""
-    time: dict[str, Spread] = {}
-    speed: dict[str, Interval] = {}
+    time, speed = {}, {}
     for kind, parts in TIMES.items():
         rounds = {seed: _rounds(records.get(trial), parts) for seed, trial in own.items()}
         # one measurement may stand in the records of several seeds: it counts once
         measured = sorted({r for r in rounds.values() if r})
         if measured:
             low, median, high = 1e3 * np.quantile(np.concatenate(measured), [0.25, 0.5, 0.75])
-            time[kind] = Spread(float(median), float(low), float(high), sum(map(len, measured)))
+            time[kind] = Interval(float(median), float(low), float(high))
         pairs = {
             (rounds[seed], _rounds(records.get(teacher[seed]), parts))
             for seed in own
@@ -359,14 +329,8 @@ class Summary:
 
     def against(self, point: Point, other: Point) -> Interval | None:
         """Headline metric of one point over another's, paired; None without a common seed."""
-        seeds = [seed for seed in point.seeds if seed in other.seeds]
-        trials = point.of_seeds(seeds), other.of_seeds(seeds)
-        if not self.ranks.has([*trials[0], *trials[1]]):
-            return None
-        values, reference = self.ranks.values(FULL, HEADLINE, trials)
-        if not reference.any():
-            return None
-        return bootstrap_ratio(values, reference, resamples=self.resamples)
+        change = paired_changes(self, [(point, other)])[0]
+        return change.ratio if change else None
 
 
 @dataclass(frozen=True)
@@ -385,10 +349,8 @@ def paired_changes(
     """The change of each pair's first model against its second, over the seeds that both have.
 
     Pairs with the same seeds share their draws. None without a common seed, for one user alone,
-    and where neither has a hit: draws are all 0 then, and sure of nothing.
-
-    Args:
-        inside: which users count, (U,); all by default.
+    and where neither has a hit: draws are all 0 then, and sure of nothing. ``inside`` says which
+    users count, (U,); all by default.
     """
     found: list[Change | None] = [None] * len(pairs)
     common = [tuple(s for s in one.seeds if s in other.seeds) for one, other in pairs]
@@ -440,8 +402,8 @@ def summarise(run: Run | str | Path) -> Summary:
         done = trials[trials["status"] == "done"].sort_values("seed", kind="stable")
         # a search keeps other blocks with another seed, and is one method all the same
         one = ~done["method"].map(lambda name: method_info(name).by_block).astype(bool)
-        by = {name: done[name].mask(one, "") for name in ("kept", "removed")}
-        groups = [rows for _, rows in done.groupby(["method", "depth", *by.values()], sort=False)]
+        by = [done[name].mask(one, "") for name in ("kept", "removed")]
+        groups = [rows for _, rows in done.groupby(["method", "depth", *by], sort=False)]
     ranks = Ranks(run.users)
     records = {record.id: record for record in run.records}
     made = _make_points(groups, ranks, records, resamples=int(protocol.resamples))
@@ -470,18 +432,11 @@ def summarise(run: Run | str | Path) -> Summary:
                     settled = replace(point, ratio={**point.ratio, (FULL, HEADLINE): row.kept})
                     candidates[row.method, row.depth] = settled
                     points[points.index(point)] = settled
+    left_out = tuple(point for key, point in offered.items() if key not in candidates)
     return Summary(
-        run=run,
-        points=tuple(points),
-        blocks=blocks,
-        margin=float(protocol.margin),
-        sufficiency=sufficiency,
-        candidates=candidates,
-        seeds_compared=seeds,
-        left_out=tuple(p for key, p in offered.items() if key not in candidates),
-        failed=trials[trials["status"] != "done"] if len(trials) else trials,
-        ranks=ranks,
-    )
+        run, tuple(points), blocks, float(protocol.margin), sufficiency, candidates, seeds,
+        left_out, trials[trials["status"] != "done"] if len(trials) else trials, ranks,
+    )  # fmt: skip
 
 
 def _common_seeds(

@@ -43,13 +43,12 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
 
     Raises:
         BadInput: if the path is no run.
-        ValueError: if the run's metrics break a bound that must hold between them.
     """
     summary = as_summary(run)
     folder, manifest = summary.run.path, summary.run.manifest
     tables = all_tables(summary)
-    if (reliance := reliance_table(summary)) is not None:
-        tables[reliance.name] = reliance
+    if reliance := reliance_table(summary):
+        tables["reliance"] = reliance
     for table in tables.values():
         save_table(table, folder / "tables")
     figures = _figures(summary, folder / "figures")
@@ -63,12 +62,9 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
             for name, title, needed in SECTIONS
             if needed is None or name in figures or any(table in tables for table in needed)
         ],
-        figures=figures,
-        tables=tables,
-        facts=how_measured(summary),
-        negatives=negatives_of(summary.run.study),
-        command=manifest.command or "",
-        created=manifest.created[:10],
+        figures=figures, tables=tables,
+        facts=how_measured(summary), negatives=negatives_of(summary.run.study),
+        command=manifest.command or "", created=manifest.created[:10],
         methods=[method for name, method in METHODS.items() if name in methods],
     )  # fmt: skip
     target = Path(output) if output is not None else folder / "report.html"
@@ -81,12 +77,9 @@ def environment() -> Environment:
     """The templates of the pages; everything that is put into them is escaped."""
     # autoescape=True and not select_autoescape: that one ignores the names of templates like ours
     made = Environment(
-        autoescape=True,
-        loader=PackageLoader("depthprobe.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        autoescape=True, loader=PackageLoader("depthprobe.report"), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     made.filters["unbroken"] = _unbroken
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,10 +27,13 @@ from depthprobe.report.numbers import (
     as_summary,
     span_of,
 )
-from depthprobe.report.tables import Cell, Column, Table, label, make_table, ready, records, text
+from depthprobe.report.tables import Column, Table, correlation, label, make_table, plain, records
 
 Span = tuple[int, int]  # [start, end)
-Scores = dict[str, dict[Span, float]]  # by name; higher: believed to matter more
+OF_PARTS = {  # scores of parts of blocks: which part, and what it is called
+    "attention-influence": ("attention", "attention alone"),
+    "mlp-influence": ("mlp", "MLP alone"),
+}
 FEWEST_CANDIDATES = 4  # of three, every sixth order is the right one by chance
 
 
@@ -49,8 +52,7 @@ def block_scores(summary: Summary, score: str = "") -> pd.DataFrame:
     return scores[scores["score"] == score] if score else scores
 
 
-@dataclass(frozen=True)
-class _Question:
+class _Question(NamedTuple):
     """Candidates of one kind: what they are called, and which method measured their damage."""
 
     kind: str
@@ -72,32 +74,27 @@ def reliance_table(run: Source) -> Table | None:
         for question in _questions(summary, seed):
             frame = _correlations(summary, question, seed)
             if frame is not None:
-                frames.append(frame.assign(candidate=question.kind, by=question.method, seed=seed))
+                frame.insert(0, "candidate", question.kind)
+                frame.insert(1, "by", question.method)
+                frame.insert(2, "seed", seed)
+                frames.append(frame)
     if not frames:
         return None
     frame = pd.concat(frames, ignore_index=True)
-    frame = frame[["candidate", "by", "seed", *frame.columns.drop(["candidate", "by", "seed"])]]
     rows = records(frame)
     for row in rows:
         row["group"] = row["candidate"], row["by"], row["seed"]
         row["score"] = re.sub(r"(?<=\w)-(?=\w)", " ", row["score"])
-        found = (row["reliability"], math.nan, math.nan)
-        row["reliability"] = _cell(found)
+        row["reliability"] = Interval(row["reliability"], math.nan, math.nan)
         for name in ("spearman", "kendall"):
-            row[name] = _cell((row[name], row[f"{name}_low"], row[f"{name}_high"]))
+            row[name] = Interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
     columns: list[Column] = [
-        ("candidates", "candidate", text), ("damage by", "by", label),
-        ("cheap score", "score", text), ("seed", "seed", text), ("number", "candidates", text),
-        ("damage's reliability", "reliability", ready), ("Spearman", "spearman", ready),
-        ("Kendall", "kendall", ready),
+        ("candidates", "candidate", plain), ("damage by", "by", label),
+        ("cheap score", "score", plain), ("seed", "seed", plain), ("number", "candidates", plain),
+        ("damage's reliability", "reliability", correlation), ("Spearman", "spearman", correlation),
+        ("Kendall", "kendall", correlation),
     ]  # fmt: skip
     return make_table("reliance", rows, columns, words=3, group="group", frame=frame)
-
-
-def _cell(found: tuple[float, float, float]) -> Cell | None:
-    if not math.isfinite(found[0]):
-        return None
-    return Cell(f"{found[0]:.2f}", style.bounds(Interval(*found), digits=2))
 
 
 def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
@@ -114,17 +111,18 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
         span = span_of(trial["removed"])
         if trial["method"] in spans and span is not None:
             spans[trial["method"]][span] = trial["trial"]
-    of_parts = {f"{part}-influence" for part in PARTS}
-    of_spans = {name: dict(values) for name, values in scores.items() if name not in of_parts}
+    of_spans = {name: own for name, own in scores.items() if name not in OF_PARTS}
     of_blocks = {
-        name: {span: v for span, v in values.items() if span[1] - span[0] == 1}
-        for name, values in of_spans.items()
+        name: {span: v for span, v in own.items() if span[1] - span[0] == 1}
+        for name, own in of_spans.items()
     }
     yield _Question("blocks", BLOCK, spans[BLOCK], of_blocks)
 
-    full = [trial for trial in done if trial["method"] == TEACHER]
-    top = means[full[0]["trial"]] if full else math.nan
-    damages = {span: top - means[trial] for span, trial in spans[BLOCK].items() if full}
+    full = next((trial for trial in done if trial["method"] == TEACHER), None)
+    if full is None:
+        return
+    top = means[full["trial"]]
+    damages = {span: top - means[trial] for span, trial in spans[BLOCK].items()}
     for name, values in (*of_blocks.items(), (f"{BLOCK} damage", damages)):
         # a score of single blocks is one of spans by its sum
         if name not in of_spans or not set(spans[SPAN]) <= set(of_spans[name]):
@@ -135,15 +133,15 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
             }
     yield _Question("spans", SPAN, spans[SPAN], of_spans)
 
-    for part, kind in (("attention", "attention alone"), ("mlp", "MLP alone")):
-        of_part = {name: scores[name] for name in scores if name == f"{part}-influence"}
+    for name, (part, kind) in OF_PARTS.items():
+        of_part = {name: scores[name]} if name in scores else {}
         yield _Question(kind, PARTS[part], spans[PARTS[part]], of_part)
 
     # depths below the full one, against the accuracy after training there
     shallow: dict[str, dict[Span, str]] = {}
     for trial in done:
-        if full and trial["depth"] < full[0]["depth"]:
-            removed = trial["depth"], full[0]["depth"]
+        if trial["depth"] < full["depth"]:
+            removed = trial["depth"], full["depth"]
             shallow.setdefault(trial["method"], {})[removed] = trial["trial"]
     read = {
         f"{style.method_info(method).label} loss": {
@@ -158,16 +156,15 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
             yield _Question("depths", method, shallow[method], usable)
 
 
-def _scores(summary: Summary, seed: int) -> Scores:
+def _scores(summary: Summary, seed: int) -> dict[str, dict[Span, float]]:
     """The run's scores by name and span, each turned so that more means more important."""
-    found: Scores = {}
+    found: dict[str, dict[Span, float]] = {}
     scores = block_scores(summary)
-    own = scores[(scores["seed"] == seed) & (scores["score"] != "norm")]
-    columns = (own[name] for name in ("score", "start", "end", "value"))
-    for name, start, end, value in zip(*columns, strict=True):
-        turned = 1 - float(value) if name == "cka" else float(value)
-        called = "1 - CKA" if name == "cka" else str(name).replace("taylor", "Taylor")
-        found.setdefault(called, {})[int(start), int(end)] = turned
+    for row in records(scores[(scores["seed"] == seed) & (scores["score"] != "norm")]):
+        name, value = row["score"].replace("taylor", "Taylor"), row["value"]
+        if name == "cka":
+            name, value = "1 - CKA", 1 - value
+        found.setdefault(name, {})[row["start"], row["end"]] = value
     return found
 
 

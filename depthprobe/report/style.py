@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
-from depthprobe.methods import METHODS, Method, Work, no_trials
+from depthprobe.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from depthprobe.report.numbers import Summary
@@ -61,6 +61,11 @@ def percent(share: float, digits: int = 1, *, sign: bool = False) -> str:
     """A share as per cent: 0.992 is "99.2 %"; with its sign "+99.2 %"."""
     plus = "+" if sign else ""
     return f"{100 * share:{plus}.{digits}f} %" if math.isfinite(share) else NONE
+
+
+def plain_percent(share: float) -> str:
+    """A setting as per cent, with no more digits than it has: 0.01 is "1 %"."""
+    return f"{100 * share:g} %"
 
 
 def count(value: float | None) -> str:
@@ -149,10 +154,7 @@ def method_info(name: str) -> Method:
     A run may hold trials of a plug-in that this machine lacks: they are shown, but no answer.
     """
     base, _, variant = name.partition(":")
-    method = METHODS.get(base) or Method(
-        name=base, label=base, summary="", role="probe", run="", trials=no_trials,
-        work=lambda task, sizes, study: Work(),
-    )  # fmt: skip
+    method = METHODS.get(base) or Method(name=base, role="probe", run="")
     if not variant:
         return method
     place = zlib.crc32(variant.encode())
@@ -165,16 +167,36 @@ def method_info(name: str) -> Method:
 # --- figures ---------------------------------------------------------------------------------
 
 
-@contextmanager
-def figure_style() -> Iterator[None]:
+@dataclass(frozen=True)
+class Look:
+    """How a series that is no method's is drawn."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+def figure_style() -> AbstractContextManager[None]:
     """The one figure style; holds while drawing and while saving, leaves matplotlib as it was."""
-    with rc_context(fname=RC):
-        yield
+    return rc_context(fname=RC)
 
 
-def new_axes(size: tuple[float, float] = SIZE) -> Axes:
-    """Axes of a figure of their own, which makes room for names and the legend."""
-    return Figure(figsize=size, layout="constrained").add_subplot()
+@contextmanager
+def drawing(ax: Axes | None, size: tuple[float, float] = SIZE) -> Iterator[Axes]:
+    """The given axes in the figure style; else those of a figure of their own."""
+    with figure_style():
+        yield ax or Figure(figsize=size, layout="constrained").add_subplot()
+
+
+def draw_series(
+    ax: Axes, places: Iterable[float], values: Sequence[Interval], look: Look | Method, **more: Any
+) -> None:
+    """Points with their intervals as vertical bars, joined by a line unless told otherwise."""
+    options: dict[str, Any] = {"elinewidth": 1, "label": look.label} | more
+    ax.errorbar(
+        list(places), [each.value for each in values], yerr=bars(values), color=look.colour,
+        marker=look.marker, **options,
+    )  # fmt: skip
 
 
 def legend(ax: Axes, *, columns: int = 1) -> None:

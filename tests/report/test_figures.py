@@ -24,6 +24,7 @@ from depthprobe.report.figures import (
     FIGURES,
     accuracy_vs_cost,
     accuracy_vs_depth,
+    kept_limits,
     kept_reading,
     kept_side_by_side,
     kept_vs_depth,
@@ -73,6 +74,14 @@ def test_infinite_bounds_are_left_out_and_the_caption_says_so(summary: Summary) 
     assert all(np.ptp(segment[:, 1]) == 0 for segment in bars.get_segments())
     assert "4 of the intervals have an infinite end, which is not drawn." in kept_reading(endless)
     assert "infinite" not in kept_reading(summary)
+
+
+def test_models_out_of_reach_do_not_widen_the_scale(summary: Summary) -> None:
+    low, _ = kept_limits(summary)
+    trained = [p.ratio[FULL, HEADLINE].low for p in summary.points if p.info.role == "trained"]
+    shallow = min(p.ratio[FULL, HEADLINE].low for p in summary.of("early-exit"))
+    assert 100 * shallow < low - 20  # a depth without training that keeps little
+    assert low <= 100 * min(trained)
 
 
 def test_panels_of_several_runs_share_one_scale(summary: Summary) -> None:

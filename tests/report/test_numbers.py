@@ -81,7 +81,7 @@ def test_times_are_medians_of_rounds(run: Any, summary: Summary) -> None:
     point = point_of(summary, "finetune", 4)
     timing = next(record for record in run.records if record.id == point.trials[0]).costs.timing
     both = np.add(timing["encode"].seconds, timing["score"].seconds)
-    assert point.time["inference"].median == pytest.approx(1e3 * np.median(both))
+    assert point.time["inference"].value == pytest.approx(1e3 * np.median(both))
     assert point.speed["training"].value > 2
 
 

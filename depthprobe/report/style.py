@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.statistics import Interval
@@ -189,12 +189,17 @@ def drawing(ax: Axes | None, size: tuple[float, float] = SIZE) -> Iterator[Axes]
 
 
 def draw_series(
-    ax: Axes, places: Iterable[float], values: Sequence[Interval], look: Look | Method, **more: Any
+    ax: Axes,
+    places: ArrayLike,
+    values: Sequence[Interval],
+    look: Look | Method,
+    **more: Any,
 ) -> None:
     """Points with their intervals as vertical bars, joined by a line unless told otherwise."""
     options: dict[str, Any] = {"elinewidth": 1, "label": look.label} | more
     ax.errorbar(
-        list(places), [each.value for each in values], yerr=bars(values), color=look.colour,
+        np.asarray(places, dtype=np.float64), [each.value for each in values],
+        yerr=bars(values), color=look.colour,
         marker=look.marker, **options,
     )  # fmt: skip
 

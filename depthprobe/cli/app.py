@@ -18,7 +18,7 @@ from typer.main import get_command
 import depthprobe
 from depthprobe.cli import check, cost, data, recommend, runs, sweep
 from depthprobe.errors import BadInput
-from depthprobe.runs.processes import launched
+from depthprobe.runs.processes import FirstProcessError, launched
 
 # a disk that is full, read-only, somebody else's or gone is no fault of the program
 DISK_FAULTS = {ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EIO, ESTALE}
@@ -114,6 +114,8 @@ def _run(arguments: list[str], debug: bool) -> int:
             return _fail(str(error), BAD_INPUT)
         if isinstance(error, UsageError):
             return _fail(_usage(error), BAD_INPUT)
+        if isinstance(error, FirstProcessError):
+            return _fail(str(error), FAILED)
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             place = f": {error.filename}" if error.filename else ""
             reason = f"{os.strerror(error.errno or 0)}{place}"

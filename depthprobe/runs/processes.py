@@ -53,8 +53,8 @@ class ProcessGroup:
             try:
                 outcome[0] = action()
             except Exception as error:  # others in words: not every error survives pickling
-                words = FirstProcessError(f"{type(error).__name__}: {error}")
-                outcome[1] = error if isinstance(error, BadInput) else words
+                words = f"the first process failed: {type(error).__name__}: {error}"
+                outcome[1] = error if isinstance(error, BadInput) else FirstProcessError(words)
                 torch.distributed.broadcast_object_list(outcome)
                 raise
         torch.distributed.broadcast_object_list(outcome)

@@ -41,10 +41,7 @@ class Claims:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        retry: Mapping[str, int],
-        group: ProcessGroup | None = None,
+        self, folder: Path, retry: Mapping[str, int], group: ProcessGroup | None = None
     ) -> None:
         self._run, self._retry, self._group = folder, retry, group or ProcessGroup()
         self._locks: dict[str, FileLock] = {}
@@ -55,25 +52,17 @@ class Claims:
 
     def leave(self, task: Task) -> None:
         """Let go of a task, once its records are written; of one that is not held, nothing."""
-        self._let_go(task.id)
+        if (lock := self._locks.pop(task.id, None)) is not None:
+            _remove(lock)
 
     def leave_all(self) -> None:
         """Let go of everything."""
-        for name in list(self._locks):
-            self._let_go(name)
-
-    def _let_go(self, name: str) -> None:
-        lock = self._locks.pop(name, None)
-        if lock is not None:
-            # unlink while holding the lock; a waiter then sees an unlinked inode and retries
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+        while self._locks:
+            _remove(self._locks.popitem()[1])
 
     def _take(self, task: Task) -> State:
-        lock = _lock(self._run / LOCKS / f"{task.id}.lock")
-        try:
-            _acquire(lock, 0)
-        except Timeout:
+        lock = _lock(self._run, task.id)
+        if not _acquire(lock):
             return "theirs"
         self._locks[task.id] = lock
         outputs = outputs_of(self._run, task)  # read under the lock: another sweep may have done it
@@ -87,12 +76,10 @@ class Claims:
 @contextmanager
 def whole_run(folder: Path, progress: Progress) -> Iterator[None]:
     """Alone with what all trials share: waits until no other sweep is at it."""
-    lock = _lock(folder / LOCKS / f"{WHOLE_RUN}.lock")
-    try:
-        _acquire(lock, 0)
-    except Timeout:
+    lock = _lock(folder, WHOLE_RUN)
+    if not _acquire(lock):
         progress.message("waiting for another sweep of this run")
-        _acquire(lock, -1)
+        _acquire(lock, wait=True)
     try:
         yield
     finally:
@@ -105,11 +92,10 @@ def clear(folder: Path) -> None:
     A sweep that was killed leaves the files of its locks.
     """
     for place in [*(folder / LOCKS).glob("*.lock")]:
-        lock = _lock(place)
-        with suppress(OSError, Timeout):
-            _acquire(lock, 0)
-            place.unlink(missing_ok=True)
-            lock.release()
+        lock = _lock(folder, place.stem)
+        with suppress(OSError):
+            if _acquire(lock):
+                _remove(lock)
     with suppress(OSError):
         (folder / LOCKS).rmdir()
 
@@ -118,32 +104,35 @@ def held(folder: Path) -> list[str]:
     """Tasks of a run that some living process works on, by name."""
     names = []
     for place in sorted((folder / LOCKS).glob("[!.]*.lock")):
-        lock = _lock(place)
-        try:
-            _acquire(lock, 0)
-        except Timeout:
-            names.append(place.stem)
-        except OSError:  # a run that this user may only read: nothing can be found out
-            continue
-        else:
-            lock.release()
+        lock = _lock(folder, place.stem)
+        with suppress(OSError):  # a run that this user may only read: nothing can be found out
+            if _acquire(lock):
+                lock.release()
+            else:
+                names.append(place.stem)
     return names
 
 
-def _lock(path: Path) -> FileLock:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path, thread_local=False)
+def _lock(folder: Path, name: str) -> FileLock:
+    return FileLock(folder / LOCKS / f"{name}.lock", thread_local=False)
 
 
-def _acquire(lock: FileLock, timeout: float) -> None:
-    """Take a lock, though another sweep that ends may remove its folder in between."""
+def _acquire(lock: FileLock, *, wait: bool = False) -> bool:
+    """Take a lock, though another sweep that ends may remove its folder meanwhile."""
     while True:
-        try:
-            lock.acquire(timeout=timeout)
-        except FileNotFoundError:
-            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        else:
-            return
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            try:
+                lock.acquire(timeout=-1 if wait else 0)
+            except Timeout:
+                return False
+            return True
+
+
+def _remove(lock: FileLock) -> None:
+    """Unlink a lock's file while holding it; a waiter then sees an unlinked inode and retries."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 # --- the queue of tasks --------------------------------------------------------------------------
@@ -153,22 +142,18 @@ POLL = 1.0  # seconds until tasks that another sweep holds are looked at again
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended; ``error`` is None when it did its work.
-
-    ``elsewhere``: another sweep of the run did it and wrote its records.
-    """
+    """How a task ended; ``error`` is None when it did its work."""
 
     task: Task
     error: str | None
     seconds: float
-    elsewhere: bool = False
-
-
-Work = Callable[[Task], float]
+    elsewhere: bool = False  # another sweep of the run did it and wrote its records
 
 
 class Queue:
     """Tasks in the order of the plan, until each has ended here or elsewhere.
+
+    Whoever gets a task or an outcome from it hands the outcome back to :meth:`end`.
 
     Args:
         done: ids of trials whose records are there.
@@ -197,39 +182,27 @@ class Queue:
             return task if lost is None else Outcome(task, f"needs {lost}, which failed", 0.0)
         return None
 
-    def end(self, outcome: Outcome) -> Iterator[Outcome]:
-        """Hand an outcome on; what waits for the task may begin, and it is let go of."""
+    def __iter__(self) -> Iterator[Task | Outcome]:
+        """One after the other, for who works on them in this process."""
+        while self.waiting:
+            ready = self.next()
+            if ready is None:
+                time.sleep(POLL)
+            else:
+                yield ready
+
+    def end(self, outcome: Outcome) -> None:
+        """Let go of a task that has ended; what waits for it may begin."""
         (self._done if outcome.error is None else self._failed).update(outcome.task.names)
-        yield outcome
         self._claims.leave(outcome.task)
 
 
-# --- executors: they run tasks in the order of their needs ---------------------------------------
-
-
-def run_here(queue: Queue, work: Work, *, caught: type[Exception] = Exception) -> Iterator[Outcome]:
-    """One task after the other in this process; a fault ends its task alone.
-
-    Args:
-        caught: the faults that end their task alone; any other ends the sweep.
-    """
-    while queue.waiting:
-        task = queue.next()
-        if task is None:
-            time.sleep(POLL)
-        elif isinstance(task, Outcome):
-            yield from queue.end(task)
-        else:
-            try:
-                outcome = Outcome(task, None, work(task))
-            except caught as error:
-                outcome = Outcome(task, describe(error), 0.0)
-            yield from queue.end(outcome)
+# --- workers -------------------------------------------------------------------------------------
 
 
 def run_in_processes(
     queue: Queue,
-    work: Work,
+    work: Callable[[Task], Outcome],
     *,
     jobs: int,
     prepare: Callable[..., None],
@@ -238,13 +211,18 @@ def run_in_processes(
     """Up to ``jobs`` tasks at a time; one that kills its process fails alone.
 
     Args:
-        work: called with a task in a worker, returns its seconds.
+        work: called with a task in a worker.
         prepare: called once in each worker, with a counter of workers and then ``arguments``.
     """
-    running: dict[Future[tuple[str | None, float]], Task] = {}
+    running: dict[Future[Outcome], Task] = {}
     suspects: list[Task] = []  # were running when a worker died: run again, one at a time
     context = _Workers()
-    pool = _pool(context, jobs, prepare, arguments)
+
+    def new_pool() -> ProcessPoolExecutor:
+        initial = (context.Value("i", 0), *arguments)
+        return ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare, initargs=initial)
+
+    pool = new_pool()
     try:
         while queue.waiting or running or suspects:
             limit = 1 if suspects else jobs
@@ -253,9 +231,9 @@ def run_in_processes(
                 if ready is None:
                     break
                 if isinstance(ready, Outcome):
-                    yield from queue.end(ready)
+                    yield ready
                 else:
-                    running[pool.submit(_attempt, work, ready)] = ready
+                    running[pool.submit(work, ready)] = ready
             if not running:
                 if queue.waiting:
                     time.sleep(POLL)
@@ -266,20 +244,19 @@ def run_in_processes(
             for future in wait(running, POLL if free else None, FIRST_COMPLETED).done:
                 task = running.pop(future)
                 try:
-                    error, seconds = future.result()
+                    outcome = future.result()
                 except BrokenProcessPool:
                     broken.append(task)
-                    continue
-                yield from queue.end(Outcome(task, error, seconds))
+                else:
+                    yield outcome
             if broken:
                 # every running task is lost with the pool; which one killed it shows when alone
                 broken += running.values()
                 running.clear()
                 pool.shutdown(wait=False, cancel_futures=True)
-                pool = _pool(context, jobs, prepare, arguments)
+                pool = new_pool()
                 if alone:
-                    died = "its process died (killed, or out of memory)"
-                    yield from queue.end(Outcome(broken.pop(), died, 0.0))
+                    yield Outcome(broken.pop(), "its process died (killed, or out of memory)", 0.0)
                 suspects += broken
     finally:
         # at once: after an interrupt nobody waits for their training
@@ -298,14 +275,6 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def _attempt(work: Work, task: Task) -> tuple[str | None, float]:
-    """In a worker: an error is put into words, for not every error survives pickling."""
-    try:
-        return None, work(task)
-    except Exception as error:  # whatever it was, the other tasks go on
-        return describe(error), 0.0
-
-
 class _Workers(SpawnContext):
     """Starts processes and remembers them.
 
@@ -319,12 +288,3 @@ class _Workers(SpawnContext):
         process = SpawnProcess(*arguments, **options)
         self.started.append(process)
         return process
-
-
-def _pool(
-    context: _Workers, jobs: int, prepare: Callable[..., None], arguments: tuple[Any, ...]
-) -> ProcessPoolExecutor:
-    started = context.Value("i", 0)
-    return ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=prepare, initargs=(started, *arguments)
-    )

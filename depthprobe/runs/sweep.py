@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle  # noqa: S403 - to see whether a method can be sent to a worker
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,18 +46,9 @@ from depthprobe.runs.records import (
     write_failure,
     write_manifest,
 )
-from depthprobe.runs.scheduler import (
-    Claims,
-    Outcome,
-    Queue,
-    clear,
-    run_here,
-    run_in_processes,
-    whole_run,
-)
+from depthprobe.runs.scheduler import Claims, Outcome, Queue, clear, run_in_processes, whole_run
 from depthprobe.runs.store import Run, open_run, write_tables
 from depthprobe.study import Study
-from depthprobe.training.loop import DivergedError
 
 MOST_JOBS = 4  # by default on a CPU: each job holds its own copy of the model
 
@@ -144,13 +135,16 @@ def run_sweep(
     workers = 0 if group.processes > 1 else jobs_at_once(jobs, device, len(waiting))
     origin = _provenance(manifest, device, max(1, available_cores() // max(1, workers)))
     try:
-        for outcome in _outcomes(queue, context, origin, workers, group):
+        for ready in _ready(queue, context, origin, workers, group):
+            outcome = worker.work(ready) if isinstance(ready, Task) else ready
             group.from_first(partial(_report, outcome, context, origin, progress))
+            queue.end(outcome)
     finally:
         claims.leave_all()
     if not group.writes:
         return open_run(folder)
-    if waiting or resliced or not _has_tables(folder):
+    up_to_date = (folder / TABLES[0]).is_file() and open_run(folder).written_metrics() is not None
+    if waiting or resliced or not up_to_date:
         with whole_run(folder, progress):
             tidy(folder)
             write_tables(open_run(folder))
@@ -161,11 +155,10 @@ def run_sweep(
 
 def jobs_at_once(jobs: int | None, device: torch.device, tasks: int) -> int:
     """How many of so many tasks run at the same time; 0: in this process."""
-    if jobs is not None:
-        return min(jobs, tasks)
-    if device.type == "cpu":
-        return min(available_cores(), MOST_JOBS, tasks)
-    return min(max(1, torch.cuda.device_count()), tasks)
+    if jobs is None:
+        cpu = device.type == "cpu"
+        jobs = min(available_cores(), MOST_JOBS) if cpu else max(1, torch.cuda.device_count())
+    return min(jobs, tasks)
 
 
 def _sorted(
@@ -194,23 +187,17 @@ def _measure_once(context: Context, blocks: int, progress: Progress) -> None:
         progress.message("every depth is timed")
 
 
-def _outcomes(
+def _ready(
     queue: Queue, context: Context, origin: Provenance, workers: int, group: ProcessGroup
-) -> Iterator[Outcome]:
-    """How the tasks end, in workers or in this process."""
-    if not queue.waiting:
-        return iter(())
-    folder, study = str(context.folder), context.study
-    if workers:
-        arguments = (folder, study, origin, _registered())
-        return run_in_processes(
-            queue, worker.work, jobs=workers, prepare=worker.prepare, arguments=arguments
-        )
-    worker.begin(folder, study, origin, writes=group.writes)
-    # all processes of a group see a training diverge; after any other fault of one of them, the
-    # others would wait for it for ever
-    caught = Exception if group.processes == 1 else DivergedError
-    return run_here(queue, worker.work, caught=caught)
+) -> Iterable[Task | Outcome]:
+    """What workers have done; or tasks for this process, and how those of others ended."""
+    if not workers:
+        worker.begin(context.folder, context.study, origin, group)
+        return queue
+    arguments = (context.folder, context.study, origin, _registered())
+    return run_in_processes(
+        queue, worker.work, jobs=workers, prepare=worker.prepare, arguments=arguments
+    )
 
 
 def _registered() -> list[Method]:
@@ -226,15 +213,15 @@ def _registered() -> list[Method]:
 
 
 def _report(outcome: Outcome, context: Context, origin: Provenance, progress: Progress) -> None:
-    task = outcome.task
+    task, error = outcome.task, outcome.error
     if outcome.elsewhere:
-        status = "failed" if outcome.error else "done"
-        progress.done(task.id, status, outcome.seconds, "in another sweep of this run")
-    elif outcome.error is None:
-        progress.done(task.id, "done", outcome.seconds, _note(context, task))
+        note = "in another sweep of this run"
+    elif error is None:
+        note = _note(context, task)
     else:
-        write_failure(context.outputs(task), task, outcome.error, origin)
-        progress.done(task.id, "failed", outcome.seconds, outcome.error)
+        note = error
+        write_failure(context.outputs(task), task, error, origin)
+    progress.done(task.id, "failed" if error else "done", outcome.seconds, note)
 
 
 def _note(context: Context, task: Task) -> str:
@@ -249,11 +236,6 @@ def _note(context: Context, task: Task) -> str:
     if training is not None and training.reused:
         note += ", trained before"
     return note
-
-
-def _has_tables(folder: Path) -> bool:
-    """Whether the tables of a run are those of its records."""
-    return (folder / TABLES[0]).is_file() and open_run(folder).written_metrics() is not None
 
 
 def _update_manifest(context: Context, seconds: float) -> None:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,8 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
     (trial,) = task.trials
     model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
     objective = NextItem(model, recipe)
-    with context.tracked(trial) as track:
-        done = fit(
-            objective,
-            context.windows,
-            validate=lambda: context.validate(model),
-            track=track,
-            **_settings(context, trial, objective, recipe),
-        )
+    with _fit_settings(context, trial, objective, recipe) as settings:
+        done = fit(objective, context.windows, validate=lambda: context.validate(model), **settings)
     ranks = evaluate(model, context.test, device=context.device)
     yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
 
@@ -79,16 +73,17 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
 def fine_tune(context: Context, task: Task) -> Iterator[Result]:
     """The teacher, a variant cut from the pretrained backbone, or one without pretraining."""
     trial = _with_blocks(context, task.trials[0])
-    result = train_recommender(context, trial, context.new_recommender(trial))
     needed = settings_of(context.study, trial.method).needs_teacher
-    yield replace(result, teacher_seconds=_seconds_of_teacher(context, trial) if needed else 0.0)
+    seconds = _seconds_of_teacher(context, trial) if needed else 0.0
+    model = context.new_recommender(trial)
+    return train_recommender(context, trial, model, teacher_seconds=seconds)
 
 
 def heal(context: Context, task: Task) -> Iterator[Result]:
     """Cut out of the trained teacher, then fine-tuned for a share of its epochs."""
     trial = _with_blocks(context, task.trials[0])
-    result = train_recommender(context, trial, _cut_teacher(context, trial))
-    yield replace(result, teacher_seconds=_seconds_of_teacher(context, trial))
+    seconds = _seconds_of_teacher(context, trial)
+    return train_recommender(context, trial, _cut_teacher(context, trial), teacher_seconds=seconds)
 
 
 def distill(context: Context, task: Task) -> Iterator[Result]:
@@ -105,10 +100,10 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
     if weights.logits and not weights.top:
         goal = context.teacher(trial.seed, trial.blocks).item_matrix().detach()
     distiller = Distiller(student, weights, settings.recipe, teacher, goal_items=goal)
+    distiller.to(context.device)
     if teacher is not None or from_teacher or settings.select in TEACHER_SELECTIONS:
         seconds += _seconds_of_teacher(context, trial)
-    result = train_recommender(context, trial, student, distiller.to(context.device))
-    yield replace(result, teacher_seconds=seconds)
+    return train_recommender(context, trial, student, distiller, teacher_seconds=seconds)
 
 
 def elastic(context: Context, task: Task) -> Iterator[Result]:
@@ -123,16 +118,10 @@ def elastic(context: Context, task: Task) -> Iterator[Result]:
         return float(np.mean([mean_ndcg(ranks[FULL]) for ranks in every[1:]]))
 
     objective = ElasticObjective(model, settings.elastic, recipe)
-    with context.tracked(deepest) as track:
-        done = fit(
-            objective,
-            context.windows,
-            validate=validate,
-            track=track,
-            **_settings(context, deepest, objective, recipe),
-        )
+    with _fit_settings(context, deepest, objective, recipe) as given:
+        done = fit(objective, context.windows, validate=validate, **given)
     ranks = early_exit(model, context.test, device=context.device)
-    epoch = _counted(lambda: trained_epoch(context, deepest, model))
+    flops = _counted(lambda: done.epochs * trained_epoch(context, deepest, model))
     trainable = count_parameters(model)["trainable"]
     for trial in task.trials:
         yield Result(
@@ -142,48 +131,54 @@ def elastic(context: Context, task: Task) -> Iterator[Result]:
             flops=_flops(context, deepest, model, depth=trial.depth),
             fit=done,
             model=model if trial == deepest else None,
-            training_flops=epoch and epoch * done.epochs,
+            training_flops=flops,
         )
 
 
 def train_recommender(
-    context: Context, trial: Trial, model: Recommender, objective: nn.Module | None = None
-) -> Result:
+    context: Context,
+    trial: Trial,
+    model: Recommender,
+    objective: nn.Module | None = None,
+    *,
+    teacher_seconds: float = 0.0,
+) -> Iterator[Result]:
     """Train a recommender on the next item, or on an objective that holds it; then rank."""
     encoder, recipe = _SharedPrompt(model), budgeted(context, trial, model)
     objective = objective or NextItem(model, recipe)
-    with context.tracked(trial) as track:
+    with _fit_settings(context, trial, objective, recipe) as settings:
         done = fit(
             objective,
             context.windows,
             validate=lambda: context.validate(encoder.refresh()),
-            track=track,
-            **_settings(context, trial, objective, recipe),
+            **settings,
         )
-    ranks = evaluate(encoder.refresh(), context.test, device=context.device)
-    epoch = _counted(lambda: trained_epoch(context, trial, model))
-    return Result(
+    yield Result(
         trial,
-        ranks,
+        evaluate(encoder.refresh(), context.test, device=context.device),
         count_parameters(model),
         flops=_flops(context, trial, model),
         fit=done,
+        training_flops=_counted(lambda: done.epochs * trained_epoch(context, trial, model)),
+        teacher_seconds=teacher_seconds,
         model=model,
-        training_flops=epoch and epoch * done.epochs,
     )
 
 
-def _settings(
+@contextmanager
+def _fit_settings(
     context: Context, trial: Trial, objective: nn.Module, recipe: Recipe
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """What all trainings hand to the loop."""
-    return {
-        "recipe": recipe,
-        "seed": trial.seed,
-        "device": context.device,
-        "checkpoint": context.checkpoint(trial),
-        "result": result_file(context, trial, objective, recipe),
-    }
+    with context.tracked(trial) as track:
+        yield {
+            "recipe": recipe,
+            "seed": trial.seed,
+            "device": context.device,
+            "track": track,
+            "checkpoint": context.checkpoint(trial),
+            "result": result_file(context, trial, objective, recipe),
+        }
 
 
 def _with_blocks(context: Context, trial: Trial) -> Trial:

@@ -13,16 +13,10 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    contextmanager,
-    redirect_stderr,
-    redirect_stdout,
-    suppress,
-)
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import msgspec
 import numpy as np
@@ -37,6 +31,7 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.probing.replace import save_replacement
 from depthprobe.runs.context import Context, Result, Scores
 from depthprobe.runs.estimate import timing_of
+from depthprobe.runs.processes import ProcessGroup
 from depthprobe.runs.records import (
     FULL,
     LOGS,
@@ -51,18 +46,11 @@ from depthprobe.runs.records import (
     write_scores,
     write_trial,
 )
+from depthprobe.runs.scheduler import Outcome, describe
 from depthprobe.study import Study
+from depthprobe.training.loop import DivergedError
 
 logger = logging.getLogger(__name__)
-
-
-class Counter(Protocol):
-    """A number that processes share."""
-
-    value: int
-
-    def get_lock(self) -> AbstractContextManager[Any]:
-        """Alone with the number."""
 
 
 class _Worker:
@@ -70,11 +58,11 @@ class _Worker:
 
     context: Context
     provenance: Provenance
-    writes: bool
+    group: ProcessGroup
 
 
 def prepare(
-    started: Counter, folder: str, study: Study, provenance: Provenance, others: Sequence[Method]
+    started: Any, folder: Path, study: Study, provenance: Provenance, others: Sequence[Method]
 ) -> None:
     """Make a process of its own ready: quiet, bound to its parent, with its share of the machine.
 
@@ -113,59 +101,56 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def begin(folder: str, study: Study, provenance: Provenance, *, writes: bool = True) -> None:
-    """Make this process ready for tasks of a run.
+def begin(
+    folder: Path, study: Study, provenance: Provenance, group: ProcessGroup | None = None
+) -> None:
+    """Make this process, or a group of which the first one writes, ready for tasks of a run."""
+    _Worker.context, _Worker.provenance = Context(folder, study), provenance
+    _Worker.group = group or ProcessGroup()
 
-    Args:
-        provenance: of its records.
-        writes: whether it writes them; of several processes that train together one does.
+
+def work(task: Task) -> Outcome:
+    """Do a task and write its records; a fault ends the task alone. Its log is a file of its own.
+
+    In a worker process, warnings and whatever else is printed go there, too.
     """
-    _Worker.writes = writes
-    _Worker.context = Context(Path(folder), study)
-    _Worker.provenance = provenance
-
-
-def work(task: Task) -> float:
-    """Do a task and write its records; returns its seconds. The task's log is a file of its own.
-
-    In a process of its own, warnings and whatever else is printed go there, too.
-    """
-    context, began = _Worker.context, time.perf_counter()
+    context, group, began = _Worker.context, _Worker.group, time.perf_counter()
     log = context.folder / LOGS / f"{task.id}.log"
     log.parent.mkdir(exist_ok=True)
-    with (
-        log.open("a", buffering=1, encoding="utf-8") as file,
-        _logged_to(file),
-        ExitStack() as stack,
-    ):
-        if multiprocessing.parent_process() is not None:
-            stack.enter_context(redirect_stdout(file))
-            stack.enter_context(redirect_stderr(file))
+    with log.open("a", buffering=1, encoding="utf-8") as file, _logged_to(file):
         logger.info("begun by process %d on %s", os.getpid(), platform.node())
         try:
             for result in method_of(task.method).runner()(context, task):
-                if _Worker.writes:
+                if group.writes:
                     _write(task, result, time.perf_counter() - began)
-        except Exception:
+        except Exception as error:  # whatever it was, the other tasks go on
             traceback.print_exc(file=file)
-            raise
+            # all processes of a group see a training diverge; after any other fault of one of
+            # them, the others would wait for it for ever
+            if group.processes > 1 and not isinstance(error, DivergedError):
+                raise
+            return Outcome(task, describe(error), 0.0)  # in words: not every error can be pickled
         seconds = time.perf_counter() - began
         logger.info("done in %.1f s", seconds)
-        return seconds
+        return Outcome(task, None, seconds)
 
 
 @contextmanager
 def _logged_to(file: TextIO) -> Iterator[None]:
     """The package's log lines go to the file, from the one process that writes."""
     package = logging.getLogger("depthprobe")
-    handler = logging.StreamHandler(file) if _Worker.writes else logging.NullHandler()
+    handler = logging.StreamHandler(file) if _Worker.group.writes else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     before = package.level, package.propagate
     package.setLevel(logging.INFO)
     package.propagate = False  # to the file alone: the terminal belongs to the progress
     package.addHandler(handler)
     try:
-        yield
+        with ExitStack() as stack:
+            if multiprocessing.parent_process() is not None:
+                stack.enter_context(redirect_stdout(file))
+                stack.enter_context(redirect_stderr(file))
+            yield
     finally:
         package.removeHandler(handler)
         package.setLevel(before[0])
@@ -200,20 +185,13 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     )
     if fit is not None:
         record.validation = Validation(ndcg=fit.best_score, users=len(context.validation.users))
-        record.costs.training = TrainingCosts(
-            epochs=fit.epochs,
-            steps=fit.steps,
-            seconds=round(fit.seconds, 3),
-            teacher_seconds=round(result.teacher_seconds, 3),
-            flops=result.training_flops,
-            processes=fit.processes,
-            parts=fit.parts,
-            reused=fit.reused,
-            resumed_at=fit.resumed_at,
-            best_epoch=fit.best_epoch,
-            losses=fit.losses,
-            validation=fit.scores,
-        )
+        training = asdict(fit) | {
+            "seconds": round(fit.seconds, 3),
+            "teacher_seconds": round(result.teacher_seconds, 3),
+            "flops": result.training_flops,
+            "validation": fit.scores,
+        }
+        record.costs.training = msgspec.convert(training, TrainingCosts)
 
     def save(place: Path) -> None:
         if model is not None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from depthprobe.cli.app import main
 from depthprobe.errors import BadInput
-from depthprobe.runs.processes import ProcessGroup, join_processes
+from depthprobe.runs.processes import FirstProcessError, ProcessGroup, join_processes
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study, study_to_toml
@@ -94,7 +95,23 @@ def test_an_error_of_the_first_process_is_raised_in_all(tmp_path: Path) -> None:
         process.join(timeout=60)
     refused = "BadInput: disk: 'full' is not usable; room"
     assert heard[0] == ["laid out", refused, "Unsendable: 1 and 2"]
-    assert heard[1] == ["laid out", refused, "FirstProcessError: Unsendable: 1 and 2"]
+    words = "FirstProcessError: the first process failed: Unsendable: 1 and 2"
+    assert heard[1] == ["laid out", refused, words]
+
+
+def test_the_other_processes_end_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FirstProcessError("the first process failed: OSError: no room")
+
+    monkeypatch.setattr("depthprobe.runs.sweep.run_sweep", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", "--methods", "popularity"])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: the first process failed: OSError: no room"
+    )
 
 
 @pytest.mark.slow

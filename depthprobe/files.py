@@ -105,14 +105,13 @@ def reserve(path: Path) -> None:
 
     One that gets full while the file is written through a memory map kills the process.
     """
-    if not hasattr(os, "posix_fallocate"):
-        return
-    with path.open("rb+") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:  # not all file systems can
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:  # not all file systems can
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -134,22 +133,15 @@ def remove_leftovers(folder: Path) -> None:
         if host == HOST and number.isdigit():
             alive = psutil.pid_exists(int(number))
         else:
-            alive = bool(rest) and _age(path) < ABANDONED
-        if alive:
-            continue
-        if path.is_dir():  # another sweep may delete it at the same time
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _age(path: Path) -> float:
-    """Seconds since something was last written to a file, or in a folder."""
-    latest = 0.0
-    for each in (path, *path.rglob("*")):
-        with suppress(OSError):
-            latest = max(latest, each.stat().st_mtime)
-    return time.time() - latest
+            latest = 0.0
+            for each in (path, *path.rglob("*")):
+                with suppress(OSError):
+                    latest = max(latest, each.stat().st_mtime)
+            alive = bool(rest) and time.time() - latest < ABANDONED
+        if not alive:
+            shutil.rmtree(path, ignore_errors=True)  # another sweep may delete it at the same time
+            with suppress(OSError):
+                path.unlink()
 
 
 def _prefix() -> str:

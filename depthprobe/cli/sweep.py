@@ -157,18 +157,11 @@ def _run_on_cluster(
     An interrupt ends the waiting alone; the jobs go on.
     """
     from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, submit
-    from depthprobe.runs.records import failures as earlier_failures
     from depthprobe.runs.store import open_run
 
     folder, jobs = folder.absolute(), jobs or 1
-    shared = SharedSweep(
-        study=study,
-        folder=str(folder),
-        command=command,
-        retry=earlier_failures(folder) if how["retry_failed"] else {},
-        progress=job_progress,
-    )
-    submitted = submit(shared, jobs=jobs, cluster=SLURM)
+    shared = SharedSweep(study=study, folder=str(folder), command=command, progress=job_progress)
+    submitted = submit(shared, jobs=jobs, cluster=SLURM, retry_failed=how["retry_failed"])
     number = array_id(submitted)
     # printed: of messages a terminal shows the latest alone
     line = f"submitted {jobs} {'job' if jobs == 1 else 'jobs'} ({number}), sharing {folder}"

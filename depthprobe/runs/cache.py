@@ -43,26 +43,24 @@ def result_file(
     if context.cache is None:
         return None
     study, settings = context.study, settings_of(context.study, trial.method)
-    own, baseline = settings.method.settings, settings.method.role == "baseline"
+    own, windows, processes = settings.method.settings, context.windows, launched_processes()
+    follows = own == "distillation"
+    # what the decoders in the objective are made of: dropout and the like are no weights
+    parts = (getattr(module, "config", None) for module in objective.modules())
+    configs = {id(each): each for each in parts if isinstance(each, PreTrainedConfig)}
     decides = {
         "format": FORMAT,
         "training": identity(
-            objective,
-            context.windows,
-            recipe=recipe,
-            seed=trial.seed,
-            processes=launched_processes(),
+            objective, windows, recipe=recipe, seed=trial.seed, processes=processes
         ),
         "weights": weights_digest(objective),
         "configs": [
             {key: value for key, value in each.to_dict().items() if key not in NOT_DECIDING}
-            for each in _configs(objective)
+            for each in configs.values()
         ],
         "settings": asdict(getattr(settings, own, None) or getattr(study, own)) if own else None,
-        "backbone": None if baseline else _backbone(context),
-        "teacher": context.teacher_digest(trial.seed, trial.blocks)
-        if own == "distillation"
-        else None,
+        "backbone": None if settings.method.role == "baseline" else _backbone(context),
+        "teacher": context.teacher_digest(trial.seed, trial.blocks) if follows else None,
         "validation": eval_set_digest(context.validation),
         "machine": _machine(context),
     }
@@ -133,10 +131,3 @@ def _backbone(context: Context) -> dict[str, Any]:
 
 def _machine(context: Context) -> dict[str, Any]:
     return {key: value for key, value in machine(context.device).items() if key != "busy"}
-
-
-def _configs(objective: nn.Module) -> list[PreTrainedConfig]:
-    """What the decoders in an objective are made of: dropout and the like are no weights."""
-    configs = (getattr(module, "config", None) for module in objective.modules())
-    unique = {id(each): each for each in configs if isinstance(each, PreTrainedConfig)}
-    return list(unique.values())

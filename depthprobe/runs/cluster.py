@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from depthprobe.errors import BadInput
 from depthprobe.runs.processes import launched
 from depthprobe.runs.progress import Progress, Silent
-from depthprobe.study import Slurm, Study
+from depthprobe.study import Study
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -39,29 +39,20 @@ class SharedSweep:
     job, and a worker that died of a pre-emption would pass for a trial that failed.
 
     Attributes:
-        retry: failures that were there when the jobs were submitted, and are to be tried again:
-            by the first job that comes to them, and no more when that was in vain.
         progress: makes what the job shows; it is pickled by its name.
     """
 
     study: Study
     folder: str
     command: str | None = None
-    retry: Mapping[str, int] = field(default_factory=dict)
     progress: Callable[[], Progress] = Silent
 
     def __call__(self) -> None:
         """Run it."""
         from depthprobe.runs.sweep import run_sweep
 
-        run_sweep(
-            self.study,
-            self.folder,
-            jobs=0,
-            command=self.command,
-            progress=self.progress(),
-            retry_failed=self.retry,
-        )
+        progress = self.progress()
+        run_sweep(self.study, self.folder, jobs=0, command=self.command, progress=progress)
 
     def checkpoint(self) -> DelayedSubmission:
         """What is queued again: the same, since all that was done is in the run's folder."""
@@ -70,7 +61,9 @@ class SharedSweep:
         return DelayedSubmission(self)
 
 
-def submit(sweep: SharedSweep, *, jobs: int = 1, cluster: str = "slurm") -> list[Job[None]]:
+def submit(
+    sweep: SharedSweep, *, jobs: int = 1, cluster: str = "slurm", retry_failed: bool = False
+) -> list[Job[None]]:
     """Submit identical jobs, of several an array, with what ``study.slurm`` asks for.
 
     What they print and what submitit needs is in ``.jobs`` of the run's folder.
@@ -79,12 +72,22 @@ def submit(sweep: SharedSweep, *, jobs: int = 1, cluster: str = "slurm") -> list
         sweep: what each job calls; its folder must be one that all machines see.
         jobs: how many.
         cluster: ``slurm``, or ``local`` for processes of this machine.
+        retry_failed: one of the jobs tries again what failed before.
 
     Raises:
         BadInput: before anything is written, if submitit or SLURM is missing, the folder holds
             another run, or a tracker is not installed; later, if SLURM refuses the settings.
     """
-    submitit = _submitit()
+    try:
+        import submitit
+    except ImportError:
+        allowed = "with submitit installed: pip install 'depthprobe[slurm]'"
+        raise BadInput("executor", "slurm", allowed) from None
+    from depthprobe.runs.layout import continued
+    from depthprobe.runs.records import PROBES, TRIALS, folders_of, forget_failures
+    from depthprobe.training.tracking import check_trackers
+
+    # what would end every job at once, as far as it can be seen from here
     if jobs < 1:
         raise BadInput("jobs", jobs, "at least 1 job")
     if launched():
@@ -93,11 +96,24 @@ def submit(sweep: SharedSweep, *, jobs: int = 1, cluster: str = "slurm") -> list
     if cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
         allowed = "a machine that submits to SLURM: there is no srun here"
         raise BadInput("executor", cluster, allowed)
-    _check(sweep)
-    executor = submitit.AutoExecutor(
-        Path(sweep.folder, JOBS), cluster=cluster, slurm_max_num_timeout=REQUEUES
+    check_trackers(sweep.study.tracking.to)
+    folder = Path(sweep.folder)
+    continued(folder, sweep.study)
+    if retry_failed:
+        forget_failures([*folders_of(folder / TRIALS), *folders_of(folder / PROBES)])
+
+    settings = sweep.study.slurm
+    executor = submitit.AutoExecutor(folder / JOBS, cluster=cluster, slurm_max_num_timeout=REQUEUES)
+    executor.update_parameters(
+        name=sweep.study.name,
+        timeout_min=settings.minutes,
+        gpus_per_node=settings.gpus or None,  # some clusters refuse to be asked for none
+        cpus_per_task=settings.cpus,
+        mem_gb=settings.memory_gb,
+        slurm_partition=settings.partition,
+        slurm_account=settings.account,
+        slurm_setup=list(settings.setup) or None,
     )
-    executor.update_parameters(**parameters(sweep.study.slurm, name=sweep.study.name))
     # an interactive job's own variables would get into these; sbatch's are the user's wishes
     kept = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
     tools = submitit.helpers
@@ -105,25 +121,10 @@ def submit(sweep: SharedSweep, *, jobs: int = 1, cluster: str = "slurm") -> list
         with tools.clean_env(), tools.environment_variables(**kept):
             submitted: list[Job[None]] = executor.submit_array([sweep] * jobs)
     except RuntimeError as error:  # what submitit makes of a failed sbatch
-        settings = sweep.study.slurm
         given = f"partition {settings.partition}, account {settings.account}"
         allowed = f"settings that SLURM takes ({last_line(str(error))})"
         raise BadInput("slurm", given, allowed) from error
     return submitted
-
-
-def parameters(settings: Slurm, *, name: str) -> dict[str, Any]:
-    """The settings in submitit's words."""
-    return {
-        "name": name,
-        "timeout_min": settings.minutes,
-        "gpus_per_node": settings.gpus or None,  # some clusters refuse to be asked for none
-        "cpus_per_task": settings.cpus,
-        "mem_gb": settings.memory_gb,
-        "slurm_partition": settings.partition,
-        "slurm_account": settings.account,
-        "slurm_setup": list(settings.setup) or None,
-    }
 
 
 def follow(jobs: Sequence[Job[None]], progress: Progress, *, poll: float = POLL) -> dict[str, str]:
@@ -133,8 +134,10 @@ def follow(jobs: Sequence[Job[None]], progress: Progress, *, poll: float = POLL)
         progress: shows the jobs' states when they change.
         poll: seconds between two looks.
     """
-    shown = ""
-    while True:
+    shown, ended = "", [False]
+    while not all(ended):
+        if shown:
+            time.sleep(poll)
         jobs[0].get_info(mode="force")  # of all of them: else a job that died shows minutes later
         ended = [job.done() for job in jobs]
         states = Counter(
@@ -144,9 +147,6 @@ def follow(jobs: Sequence[Job[None]], progress: Progress, *, poll: float = POLL)
         if line != shown:
             progress.message(f"jobs: {line}")
             shown = line
-        if all(ended):
-            break
-        time.sleep(poll)
     errors = {job.job_id: job.exception() for job in jobs}
     return {name: last_line(str(error)) for name, error in errors.items() if error is not None}
 
@@ -162,21 +162,3 @@ def last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
     reasons = [line for line in lines if line and not line.startswith(hints)]
     return reasons[-1] if reasons else "no reason given"
-
-
-def _submitit() -> Any:
-    try:
-        import submitit
-    except ImportError:
-        allowed = "with submitit installed: pip install 'depthprobe[slurm]'"
-        raise BadInput("executor", "slurm", allowed) from None
-    return submitit
-
-
-def _check(sweep: SharedSweep) -> None:
-    """What would end every job at once, as far as it can be seen from here."""
-    from depthprobe.runs.layout import continued
-    from depthprobe.training.tracking import check_trackers
-
-    check_trackers(sweep.study.tracking.to)
-    continued(Path(sweep.folder), sweep.study)

@@ -136,18 +136,16 @@ class Context:
     def windows(self) -> list[np.ndarray]:
         """Training windows: the latest training items of each user with at least two of them."""
         longest = self.study.data.max_history + 1  # one more than a history: the last is a target
-        users = range(self.sequences.n_users)
-        windows = [self.split.train_history(user, longest) for user in users]
-        return [window for window in windows if len(window) > 1]
+        histories = (self.split.train_history(u, longest) for u in range(self.sequences.n_users))
+        return [window for window in histories if len(window) > 1]
 
     @cached_property
     def training(self) -> EvalSet:
         """The last item of each training window, given those before it."""
-        windows = self.windows
         return EvalSet(
-            users=np.arange(len(windows)),
-            histories=[window[:-1] for window in windows],
-            targets=np.array([window[-1] for window in windows], dtype=np.int32),
+            users=np.arange(len(self.windows)),
+            histories=[window[:-1] for window in self.windows],
+            targets=np.array([window[-1] for window in self.windows], dtype=np.int32),
             seen=None,
             negatives=None,
         )
@@ -207,11 +205,8 @@ class Context:
     @property
     def item_width(self) -> int:
         """Width of the item table, d_item."""
-        if self.study.item_table == SASREC:
-            return self.study.sasrec.width
-        if self.study.item_table == LEARNED:
-            return self.study.item_width
-        return self._shared_table.shape[1]
+        own = {SASREC: self.study.sasrec.width, LEARNED: self.study.item_width}
+        return own.get(self.study.item_table) or self._shared_table.shape[1]
 
     @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
     def item_table(self, seed: int) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -33,7 +32,7 @@ from depthprobe.runs.plan import TEACHER, full_trial, plan
 from depthprobe.runs.records import FULL, MODEL, Git, Record
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.tables import METRICS
-from depthprobe.study import Backbone, ranges, settings_of
+from depthprobe.study import ranges, settings_of
 
 
 def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
@@ -50,14 +49,15 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     run = open_run(run_path)
     record, target = run.record(trial), Path(folder)
     method = method_of(record.method)
+    refused = ""
     if not record.done:
-        raise BadInput("trial", trial, f"a trial that is done (it failed: {record.error})")
-    if method.role == "baseline":
-        allowed = f"a recommender with a backbone; {record.method} has none to export"
-        raise BadInput("trial", trial, allowed)
-    if method.exportable is None or not record.kept:
-        allowed = f"a model of whole blocks; {record.method} at this depth measures, and is none"
-        raise BadInput("trial", trial, allowed)
+        refused = f"a trial that is done (it failed: {record.error})"
+    elif method.role == "baseline":
+        refused = f"a recommender with a backbone; {record.method} has none to export"
+    elif method.exportable is None or not record.kept:
+        refused = f"a model of whole blocks; {record.method} at this depth measures, and is none"
+    if refused:
+        raise BadInput("trial", trial, refused)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
     recorded = run.manifest.backbone
@@ -77,7 +77,11 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
             filter_seen=study.protocol.filter_seen,
             attention=study.backbone.attention,
         )
-        _save_tokenizer(study.backbone, temporary)
+        try:
+            pretrained_tokenizer(study.backbone).save_pretrained(temporary)
+        except BadInput:  # there is none: so nothing was read with it
+            if study.backbone.prompt or study.backbone.suffix:
+                raise
         (temporary / "README.md").write_text(model_card(run, record), encoding="utf-8")
     return target
 
@@ -116,27 +120,10 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
     return model.eval(), backbone
 
 
-def _save_tokenizer(settings: Backbone, folder: Path) -> None:
-    try:
-        tokenizer: Any = pretrained_tokenizer(settings)
-    except BadInput:
-        if settings.prompt or settings.suffix:
-            raise
-        return  # nothing was read with it
-    tokenizer.save_pretrained(folder)
-
-
 # --- the model card: what it is, how good, where from, under which terms -------------------------
 
 LONGEST = 120
 TAGS = ["depthprobe", "recommender-system", "sequential-recommendation", "layer-pruning"]
-PARTS = {
-    "blocks": "blocks",
-    "token_embeddings": "token embeddings",
-    "adapters": "adapters",
-    "item_table": "item table",
-    "total": "all",
-}
 CARD = """---
 {front}
 ---
@@ -183,8 +170,10 @@ def model_card(run: Run, record: Record) -> str:
     Whatever comes from data or models is shortened and quoted: a name can't break the page.
     """
     backbone = run.manifest.backbone
-    source = _code(_public_name(backbone.source))
-    on_hub = not (backbone.source == EMBEDDED or is_folder(backbone.source))
+    local = is_folder(backbone.source)
+    # the folders above a folder are nobody else's business
+    source = _code((Path(backbone.source).name if local else "") or backbone.source)
+    on_hub = backbone.source != EMBEDDED and not local
     front = ModelCardData(
         library_name="transformers",
         license="other",
@@ -212,68 +201,51 @@ def _accuracy(run: Run, record: Record) -> str:
     table = table[(table["trial"] == record.id) & (table["split"] == "test")]
     chosen = table[(table["slice"] == ALL) & table["metric"].isin(METRICS)]
     filtered = "left out" if protocol.filter_seen else "ranked too"
-    names = [_protocol(name, protocol.negatives) for name in chosen["protocol"].unique()]
-    rows = [
-        f"| {row.metric} | {row.protocol} | {row.value:.4f} | {_interval(row)} | {row.users} |"
-        for row in chosen.itertuples()
+    drawn = {"uniform": "drawn at random", "popularity": "drawn by popularity"}[protocol.negatives]
+    lines = [
+        f"Test users of {_code(data.name)} ({data.users:,} users, {data.items:,} items,"
+        f" {data.interactions:,} interactions), {protocol.split} split; a user's seen"
+        f" items are {filtered}."
     ]
-    return "\n".join(
-        [
-            f"Test users of {_code(data.name)} ({data.users:,} users, {data.items:,} items,"
-            f" {data.interactions:,} interactions), {protocol.split} split; a user's seen"
-            f" items are {filtered}. {' '.join(names)}",
-            "",
-            "| metric | protocol | value | 95 % interval over users | users |",
-            "|---|---|---:|---|---:|",
-            *rows,
-        ]
-    )
-
-
-def _protocol(name: str, negatives: str) -> str:
-    drawn = {"uniform": "drawn at random", "popularity": "drawn by popularity"}[negatives]
-    others = f"{name.removeprefix('sampled-')} others {drawn}"
-    ranked = "the whole catalogue" if name == FULL else f"the target among {others}"
-    return f"Protocol `{name}` ranks {ranked}."
-
-
-def _interval(row: Any) -> str:
-    return "" if pd.isna(row.ci_low) else f"{row.ci_low:.4f} to {row.ci_high:.4f}"
+    for name in chosen["protocol"].unique():
+        others = f"the target among {name.removeprefix('sampled-')} others {drawn}"
+        lines[0] += f" Protocol `{name}` ranks {'the whole catalogue' if name == FULL else others}."
+    lines += ["", "| metric | protocol | value | 95 % interval over users | users |"]
+    lines += ["|---|---|---:|---|---:|"]
+    for _, row in chosen.iterrows():
+        low, high = row["ci_low"], row["ci_high"]
+        interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
+        cells = row["metric"], row["protocol"], f"{row['value']:.4f}", interval, row["users"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def _size(record: Record) -> str:
     counts = record.costs.parameters if record.costs else {}
-    rows = [f"| {name} | {counts[key]:,} |" for key, name in PARTS.items() if key in counts]
+    rows = [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in counts.items()]
     return "\n".join(["| part | parameters |", "|---|---:|", *rows])
 
 
 def _provenance(run: Run, record: Record, source: str) -> str:
-    facts = {"study": _code(run.study.name), "data": _code(run.manifest.data.name)}
-    settings = run.study.backbone
-    facts["backbone"] = source
-    facts["settings"] = (
-        f"dtype {settings.dtype}, attention {settings.attention},"
-        f" quantize {settings.quantize}, tuning {settings.tuning}"
-    )
-    if (origin := record.provenance) is not None:
+    settings, origin = run.study.backbone, record.provenance
+    facts = {
+        "study": _code(run.study.name),
+        "data": _code(run.manifest.data.name),
+        "backbone": source,
+        "settings": f"dtype {settings.dtype}, attention {settings.attention},"
+        f" quantize {settings.quantize}, tuning {settings.tuning}",
+    }
+    if origin is not None:
         git = origin.git or Git()
+        commit = f"{_code(git.commit)}{' with changes' if git.dirty else ''}"
         versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
         facts["study"] += f", hash {_code(origin.study)}"
         facts["data"] += f", fingerprint {_code(origin.data)}"
         facts["backbone"] += f", revision {_code(origin.backbone)}"
         facts["trained on"] = _code(origin.device)
         facts["versions"] = _code(versions, 400)
-        facts["code"] = f"{_code(git.commit)}{' with changes' if git.dirty else ''}"
-        if not git.commit:
-            facts["code"] = "not from a checkout"
+        facts["code"] = commit if git.commit else "not from a checkout"
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-
-
-def _public_name(source: str) -> str:
-    """The source without the folders above it, which are nobody else's business."""
-    if is_folder(source):
-        return Path(source).name or source
-    return source
 
 
 def _plain(text: object, longest: int = LONGEST) -> str:

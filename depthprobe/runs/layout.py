@@ -101,8 +101,8 @@ def read_inputs(study: Study, folder: Path) -> Inputs:
     config = pretrained_config(backbone).get_text_config(decoder=True)
     tasks = plan(study, int(config.num_hidden_layers))
     # refuses a log in which no user can be tested
-    split = make_split(read_log(merged, folder), merged.protocol)
-    new_slices(merged, split, before)
+    split = make_split(_read_log(merged, folder), merged.protocol)
+    _new_slices(merged, split, before)
     return Inputs(
         study=merged,
         working=replace(merged, backbone=backbone),
@@ -154,22 +154,13 @@ def check_same_inputs(
             raise BadInput("output", str(folder), allowed)
 
 
-def repeating(folder: Path, study: Study, command: str | None, so_far: str | None) -> str | None:
-    """The lines that do a continued run again: those so far, and this one if it adds methods."""
-    had, now = {*load_study(folder / STUDY).methods}, {*study.methods}
-    if command is None or had >= now:
-        return so_far
-    return command if now >= had or so_far is None else f"{so_far}\n{command}"
-
-
-def new_slices(study: Study, split: Split, before: Manifest | None) -> pd.DataFrame | None:
+def _new_slices(study: Study, split: Split, before: Manifest | None) -> pd.DataFrame | None:
     """The own columns of the slices, read; None if the run has them already, or needs none."""
     had = {"user": [], "item": []} if before is None else before.slices
-    named = slice_columns(study.protocol)
-    return None if named == had else own_slices(study.protocol, split)
+    return None if slice_columns(study.protocol) == had else own_slices(study.protocol, split)
 
 
-def read_log(study: Study, folder: Path) -> Sequences:
+def _read_log(study: Study, folder: Path) -> Sequences:
     """The log that the run was begun with, or the source, read but not yet written."""
     prepared = folder / SHARED / DATA
     if study.data.source == "embedded" and (prepared / DATA_MANIFEST).is_file():
@@ -212,14 +203,24 @@ def lay_out(
     """
     split, shared, before = inputs.split, folder / SHARED, manifest_before(folder)
     study = continued(folder, given)
-    slices = new_slices(study, split, before)
+    slices = _new_slices(study, split, before)
     if before is not None:
         for name in ("created", "wall_seconds", "timing", "backbone"):
             setattr(manifest, name, getattr(before, name))
-        manifest.command = repeating(folder, given, manifest.command, before.command)
+        # the commands that do the run again: those so far, and this one if it adds methods
+        had, now = {*load_study(folder / STUDY).methods}, {*given.methods}
+        if manifest.command is None or had >= now:
+            manifest.command = before.command
+        elif before.command is not None and not now >= had:
+            manifest.command = f"{before.command}\n{manifest.command}"
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder)
-    drawn = _draw_negatives(study, split, shared)
+    drawn = None
+    if study.protocol.sampled and not (shared / NEGATIVES).exists():
+        popular = study.protocol.negatives == "popularity"
+        pool = split.sequences.items[split.trained] if popular else None
+        # (E, 999); None where some user has too few items left
+        drawn = negatives(split.sequences, split.test.users, seed=NEGATIVE_SEED, pool=pool)
     if drawn is not None or (shared / NEGATIVES).exists():
         manifest.sampled = Sampled(study.protocol.negatives, NEGATIVE_SEED)
     elif study.protocol.sampled:
@@ -244,15 +245,6 @@ def tidy(folder: Path) -> None:
         remove_leftovers(folder / place)
 
 
-def _draw_negatives(study: Study, split: Split, shared: Path) -> np.ndarray | None:
-    """The sampled protocol's negatives, (E, 999), if they are wanted, not there, and can be had."""
-    if not study.protocol.sampled or (shared / NEGATIVES).exists():
-        return None
-    popular = study.protocol.negatives == "popularity"
-    pool = split.sequences.items[split.trained] if popular else None
-    return negatives(split.sequences, split.test.users, seed=NEGATIVE_SEED, pool=pool)
-
-
 def new_manifest(
     study: Study,
     split: Split,
@@ -263,6 +255,7 @@ def new_manifest(
 ) -> Manifest:
     """The manifest of a run that begins."""
     sequences = split.sequences
+    width = study.sasrec.width if study.item_table == SASREC else study.item_width
     return Manifest(
         study_hash=study.digest(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -280,20 +273,17 @@ def new_manifest(
         ),
         item_table=ItemTable(
             source=study.item_table,
-            width=_table_width(study) if table is None else table.shape[1],
+            width=width if table is None else table.shape[1],
             trained=study.trains_items,
             sha256=None if table is None else table_hash(table),
         ),
         slices=slice_columns(study.protocol),
         machine=machine(device),
-        versions=versions(),
-        git=git_state(),
+        versions={"python": platform.python_version()}
+        | {name: metadata.version(name) for name in PACKAGES},
+        git=_git_state(),
         backbone=backbone,
     )
-
-
-def _table_width(study: Study) -> int:
-    return study.sasrec.width if study.item_table == SASREC else study.item_width
 
 
 # --- where numbers come from: machine, versions, git ---------------------------------------------
@@ -318,31 +308,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
-    found = {"python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in PACKAGES}
-
-
-def git_state() -> Git | None:
+def _git_state() -> Git | None:
     """Commit and dirt of the code's checkout; None outside one."""
-    here = Path(__file__).resolve().parent
     # installed into a virtual environment, the package may lie in somebody else's checkout
-    if not _git(here, "ls-files", "--error-unmatch", Path(__file__).name):
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
         return None
-    commit = _git(here, "rev-parse", "HEAD")
-    return Git(commit, bool(_git(here, "status", "--porcelain", "-uno")))
+    return Git(_git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "-uno")))
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(  # noqa: S603
-            ["git", "-C", str(folder), *arguments],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

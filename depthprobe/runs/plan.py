@@ -25,10 +25,21 @@ def plan(study: Study, blocks: int) -> list[Task]:
     tasks: list[Task] = []
     for name in sorted(wanted, key=method_order):
         method = method_of(name)
+        settings = settings_of(study, name)
+        listed = settings.select not in SELECTIONS
         # without a training there is nothing that a seed could change
         for seed in range(1 if method.role == "baseline" and not method.settings else study.seeds):
             needs = tuple(full_trial(need, seed, blocks).id for need in _needs(study, name))
-            for trials in method.trials(_request(study, name, seed, blocks)):
+            request = Request(
+                name=name,
+                seed=seed,
+                blocks=blocks,
+                depths=parse_layers(settings.layers, blocks),
+                select=settings.select,
+                picked=parse_blocks(settings.select, blocks) if listed else None,
+                study=study,
+            )
+            for trials in method.trials(request):
                 if trials or method.table:
                     tasks.append(Task(name, seed, trials, needs, blocks))
     return tasks
@@ -54,17 +65,3 @@ def _needs(study: Study, name: str) -> tuple[str, ...]:
         return (TEACHER,)
     # SASRec is not required when the item table comes from elsewhere
     return tuple(n for n in method.needs if n != SASREC or study.item_table == SASREC)
-
-
-def _request(study: Study, name: str, seed: int, blocks: int) -> Request:
-    settings = settings_of(study, name)
-    listed = settings.select not in SELECTIONS
-    return Request(
-        name=name,
-        seed=seed,
-        blocks=blocks,
-        depths=parse_layers(settings.layers, blocks),
-        select=settings.select,
-        picked=parse_blocks(settings.select, blocks) if listed else None,
-        study=study,
-    )

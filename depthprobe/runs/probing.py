@@ -11,7 +11,6 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from torch import nn
 
 from depthprobe.cost.size import count_parameters, parameters_by_block
 from depthprobe.files import temporary_folder, write_json
@@ -29,7 +28,7 @@ from depthprobe.probing.settling import to_frame as to_users
 from depthprobe.probing.similarity import similarities
 from depthprobe.probing.similarity import to_frame as to_scores
 from depthprobe.probing.taylor import taylor_importance
-from depthprobe.probing.walk import Route, rank_routes, route, route_without
+from depthprobe.probing.walk import rank_routes, route, route_without
 from depthprobe.runs.context import Context, Result, Scores
 
 TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
@@ -51,7 +50,12 @@ def raw_exits(context: Context, task: Task) -> Iterator[Result]:
 def walk_blocks(context: Context, task: Task) -> Iterator[Result]:
     """The teacher with blocks left out, or with a part of one."""
     teacher = _teacher(context, task)
-    routes = [_route(trial) for trial in task.trials]
+    routes = [
+        route(trial.kept)
+        if trial.part is None or trial.dropped is None
+        else route_without(trial.part, trial.dropped, trial.blocks)
+        for trial in task.trials
+    ]
     ranked = rank_routes(teacher, context.test, routes, device=context.device)
     for trial, ranks in zip(task.trials, ranked, strict=True):
         yield Result(trial, ranks, part_of(teacher, trial))
@@ -171,28 +175,18 @@ def _teacher(context: Context, task: Task) -> Recommender:
     return context.teacher(task.seed, task.blocks)
 
 
-def _route(trial: Trial) -> Route:
-    if trial.part is None or trial.dropped is None:
-        return route(trial.kept)
-    return route_without(trial.part, trial.dropped, trial.blocks)
-
-
 def part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
     """The parameters that the teacher would have with the trial's blocks and parts alone."""
-    counts = count_parameters(teacher)
-    blocks = parameters_by_block(teacher)
+    counts, blocks = count_parameters(teacher), parameters_by_block(teacher)
     lighter = sum(blocks[b] for b in trial.kept) - counts["blocks"]
     if trial.dropped is not None:
-        lighter = -_weights_of(teacher, trial.dropped, mixing=trial.part == "attention")
+        block = find_blocks(teacher.backbone)[trial.dropped]
+        (branches,) = find_sublayers(teacher.backbone, [trial.dropped])
+        paths = [b.path for b in branches if b.mixes == (trial.part == "attention")]
+        weights = (w for path in paths for w in block.get_submodule(path).parameters())
+        lighter = -sum(weight.numel() for weight in weights)
     return counts | {
         "blocks": counts["blocks"] + lighter,
         "total": counts["total"] + lighter,
         "trainable": 0,
     }
-
-
-def _weights_of(teacher: Recommender, block: int, *, mixing: bool) -> int:
-    (branches,) = find_sublayers(teacher.backbone, [block])
-    paths = [branch.path for branch in branches if branch.mixes == mixing]
-    parts: list[nn.Module] = [find_blocks(teacher.backbone)[block].get_submodule(p) for p in paths]
-    return sum(weight.numel() for part in parts for weight in part.parameters())

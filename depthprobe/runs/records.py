@@ -6,7 +6,7 @@ Importing this imports no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,7 +186,6 @@ class Record(Struct, kw_only=True):
 
     Attributes:
         metrics: by split, protocol and name.
-        attempts: how often in a row it failed.
         seconds: that a table took.
     """
 
@@ -203,7 +202,6 @@ class Record(Struct, kw_only=True):
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     validation: Validation | None = None
     costs: Costs | None = None
-    attempts: int | None = None
     seconds: float | None = None
 
     @property
@@ -230,10 +228,8 @@ def write_trial(
 ) -> None:
     """Write a finished trial, complete or not at all.
 
-    Args:
-        users: the rank of each test user's target: user, protocol, rank.
-        items: how many users' best items hold an item: item, lists.
-        save: writes the trial's model, if it has one, into a folder that it makes.
+    ``users`` has the rank of each test user's target, ``items`` how many users' best items hold an
+    item; ``save`` writes the trial's model, if it has one, into a folder that it makes.
     """
     with complete_folder(folder) as temporary:
         users.to_parquet(temporary / USERS, index=False)
@@ -246,21 +242,18 @@ def write_scores(
     folder: Path, task: Task, frame: pd.DataFrame, *, provenance: Provenance, seconds: float
 ) -> None:
     """Write a task's table and its record, complete or not at all."""
-    record = record_of(task, provenance)
-    record.seconds = round(seconds, 3)
     with complete_folder(folder) as temporary:
         frame.to_parquet(temporary / SCORES, index=False)
-        _write(temporary / RECORD, record)
+        _write(temporary / RECORD, record_of(task, provenance, seconds=round(seconds, 3)))
 
 
 def write_failure(folders: list[Path], task: Task, error: str, provenance: Provenance) -> None:
     """Write the records of a task that failed, with the reason in one line; what is done stays."""
-    reason = " ".join(error.split())
     parts: Sequence[Trial | Task] = task.trials or (task,)
     for folder, trial in zip(folders, parts, strict=True):
         if not is_done(folder):
-            record = record_of(trial, provenance)
-            record.status, record.error, record.attempts = "failed", reason, attempts(folder) + 1
+            reason = " ".join(error.split())
+            record = record_of(trial, provenance, status="failed", error=reason)
             with complete_folder(folder) as temporary:
                 _write(temporary / RECORD, record)
 
@@ -275,14 +268,20 @@ def _write(path: Path, content: Struct) -> None:
     write_json(path, msgspec.to_builtins(content, enc_hook=lambda value: value.item()))
 
 
-def record_of(done: Trial | Task, provenance: Provenance) -> Record:
-    """The record of a trial that is done, or of a task that leaves a table."""
-    record = Record(
-        id=done.id, method=done.method, seed=done.seed, status="done", provenance=provenance
+def record_of(
+    trial: Trial | Task, provenance: Provenance, *, status: Status = "done", **more: Any
+) -> Record:
+    """The record of a trial, or of a task that leaves a table."""
+    if isinstance(trial, Trial):
+        more |= {"kept": trial.kept, "removed": trial.removed, "depth": trial.depth}
+    return Record(
+        id=trial.id,
+        method=trial.method,
+        seed=trial.seed,
+        status=status,
+        provenance=provenance,
+        **more,
     )
-    if isinstance(done, Trial):
-        record.kept, record.removed, record.depth = done.kept, done.removed, done.depth
-    return record
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -295,18 +294,13 @@ def read_manifest(folder: Path) -> Manifest:
         BadInput: if it can't be read, or another version of the format wrote it.
     """
     try:
-        content = (folder / MANIFEST).read_bytes()
-        schema = msgspec.json.decode(content, type=_Version).schema
-        if schema == SCHEMA:
-            return msgspec.json.decode(content, type=Manifest)
+        content = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, Any])
+        if content.get("schema") == SCHEMA:
+            return msgspec.convert(content, Manifest)
     except msgspec.MsgspecError as error:
         raise BadInput("run", str(folder), f"readable {MANIFEST} ({error})") from None
-    allowed = f"a run of format {SCHEMA}; this one has format {schema}: read it with the version"
-    raise BadInput("run", str(folder), f"{allowed} of depthprobe that wrote it")
-
-
-class _Version(Struct):
-    schema: int
+    allowed = f"a run of format {SCHEMA}; this one has format {content.get('schema')}: read it with"
+    raise BadInput("run", str(folder), f"{allowed} the version of depthprobe that wrote it")
 
 
 def read_record(folder: Path) -> Record | None:
@@ -320,12 +314,8 @@ def read_record(folder: Path) -> Record | None:
             record = msgspec.json.decode(file.read(), type=Record)
     except (OSError, msgspec.MsgspecError):
         return None
-    if record.schema != SCHEMA:
-        return None
-    tables = (os.path.join(folder, name) for name in (USERS, SCORES))
-    if record.done and not any(map(os.path.exists, tables)):
-        return None
-    return record
+    has_table = any(os.path.exists(os.path.join(folder, name)) for name in (USERS, SCORES))
+    return record if record.schema == SCHEMA and (has_table or not record.done) else None
 
 
 def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -376,8 +366,7 @@ def outputs_of(run: Path, task: Task) -> list[Path]:
 
 def is_done(folder: Path) -> bool:
     """Whether a trial has a record that says it succeeded."""
-    record = read_record(folder)
-    return record is not None and record.done
+    return state_of([folder]) == "done"
 
 
 def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
@@ -388,21 +377,9 @@ def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
     return "failed" if "failed" in states else "left"
 
 
-def attempts(folder: Path) -> int:
-    """How often in a row what belongs in a folder has failed; 0 if it holds no failure."""
-    record = read_record(folder)
-    if record is None or record.done:
-        return 0
-    return 1 if record.attempts is None else record.attempts
-
-
-def failures(run: Path) -> dict[str, int]:
-    """The names of what has failed in a run, and how often: what a command may try once more."""
-    every = [folder for place in (TRIALS, PROBES) for folder in folders_of(run / place)]
-    return {folder.name: count for folder in every if (count := attempts(folder))}
-
-
-def to_retry(folders: Sequence[Path], known: Mapping[str, int]) -> bool:
-    """Whether all that a failed task left failed is as it was known: nobody has tried since."""
-    counts = {folder.name: attempts(folder) for folder in folders}
-    return all(known.get(name) == count for name, count in counts.items() if count)
+def forget_failures(folders: Iterable[Path]) -> None:
+    """Delete the records of failures: what failed is tried again."""
+    for folder in folders:
+        record = read_record(folder)
+        if record is not None and not record.done:
+            (folder / RECORD).unlink(missing_ok=True)

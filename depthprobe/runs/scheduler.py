@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from depthprobe.methods import Task
 from depthprobe.runs.processes import ProcessGroup
 from depthprobe.runs.progress import Progress
-from depthprobe.runs.records import outputs_of, state_of, to_retry
+from depthprobe.runs.records import outputs_of, state_of
 
 LOCKS = ".locks"
 WHOLE_RUN = ".run"  # the lock of whoever lays a run out, times it or writes its tables
@@ -35,15 +35,11 @@ class Claims:
 
     Args:
         folder: of the run.
-        retry: failures that are tried again, with how often they had failed when the command
-            was given: those alone, so that each is tried once a command.
         group: processes that train together: the first one claims for all.
     """
 
-    def __init__(
-        self, folder: Path, retry: Mapping[str, int], group: ProcessGroup | None = None
-    ) -> None:
-        self._run, self._retry, self._group = folder, retry, group or ProcessGroup()
+    def __init__(self, folder: Path, group: ProcessGroup | None = None) -> None:
+        self._run, self._group = folder, group or ProcessGroup()
         self._locks: dict[str, FileLock] = {}
 
     def take(self, task: Task) -> State:
@@ -65,9 +61,9 @@ class Claims:
         if not _acquire(lock):
             return "theirs"
         self._locks[task.id] = lock
-        outputs = outputs_of(self._run, task)  # read under the lock: another sweep may have done it
-        state = state_of(outputs)
-        if state == "left" or (state == "failed" and to_retry(outputs, self._retry)):
+        # read under the lock: another sweep may have done it
+        state = state_of(outputs_of(self._run, task))
+        if state == "left":
             return "ours"
         self.leave(task)
         return state

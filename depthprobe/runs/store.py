@@ -6,6 +6,7 @@ Importing this imports no torch.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 import tomllib
 from collections import Counter
@@ -49,6 +50,8 @@ from depthprobe.runs.scheduler import held
 from depthprobe.runs.tables import metrics_table, read_slices
 from depthprobe.study import Study, ranges, study_from_dict
 
+PARTS = ("blocks", "token_embeddings", "adapters", "item_table", "total", "trainable")
+
 
 class Run:
     """A run opened for reading: its study, its records, and tables made from them."""
@@ -67,16 +70,19 @@ class Run:
         Raises:
             BadInput: if the run has no such trial.
         """
-        for record in self.records:
-            if record.id == trial:
-                return record
-        known = ", ".join(record.id for record in self.records) or "none yet"
-        raise BadInput("trial", trial, f"one of {known}")
+        by_name = {record.id: record for record in self.records}
+        if trial not in by_name:
+            raise BadInput("trial", trial, f"one of {', '.join(by_name) or 'none yet'}")
+        return by_name[trial]
 
     @cached_property
     def _probes(self) -> list[Record]:
         """The records of the tables of probes."""
         return _records(self.path / PROBES)
+
+    @property
+    def _done(self) -> list[Record]:
+        return [record for record in self.records if record.done]
 
     @property
     def failed(self) -> list[tuple[str, str]]:
@@ -103,13 +109,16 @@ class Run:
     @cached_property
     def users(self) -> pd.DataFrame:
         """Rank of each test user's target: trial, user, protocol, rank."""
-        frames = [pd.DataFrame(columns=["trial", "user", "protocol", "rank"])]
-        for record in self._done:
-            ranked = read_users(self.path / TRIALS / record.id, record)
-            for protocol, (users, ranks) in ranked.items():
-                own = {"trial": record.id, "user": users, "protocol": protocol, "rank": ranks}
-                frames.append(pd.DataFrame(own))
-        return pd.concat(frames[1:], ignore_index=True) if len(frames) > 1 else frames[0]
+        frames = [
+            pd.DataFrame({"trial": record.id, "user": users, "protocol": protocol, "rank": ranks})
+            for record in self._done
+            for protocol, (users, ranks) in read_users(
+                self.path / TRIALS / record.id, record
+            ).items()
+        ]
+        if not frames:
+            return pd.DataFrame(columns=["trial", "user", "protocol", "rank"])
+        return pd.concat(frames, ignore_index=True)
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -132,10 +141,6 @@ class Run:
         content = [(r.id, r.status, r.metrics, r.validation) for r in self.records]
         text = repr((content, self.manifest.slices))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def _done(self) -> list[Record]:
-        return [record for record in self.records if record.done]
 
     def compute_metrics(self) -> pd.DataFrame:
         """The metrics table, recomputed from every user's rank.
@@ -208,7 +213,7 @@ def _records(place: Path) -> list[Record]:
 def _trial_row(record: Record) -> dict[str, Any]:
     costs = record.costs or Costs()
     training, timing = costs.training, costs.timing or {}
-    row = {
+    row: dict[str, Any] = {
         "trial": record.id,
         "method": record.method,
         "depth": record.depth,
@@ -218,17 +223,14 @@ def _trial_row(record: Record) -> dict[str, Any]:
         "status": record.status,
         "error": record.error,
     }
-    none = float("nan")
-    for name in ("blocks", "token_embeddings", "adapters", "item_table", "total", "trainable"):
-        row[f"parameters_{name}"] = costs.parameters.get(name, none)
-    row["flops_user"] = none if costs.flops_user is None else costs.flops_user
+    numbers: dict[str, float | None] = {"flops_user": costs.flops_user}
+    row |= {f"parameters_{name}": costs.parameters.get(name, math.nan) for name in PARTS}
     for name in ("steps", "epochs", "seconds", "teacher_seconds", "flops"):
-        value = None if training is None else getattr(training, name)
-        row[f"training_{name}"] = none if value is None else value
+        numbers[f"training_{name}"] = getattr(training, name, None)
     for name in ("train_step", "encode", "score", "latency"):
         rounds = timing[name].seconds if name in timing else ()
-        row[f"{name}_ms"] = 1000 * median(rounds) if rounds else none
-    return row
+        numbers[f"{name}_ms"] = 1000 * median(rounds) if rounds else None
+    return row | {name: math.nan if value is None else value for name, value in numbers.items()}
 
 
 # --- how far a run is ----------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import pickle  # noqa: S403 - to see whether a method can be sent to a worker
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -38,11 +39,10 @@ from depthprobe.runs.records import (
     BackboneFacts,
     Manifest,
     Provenance,
-    failures,
+    forget_failures,
     read_manifest,
     read_record,
     state_of,
-    to_retry,
     write_failure,
     write_manifest,
 )
@@ -60,7 +60,7 @@ def run_sweep(
     jobs: int | None = None,
     command: str | None = None,
     progress: Progress | None = None,
-    retry_failed: bool | Mapping[str, int] = False,
+    retry_failed: bool = False,
 ) -> Run:
     """Run every trial of a study that has no record yet, and return the run.
 
@@ -80,9 +80,7 @@ def run_sweep(
             that calls this needs the usual ``if __name__ == "__main__":``.
         command: what the report names as the way to repeat the run.
         progress: is shown what happens.
-        retry_failed: trials that failed before are tried again, once. Several sweeps of one
-            command are given the failures that it found (:func:`.records.failures`): what one of
-            them has tried in vain, no other tries again.
+        retry_failed: trials that failed before are tried again.
 
     Raises:
         BadInput: before anything is written, if the data, the backbone, the item table, the
@@ -94,7 +92,6 @@ def run_sweep(
     folder = Path(output) if output is not None else Path("runs") / study.name
     device = resolve_device(study.device)
     inputs = read_inputs(study, folder)
-    retry = failures(folder) if retry_failed is True else retry_failed or {}
     working, before = inputs.working, inputs.before
     table = shared_table(working, inputs.split.sequences, folder, device)
     revision = backbone_revision(working.backbone)
@@ -116,21 +113,25 @@ def run_sweep(
             if before is None and manifest_before(folder) is not None:
                 return None
             resliced = lay_out(folder, study, inputs, table, manifest)
-            waiting, done, failed = _sorted(context, inputs.tasks, retry)
+            if retry_failed:
+                forget_failures(path for task in inputs.tasks for path in context.outputs(task))
+            by_state: dict[str, list[Task]] = {"done": [], "failed": [], "left": []}
+            for task in inputs.tasks:
+                by_state[state_of(context.outputs(task))].append(task)
+            waiting = by_state["left"]
             if waiting:
                 _measure_once(context, inputs.blocks, progress)
-        return resliced, waiting, done, failed
+        return resliced, waiting, _names(by_state["done"]), _names(by_state["failed"])
 
     begun = group.from_first(begin)
     if begun is None:  # another sweep has begun the run since it was looked at: continue it
-        return run_sweep(
-            study, folder, jobs=jobs, command=command, progress=progress, retry_failed=retry
-        )
+        more: dict[str, Any] = {"command": command, "retry_failed": retry_failed}
+        return run_sweep(study, folder, jobs=jobs, progress=progress, **more)
     resliced, waiting, done, failed = begun
     progress.plan([task.id for task in waiting])
     if failed:
         progress.message(f"{len(failed)} failed before; --retry-failed runs them again")
-    claims = Claims(folder, retry, group)
+    claims = Claims(folder, group)
     queue = Queue(waiting, claims, done=done, failed=failed)
     workers = 0 if group.processes > 1 else jobs_at_once(jobs, device, len(waiting))
     origin = _provenance(manifest, device, max(1, available_cores() // max(1, workers)))
@@ -161,21 +162,8 @@ def jobs_at_once(jobs: int | None, device: torch.device, tasks: int) -> int:
     return min(jobs, tasks)
 
 
-def _sorted(
-    context: Context, tasks: Sequence[Task], retry: Mapping[str, int]
-) -> tuple[list[Task], set[str], set[str]]:
-    """Tasks to do; trials that are done; tasks that failed before and are left so."""
-    waiting, done, failed = [], set[str](), set[str]()
-    for task in tasks:
-        outputs = context.outputs(task)
-        state = state_of(outputs)
-        if state == "done":
-            done |= task.names
-        elif state == "failed" and not to_retry(outputs, retry):
-            failed |= task.names
-        else:
-            waiting.append(task)
-    return waiting, done, failed
+def _names(tasks: Iterable[Task]) -> set[str]:
+    return {name for task in tasks for name in task.names}
 
 
 def _measure_once(context: Context, blocks: int, progress: Progress) -> None:

@@ -68,7 +68,7 @@ def read_slices(shared: Path) -> dict[str, list[str]]:
     return {str(name): frame[name].tolist() for name in frame.columns.drop("user")}
 
 
-# The metrics table of a run: from every user's rank, of all users and of each slice of them.
+# --- the table ------------------------------------------------------------------------------------
 
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 OF_LISTS = ("coverage@10", "gini@10", "popularity@10")
@@ -77,8 +77,6 @@ COLUMNS = (
     *("value", "ci_low", "ci_high", "users"),
 )
 DRAW_BYTES = 128 * 2**20  # of the bootstrap's draws that are held at once
-
-Row = dict[str, object]
 
 
 def metrics_table(
@@ -104,7 +102,10 @@ def metrics_table(
         BadInput: if a trial's ranks can't be read, or don't give the metrics of its record.
         ValueError: if the metrics of a trial break the bounds between them.
     """
-    frames, rows = [], [row for record in records for row in _of_validation(record)]
+    frames, rows = [], []
+    for record in records:
+        if (best := record.validation) is not None:
+            rows.append((record.id, "validation", "NDCG@10", best.ndcg, best.users))
     most = 1 + sum(len(family.labels) for family in cuts)
     block = max(1, DRAW_BYTES // (8 * resamples * most * len(METRICS)))
     for protocol, users, group in _by_users(folder, records):
@@ -112,10 +113,15 @@ def metrics_table(
         for start in range(0, len(group), block):
             part = group[start : start + block]
             frames.append(_ranked(part, protocol, own, resamples=resamples))
-        if protocol == FULL:
-            rows += [row for record, _ in group for row in _of_lists(record, len(users))]
-    frames.append(pd.DataFrame(rows, columns=COLUMNS))
+        for record, _ in group if protocol == FULL else ():
+            full = record.metrics.get("test", {}).get(FULL, {})
+            of_lists = [name for name in OF_LISTS if name in full]
+            rows += [(record.id, "test", name, full[name], len(users)) for name in of_lists]
+    bare = pd.DataFrame(rows, columns=["trial", "split", "metric", "value", "users"])
+    frames.append(bare.assign(protocol=FULL, slice=ALL, ci_low=math.nan, ci_high=math.nan))
     table = pd.concat([frame for frame in frames if len(frame)] or frames, ignore_index=True)
+    for name in ("method", "depth", "seed"):
+        table[name] = table["trial"].map({each.id: getattr(each, name) for each in records})
     order = ["trial", "split", "protocol"]
     return table[list(COLUMNS)].sort_values(order, kind="stable", ignore_index=True)
 
@@ -159,7 +165,7 @@ def _ranked(
     users = np.repeat([users for users, _ in means.values()], len(METRICS))
     return pd.DataFrame(
         {
-            **_repeated([record for record, _ in group], each),
+            "trial": np.repeat([record.id for record, _ in group], each),
             "split": "test",
             "protocol": protocol,
             "slice": np.tile(np.repeat(list(means), len(METRICS)), len(group)),
@@ -170,43 +176,3 @@ def _ranked(
             "users": np.tile(users, len(group)),
         }
     )
-
-
-def _repeated(records: Sequence[Record], rows: int) -> dict[str, np.ndarray]:
-    """What each trial is, so many times."""
-    return {
-        column: np.repeat([_row(record)[column] for record in records], rows)
-        for column in ("trial", "method", "depth", "seed")
-    }
-
-
-def _of_lists(record: Record, users: int) -> list[Row]:
-    """What the record says of the items recommended to all users together."""
-    full = record.metrics.get("test", {}).get(FULL, {})
-    where = {"split": "test", "users": users}
-    return [
-        _row(record) | where | {"metric": name, "value": full[name]}
-        for name in OF_LISTS
-        if name in full
-    ]
-
-
-def _of_validation(record: Record) -> list[Row]:
-    best = record.validation
-    if best is None:
-        return []
-    where = {"split": "validation", "users": best.users}
-    return [_row(record) | where | {"metric": "NDCG@10", "value": best.ndcg}]
-
-
-def _row(record: Record) -> Row:
-    return {
-        "trial": record.id,
-        "method": record.method,
-        "depth": record.depth,
-        "seed": record.seed,
-        "protocol": FULL,
-        "slice": ALL,
-        "ci_low": math.nan,
-        "ci_high": math.nan,
-    }

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +205,12 @@ def _seconds_of_teacher(context: Context, trial: Trial) -> float:
     return record.training.seconds if record and record.training else 0.0
 
 
+@dataclass
 class _SharedPrompt(Encoder):
     """A recommender whose prompt is run once an evaluation."""
 
-    def __init__(self, model: Recommender) -> None:
-        self._model = model
-        self._prompt: Cache | None = None
+    _model: Recommender
+    _prompt: Cache | None = None
 
     def refresh(self) -> _SharedPrompt:
         """Run the prompt at the present weights."""
@@ -346,13 +346,10 @@ def _of_all_students(context: Context, trial: Trial, spec: FeatureSpec) -> Featu
     It does not depend on the trial, so that all of them share one folder.
     """
     study, specs = context.study, list[FeatureSpec]()
-    for name in study.methods:
-        settings = settings_of(study, name)
-        if settings.method.settings != "distillation":
-            continue
-        for task in plan(replace(study, methods=(name,)), trial.blocks):
-            if task.method == name and task.seed == trial.seed:
-                specs += [_spec(settings, each.depth, each.blocks) for each in task.trials]
+    for task in plan(study, trial.blocks):
+        settings = settings_of(study, task.method)
+        if settings.method.settings == "distillation" and task.seed == trial.seed:
+            specs += [_spec(settings, each.depth, each.blocks) for each in task.trials]
     specs = [each for each in specs if each.objective == spec.objective]
     return FeatureSpec(
         objective=spec.objective,

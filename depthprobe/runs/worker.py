@@ -71,8 +71,12 @@ def prepare(
         others: methods that were registered in the parent.
     """
     with started.get_lock():
-        _take_gpu(started.value)
-        started.value += 1
+        place, started.value = started.value, started.value + 1
+    count = torch.cuda.device_count()  # asks the driver, and begins nothing
+    if count > 1:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        every = named.split(",") if named else [str(n) for n in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = every[place % len(every)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # discard output between tasks: the terminal belongs to the progress bar
@@ -83,14 +87,6 @@ def prepare(
         if method.name not in METHODS:  # else the module that it comes from has registered it here
             register(method)
     begin(folder, study, provenance)
-
-
-def _take_gpu(place: int) -> None:
-    """Take one of several GPUs, before anything of CUDA's begins."""
-    if torch.cuda.device_count() > 1:  # asks the driver, and begins nothing
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        every = named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]
-        os.environ["CUDA_VISIBLE_DEVICES"] = every[place % len(every)]
 
 
 def _end_with_parent() -> None:
@@ -173,16 +169,14 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     lists = result.ranks.get(LISTS, np.zeros((0, 0), np.int32))
     counts = exposure(lists, len(popularity.popularity))  # (I,)
     metrics[FULL] |= list_metrics(counts, popularity)
-    measured = json.loads((context.shared / TIMING).read_text(encoding="utf-8"))
-    timing = timing_of(trial, measured, context.study)
-    record = record_of(trial, provenance)
-    record.metrics = {"test": metrics}
-    record.costs = Costs(
+    timing = timing_of(trial, json.loads((context.shared / TIMING).read_text()), context.study)
+    costs = Costs(
         parameters=result.parameters,
         flops_user=result.flops,
         prompt=model.prompt_mode if isinstance(model, Recommender) else None,
         timing=msgspec.convert(timing, dict[str, Rounds] | None),
     )
+    record = record_of(trial, provenance, metrics={"test": metrics}, costs=costs)
     if fit is not None:
         record.validation = Validation(ndcg=fit.best_score, users=len(context.validation.users))
         training = asdict(fit) | {
@@ -191,7 +185,7 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
             "flops": result.training_flops,
             "validation": fit.scores,
         }
-        record.costs.training = msgspec.convert(training, TrainingCosts)
+        costs.training = msgspec.convert(training, TrainingCosts)
 
     def save(place: Path) -> None:
         if model is not None:
@@ -206,13 +200,8 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     ]
     shown = np.flatnonzero(counts)
     items = {"item": (shown + 1).astype(np.int32), "lists": counts[shown].astype(np.int32)}
-    write_trial(
-        folder,
-        record,
-        users=pd.concat(tables, ignore_index=True),
-        items=pd.DataFrame(items),
-        save=save,
-    )
+    every = pd.concat(tables, ignore_index=True)
+    write_trial(folder, record, users=every, items=pd.DataFrame(items), save=save)
     checkpoint = context.checkpoint(trial)
     checkpoint.unlink(missing_ok=True)
     with suppress(OSError):  # the last one takes the folder along

@@ -11,10 +11,9 @@ import pytest
 
 from depthprobe.cli.sweep import INTERRUPTED, job_progress
 from depthprobe.errors import BadInput
-from depthprobe.files import write_json
 from depthprobe.runs import cluster
 from depthprobe.runs.cluster import SharedSweep
-from depthprobe.study import demo_study, study_to_toml
+from depthprobe.study import demo_study
 
 RUN = Path("runs/demo")
 
@@ -24,8 +23,11 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SharedSweep, int]]:
     """What was submitted, with how many jobs; nothing is."""
     seen: list[tuple[SharedSweep, int]] = []
 
-    def submit(sweep: SharedSweep, *, jobs: int, cluster: str) -> list[SimpleNamespace]:
+    def submit(
+        sweep: SharedSweep, *, jobs: int, cluster: str, retry_failed: bool
+    ) -> list[SimpleNamespace]:
         assert cluster == "slurm"
+        assert retry_failed == ("--retry-failed" in str(sweep.command))
         seen.append((sweep, jobs))
         return [SimpleNamespace(job_id=f"31_{place}") for place in range(jobs)]
 
@@ -49,16 +51,11 @@ def test_jobs_are_submitted_and_waited_for(
         raise BadInput("run", "this far", "enough for a test")
 
     ends(monkeypatch, lambda: {"31_0": "ValueError: no"})
-    record = {"schema": 1, "id": "sasrec-s0", "method": "sasrec", "seed": 0, "status": "failed"}
-    record |= {"attempts": 2}
-    write_json(RUN / "trials" / "sasrec-s0" / "record.json", record)
-    (RUN / "study.toml").write_text(study_to_toml(demo_study()))
     monkeypatch.setattr("depthprobe.runs.store.open_run", open_run)
     outcome = cli("sweep", "--executor", "slurm", "--jobs", "2", "--retry-failed")
     ((sweep, jobs),) = submitted
     assert jobs == 2
     assert (sweep.study, sweep.progress) == (demo_study(), job_progress)
-    assert sweep.retry == {"sasrec-s0": 2}
     assert sweep.command == "depthprobe sweep --executor slurm --jobs 2 --retry-failed"
     assert Path(sweep.folder) == RUN.absolute() == opened[0]
     assert "submitted 2 jobs (31)" in outcome.err

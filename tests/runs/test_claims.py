@@ -18,7 +18,7 @@ from depthprobe.files import write_json
 from depthprobe.methods import Task
 from depthprobe.runs.plan import trial_of
 from depthprobe.runs.progress import Silent
-from depthprobe.runs.records import Provenance, Record, failures, outputs_of, write_failure
+from depthprobe.runs.records import Provenance, Record, forget_failures, outputs_of, write_failure
 from depthprobe.runs.scheduler import LOCKS, Claims, clear, held, whole_run
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
@@ -27,10 +27,6 @@ from depthprobe.study import Study
 TASK = Task("sasrec", 0, (trial_of("sasrec", (), 0, 2),))
 ORIGIN = Provenance("study", "data", None, None, {}, "a machine", "cpu", 1)
 SPAWN = multiprocessing.get_context("spawn")
-
-
-def claims(folder: Path, retry: dict[str, int] | None = None) -> Claims:
-    return Claims(folder, retry or {})
 
 
 def done(folder: Path) -> None:
@@ -47,7 +43,7 @@ def fail(folder: Path) -> None:
 
 def hold(folder: Path) -> None:
     """In a process of its own: take the task, and never let go."""
-    own = claims(folder)
+    own = Claims(folder)
     assert own.take(TASK) == "ours"
     (folder / "held").touch()
     time.sleep(60)
@@ -55,7 +51,7 @@ def hold(folder: Path) -> None:
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
-    one, other = claims(tmp_path), claims(tmp_path)
+    one, other = Claims(tmp_path), Claims(tmp_path)
     assert one.take(TASK) == "ours"
     assert other.take(TASK) == "theirs"
     assert held(tmp_path) == [TASK.id]
@@ -70,7 +66,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
 def test_what_a_dead_sweep_held_is_cleared_and_what_a_living_one_holds_is_not(
     tmp_path: Path,
 ) -> None:
-    living = claims(tmp_path)
+    living = Claims(tmp_path)
     assert living.take(TASK) == "ours"
     (tmp_path / LOCKS / "similarity-s0.lock").touch()  # its task was done before the kill
     clear(tmp_path)
@@ -81,7 +77,7 @@ def test_what_a_dead_sweep_held_is_cleared_and_what_a_living_one_holds_is_not(
 
 
 def test_what_was_done_meanwhile_is_not_done_again(tmp_path: Path) -> None:
-    one, other = claims(tmp_path), claims(tmp_path)
+    one, other = Claims(tmp_path), Claims(tmp_path)
     assert one.take(TASK) == "ours"
     done(tmp_path)
     one.leave(TASK)
@@ -89,18 +85,18 @@ def test_what_was_done_meanwhile_is_not_done_again(tmp_path: Path) -> None:
     assert held(tmp_path) == []
 
 
-def test_a_failure_is_tried_again_by_one_sweep_alone(tmp_path: Path) -> None:
+def test_a_failure_stays_one_until_it_is_forgotten(tmp_path: Path) -> None:
     fail(tmp_path)
-    known = failures(tmp_path)
-    assert known == {TASK.id: 1}
-    one, other = claims(tmp_path, known), claims(tmp_path, known)
+    assert Claims(tmp_path).take(TASK) == "failed"
+    forget_failures(outputs_of(tmp_path, TASK))
+    one, other = Claims(tmp_path), Claims(tmp_path)
     assert one.take(TASK) == "ours"
     fail(tmp_path)
     one.leave(TASK)
     assert other.take(TASK) == "failed"
-    assert claims(tmp_path, known).take(TASK) == "failed"  # that begins only now
-    assert claims(tmp_path).take(TASK) == "failed"
-    assert claims(tmp_path, failures(tmp_path)).take(TASK) == "ours"  # another command
+    done(tmp_path)
+    forget_failures(outputs_of(tmp_path, TASK))
+    assert other.take(TASK) == "done"
 
 
 def test_a_killed_holder_has_let_go(tmp_path: Path) -> None:
@@ -110,7 +106,7 @@ def test_a_killed_holder_has_let_go(tmp_path: Path) -> None:
         if (tmp_path / "held").exists():
             break
         time.sleep(0.05)
-    own = claims(tmp_path)
+    own = Claims(tmp_path)
     assert own.take(TASK) == "theirs"
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)

@@ -13,18 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import submitit
 from submitit.core.utils import DelayedSubmission
 
 from depthprobe.errors import BadInput
+from depthprobe.files import write_json
 from depthprobe.runs import cluster
 from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, last_line, submit
 from depthprobe.runs.progress import Silent
-from depthprobe.runs.records import read_record
+from depthprobe.runs.records import RECORD, Record, read_record
 from depthprobe.runs.store import open_run
-from depthprobe.study import Recipe, Slurm, Study, Tracking
+from depthprobe.study import Recipe, Slurm, Study, Tracking, study_to_toml
 
 LOCAL = Slurm(minutes=30, gpus=0)
 
@@ -170,6 +172,19 @@ def test_slurm_is_asked_for_what_the_study_says(
     submission = jobs[0].submission()
     assert submission.function.study == study
     assert submission._timeout_countdown == cluster.REQUEUES
+
+
+def test_earlier_failures_are_forgotten_when_the_jobs_are_submitted(
+    sweep: SharedSweep, slurm: Path
+) -> None:
+    record = Path(sweep.folder, "trials", "sasrec-s0", RECORD)
+    failure = Record(id="sasrec-s0", method="sasrec", seed=0, status="failed")
+    write_json(record, msgspec.to_builtins(failure))
+    Path(sweep.folder, "study.toml").write_text(study_to_toml(sweep.study))
+    submit(sweep)
+    assert record.exists()
+    submit(sweep, retry_failed=True)
+    assert not record.exists()
 
 
 def test_what_is_left_out_is_left_to_the_cluster(sweep: SharedSweep, slurm: Path) -> None:

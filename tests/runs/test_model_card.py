@@ -50,7 +50,7 @@ def test_figures_are_the_records(small_run: Run) -> None:
         assert list(map(float, numbers)) == pytest.approx(expected, abs=5.1e-5)
         assert int(users) == found.iloc[0]["users"]
     total = record.costs.parameters["total"]
-    assert f"| all | {total:,} |" in body
+    assert f"| total | {total:,} |" in body
     for fact in (
         "depth 2: blocks 0-1 of the 3",
         small_run.study.digest(),

@@ -24,7 +24,7 @@ from depthprobe.runs import sweep as runner
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.plan import trial_of
-from depthprobe.runs.records import TIMING, failures
+from depthprobe.runs.records import TIMING
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study
@@ -282,13 +282,6 @@ def test_a_trial_that_fails_is_recorded_and_tried_again_if_asked(
     left = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher)
     assert watcher.planned == []
     assert len(left.failed) == 1
-    known = failures(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "popularity", replace(METHODS["popularity"], run=fail))
-        run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=known)
-    assert watcher.planned == ["popularity-s0"]
-    run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=known)
-    assert watcher.planned == []  # the same command's other sweep, which begins only now
     again = run_sweep(tiny, tmp_path / "run", jobs=0, progress=watcher, retry_failed=True)
     assert watcher.planned == ["popularity-s0"]
     assert not again.failed

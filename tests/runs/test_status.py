@@ -24,7 +24,7 @@ def test_states_of_tasks(small_run: Run, tmp_path: Path) -> None:
     record = folder / "trials" / "heal-d02-s1" / "record.json"
     failed = json.loads(record.read_text()) | {"status": "failed", "error": "no\nluck"}
     record.write_text(json.dumps(failed))
-    claims = Claims(folder, {})
+    claims = Claims(folder)
     assert claims.take(tasks["finetune-d01-s0"]) == "ours"
     found = status_of(folder)
     assert found.failed == [("heal-d02-s1", "no luck")]
@@ -38,7 +38,7 @@ def test_states_of_tasks(small_run: Run, tmp_path: Path) -> None:
 
 def test_the_last_line_without_its_time(tmp_path: Path) -> None:
     task = Task("sasrec", 0, (trial_of("sasrec", (), 0, 2),))
-    claims = Claims(tmp_path, {})
+    claims = Claims(tmp_path)
     assert claims.take(task) == "ours"
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / f"{task.id}.log"

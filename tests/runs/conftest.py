@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,14 +73,17 @@ class Recorder(Silent):
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self.tasks: list[str] = []
+        self.planned: list[str] = []
+        self.ended: list[str] = []
+
+    def plan(self, trials: Sequence[str]) -> None:
+        self.planned = list(trials)
 
     def message(self, text: str) -> None:
         self.texts.append(text)
 
     def done(self, trial: str, status: str, seconds: float, note: str) -> None:
-        if note != "in another sweep of this run":
-            self.tasks.append(trial)
+        self.ended.append(f"{trial} {status}")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ SHOWN = "depthprobe.cost.timing"  # whose log lines are messages, too
 
 
 class Display(logging.Handler):
-    """Shows the events of a sweep: a :class:`depthprobe.runs.progress.Progress`.
+    """Shows the events of a sweep: a :class:`depthprobe.runs.scheduler.Progress`.
 
     Without a bar each event is a line, flushed at once, so that a log file can be followed.
     """

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from depthprobe.errors import BadInput
 from depthprobe.runs.processes import launched
-from depthprobe.runs.progress import Progress, Silent
+from depthprobe.runs.scheduler import Progress, Silent
 from depthprobe.study import Study
 
 if TYPE_CHECKING:

@@ -31,7 +31,6 @@ from depthprobe.runs.layout import (
     tidy,
 )
 from depthprobe.runs.processes import ProcessGroup, join_processes
-from depthprobe.runs.progress import Progress, Silent
 from depthprobe.runs.records import (
     FULL,
     TABLES,
@@ -46,7 +45,16 @@ from depthprobe.runs.records import (
     write_failure,
     write_manifest,
 )
-from depthprobe.runs.scheduler import Claims, Outcome, Queue, clear, run_in_processes, whole_run
+from depthprobe.runs.scheduler import (
+    Claims,
+    Outcome,
+    Progress,
+    Queue,
+    Silent,
+    clear,
+    run_in_processes,
+    whole_run,
+)
 from depthprobe.runs.store import Run, open_run, write_tables
 from depthprobe.study import Study
 

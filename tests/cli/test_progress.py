@@ -9,7 +9,7 @@ import re
 import pytest
 
 from depthprobe.cli.progress import SHOWN, Display, show_progress
-from depthprobe.runs.progress import Silent
+from depthprobe.runs.scheduler import Silent
 
 
 class Terminal(io.StringIO):

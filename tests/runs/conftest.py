@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.runs.progress import Silent
+from depthprobe.runs.scheduler import Silent
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import (

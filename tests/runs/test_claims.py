@@ -17,9 +17,8 @@ from msgspec import to_builtins
 from depthprobe.files import write_json
 from depthprobe.methods import Task
 from depthprobe.runs.plan import trial_of
-from depthprobe.runs.progress import Silent
 from depthprobe.runs.records import Provenance, Record, forget_failures, outputs_of, write_failure
-from depthprobe.runs.scheduler import LOCKS, Claims, clear, held, whole_run
+from depthprobe.runs.scheduler import LOCKS, Claims, Silent, clear, held, whole_run
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study

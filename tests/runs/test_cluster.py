@@ -23,8 +23,8 @@ from depthprobe.errors import BadInput
 from depthprobe.files import write_json
 from depthprobe.runs import cluster
 from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, last_line, submit
-from depthprobe.runs.progress import Silent
 from depthprobe.runs.records import RECORD, Record, read_record
+from depthprobe.runs.scheduler import Silent
 from depthprobe.runs.store import open_run
 from depthprobe.study import Recipe, Slurm, Study, Tracking, study_to_toml
 

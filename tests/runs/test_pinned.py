@@ -18,7 +18,7 @@ from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
-from depthprobe.runs.progress import Silent
+from depthprobe.runs.scheduler import Silent
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study

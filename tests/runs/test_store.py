@@ -1,4 +1,4 @@
-"""The metrics of a run, by slice and of all lists together, recomputed from its folder."""
+"""A run opened for reading: metrics by slice and of all lists, recomputed; how far it is."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from depthprobe.data.splits import make_split
 from depthprobe.data.storage import load_data
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import metrics_from_ranks
+from depthprobe.methods import Task
 from depthprobe.runs.context import Context
 from depthprobe.runs.layout import TOO_SMALL
-from depthprobe.runs.plan import trial_of
+from depthprobe.runs.plan import plan, trial_of
 from depthprobe.runs.records import Sampled
-from depthprobe.runs.store import Run, open_run, write_tables
+from depthprobe.runs.scheduler import Claims
+from depthprobe.runs.store import Run, open_run, status_of, working, write_tables
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.tables import OF_LISTS
 from depthprobe.study import Data, Study
@@ -231,3 +233,46 @@ def test_own_columns_that_cannot_be_used_write_nothing(tiny: Study, tmp_path: Pa
 
 def write_csv(path: Path, header: str, rows: list[tuple[str, str]]) -> None:
     path.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
+
+
+# --- how far a run is
+
+
+def test_states_of_tasks(small_run: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_run.path, tmp_path / "run"))
+    tasks = {task.id: task for task in plan(small_run.study, 3)}
+    whole = status_of(folder)
+    assert whole.total("done") == len(tasks)
+    assert not whole.working
+    assert not whole.failed
+    shutil.rmtree(folder / "trials" / "finetune-d01-s0")
+    shutil.rmtree(folder / "trials" / "early-exit-d01-s1")  # one of its pass
+    record = folder / "trials" / "heal-d02-s1" / "record.json"
+    failed = json.loads(record.read_text()) | {"status": "failed", "error": "no\nluck"}
+    record.write_text(json.dumps(failed))
+    claims = Claims(folder)
+    assert claims.take(tasks["finetune-d01-s0"]) == "ours"
+    found = status_of(folder)
+    assert found.failed == [("heal-d02-s1", "no luck")]
+    assert [each.task for each in found.working] == ["finetune-d01-s0"]
+    assert found.counts["finetune"] == {"done": 3, "working": 1}
+    assert found.counts["early-exit"] == {"done": 1, "left": 1}
+    assert found.total("done") == len(tasks) - 3
+    claims.leave_all()
+    assert status_of(folder).counts["finetune"] == {"done": 3, "left": 1}
+
+
+def test_the_last_line_without_its_time(tmp_path: Path) -> None:
+    task = Task("sasrec", 0, (trial_of("sasrec", (), 0, 2),))
+    claims = Claims(tmp_path)
+    assert claims.take(task) == "ours"
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / f"{task.id}.log"
+    log.write_text("2026-01-01 10:00:00 begun\n2026-01-01 10:00:09 step 3/9  loss 1.2\n")
+    (found,) = working(tmp_path)
+    assert (found.task, found.line) == (task.id, "step 3/9  loss 1.2")
+    assert 0 <= found.seconds < 60
+    log.unlink()
+    (found,) = working(tmp_path)
+    assert found.line == ""
+    claims.leave_all()

@@ -9,13 +9,10 @@ from typing import Annotated
 
 import typer
 
-from depthprobe.cli.options import check_backbone as refuse_unusable
 from depthprobe.cli.options import check_output_file, option
-from depthprobe.cli.tables import show_table
+from depthprobe.cli.terminal import show_table
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
-
-PAGE = Path("architectures.md")
 
 
 def check(
@@ -32,23 +29,18 @@ def check(
     every: Annotated[
         bool, typer.Option("--all", help="Every decoder family of transformers, in minutes.")
     ] = False,
-    output: Annotated[
-        Path | None, option("FILE", f"Where --all writes its table [default: {PAGE}].")
-    ] = None,
+    output: Annotated[Path, option("FILE", "Where --all writes its table.")] = Path(
+        "architectures.md"
+    ),
 ) -> int:
     """Self-test: can this architecture be cut safely?
 
     Needs no weights. The exit code is 1 if not.
     """
-    if every:
-        if backbone is not None:
-            raise BadInput("backbone", backbone, "not together with --all")
-        return _check_all(output or PAGE)
-    if backbone is None:
-        raise BadInput("backbone", None, "a folder, a Hugging Face id, embedded, or --all")
-    if output is not None:
-        raise BadInput("output", output, "with --all alone")
-    refuse_unusable(backbone)
+    if every and backbone is None:
+        return _check_all(output)
+    if every or backbone is None:
+        raise BadInput("backbone", backbone, "a folder, a Hugging Face id, embedded; or --all")
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -56,13 +48,12 @@ def check(
 
     disable_progress_bar()  # one for each model that is reloaded
     results = check_backbone(backbone, revision=revision, trust_remote_code=trust_remote_code)
+    failures = {True: "FAILED", False: "no"}  # what is not required may fail
     header = ["check", "result", "detail"]
-    marks = {True: "passed", False: "no"}  # what is not required may fail
     rows = [
-        (each.name, "FAILED" if each.required and not each.passed else marks[each.passed],
-         each.detail)
+        (each.name, "passed" if each.passed else failures[each.required], each.detail)
         for each in results
-    ]  # fmt: skip
+    ]
     show_table(header, rows, words=header)
     safe = can_be_cut(results)
     print(f"\n{backbone}: {'can be cut' if safe else 'can NOT be cut safely'}")

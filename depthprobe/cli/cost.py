@@ -7,16 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from depthprobe.cli.options import (
-    check_backbone,
-    check_revision,
-    check_settings,
-    number,
-    option,
-    whole,
-)
-from depthprobe.cli.tables import cell, scaled, show_table
+from depthprobe.cli.options import check_revision, number, option, whole
+from depthprobe.cli.terminal import cell, scaled, show_progress, show_table
 from depthprobe.errors import BadInput, check_writable
+from depthprobe.study import Study, override
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +51,7 @@ def cost(
     A configuration is enough: no weights are downloaded. What fits this machine is measured, with
     random weights.
     """
-    check_settings(layers=layers, device=device)
-    check_backbone(backbone)
+    override(Study(), layers=layers, device=device)  # refuses what a study can't say
     check_revision(revision, backbone)
     if output is not None:
         if output.is_dir() or output.suffix not in FORMATS:
@@ -66,7 +59,6 @@ def cost(
         check_writable("output", output.absolute().parent)
     import sys
 
-    from depthprobe.cli.progress import show_progress
     from depthprobe.cost.table import Workload, cost_table
 
     sizes = {"batch": batch, "length": length, "items": items, "prompt": prompt}

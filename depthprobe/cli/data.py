@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from depthprobe.cli.options import LOG, SPLIT, apply_flags, option, takes_flags
+from depthprobe.cli.terminal import bar, cell, show_facts, show_table
 from depthprobe.errors import BadInput, check_writable
-from depthprobe.study import Study
+from depthprobe.study import Protocol, Study
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from depthprobe.data.splits import Split
+    from depthprobe.data.storage import Sequences
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -36,9 +43,7 @@ def prepare(
 ) -> None:
     """Sort a log into sequences, clean it, write it as a memory-mapped folder."""
     study = apply_flags(Study(), data=source, **flags)
-    check_writable("output", output)
 
-    from depthprobe.cli.describe import describe
     from depthprobe.data.prepared import read_data
 
     describe(read_data(study.data, output, name=name), source=source)
@@ -59,7 +64,6 @@ def show(
             raise BadInput("figure", figure, f"a file ending in {', '.join(PICTURES)}")
         check_writable("figure", figure.parent)
 
-    from depthprobe.cli.describe import describe
     from depthprobe.data.prepared import read_data
 
     sequences = read_data(study.data)
@@ -74,7 +78,6 @@ def show(
 @app.command("list")
 def list_logs() -> None:
     """The formats that a log may have, and the public sets that are fetched by name."""
-    from depthprobe.cli.tables import show_table
     from depthprobe.data.public import SETS, cache_folder
     from depthprobe.data.readers.formats import FORMATS
 
@@ -82,7 +85,7 @@ def list_logs() -> None:
     show_table(header, [[name, one.help] for name, one in FORMATS.items()], words=header)
     rows, notes = [], []
     for family, group in groupby(SETS.values(), key=lambda one: one.family):
-        first, *others = list(group)
+        first, *others = group
         name, about, size = first.name, first.about, first.files[0].size
         if others:
             name = f"{family}:CATEGORY"
@@ -95,5 +98,122 @@ def list_logs() -> None:
     print(f"\nfetched when first used, into {cache_folder()} (DEPTHPROBE_CACHE moves it)\n")
     width = min(100, get_terminal_size().columns)
     for note in notes:
-        print(fill(note, width, subsequent_indent="  ", break_long_words=False,
-                   break_on_hyphens=False))  # fmt: skip
+        print(fill(note, width, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def describe(
+    sequences: Sequences, *, source: str, protocol: Protocol | None = None, charts: bool = False
+) -> None:
+    """Print sizes, cleaning, quantiles, charts on demand, the split, the warnings.
+
+    Without a ``protocol`` the split is the default one, and a log that can't be split so is no
+    error: it is still worth a look.
+    """
+    import numpy as np
+
+    from depthprobe.data.splits import make_split
+    from depthprobe.data.statistics import LEVELS, popularity, quantiles
+
+    rule = protocol or Protocol()
+    warnings, split = list(sequences.warnings), None
+    try:
+        split = make_split(sequences, rule)
+        warnings += split.warnings
+    except BadInput as error:
+        if protocol is not None:
+            raise
+        warnings.append(f"no {rule.split} split ({error.allowed})")
+    lengths, counts = np.diff(sequences.offsets), popularity(sequences)  # (U,), (I,)
+    show_facts(_sizes(sequences, source))
+    _show_cleaning(sequences)
+    header = ["interactions", *LEVELS]
+    rows = [
+        ["of a user", *quantiles(lengths).values()],
+        ["of an item", *quantiles(counts).values()],
+    ]
+    show_table(header, rows, words=header[:1])
+    if charts:
+        _show_charts(lengths, counts)
+    if split is not None:
+        show_facts(_parts(split, rule.split))
+    print("".join(f"\nwarning: {warning}" for warning in warnings))
+
+
+def _sizes(sequences: Sequences, source: str) -> dict[str, str]:
+    """Name, source, sizes, density, order in time, and the fingerprint."""
+    numbers, titles = sequences.statistics, sequences.titles
+    rows = {
+        "name": sequences.name,
+        "source": source,
+        "users": cell(sequences.n_users),
+        "items": cell(sequences.n_items),
+        "interactions": cell(sequences.n_interactions),
+        "density": _percent(numbers["density"]),
+        "repeats": f"{_percent(numbers['repeats'])} of interactions: the user had the item before",
+        "times": "none",
+    }
+    if sequences.times is not None:
+        rows["times"] = f"{numbers['first']} to {numbers['last']}"
+        rows["same time"] = f"{_percent(numbers['shared_times'])} of neighbours in a history"
+    if sequences.given is not None:
+        offsets, given = sequences.offsets, sequences.given  # (U + 1,), (U, 2): where parts end
+        ends = (offsets[:-1].sum(), *given.sum(axis=0), offsets[1:].sum())
+        sizes = [cell(high - low) for low, high in pairwise(ends)]
+        parts = "training {}, validation {}, test {}".format(*sizes)
+        rows["came split"] = f"{parts} (used by --split given)"
+    rows["titles"] = "none" if titles is None else f"for {cell(sum(map(bool, titles)))} items"
+    rows["fingerprint"] = sequences.fingerprint[:16]
+    return rows
+
+
+def _parts(split: Split, name: str) -> dict[str, str]:
+    """What trains, who is in which part, and who and what is unknown to training."""
+    numbers = split.statistics
+    rows = {"split": name}
+    if "test_begins" in numbers:
+        begins = f"validation from {numbers['validation_begins']}, test from"
+        rows["split"] += f", {begins} {numbers['test_begins']}"
+    items = cell(numbers["training_items"])
+    rows["training"] = f"{cell(numbers['training_interactions'])} interactions of {items} items"
+    for part in ("validation", "test"):
+        rows[part] = f"{cell(numbers[f'{part}_users'])} users"
+        if cold := numbers.get(f"cold_{part}_users"):
+            rows[part] += f", {cell(cold)} cold ones left out"
+    if unknown := numbers["cold_test_targets"]:
+        rows["test"] += f", {cell(unknown)} of their targets unknown to training"
+    return rows
+
+
+def _show_cleaning(sequences: Sequences) -> None:
+    """Print what each step of the cleaning left, and took; nothing where it had no step."""
+    steps = sequences.cleaning
+    if len(steps) < 2:
+        return
+    lost = [None, *(before.interactions - step.interactions for before, step in pairwise(steps))]
+    rows = [
+        [s.step, s.interactions, s.users, s.items, gone]
+        for s, gone in zip(steps, lost, strict=True)
+    ]
+    show_table(["cleaning", "interactions", "users", "items", "gone"], rows, words=["cleaning"])
+
+
+def _show_charts(lengths: np.ndarray, counts: np.ndarray) -> None:
+    """Draw users by the length of their history, and how much the most popular items take."""
+    from depthprobe.data.statistics import length_bins, top_shares
+
+    bins = length_bins(lengths)
+    most = max(users for _, _, users in bins)
+    rows: list[list[object]] = [
+        [f"{low:,}-{high:,}" if low < high else low, bar(users / most), users,
+         _percent(users / len(lengths))]
+        for low, high, users in bins
+    ]  # fmt: skip
+    show_table(["history", "", "users", "share"], rows, words=[""])
+    rows = [
+        [f"{top} %", bar(share), _percent(share), count] for top, count, share in top_shares(counts)
+    ]
+    show_table(["most popular", "", "of the interactions", "items"], rows, words=[""])
+
+
+def _percent(share: float | int | str) -> str:
+    return f"{100 * float(share):.3g} %"

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthprobe.cli.cost import BUSY, TUNINGS
-from depthprobe.cli.progress import show_progress
-from depthprobe.cli.tables import cell, console, scaled, show_table
+from depthprobe.cli.terminal import cell, console, scaled, show_progress, show_table
 
 if TYPE_CHECKING:
     from depthprobe.runs.preview import Estimate, Preview, Span

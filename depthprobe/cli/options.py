@@ -1,4 +1,4 @@
-"""What the commands share: a study from flags, and checks that need no torch."""
+"""What the commands share: their options, and the study that these describe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import typer
 
 from depthprobe.data.readers.streams import stem
 from depthprobe.errors import BadInput, check_writable
-from depthprobe.study import ITEM_TABLES, Study, demo_study, load_study, override, study_from_dict
+from depthprobe.study import Study, demo_study, load_study, override
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-RUN_FILES = ("manifest.json", "study.toml")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def option(metavar: str, help: str, **more: Any) -> Any:
@@ -41,19 +39,12 @@ whole, number = _parser(int, "whole number"), _parser(float, "number")
 
 @dataclass(frozen=True)
 class Flag:
-    """An option that changes a setting of a study.
+    """An option that changes a setting of a study."""
 
-    Attributes:
-        setting: its key, with dots.
-        metavar: what stands for the value in the help.
-        help: what it is.
-        kind: of the value; ``tuple`` for a list with commas.
-    """
-
-    setting: str
+    setting: str  # its key, with dots
     metavar: str
     help: str
-    kind: type = str
+    kind: type = str  # of the value; ``tuple`` for a list with commas
 
     def parameter(self, name: str) -> Parameter:
         """What typer reads from a command's signature."""
@@ -117,11 +108,7 @@ def takes_flags(flags: Mapping[str, Flag]) -> Callable[[Command], Command]:
 
 
 def make_study(file: Path | None = None, **flags: Any) -> Study:
-    """The study that the flags of a sweep ask for: a file's, one of data and backbone, the demo.
-
-    Raises:
-        BadInput: for a value that can't be used, or a path that does not exist.
-    """
+    """The study that the flags of a sweep ask for: a file's, one of data and backbone, the demo."""
     data, backbone = flags.get("data"), flags.get("backbone")
     if file is not None:
         study = load_study(file)
@@ -132,41 +119,28 @@ def make_study(file: Path | None = None, **flags: Any) -> Study:
     else:
         study = Study(name=_study_name(data, backbone))
     study = apply_flags(study, **flags)
-    if (epochs := flags.get("epochs")) is not None:  # of all recipes
-        variants = {
-            name: each
-            if each.recipe is None
-            else replace(each, recipe=replace(each.recipe, epochs=epochs))
+    if (epochs := flags.get("epochs")) is not None:
+        own = {
+            name: replace(each, recipe=replace(each.recipe, epochs=epochs))
             for name, each in study.variants.items()
+            if each.recipe is not None
         }
-        study = replace(study, variants=variants)
-    check_backbone(study.backbone.source)
+        study = replace(study, variants={**study.variants, **own})
     check_revision(flags.get("revision"), study.backbone.source)
-    if study.item_table not in ITEM_TABLES and not Path(study.item_table).is_file():
-        allowed = "a .npy file that exists, text, learned, or sasrec"
-        raise BadInput("item_table", study.item_table, allowed)
     return study
 
 
 def apply_flags(study: Study, **flags: Any) -> Study:
-    """The study with the settings that flags change; its log must be there.
-
-    Raises:
-        BadInput: for a value that a study file could not have either, or a log that does not exist.
-    """
+    """The study with the settings that flags change."""
     given = {name: value for name, value in flags.items() if value is not None}
     for name, value in given.items():
-        lists = FLAGS[name].kind is tuple
-        study = override(study, **{FLAGS[name].setting: split_list(value) if lists else value})
+        flag = FLAGS[name]
+        if flag.kind is tuple:
+            value = tuple(filter(None, (piece.strip() for piece in value.split(","))))
+        study = override(study, **{flag.setting: value})
     if "split_at" in given and study.protocol.split != "temporal":
         raise BadInput("split-at", given["split_at"], "with --split temporal alone")
-    check_data(study.data.source)
     return study
-
-
-def split_list(text: str) -> tuple[str, ...]:
-    """The names in a comma-separated list, without blanks."""
-    return tuple(filter(None, (piece.strip() for piece in text.split(","))))
 
 
 def _study_name(data: str | None, backbone: str | None) -> str:
@@ -182,46 +156,11 @@ def default_output(study: Study) -> Path:
     return Path("runs", re.sub(r"[^\w.-]+|^\.+", "-", study.name).strip("-") or "study")
 
 
-def check_data(source: str) -> None:
-    """Refuse what is neither a path that exists nor the name of a log."""
-    if source == "embedded" or Path(source).exists():
-        return
-
-    from depthprobe.data.public import is_public, public_set
-
-    if not is_public(source):
-        allowed = "a file or folder that exists, a public set (depthprobe data list), or embedded"
-        raise BadInput("data", source, allowed)
-    public_set(source)  # refuses a category that does not exist
-
-
-def check_backbone(source: str) -> None:
-    """Refuse what is neither a model's folder nor spelled like a Hugging Face id."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadInput("backbone", source, "a folder with config.json")
-    elif not path.exists() and not HUB_ID.fullmatch(source):
-        raise BadInput("backbone", source, "a folder that exists, a Hugging Face id, or embedded")
-
-
 def check_revision(revision: str | None, source: str) -> None:
-    """Refuse a revision of what has none, and one without a name."""
-    if revision is not None and not revision.strip():
-        raise BadInput("revision", revision, "a branch, tag or commit")
-    if revision is not None and (source == "embedded" or Path(source).exists()):
-        raise BadInput("revision", revision, f"with a Hugging Face id; {source} has no revisions")
-
-
-def check_settings(**settings: object) -> None:
-    """Refuse what a study file could not say, e.g. layers that name no depths."""
-    study_from_dict(settings)
-
-
-def check_at_least(field: str, value: int | None, low: int) -> None:
-    """Refuse a number below ``low``; None is no number and passes."""
-    if value is not None and value < low:
-        raise BadInput(field, value, f"a whole number of at least {low}")
+    """Refuse an empty revision, and one of what is not on the hub."""
+    local = source == "embedded" or Path(source).exists()
+    if revision is not None and (local or not revision.strip()):
+        raise BadInput("revision", revision, "a branch, tag or commit of a Hugging Face id")
 
 
 def check_output_file(path: Path | None) -> None:
@@ -231,24 +170,3 @@ def check_output_file(path: Path | None) -> None:
     if path.is_dir():
         raise BadInput("output", path, "a file, not a folder")
     check_writable("output", path.absolute().parent)
-
-
-def check_output(path: Path) -> None:
-    """Refuse a folder for a run that holds something else, or can't be written."""
-    # sweeps and jobs that are about to begin a run leave names with a dot there
-    full = path.is_dir() and any(entry.name[0] != "." for entry in path.iterdir())
-    if full and not _is_run(path):
-        raise BadInput("output", path, "a new or empty folder, or an earlier run")
-    check_writable("output", path)
-
-
-def check_run(path: Path) -> None:
-    """Refuse what is not the folder of a run, complete or begun."""
-    if not path.is_dir():
-        raise BadInput("run", path, "a folder that exists")
-    if not _is_run(path):
-        raise BadInput("run", path, f"a folder that sweep wrote ({' or '.join(RUN_FILES)} in it)")
-
-
-def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in RUN_FILES)

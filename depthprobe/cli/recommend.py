@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 
 import typer
 
-from depthprobe.cli.options import (
-    check_at_least,
-    check_output_file,
-    check_settings,
-    option,
-    whole,
-)
+from depthprobe.cli.options import check_output_file, option, whole
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
 
@@ -28,6 +22,7 @@ if TYPE_CHECKING:
 
 USERS = 2048  # users in memory at once
 HEADER = "user\trank\titem\tscore\ttitle\n"
+BLANKS = str.maketrans("\t\r\n", "   ")
 
 
 def recommend(
@@ -46,33 +41,23 @@ def recommend(
 
     Tab-separated lines: user, rank, item, score, title. The file may be of any length.
     """
-    check_at_least("top", top, 1)
-    check_settings(device=device)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        raise BadInput("dir", folder, "a folder that export wrote")
     check_output_file(output)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from depthprobe.models.export import load_recommender
+
+    disable_progress_bar()  # the terminal belongs to the recommendations
+    model = load_recommender(folder, device)
+    if not 1 <= top <= len(model.item_ids):
+        allowed = f"from 1 to the {len(model.item_ids):,} items of the catalogue"
+        raise BadInput("top", top, allowed)
     with rereadable(history) as file:
-        # the whole file before the model, and all its items before the first answer
-        if not sum(1 for _ in read_histories(file, history)):
-            raise BadInput("history", history, "at least one line: user item item ...")
-
-        from transformers.utils.logging import disable_progress_bar
-
-        from depthprobe.models.export import load_recommender
-
-        disable_progress_bar()  # the terminal belongs to the answers
-        model = load_recommender(folder, device)
-        if top > len(model.item_ids):
-            raise BadInput("top", top, f"at most the {len(model.item_ids)} items of the catalogue")
+        # all items are checked before anything is printed
         items, users = count_unknown(file, history, model, allowed=skip_unknown)
-        with ExitStack() as stack:
-            stream: TextIO = sys.stdout
-            if output is not None:
-                temporary = stack.enter_context(complete_file(output))
-                stream = stack.enter_context(temporary.open("w", encoding="utf-8"))
+        with _opened(output) as stream:
             stream.write(HEADER)
-            for lines in answers(file, history, model, top=top):
-                stream.write(lines)
+            stream.writelines(recommendations(file, history, model, top=top))
     if items:
         counts = f"{_count(items, 'item')} outside the catalogue, {_count(users, 'user')}"
         print(f"left out: {counts} with no other", file=sys.stderr)
@@ -80,11 +65,7 @@ def recommend(
 
 @contextmanager
 def rereadable(path: Path) -> Iterator[BinaryIO]:
-    """The file opened; what can be read only once, as a pipe, is copied to the disk first.
-
-    Raises:
-        BadInput: if it can't be read.
-    """
+    """The file opened; a pipe, which can be read only once, is copied to the disk first."""
     with ExitStack() as stack:
         try:
             file: BinaryIO = stack.enter_context(path.open("rb"))
@@ -97,12 +78,18 @@ def rereadable(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_histories(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """Line number, user and items of each ``user item item ...`` line; empty lines are skipped.
+@contextmanager
+def _opened(output: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that is complete or absent."""
+    if output is None:
+        yield sys.stdout
+        return
+    with complete_file(output) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        yield stream
 
-    Raises:
-        BadInput: for a line that is not UTF-8, or has a user alone.
-    """
+
+def read_histories(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """Line number, user and items of each ``user item item ...`` line; empty lines are skipped."""
     file.seek(0)
     for number, line in enumerate(file, start=1):
         try:
@@ -121,9 +108,10 @@ def count_unknown(
     """How many items the catalogue does not hold, and how many users have no other.
 
     Raises:
-        BadInput: for the first of them, unless they are allowed.
+        BadInput: for the first of them, unless they are allowed; for a file without a user.
     """
     items = users = 0
+    number = None
     for number, _, history in read_histories(file, path):
         unknown = [item for item in history if item not in model.numbers]
         if unknown and not allowed:
@@ -132,28 +120,32 @@ def count_unknown(
             raise BadInput("history", unknown[0], f"{known} (--skip-unknown leaves such items out)")
         items += len(unknown)
         users += len(unknown) == len(history)
+    if number is None:
+        raise BadInput("history", path, "at least one line: user item item ...")
     return items, users
 
 
-def answers(file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int) -> Iterator[str]:
-    """The lines of some users at a time, in the order of the file; unknown items are left out."""
+def recommendations(
+    file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int
+) -> Iterator[str]:
+    """The lines of each user, in the order of the file; unknown items are left out."""
     lines = read_histories(file, path)
     while part := list(islice(lines, USERS)):
         known = [(user, [i for i in items if i in model.numbers]) for _, user, items in part]
         users = [(user, items) for user, items in known if items]
         best = model.recommend([items for _, items in users], top=top)
-        yield "".join(_rows(user, items) for (user, _), items in zip(users, best, strict=True))
+        for (user, _), items in zip(users, best, strict=True):
+            yield _rows(user, items)
 
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _rows(user: str, answer: Sequence[tuple[str, str | None, float]]) -> str:
+def _rows(user: str, items: Sequence[tuple[str, str | None, float]]) -> str:
     # an id stays as it is, but for what would end its column or line
-    blanks = {ord(character): " " for character in "\t\r\n"}
     rows = (
-        (user, str(rank), item.translate(blanks), f"{score:.4f}", " ".join((title or "").split()))
-        for rank, (item, title, score) in enumerate(answer, start=1)
+        (user, str(rank), item.translate(BLANKS), f"{score:.4f}", " ".join((title or "").split()))
+        for rank, (item, title, score) in enumerate(items, start=1)
     )
     return "".join("\t".join(row) + "\n" for row in rows)

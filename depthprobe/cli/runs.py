@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from depthprobe.cli.options import check_output_file, check_run, option
-from depthprobe.cli.tables import show_table
+from depthprobe.cli.options import check_output_file, option
+from depthprobe.cli.terminal import show_table
 from depthprobe.errors import BadInput, check_writable
 
 STATES = ("done", "failed", "working", "left")
@@ -25,29 +25,20 @@ def report(
     ] = None,
 ) -> None:
     """The HTML report, figures, CSV, Markdown and LaTeX tables of a run; or runs side by side."""
-    for run in runs:
-        check_run(run)
     check_output_file(output)
 
     if len(runs) > 1:
-        from depthprobe.report.comparison import build_comparison, default_output
+        from depthprobe.report.comparison import build_comparison
 
-        page = default_output(runs) if output is None else output
-        check_writable("output", page.parent)
-        print(build_comparison(runs, page))
+        print(build_comparison(runs, output))
         return
-
     from depthprobe.report.page import build_report
-    from depthprobe.runs.store import open_run
 
-    opened = open_run(runs[0])
-    print(build_report(opened) if output is None else build_report(opened, output))
+    print(build_report(runs[0], output))
 
 
 def status(run: Run) -> None:
     """What of a run is done, what failed and why, who works on what, what is left."""
-    check_run(run)
-
     from depthprobe.runs.store import status_of
 
     state = status_of(run)
@@ -75,13 +66,10 @@ def export(
 
     What serves it is written beside it; `depthprobe recommend DIR` reads the folder.
     """
-    check_run(run)
     known = sorted(path.name for path in (run / "trials").glob("*") if path.is_dir())
-    if trial not in known:
+    if known and trial not in known:
         close = difflib.get_close_matches(trial, known, n=3, cutoff=0.3) or known[:3]
         raise BadInput("trial", trial, f"one of the {len(known)} of this run: {', '.join(close)}")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise BadInput("dir", folder, "a new or empty folder")
     check_writable("dir", folder)
 
     from depthprobe.runs.export import export_trial

@@ -14,17 +14,14 @@ import typer
 from depthprobe.cli.dry_run import dry_run
 from depthprobe.cli.options import (
     SWEEP,
-    check_at_least,
-    check_output,
     default_output,
     make_study,
     option,
     takes_flags,
     whole,
 )
-from depthprobe.cli.progress import Display, show_progress
-from depthprobe.cli.tables import show_table
-from depthprobe.errors import BadInput, one_of
+from depthprobe.cli.terminal import Display, show_progress, show_table
+from depthprobe.errors import BadInput, check_writable, one_of
 from depthprobe.methods import METHODS, Method, method_of, method_order
 from depthprobe.study import Study
 
@@ -39,7 +36,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Phase:
-    """A command that runs some of the methods; what they need besides, the runner adds."""
+    """A command that runs some of the methods, and what these need."""
 
     help: str
     has: Callable[[Method], bool]
@@ -92,11 +89,12 @@ def sweep(
 ) -> int:
     """Run the methods of the phase that the command is called by."""
     one_of("executor", executor, EXECUTORS)
-    check_at_least("jobs", jobs, 1 if executor == SLURM else 0)
+    if jobs is not None and jobs < 0:
+        raise BadInput("jobs", jobs, "a whole number of at least 0")
     chosen = make_study(study, **flags)
     chosen = restrict(chosen, str(context.info_name), strict=flags["methods"] is not None)
     folder = default_output(chosen) if output is None else output
-    check_output(folder)
+    check_writable("output", folder)
     if dry:
         return dry_run(chosen, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
     command = shlex.join(["depthprobe", *context.obj])  # as typed
@@ -120,11 +118,7 @@ def sweep(
 
 
 def restrict(study: Study, phase: str, *, strict: bool) -> Study:
-    """The study with a phase's methods alone.
-
-    Raises:
-        BadInput: if none is left; where ``strict``, if one of the study's is not the phase's.
-    """
+    """The study with a phase's methods alone; ``strict`` refuses any other."""
     has = PHASES[phase].has
     methods = tuple(name for name in study.methods if has(method_of(name)))
     if not methods or (strict and methods != study.methods):
@@ -159,7 +153,7 @@ def _run_on_cluster(
     from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, submit
     from depthprobe.runs.store import open_run
 
-    folder, jobs = folder.absolute(), jobs or 1
+    folder, jobs = folder.absolute(), 1 if jobs is None else jobs
     shared = SharedSweep(study=study, folder=str(folder), command=command, progress=job_progress)
     submitted = submit(shared, jobs=jobs, cluster=SLURM, retry_failed=how["retry_failed"])
     number = array_id(submitted)

@@ -90,23 +90,3 @@ def test_an_interrupt_ends_the_waiting_alone(
     last = outcome.err.splitlines()[-1]
     assert "the jobs go on" in last
     assert "scancel 31)" in last
-
-
-def test_a_cluster_takes_one_job_at_least(cli: Callable[..., Any]) -> None:
-    outcome = cli("sweep", "--executor", "slurm", "--jobs", "0")
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "jobs: 0 is not usable; a whole number of at least 1" in outcome.err
-
-
-def test_the_folder_of_a_run_that_jobs_will_begin_is_free(
-    cli: Callable[..., Any],
-    submitted: list[tuple[SharedSweep, int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ends(monkeypatch, lambda: {"31_0": "gone"})
-    Path(RUN, cluster.JOBS).mkdir(parents=True)
-    assert cli("sweep", "--executor", "slurm").code == 1
-    assert len(submitted) == 1
-    Path(RUN, "thesis.tex").touch()
-    assert cli("sweep", "--executor", "slurm").code == 2
-    assert len(submitted) == 1

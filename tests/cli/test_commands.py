@@ -123,61 +123,24 @@ def test_an_error_inside_a_sweep_is_one_line(
 
 
 def test_report_is_written_where_asked(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "study.toml").write_text("", encoding="utf-8")
-    stub("depthprobe.runs.store", open_run=lambda path: SimpleNamespace(path=path))
-    stub(
-        "depthprobe.report.page",
-        build_report=lambda run, output=None: output or run.path / "report.html",
-    )
+    stub("depthprobe.report.page", build_report=lambda run, output: output or run / "report.html")
     assert cli("report", "run").out == "run/report.html\n"
     assert cli("report", "run", "--output", "page.html").out == "page.html\n"
-    outcome = cli("report", "run", "--output", "run")
+    outcome = cli("report", "run", "--output", tmp_path)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
 
 
-def test_several_runs_are_set_side_by_side(
-    cli: Callable[..., Any], stub: Stub, tmp_path: Path
-) -> None:
-    for name in ("books", "games"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "study.toml").write_text("", encoding="utf-8")
+def test_several_runs_are_set_side_by_side(cli: Callable[..., Any], stub: Stub) -> None:
     stub(
         "depthprobe.report.comparison",
-        build_comparison=lambda runs, output: output,
-        default_output=lambda runs: runs[0].parent / "comparison.html",
+        build_comparison=lambda runs, output: output or runs[0].parent / "comparison.html",
     )
     assert cli("report", "runs/books", "runs/games").out == "runs/comparison.html\n"
-    told = cli("report", "runs/books", "runs/games", "--output", "page.html")
-    assert told.out == "page.html\n"
-    told = cli("report", "runs/books", "runs/nothing")
-    assert (told.code, told.err.count("\n")) == (2, 1)
-    assert "runs/nothing" in told.err
+    assert cli("report", "a", "b", "--output", "page.html").out == "page.html\n"
 
 
 def test_export_passes_the_trial_on(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "run" / "trials" / "full-s0").mkdir(parents=True)
-    (tmp_path / "run" / "manifest.json").write_text("{}", encoding="utf-8")
     stub("depthprobe.runs.export", export_trial=lambda run, trial, folder: folder / trial)
     outcome = cli("export", "run", "full-s0", "out")
     assert (outcome.code, outcome.out) == (0, "out/full-s0\n")
-
-
-@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
-def test_check_fails_with_its_tests(
-    cli: Callable[..., Any], stub: Stub, passed: bool, code: int
-) -> None:
-    answers = [
-        SimpleNamespace(name="truncation", passed=True, required=True, detail="equal bit for bit"),
-        SimpleNamespace(name="skip", passed=passed, required=True, detail="largest difference 0"),
-    ]
-    stub(
-        "depthprobe.models.check",
-        check_backbone=lambda source, **_: answers,
-        can_be_cut=lambda found: all(answer.passed for answer in found),
-    )
-    outcome = cli("check", "--backbone", "embedded")
-    assert outcome.code == code
-    rows = {words[0]: words[1:] for line in outcome.out.splitlines() if (words := line.split())}
-    assert rows["truncation"] == ["passed", "equal", "bit", "for", "bit"]
-    assert rows["skip"][0] == ("passed" if passed else "FAILED")

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from depthprobe.cli.options import FLAGS, make_study
 from depthprobe.data.public import SETS
 from depthprobe.data.readers.formats import FORMATS
 from depthprobe.data.storage import load_data
-from depthprobe.study import Study
 
 Cli = Callable[..., Any]
 
@@ -222,7 +220,6 @@ def test_a_name_that_is_no_log_is_refused_before_anything_is_fetched(cli: Cli) -
     outcome = cli("data", "show", "amazon-2014:Beuty")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "did you mean amazon-2014:Beauty?" in outcome.err
-    assert "depthprobe data list" in cli("data", "show", "nowhere.csv").err
 
 
 def test_list_has_every_format_and_public_set(cli: Cli) -> None:
@@ -238,20 +235,3 @@ def test_list_has_every_format_and_public_set(cli: Cli) -> None:
         if not category:
             assert one.terms in words
     assert " 5.9 " in words  # megabytes of ml-1m
-
-
-def test_every_flag_sets_something_of_a_study() -> None:
-    study = Study()
-    for flag in FLAGS.values():
-        value: object = study
-        for name in flag.setting.split("."):
-            value = getattr(value, name)
-
-
-def test_a_sweep_takes_a_split(cli: Cli) -> None:
-    study = make_study(split="temporal", split_at="2014-03-01, 2014-05-01")
-    assert study.protocol.split == "temporal"
-    assert study.protocol.split_at == ("2014-03-01", "2014-05-01")
-    outcome = cli("sweep", "--split-at", "0.8,0.9")
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "--split temporal" in outcome.err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.cli.options import default_output, make_study
+from depthprobe.cli.options import FLAGS, default_output, make_study
 from depthprobe.cli.sweep import PHASES, restrict
 from depthprobe.errors import BadInput
 from depthprobe.methods import METHODS, names
@@ -119,3 +119,19 @@ def test_epochs_are_those_of_all_recipes(tmp_path: Path) -> None:
     assert study.variants["a"].recipe == Recipe(epochs=2, batch_size=3)
     assert study.variants["b"] == Variant()
     assert (study.recipe.epochs, study.budget) == (2, "compute")
+
+
+def test_every_flag_sets_something_of_a_study() -> None:
+    study = Study()
+    for flag in FLAGS.values():
+        value: object = study
+        for name in flag.setting.split("."):
+            value = getattr(value, name)
+
+
+def test_a_sweep_takes_a_split() -> None:
+    study = make_study(split="temporal", split_at="2014-03-01, 2014-05-01")
+    assert study.protocol.split == "temporal"
+    assert study.protocol.split_at == ("2014-03-01", "2014-05-01")
+    with pytest.raises(BadInput, match="split-at.*--split temporal"):
+        make_study(split_at="0.8,0.9")

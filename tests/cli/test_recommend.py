@@ -84,11 +84,11 @@ def test_a_failure_on_the_way_leaves_no_file(
     target = tmp_path / "out.tsv"
     target.write_text("before\n", encoding="utf-8")
 
-    def answers(*_: object, **__: object) -> Iterator[str]:
+    def recommendations(*_: object, **__: object) -> Iterator[str]:
         yield "u0\n"
         raise MemoryError("no room")
 
-    monkeypatch.setattr(command, "answers", answers)
+    monkeypatch.setattr(command, "recommendations", recommendations)
     outcome = cli("recommend", folder, "--history", users, "--output", target)
     assert outcome.code == 1
     assert "no room" in outcome.err
@@ -166,10 +166,33 @@ def test_only_some_users_are_in_memory(
     assert sizes == [3] * 6 + [2]
 
 
-def test_more_than_the_catalogue(cli: Cli, folder: Path, users: Path) -> None:
-    outcome = cli("recommend", folder, "--history", users, "--top", "13")
+@pytest.mark.parametrize("top", ["0", "13"])
+def test_a_number_that_the_catalogue_does_not_have(
+    cli: Cli, folder: Path, users: Path, top: str
+) -> None:
+    outcome = cli("recommend", folder, "--history", users, "--top", top)
     assert (outcome.code, outcome.out) == (2, "")
-    assert "top: 13 is not usable; at most the 12 items" in outcome.err
+    assert f"top: {top} is not usable; from 1 to the 12 items" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\n", ["at least one line"]),
+        (b"u1 i1\nu2\n", ["line 2", "at least one item"]),
+        (b"u1 i1\nu2 caf\xe9\n", ["line 2", "UTF-8"]),
+        (None, ["No such file"]),
+    ],
+)
+def test_a_file_that_is_no_history(
+    cli: Cli, folder: Path, tmp_path: Path, content: bytes | None, words: list[str]
+) -> None:
+    history = tmp_path / "history.txt"
+    if content is not None:
+        history.write_bytes(content)
+    outcome = cli("recommend", folder, "--history", history)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert all(word in outcome.err for word in ["history: ", str(history), *words])
 
 
 def test_an_id_can_not_end_its_column() -> None:

@@ -26,13 +26,6 @@ sasrec = { width = 4, heads = 1, recipe = { epochs = 1000000, patience = 1000000
 """
 
 
-def test_a_folder_that_is_no_run(cli: Callable[..., Any], tmp_path: Path) -> None:
-    told = cli("status", tmp_path)
-    assert told.code == 2
-    assert len(told.err.splitlines()) == 1
-    assert str(tmp_path) in told.err
-
-
 @pytest.mark.slow
 def test_a_sweep_that_is_told_to_end_goes_on_later(cli: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text(STUDY, encoding="utf-8")
@@ -63,9 +56,9 @@ def test_a_disk_that_refuses_is_one_line(
     number: int, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path) -> None:
-        raise OSError(number, "told by the system", str(path))
+        raise OSError(number, "told by the system", str(tmp_path / "run"))
 
-    monkeypatch.setattr(runs, "check_run", refuse)
+    monkeypatch.setattr(runs, "check_output_file", refuse)
     told = cli("report", tmp_path / "run")
     assert told.code == 1
     (line,) = told.err.splitlines()

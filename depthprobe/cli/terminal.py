@@ -1,20 +1,87 @@
-"""A sweep's progress: a live bar on a terminal, time-stamped lines elsewhere."""
+"""What the terminal shows: small tables and bars, and a sweep's progress."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.progress import Progress as Bar
 
+PIPE_WIDTH = 200  # columns where there is no terminal: wide enough to cut nothing
 SHOWN = "depthprobe.cost.timing"  # whose log lines are messages, too
+
+
+def show_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    words: Collection[str] = (),
+    title: str | None = None,
+) -> None:
+    """Print rows to standard output; the columns named in ``words`` are left-aligned."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    heading = Text(title) if title else None
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    for name in header:
+        table.add_column(Text(name), justify="left" if name in words else "right")
+    for row in rows:
+        table.add_row(*(Text(cell(value)) for value in row))
+    print()
+    console().print(table)
+
+
+def show_facts(rows: dict[str, str]) -> None:
+    """Print what a thing is called and what it is, one a line."""
+    print()
+    width = max(12, *map(len, rows))
+    for key, value in rows.items():
+        print(f"  {key:{width}}  {value}")
+
+
+def console() -> Console:
+    """Standard output: a terminal in its own width, anything else wide enough to cut nothing."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def bar(share: float, *, width: int = 24) -> str:
+    """A bar of up to ``width`` characters, drawn in eighths of one where the output can show it."""
+    if console().options.ascii_only:
+        return "#" * round(width * share)
+    full, eighths = divmod(round(8 * width * share), 8)
+    return "█" * full + " ▏▎▍▌▋▊▉"[eighths].strip()
+
+
+def cell(value: Any) -> str:
+    """A value in a few characters: counts with thousands separators, 4 significant digits."""
+    if value is None or value != value:  # NaN
+        return "-"
+    if not hasattr(value, "__float__"):
+        return str(value)
+    number = float(value)
+    return f"{number:,.0f}" if number.is_integer() or abs(number) >= 1e4 else f"{number:.4g}"
+
+
+def scaled(count: float, unit: str) -> str:
+    """A count with the unit's thousands: ``1.5 GB``, ``12 MFLOP``."""
+    sizes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0, ""))
+    size, letter = next((size, letter) for size, letter in sizes if count >= size)
+    return f"{count / (size or 1):.3g} {letter}{unit}".strip()
+
+
+# A bar on a terminal, time-stamped lines elsewhere.
 
 
 class Display(logging.Handler):
@@ -72,7 +139,6 @@ def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Displa
     """
     live = stream.isatty() and os.environ.get("TERM") != "dumb"
     logger = logging.getLogger(SHOWN)
-    level = logger.level
     with _bar(stream, folder) if live else nullcontext() as bar:
         display = Display(stream, bar)
         logger.addHandler(display)
@@ -83,14 +149,12 @@ def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Displa
         finally:
             logger.propagate = True
             logger.removeHandler(display)
-            logger.setLevel(level)
 
 
 def _bar(stream: TextIO, folder: Path | None) -> Bar:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
-    from rich.table import Table
     from rich.text import Text
 
     class BarWithTasks(Bar):
@@ -102,11 +166,9 @@ def _bar(stream: TextIO, folder: Path | None) -> Bar:
                 return
             from depthprobe.runs.store import working  # by now the sweep has imported torch
 
-            table = Table.grid(padding=(0, 2))
             for each in working(folder):
-                line = Text(each.line, overflow="ellipsis", no_wrap=True)
-                table.add_row(Text(f"  {each.task}"), line)
-            yield table
+                line = f"  {each.task}  {each.line}"
+                yield Text(line, overflow="ellipsis", no_wrap=True)
 
     columns = (
         *(BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()),

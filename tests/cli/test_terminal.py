@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from depthprobe.cli.progress import SHOWN, Display, show_progress
+from depthprobe.cli.terminal import SHOWN, Display, show_progress
 from depthprobe.runs.scheduler import Silent
 
 

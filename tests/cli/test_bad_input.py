@@ -61,7 +61,6 @@ CASES = {
     "status of another folder": (["status", "full"], ["run", "'full'", "manifest.json"]),
     "export of nothing": (["export", "full", "trial", "out"], ["run", "'full'"]),
     "export of no trial": (["export", "begun", "ful-s0", "out"], ["trial", "'ful-s0'", "full-s0"]),
-    "export onto files": (["export", "begun", "full-s0", "full"], ["dir", "'full'", "empty"]),
     "recommend from nothing": (
         ["recommend", "nowhere", "--history", "h"],
         ["recommender", "'nowhere'", "recommender.json"],

@@ -12,8 +12,6 @@ from depthprobe.report import style
 from depthprobe.report.numbers import (
     FULL,
     HEAD,
-    HEADLINE,
-    LEVEL,
     POPULARITY,
     SASREC,
     TEACHER,
@@ -73,7 +71,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     number, margin = len(sufficiency.rows), plain_percent(summary.margin)
     offer = (
         f"{point.depth} of {blocks} blocks {'keeps' if point.depth == 1 else 'keep'} "
-        f"{in_percent(row.kept)} of the teacher's {HEADLINE}"
+        f"{in_percent(row.kept)} of the teacher's {summary.headline}"
     )
     means, verdict = _means(point, share), "shown" if sufficiency.depth else "not shown"
     if weak := doubt(summary, POPULARITY):  # then what is kept of its accuracy is worth nothing
@@ -83,14 +81,14 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
         headline = f"{offer}."
         among = f", all {number} candidates taken into account" if number > 1 else ""
         detail = (
-            f"With {plain_percent(LEVEL)} confidence it loses at most {margin} of the teacher's "
-            f"{HEADLINE}{among}. {means}{_shallower(sufficiency)}"
+            f"With {plain_percent(summary.level)} confidence it loses at most {margin} of the "
+            f"teacher's {summary.headline}{among}. {means}{_shallower(sufficiency)}"
         )
     else:
         floor = 1 - summary.margin
         headline = (
             f"Not shown at a margin of {margin}: no depth below {blocks} is sure to keep "
-            f"{plain_percent(floor)} of the teacher's {HEADLINE}."
+            f"{plain_percent(floor)} of the teacher's {summary.headline}."
         )
         detail = f"Best candidate: {offer}. {means}"
         if row.kept.low >= floor:
@@ -100,7 +98,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
             )
         detail += f" {_more_users(sufficiency, row)}"
     return Answer(
-        verdict, headline, detail, _tiles(point, teacher, row.kept, share),
+        verdict, headline, detail, _tiles(summary.headline, point, teacher, row.kept, share),
         caveats(summary, point), summary.margin, blocks, teacher.users, point.method, point.depth,
         row.kept, share, point.speed.get("inference"), point.speed.get("training"),
         sufficiency.users_needed,
@@ -119,16 +117,20 @@ def _uncompared(summary: Summary) -> Answer:
         verdict = "no comparison"
         headline = "no finished trial below full depth can be compared with the teacher."
     shown = [p for p in summary.points if p.info.role in ("baseline", "teacher")]
-    shown = sorted((p for p in shown if p.value(HEADLINE)), key=lambda p: p.method != TEACHER)
-    reached = {point.info.label: point.accuracy[FULL, HEADLINE] for point in shown}
+    shown = sorted(
+        (p for p in shown if p.value(summary.headline)), key=lambda p: p.method != TEACHER
+    )
+    reached = {point.info.label: point.accuracy[FULL, summary.headline] for point in shown}
     detail = ", ".join(f"{name} {style.with_bounds(value)}" for name, value in reached.items())
-    detail = f"{HEADLINE} so far: {detail}." if shown else ""
+    detail = f"{summary.headline} so far: {detail}." if shown else ""
     if failed := len(summary.failed):
         detail += f" {failed} of {len(summary.run.trials)} trials failed."
     sizes = [style.count(size) if (size := p.cost("parameters")) else "" for p in shown]
     tiles = [
         Tile(
-            f"{HEADLINE}, {name}", style.accuracy(value.value), style.bounds(value, digits=4),
+            f"{summary.headline}, {name}",
+            style.accuracy(value.value),
+            style.bounds(value, digits=4),
             f"{size} parameters" if size else "",
         )
         for (name, value), size in zip(reached.items(), sizes, strict=True)
@@ -189,10 +191,12 @@ def _means(point: Point, share: float | None) -> str:
     return said
 
 
-def _tiles(point: Point, teacher: Point, kept: Interval, share: float | None) -> tuple[Tile, ...]:
+def _tiles(
+    metric: str, point: Point, teacher: Point, kept: Interval, share: float | None
+) -> tuple[Tile, ...]:
     both = (point, teacher)
-    own, theirs = (style.accuracy(p.accuracy[FULL, HEADLINE].value) for p in both)
-    note = f"{HEADLINE} {own}, teacher {theirs}"
+    own, theirs = (style.accuracy(p.accuracy[FULL, metric].value) for p in both)
+    note = f"{metric} {own}, teacher {theirs}"
     tiles = [
         Tile("accuracy kept", percent(kept.value), style.bounds(kept, scale=100, digits=1), note)
     ]
@@ -239,12 +243,14 @@ def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
 
 def doubt(summary: Summary, baseline: str) -> str:
     """How a baseline puts the teacher's worth in doubt; empty if the teacher is shown better."""
-    ratio = next((p.ratio.get((FULL, HEADLINE)) for p in summary.of(baseline)), None)
+    ratio = next((p.ratio.get((FULL, summary.headline)) for p in summary.of(baseline)), None)
     if ratio is None or ratio.high < 1:
         return ""
     name = style.method_info(baseline).label
     less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
-    return f"the teacher is {less} {name}, which reaches {in_percent(ratio)} of its {HEADLINE}"
+    return (
+        f"the teacher is {less} {name}, which reaches {in_percent(ratio)} of its {summary.headline}"
+    )
 
 
 def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
@@ -261,8 +267,8 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
         if ratio is not None and ratio.high >= 1 - summary.margin:
             yield (
                 f"It is not shown that blocks add more than {plain_percent(summary.margin)}: a "
-                f"fresh head on the last item alone reaches {in_percent(ratio)} of the {HEADLINE} "
-                "of one behind all blocks."
+                f"fresh head on the last item alone reaches {in_percent(ratio)} of the "
+                f"{summary.headline} of one behind all blocks."
             )
     last = int(study.recipe.epochs)
     trained = [r.training for r in summary.run.records if r.method == TEACHER and r.training]
@@ -280,7 +286,7 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
         elif ratio.high >= 1:
             yield (
                 f"Pretraining is not shown to help: random init at depth {chosen.depth} reaches "
-                f"{in_percent(ratio)} of this {HEADLINE}."
+                f"{in_percent(ratio)} of this {summary.headline}."
             )
 
 

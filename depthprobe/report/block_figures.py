@@ -14,7 +14,6 @@ from depthprobe.methods import METHODS
 from depthprobe.report import style
 from depthprobe.report.numbers import (
     BLOCK,
-    HEADLINE,
     PARTS,
     PLAIN,
     SETTLING,
@@ -45,12 +44,14 @@ LINEAR = 5.0  # per cent: changes up to here are drawn to scale, larger ones on 
 TICKS = (100, 50, 20, 10, 5, 2, 0)
 
 
-def skip_changes(summary: Summary, metric: str = HEADLINE) -> dict[str, list[tuple[int, Interval]]]:
+def skip_changes(
+    summary: Summary, metric: str | None = None
+) -> dict[str, list[tuple[int, Interval]]]:
     """Relative change against the teacher for each block left out alone, by method and block.
 
     Of the methods that leave out one block in each of their trials, or one part of one block.
     """
-    found = {}
+    found, metric = {}, metric or summary.headline
     for method in (name for name, info in METHODS.items() if info.by_block):
         points = summary.of(method)
         if all(point.removed.isdigit() for point in points):
@@ -59,13 +60,14 @@ def skip_changes(summary: Summary, metric: str = HEADLINE) -> dict[str, list[tup
     return {method: changes for method, changes in found.items() if changes}
 
 
-def skip_sensitivity(run: Source, *, metric: str = HEADLINE, ax: Axes | None = None) -> Axes:
+def skip_sensitivity(run: Source, *, metric: str | None = None, ax: Axes | None = None) -> Axes:
     """Change of the teacher's accuracy without one block, or its attention or MLP alone.
 
     Bars are 95 % intervals of the paired change. Where one block costs far more than most, the
     scale is logarithmic beyond 5 %.
     """
     summary = as_summary(run)
+    metric = metric or summary.headline
     drawn = skip_changes(summary, metric)
     need(drawn, summary, f"a teacher and {BLOCK}, {' or '.join(PARTS.values())}")
     with drawing(ax) as ax:
@@ -103,8 +105,9 @@ def _block_axis(ax: Axes, label: str) -> None:
     ax.set_xlabel(label)
 
 
-def skip_reading(summary: Summary, metric: str = HEADLINE) -> str:
+def skip_reading(summary: Summary, metric: str | None = None) -> str:
     """Which block matters most, and for how many no change was seen."""
+    metric = metric or summary.headline
     changes = skip_changes(summary, metric).get(BLOCK)
     if not changes:
         return ""
@@ -162,7 +165,7 @@ FEWEST = 3  # cells: fewer are no map
 # from a tint on: white is where nothing was measured
 PALE = ListedColormap(colormaps["Blues"](np.linspace(0.1, 1, 256)).tolist())
 TITLES = {
-    "damage": f"Loss of {HEADLINE} without blocks a to b",
+    "damage": "Loss of {metric} without blocks a to b",
     "angular-distance": "Angular distance over blocks a to b",
     "cka": "Similarity (CKA) around blocks a to b",
 }
@@ -200,7 +203,7 @@ def span_map(run: Source, *, score: str = "damage", ax: Axes | None = None) -> A
             axis.set_major_locator(MaxNLocator(nbins=13, integer=True, min_n_ticks=1))
         ax.set_xlabel("last block, b")
         ax.set_ylabel("first block, a")
-        ax.set_title(TITLES[score])
+        ax.set_title(TITLES[score].format(metric=summary.headline))
         bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.85, format="%g %%" if damage else "%g")
         bar.outline.set_visible(False)
     return ax
@@ -209,7 +212,9 @@ def span_map(run: Source, *, score: str = "damage", ax: Axes | None = None) -> A
 def span_cells(summary: Summary, score: str) -> dict[Span, float]:
     """The score by span of blocks [start, end), a mean over seeds; empty where not measured."""
     if score == "damage":
-        changes = {span: point.change() for span, point in _left_out(summary).items()}
+        changes = {
+            span: point.change(summary.headline) for span, point in _left_out(summary).items()
+        }
         return {span: -change.value for span, change in changes.items() if change is not None}
     means = block_scores(summary, score).groupby(["start", "end"])["value"].mean()
     return {(row["start"], row["end"]): row["value"] for row in records(means.reset_index())}
@@ -243,7 +248,7 @@ def span_reading(summary: Summary, score: str) -> str:
     else:
         start, end = min(wide, key=lambda span: wide[span])
         text = f"Every span of two blocks or more costs more than {margin} on the mean; least costs"
-    change = _left_out(summary)[start, end].change()
+    change = _left_out(summary)[start, end].change(summary.headline)
     cost = in_percent(change, sign=True) if change else ""
     return (
         f"{text} blocks {start} to {end - 1}: {cost} against the teacher. It was picked out of "
@@ -340,7 +345,7 @@ def ablation_changes(run: Source, *, ax: Axes | None = None) -> Axes:
         ax.grid(visible=False, axis="y")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
         style.percent_axis(ax, signed=True, horizontal=True)
-        ax.set_title(f"Change of {HEADLINE} against fine-tuning")
+        ax.set_title(f"Change of {summary.headline} against fine-tuning")
     return ax
 
 

@@ -13,7 +13,7 @@ from depthprobe.report import style
 from depthprobe.report.answer import Answer, build_answer
 from depthprobe.report.facts import base_name, conditions
 from depthprobe.report.figures import kept_limits, kept_reading, kept_side_by_side, kept_vs_depth
-from depthprobe.report.numbers import FULL, HEADLINE, SASREC, Source, Summary, as_summary
+from depthprobe.report.numbers import FULL, SASREC, Source, Summary, as_summary
 from depthprobe.report.page import environment, inline_svg
 from depthprobe.report.tables import (
     NOTHING,
@@ -168,12 +168,14 @@ def answers_table(compared: Sequence[Compared]) -> Table:
             row[kind] = ratio or NOTHING
             number, interval, word = style.times_faster(ratio) if ratio else (style.NONE, "", "")
             row[f"_{kind}"] = Cell(f"{number} {word}".strip(), interval)
-        ratios = [point.ratio.get((FULL, HEADLINE), NOTHING) for point in summary.of(SASREC)]
+        ratios = [
+            point.ratio.get((FULL, summary.headline), NOTHING) for point in summary.of(SASREC)
+        ]
         row |= {"sasrec": ratios[0] if ratios else NOTHING, "users": answer.users}
         rows.append(row | {"seeds": len(summary.seeds_compared)})
     columns: list[Column] = [
         ("run", "_run", plain), ("sufficient depth", "_depth", plain),
-        ("reached by", "_method", plain), (f"{HEADLINE} kept", "kept", share),
+        ("reached by", "_method", plain), ("accuracy kept", "kept", share),
         ("parameters", "_parameters", plain), ("to serve", "_inference", plain),
         ("to train", "_training", plain), ("SASRec of teacher's", "sasrec", share),
         ("test users", "users", plain), ("seeds", "seeds", plain),

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from depthprobe.methods import METHODS
-from depthprobe.report.numbers import HEADLINE, SAMPLED, Summary
+from depthprobe.report.numbers import SAMPLED, Summary
 from depthprobe.report.style import count, plural, significant
 from depthprobe.study import Study
 
@@ -66,6 +66,7 @@ def negatives_of(study: Study) -> str:
 def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
     """Word and fact, in the order of reading; what the run did not record is absent."""
     run, manifest, study = summary.run, summary.run.manifest, summary.run.study
+    metric, level = summary.headline, f"{100 * summary.level:g} %"
     data, protocol, git = manifest.data, study.protocol, manifest.git
     candidates = ", ".join(method.label for method in METHODS.values() if method.candidate)
     sizes = ", ".join(f"{getattr(data, key):,} {key}" for key in SIZES)
@@ -83,16 +84,16 @@ def how_measured(summary: Summary) -> tuple[tuple[str, str], ...]:
         ("ranking", "Every item of the catalogue is ranked for every tested user; items seen "
                     f"before are {'left out' if protocol.filter_seen else 'ranked too'}. "
                     "A rank is the mean rank over ties, so equal scores earn nothing."),
-        ("sampled ranking", any(point.value(HEADLINE, SAMPLED) for point in summary.points) and
+        ("sampled ranking", any(point.value(metric, SAMPLED) for point in summary.points) and
                             f"Beside it, the item is ranked among {negatives_of(study)} that the "
                             "user never took, the same for every trial. These numbers are higher. "
                             "They can't be compared with those of full ranking, nor with those of "
                             "another way to draw."),
-        ("intervals", f"95 %, bootstrap of {protocol.resamples:,} draws over users, and over seeds "
-                      "where there are several. Comparisons with the teacher use the same users "
-                      "and seeds in both arms. Times: the median ratio over paired rounds."),
-        ("sufficient depth", "The fewest blocks that, with 95 % confidence, lose at most "
-                             f"{100 * protocol.margin:g} % of the teacher's {HEADLINE}. The "
+        ("intervals", f"{level}, bootstrap of {protocol.resamples:,} draws over users, and over "
+                      "seeds where there are several. Comparisons with the teacher use the same "
+                      "users and seeds in both arms. Times: the median ratio over paired rounds."),
+        ("sufficient depth", f"The fewest blocks that, with {level} confidence, lose at most "
+                             f"{100 * summary.margin:g} % of the teacher's {metric}. The "
                              "confidence is for all candidates at once (Bonferroni). The "
                              f"candidates are of these methods: {candidates}."),
         ("timing", manifest.timing and

@@ -33,7 +33,6 @@ from depthprobe.report.block_figures import (
 )
 from depthprobe.report.numbers import (
     FULL,
-    HEADLINE,
     POPULARITY,
     Point,
     Source,
@@ -122,12 +121,13 @@ def _draw_curves(ax: Axes, drawn: Curves, interval_of: Callable[[Point], Interva
 # --- accuracy against depth: as it is, and as a share of the teacher's -----------------------
 
 
-def accuracy_vs_depth(run: Source, *, metric: str = HEADLINE, ax: Axes | None = None) -> Axes:
+def accuracy_vs_depth(run: Source, *, metric: str | None = None, ax: Axes | None = None) -> Axes:
     """Accuracy of every method against depth, the teacher and the baselines as bands.
 
     Points are means over users and seeds; bars and bands are 95 % bootstrap intervals.
     """
     summary = as_summary(run)
+    metric = metric or summary.headline
     with style.drawing(ax) as ax:
         for point in summary.points:
             value, look = point.value(metric), point.info
@@ -178,7 +178,7 @@ def depth_reading(summary: Summary, metric: str) -> str:
 def kept_vs_depth(
     run: Source,
     *,
-    metric: str = HEADLINE,
+    metric: str | None = None,
     limits: tuple[float, float] | None = None,
     title: str | None = None,
     ax: Axes | None = None,
@@ -189,6 +189,7 @@ def kept_vs_depth(
     ``limits`` are of the scale, in per cent; by default :func:`kept_limits` of this run.
     """
     summary = as_summary(run)
+    metric = metric or summary.headline
     with style.drawing(ax) as ax:
         drawn, floor = curves(summary, metric, kept=True), 100 * (1 - summary.margin)
         ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
@@ -206,18 +207,22 @@ def kept_vs_depth(
 LOWEST_KEPT = 0.85  # of the teacher: what an untrained model may stretch the scale to
 
 
-def kept_limits(*summaries: Summary, metric: str = HEADLINE) -> tuple[float, float]:
+def kept_limits(*summaries: Summary, metric: str | None = None) -> tuple[float, float]:
     """From where to where shares of the teachers' accuracy are drawn, in per cent."""
-    points = [p for one in summaries for p in every(curves(one, metric, kept=True))]
-    shares = [(point.info.role == "trained", point.ratio[FULL, metric]) for point in points]
+    shares = [
+        (point.info.role == "trained", point.ratio[FULL, metric or one.headline])
+        for one in summaries
+        for point in every(curves(one, metric or one.headline, kept=True))
+    ]
     # read-outs fall to nothing: only what is still in reach may widen the scale
     reach = [style.scaled(s) for trained, s in shares if trained or s.low > LOWEST_KEPT]
     low, high = style.limits(reach, 100.0, *(100 * (1 - one.margin) for one in summaries))
     return low - 1.5, high + 1.5
 
 
-def kept_reading(summary: Summary, metric: str = HEADLINE) -> str:
+def kept_reading(summary: Summary, metric: str | None = None) -> str:
     """Which depths are within the margin on the mean, and which are shown to be."""
+    metric = metric or summary.headline
     points = [p for p in every(curves(summary, metric, kept=True)) if p.info.candidate]
     if not points:
         return ""
@@ -250,7 +255,7 @@ def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
         axes: list[Axes] = list(figure.subplots(1, len(summaries), squeeze=False)[0])
         for ax, summary in zip(axes, summaries, strict=True):
             kept_vs_depth(summary, limits=limits, title=summary.run.path.name, ax=ax)
-        axes[0].set_ylabel(f"share of the teacher's {HEADLINE}")
+        axes[0].set_ylabel(f"share of the teacher's {summaries[0].headline}")
     return axes
 
 
@@ -267,7 +272,7 @@ KINDS = {
 }
 
 
-def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
+def priced(summary: Summary, cost: str, metric: str | None = None) -> list[Point]:
     """Points with an accuracy and a cost; popularity and most probes are not on offer."""
     shown = set(shown_methods(summary)) - {POPULARITY}
     return [
@@ -276,11 +281,11 @@ def priced(summary: Summary, cost: str, metric: str = HEADLINE) -> list[Point]:
         if point.method in shown
         and (point.info.candidate or point.info.role != "probe")
         and point.cost(cost)
-        and point.value(metric) is not None
+        and point.value(metric or summary.headline) is not None
     ]
 
 
-def pareto_front(points: Iterable[Point], cost: str, metric: str = HEADLINE) -> list[Point]:
+def pareto_front(points: Iterable[Point], cost: str, metric: str) -> list[Point]:
     """Points that no other one beats: all cheaper ones are less accurate. Cheapest first."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost(cost) or 0, -mean(p, metric))):
@@ -290,7 +295,7 @@ def pareto_front(points: Iterable[Point], cost: str, metric: str = HEADLINE) -> 
 
 
 def accuracy_vs_cost(
-    run: Source, *, cost: str = "parameters", metric: str = HEADLINE, ax: Axes | None = None
+    run: Source, *, cost: str = "parameters", metric: str | None = None, ax: Axes | None = None
 ) -> Axes:
     """Accuracy against "parameters", "inference" or "training" time, with the Pareto front.
 
@@ -299,6 +304,7 @@ def accuracy_vs_cost(
     """
     summary = as_summary(run)
     title, label = COSTS[cost]
+    metric = metric or summary.headline
     points = priced(summary, cost, metric)
     need(points, summary, f"{title} of a model")
     with style.drawing(ax) as ax:
@@ -340,8 +346,9 @@ def accuracy_vs_cost(
     return ax
 
 
-def cost_reading(summary: Summary, cost: str, metric: str = HEADLINE) -> str:
+def cost_reading(summary: Summary, cost: str, metric: str | None = None) -> str:
     """Which points are on the Pareto front; empty for less than two points."""
+    metric = metric or summary.headline
     points = priced(summary, cost, metric)
     if len(points) < 2:
         return ""

@@ -93,7 +93,7 @@ class Point:
         """The metric, or None where it was not measured."""
         return self.accuracy.get((protocol, metric))
 
-    def change(self, metric: str = HEADLINE) -> Interval | None:
+    def change(self, metric: str) -> Interval | None:
         """Relative change against the teacher, paired; None where there is no teacher."""
         ratio = self.ratio.get((FULL, metric))
         return None if ratio is None else less_one(ratio)
@@ -157,10 +157,10 @@ def draws_of_means(arms: Sequence[Array], resamples: int) -> Array:
     return np.concatenate([both for both, _ in drawn])
 
 
-def paired_ratio(value: float, draws: Array, reference: Array) -> Interval:
+def paired_ratio(value: float, draws: Array, reference: Array, level: float) -> Interval:
     """The interval of a ratio from draws of both arms, (R,) each."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return interval(value, draws / reference, level=LEVEL)
+        return interval(value, draws / reference, level=level)
 
 
 Group = dict[int, str]  # the trials of a point, by seed
@@ -171,7 +171,9 @@ def _make_points(
     groups: Sequence[pd.DataFrame],
     ranks: Ranks,
     records: Mapping[str, Record],
+    metrics: Sequence[str],
     *,
+    level: float,
     resamples: int,
 ) -> list[Point]:
     """A point for each group of trials that differ in their seed alone."""
@@ -185,7 +187,7 @@ def _make_points(
         dict.fromkeys(teacher or own, next(iter(own.values()))) if method == POPULARITY else own
         for method, own in zip(methods, seeds, strict=True)
     ]
-    accuracy, ratio = _accuracies(spread, teacher, ranks, resamples=resamples)
+    accuracy, ratio = _accuracies(spread, teacher, ranks, metrics, level=level, resamples=resamples)
     points = []
     for place, (rows, method, own) in enumerate(zip(groups, methods, seeds, strict=True)):
         first = rows.iloc[0]
@@ -210,7 +212,13 @@ def _make_points(
 
 
 def _accuracies(
-    groups: Sequence[Group], teacher: Group, ranks: Ranks, *, resamples: int
+    groups: Sequence[Group],
+    teacher: Group,
+    ranks: Ranks,
+    metrics: Sequence[str],
+    *,
+    level: float,
+    resamples: int,
 ) -> tuple[list[Measured], list[Measured]]:
     """Means of each group over its seeds, and ratios over the seeds that the teacher has too.
 
@@ -235,18 +243,18 @@ def _accuracies(
             reference = [teacher[seed] for seed in seeds if seed in teacher]
             paired = len(reference) == len(seeds) and ranks.has(reference, protocol)
             arms += [reference] * paired
-            values = [v for metric in METRICS for v in ranks.values(protocol, metric, arms)]
+            values = [v for metric in metrics for v in ranks.values(protocol, metric, arms)]
             means = [float(v.mean()) for v in values]  # (metrics x arms)
             draws = draws_of_means(values, resamples)  # (R, metrics x arms)
-            for column, metric in enumerate(METRICS):
+            for column, metric in enumerate(metrics):
                 last = (column + 1) * len(arms) - 1  # the teacher, if paired
                 for index, place in enumerate(members):
                     at, key = column * len(arms) + index, (protocol, metric)
                     if own[place] == seeds:
-                        accuracy[place][key] = interval(means[at], draws[:, at], level=LEVEL)
+                        accuracy[place][key] = interval(means[at], draws[:, at], level=level)
                     if common[place] == seeds and paired and means[last] > 0:
                         share = means[at] / means[last]
-                        ratio[place][key] = paired_ratio(share, draws[:, at], draws[:, last])
+                        ratio[place][key] = paired_ratio(share, draws[:, at], draws[:, last], level)
     return accuracy, ratio
 
 
@@ -296,7 +304,9 @@ class Summary:
     run: Run = field(repr=False)
     points: tuple[Point, ...]
     blocks: int  # of the full backbone
+    headline: str  # the metric of the answer
     margin: float
+    level: float  # of the answer and all intervals
     sufficiency: Sufficiency | None
     candidates: Mapping[Key, Point] = field(repr=False)  # what the sufficiency compared
     seeds_compared: tuple[int, ...]
@@ -358,7 +368,7 @@ def paired_changes(
         places = [place for place, own in enumerate(common) if own == seeds]
         arms = list(dict.fromkeys(p.of_seeds(seeds) for place in places for p in pairs[place]))
         arms = [trials for trials in arms if summary.ranks.has(trials)]
-        values = summary.ranks.values(FULL, HEADLINE, arms) if arms else []
+        values = summary.ranks.values(FULL, summary.headline, arms) if arms else []
         if inside is not None:
             values = [np.ascontiguousarray(arm[:, inside]) for arm in values]
         if not values or values[0].shape[1] == 1:
@@ -375,8 +385,10 @@ def paired_changes(
             value, ratio, share = means[one] - means[other], None, math.nan
             if means[other]:
                 share = value / means[other]
-                ratio = paired_ratio(means[one] / means[other], draws[:, one], draws[:, other])
-            difference = interval(value, draws[:, one] - draws[:, other], level=LEVEL)
+                ratio = paired_ratio(
+                    means[one] / means[other], draws[:, one], draws[:, other], summary.level
+                )
+            difference = interval(value, draws[:, one] - draws[:, other], level=summary.level)
             found[place] = Change(len(seeds), difference, ratio, share)
     return found
 
@@ -386,17 +398,33 @@ def as_summary(run: Source) -> Summary:
     return run if isinstance(run, Summary) else summarise(run)
 
 
-def summarise(run: Run | str | Path) -> Summary:
+def summarise(
+    run: Run | str | Path,
+    *,
+    margin: float | None = None,
+    level: float | None = None,
+    headline: str | None = None,
+) -> Summary:
     """Reduce a run, or what its folder holds, to its points and its sufficient depth.
+
+    Args:
+        run: an open run or its folder.
+        margin: the relative loss that is acceptable; the study's by default.
+        level: the confidence of the answer and of all intervals, 0.95 by default.
+        headline: the metric of the answer: any HR@K or NDCG@K, or MRR; NDCG@10 by default.
 
     Raises:
         BadInput: if the path is no run.
+        ValueError: if the metric is unknown, or the margin or the level is not below 1.
     """
     if isinstance(run, (str, Path)):
         from depthprobe.runs.store import open_run
 
         run = open_run(run)
     trials, protocol = run.trials, run.study.protocol
+    margin = float(protocol.margin) if margin is None else margin
+    level, headline = level or LEVEL, headline or HEADLINE
+    per_user_metric([1.0], headline)  # refuses what is no metric
     groups = []
     if len(trials):
         done = trials[trials["status"] == "done"].sort_values("seed", kind="stable")
@@ -406,7 +434,10 @@ def summarise(run: Run | str | Path) -> Summary:
         groups = [rows for _, rows in done.groupby(["method", "depth", *by], sort=False)]
     ranks = Ranks(run.users)
     records = {record.id: record for record in run.records}
-    made = _make_points(groups, ranks, records, resamples=int(protocol.resamples))
+    metrics = tuple(dict.fromkeys((*METRICS, headline)))
+    made = _make_points(
+        groups, ranks, records, metrics, level=level, resamples=int(protocol.resamples)
+    )
     points = sorted(made, key=lambda point: (method_order(point.method), _by_depth(point)))
     teacher = next((point for point in points if point.method == TEACHER), None)
     blocks = run.manifest.backbone.blocks
@@ -419,22 +450,22 @@ def summarise(run: Run | str | Path) -> Summary:
     sufficiency = None
     if teacher is not None and ranks.has(teacher.of_seeds(seeds)) and candidates:
         arms = [point.of_seeds(seeds) for point in candidates.values()]
-        values, *others = ranks.values(FULL, HEADLINE, [teacher.of_seeds(seeds), *arms])
+        values, *others = ranks.values(FULL, headline, [teacher.of_seeds(seeds), *arms])
         if values.mean() > 0:
             sufficiency = sufficient_depth(
                 dict(zip(candidates, others, strict=True)), values,
-                margin=float(protocol.margin), level=LEVEL,
+                margin=margin, level=level,
             )  # fmt: skip
             # one interval for one comparison: figures and tables show the one that decides
             for row in sufficiency.rows:
                 point = candidates[row.method, row.depth]
                 if set(point.seeds) & set(teacher.seeds) == set(seeds):
-                    settled = replace(point, ratio={**point.ratio, (FULL, HEADLINE): row.kept})
+                    settled = replace(point, ratio={**point.ratio, (FULL, headline): row.kept})
                     candidates[row.method, row.depth] = settled
                     points[points.index(point)] = settled
     left_out = tuple(point for key, point in offered.items() if key not in candidates)
     return Summary(
-        run, tuple(points), blocks, float(protocol.margin), sufficiency, candidates, seeds,
+        run, tuple(points), blocks, headline, margin, level, sufficiency, candidates, seeds,
         left_out, trials[trials["status"] != "done"] if len(trials) else trials, ranks,
     )  # fmt: skip
 

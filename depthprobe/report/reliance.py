@@ -17,7 +17,6 @@ from depthprobe.report import style
 from depthprobe.report.numbers import (
     BLOCK,
     FULL,
-    HEADLINE,
     PARTS,
     READERS,
     SPAN,
@@ -103,7 +102,7 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
     own = trials[(trials["status"] == "done") & (trials["seed"] == seed)]
     done = [trial for trial in records(own) if ranks.has([trial["trial"]])]
     means = {
-        trial["trial"]: float(ranks.values(FULL, HEADLINE, [[trial["trial"]]])[0].mean())
+        trial["trial"]: float(ranks.values(FULL, summary.headline, [[trial["trial"]]])[0].mean())
         for trial in done
     }
     spans: dict[str, dict[Span, str]] = {method: {} for method in (BLOCK, SPAN, *PARTS.values())}
@@ -179,6 +178,8 @@ def _correlations(summary: Summary, question: _Question, seed: int) -> pd.DataFr
     }
     if not scores or not summary.ranks.has(trials):
         return None
-    reference, *outcomes = summary.ranks.values(FULL, HEADLINE, [[trial] for trial in trials])
+    reference, *outcomes = summary.ranks.values(
+        FULL, summary.headline, [[trial] for trial in trials]
+    )
     table = np.concatenate(outcomes).T  # (U, M)
     return trust(scores, reference[0], table, resamples=summary.resamples)

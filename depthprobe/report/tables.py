@@ -24,7 +24,6 @@ from depthprobe.methods import method_order
 from depthprobe.report import style
 from depthprobe.report.numbers import (
     FULL,
-    HEADLINE,
     METRICS,
     PLAIN,
     POPULARITY,
@@ -203,7 +202,8 @@ def depth_table(run: Source, *, protocol: str = FULL) -> Table | None:
     What was left out block by block is in :func:`depthprobe.report.tables.left_out_table`.
     """
     summary = as_summary(run)
-    points = [p for p in summary.points if p.value(HEADLINE, protocol) and not p.info.by_block]
+    name = summary.headline
+    points = [p for p in summary.points if p.value(name, protocol) and not p.info.by_block]
     if not points:
         return None
     rows, kinds = [], ("inference", "training") if protocol == FULL else ()
@@ -213,8 +213,9 @@ def depth_table(run: Source, *, protocol: str = FULL) -> Table | None:
             "removed": point.removed, "protocol": protocol, "seeds": len(point.seeds),
             "users": point.users, **_marks(point),
         }  # fmt: skip
-        row |= {name: point.accuracy[protocol, name] for name in METRICS}
-        row[f"{HEADLINE} of teacher"] = point.ratio.get((protocol, HEADLINE), NOTHING)
+        row |= {each: point.accuracy[protocol, each] for each in METRICS}
+        row[name] = point.accuracy[protocol, name]
+        row[f"{name} of teacher"] = point.ratio.get((protocol, name), NOTHING)
         row |= _parameters(point) if kinds else {}
         for kind in kinds:
             row |= _time(point, kind, quartiles=True)
@@ -223,9 +224,9 @@ def depth_table(run: Source, *, protocol: str = FULL) -> Table | None:
     # where all have the same number it stands above the table: a column less to fit on a page
     if len({len(point.seeds) for point in points if point.method != POPULARITY}) > 1:
         columns.append(("seeds", "seeds", plain))
-    columns += [(name, name, metric) for name in SHOWN]
-    if any((protocol, HEADLINE) in point.ratio for point in points):
-        columns.append(("of the teacher's", f"{HEADLINE} of teacher", share))
+    columns += [(each, each, metric) for each in dict.fromkeys([*SHOWN, name])]
+    if any((protocol, name) in point.ratio for point in points):
+        columns.append(("of the teacher's", f"{name} of teacher", share))
     if kinds:
         columns.append(("parameters", "parameters total", size))
     measured = [kind for kind in kinds if any(kind in point.time for point in points)]
@@ -379,7 +380,7 @@ def ablation_table(run: Source) -> Table | None:
         return None
     columns: list[Column] = [
         ("depth", "depth", plain), ("method", "method", label), ("seeds", "seeds", plain),
-        (HEADLINE, "_value", metric), ("change", "_difference", plain),
+        (summary.headline, "_value", metric), ("change", "_difference", plain),
         ("relative", "_relative", plain), ("training, s", "training seconds", seconds),
         ("with teacher", "_seconds", seconds),
     ]  # fmt: skip
@@ -389,11 +390,11 @@ def ablation_table(run: Source) -> Table | None:
 def _ablation_row(summary: Summary, point: Point, seeds: int) -> dict[str, Any]:
     """A row without its change: the reference's has none."""
     trials = summary.run.trials
-    own, value = trials[trials["trial"].isin(point.trials)], point.value(HEADLINE)
+    own, value = trials[trials["trial"].isin(point.trials)], point.value(summary.headline)
     took, before = _mean(own, "training_seconds"), _mean(own, "training_teacher_seconds")
     return {
         "depth": point.depth, "method": point.method, "seeds": seeds, "users": point.users,
-        HEADLINE: value.value if value else math.nan, "_value": value,
+        summary.headline: value.value if value else math.nan, "_value": value,
         "training seconds": took, "teacher seconds": before, "_seconds": took + before,
     }  # fmt: skip
 
@@ -411,20 +412,22 @@ def left_out_table(run: Source) -> Table | None:
 
     Single blocks, spans of blocks, every n-th, and attention or MLP alone, over all seeds.
     """
-    points = [p for p in as_summary(run).points if p.info.by_block and p.value(HEADLINE)]
+    summary = as_summary(run)
+    name = summary.headline
+    points = [p for p in summary.points if p.info.by_block and p.value(name)]
     if not points:
         return None
     rows = [
         {
             "method": point.method, "removed": point.removed, "depth": point.depth,
             "seeds": len(point.seeds), "users": point.users, "HR@10": point.value("HR@10"),
-            HEADLINE: point.value(HEADLINE), "change": point.change() or NOTHING,
+            name: point.value(name), "change": point.change(name) or NOTHING,
         }
         for point in points
     ]  # fmt: skip
     columns: list[Column] = [
         ("left out", "method", label), ("blocks", "removed", plain), ("HR@10", "HR@10", metric),
-        (HEADLINE, HEADLINE, metric), (f"change of {HEADLINE}", "change", change),
+        (name, name, metric), (f"change of {name}", "change", change),
     ]  # fmt: skip
     return make_table("left_out", rows, columns, words=2, group="method")
 
@@ -445,7 +448,7 @@ def slice_table(run: Source) -> Table | None:
     teacher, points, labels = summary.teacher, _chosen(summary), summary.run.slices
     if teacher is None or not points or len(labels) != summary.ranks.users(teacher.trials):
         return None
-    own = summary.ranks.values(FULL, HEADLINE, [teacher.trials])[0].mean(axis=0)  # (U,)
+    own = summary.ranks.values(FULL, summary.headline, [teacher.trials])[0].mean(axis=0)  # (U,)
     pairs = [(point, teacher) for point in points]
     rows, numbers = [], []
     for name, inside in _slices(labels):
@@ -480,14 +483,15 @@ def _chosen(summary: Summary) -> tuple[Point, ...]:
     Of the depths at which most methods were trained: the shallowest, a middle one, the deepest.
     """
     trained: dict[int, list[Point]] = {}
+    name = summary.headline
     for point in summary.points:
-        if point.info.role == "trained" and point.depth < summary.blocks and point.value(HEADLINE):
+        if point.info.role == "trained" and point.depth < summary.blocks and point.value(name):
             trained.setdefault(point.depth, []).append(point)
     most = max(map(len, trained.values()), default=0)
     depths = [depth for depth in sorted(trained) if len(trained[depth]) == most]
     places = np.linspace(0, len(depths) - 1, min(DEPTHS, len(depths))).round().astype(int)
     points = [
-        max(trained[depths[place]], key=lambda point: point.accuracy[FULL, HEADLINE].value)
+        max(trained[depths[place]], key=lambda point: point.accuracy[FULL, name].value)
         for place in places.tolist()
     ]
     if (answer := summary.answer) is not None:

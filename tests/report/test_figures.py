@@ -97,7 +97,7 @@ def test_accuracy_vs_cost(summary: Summary, cost: str) -> None:
     assert {"SASRec", "teacher", "fine-tuned", "distilled", "random init"} <= set(drawn)
     assert "skip" not in drawn
     assert ("early exit" in drawn) == (cost != "training")
-    front = pareto_front(priced(summary, cost), cost)
+    front = pareto_front(priced(summary, cost), cost, HEADLINE)
     line = next(line for line in ax.get_lines() if line.get_label() == "Pareto front")
     assert len(line.get_xdata()) == len(front)
     assert [text.get_text() for text in ax.texts] == [str(p.depth) for p in front if p.depth]
@@ -111,7 +111,7 @@ def test_pareto_front_against_brute_force(summary: Summary) -> None:
         for p, (x, y) in zip(points, places, strict=True)
         if not any((u <= x and v >= y) and (u, v) != (x, y) for u, v in places)
     }
-    assert {p.trials for p in pareto_front(points, "parameters")} == expected
+    assert {p.trials for p in pareto_front(points, "parameters", HEADLINE)} == expected
 
 
 def test_speed_of_the_plainest_model(summary: Summary) -> None:

@@ -110,3 +110,17 @@ def test_a_method_that_is_not_registered_is_shown_and_no_answer(make: Make, tmp_
     summary = summarise(run)
     assert summary.of("plugin")
     assert {method for method, _ in summary.candidates} == {"finetune"}
+
+
+def test_metric_margin_and_level_of_the_answer_can_be_changed(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=120)
+    usual, other = summarise(run), summarise(run, margin=0.5, level=0.8, headline="HR@20")
+    assert (other.headline, other.margin, other.level) == ("HR@20", 0.5, 0.8)
+    wide, narrow = (one.of("full")[0].accuracy[FULL, "NDCG@10"] for one in (usual, other))
+    assert wide.value == narrow.value
+    assert wide.low < narrow.low
+    teacher = other.of("full")[0]
+    values = other.ranks.values(FULL, "HR@20", [teacher.trials])[0]
+    assert teacher.accuracy[FULL, "HR@20"].value == values.mean()
+    with pytest.raises(ValueError, match="expected HR@K"):
+        summarise(run, headline="recall")

@@ -82,11 +82,17 @@ def plan_skip(model: nn.Module, skipped: Iterable[int], *, part: Part = "block")
             raise refusal(unwrap(model), f"block {index} has no {part} to skip")
         if part == "attention":
             refuse_shared(blocks, index)
-        for place, branch in enumerate(chosen):
-            module = blocks[index].get_submodule(branch.path)
-            # all mixers of a block share one layer of the cache, which grows once a pass
-            plan.append((module, _nothing(branch, index if place == 0 else None)))
+        plan += plan_branches(blocks[index], index, chosen)
     return plan
+
+
+def plan_branches(block: nn.Module, index: int, branches: Iterable[Branch]) -> Plan:
+    """How to leave branches of one kind out of the ``index``-th block."""
+    # all mixers of a block share one layer of the cache, which grows once a pass
+    return [
+        (block.get_submodule(branch.path), _nothing(branch, None if place else index))
+        for place, branch in enumerate(branches)
+    ]
 
 
 def after_blocks(model: nn.Module, state: Tensor) -> Tensor:

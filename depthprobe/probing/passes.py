@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprobe.evaluation.ranks import BATCH, Encoder, EvalSet, Ranks
 from depthprobe.models.parts import check_readable, join_streams, split_streams
 from depthprobe.models.skipping import after_blocks
-from depthprobe.models.taps import removed_after, tap_blocks
+from depthprobe.models.taps import tap_blocks
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # half precision: 3e-2
 
@@ -55,14 +54,6 @@ def normed(model: CausalEncoder, states: Tensor) -> Tensor:
     # one position each: a batch can be longer than the model's table of positions
     single = split_streams(model.backbone, states.flatten(0, 1))
     return after_blocks(model.backbone, single).view(*states.shape[:2], -1)
-
-
-@contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Within the context, call each hook with its module, args, kwargs and output."""
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
-    with removed_after(handles):
-        yield
 
 
 def exact(values: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable, find_projection
-from depthprobe.models.taps import tap_blocks
-from depthprobe.probing.passes import CausalEncoder, exact, hooked, shared_prompt
+from depthprobe.models.taps import removed_after, tap_blocks
+from depthprobe.probing.passes import CausalEncoder, exact, shared_prompt
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.
@@ -83,18 +83,19 @@ def fit_replacements(
     total = batch = _NormalEquations(spans)
 
     def keep(start: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, ___: Any, output: Tensor) -> None:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             batch.written[start] = output.clone()  # some blocks add to it in place
 
         return hook
 
     starts = {start for start, _ in spans}
-    hooks = [(find_projection(model.backbone, start - 1), keep(start)) for start in starts]
+    projections = {start: find_projection(model.backbone, start - 1) for start in starts}
+    hooks = [each.register_forward_hook(keep(start)) for start, each in projections.items()]
 
     prompt, batches = shared_prompt(model), eval_set.batches(device=device, size=batch_size)
     with (
         tap_blocks(model.backbone, consume=lambda k, state: batch.add_state(k, state)) as tap,
-        hooked(hooks),
+        removed_after(hooks),
     ):
         for _, histories, lengths in batches:
             with batches.retry():

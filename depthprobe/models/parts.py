@@ -290,65 +290,58 @@ def find_projection(model: nn.Module, index: int) -> Any:
         ValueError: if there is none, or its weights can't be changed.
     """
     inner = unwrap(model)
-    if getattr(inner, "is_quantized", False):
-        raise ValueError("quantised weights take no map: probe the unquantised model")
     branches = [branch.path for branch in find_sublayers(inner, [index])[0] if not branch.mixes]
-    if len(branches) != 1:
-        raise ValueError(f"block {index} has {len(branches)} MLPs, not one to fold a map into")
-    (mlp,) = branches
     with few_tokens(inner) as recorded:
         replay = _Replay(inner, recorded, index)
         calls, before = replay.observe()  # before: the block's output, (B, T, D)
-        written = calls[mlp].result  # M
-        same = {
-            replay.block.get_submodule(path): call
+        same = [  # what returns M, the MLP's output: itself, or a part of it
+            (replay.block.get_submodule(path), call)
             for path, call in calls.items()
-            if f"{path}.".startswith(f"{mlp}.") and _equal(call.result, written)
-        }
-        if any(hasattr(module, "base_layer") for module in same):
-            raise ValueError(f"the MLP of block {index} is under an adapter: merge it first")
-        linear = [module for module in same if isinstance(module, nn.Linear | Conv1D)]
-        if not linear:
-            raise ValueError(
-                f"the MLP of block {index} does not end in one linear map (mixture of experts?)"
-            )
-        projection = linear[-1]
-        _check_weights(inner, projection, index)
-        _check_linear(projection, same[projection], index)
-        _check_added(projection, written, before, replay)
-    return projection
+            if any(f"{path}.".startswith(f"{mlp}.") for mlp in branches)
+            and isinstance(call.result, Tensor)
+            and torch.equal(call.result.flatten(), calls[branches[0]].result.flatten())
+        ]
+        linear = [each for each in same if isinstance(each[0], nn.Linear | Conv1D)]
+        if len(branches) != 1 or not linear:
+            reason = "its MLP does not end in one linear map (a mixture of experts?)"
+        elif not _own_weights(inner, linear[-1][0]) or any(
+            hasattr(m, "base_layer") for m, _ in same
+        ):
+            reason = "the MLP's last weights are quantised, adapted, computed, or others' too"
+        elif not _is_linear(*linear[-1]):
+            reason = "the MLP's last module does more than its weights times an input"
+        elif not _is_added(linear[-1][0], linear[-1][1].result, before, replay):
+            reason = "a factor, a norm, or more than a sum is between its MLP and the stream"
+        else:
+            return linear[-1][0]
+    raise ValueError(f"no map can be folded into block {index}: {reason}")
 
 
-def _equal(one: Any, other: Tensor) -> bool:
-    return isinstance(one, Tensor) and torch.equal(one.flatten(), other.flatten())
-
-
-def _check_weights(model: nn.Module, projection: Any, index: int) -> None:
-    """That weight and bias are plain parameters of this module alone."""
-    where = f"the MLP's last linear map in block {index}"
+def _own_weights(model: nn.Module, projection: nn.Module) -> bool:
+    """Whether weight and bias are plain parameters of this module alone."""
     own = dict(projection.named_parameters(recurse=False))
-    if "weight" not in own or (projection.bias is not None and "bias" not in own):
-        raise ValueError(f"{where} computes its weight from others: it takes no map")
-    # the 8-bit floats are for storage only
-    if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in own.values()):
-        raise ValueError(f"{where} is quantised or offloaded: it takes no map")
     everywhere = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    for name, parameter in own.items():
-        if everywhere.count(id(parameter)) > 1:
-            raise ValueError(f"{where} shares its {name} with another module: it takes no map")
+    return (
+        not getattr(model, "is_quantized", False)
+        and "weight" in own  # else it is computed from others
+        and all(everywhere.count(id(p)) == 1 for p in own.values())
+        # the 8-bit floats are for storage only
+        and not any(
+            p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in own.values()
+        )
+    )
 
 
-def _check_linear(projection: Any, call: _Call, index: int) -> None:
+def _is_linear(projection: Any, call: _Call) -> bool:
     matrix = projection.weight if isinstance(projection, Conv1D) else projection.weight.T
     product = call.state @ matrix
     product = product if projection.bias is None else product + projection.bias
     error = _exact(product - call.result).norm() / _exact(call.result).norm().clamp_min(1e-300)
-    if not float(error) <= 64 * torch.finfo(call.result.dtype).eps:
-        raise ValueError(f"the MLP of block {index} does more than its last weights times an input")
+    return bool(error <= 64 * torch.finfo(call.result.dtype).eps)
 
 
-def _check_added(projection: nn.Module, written: Tensor, before: Tensor, replay: _Replay) -> None:
-    """That the stream takes M as it is, and that nothing else in the block reads it."""
+def _is_added(projection: nn.Module, written: Tensor, before: Tensor, replay: _Replay) -> bool:
+    """Whether the stream takes M as it is, and nothing else in the block reads it."""
     size = float(_exact(before).square().mean().sqrt())
     other = (_wave(TOKENS, written.numel() // TOKENS) * size).reshape(written.shape).to(written)
     with projection.register_forward_hook(lambda *_: other.clone()):  # Z
@@ -356,14 +349,7 @@ def _check_added(projection: nn.Module, written: Tensor, before: Tensor, replay:
     change = _exact(other).reshape(before.shape) - _exact(written).reshape(before.shape)
     moved = _exact(after) - _exact(before)
     terms = _exact(before).abs() + _exact(after).abs() + change.abs()
-    if bool(((moved - change).abs() <= 16 * torch.finfo(before.dtype).eps * terms).all()):
-        return
-    factor = (moved * change).sum() / change.square().sum()
-    scaled = (moved - factor * change).norm() <= 1e-2 * moved.norm()
-    between = f"a factor of {float(factor):.3g}" if scaled else "a norm, or more than a sum,"
-    raise ValueError(
-        f"block {replay.index} has {between} between its MLP and the stream: no map fits in"
-    )
+    return bool(((moved - change).abs() <= 16 * torch.finfo(before.dtype).eps * terms).all())
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def _resolve_dtype(dtype: str | torch.dtype) -> Any:
     """``"auto"``, or the torch dtype of a name."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     one_of("dtype", dtype, DTYPES)
-    named: torch.dtype = getattr(torch, dtype)
-    return named
+    return getattr(torch, dtype)
 
 
 def check_attention(attention: str | None) -> str | None:
@@ -122,12 +122,11 @@ def quantization(quantize: str | None) -> BitsAndBytesConfig | None:
     if not can_quantize():
         allowed = "bitsandbytes (pip install 'depthprobe[quantize]') and a CUDA GPU"
         raise BadInput("quantize", quantize, allowed)
-    options: dict[str, Any] = {"load_in_8bit": True}
-    if quantize == "4bit":
-        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        options["bnb_4bit_compute_dtype"] = torch.bfloat16
     make: Any = BitsAndBytesConfig  # untyped in transformers
-    config: BitsAndBytesConfig = make(**options)
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    config: BitsAndBytesConfig = make(
+        load_in_8bit=quantize == "8bit", load_in_4bit=quantize == "4bit", **four
+    )
     return config
 
 
@@ -167,25 +166,29 @@ def resolve_revision(source: Source, revision: str | None = None) -> str | None:
         return None
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
-    try:
-        # the cache keeps files by commit; what the configuration object knows of it depends on
-        # the version of transformers
+    # the cache keeps files by commit; what the configuration object knows of it depends on the
+    # version of transformers
+    with _one_line("found", source):
         file = hf_hub_download(
             os.fspath(source),
             "config.json",
             revision=revision or "main",
             local_files_only=offline(source),
         )
-    except FAILURES as error:
-        raise _cannot("found", source, error) from error
     return Path(file).parent.name
 
 
-def _cannot(what: str, source: Source, error: Exception) -> BadInput:
-    """A library's error as one line; ``what`` could not be done with the source."""
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
-    return BadInput("backbone", str(source), f"cannot be {what} ({reason}): {ALLOWED}")
+@contextmanager
+def _one_line(what: str, source: Source) -> Iterator[None]:
+    """Turn a library's error into one line: ``what`` could not be done with the source."""
+    try:
+        yield
+    except FAILURES as error:
+        if isinstance(error, BadInput):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        allowed = f"cannot be {what} ({reason}): {ALLOWED}"
+        raise BadInput("backbone", str(source), allowed) from error
 
 
 def _location(source: Source) -> str:
@@ -224,16 +227,19 @@ def embedded_config() -> LlamaConfig:
     )
 
 
-def embedded_backbone(seed: int = 0) -> LlamaForCausalLM:
-    """The embedded backbone, float32, in evaluation mode.
+def embedded_backbone(seed: int = 0) -> PreTrainedModel:
+    """The embedded backbone, float32, in evaluation mode; the same seed gives the same weights."""
+    make: Any = LlamaForCausalLM  # untyped in transformers
+    return _fresh(lambda: make(embedded_config()).float(), seed)
 
-    The same seed gives the same weights; the caller's random state is left as it is.
-    """
+
+def _fresh(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """A model of random weights; the caller's random state is left as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs too
-        model: Any = LlamaForCausalLM(embedded_config())  # untyped in transformers
-    backbone: LlamaForCausalLM = model.float().eval()
-    return backbone
+        model = make()
+    model.eval()
+    return model
 
 
 def embedded_tokenizer() -> PreTrainedTokenizerFast:
@@ -298,20 +304,26 @@ def load_backbone(
         raise BadInput("quantize", quantize, "pretrained weights: random ones can't be quantised")
     packed = quantization(quantize)
     if embedded:
-        return _embedded(random_init or 0, kind, chosen)
+        model: Any = embedded_backbone(random_init or 0)
+        with _one_line(f"run with attention {chosen}", EMBEDDED):
+            if chosen is not None:
+                model.set_attn_implementation(chosen)
+        ready: PreTrainedModel = model if kind == "auto" else model.to(dtype=kind)
+        return ready
     _origin(path_or_id, revision, trust_remote_code)  # code needs the caller's own revision
     commit = resolve_revision(path_or_id, revision)
     config = backbone_config(path_or_id, revision=commit, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": kind}
     if chosen is not None:
         options["attn_implementation"] = chosen
     else:
         for written in _attentions(config):
             check_attention(written)
     if random_init is not None:
-        options |= {"trust_remote_code": trust_remote_code}
-        options["dtype"] = kind if isinstance(kind, torch.dtype) else config.dtype or torch.float32
-        return _random(path_or_id, config, random_init, options)
+        options["trust_remote_code"] = trust_remote_code
+        options["dtype"] = config.dtype or torch.float32 if kind == "auto" else kind
+        with _one_line("built", path_or_id):
+            return _fresh(lambda: _auto.from_config(config, **options), random_init)
     quantized = bool(getattr(config, "quantization_config", None))
     if packed is not None and quantized:
         raise BadInput("quantize", quantize, "a checkpoint that is not quantised already")
@@ -319,60 +331,28 @@ def load_backbone(
         options["device_map"] = "meta"
     elif packed is not None:  # all of them on the GPU that ``cuda`` means here
         options |= {"quantization_config": packed, "device_map": {"": torch.cuda.current_device()}}
-    options |= {"dtype": kind} | _origin(path_or_id, commit, trust_remote_code)
-    model = _read_weights(path_or_id, config, options)
+    check_weights(path_or_id)
+    options |= _origin(path_or_id, commit, trust_remote_code)
+    with _one_line("loaded", path_or_id):
+        model, loaded = _auto.from_pretrained(
+            _location(path_or_id),
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    _check_loaded(path_or_id, loaded)
     if packed is not None:
         # A recommender holds the base model alone; without the marks there, LoRA would treat packed
         # bytes as weights.
         for name in QUANTIZED_MARKS:
             if hasattr(model, name):
                 setattr(model.base_model, name, getattr(model, name))
-    return model
+    return model.eval()  # type: ignore[no-any-return]
 
 
-def _embedded(seed: int, dtype: str | torch.dtype, attention: str | None) -> PreTrainedModel:
-    model: Any = embedded_backbone(seed)
-    if dtype != "auto":
-        model = model.to(dtype=dtype)
-    if attention is not None:
-        try:
-            model.set_attn_implementation(attention)
-        except FAILURES as error:
-            raise _cannot(f"run with attention {attention}", EMBEDDED, error) from error
-    ready: PreTrainedModel = model
-    return ready
-
-
-def _random(
-    source: Source, config: PreTrainedConfig, seed: int, options: dict[str, Any]
-) -> PreTrainedModel:
-    """A model with fresh weights, from the configuration alone."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs
-            model: PreTrainedModel = _auto.from_config(config, **options)
-    except FAILURES as error:
-        raise _cannot("built", source, error) from error
-    model.eval()
-    return model
-
-
-def _read_weights(
-    source: Source, config: PreTrainedConfig, options: dict[str, Any]
-) -> PreTrainedModel:
-    """The pretrained model; BadInput if its weights are not those of its configuration."""
-    check_weights(source)
-    model: PreTrainedModel
-    try:
-        model, loaded = _auto.from_pretrained(
-            _location(source),
-            config=config,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except FAILURES as error:
-        raise _cannot("loaded", source, error) from error
+def _check_loaded(source: Source, loaded: dict[str, Any]) -> None:
+    """Refuse weights that are not those of the configuration."""
     for what, names in (
         ("missing", loaded["missing_keys"]),
         ("unexpected", [key for key in loaded["unexpected_keys"] if not HARMLESS.search(key)]),
@@ -383,8 +363,6 @@ def _read_weights(
             shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
             allowed = f"{len(keys)} of its weights are {what} ({shown}): the checkpoint must fit"
             raise BadInput("backbone", str(source), f"{allowed} its configuration")
-    model.eval()
-    return model
 
 
 def check_weights(source: Source) -> None:
@@ -412,17 +390,14 @@ def backbone_config(
     if str(path_or_id) == EMBEDDED:
         return embedded_config()
     origin = _origin(path_or_id, revision, trust_remote_code)
-    location = _location(path_or_id)
     if is_folder(path_or_id):
         path = _existing(path_or_id)
         if not (path.is_file() or (path / "config.json").is_file()):
             adapter = (path / "adapter_config.json").is_file()
             hint = " (it holds an adapter: merge it into its base first)" if adapter else ""
             raise BadInput("backbone", str(path_or_id), f"no config.json in it{hint}: {ALLOWED}")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(location, **origin)
-    except FAILURES as error:
-        raise _cannot("found", path_or_id, error) from error
+    with _one_line("found", path_or_id):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(_location(path_or_id), **origin)
     for written in _attentions(config):
         if written not in ATTENTIONS:
             allowed = f"a configuration without attention {written!r}: a kernel to download and run"
@@ -459,12 +434,10 @@ def load_tokenizer(
         if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
             raise BadInput("backbone", str(path_or_id), "no tokenizer in it (tokenizer.json)")
     origin = _origin(path_or_id, revision, trust_remote_code)
-    try:
+    with _one_line("given a tokenizer", path_or_id):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _location(path_or_id), **origin
         )
-    except FAILURES as error:
-        raise _cannot("given a tokenizer", path_or_id, error) from error
     return tokenizer
 
 
@@ -480,13 +453,12 @@ def pretrained(
     """
     model = load_backbone(
         settings.source,
-        revision=settings.revision,
         dtype=settings.dtype,
         attention=settings.attention,
         quantize=settings.quantize,
-        trust_remote_code=settings.trust_remote_code,
         random_init=random_init,
         weights=weights,
+        **_which(settings),
     )
     find_blocks(model)
     if plain and getattr(model, "is_quantized", False):
@@ -499,18 +471,22 @@ def pretrained(
 
 def pretrained_config(settings: Backbone) -> PreTrainedConfig:
     """The configuration of the backbone that a study's settings describe; no weights are read."""
-    trust = settings.trust_remote_code
-    return backbone_config(settings.source, revision=settings.revision, trust_remote_code=trust)
+    return backbone_config(settings.source, **_which(settings))
 
 
 def pretrained_tokenizer(settings: Backbone) -> PreTrainedTokenizerBase:
     """The tokenizer of the backbone that a study's settings describe."""
-    trust = settings.trust_remote_code
-    return load_tokenizer(settings.source, revision=settings.revision, trust_remote_code=trust)
+    return load_tokenizer(settings.source, **_which(settings))
+
+
+def _which(settings: Backbone) -> dict[str, Any]:
+    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
 
 
 def backbone_revision(settings: Backbone) -> str:
     """Which weights exactly: the hub's commit, or ``sha256:`` of configuration and weights."""
+    if settings.source != EMBEDDED and not is_folder(settings.source):
+        return str(resolve_revision(settings.source, settings.revision))
     digest = hashlib.sha256()
     if settings.source == EMBEDDED:
         model = embedded_backbone()
@@ -518,15 +494,13 @@ def backbone_revision(settings: Backbone) -> str:
         for name, weight in sorted(model.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy())
-    elif is_folder(settings.source):
+    else:
         folder = Path(_location(settings.source))
         for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while chunk := file.read(4 * 2**20):
                     digest.update(chunk)
-    else:
-        return str(resolve_revision(settings.source, settings.revision))
     return f"{HASH}{digest.hexdigest()[:16]}"
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -121,40 +119,31 @@ def check_families(
     kinds = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context(PREFERRED if PREFERRED in kinds else "spawn")
     context.set_forkserver_preload([__name__])
-
-    def isolated(name: str) -> Family:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_send, args=(name, sender), daemon=True)
-        process.start()
-        sender.close()
-        try:
-            if receiver.poll(timeout):
-                family: Family = receiver.recv()
-                return family
-            return _failed(name, f"took more than {timeout:g} s")
-        except EOFError:
-            return _failed(name, "its process died")
-        finally:
-            process.kill()
-            process.join()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(isolated, families() if names is None else names)
+    chosen = families() if names is None else names
+    with context.Pool(jobs, initializer=_quiet, maxtasksperchild=1) as pool:
+        waiting = [pool.apply_async(check_family, (name,)) for name in chosen]
+        for name, answer in zip(chosen, waiting, strict=True):
+            try:
+                yield answer.get(timeout)
+            except multiprocessing.TimeoutError:
+                yield _failed(name, f"took more than {timeout:g} s, or its process died")
 
 
-def _send(name: str, sender: Connection) -> None:
-    """In the family's own process: check it."""
+def _quiet() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     disable_progress_bar()
     set_verbosity_error()
+
+
+def check_family(name: str) -> Family:
+    """What the self-test says of a family, in this process."""
     try:
         results = tuple(check_backbone(family_config(name)))
     except Exception as error:  # a configuration class may not build at all
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        sender.send(_failed(name, lines[-1].strip()))
-    else:
-        sender.send(Family(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], results))
+        return _failed(name, lines[-1].strip())
+    return Family(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], results)
 
 
 def _failed(name: str, reason: str) -> Family:

@@ -209,4 +209,5 @@ def _part_orders(model: CausalEncoder) -> dict[int, tuple[int, Plan]]:
 def _turned(before: Tensor, after: Tensor) -> Tensor:
     """The sum over users of ``1 - cos`` of states (B, D), a scalar."""
     cosine = (before * after).sum(dim=1) / (before.norm(dim=1) * after.norm(dim=1))
-    return (1 - cosine.clamp(-1, 1)).sum()
+    total: Tensor = (1 - cosine.clamp(-1, 1)).sum()
+    return total

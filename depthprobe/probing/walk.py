@@ -1,4 +1,4 @@
-"""Any number of shallower models in one walk over the teacher's blocks, none of them cut.
+"""Shallower models without a cut, any number in one walk over the blocks; greedy removal by it.
 
 A model with some blocks left out is a route through the blocks, and routes that begin alike share
 their states: they form a tree, and each of its nodes runs one block once. All L single skips take
@@ -9,6 +9,7 @@ tree is walked depth first, so no more states are held than the tree is deep.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks
+from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks, mean_ndcg
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
@@ -33,6 +34,7 @@ class Step(NamedTuple):
 
 
 Route = tuple[Step, ...]
+Span = tuple[int, int]  # blocks [start, end)
 
 
 def route(kept: Iterable[int]) -> Route:
@@ -165,3 +167,72 @@ def _check(blocks: nn.ModuleList, routes: Sequence[Route]) -> None:
             raise ValueError(f"{kept} is no route through {len(blocks)} blocks, in their order")
         for left_out in set(range(max(kept))) - set(kept):
             refuse_shared(blocks, left_out)
+
+
+# Which blocks to leave out: greedy removal, in which the block that is missed the least goes, again
+# and again (SLEB, arXiv 2402.09025), and the runs of blocks that turn the state least.
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The blocks in the order in which they went, the last one left out of it."""
+
+    removed: tuple[int, ...]  # (L - 1,) block indices
+    scores: tuple[float, ...]  # (L,) NDCG@10 at full depth and after each removal; full ranking
+    evaluated: int  # how many shallower models were scored to find it
+
+    def kept(self, depth: int) -> tuple[int, ...]:
+        """The blocks that are left at a depth, 1..L."""
+        gone = self.removed[: len(self.scores) - depth]
+        return tuple(b for b in range(len(self.scores)) if b not in gone)
+
+
+def greedy(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> Removal:
+    """Remove the block whose absence costs the least, down to a single one.
+
+    The first removal is chosen from all single skips, which one walk measures. After that, lazily:
+    the damage of a block is measured anew only while it is the smallest known, and the block goes
+    if it still is. A removal seldom makes another block dispensable, so most are not measured
+    again; one whose damage has fallen below the smallest is missed. Of equal ones the last goes.
+    Choose by users of validation, never of the test.
+    """
+    left = list(range(len(find_blocks(model.backbone))))
+    evaluated = 0
+
+    def scores_without(blocks: list[int]) -> dict[int, float]:
+        nonlocal evaluated
+        evaluated += len(blocks)
+        routes = [route(b for b in left if b != out) for out in blocks]
+        ranks = rank_routes(model, eval_set, routes, device=device)
+        return {out: mean_ndcg(each["full"]) for out, each in zip(blocks, ranks, strict=True)}
+
+    (full_depth,) = rank_routes(model, eval_set, [route(left)], device=device)
+    scores, removed = [mean_ndcg(full_depth["full"])], list[int]()
+    damage = dict.fromkeys(left, -np.inf)  # as it was when last measured
+    while len(left) > 1:
+        fresh: dict[int, float] = {}  # the score without each block that is measured now
+        if not removed:
+            fresh = scores_without(left)
+            damage = {b: scores[-1] - value for b, value in fresh.items()}
+        while (least := min(left, key=lambda b: (damage[b], -b))) not in fresh:
+            fresh |= scores_without([least])
+            damage[least] = scores[-1] - fresh[least]
+        left.remove(least)
+        removed.append(least)
+        scores.append(fresh[least])
+    return Removal(tuple(removed), tuple(scores), evaluated)
+
+
+def nearest_spans(angular: np.ndarray, length: int, *, first: int = 0) -> list[Span]:
+    """All runs of ``length`` blocks, those that turn the state least first (arXiv 2403.17887).
+
+    Args:
+        angular: distances between the states around L blocks, (L + 1, L + 1).
+        length: of a run, 1..L.
+        first: the earliest block that may be in one.
+    """
+    starts = np.arange(first, len(angular) - length)
+    if length < 1 or not len(starts):
+        raise ValueError(f"no run of {length} blocks from block {first} of {len(angular) - 1}")
+    order = np.argsort(angular[starts, starts + length], kind="stable")
+    return [(int(start), int(start) + length) for start in starts[order]]

@@ -19,7 +19,6 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import merge_lora
 from depthprobe.models.parts import find_sublayers
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.greedy import Removal, Span, greedy, nearest_spans
 from depthprobe.probing.passes import early_exit
 from depthprobe.probing.readout import cache_states, fit_lenses, fit_readouts, rank_readouts
 from depthprobe.probing.replace import fit_replacements, fold_map
@@ -28,7 +27,15 @@ from depthprobe.probing.settling import to_frame as to_users
 from depthprobe.probing.similarity import similarities
 from depthprobe.probing.similarity import to_frame as to_scores
 from depthprobe.probing.taylor import taylor_importance
-from depthprobe.probing.walk import rank_routes, route, route_without
+from depthprobe.probing.walk import (
+    Removal,
+    Span,
+    greedy,
+    nearest_spans,
+    rank_routes,
+    route,
+    route_without,
+)
 from depthprobe.runs.context import Context, Result, Scores
 
 TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one

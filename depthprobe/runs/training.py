@@ -25,8 +25,8 @@ from depthprobe.files import complete_folder, write_json
 from depthprobe.methods import Task, Trial
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Popularity, Recommender
-from depthprobe.probing.greedy import nearest_spans
 from depthprobe.probing.passes import early_exit
+from depthprobe.probing.walk import nearest_spans
 from depthprobe.runs.cache import digest, features_folder, result_file, share_folder
 from depthprobe.runs.context import Context, Result
 from depthprobe.runs.plan import TEACHER, full_trial, plan

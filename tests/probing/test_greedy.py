@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from depthprobe.evaluation.ranks import EvalSet, evaluate, mean_ndcg
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.greedy import Removal, greedy, nearest_spans
+from depthprobe.probing.walk import Removal, greedy, nearest_spans
 
 CPU = torch.device("cpu")
 

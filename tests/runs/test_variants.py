@@ -16,7 +16,7 @@ from depthprobe.cost.flops import flops_per_user
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.probing.greedy import nearest_spans
+from depthprobe.probing.walk import nearest_spans
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import full_trial, trial_of
 from depthprobe.runs.store import Run

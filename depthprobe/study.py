@@ -1,7 +1,8 @@
 """What to run: a study and its settings, dataclasses that are checked when they are made.
 
-Types and bounds stand in the annotations; msgspec checks them. An error names the whole key:
-``sasrec.recipe.epochs: 0 is not usable; a number of at least 1``.
+Types and bounds stand in the annotations, and msgspec checks them; what a key means stands beside
+it as ``#:``, and docs/study-file.md is made of that. An error names the whole key:
+``sasrec.recipe.epochs: 0 is not usable; a whole number of at least 1``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib import resources
@@ -28,6 +29,7 @@ from depthprobe.methods import METHODS, Method, method_of, names
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 CountOrNone = Annotated[int, Meta(ge=0, le=10**9)]
+Width = Annotated[int, Meta(ge=1, le=65_536)]
 Weight = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 
@@ -52,6 +54,17 @@ NOT_DECIDING = frozenset(
     }
 )
 VARIANT_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+WORDS = {  # msgspec's, and ours
+    "`array`": "a list of strings",
+    "`bool`": "true or false",
+    "`int`": "a whole number",
+    "`float`": "a number",
+    "`str`": "text",
+    " >=": " of at least",
+    " <=": " of at most",
+    " >": " above",
+    " <": " below",
+}
 
 
 @cache
@@ -60,70 +73,38 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {each.name: found[each.name] for each in fields(kind)}
 
 
-def _fault(value: Any, hint: Any) -> str:
-    """What a value should have been; empty for one that fits."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number that is finite"
-    try:
-        msgspec.convert(value, hint)
-    except msgspec.ValidationError as error:
-        return _allowed(hint, str(error))
-    return ""
-
-
-def _allowed(hint: Any, message: str) -> str:
+def _expected(hint: Any, message: str) -> str:
     """What msgspec expected, in our words."""
-    options = [each for each in (hint, *typing.get_args(hint)) if each is not type(None)]
-    for each in options:
+    for each in (hint, *typing.get_args(hint)):
         if typing.get_origin(each) is Literal:
-            return f"one of {', '.join(map(str, typing.get_args(each)))}"
+            return f"one of {', '.join(typing.get_args(each))}"
         if typing.get_origin(each) is tuple:
-            return "a list of strings"
-    bounds = next((each for each in _parts(hint) if isinstance(each, Meta)), None)
-    if bounds is not None and re.search(r"[<>]", message):
-        return _range(bounds, too_large="<" in message)
-    kind = next((each for each in _parts(hint) if each in (bool, int, float, str)), str)
-    return f"a value of type {kind.__name__}"
-
-
-def _range(bounds: Meta, *, too_large: bool) -> str:
-    """``a number in (0, 1]``; of a range that is only a sanity check, the end that was passed."""
-    low, high = (bounds.ge if bounds.gt is None else bounds.gt), bounds.le or bounds.lt
-    if high is None or high > 100:
-        if too_large:
-            return f"a number of at most {high:,}"
-        return (
-            f"a number above {low:g}" if bounds.gt is not None else f"a number of at least {low:g}"
-        )
-    left, right = "[" if bounds.gt is None else "(", "]" if bounds.lt is None else ")"
-    return f"a number in {left}{low:g}, {high:g}{right}"
-
-
-def _parts(hint: Any) -> Iterator[Any]:
-    """A type and all that it is made of."""
-    yield hint
-    for each in (*typing.get_args(hint), *getattr(hint, "__metadata__", ())):
-        yield from _parts(each)
+            return WORDS["`array`"]
+    text = message.removeprefix("Expected ").partition(", got")[0].replace(" | null", "")
+    for theirs, ours in WORDS.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
 class Checked:
-    """A dataclass whose values are held against its annotations when it is made."""
-
-    KEY: typing.ClassVar[str] = ""  # what its keys begin with in a study
+    """A dataclass whose values are converted to its annotations, or refused, when it is made."""
 
     def __post_init__(self) -> None:
-        """Refuse the first value that does not fit.
+        """Hold each value against its annotation.
 
         Raises:
-            BadInput: that names the key, the value and what is allowed.
+            BadInput: that names the first that does not fit, and what is allowed.
         """
         for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
             if is_dataclass(value) or name == "variants":
                 continue  # checked when it was made
-            fault = _fault(value, hint)
-            if fault:
-                raise BadInput(f"{self.KEY}{name}", value, fault)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise BadInput(name, value, "a number that is finite")
+            try:
+                object.__setattr__(self, name, msgspec.convert(value, hint))
+            except msgspec.ValidationError as error:
+                raise BadInput(name, value, _expected(hint, str(error))) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,21 +113,13 @@ class Columns(Checked):
 
     A column is named as the table's header names it, or by its number from 1 in a CSV without a
     header. A log needs a user and an item column.
-
-    Attributes:
-        user: the column of users.
-        item: the column of items.
-        time: the column of times; a log may have none.
-        rating: the column of ratings; needed by ``min_rating`` alone.
-        title: the column of the items' titles.
     """
 
-    KEY = "data.columns."
-    user: str | None = None
-    item: str | None = None
-    time: str | None = None
-    rating: str | None = None
-    title: str | None = None
+    user: str | None = None  #: the column of users.
+    item: str | None = None  #: the column of items.
+    time: str | None = None  #: the column of times; a log may have none.
+    rating: str | None = None  #: the column of ratings; needed by ``min_rating`` alone.
+    title: str | None = None  #: the column of the items' titles.
 
     def given(self) -> dict[str, str]:
         """The columns that were named, by what they hold."""
@@ -155,175 +128,131 @@ class Columns(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning(Checked):
-    """Which interactions stay; the steps come in the order of the keys.
+    """Which interactions stay; the steps come in the order of the keys."""
 
-    Attributes:
-        min_rating: drop interactions rated lower.
-        repeats: of a user's interactions with the same item keep all, the first, or the last.
-        latest: keep so many of each user's.
-        core: drop users and items with fewer interactions, again and again until none is left
-            (k-core); 1 drops nothing.
-    """
-
-    KEY = "data.cleaning."
-    min_rating: float | None = None
+    min_rating: float | None = None  #: drop interactions rated lower.
+    #: of a user's interactions with the same item keep all, the first, or the last.
     repeats: Literal["keep", "first", "last"] = "keep"
-    latest: Count | None = None
+    latest: Count | None = None  #: keep so many of each user's.
+    #: drop users and items with fewer interactions, again and again until none is left (k-core); 1
+    #: drops nothing.
     core: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Checked):
-    """Where the interactions come from, what is dropped, how much of a history a model reads.
+    """Where the interactions come from, what is dropped, how much of a history a model reads."""
 
-    Attributes:
-        source: a log (file or folder), a prepared folder, the name of a public set, or
-            ``embedded``; a path is relative to where the command runs.
-        format: one of those that ``depthprobe data list`` names; left out, the content tells.
-        items: a file with the items' titles; left out, it is looked for beside the log.
-        max_history: so many of a user's latest items are read.
-        columns: names of a table's columns.
-        cleaning: what is dropped.
-    """
-
-    KEY = "data."
+    #: a log (file or folder), a prepared folder, the name of a public set, or ``embedded``; a path
+    #: is relative to where the command runs.
     source: str = "embedded"
+    #: one of those that ``depthprobe data list`` names; left out, the content tells.
     format: str | None = None
+    #: a file with the items' titles; left out, it is looked for beside the log.
     items: str | None = None
+    #: so many of a user's latest items are read.
     max_history: Annotated[int, Meta(ge=1, le=100_000)] = 50
-    columns: Columns = Columns()
-    cleaning: Cleaning = Cleaning()
+    columns: Columns = Columns()  #: names of a table's columns.
+    cleaning: Cleaning = Cleaning()  #: what is dropped.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone(Checked):
-    """The pretrained decoder, what of it is trained, and the prompt before the items.
+    """The pretrained decoder, what of it is trained, and the prompt before the items."""
 
-    Attributes:
-        source: a folder with ``config.json`` and safetensors weights, a Hugging Face id, or
-            ``embedded``.
-        revision: branch, tag or commit of an id; left out, the hub's ``main``.
-        trust_remote_code: run Python code that comes with the model; only with a ``revision``.
-        dtype: of the weights; ``auto`` is the checkpoint's.
-        attention: the implementation: ``auto`` (transformers' choice), ``eager``, ``sdpa``,
-            ``flash_attention_2``, ``flash_attention_3`` or ``flex_attention``.
-        quantize: store the weights of the blocks in fewer bits; on a GPU, with bitsandbytes, and
-            with ``tuning`` ``lora`` or ``frozen`` alone.
-        tuning: train every weight of the blocks (``full``), low-rank updates of the MLP projections
-            (``lora``, as SLMRec does), or the adapters alone (``frozen``).
-        lora_rank: the rank of those updates.
-        prompt: what the model reads before the items; may be empty.
-        suffix: what it reads after them, as SLMRec's response prompt; needs the objective ``last``.
-        head: score by the dot product with the item table (``dot``, SLMRec), or by a linear map
-            from the last state to the items (``linear``, E4SRec).
-        checkpointing: compute the blocks again in the backward pass in place of keeping their
-            activations: less memory, more time, the same numbers.
-    """
-
-    KEY = "backbone."
+    #: a folder with ``config.json`` and safetensors weights, a Hugging Face id, or ``embedded``.
     source: str = "embedded"
-    revision: str | None = None
+    revision: str | None = None  #: branch, tag or commit of an id; left out, the hub's ``main``.
+    #: run Python code that comes with the model; only with a ``revision``.
     trust_remote_code: bool = False
+    #: of the weights; ``auto`` is the checkpoint's.
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    #: the implementation: ``auto`` (transformers' choice), ``eager``, ``sdpa``,
+    #: ``flash_attention_2``, ``flash_attention_3`` or ``flex_attention``.
     attention: Attention = "auto"
+    #: store the weights of the blocks in fewer bits; on a GPU, with bitsandbytes, and with
+    #: ``tuning`` ``lora`` or ``frozen`` alone.
     quantize: Quantization = "none"
+    #: train every weight of the blocks (``full``), low-rank updates of the MLP projections
+    #: (``lora``, as SLMRec does), or the adapters alone (``frozen``).
     tuning: Literal["full", "lora", "frozen"] = "full"
-    lora_rank: Annotated[int, Meta(ge=1, le=65_536)] = 16
-    prompt: str = PROMPT
+    lora_rank: Width = 16  #: the rank of those updates.
+    prompt: str = PROMPT  #: what the model reads before the items; may be empty.
+    #: what it reads after them, as SLMRec's response prompt; needs the objective ``last``.
     suffix: str = ""
+    #: score by the dot product with the item table (``dot``, SLMRec), or by a linear map from the
+    #: last state to the items (``linear``, E4SRec).
     head: Literal["dot", "linear"] = "dot"
+    #: compute the blocks again in the backward pass in place of keeping their activations: less
+    #: memory, more time, the same numbers.
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantize != "none" and self.tuning == "full":
             allowed = "tuning = lora or frozen beside it: quantised weights can't be trained"
-            raise BadInput("backbone.quantize", self.quantize, allowed)
+            raise BadInput("quantize", self.quantize, allowed)
         if self.trust_remote_code and not self.revision:
-            raise BadInput("backbone.revision", None, "remote code needs a pinned revision")
+            raise BadInput("revision", None, "remote code needs a pinned revision")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Checked):
-    """How a model is trained: AdamW, cosine with warm-up, early stopping on validation NDCG@10.
+    """How a model is trained: AdamW, cosine with warm-up, early stopping on validation NDCG@10."""
 
-    Attributes:
-        epochs: passes over the training data, at most.
-        batch_size: users (windows of a history) a step.
-        learning_rate: at its highest.
-        weight_decay: of AdamW.
-        warmup: the share of the steps in which the learning rate rises.
-        clip: the norm at which gradients are clipped.
-        patience: stop after so many epochs without a better validation NDCG@10.
-        objective: ask for the next item at ``every`` position of a history, or at its ``last``
-            alone (one target a user, SLMRec's).
-        loss: cross-entropy over the whole catalogue (``full``), over the target and random items
-            (``sampled-softmax``), or gSASRec's binary one (``gbce``).
-        negatives: how many random items the two sampled losses draw.
-        gbce_t: the calibration of ``gbce``, from 0 to 1.
-        accumulation: compute a batch in so many parts, which changes its memory and not its result.
-        precision: what the training computes in, beside weights that stay in their own.
-        compile: use ``torch.compile``.
-    """
-
-    KEY = "recipe."
-    epochs: Annotated[int, Meta(ge=1, le=1_000_000)] = 6
-    batch_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 128
-    learning_rate: Annotated[float, Meta(gt=0, lt=10)] = 1e-3
-    weight_decay: Weight = 0.01
-    warmup: Share = 0.1
-    clip: Annotated[float, Meta(gt=0)] = 1.0
-    patience: Count = 3
+    epochs: Count = 6  #: passes over the training data, at most.
+    #: users (windows of a history) a step.
+    batch_size: Count = 128
+    learning_rate: Annotated[float, Meta(gt=0, lt=10)] = 1e-3  #: at its highest.
+    weight_decay: Weight = 0.01  #: of AdamW.
+    warmup: Share = 0.1  #: the share of the steps in which the learning rate rises.
+    clip: Annotated[float, Meta(gt=0)] = 1.0  #: the norm at which gradients are clipped.
+    patience: Count = 3  #: stop after so many epochs without a better validation NDCG@10.
+    #: ask for the next item at ``every`` position of a history, or at its ``last`` alone (one
+    #: target a user, SLMRec's).
     objective: Literal["every", "last"] = "every"
+    #: cross-entropy over the whole catalogue (``full``), over the target and random items
+    #: (``sampled-softmax``), or gSASRec's binary one (``gbce``).
     loss: Literal["full", "sampled-softmax", "gbce"] = "full"
-    negatives: Annotated[int, Meta(ge=1, le=10_000_000)] = 256
-    gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75
+    #: how many random items the two sampled losses draw.
+    negatives: Count = 256
+    gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75  #: the calibration of ``gbce``, from 0 to 1.
+    #: compute a batch in so many parts, which changes its memory and not its result.
     accumulation: Count = 1
+    #: what the training computes in, beside weights that stay in their own.
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
+    compile: bool = False  #: use ``torch.compile``.
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.accumulation > self.batch_size:
             allowed = f"at most batch_size ({self.batch_size})"
-            raise BadInput("recipe.accumulation", self.accumulation, allowed)
+            raise BadInput("accumulation", self.accumulation, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SasRecSettings(Checked):
-    """The non-LLM baseline, and where the item embeddings come from (Kang and McAuley, 2018).
+    """The non-LLM baseline, and where the item embeddings come from (Kang and McAuley, 2018)."""
 
-    Attributes:
-        width: of its states, and of the item table that it makes.
-        blocks: how many it has.
-        heads: of its attention; ``width`` must be a multiple.
-        dropout: the share of states that are dropped in training.
-        recipe: how it is trained.
-    """
-
-    KEY = "sasrec."
-    width: Annotated[int, Meta(ge=1, le=65_536)] = 64
-    blocks: Annotated[int, Meta(ge=1, le=1_000)] = 2
-    heads: Annotated[int, Meta(ge=1, le=65_536)] = 2
-    dropout: Share = 0.5
-    recipe: Recipe = Recipe(epochs=16, patience=4, learning_rate=2e-3)
+    #: of its states, and of the item table that it makes.
+    width: Width = 64
+    blocks: Count = 2  #: how many it has.
+    #: of its attention; ``width`` must be a multiple.
+    heads: Width = 2
+    dropout: Share = 0.5  #: the share of states that are dropped in training.
+    recipe: Recipe = Recipe(epochs=16, patience=4, learning_rate=2e-3)  #: how it is trained.
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % self.heads:
-            raise BadInput("sasrec.width", self.width, f"a multiple of heads ({self.heads})")
+            raise BadInput("width", self.width, f"a multiple of heads ({self.heads})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heal(Checked):
-    """How a cut teacher is trained further.
+    """How a cut teacher is trained further."""
 
-    Attributes:
-        share: of the recipe's epochs.
-    """
-
-    KEY = "heal."
-    share: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    share: Annotated[float, Meta(gt=0, le=1)] = 0.5  #: of the recipe's epochs.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,45 +260,36 @@ class Distillation(Checked):
     """A student's loss: ``ce CE + cosine D_cos + norm D_norm + supervision L_ms + logits KL``.
 
     The first four are SLMRec's.
-
-    Attributes:
-        groups: into so many groups of blocks teacher and student are cut, to be compared at their
-            ends.
-        ce: weight of the recipe's own loss.
-        cosine: weight of 1 - cos of the two states.
-        norm: weight of their distance.
-        supervision: weight of the loss of recommending from inner groups; asks no teacher.
-        logits: weight of the divergence from the teacher's distribution over the catalogue.
-        norm_form: the distance of two states (``distance``, SLMRec's), or its square over their
-            width, which no width makes large (``squared``).
-        positions: compare states wherever the recipe asks for the next item (``asked``), or at the
-            last item alone (``last``, SLMRec's).
-        temperature: at which ``logits`` compares distributions.
-        top: compare scores of the teacher's best items alone; 0 is all.
-        init: the student begins as the pretrained ``backbone``, as the trained ``teacher``, or at
-            ``random``.
-        features: what the teacher says is computed once and kept on disk (``cached``), or again at
-            every step (``online``).
     """
 
-    KEY = "distillation."
-    groups: Annotated[int, Meta(ge=1, le=1_000)] = 4
-    ce: Weight = 1.0
-    cosine: Weight = 1.0
-    norm: Weight = 0.1
+    #: into so many groups of blocks teacher and student are cut, to be compared at their ends.
+    groups: Count = 4
+    ce: Weight = 1.0  #: weight of the recipe's own loss.
+    cosine: Weight = 1.0  #: weight of 1 - cos of the two states.
+    norm: Weight = 0.1  #: weight of their distance.
+    #: weight of the loss of recommending from inner groups; asks no teacher.
     supervision: Weight = 0.1
+    #: weight of the divergence from the teacher's distribution over the catalogue.
     logits: Weight = 0.0
+    #: the distance of two states (``distance``, SLMRec's), or its square over their width, which no
+    #: width makes large (``squared``).
     norm_form: Literal["distance", "squared"] = "distance"
+    #: compare states wherever the recipe asks for the next item (``asked``), or at the last item
+    #: alone (``last``, SLMRec's).
     positions: Literal["asked", "last"] = "asked"
-    temperature: Annotated[float, Meta(gt=0)] = 1.0
-    top: CountOrNone = 0
+    temperature: Annotated[float, Meta(gt=0)] = 1.0  #: at which ``logits`` compares distributions.
+    top: CountOrNone = 0  #: compare scores of the teacher's best items alone; 0 is all.
+    #: the student begins as the pretrained ``backbone``, as the trained ``teacher``, or at
+    #: ``random``.
     init: Literal["backbone", "teacher", "random"] = "backbone"
+    #: what the teacher says is computed once and kept on disk (``cached``), or again at every step
+    #: (``online``).
     features: Literal["cached", "online"] = "cached"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.ce or self.cosine or self.norm or self.supervision or self.logits):
-            raise BadInput("distillation.ce", self.ce, "one of the losses with a weight above 0")
+            raise BadInput("ce", self.ce, "one of the losses with a weight above 0")
 
     @property
     def follows_states(self) -> bool:
@@ -384,17 +304,11 @@ class Elastic(Checked):
     A step leaves block l out with probability ``dropout (2^(l / (L - 1)) - 1)``, for all its users:
     never the first, the last with ``dropout``. Its loss is that of the whole model and ``weight``
     times the mean loss of ``exits`` shallower ones, at depths drawn anew at each step.
-
-    Attributes:
-        dropout: the probability that the last block is left out of a step.
-        exits: so many shallower losses a step.
-        weight: of their mean.
     """
 
-    KEY = "elastic."
-    dropout: Share = 0.1
-    exits: Count = 1
-    weight: Weight = 1.0
+    dropout: Share = 0.1  #: the probability that the last block is left out of a step.
+    exits: Count = 1  #: so many shallower losses a step.
+    weight: Weight = 1.0  #: of their mean.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,22 +316,15 @@ class Variant(Checked):
     """Settings under a name: ``distill:NAME`` is ``distill`` with these in place of the study's.
 
     What a variant's table leaves out is what the study's own table of that name says.
-
-    Attributes:
-        select: which blocks stay: ``prefix`` (the first), ``ends``, ``interval``, ``angular``,
-            ``greedy``, ``random``, or their indices, as ``0,1,10-11``.
-        layers: depths other than the study's.
-        recipe: how it is trained.
-        distillation: the losses of ``distill:NAME``.
-        elastic: the settings of ``elastic:NAME``.
     """
 
-    KEY = "variants."
+    #: which blocks stay: ``prefix`` (the first), ``ends``, ``interval``, ``angular``, ``greedy``,
+    #: ``random``, or their indices, as ``0,1,10-11``.
     select: str = "prefix"
-    layers: str | None = None
-    recipe: Recipe | None = None
-    distillation: Distillation | None = None
-    elastic: Elastic | None = None
+    layers: str | None = None  #: depths other than the study's.
+    recipe: Recipe | None = None  #: how it is trained.
+    distillation: Distillation | None = None  #: the losses of ``distill:NAME``.
+    elastic: Elastic | None = None  #: the settings of ``elastic:NAME``.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -429,175 +336,123 @@ class Variant(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(Checked):
-    """How accuracy is measured, and how much of it a shallower model may lose.
+    """How accuracy is measured, and how much of it a shallower model may lose."""
 
-    Attributes:
-        split: ask for each user's last item (``leave-one-out``), for what comes after two points in
-            time that all users share (``temporal``), or as the log came in training, validation
-            and test files (``given``).
-        split_at: the two points of ``temporal``: dates, or quantiles of the interactions.
-        filter_seen: items of the history are not ranked.
-        sampled: the 999-negative protocol beside full ranking, labelled.
-        negatives: of the sampled protocol, drawn from the items that a user never took:
-            ``uniform``, or in proportion to how often training holds an item (``popularity``:
-            harder, and what training never holds is never drawn).
-        user_slices: own groups of test users, each ``FILE:COLUMN`` of a table of users.
-        item_slices: groups by the item that is asked for, each ``FILE:COLUMN`` of a table of items.
-        validation_users: so many at most choose the best epoch.
-        margin: the relative loss of NDCG@10 that is acceptable.
-        resamples: draws of the bootstrap.
-    """
-
-    KEY = "protocol."
+    #: ask for each user's last item (``leave-one-out``), for what comes after two points in time
+    #: that all users share (``temporal``), or as the log came in training, validation and test
+    #: files (``given``).
     split: Literal["leave-one-out", "temporal", "given"] = "leave-one-out"
+    #: the two points of ``temporal``: dates, or quantiles of the interactions.
     split_at: tuple[str, ...] = ("0.8", "0.9")
-    filter_seen: bool = True
-    sampled: bool = True
+    filter_seen: bool = True  #: items of the history are not ranked.
+    sampled: bool = True  #: the 999-negative protocol beside full ranking, labelled.
+    #: of the sampled protocol, drawn from the items that a user never took: ``uniform``, or in
+    #: proportion to how often training holds an item (``popularity``: harder, and what training
+    #: never holds is never drawn).
     negatives: Literal["uniform", "popularity"] = "uniform"
+    #: own groups of test users, each ``FILE:COLUMN`` of a table of users.
     user_slices: tuple[str, ...] = ()
+    #: groups by the item that is asked for, each ``FILE:COLUMN`` of a table of items.
     item_slices: tuple[str, ...] = ()
-    validation_users: Count = 4096
+    validation_users: Count = 4096  #: so many at most choose the best epoch.
+    #: the relative loss of NDCG@10 that is acceptable.
     margin: Annotated[float, Meta(gt=0, lt=1)] = 0.01
-    resamples: Annotated[int, Meta(ge=100, le=1_000_000)] = 1000
+    resamples: Annotated[int, Meta(ge=100, le=1_000_000)] = 1000  #: draws of the bootstrap.
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.split_at) != 2:
             allowed = "where validation and test begin: two dates, or two quantiles as 0.8,0.9"
-            raise BadInput("protocol.split_at", ",".join(self.split_at), allowed)
+            raise BadInput("split_at", ",".join(self.split_at), allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(Checked):
-    """How time is measured: one batch of real users, rounds interleaved over the depths.
+    """How time is measured: one batch of real users, rounds interleaved over the depths."""
 
-    Attributes:
-        batch_size: users in the batch.
-        warmup: rounds before the first that counts, at most.
-        rounds: that count, at most.
-        seconds: that all of it may take; one round is always taken.
-    """
-
-    KEY = "cost."
-    batch_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 128
+    batch_size: Count = 128  #: users in the batch.
+    #: rounds before the first that counts, at most.
     warmup: Annotated[int, Meta(ge=0, le=1_000_000)] = 3
-    rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 15
+    rounds: Count = 15  #: that count, at most.
+    #: that all of it may take; one round is always taken.
     seconds: Annotated[float, Meta(gt=0, le=1_000_000)] = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probing(Checked):
-    """How much is probed.
+    """How much is probed."""
 
-    Attributes:
-        spans: of each length, leave out so many runs of blocks alone, those between whose ends the
-            angular distance is smallest; 0 leaves out every run.
-    """
-
-    KEY = "probing."
+    #: of each length, leave out so many runs of blocks alone, those between whose ends the angular
+    #: distance is smallest; 0 leaves out every run.
     spans: CountOrNone = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm(Checked):
-    """What each job of ``--executor slurm`` asks the cluster for; what is left out, it decides.
+    """What each job of ``--executor slurm`` asks the cluster for; what is left out, it decides."""
 
-    Attributes:
-        partition: where the jobs run.
-        account: who pays.
-        minutes: a job's time limit: one that reaches it is queued again and goes on.
-        gpus: of a job.
-        cpus: of a job.
-        memory_gb: of a job.
-        setup: lines of shell that a job runs first.
-    """
-
-    KEY = "slurm."
-    partition: str | None = None
-    account: str | None = None
-    minutes: Count = 720
-    gpus: Annotated[int, Meta(ge=0, le=10_000)] = 1
-    cpus: Count = 4
-    memory_gb: Count = 32
-    setup: tuple[str, ...] = ()
+    partition: str | None = None  #: where the jobs run.
+    account: str | None = None  #: who pays.
+    minutes: Count = 720  #: a job's time limit: one that reaches it is queued again and goes on.
+    gpus: Annotated[int, Meta(ge=0, le=10_000)] = 1  #: of a job.
+    cpus: Count = 4  #: of a job.
+    memory_gb: Count = 32  #: of a job.
+    setup: tuple[str, ...] = ()  #: lines of shell that a job runs first.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking(Checked):
-    """Where trainings are told to while they run.
+    """Where trainings are told to while they run."""
 
-    Attributes:
-        to: names of accelerate's trackers: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``, ...
-    """
-
-    KEY = "tracking."
+    #: names of accelerate's trackers: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``, ...
     to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(set(self.to)) != len(self.to):
-            raise BadInput("tracking.to", ",".join(self.to), "each tracker once")
+            raise BadInput("to", ",".join(self.to), "each tracker once")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study(Checked):
-    """One question: which depths of which backbone, on which log, by which methods.
+    """One question: which depths of which backbone, on which log, by which methods."""
 
-    Attributes:
-        name: of the run's folder and in the report; the file's by default.
-        layers: depths, that is how many blocks are kept: ``1,2,4``, ``1-12``, ``all``, or ``auto``
-            (1, 2, 4, 8, ...).
-        methods: what is compared.
-        seeds: every training is repeated with seeds 0 to N - 1.
-        budget: every model is trained for the same ``steps``, or with the same ``compute``: a
-            shallower one then for more epochs, in the ratio of their FLOPs, and ``elastic`` with
-            that of all depths together.
-        device: where to compute.
-        cache: a folder whose trainings several runs share: one that has been done before, equal in
-            all that decides it, is not done again.
-        item_table: where the item embeddings come from: ``sasrec`` (trained first), ``text``
-            (titles through the backbone), a ``.npy`` file with a row an item, or ``learned``
-            (random ones, trained with the recommender).
-        item_width: of a ``learned`` table.
-        train_items: train another table, too.
-        data: the log.
-        backbone: the pretrained decoder.
-        sasrec: the baseline.
-        recipe: how the teacher, the variants and the students are trained.
-        heal: how ``heal`` goes on.
-        distillation: the losses of ``distill``.
-        elastic: the settings of ``elastic``.
-        variants: other settings, by their names.
-        probing: how much is probed.
-        protocol: how accuracy is measured.
-        cost: how time is measured.
-        slurm: the jobs of ``--executor slurm``.
-        tracking: who is told.
-    """
-
-    name: str = "study"
+    name: str = "study"  #: of the run's folder and in the report; the file's by default.
+    #: depths, that is how many blocks are kept: ``1,2,4``, ``1-12``, ``all``, or ``auto`` (1, 2, 4,
+    #: 8, ...).
     layers: str = "auto"
+    #: what is compared.
     methods: tuple[str, ...] = tuple(name for name, method in METHODS.items() if method.default)
+    #: every training is repeated with seeds 0 to N - 1.
     seeds: Annotated[int, Meta(ge=1, le=10_000)] = 2
+    #: every model is trained for the same ``steps``, or with the same ``compute``: a shallower one
+    #: then for more epochs, in the ratio of their FLOPs, and ``elastic`` with that of all depths
+    #: together.
     budget: Literal["steps", "compute"] = "steps"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  #: where to compute.
+    #: a folder whose trainings several runs share: one that has been done before, equal in all that
+    #: decides it, is not done again.
     cache: str | None = None
+    #: where the item embeddings come from: ``sasrec`` (trained first), ``text`` (titles through the
+    #: backbone), a ``.npy`` file with a row an item, or ``learned`` (random ones, trained with the
+    #: recommender).
     item_table: str = "sasrec"
-    item_width: Annotated[int, Meta(ge=1, le=65_536)] = 64
-    train_items: bool = False
-    data: Data = Data()
-    backbone: Backbone = Backbone()
-    sasrec: SasRecSettings = SasRecSettings()
-    recipe: Recipe = Recipe()
-    heal: Heal = Heal()
-    distillation: Distillation = Distillation()
-    elastic: Elastic = Elastic()
+    item_width: Width = 64  #: of a ``learned`` table.
+    train_items: bool = False  #: train another table, too.
+    data: Data = Data()  #: the log.
+    backbone: Backbone = Backbone()  #: the pretrained decoder.
+    sasrec: SasRecSettings = SasRecSettings()  #: the baseline.
+    recipe: Recipe = Recipe()  #: how the teacher, the variants and the students are trained.
+    heal: Heal = Heal()  #: how ``heal`` goes on.
+    distillation: Distillation = Distillation()  #: the losses of ``distill``.
+    elastic: Elastic = Elastic()  #: the settings of ``elastic``.
+    #: other settings, by their names.
     variants: Mapping[str, Variant] = field(default_factory=dict)
-    probing: Probing = Probing()
-    protocol: Protocol = Protocol()
-    cost: Cost = Cost()
-    slurm: Slurm = Slurm()
-    tracking: Tracking = Tracking()
+    probing: Probing = Probing()  #: how much is probed.
+    protocol: Protocol = Protocol()  #: how accuracy is measured.
+    cost: Cost = Cost()  #: how time is measured.
+    slurm: Slurm = Slurm()  #: the jobs of ``--executor slurm``.
+    tracking: Tracking = Tracking()  #: who is told.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -633,12 +488,7 @@ class Study(Checked):
 
     def digest(self) -> str:
         """Hash of everything that decides the numbers of a trial."""
-        content = asdict(self)
-        for name in NOT_DECIDING:
-            owner, _, key = name.rpartition(".")
-            (content[owner] if owner else content).pop(key)
-        content = {key: _canonical(value) for key, value in content.items()}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(_deciding(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -746,10 +596,18 @@ def study_from_dict(content: Mapping[str, Any]) -> Study:
 
     What a variant's table leaves out is what the study's own table of that name says.
     """
-    variants = content.get("variants")
-    if isinstance(variants, Mapping):
-        content = {**content, "variants": {k: _inherit(v, content) for k, v in variants.items()}}
-    return _build(Study, content, "")
+    variants = content.get("variants", {})
+    if not isinstance(variants, Mapping):
+        raise BadInput("variants", variants, "a table [variants]")
+    built = {}
+    for name, own in variants.items():
+        if isinstance(own, Mapping):
+            own = {
+                key: {**content.get(key, {}), **value} if isinstance(value, Mapping) else value
+                for key, value in own.items()
+            }
+        built[name] = _build(Variant, own, f"variants.{name}")
+    return _build(Study, {**content, "variants": built}, "")
 
 
 def study_to_dict(study: Study) -> dict[str, Any]:
@@ -782,66 +640,52 @@ def study_to_toml(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _deciding(study: Study) -> dict[str, Any]:
+    """The settings that decide the numbers, by their whole keys."""
+    found: dict[str, Any] = {}
+
+    def collect(table: Mapping[str, Any], prefix: str) -> None:
+        for name, value in table.items():
+            key = f"{prefix}{name}"
+            if key in NOT_DECIDING:
+                continue
+            if isinstance(value, dict):
+                collect(value, f"{key}.")
+            else:
+                found[key] = value
+
+    collect(asdict(study), "")
+    return found
+
+
 def differences(old: Study, new: Study) -> list[str]:
-    """``field: old -> new`` for every setting that differs and decides the numbers.
+    """``key: old -> new`` for every setting that differs and decides the numbers.
 
     A variant that one of them alone has is no difference: it changes no trial of the other.
     """
-
-    def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in table.items():
-            name = prefix + key
-            out |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-        return out
-
-    common = old.variants.keys() & new.variants.keys()
-    before, after = (
-        flat(asdict(study) | {"variants": {name: asdict(study.variants[name]) for name in common}})
-        for study in (old, new)
-    )
+    before, after = _deciding(old), _deciding(new)
     return [
         f"{key}: {short(before.get(key))} -> {short(after.get(key))}"
-        for key in dict.fromkeys([*before, *after])
+        for key in before | after
         if before.get(key) != after.get(key)
-        and NOT_DECIDING.isdisjoint({key, key.partition(".")[0]})  # a setting, or its table
+        and (
+            not key.startswith("variants.")
+            or key.split(".")[1] in old.variants.keys() & new.variants
+        )
     ]
 
 
 def override(study: Study, **changes: Any) -> Study:
-    """A study with dotted fields replaced, e.g. ``{"data.cleaning.core": 5}``; None is skipped."""
+    """A study with dotted keys replaced, e.g. ``{"data.cleaning.core": 5}``; None is skipped."""
+    content = study_to_dict(study)
     for key, value in changes.items():
         if value is not None:
-            try:
-                study = _with(study, key, value)
-            except BadInput as error:  # a recipe does not know whose it is
-                if error.field.rpartition(".")[2] != key.rpartition(".")[2]:
-                    raise
-                raise BadInput(key, error.value, error.allowed) from None
-    return study
-
-
-def _with(settings: T, key: str, value: Any) -> T:
-    name, _, rest = key.partition(".")
-    if rest:
-        value = _with(getattr(settings, name), rest, value)
-    return replace(settings, **{name: value})  # type: ignore[type-var]
-
-
-def _canonical(value: object) -> object:
-    """Settings in which 1 and 1.0 are the same."""
-    if isinstance(value, dict):
-        return {key: _canonical(each) for key, each in value.items()}
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _inherit(variant: Any, study: Mapping[str, Any]) -> Any:
-    if not isinstance(variant, Mapping):
-        return variant
-    return {
-        key: {**study.get(key, {}), **value} if isinstance(value, Mapping) else value
-        for key, value in variant.items()
-    }
+            *tables, name = key.split(".")
+            table = content
+            for each in tables:
+                table = table[each]
+            table[name] = value
+    return study_from_dict(content)
 
 
 def _build(kind: type[T], content: Any, key: str) -> T:
@@ -849,33 +693,17 @@ def _build(kind: type[T], content: Any, key: str) -> T:
     if not isinstance(content, Mapping):
         raise BadInput(key, content, f"a table [{key}]")
     prefix, hints = f"{key}." if key else "", _hints(kind)  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
+    values = dict(content)
     for name, value in content.items():
         if name not in hints:
             raise BadInput(f"study key {prefix}{name}", value, nearest(name, hints))
-        values[name] = _value(hints[name], value, f"{prefix}{name}")
+        table = next(filter(is_dataclass, (hints[name], *typing.get_args(hints[name]))), None)
+        if table is not None and name != "variants":
+            values[name] = _build(table, value, f"{prefix}{name}")  # type: ignore[arg-type]
     try:
         return kind(**values)
-    except BadInput as error:  # it names its usual table; this one may stand elsewhere
-        own = kind.KEY  # type: ignore[attr-defined]
-        if own and error.field.startswith(own) and own != prefix:
-            name = prefix + error.field.removeprefix(own)
-            raise BadInput(name, error.value, error.allowed) from None
-        raise
-
-
-def _value(hint: Any, value: Any, key: str) -> Any:
-    tables = [each for each in (hint, *typing.get_args(hint)) if is_dataclass(each)]
-    if typing.get_origin(hint) is Mapping:  # variants
-        if not isinstance(value, Mapping):
-            raise BadInput(key, value, f"a table [{key}]")
-        return {name: _build(tables[0], each, f"{key}.{name}") for name, each in value.items()}  # type: ignore[arg-type]
-    if tables:
-        return _build(tables[0], value, key)  # type: ignore[arg-type]
-    try:
-        return msgspec.convert(value, hint)
-    except msgspec.ValidationError:
-        raise BadInput(key, value, _fault(value, hint)) from None
+    except BadInput as error:  # a table does not know where it stands
+        raise BadInput(prefix + error.field, error.value, error.allowed) from None
 
 
 # --- depths and blocks as people write them --------------------------------------------------
@@ -891,23 +719,15 @@ def parse_layers(text: str, blocks: int | None) -> tuple[int, ...]:
     Raises:
         BadInput: for anything that is not a depth between 1 and ``blocks``.
     """
-    top = "the backbone's number of blocks" if blocks is None else f"{blocks}"
-    allowed = f"depths from 1 to {top}, as 1,2,4 or 1-12 or all"
+    top = "the backbone's number of blocks" if blocks is None else blocks
     word = text.strip().lower()
     if word in {"all", "auto"}:
-        if blocks is None:
-            return ()
-        if word == "all":
-            return tuple(range(1, blocks + 1))
-        return tuple(2**k for k in range(blocks.bit_length()) if 2**k < blocks)
-    depths: set[int] = set()
-    for part in word.split(","):
-        low, high = _ends(part)
-        if low < 1 or high < low or (blocks is not None and high > blocks):
-            raise BadInput("layers", text, allowed)
-        if blocks is not None:
-            depths.update(range(low, high + 1))
-    return tuple(sorted(depths))
+        every = range(1, (blocks or 0) + 1)
+        return tuple(every if word == "all" else (d for d in every[:-1] if d.bit_count() == 1))
+    depths = _numbers(text, 1, blocks)
+    if not depths:
+        raise BadInput("layers", text, f"depths from 1 to {top}, as 1,2,4 or 1-12 or all")
+    return () if blocks is None else tuple(sorted(set(depths)))
 
 
 def parse_blocks(text: str, blocks: int | None = None) -> tuple[int, ...]:
@@ -919,16 +739,23 @@ def parse_blocks(text: str, blocks: int | None = None) -> tuple[int, ...]:
     Raises:
         BadInput: for anything that is not a block from 0 to ``blocks - 1``, in their order.
     """
-    top = "the last block" if blocks is None else f"{blocks - 1}"
+    top = "the last block" if blocks is None else blocks - 1
+    found = _numbers(text, 0, None if blocks is None else blocks - 1)
+    if not found or found != sorted(set(found)):
+        raise BadInput("select", text, f"blocks from 0 to {top} in their order, as 0,1,10-11")
+    return tuple(found)
+
+
+def _numbers(text: str, low: int, high: int | None) -> list[int]:
+    """The numbers of ``1,3-5``; empty where one is not from ``low`` to ``high``."""
     found: list[int] = []
     for part in text.split(","):
-        low, high = _ends(part)
-        wrong = low < 0 or high < low or (blocks is not None and high >= blocks)
-        if wrong or (found and low <= found[-1]):
-            allowed = f"blocks from 0 to {top} in their order, as 0,1,10-11"
-            raise BadInput("select", text, allowed)
-        found += range(low, high + 1)
-    return tuple(found)
+        ends = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
+        if not low <= first <= last or (high is not None and last > high):
+            return []
+        found += range(first, last + 1)
+    return found
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -944,15 +771,3 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
-
-
-def _ends(part: str) -> tuple[int, int]:
-    """The ends of ``3-5``, of ``4``; (-1, -1) for what is neither."""
-    first, dash, last = (piece.strip() for piece in part.partition("-"))
-    if not (_is_count(first) and (_is_count(last) if dash else True)):
-        return -1, -1
-    return int(first), int(last if dash else first)
-
-
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 6

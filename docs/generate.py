@@ -9,6 +9,7 @@ import ast
 import inspect
 import json
 import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -171,10 +172,15 @@ def _first_line(path: Path) -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """What the docstring's ``Attributes:`` say of each field."""
-    _, _, section = inspect.getdoc(kind).partition("Attributes:\n")  # type: ignore[union-attr]
-    found = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", section, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
+    """What ``#:`` says of each field, before or behind it."""
+    found, words = dict[str, str](), list[str]()
+    for line in textwrap.dedent(inspect.getsource(kind)).splitlines():
+        code, _, comment = line.partition("#: ")
+        words += [comment] if comment else []
+        name = re.match(r"    (\w+):", code)
+        if name and words:
+            found[name[1]], words = " ".join(words), []
+    return found
 
 
 def dataclasses_of(kind: type) -> Iterator[type]:
@@ -226,8 +232,7 @@ def _repeated(kind: type, own: Any, name: str) -> list[str]:
 
 
 def _prose(kind: type) -> list[str]:
-    text, _, _ = inspect.getdoc(kind).partition("Attributes:\n")  # type: ignore[union-attr]
-    return [_code(text.strip()), ""]
+    return [_code(inspect.getdoc(kind) or ""), ""]
 
 
 def _table(kind: type, default: Any) -> list[str]:

@@ -188,14 +188,16 @@ def test_every_setting_is_documented(kind: type) -> None:
 
 def test_a_setting_without_a_word_is_found() -> None:
     class Bare:
-        """A setting.
+        #: what it is, in
+        #: two lines.
+        first: int
+        bare: int
+        second: int = 2  #: behind it.
 
-        Attributes:
-            first: what it is, in
-                two lines.
-        """
-
-    assert GENERATE.field_docs(Bare) == {"first": "what it is, in two lines."}
+    assert GENERATE.field_docs(Bare) == {
+        "first": "what it is, in two lines.",
+        "second": "behind it.",
+    }
 
 
 PYTHON = [

@@ -51,9 +51,9 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ("sedes = 2", ["sedes", "did you mean seeds?"]),
         ("[recipe]\nepoch = 2", ["recipe.epoch", "did you mean epochs?"]),
         ("[sasrec.recipe]\nepochs = 0", ["sasrec.recipe.epochs", "0", "at least 1"]),
-        ('seeds = "two"', ["seeds", "'two'", "int"]),
-        ("seeds = true", ["seeds", "True", "int"]),
-        ("seeds = 1.5", ["seeds", "1.5", "int"]),
+        ('seeds = "two"', ["seeds", "'two'", "a whole number"]),
+        ("seeds = true", ["seeds", "True", "a whole number"]),
+        ("seeds = 1.5", ["seeds", "1.5", "a whole number"]),
         ("seeds = 0", ["seeds", "0"]),
         ("data = 3", ["data", "3", "table"]),
         ('methods = "full"', ["methods", "'full'", "list of strings"]),
@@ -62,7 +62,7 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ("methods = []", ["methods", "at least one"]),
         ('device = "gpu"', ["device", "'gpu'", "cuda"]),
         ('layers = "0"', ["layers", "'0'", "from 1"]),
-        ("layers = 4", ["layers", "4", "str"]),
+        ("layers = 4", ["layers", "4", "text"]),
         ('[backbone]\ntuning = "qlora"', ["backbone.tuning", "'qlora'", "full, lora, frozen"]),
         ('[backbone]\ndtype = "int8"', ["backbone.dtype", "'int8'", "auto, float32, bfloat16"]),
         ('[backbone]\nattention = "a/b"', ["backbone.attention", "'a/b'", "eager, sdpa"]),
@@ -83,7 +83,7 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ('[recipe]\nloss = "bpr"', ["recipe.loss", "'bpr'", "full, sampled-softmax, gbce"]),
         ('[recipe]\nprecision = "float16"', ["recipe.precision", "float32, bfloat16"]),
         ("[recipe]\nnegatives = 0", ["recipe.negatives", "0", "at least 1"]),
-        ("[recipe]\ngbce_t = 1.5", ["recipe.gbce_t", "1.5", "[0, 1]"]),
+        ("[recipe]\ngbce_t = 1.5", ["recipe.gbce_t", "1.5", "at most 1"]),
         ("[recipe]\naccumulation = 200", ["recipe.accumulation", "200", "batch_size (128)"]),
         ('[backbone]\nhead = "tree"', ["backbone.head", "'tree'", "dot, linear"]),
         ('[backbone]\nsuffix = "=>"', ["backbone.suffix", "recipe.objective = last"]),
@@ -198,7 +198,7 @@ def test_how_a_backbone_is_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_a_backbone_is_checked_where_it_is_made(settings: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=r"^backbone\.") as caught:
+    with pytest.raises(BadInput, match=f"^{list(settings)[0]}: ") as caught:
         Backbone(**settings)
     assert "\n" not in str(caught.value)
 
@@ -316,10 +316,10 @@ def test_a_run_may_go_on_elsewhere_and_be_tracked_otherwise() -> None:
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: Slurm(minutes=0), "slurm.minutes"),
-        (lambda: Slurm(gpus=-1), "slurm.gpus"),
-        (lambda: Slurm(memory_gb=0), "slurm.memory_gb"),
-        (lambda: Tracking(to=("wandb", "wandb")), "tracking.to"),
+        (lambda: Slurm(minutes=0), "minutes"),
+        (lambda: Slurm(gpus=-1), "gpus"),
+        (lambda: Slurm(memory_gb=0), "memory_gb"),
+        (lambda: Tracking(to=("wandb", "wandb")), "to"),
     ],
 )
 def test_settings_of_jobs_and_trackers_are_checked(make: Any, named: str) -> None:

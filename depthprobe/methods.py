@@ -30,25 +30,18 @@ Kept = tuple[int, ...]  # indices of the blocks that are kept
 
 @dataclass(frozen=True)
 class Trial:
-    """One (method, kept blocks, seed): one record.
+    """One (method, kept blocks, seed): one record."""
 
-    Attributes:
-        id: the name of the trial and of its folder.
-        kept: the blocks that are kept; the first ones, for a trial whose blocks are searched for,
-            until it has run. Empty for what has no backbone, and at depth 0.
-        blocks: of the full backbone; 0 for what has none.
-        dropped: the block that loses a part; it counts as kept.
-        part: which part it loses.
-        place: of a screened span, how many of its length have a smaller angular distance.
-    """
-
-    id: str
+    id: str  #: the name of the trial and of its folder.
     method: str
+    #: the blocks that are kept; the first ones, for a trial whose blocks are searched for, until it
+    #: has run. Empty for what has no backbone, and at depth 0.
     kept: Kept
     seed: int
-    blocks: int
-    dropped: int | None = None
-    part: Part | None = None
+    blocks: int  #: of the full backbone; 0 for what has none.
+    dropped: int | None = None  #: the block that loses a part; it counts as kept.
+    part: Part | None = None  #: which part it loses.
+    #: of a screened span, how many of its length have a smaller angular distance.
     place: int | None = None
 
     @property
@@ -66,19 +59,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Task:
-    """What one process does in one go: all trials that share one pass or one training.
-
-    Attributes:
-        trials: none where a table is made.
-        needs: ids of trials that must be done before.
-        blocks: of the full backbone.
-    """
+    """What one process does in one go: all trials that share one pass or one training."""
 
     method: str
     seed: int
-    trials: tuple[Trial, ...]
-    needs: tuple[str, ...] = ()
-    blocks: int = 0
+    trials: tuple[Trial, ...]  #: none where a table is made.
+    needs: tuple[str, ...] = ()  #: ids of trials that must be done before.
+    blocks: int = 0  #: of the full backbone.
 
     @property
     def id(self) -> str:
@@ -95,24 +82,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Request:
-    """What a method plans its trials from: one seed of a study on one backbone.
+    """What a method plans its trials from: one seed of a study on one backbone."""
 
-    Attributes:
-        name: of the method, with its variant: ``distill:cos``.
-        blocks: of the full backbone.
-        depths: that the study asks for, ascending.
-        select: which blocks stay.
-        picked: the blocks themselves, where ``select`` lists them.
-        study: all settings.
-    """
-
-    name: str
+    name: str  #: of the method, with its variant: ``distill:cos``.
     seed: int
-    blocks: int
-    depths: tuple[int, ...]
-    select: str
-    picked: Kept | None
-    study: Study
+    blocks: int  #: of the full backbone.
+    depths: tuple[int, ...]  #: that the study asks for, ascending.
+    select: str  #: which blocks stay.
+    picked: Kept | None  #: the blocks themselves, where ``select`` lists them.
+    study: Study  #: all settings.
 
     def trial(self, kept: Iterable[int], tag: str | None = None, **more: Any) -> Trial:
         """A trial of this request; ``tag`` tells it from others, its depth by default."""
@@ -138,16 +116,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Work:
-    """What a task takes, in units that the timing rig measures.
+    """What a task takes, in units that the timing rig measures."""
 
-    Attributes:
-        encode: users encoded, by depth; of SASRec's by ``"sasrec"``.
-        score: users whose catalogue is scored.
-        steps: training steps, by the depth of what is trained; of SASRec's by ``"sasrec"``.
-    """
-
+    #: users encoded, by depth; of SASRec's by ``"sasrec"``.
     encode: Mapping[int | str, float] = field(default_factory=dict)
-    score: float = 0.0
+    score: float = 0.0  #: users whose catalogue is scored.
+    #: training steps, by the depth of what is trained; of SASRec's by ``"sasrec"``.
     steps: Mapping[int | str, float] = field(default_factory=dict)
 
 
@@ -170,35 +144,28 @@ def no_trials(request: Request) -> Groups:
     return [()]
 
 
-def prefixes(first: int, last: int = 0) -> Callable[[Request], Groups]:
+def prefixes(first: int, last: int, request: Request) -> Groups:
     """The first blocks at every depth from ``first`` to ``blocks + last``, all in one pass."""
-    return partial(_prefixes, first, last)
-
-
-def _prefixes(first: int, last: int, request: Request) -> Groups:
     depths = range(first, request.blocks + last + 1)
     return [tuple(request.trial(range(depth)) for depth in depths)]
 
 
-def each_run(lengths: Callable[[int], Iterable[int]]) -> Callable[[Request], Groups]:
-    """The teacher without each run of neighbouring blocks of some lengths."""
-    return partial(_each_run, lengths)
-
-
-def _each_run(lengths: Callable[[int], Iterable[int]], request: Request) -> Groups:
-    runs = [
-        range(start, start + length)
-        for length in lengths(request.blocks)
-        for start in range(request.blocks - length + 1)
-    ]
-    return [tuple(_without(request, run) for run in runs)]
+def each_run(shortest: int, longest: int, request: Request) -> Groups:
+    """The teacher without each run of neighbouring blocks of some lengths; one block stays."""
+    trials, every = [], range(request.blocks)
+    for length in range(shortest, min(longest, request.blocks - 1) + 1):
+        for first in every[: request.blocks - length + 1]:
+            last = first + length - 1
+            tag = f"b{first:02d}" if length == 1 else f"b{first:02d}-{last:02d}"
+            trials.append(request.trial([b for b in every if not first <= b <= last], tag))
+    return [tuple(trials)]
 
 
 def spans(request: Request) -> Groups:
     """Every run of two blocks or more; or of each length those with the smallest turn."""
     most, blocks = request.study.probing.spans, request.blocks
     if not most:
-        return each_run(lambda blocks: range(2, blocks))(request)
+        return each_run(2, blocks, request)
     return [
         tuple(
             request.trial(range(blocks - length), f"d{blocks - length:02d}-n{n + 1}", place=n)
@@ -219,12 +186,8 @@ def every_nth(request: Request) -> Groups:
     ]
 
 
-def each_part(part: Part) -> Callable[[Request], Groups]:
+def each_part(part: Part, request: Request) -> Groups:
     """All blocks, one of them without its attention or its MLP."""
-    return partial(_each_part, part)
-
-
-def _each_part(part: Part, request: Request) -> Groups:
     every = range(request.blocks)
     return [tuple(request.trial(every, f"b{b:02d}", dropped=b, part=part) for b in every)]
 
@@ -272,33 +235,21 @@ def _by_depth(request: Request, depths: set[int]) -> Groups:
     ]
 
 
-def _without(request: Request, run: range) -> Trial:
-    first, last = run[0], run[-1]
-    tag = f"b{first:02d}" if first == last else f"b{first:02d}-{last:02d}"
-    return request.trial([b for b in range(request.blocks) if b not in run], tag)
-
-
 # --- what a task takes -----------------------------------------------------------------------
 
 RANKED = 3  # times the best items' seconds: ranks by two protocols, and the lists
 FITTED_EPOCHS = 10  # of a read-out, at most
 
 
-def ranks_popularity(task: Task, sizes: Sizes, study: Study) -> Work:
+def ranks_popularity(task: Task, sizes: Sizes) -> Work:
     """The catalogue scored for each test user."""
     return Work(score=RANKED * sizes.test)
 
 
-def trains_sasrec(task: Task, sizes: Sizes, study: Study) -> Work:
-    """SASRec's own training, validated after each epoch."""
-    users = sizes.epochs * sizes.validation + sizes.test
-    steps: dict[int | str, float] = {"sasrec": sizes.epochs * sizes.steps}
-    return Work(encode={"sasrec": users}, score=RANKED * users, steps=steps)
-
-
-def trains(task: Task, sizes: Sizes, study: Study) -> Work:
+def trains(task: Task, sizes: Sizes) -> Work:
     """A training at the depth of its deepest trial, each trial read out at each validation."""
-    depth, read_outs = task.trials[-1].depth, len(task.trials)
+    depth: int | str = task.trials[-1].depth if task.trials[-1].blocks else "sasrec"
+    read_outs = len(task.trials)
     read_outs += read_outs > 1  # all depths of one pass, and depth 0
     users = sizes.epochs * sizes.validation + sizes.test
     return Work(
@@ -308,25 +259,20 @@ def trains(task: Task, sizes: Sizes, study: Study) -> Work:
     )
 
 
-def reads_every_depth(task: Task, sizes: Sizes, study: Study) -> Work:
+def reads_every_depth(task: Task, sizes: Sizes) -> Work:
     """One pass over the test users, ranked at every depth."""
     return Work({task.blocks: sizes.test}, RANKED * (task.blocks + 1) * sizes.test)
 
 
-def fits_every_depth(passes: int) -> Callable[[Task, Sizes, Study], Work]:
+def fits_every_depth(passes: int, task: Task, sizes: Sizes) -> Work:
     """States kept once, a map fitted at every depth: so many catalogue products a step."""
-    return partial(_fits_every_depth, passes)
-
-
-def _fits_every_depth(passes: int, task: Task, sizes: Sizes, study: Study) -> Work:
-    depths = task.blocks + 1
     epoch = passes * sizes.windows + RANKED * sizes.validation
     users = sizes.windows + sizes.validation + sizes.test
-    score = depths * (FITTED_EPOCHS * epoch + RANKED * sizes.test)
+    score = (task.blocks + 1) * (FITTED_EPOCHS * epoch + RANKED * sizes.test)
     return Work({task.blocks: users}, score)
 
 
-def walks(task: Task, sizes: Sizes, study: Study) -> Work:
+def walks(task: Task, sizes: Sizes) -> Work:
     """Shallower models in one walk over the teacher's blocks: what they share is run once."""
     prefixes = {trial.kept[:depth] for trial in task.trials for depth in range(1, trial.depth + 1)}
     # a block without a part is a branch of its own, and so is all that follows it
@@ -336,27 +282,16 @@ def walks(task: Task, sizes: Sizes, study: Study) -> Work:
     return Work({task.blocks: blocks / max(1, task.blocks) * sizes.test}, score)
 
 
-def walks_found(passes: int) -> Callable[[Task, Sizes, Study], Work]:
+def walks_found(passes: int, task: Task, sizes: Sizes) -> Work:
     """Shallower models whose blocks are found by so many passes over validation users."""
-    return partial(_walks_found, passes)
-
-
-def _walks_found(passes: int, task: Task, sizes: Sizes, study: Study) -> Work:
     blocks = sum(trial.depth for trial in task.trials)
     users = blocks / max(1, task.blocks) * sizes.test + passes * sizes.validation
     return Work({task.blocks: users}, RANKED * len(task.trials) * sizes.test)
 
 
-def validation_passes(passes: int, most: int | None = None) -> Callable[[Task, Sizes, Study], Work]:
+def validation_passes(passes: int, task: Task, sizes: Sizes, most: int = 10**9) -> Work:
     """So many passes over validation users, or over the first of them."""
-    return partial(_validation_passes, passes, most)
-
-
-def _validation_passes(
-    passes: int, most: int | None, task: Task, sizes: Sizes, study: Study
-) -> Work:
-    users = sizes.validation if most is None else min(most, sizes.validation)
-    return Work({task.blocks: passes * users})
+    return Work({task.blocks: passes * min(most, sizes.validation)})
 
 
 # --- defaults of a method that is registered without them ------------------------------------
@@ -367,73 +302,53 @@ def usual_trials(request: Request) -> Groups:
     return selected(request) if method_of(request.name).trains else full_depth(request)
 
 
-def usual_work(task: Task, sizes: Sizes, study: Study) -> Work:
+def usual_work(task: Task, sizes: Sizes) -> Work:
     """A training, or a walk over the blocks that the trials keep."""
-    return (trains if method_of(task.method).trains else walks)(task, sizes, study)
+    return (trains if method_of(task.method).trains else walks)(task, sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """All that is known of a method.
+    """All that is known of a method."""
 
-    Attributes:
-        name: as studies and the command line write it.
-        label: as figures and tables write it; the name by default.
-        summary: one phrase for help, glossary and docs; by default the first line of what runs it.
-        role: ``baseline`` (no backbone), ``teacher``, ``probe`` (trains no block), ``trained``
-            (a shallower model), ``control`` (trained too, but no answer).
-        run: what runs a task: ``"module:function"`` below ``depthprobe``, or a callable. It takes
-            the context and the task, and yields a ``Result`` a trial, or ``Scores``.
-        trials: the trials of each task, from a :class:`Request`.
-        work: what a task takes, for the estimate.
-        needs: methods whose trial of the same seed must be done before.
-        table: it leaves a table of scores in place of trials.
-        by_block: its trials are told apart by the blocks they remove, not by their depth.
-        candidate: it may be the answer: a sufficient depth.
-        exportable: its model can be written: its ``own`` weights, the ``teacher``'s, cut, or those
-            with the trial's linear map ``folded`` into a block.
-        settings: the table of the study that it reads beside ``recipe``.
-        select: its own selection of blocks, where the name says which.
-        selectable: it takes a selection after a colon.
-        fresh: its blocks begin without their pretraining.
-        default: it is part of a study that names no methods.
-        colour: in figures; at least 3:1 on white, told apart by colour-blind readers.
-        marker: matplotlib's.
-        line: matplotlib's.
-        reference: where it comes from.
-    """
-
-    name: str
+    name: str  #: as studies and the command line write it.
+    #: ``baseline`` (no backbone), ``teacher``, ``probe`` (trains no block), ``trained`` (a
+    #: shallower model), ``control`` (trained too, but no answer).
     role: Role
+    #: what runs a task: ``"module:function"`` below ``depthprobe``, or a callable. It takes the
+    #: context and the task, and yields a ``Result`` a trial, or ``Scores``.
     run: str | Callable[..., Any]
-    label: str = ""
+    label: str = ""  #: as figures and tables write it; the name by default.
+    #: one phrase for help, glossary and docs; by default the first line of what runs it.
     summary: str = ""
+    #: the trials of each task, from a :class:`Request`.
     trials: Callable[[Request], Groups] = usual_trials
-    work: Callable[[Task, Sizes, Study], Work] = usual_work
-    needs: tuple[str, ...] = ()
-    table: bool = False
+    work: Callable[[Task, Sizes], Work] = usual_work  #: what a task takes, for the estimate.
+    needs: tuple[str, ...] = ()  #: methods whose trial of the same seed must be done before.
+    table: bool = False  #: it leaves a table of scores in place of trials.
+    #: its trials are told apart by the blocks they remove, not by their depth.
     by_block: bool = False
-    candidate: bool = False
+    candidate: bool = False  #: it may be the answer: a sufficient depth.
+    #: its model can be written: its ``own`` weights, the ``teacher``'s, cut, or those with the
+    #: trial's linear map ``folded`` into a block.
     exportable: Literal["own", "teacher", "folded"] | None = None
-    settings: str = ""
-    select: str = "prefix"
-    selectable: bool = False
-    fresh: bool = False
-    default: bool = False
+    settings: str = ""  #: the table of the study that it reads beside ``recipe``.
+    select: str = "prefix"  #: its own selection of blocks, where the name says which.
+    selectable: bool = False  #: it takes a selection after a colon.
+    fresh: bool = False  #: its blocks begin without their pretraining.
+    default: bool = False  #: it is part of a study that names no methods.
+    #: in figures; at least 3:1 on white, told apart by colour-blind readers.
     colour: str = "#5b636d"
-    marker: str = "h"
-    line: str = "-."
-    reference: str = ""
+    marker: str = "h"  #: matplotlib's.
+    line: str = "-."  #: matplotlib's.
+    reference: str = ""  #: where it comes from.
 
     def __post_init__(self) -> None:
         """Fill in the texts that are left out."""
         about = "" if isinstance(self.run, str) else self.run.__doc__ or ""
-        for field_name, value in (
-            ("label", self.name),
-            ("summary", about.partition("\n")[0].rstrip(".")),
-        ):
-            if not getattr(self, field_name):
-                object.__setattr__(self, field_name, value)
+        summary = self.summary or about.partition("\n")[0].rstrip(".")
+        object.__setattr__(self, "label", self.label or self.name)
+        object.__setattr__(self, "summary", summary)
 
     @property
     def trains(self) -> bool:
@@ -511,6 +426,7 @@ def method_order(name: str) -> tuple[int, str]:
 
 
 TEACHER, SASREC = ("full",), ("sasrec",)
+EXITS, SHALLOWER = partial(prefixes, 0, -1), partial(prefixes, 1, -1)
 
 # fmt: off
 for _method in (
@@ -523,8 +439,8 @@ for _method in (
     Method(
         name="sasrec", label="SASRec", role="baseline", settings="sasrec", default=True,
         summary="the non-LLM baseline, and where the item embeddings come from",
-        run="runs.training:sasrec", trials=no_backbone, work=trains_sasrec, colour="#4d5761",
-        marker="P", line="--", reference="arXiv 1808.09781",
+        run="runs.training:sasrec", trials=no_backbone, work=trains, colour="#4d5761", marker="P",
+        line="--", reference="arXiv 1808.09781",
     ),
     Method(
         name="full", label="teacher", role="teacher", needs=SASREC, default=True,
@@ -533,40 +449,41 @@ for _method in (
         marker="D", line="-",
     ),
     Method(
-        name="early-exit", label="early exit", role="probe", needs=TEACHER, default=True,
+        name="early-exit", label="early exit", role="probe", needs=TEACHER, candidate=True,
+        default=True,
         summary="the teacher read out after each block, behind the final norm",
-        run="runs.probing:early_exits", trials=prefixes(0, -1), work=reads_every_depth,
-        candidate=True, exportable="teacher", colour="#9b4f96", marker=".", line="-",
+        run="runs.probing:early_exits", trials=EXITS, work=reads_every_depth, exportable="teacher",
+        colour="#9b4f96", marker=".", line="-",
     ),
     Method(
         name="early-exit-raw", label="exit, no norm", role="probe", needs=TEACHER,
         summary="the teacher read out after each block, without the final norm, as SLMRec does",
-        run="runs.probing:raw_exits", trials=prefixes(0, -1), work=reads_every_depth,
-        colour="#b06aab", marker="x", line=":", reference="arXiv 2405.17890",
+        run="runs.probing:raw_exits", trials=EXITS, work=reads_every_depth, colour="#b06aab",
+        marker="x", line=":", reference="arXiv 2405.17890",
     ),
     Method(
         name="readout", label="read-out", role="probe", needs=TEACHER,
         summary="a fresh output adapter fitted at each depth of the frozen teacher",
-        run="runs.probing:read_outs", trials=prefixes(0), work=fits_every_depth(2),
-        colour="#a35c00", marker="p", line="--",
+        run="runs.probing:read_outs", trials=partial(prefixes, 0, 0),
+        work=partial(fits_every_depth, 2), colour="#a35c00", marker="p", line="--",
     ),
     Method(
         name="tuned-lens", label="tuned lens", role="probe", needs=TEACHER,
         summary="a translator fitted at each depth to the teacher's answers, before its own head",
-        run="runs.probing:tuned_lenses", trials=prefixes(0, -1), work=fits_every_depth(4),
+        run="runs.probing:tuned_lenses", trials=EXITS, work=partial(fits_every_depth, 4),
         colour="#6b5aa8", marker="*", line="--", reference="arXiv 2303.08112",
     ),
     Method(
         name="skip", label="skip", role="probe", needs=TEACHER, by_block=True, default=True,
         summary="the teacher without one block",
-        run="runs.probing:walk_blocks", trials=each_run(lambda blocks: range(1, min(2, blocks))),
-        work=walks, exportable="teacher", colour="#35618e", marker="o", line="-",
+        run="runs.probing:walk_blocks", trials=partial(each_run, 1, 1), work=walks,
+        exportable="teacher", colour="#35618e", marker="o", line="-",
     ),
     Method(
         name="span", label="span left out", role="probe", needs=TEACHER, by_block=True,
         summary="the teacher without a run of neighbouring blocks",
-        run="runs.probing:walk_spans", trials=spans, work=walks_found(1), exportable="teacher",
-        colour="#4f79a6", marker="_", line="-", reference="arXiv 2403.17887",
+        run="runs.probing:walk_spans", trials=spans, work=partial(walks_found, 1),
+        exportable="teacher", colour="#4f79a6", marker="_", line="-", reference="arXiv 2403.17887",
     ),
     Method(
         name="interval", label="every n-th left out", role="probe", needs=TEACHER, by_block=True,
@@ -577,39 +494,39 @@ for _method in (
     Method(
         name="greedy", label="greedy", role="probe", needs=TEACHER, candidate=True, select="greedy",
         summary="the teacher without the blocks that are missed least, removed one by one",
-        run="runs.probing:walk_greedy", trials=prefixes(1, -1), work=walks_found(0),
+        run="runs.probing:walk_greedy", trials=SHALLOWER, work=partial(walks_found, 0),
         exportable="teacher", colour="#4a55b8", marker="d", line="-", reference="arXiv 2402.09025",
     ),
     Method(
         name="drop-attention", label="attention left out", role="probe", needs=TEACHER,
         by_block=True,
         summary="the teacher without the attention of one block",
-        run="runs.probing:walk_blocks", trials=each_part("attention"), work=walks,
+        run="runs.probing:walk_blocks", trials=partial(each_part, "attention"), work=walks,
         colour="#b3365b", marker="1", line="-", reference="arXiv 2406.15786",
     ),
     Method(
         name="drop-mlp", label="MLP left out", role="probe", needs=TEACHER, by_block=True,
         summary="the teacher without the MLP of one block",
-        run="runs.probing:walk_blocks", trials=each_part("mlp"), work=walks,
+        run="runs.probing:walk_blocks", trials=partial(each_part, "mlp"), work=walks,
         colour="#5c7a1f", marker="2", line="-", reference="arXiv 2406.15786",
     ),
     Method(
         name="replace", label="linear map", role="probe", needs=TEACHER, candidate=True,
         summary="the teacher with a fitted linear map in place of a run of blocks",
-        run="runs.probing:replacements", trials=prefixes(1, -1), work=walks_found(5),
+        run="runs.probing:replacements", trials=SHALLOWER, work=partial(walks_found, 5),
         exportable="folded", colour="#00786f", marker="<", line="-.", reference="arXiv 2505.02819",
     ),
     Method(
         name="similarity", label="similarity", role="probe", needs=TEACHER, table=True,
         summary="how much blocks, their parts and runs of blocks turn the state",
-        run="runs.probing:compare_states", trials=no_trials, work=validation_passes(1),
+        run="runs.probing:compare_states", trials=no_trials, work=partial(validation_passes, 1),
         reference="arXiv 2403.03853",
     ),
     Method(
         name="taylor", label="Taylor", role="probe", needs=TEACHER, table=True,
         summary="what the weights of each block matter to the loss",
-        run="runs.probing:weigh_blocks", trials=no_trials, work=validation_passes(3, most=512),
-        reference="arXiv 2402.02834",
+        run="runs.probing:weigh_blocks", trials=no_trials,
+        work=partial(validation_passes, 3, most=512), reference="arXiv 2402.02834",
     ),
     Method(
         name="settling", label="settling", role="probe", needs=TEACHER, table=True,
@@ -618,28 +535,31 @@ for _method in (
     ),
     Method(
         name="finetune", label="fine-tuned", role="trained", needs=SASREC, candidate=True,
+        selectable=True, default=True,
         summary="a variant: cut out of the pretrained backbone, then trained",
         run="runs.training:fine_tune", trials=selected, work=trains, exportable="own",
-        selectable=True, default=True, colour="#0069a8", marker="s", line="-",
+        colour="#0069a8", marker="s", line="-",
     ),
     Method(
-        name="heal", label="healed", role="trained", needs=TEACHER, candidate=True,
+        name="heal", label="healed", role="trained", needs=TEACHER, candidate=True, settings="heal",
+        selectable=True,
         summary="cut out of the trained teacher, then trained further",
-        run="runs.training:heal", trials=selected, work=trains, exportable="own", settings="heal",
-        selectable=True, colour="#00805e", marker="^", line="-",
+        run="runs.training:heal", trials=selected, work=trains, exportable="own", colour="#00805e",
+        marker="^", line="-",
     ),
     Method(
         name="distill", label="distilled", role="trained", needs=TEACHER, candidate=True,
+        settings="distillation", selectable=True, default=True,
         summary="a student: a variant trained to follow the teacher's states or scores",
         run="runs.training:distill", trials=selected, work=trains, exportable="own",
-        settings="distillation", selectable=True, default=True, colour="#c2500a", marker="o",
-        line="-", reference="arXiv 2405.17890",
+        colour="#c2500a", marker="o", line="-", reference="arXiv 2405.17890",
     ),
     Method(
         name="elastic", label="elastic", role="trained", needs=SASREC, candidate=True,
+        settings="elastic",
         summary="one model trained to be good at every depth, cut there",
-        run="runs.training:elastic", trials=prefixes(1), work=trains, exportable="own",
-        settings="elastic", colour="#7a4a00", marker="h", line="-", reference="arXiv 2404.16710",
+        run="runs.training:elastic", trials=partial(prefixes, 1, 0), work=trains, exportable="own",
+        colour="#7a4a00", marker="h", line="-", reference="arXiv 2404.16710",
     ),
     Method(
         name="random-init", label="random init", role="control", needs=SASREC, fresh=True,
@@ -649,9 +569,10 @@ for _method in (
     ),
     Method(
         name="random-selection", label="random blocks", role="control", needs=SASREC,
+        select="random",
         summary="blocks drawn at random, then trained",
         run="runs.training:fine_tune", trials=selected, work=trains, exportable="own",
-        select="random", colour="#6f6a3a", marker="H", line="--",
+        colour="#6f6a3a", marker="H", line="--",
     ),
 ):
     register(_method)

@@ -395,7 +395,7 @@ def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processe
     method, recipe = settings.method, settings.recipe
     steps = math.ceil(sizes.windows / (recipe.batch_size * processes))
     sizes = replace(sizes, epochs=_epochs(study, task, units, recipe), steps=steps)
-    work = method.work(task, sizes, study)
+    work = method.work(task, sizes)
     seconds = work.score * units.score
     seconds += sum(users * units.of("encode", depth) for depth, users in work.encode.items())
     own = task.method if method.settings in ("distillation", "elastic") else "train"

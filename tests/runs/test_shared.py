@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,10 @@ def test_workers_know_the_methods_that_were_registered_here(tiny: Study, tmp_pat
         run = run_sweep(study, tmp_path / "run", jobs=1)
         assert run.failed == []
         assert set(run.trials["method"]) == {"popularity", "by-chance"}
-        for trials in (prefixes(1, -1), each_part("mlp")):  # of which methods are made
+        # of which methods are made
+        for trials in (partial(prefixes, 1, -1), partial(each_part, "mlp")):
             method = Method(name="a", role="probe", run=by_chance, trials=trials)
-            pickle.dumps(replace(method, work=walks_found(1)))
+            pickle.dumps(replace(method, work=partial(walks_found, 1)))
     finally:
         METHODS.pop("by-chance", None)
         METHODS.pop("by-lambda", None)

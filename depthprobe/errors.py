@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -31,13 +31,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}one of {', '.join(known)}"
-
-
-def at_least(owner: str, values: Mapping[str, float], low: float) -> None:
-    """Refuse settings of ``owner`` below a bound, NaN and infinity."""
-    for name, value in values.items():
-        if not value >= low or value == float("inf"):
-            raise BadInput(f"{owner}.{name}", value, f"a number of at least {low:g}")
 
 
 def one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:

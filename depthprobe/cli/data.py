@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from itertools import groupby, pairwise
 from pathlib import Path
-from shutil import get_terminal_size
-from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from depthprobe.cli.options import LOG, SPLIT, apply_flags, option, takes_flags
-from depthprobe.cli.terminal import bar, cell, show_facts, show_table
+from depthprobe.cli.terminal import bar, cell, say, show_facts, show_table
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.study import Protocol, Study
 
@@ -96,9 +94,8 @@ def list_logs() -> None:
         notes.append(f"{family}, terms: {first.terms}")
     show_table(["public set", "what it is", "MB"], rows, words=["public set", "what it is"])
     print(f"\nfetched when first used, into {cache_folder()} (DEPTHPROBE_CACHE moves it)\n")
-    width = min(100, get_terminal_size().columns)
     for note in notes:
-        print(fill(note, width, subsequent_indent="  ", break_on_hyphens=False))
+        say(note)
 
 
 def describe(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthprobe.cli.cost import BUSY, TUNINGS
-from depthprobe.cli.terminal import cell, console, scaled, show_progress, show_table
+from depthprobe.cli.terminal import cell, count, say, scaled, show_facts, show_progress, show_table
 
 if TYPE_CHECKING:
     from depthprobe.runs.preview import Estimate, Preview, Span
     from depthprobe.study import Study
 
-WIDEST = 100  # columns of a line of words
 PARTS = {
     "data": "prepared data",
     "negatives": "negatives of the sampled protocol",
@@ -63,52 +61,52 @@ def dry_run(
         )
         team.leave()
     print("Dry run: nothing is written, and no trial is run.")
-    show_study(plan)
-    show_tasks(plan)
-    show_table(
-        ["shared between trials", "needed", "there", "to make"],
-        [[PARTS[p.name], p.needed, p.there, p.needed - p.there] for p in plan.shared],
-        words=("shared between trials",),
-    )
-    show_estimate(plan)
+    show_facts(_study(plan))
+    _show_tasks(plan)
+    header = ["shared between trials", "needed", "there", "to make"]
+    rows = [[PARTS[p.name], p.needed, p.there, p.needed - p.there] for p in plan.shared]
+    show_table(header, rows, words=header[:1])
+    print()
+    if plan.estimate is None:
+        why = f"No ESTIMATE of time and memory: {plan.why}."
+        say(why if plan.waiting else "Nothing is left to do.")
+    else:
+        print("ESTIMATE of what is left:")
+        show_facts(_estimate(plan, plan.estimate))
     return 0
 
 
-def show_study(plan: Preview) -> None:
-    """Print which study it is, of which data and backbone, and where it would run."""
+def _study(plan: Preview) -> dict[str, str]:
+    """Which study it is, of which data and backbone, and where it would run."""
     inputs, study = plan.inputs, plan.inputs.working
     sequences, backbone, device = inputs.split.sequences, study.backbone, plan.device.type
-    many = _count(plan.workers, "job") + (" of a cluster" if plan.apart else "")
-    each = f", {_count(plan.threads, 'thread')}" if device == "cpu" else ""
-    each += " each" if each and plan.workers > 1 else ""
+    many = count(plan.workers, "job") + (" of a cluster" if plan.apart else "")
     if plan.processes > 1:
         many = f"1 job, trained by {plan.processes} processes together"
-    show_words(
-        {
-            "run": f"{plan.folder} ({'new' if inputs.before is None else 'goes on'})",
-            "data": f"{sequences.name}: {cell(sequences.n_users)} users,"
-            f" {cell(sequences.n_items)} items, {cell(sequences.n_interactions)} interactions",
-            "backbone": f"{backbone.source}: {inputs.config.model_type},"
-            f" {_count(inputs.blocks, 'block')}; {TUNINGS[backbone.tuning]}",
-            "seeds": str(study.seeds),
-            "runs on": f"{device}, {many} at a time{each}",
-        }
-    )
+    each = f", {count(plan.threads, 'thread')}" if device == "cpu" else ""
+    each += " each" if each and plan.workers > 1 else ""
+    return {
+        "run": f"{plan.folder} ({'new' if inputs.before is None else 'goes on'})",
+        "data": f"{sequences.name}: {cell(sequences.n_users)} users,"
+        f" {cell(sequences.n_items)} items, {cell(sequences.n_interactions)} interactions",
+        "backbone": f"{backbone.source}: {inputs.config.model_type},"
+        f" {count(inputs.blocks, 'block')}; {TUNINGS[backbone.tuning]}",
+        "seeds": str(study.seeds),
+        "runs on": f"{device}, {many} at a time{each}",
+    }
 
 
-def show_tasks(plan: Preview) -> None:
+def _show_tasks(plan: Preview) -> None:
     """Print a row a method, and their sums."""
-    rows: list[list[object]] = []
     times = plan.estimate.by_method if plan.estimate else {}
-    for row in plan.rows:
-        own = times.get(row.method)
-        counts = [row.tasks, row.trials, row.done, row.failed, row.left]
-        rows.append([row.method, *counts, "-" if own is None else duration(own)])
-    sums = [sum(int(str(row[place])) for row in rows) for place in range(1, 6)]
+    rows: list[list[object]] = [
+        [*row, duration(times[row.method]) if row.method in times else "-"] for row in plan.rows
+    ]
+    sums = [sum(each) for each in zip(*(row[1:] for row in plan.rows), strict=True)]
     work = duration(plan.estimate.work) if plan.estimate else "-"
     header = ["method", "tasks", "trials", "done", "failed", "left", "ESTIMATED work"]
     show_table(header, [*rows, ["all", *sums, work]], words=header[:1])
-    failed = sums[3]
+    failed = sum(row.failed for row in plan.rows)
     if failed and plan.retry_failed:
         say(f"What failed is tried again: it counts as left, too ({failed}).")
     elif failed:
@@ -117,20 +115,15 @@ def show_tasks(plan: Preview) -> None:
         say(f"{plan.lost} of those left need one that failed, and will not be run.")
 
 
-def show_estimate(plan: Preview) -> None:
-    """Print time and memory of what is left, that they are guesses, and what from."""
-    guess = plan.estimate
-    if guess is None:
-        why = f"No ESTIMATE of time and memory: {plan.why}."
-        say("\n" + (why if plan.waiting else "Nothing is left to do."))
-        return
-    print("\nESTIMATE of what is left:")
+def _estimate(plan: Preview, guess: Estimate) -> dict[str, str]:
+    """Time and memory of what is left, that they are guesses, and what from."""
+    low, high = map(duration_of, guess.span)
+    workers = count(plan.workers, "job") + (" at a time" if plan.workers > 1 else "")
+    time = f"at most {high} with {workers}"
+    time += "" if low == high else f"; {low} if they don't slow each other down"
     seconds = sum(job.seconds for job in guess.chain)
     chain = " > ".join(job.id for job in guess.chain)
-    rows = {
-        "time": _time(plan, guess),
-        "longest chain": f"{duration_of(seconds)}, however many jobs: {chain}",
-    }
+    rows = {"time": time, "longest chain": f"{duration_of(seconds)}, however many jobs: {chain}"}
     if guess.memory is not None:
         rows["memory"] = ("at least " if guess.fewer else "") + _memory(plan, guess.memory)
     source = "the times of every depth that this run measured (shared/timing.json)"
@@ -141,50 +134,21 @@ def show_estimate(plan: Preview) -> None:
             f"{busy if guess.busy > BUSY else ''} depths between by a straight line"
         )
     like = "; each job is taken to have a machine like this one" if plan.apart else ""
-    show_words(rows | {"from": source + like, "counted": COUNTED})
-
-
-def _time(plan: Preview, guess: Estimate) -> str:
-    workers = _count(plan.workers, "job") + (" at a time" if plan.workers > 1 else "")
-    low, high = map(duration_of, guess.span)
-    text = f"at most {high} with {workers}"
-    return text if low == high else f"{text}; {low} if they don't slow each other down"
+    return rows | {"from": source + like, "counted": COUNTED}
 
 
 def _memory(plan: Preview, peak: float) -> str:
-    """Of the jobs that share a memory, and what there is of it.
-
-    Args:
-        peak: bytes of one job.
-    """
+    """Of the jobs that share a memory, and what there is of it; ``peak`` bytes a job."""
+    how = "at the peak: training all blocks, measured"
     if plan.apart:
-        return f"{scaled(peak, 'B')} a job at the peak: training all blocks, measured"
+        return f"{scaled(peak, 'B')} a job {how}"
     total, free = plan.together * peak, scaled(plan.free, "B")
     each = f"{plan.together} x {scaled(peak, 'B')}, " if plan.together > 1 else ""
     where = " of a GPU" if plan.device.type == "cuda" else ""
-    text = f"{scaled(total, 'B')}{where} at the peak: {each}training all blocks, measured"
+    text = f"{scaled(total, 'B')}{where} {how.replace(': ', f': {each}')}"
     if total > plan.free:
         return f"{text}; that is MORE than the {free} that may be had"
     return f"{text}; {free} may be had"
-
-
-def show_words(rows: dict[str, str]) -> None:
-    """Print what a thing is called and what it is, wrapped to the terminal."""
-    width = max(12, *map(len, rows))
-    columns = min(console().width, WIDEST) - width - 4
-    print()
-    for key, value in rows.items():
-        first, *rest = textwrap.wrap(value, columns, break_on_hyphens=False)
-        print(f"  {key:{width}}  {first}")
-        for line in rest:
-            print(f"  {'':{width}}  {line}")
-
-
-def say(text: str) -> None:
-    """Print a sentence, wrapped to the terminal; a line break before it is kept."""
-    if text.startswith("\n"):
-        print()
-    print(textwrap.fill(text.strip(), min(console().width, WIDEST), break_on_hyphens=False))
 
 
 def duration(span: Span) -> str:
@@ -208,7 +172,3 @@ def duration_of(seconds: float) -> str:
     size, unit = next((size, unit) for size, unit, until in units if seconds < until)
     number = seconds / size
     return f"{number:.0f} {unit}" if number >= 10 or unit == "s" else f"{number:.1f} {unit}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

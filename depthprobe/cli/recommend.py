@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from depthprobe.cli.options import check_output_file, option, whole
+from depthprobe.cli.terminal import count
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
 
@@ -59,7 +60,7 @@ def recommend(
             stream.write(HEADER)
             stream.writelines(recommendations(file, history, model, top=top))
     if items:
-        counts = f"{_count(items, 'item')} outside the catalogue, {_count(users, 'user')}"
+        counts = f"{count(items, 'item')} outside the catalogue, {count(users, 'user')}"
         print(f"left out: {counts} with no other", file=sys.stderr)
 
 
@@ -136,10 +137,6 @@ def recommendations(
         best = model.recommend([items for _, items in users], top=top)
         for (user, _), items in zip(users, best, strict=True):
             yield _rows(user, items)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _rows(user: str, items: Sequence[tuple[str, str | None, float]]) -> str:

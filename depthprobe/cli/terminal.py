@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 PIPE_WIDTH = 200  # columns where there is no terminal: wide enough to cut nothing
+WIDEST = 100  # columns of a line of words
 SHOWN = "depthprobe.cost.timing"  # whose log lines are messages, too
 
 
@@ -42,11 +43,26 @@ def show_table(
 
 
 def show_facts(rows: dict[str, str]) -> None:
-    """Print what a thing is called and what it is, one a line."""
-    print()
-    width = max(12, *map(len, rows))
+    """Print what a thing is called and what it is, one below the other."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
+    table.add_column(min_width=12, no_wrap=True)
     for key, value in rows.items():
-        print(f"  {key:{width}}  {value}")
+        table.add_row(key, Text(value))
+    print()
+    console().print(table, width=min(console().width, WIDEST))
+
+
+def say(text: str) -> None:
+    """Print a sentence, wrapped to the terminal."""
+    console().print(text, width=min(console().width, WIDEST), markup=False, highlight=False)
+
+
+def count(number: int, what: str) -> str:
+    """A number of things: ``1 user``, ``2,000 users``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def console() -> Console:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from depthprobe.errors import BadInput, at_least
+from depthprobe.errors import BadInput, one_of
 from depthprobe.methods import Task
 from depthprobe.runs import scheduler as executors
 from depthprobe.runs.plan import trial_of
@@ -157,7 +157,7 @@ def test_what_needs_an_earlier_failure_fails_too(tmp_path: Path) -> None:
 
 def test_an_error_is_described_with_our_line_that_raised_it() -> None:
     with pytest.raises(BadInput) as caught:
-        at_least("a", {"b": 2}, 3)
+        one_of("a.b", 2, ("3",))
     assert re.match(
         r"BadInput: a\.b: 2 is not .* \(at errors\.py, line \d+\)", describe(caught.value)
     )

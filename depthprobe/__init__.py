@@ -6,42 +6,24 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from depthprobe.data.prepared import prepare_data
-    from depthprobe.data.storage import load_data
-    from depthprobe.evaluation.metrics import metrics_from_ranks
-    from depthprobe.evaluation.ranks import rank_targets
-    from depthprobe.methods import Method, register
-    from depthprobe.models.backbones import load_backbone
-    from depthprobe.models.blocks import find_blocks
-    from depthprobe.models.cutting import keep_blocks
-    from depthprobe.models.export import load_recommender
-    from depthprobe.models.skipping import skip_blocks
-    from depthprobe.report import figures
-    from depthprobe.report.page import build_report
-    from depthprobe.runs.store import open_run
-    from depthprobe.runs.sweep import run_sweep
-    from depthprobe.study import load_study
+    from depthprobe.data.prepared import prepare_data as prepare_data
+    from depthprobe.data.storage import load_data as load_data
+    from depthprobe.evaluation.metrics import metrics_from_ranks as metrics_from_ranks
+    from depthprobe.evaluation.ranks import rank_targets as rank_targets
+    from depthprobe.methods import Method as Method
+    from depthprobe.methods import register as register
+    from depthprobe.models.backbones import load_backbone as load_backbone
+    from depthprobe.models.blocks import find_blocks as find_blocks
+    from depthprobe.models.cutting import keep_blocks as keep_blocks
+    from depthprobe.models.export import load_recommender as load_recommender
+    from depthprobe.models.skipping import skip_blocks as skip_blocks
+    from depthprobe.report import figures as figures
+    from depthprobe.report.page import build_report as build_report
+    from depthprobe.runs.store import open_run as open_run
+    from depthprobe.runs.sweep import run_sweep as run_sweep
+    from depthprobe.study import load_study as load_study
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Method",
-    "build_report",
-    "figures",
-    "find_blocks",
-    "keep_blocks",
-    "load_backbone",
-    "load_data",
-    "load_recommender",
-    "load_study",
-    "metrics_from_ranks",
-    "open_run",
-    "prepare_data",
-    "rank_targets",
-    "register",
-    "run_sweep",
-    "skip_blocks",
-]
 
 _HOME = {
     "Method": "methods",
@@ -61,6 +43,7 @@ _HOME = {
     "run_sweep": "runs.sweep",
     "skip_blocks": "models.skipping",
 }
+__all__ = list(_HOME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> object:

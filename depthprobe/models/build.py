@@ -35,12 +35,7 @@ def build_recommender(
 ) -> Recommender:
     """A recommender before its training: backbone loaded, cut, made trainable; fresh adapters.
 
-    Args:
-        items: item table, (I + 1, d_item), row 0 padding.
-        kept: blocks that stay; None keeps all.
-        seed: initialises the adapters, and the backbone where that is random.
-        random_init: the control: the same architecture without its pretraining.
-        train_items: whether the item table is trained too.
+    ``items`` is the item table, (I + 1, d_item); the seed initialises what is fresh.
     """
     backbone = pretrained(settings, random_init=seed if random_init else None)
     if kept is not None:

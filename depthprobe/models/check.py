@@ -63,16 +63,8 @@ def check_backbone(
     """Test in seconds, without its weights, whether an architecture can be cut safely.
 
     The blocks of the real configuration are found on the meta device, which holds no numbers. The
-    rest runs on a tiny random copy: float64, the same kinds of blocks in the same order.
-
-    Args:
-        source: as for :func:`load_backbone`, or a configuration.
-        revision: of a hub id.
-        trust_remote_code: run Python code from the hub; only with a ``revision``.
-        depth: blocks of the tiny copy at most.
-
-    Raises:
-        BadInput: if there is no such backbone.
+    rest runs on a tiny random copy: float64, the same kinds of blocks in the same order, ``depth``
+    of them at most. Sources are those of :func:`load_backbone`, or a configuration.
     """
     if isinstance(source, PreTrainedConfig):
         config = source

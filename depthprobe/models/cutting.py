@@ -144,10 +144,8 @@ def block_kinds(config: PreTrainedConfig) -> list[tuple[Any, ...]]:
 def as_plain_fields(config: PreTrainedConfig) -> Iterator[dict[int, dict[str, Any]]]:
     """Within, a configuration whose blocks override single fields is as one without.
 
-    Such a configuration refuses to tell a field that varies from block to block.
-
-    Yields:
-        the overrides by block; what they are on leaving is what the configuration gets.
+    Such a configuration refuses to tell a field that varies from block to block. Yields the
+    overrides by block; what they are on leaving is what the configuration gets.
     """
     heterogeneous = getattr(config, "is_heterogeneous", False)
     # Read before anything changes: as a property it is derived from the other fields.
@@ -234,9 +232,9 @@ def _refuse_unsafe(
         raise _no_cut(inner, f"{reason} positions", chosen)
 
 
-def _no_cut(inner: PreTrainedModel, reason: str, chosen: Iterable[int] | None = None) -> BadInput:
+def _no_cut(inner: PreTrainedModel, reason: str, chosen: Iterable[int] = ()) -> BadInput:
     """The refusal of any cut, or of the cut to the chosen blocks."""
-    to = "" if chosen is None else f" to blocks {list(chosen)}"
+    to = f" to blocks {list(chosen)}" if chosen else ""
     return refusal(inner, f"it cannot be cut{to}: {reason}")
 
 
@@ -301,7 +299,8 @@ def _compare_reload(
     stored = before.state_dict().keys() | after.state_dict().keys()
     for path, attribute, was, becomes in _differences(before, after, without=prefix):
         is_shape = attribute == "shape"
-        dims = _other_dims(was, becomes) if is_shape else []
+        pairs = enumerate(zip(was or (), becomes or (), strict=False)) if is_shape else ()
+        dims = [dim for dim, (old, new) in pairs if old != new]
         if PER_BLOCK_WEIGHTS.search(path) and len(dims) == 1:
             changes.chunked[path] = dims[0]
         # A rotary table of a kind of attention that no block has any more may disappear.
@@ -310,13 +309,6 @@ def _compare_reload(
         elif PER_BLOCK_WEIGHTS.search(path) or (type(becomes) is int and "layer" in attribute):
             changes.outside.setdefault(path, {})[attribute] = becomes
     return changes
-
-
-def _other_dims(was: tuple[int, ...] | None, becomes: tuple[int, ...] | None) -> list[int]:
-    """In which dimensions two shapes differ; none where their number does."""
-    if was is None or becomes is None or len(was) != len(becomes):
-        return []
-    return [dim for dim, size in enumerate(was) if size != becomes[dim]]
 
 
 def _skeleton(

@@ -156,9 +156,8 @@ def write_recommender(
 ) -> None:
     """Write a trained recommender; see the module for the layout.
 
-    Args:
-        backbone: the causal language model of the same depth, with the trained weights.
-        attention: how it was evaluated.
+    The backbone is the causal language model of the same depth, with the trained weights;
+    ``attention`` is how it was evaluated.
     """
     backbone.save_pretrained(folder)
     save_weights({ITEMS: model.items.weight, **_own_weights(model)}, folder / PARTS)

@@ -109,13 +109,7 @@ def family_config(name: str, **changes: Any) -> PreTrainedConfig:
 def check_families(
     names: Sequence[str] | None = None, *, jobs: int = 1, timeout: float = TIMEOUT
 ) -> Iterator[Family]:
-    """Check each family in a process of its own, so that none can take the others down.
-
-    Args:
-        names: model types; None: all.
-        jobs: how many at the same time.
-        timeout: seconds after which a family counts as failed.
-    """
+    """Check each family, or those named, in a process of its own: none takes the others down."""
     kinds = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context(PREFERRED if PREFERRED in kinds else "spawn")
     context.set_forkserver_preload([__name__])

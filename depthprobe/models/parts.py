@@ -52,10 +52,8 @@ def find_sublayers(model: nn.Module, indices: Iterable[int] | None = None) -> li
     """The branches of each block, in the order in which they run.
 
     Learnt from one pass over four tokens and a few calls of each block, in evaluation mode; the
-    model, its random state and its taps stay as they are. None looks at all blocks.
-
-    Raises:
-        BadInput: if a block is not a sum of its input and its sub-layers.
+    model, its random state and its taps stay as they are. None looks at all blocks. A block that is
+    no sum of its input and its sub-layers is refused.
     """
     inner = unwrap(model)
     chosen = range(len(find_blocks(inner))) if indices is None else indices
@@ -284,10 +282,7 @@ def find_projection(model: nn.Module, index: int) -> Any:
 
     Proved on a pass over a few tokens: its output is its weights times its input, it is what the
     block's MLP returns, and if Z takes its place, ``h - M + Z`` is what the block returns. It is an
-    ``nn.Linear`` or transformers' ``Conv1D``.
-
-    Raises:
-        ValueError: if there is none, or its weights can't be changed.
+    ``nn.Linear`` or transformers' ``Conv1D``; without one there is a ``ValueError``.
     """
     inner = unwrap(model)
     branches = [branch.path for branch in find_sublayers(inner, [index])[0] if not branch.mixes]

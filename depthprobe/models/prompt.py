@@ -107,8 +107,7 @@ def recording_cache() -> Cache:
 def sharing_cache(recorded: Cache, order: Iterable[int] | None = None) -> Cache:
     """What a recording cache has kept, for any number of users, each time as if for the first.
 
-    Args:
-        order: which of its blocks each block reads; None: its own.
+    ``order`` says which of its blocks each block reads; None: its own.
     """
     layers: list[Any] = recorded.layers
     chosen = layers if order is None else [layers[index] for index in order]

@@ -27,14 +27,8 @@ def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     The result of a stable sort of the row for the price of a ``topk``. That one finds the values,
     but leaves to chance which of the columns that share the k-th value it returns. Only rows with
-    more of these than places are looked at again.
-
-    Args:
-        scores: (C, I), floating point; infinities are allowed.
-        k: from 1 to I.
-
-    Returns:
-        Columns, int64 (C, k), and their scores (C, k).
+    more of these than places are looked at again. Scores are (C, I) and may be infinite; returns
+    columns, int64 (C, k), and their scores (C, k).
     """
     width = scores.shape[1]
     values, columns = scores.topk(min(k + 1, width), dim=1)  # (C, k + 1)

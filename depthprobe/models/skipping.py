@@ -100,14 +100,8 @@ def after_blocks(model: nn.Module, state: Tensor) -> Tensor:
 
     With the states of ``tap_blocks`` this is the early read-out: ``after_blocks(model, states[k])``
     equals the last hidden state of the model cut to its first ``k`` blocks, bit for bit. Holds for
-    any architecture, at the price of one embedding look-up. Differentiable.
-
-    Args:
-        model: a Hugging Face decoder, also under PEFT.
-        state: (B, T, D); any positions, since nothing after the blocks looks across them.
-
-    Returns:
-        (B, T, D'), the base model's last hidden state.
+    any architecture, at the price of one embedding look-up. Differentiable. States are (B, T, D) of
+    any positions, since nothing after the blocks looks across them; returns (B, T, D').
     """
     inner = unwrap(model)
     blocks = find_blocks(inner)

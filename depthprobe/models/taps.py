@@ -22,11 +22,8 @@ _paused: ContextVar[bool] = ContextVar("depthprobe_taps_paused", default=False)
 class BlockTap:
     """What a tapped forward pass left: ``states[k]`` is the state after ``k`` blocks.
 
-    Nothing is detached: a loss on a state trains the blocks before it.
-
-    Attributes:
-        positions: (B,) long, or None: the one position of each row that is kept, (B, D) in place
-            of (B, T, D); may be set anew before each pass.
+    Nothing is detached: a loss on a state trains the blocks before it. With ``positions``, (B,),
+    which may be set anew before each pass, one position of each row is kept: (B, D).
     """
 
     def __init__(
@@ -45,11 +42,7 @@ class BlockTap:
         """The L + 1 states of the latest forward pass, h_0 (the input) to h_L.
 
         h_L is the output of the last block, before the final norm. The list stays as it is when
-        the model runs again.
-
-        Raises:
-            RuntimeError: if no forward pass has run, if a block did not run in it, or if the
-                states went to a consumer.
+        the model runs again. Without all of them there is a ``RuntimeError``.
         """
         if self._consume is not None:
             raise RuntimeError("no states: they were handed to the tap's consumer")

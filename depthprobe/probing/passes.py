@@ -67,11 +67,8 @@ def passes(
     """Encode all users once; yields each batch's users (B,) and states (L + 1, B, D).
 
     States are those before the first and after each block, where users are read out. Nothing else
-    is kept. The caller decides about gradients: probing runs this in inference mode.
-
-    Raises:
-        ValueError: for a backbone that has no state to read out after each block, or if the
-            vectors of the first batch are not what its states are read out to.
+    is kept. The caller decides about gradients: probing runs this in inference mode. Refused, with
+    ``ValueError``: a model whose states are not read out to what it encodes.
     """
     check_readable(model.backbone)
     prompt, checked = shared_prompt(model), False

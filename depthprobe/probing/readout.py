@@ -87,11 +87,7 @@ def cache_states(
     """Run the model once over the users, into a memory-mapped file of E (L + 1) D numbers.
 
     In float16, or in float32 where a state does not fit, as the few huge features of some language
-    models do not.
-
-    Raises:
-        ValueError: without users, for a backbone without one state a position after each block, or
-            if a state is not finite.
+    models do not. A state that is not finite is refused.
     """
     if not len(eval_set.users):
         raise ValueError("no users to cache the states of")
@@ -140,10 +136,8 @@ def fit_readouts(
     width = _normed(model, sample).shape[-1]
     start = torch.zeros(len(sample), width, items.shape[1]).to(sample)
 
-    cached = (train, validation)
-    return _fit_side_by_side(
-        model, cached, _read_linear, lambda _, targets: targets, start, seed, settings
-    )
+    cached, goal = (train, validation), lambda _, targets: targets
+    return _fit_side_by_side(model, cached, _read_linear, goal, start, seed, settings)
 
 
 def _read_linear(model: CausalEncoder, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -184,16 +178,12 @@ def fit_lenses(
         return _read_translated(model, states, moves * weight, size * bias)
 
     start = sample.new_zeros(len(sample), sample.shape[-1], sample.shape[-1])
+
+    def goal(states: Tensor, _: Tensor) -> Tensor:
+        return _unembed(model, states[-1:])[0]
+
     cached = (train, validation)
-    fitted = _fit_side_by_side(
-        model,
-        cached,
-        read,
-        lambda states, _: _unembed(model, states[-1:])[0],
-        start,
-        seed,
-        settings,
-    )
+    fitted = _fit_side_by_side(model, cached, read, goal, start, seed, settings)
     weight, bias = moves * fitted.weight, size * fitted.bias
     return replace(fitted, read=_read_translated, weight=weight, bias=bias)
 

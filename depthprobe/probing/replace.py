@@ -67,13 +67,8 @@ def fit_replacements(
     a -> 0, but it also deletes what M writes in directions that these users hardly show.
 
     Positions are those of a user's items, up to the one that is read out; neither padding nor a
-    prompt counts. Sums are float64; memory is two (D, D) matrices for each span and each start.
-
-    Raises:
-        ValueError: without users; for no such span; for a backbone without one state a position
-            after each block; or if what the block before a span writes is not, as it is, the output
-            of one plain linear map of its own: a norm or a factor between them, a mixture of
-            experts, quantised, shared or low-rank adapted weights.
+    prompt counts. Sums are float64; memory is two (D, D) matrices for each span and each start. A
+    block whose MLP takes no map (see ``find_projection``) is refused with ``ValueError``.
     """
     if not len(eval_set.users):
         raise ValueError("no users to fit a map on")

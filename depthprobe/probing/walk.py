@@ -226,10 +226,8 @@ def greedy(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> 
 def nearest_spans(angular: np.ndarray, length: int, *, first: int = 0) -> list[Span]:
     """All runs of ``length`` blocks, those that turn the state least first (arXiv 2403.17887).
 
-    Args:
-        angular: distances between the states around L blocks, (L + 1, L + 1).
-        length: of a run, 1..L.
-        first: the earliest block that may be in one.
+    ``angular`` are distances between the states around L blocks, (L + 1, L + 1); ``first`` is the
+    earliest block that may be in a run.
     """
     starts = np.arange(first, len(angular) - length)
     if length < 1 or not len(starts):

@@ -113,11 +113,7 @@ class Checkpoint:
         return saved if saved is not None and saved.progress.ended else None
 
     def read(self) -> SavedState | None:
-        """The content of the file; None where there is none.
-
-        Raises:
-            ValueError: if it is damaged, or of another training.
-        """
+        """The content of the file; None where there is none, ``ValueError`` if it doesn't fit."""
         if self.path is None or not self.path.exists():
             return None
         try:

@@ -66,11 +66,7 @@ class CachedTeacher:
     """The teacher's outputs from the files of :func:`write_features`."""
 
     def __init__(self, folder: Path, windows: list[np.ndarray], spec: FeatureSpec) -> None:
-        """Open the files of a folder; they may hold more than the spec needs.
-
-        Raises:
-            ValueError: if they hold less.
-        """
+        """Open the files of a folder; they may hold more than the spec needs, never less."""
         stored = json.loads((folder / SPEC).read_text(encoding="utf-8"))
         if not (
             stored["objective"] == spec.objective
@@ -132,9 +128,6 @@ def write_features(
 
     States are stored in float16, or in bfloat16 where one does not fit: N (G D) 2 bytes for N
     target positions. User vectors and scores are float32. The folder exists, and is empty.
-
-    Raises:
-        ValueError: if a state is infinite or NaN.
     """
     if not any(_write(teacher, windows, spec, folder, device, batch_size, dtype) for dtype in HALF):
         raise ValueError("a state of the teacher is infinite or NaN")

@@ -66,7 +66,6 @@ def fit(
         windows: one array of item ids a user, at least two items each.
         validate: the score to maximise, called after each epoch with the objective in eval mode;
             in every process, and the first one's score counts.
-        seed: decides batch order and dropout.
         track: gets, in the first process, each epoch's loss and score, and the mean loss and the
             learning rate of every so many steps.
         checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds. It
@@ -76,10 +75,7 @@ def fit(
             must be named by what the checks here can't see: first weights, settings of the loss.
 
     Raises:
-        DivergedError: if the loss or its gradient is not finite; the message names the step, and
-            the weights are those before it.
-        ValueError: if the checkpoint is of another training.
-        BadInput: for a way of sharding that would train wrongly.
+        DivergedError: if the loss or its gradient is not finite; the weights are those before.
     """
     began = time.perf_counter()
     engine = Engine(objective, recipe, device)

@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.report.drawing import figure_style, save_figure
 from depthprobe.report.numbers import FULL, HEADLINE, Point, Summary, summarise
-from depthprobe.report.style import INK, MUTED, figure_style, method_info, save_figure
+from depthprobe.report.style import INK, MUTED, method_info
 from depthprobe.runs.store import open_run
 
 CURVES = ("early-exit", "readout", "finetune", "random-init")

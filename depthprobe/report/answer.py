@@ -130,7 +130,7 @@ def _uncompared(summary: Summary) -> Answer:
         Tile(
             f"{summary.headline}, {name}",
             style.accuracy(value.value),
-            style.bounds(value, digits=4),
+            style.bounds(value, 4),
             f"{size} parameters" if size else "",
         )
         for (name, value), size in zip(reached.items(), sizes, strict=True)
@@ -187,7 +187,7 @@ def _means(point: Point, share: float | None) -> str:
         said += f" It has {percent(share, 0)} of the parameters."
     for kind, verb in (("inference", "serve"), ("training", "train")):
         if kind in point.speed:
-            said += f" It is {' '.join(style.times_faster(point.speed[kind])).strip()} to {verb}."
+            said += f" It is {style.times_faster(point.speed[kind])} to {verb}."
     return said
 
 
@@ -197,18 +197,16 @@ def _tiles(
     both = (point, teacher)
     own, theirs = (style.accuracy(p.accuracy[FULL, metric].value) for p in both)
     note = f"{metric} {own}, teacher {theirs}"
-    tiles = [
-        Tile("accuracy kept", percent(kept.value), style.bounds(kept, scale=100, digits=1), note)
-    ]
+    tiles = [Tile("accuracy kept", percent(kept.value), style.bounds(kept, 1, scale=100), note)]
     if share is not None:
         own, theirs = (style.count(p.cost("parameters")) for p in both)
         tiles.append(Tile("parameters", percent(share, 0), "exact", f"{own}, teacher {theirs}"))
     for kind, label in (("inference", "inference time"), ("training", "training step")):
         if kind in point.speed:
-            number, interval, word = style.times_faster(point.speed[kind])
             own, theirs = (style.significant(p.time[kind].value) for p in both)
             note = f"{own} ms, teacher {theirs} ms"
-            tiles.append(Tile(label, f"{number} {word}".strip(), interval, note))
+            value, _, interval = style.times_faster(point.speed[kind]).partition(" [")
+            tiles.append(Tile(label, value, interval and f"[{interval}", note))
     return tuple(tiles)
 
 

@@ -5,26 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from depthprobe.errors import BadInput
-from depthprobe.files import complete_file
-from depthprobe.report import style
+from depthprobe.report import drawing, style
 from depthprobe.report.answer import Answer, build_answer
-from depthprobe.report.facts import base_name, conditions
-from depthprobe.report.figures import kept_limits, kept_reading, kept_side_by_side, kept_vs_depth
+from depthprobe.report.figures import FIGURES, curves, kept_limits, kept_side_by_side
 from depthprobe.report.numbers import FULL, SASREC, Source, Summary, as_summary
-from depthprobe.report.page import environment, inline_svg
-from depthprobe.report.tables import (
-    NOTHING,
-    Cell,
-    Column,
-    Table,
-    make_table,
-    plain,
-    save_table,
-    share,
-)
+from depthprobe.report.page import environment, inline_svg, write_page
+from depthprobe.report.tables import NOTHING, Column, Table, Values, make_table, plain, save_table
+from depthprobe.study import Protocol
 
 QUESTION = ("margin", "split", "seen items")  # with another of these, the question is another
 
@@ -49,44 +39,33 @@ def build_comparison(runs: Sequence[Source], output: str | Path | None = None) -
             two have an accuracy to compare with their teacher's.
     """
     compared = _named([as_summary(run) for run in runs])
-    drawn = [one for one in compared if kept_reading(one.summary)]
+    drawn = [one for one in compared if curves(one.summary, one.summary.headline, kept=True)]
     if len(drawn) < 2:
         without = ", ".join(one.name for one in compared if one not in drawn)
         allowed = "two runs or more with a finished teacher and a shallower model"
         raise BadInput("run", without or compared[0].name, allowed)
     paths = [one.summary.run.path for one in compared]
     target = Path(default_output(paths) if output is None else output)
-    folder = target.parent / target.stem
-    table = answers_table(compared)
-    save_table(table, folder)
+    folder, limits = target.parent / target.stem, kept_limits(*(one.summary for one in drawn))
+    if table := answers_table(compared):
+        save_table(table, folder)
     panels = kept_side_by_side([one.summary for one in drawn])
-    style.save_figure(panels[0], folder / "kept_side_by_side")
-    differing = differences([one.summary for one in compared])
-    limits, figures = kept_limits(*(one.summary for one in drawn)), []
+    drawing.save_figure(panels[0], folder / "kept_side_by_side")
+    figures = []
     for place, one in enumerate(drawn):  # a panel a run, all on one scale
-        ax = kept_vs_depth(one.summary, limits=limits, title=one.name)
-        reading = f"{one.name}. {kept_reading(one.summary)}"
-        svg = inline_svg(style.rendered(ax, "svg").decode(), f"run{place}", label=reading)
-        figures.append({"svg": svg, "caption": reading})
+        ax, caption = FIGURES["kept_vs_depth"].drawn(one.summary, limits=limits, title=one.name)
+        caption = f"{one.name}. {caption}"
+        svg = inline_svg(drawing.rendered(ax, "svg").decode(), f"run{place}", label=caption)
+        figures.append({"svg": svg, "caption": caption})
+    differing = differences([one.summary for one in compared])
     page = environment().get_template("comparison.html.j2").render(
-        headline=headline(compared),
-        runs=[
-            {
-                "name": one.name, "answer": one.answer, "conditions": conditions(one.summary),
-                "report": _report(path, target), "path": path,
-            }
-            for one, path in zip(compared, paths, strict=True)
-        ],
-        differences=differing,
-        question=[word for word in QUESTION if word in differing],
-        figures=figures,
-        table_of_answers=table,
-        folder=folder.name,
+        runs=compared, reports=[_report(path, target) for path in paths], differences=differing,
+        shown=[one for one in compared if one.answer.verdict == "shown"],
+        question=[word for word in QUESTION if word in differing], figures=figures,
+        table_of_answers=table, folder=folder.name,
         command="depthprobe report " + " ".join(map(str, paths)),
     )  # fmt: skip
-    with complete_file(target) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return target
+    return write_page(page, target)
 
 
 def default_output(folders: Sequence[Path]) -> Path:
@@ -106,78 +85,64 @@ def _named(summaries: Sequence[Summary]) -> list[Compared]:
     while len(set(names)) < len(names):
         parts += 1
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
-    return [
-        Compared(name, summary, build_answer(summary))
-        for name, summary in zip(names, summaries, strict=True)
-    ]
+    pairs = zip(names, summaries, strict=True)
+    return [Compared(name, summary, build_answer(summary)) for name, summary in pairs]
 
 
-def headline(compared: Sequence[Compared]) -> str:
-    """How many runs show a sufficient depth, and which."""
-    shown = [c for c in compared if c.answer.verdict == "shown"]
-    if not shown:
-        return f"None of the {len(compared)} runs shows that fewer blocks suffice."
-    names = ", ".join(f"{c.name} {c.answer.depth} of {c.answer.blocks}" for c in shown)
-    whose = "All" if len(shown) == len(compared) else f"{len(shown)} of"
-    verb = "shows" if len(shown) == 1 else "show"
-    return f"{whose} {len(compared)} runs {verb} that fewer blocks suffice: {names}."
+DIFFERENCES: dict[str, Callable[[Summary], str]] = {  # the protocol first
+    "margin": lambda s: style.plain_percent(s.margin),
+    "split": lambda s: _split(s.run.study.protocol),
+    "seen items": lambda s: "left out" if s.run.study.protocol.filter_seen else "ranked too",
+    "data": lambda s: f"{s.run.manifest.data.name} ({s.run.manifest.data.fingerprint[:8]})",
+    "backbone": lambda s: style.base_name(s.run.manifest.backbone.source),
+    "item embeddings": lambda s: s.run.manifest.item_table.source,
+    "epochs": lambda s: str(s.run.study.recipe.epochs),
+    "seeds": lambda s: str(len(s.seeds_compared)),
+    "machine": lambda s: s.run.manifest.machine.name,
+    "version": lambda s: s.run.manifest.versions.get("depthprobe", style.NONE),
+}
 
 
-def differences(summaries: Sequence[Summary]) -> dict[str, str]:
-    """What the runs do not share, the protocol first: a word and the values, in their order."""
-    named: dict[str, Callable[[Summary], str]] = {
-        "margin": lambda s: f"{100 * s.margin:g} %",
-        "split": lambda s: _split(s.run.study.protocol),
-        "seen items": lambda s: "left out" if s.run.study.protocol.filter_seen else "ranked too",
-        "data": lambda s: f"{s.run.manifest.data.name} ({s.run.manifest.data.fingerprint[:8]})",
-        "backbone": lambda s: base_name(s.run.manifest.backbone.source),
-        "item embeddings": lambda s: s.run.manifest.item_table.source,
-        "epochs": lambda s: str(s.run.study.recipe.epochs),
-        "seeds": lambda s: str(len(s.seeds_compared)),
-        "machine": lambda s: s.run.manifest.machine.name,
-        "version": lambda s: s.run.manifest.versions.get("depthprobe", style.NONE),
-    }
-    found = {word: [value(summary) for summary in summaries] for word, value in named.items()}
-    return {word: ", ".join(values) for word, values in found.items() if len(set(values)) > 1}
-
-
-def _split(protocol: Any) -> str:
+def _split(protocol: Protocol) -> str:
     at = f" at {' and '.join(protocol.split_at)}" if protocol.split == "temporal" else ""
     return f"{protocol.split}{at}"
 
 
-def answers_table(compared: Sequence[Compared]) -> Table:
+def differences(summaries: Sequence[Summary]) -> dict[str, str]:
+    """What the runs do not share: a word and the values, in their order."""
+    found = {word: [value(one) for one in summaries] for word, value in DIFFERENCES.items()}
+    return {word: ", ".join(values) for word, values in found.items() if len(set(values)) > 1}
+
+
+def answers_table(compared: Sequence[Compared]) -> Table | None:
     """The sufficient depth of each run and what it saves; else its best candidate, said so."""
-    rows = []
+    rows: list[Values] = []
     for name, summary, answer in compared:
         manifest = summary.run.manifest
-        data = f"{manifest.data.name}, {base_name(manifest.backbone.source)}"
-        depth = f"{answer.depth} of {answer.blocks}" if answer.depth else ""
-        best = f"best candidate: {depth}" if depth else ""
-        shown = Cell(depth) if answer.verdict == "shown" else Cell(answer.verdict, best)
-        small = answer.parameters
-        row: dict[str, Any] = {
-            "run": name, "verdict": answer.verdict, "depth": answer.depth,
-            "blocks": answer.blocks, "method": answer.method, "margin": answer.margin,
-            "parameters": small, "_run": Cell(name, data), "_depth": shown,
-            "_method": style.method_info(answer.method).label if answer.method else None,
-            "_parameters": None if small is None else style.percent(small, 0),
-            "kept": answer.kept or NOTHING,
-        }  # fmt: skip
-        for kind, ratio in (("inference", answer.inference), ("training", answer.training)):
-            row[kind] = ratio or NOTHING
-            number, interval, word = style.times_faster(ratio) if ratio else (style.NONE, "", "")
-            row[f"_{kind}"] = Cell(f"{number} {word}".strip(), interval)
-        ratios = [
-            point.ratio.get((FULL, summary.headline), NOTHING) for point in summary.of(SASREC)
-        ]
-        row |= {"sasrec": ratios[0] if ratios else NOTHING, "users": answer.users}
-        rows.append(row | {"seeds": len(summary.seeds_compared)})
+        ratios = [point.ratio.get((FULL, summary.headline)) for point in summary.of(SASREC)]
+        rows.append({
+            "run": name, "data": manifest.data.name,
+            "backbone": style.base_name(manifest.backbone.source), "verdict": answer.verdict,
+            "depth": answer.depth, "blocks": answer.blocks, "method": answer.method,
+            "margin": answer.margin, "parameters": answer.parameters,
+            "kept": answer.kept or NOTHING, "inference": answer.inference or NOTHING,
+            "training": answer.training or NOTHING, "sasrec": next(iter(ratios), None) or NOTHING,
+            "users": answer.users, "seeds": len(summary.seeds_compared),
+        })  # fmt: skip
+
+    def depth(row: Values) -> str:
+        found = f"{row['depth']} of {row['blocks']}" if row["depth"] else ""
+        best = f"\nbest candidate: {found}" if found else ""
+        return found if row["verdict"] == "shown" else row["verdict"] + best
+
     columns: list[Column] = [
-        ("run", "_run", plain), ("sufficient depth", "_depth", plain),
-        ("reached by", "_method", plain), ("accuracy kept", "kept", share),
-        ("parameters", "_parameters", plain), ("to serve", "_inference", plain),
-        ("to train", "_training", plain), ("SASRec of teacher's", "sasrec", share),
+        ("run", lambda row: f"{row['run']}\n{row['data']}, {row['backbone']}", plain),
+        ("sufficient depth", depth, plain),
+        ("reached by", "method", lambda method: style.method_info(method).label),
+        ("accuracy kept", "kept", style.in_percent),
+        ("parameters", "parameters", lambda share: style.percent(share, 0)),
+        ("to serve", "inference", style.times_faster), ("to train", "training", style.times_faster),
+        ("SASRec of teacher's", "sasrec", style.in_percent),
         ("test users", "users", plain), ("seeds", "seeds", plain),
     ]  # fmt: skip
     return make_table("answers", rows, columns, words=3)

@@ -17,7 +17,8 @@ from depthprobe.data.statistics import length_bins, popularity, top_shares
 from depthprobe.data.storage import Sequences
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
-from depthprobe.report.style import FORMATS, INK, MUTED, figure_style, percent, round_count
+from depthprobe.report.drawing import figure_style, rendered
+from depthprobe.report.style import INK, MUTED, percent, round_count
 from depthprobe.study import Protocol
 
 BARS, HELD_OUT = "#0069a8", "#c2500a"
@@ -55,9 +56,9 @@ def data_figure(sequences: Sequences, protocol: Protocol | None = None) -> Figur
 
 def save_data_figure(sequences: Sequences, path: Path, *, protocol: Protocol | None = None) -> Path:
     """Draw the figure into a .png (150 dpi), .svg or .pdf file, complete or not at all."""
-    kind, figure = path.suffix.lower().lstrip("."), data_figure(sequences, protocol)
-    with figure_style(), complete_file(path) as temporary:
-        figure.savefig(temporary, format=kind, **FORMATS[kind])
+    made = rendered(data_figure(sequences, protocol), path.suffix.lower().lstrip("."))
+    with complete_file(path) as temporary:
+        temporary.write_bytes(made)
     return path
 
 

@@ -1,15 +1,13 @@
-"""The figures of a report: each a function on a run that returns its Axes, and one table of them.
+"""The figures of a report: each a function on a run that returns its Axes.
 
 Every function takes a run, its folder or its :func:`summarise`, and draws into ``ax`` where one is
-given. A run's numbers take seconds to compute: for several figures, summarise it once. Beside each
-figure stands what its caption says, which is also what a screen reader reads; empty without data.
+given. A run's numbers take seconds to compute: for several figures, summarise it once. A figure
+returns its caption to the page, which a screen reader reads too; a run without data is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,19 +16,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.methods import base_of, method_order
-from depthprobe.report import style
+from depthprobe.report import drawing
 from depthprobe.report.block_figures import (
     ablation_changes,
-    ablation_reading,
     block_influence,
-    influence_reading,
     settling_depth,
-    settling_reading,
-    skip_reading,
     skip_sensitivity,
     span_map,
-    span_reading,
 )
+from depthprobe.report.drawing import FIGURES, Look, figure, need, scaled, without_bar
 from depthprobe.report.numbers import (
     FULL,
     POPULARITY,
@@ -40,13 +34,21 @@ from depthprobe.report.numbers import (
     as_summary,
     summarise,
 )
-from depthprobe.report.style import INK, MUTED, method_info, need
+from depthprobe.report.style import (
+    INK,
+    MUTED,
+    in_percent,
+    method_info,
+    round_count,
+    significant,
+    times,
+    with_bounds,
+)
 from depthprobe.report.tables import timed
 from depthprobe.study import ranges
 
 __all__ = [
     "FIGURES",
-    "FigureEntry",
     "ablation_changes",
     "accuracy_vs_cost",
     "accuracy_vs_depth",
@@ -60,7 +62,7 @@ __all__ = [
     "summarise",
 ]
 
-Curves = dict[str, list[Point]]  # by method, shallow to deep
+Curves = dict[str, list[tuple[Point, Interval]]]  # by method, shallow to deep
 
 # --- what is drawn ---------------------------------------------------------------------------
 
@@ -76,23 +78,21 @@ def shown_methods(summary: Summary) -> list[str]:
 
 
 def curves(summary: Summary, metric: str, *, kept: bool = False) -> Curves:
-    """Measured points of each method with a curve over depth; ``kept``: beside the teacher's."""
+    """What each method with a curve over depth reaches; ``kept``: as a share of the teacher's."""
     found: Curves = {}
     for method in shown_methods(summary):
         info = method_info(method)
-        points = [
-            point
-            for point in summary.of(method)
-            if (FULL, metric) in (point.ratio if kept else point.accuracy)
-        ]
-        if points and info.role not in ("baseline", "teacher") and not info.by_block:
-            found[method] = points
+        if info.role not in ("baseline", "teacher") and not info.by_block:
+            for point in summary.of(method):
+                value = (point.ratio if kept else point.accuracy).get((FULL, metric))
+                if value is not None:
+                    found.setdefault(method, []).append((point, value))
     return found
 
 
-def every(drawn: Mapping[str, Sequence[Point]]) -> list[Point]:
+def every(drawn: Curves) -> list[tuple[Point, Interval]]:
     """The points of all curves."""
-    return [point for points in drawn.values() for point in points]
+    return [pair for pairs in drawn.values() for pair in pairs]
 
 
 def mean(point: Point, metric: str) -> float:
@@ -100,108 +100,66 @@ def mean(point: Point, metric: str) -> float:
     return point.accuracy[FULL, metric].value
 
 
-def _depth_axis(ax: Axes, summary: Summary, points: Sequence[Point]) -> None:
+def _depth_axis(ax: Axes, summary: Summary, depths: Iterable[int]) -> None:
     """From the shallowest depth that is drawn, or 1, to the full backbone."""
-    depths = [1, *(point.depth for point in points)]
-    ax.set_xlim(min(depths) - 0.6, summary.blocks + 0.6)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    ax.set_xlabel("depth (blocks kept)")
+    ax.set_xlim(min([1, *depths]) - 0.6, summary.blocks + 0.6)
+    drawing.block_axis(ax.xaxis, "depth (blocks kept)", 12)
 
 
-def _draw_curves(ax: Axes, drawn: Curves, interval_of: Callable[[Point], Interval]) -> None:
-    """Each method's points with their intervals."""
-    for index, (name, points) in enumerate(drawn.items()):
-        look, depths = method_info(name), [point.depth for point in points]
-        style.draw_series(
-            ax, style.beside(depths, index, len(drawn)), [interval_of(point) for point in points],
-            look, linestyle=look.line, zorder=4,
-        )  # fmt: skip
+def _draw_curves(ax: Axes, summary: Summary, drawn: Curves, scale: float = 1) -> None:
+    """Each method's points with their intervals, over depth."""
+    for index, (name, pairs) in enumerate(drawn.items()):
+        look, depths = method_info(name), [point.depth for point, _ in pairs]
+        places = drawing.beside(depths, index, len(drawn))
+        values = [scaled(value, scale) for _, value in pairs]
+        drawing.draw_series(ax, places, values, look, linestyle=look.line, zorder=4)
+    _depth_axis(ax, summary, (point.depth for point, _ in every(drawn)))
 
 
 # --- accuracy against depth: as it is, and as a share of the teacher's -----------------------
 
 
-def accuracy_vs_depth(run: Source, *, metric: str | None = None, ax: Axes | None = None) -> Axes:
-    """Accuracy of every method against depth, the teacher and the baselines as bands.
-
-    Points are means over users and seeds; bars and bands are 95 % bootstrap intervals.
-    """
-    summary = as_summary(run)
-    metric = metric or summary.headline
-    with style.drawing(ax) as ax:
-        for point in summary.points:
-            value, look = point.value(metric), point.info
-            if look.role in ("baseline", "teacher") and value is not None:
-                low, high = style.limits([value])
-                ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
-                ax.axhline(
-                    value.value, color=look.colour, linestyle=look.line, linewidth=1.1, zorder=2,
-                    label=look.label,
-                )  # fmt: skip
-        drawn = curves(summary, metric)
-        _draw_curves(ax, drawn, lambda point: point.accuracy[FULL, metric])
-        _depth_axis(ax, summary, every(drawn))
-        ax.set_ylim(bottom=0)
-        ax.set_title(f"{metric} against depth")
-        style.legend(ax)
-    return ax
-
-
-def depth_reading(summary: Summary, metric: str) -> str:
-    """What accuracy against depth shows."""
-    points, teacher = every(curves(summary, metric)), summary.teacher
-    if not points:
-        return ""
-    said = [f"{metric} against depth."]
-    if teacher is not None and (value := teacher.value(metric)) is not None:
-        said.append(f"The teacher ({teacher.depth} blocks) reaches {style.with_bounds(value)}.")
-    depth = half = summary.blocks // 2
-    trained = [point for point in points if point.info.role == "trained" and point.depth <= half]
-    if trained:
-        best = max(trained, key=lambda point: mean(point, metric))
-        depth = best.depth
-        said.append(
-            f"The best trained model of at most {half} blocks is {best.name}: "
-            f"{style.with_bounds(best.accuracy[FULL, metric])}."
-        )
-    others = [p for p in points if p.depth == depth and p.info.role != "trained"]
-    controls = [point for point in others if point.info.role == "control"]
-    probes = [point for point in others if point.info.candidate]
-    if probes:
-        controls.append(max(probes, key=lambda point: mean(point, metric)))
-    for point in controls:
-        name = point.name[0].upper() + point.name[1:]
-        said.append(f"{name} reaches {style.with_bounds(point.accuracy[FULL, metric])}.")
-    return " ".join(said) + style.without_bar(p.accuracy[FULL, metric] for p in points)
-
-
+@figure("depth")
 def kept_vs_depth(
-    run: Source,
+    ax: Axes,
+    summary: Summary,
     *,
     metric: str | None = None,
     limits: tuple[float, float] | None = None,
     title: str | None = None,
-    ax: Axes | None = None,
-) -> Axes:
+) -> str:
     """Share of the teacher's accuracy against depth, with the margin; the scale is cut below.
 
     Bars are 95 % intervals of the paired ratio, which leave out what users have in common.
     ``limits`` are of the scale, in per cent; by default :func:`kept_limits` of this run.
     """
-    summary = as_summary(run)
-    metric = metric or summary.headline
-    with style.drawing(ax) as ax:
-        drawn, floor = curves(summary, metric, kept=True), 100 * (1 - summary.margin)
-        ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
-        ax.axhline(floor, color=MUTED, linewidth=1.1, linestyle="--", label=f"margin: {floor:g} %")
-        _draw_curves(ax, drawn, lambda point: style.scaled(point.ratio[FULL, metric]))
-        _depth_axis(ax, summary, every(drawn))
-        ax.set_ylim(limits or kept_limits(summary, metric=metric))
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
-        style.percent_axis(ax)
-        ax.set_title(title or f"Share of the teacher's {metric} kept")
-        style.legend(ax)
-    return ax
+    metric, floor = metric or summary.headline, 1 - summary.margin
+    drawn = curves(summary, metric, kept=True)
+    offered = [(point, share) for point, share in every(drawn) if point.info.candidate]
+    need(offered, summary, "a teacher and a shallower model")
+    ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
+    label = f"margin: {100 * floor:g} %"
+    ax.axhline(100 * floor, color=MUTED, linewidth=1.1, linestyle="--", label=label)
+    _draw_curves(ax, summary, drawn, 100)
+    ax.set_ylim(limits or kept_limits(summary, metric=metric))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
+    drawing.percent_axis(ax.yaxis)
+    drawing.finish(ax, title or f"Share of the teacher's {metric} kept")
+
+    rows = summary.sufficiency.rows if summary.sufficiency else ()
+    within, shown = (
+        ranges(sorted(depths)).replace("-", "–").replace(",", ", ") or "none"
+        for depths in (
+            {point.depth for point, share in offered if share.value >= floor},
+            {row.depth for row in rows if row.shown},
+        )
+    )
+    best, most = max(offered, key=lambda pair: pair[1].value)
+    return (
+        f"Depths whose mean keeps {100 * floor:g} % of the teacher's {metric}: {within}. Depths "
+        f"for which this is shown with confidence: {shown}. Of the candidates, {best.name} keeps "
+        f"the most: {in_percent(most)}.{without_bar(share for _, share in offered)}"
+    )
 
 
 LOWEST_KEPT = 0.85  # of the teacher: what an untrained model may stretch the scale to
@@ -209,37 +167,11 @@ LOWEST_KEPT = 0.85  # of the teacher: what an untrained model may stretch the sc
 
 def kept_limits(*summaries: Summary, metric: str | None = None) -> tuple[float, float]:
     """From where to where shares of the teachers' accuracy are drawn, in per cent."""
-    shares = [
-        (point.info.role == "trained", point.ratio[FULL, metric or one.headline])
-        for one in summaries
-        for point in every(curves(one, metric or one.headline, kept=True))
-    ]
+    pairs = [p for s in summaries for p in every(curves(s, metric or s.headline, kept=True))]
     # read-outs fall to nothing: only what is still in reach may widen the scale
-    reach = [style.scaled(s) for trained, s in shares if trained or s.low > LOWEST_KEPT]
-    low, high = style.limits(reach, 100.0, *(100 * (1 - one.margin) for one in summaries))
+    reach = [scaled(s) for p, s in pairs if p.info.role == "trained" or s.low > LOWEST_KEPT]
+    low, high = drawing.limits(reach, 100.0, *(100 * (1 - one.margin) for one in summaries))
     return low - 1.5, high + 1.5
-
-
-def kept_reading(summary: Summary, metric: str | None = None) -> str:
-    """Which depths are within the margin on the mean, and which are shown to be."""
-    metric = metric or summary.headline
-    points = [p for p in every(curves(summary, metric, kept=True)) if p.info.candidate]
-    if not points:
-        return ""
-    floor = 1 - summary.margin
-    within = {p.depth for p in points if p.ratio[FULL, metric].value >= floor}
-    rows = summary.sufficiency.rows if summary.sufficiency else ()
-    depths, shown = (
-        ranges(sorted(found)).replace("-", "–").replace(",", ", ") or "none"
-        for found in (within, {row.depth for row in rows if row.shown})
-    )
-    best = max(points, key=lambda point: point.ratio[FULL, metric].value)
-    return (
-        f"Depths whose mean keeps {100 * floor:g} % of the teacher's {metric}: {depths}. Depths "
-        f"for which this is shown with confidence: {shown}. The most is kept by {best.name}: "
-        f"{style.in_percent(best.ratio[FULL, metric])}."
-        f"{style.without_bar(point.ratio[FULL, metric] for point in points)}"
-    )
 
 
 def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
@@ -249,14 +181,62 @@ def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
     """
     summaries = [as_summary(run) for run in runs]
     limits = kept_limits(*summaries)
-    with style.figure_style():
-        size = (style.SIZE[0] * len(summaries), style.SIZE[1])
-        figure = Figure(figsize=size, layout="constrained")
-        axes: list[Axes] = list(figure.subplots(1, len(summaries), squeeze=False)[0])
+    with drawing.figure_style():
+        size = (drawing.SIZE[0] * len(summaries), drawing.SIZE[1])
+        panels = Figure(figsize=size, layout="constrained")
+        axes: list[Axes] = list(panels.subplots(1, len(summaries), squeeze=False)[0])
         for ax, summary in zip(axes, summaries, strict=True):
             kept_vs_depth(summary, limits=limits, title=summary.run.path.name, ax=ax)
         axes[0].set_ylabel(f"share of the teacher's {summaries[0].headline}")
     return axes
+
+
+@figure(
+    "depth",
+    accuracy_vs_depth_ndcg10={"metric": "NDCG@10"},
+    accuracy_vs_depth_hr10={"metric": "HR@10"},
+)
+def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) -> str:
+    """Accuracy of every method against depth, the teacher and the baselines as bands.
+
+    Points are means over users and seeds; bars and bands are 95 % intervals.
+    """
+    metric = metric or summary.headline
+    drawn, teacher = curves(summary, metric), summary.teacher
+    need(drawn, summary, "a method at some depth")
+    for point in summary.points:
+        value, look = point.value(metric), point.info
+        if look.role in ("baseline", "teacher") and value is not None:
+            low, high = drawing.limits([value])
+            ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
+            ax.axhline(
+                value.value, color=look.colour, linestyle=look.line, linewidth=1.1, zorder=2,
+                label=look.label,
+            )  # fmt: skip
+    _draw_curves(ax, summary, drawn)
+    ax.set_ylim(bottom=0)
+    drawing.finish(ax, f"{metric} against depth")
+
+    said = [f"{metric} against depth."]
+    if teacher is not None and (value := teacher.value(metric)) is not None:
+        said.append(f"The teacher ({teacher.depth} blocks) reaches {with_bounds(value)}.")
+    depth = half = summary.blocks // 2
+    points = [point for point, _ in every(drawn)]
+    trained = [point for point in points if point.info.role == "trained" and point.depth <= half]
+    if trained:
+        best = max(trained, key=lambda point: mean(point, metric))
+        depth = best.depth
+        said.append(
+            f"The best trained model of at most {half} blocks is {best.name}: "
+            f"{with_bounds(best.accuracy[FULL, metric])}."
+        )
+    others = [point for point in points if point.depth == depth]
+    probes = [point for point in others if point.info.role == "probe" and point.info.candidate]
+    controls = [point for point in others if point.info.role == "control"]
+    for point in controls + sorted(probes, key=lambda point: mean(point, metric))[-1:]:
+        name = point.name[0].upper() + point.name[1:]
+        said.append(f"{name} reaches {with_bounds(point.accuracy[FULL, metric])}.")
+    return " ".join(said) + without_bar(value for _, value in every(drawn))
 
 
 # --- accuracy against what it costs, and how much faster a shallower model is ----------------
@@ -265,10 +245,6 @@ COSTS = {
     "parameters": ("parameters", "parameters in all"),
     "inference": ("inference time", "milliseconds a batch, encoding and scoring"),
     "training": ("training time", "milliseconds a training step"),
-}
-KINDS = {
-    "inference": style.Look("to serve", "#0069a8", "s"),
-    "training": style.Look("to train", "#c2500a", "o"),
 }
 
 
@@ -294,152 +270,99 @@ def pareto_front(points: Iterable[Point], cost: str, metric: str) -> list[Point]
     return front
 
 
+@figure(
+    "pareto",
+    accuracy_vs_parameters={"cost": "parameters"},
+    accuracy_vs_inference_time={"cost": "inference"},
+    accuracy_vs_training_time={"cost": "training"},
+)
 def accuracy_vs_cost(
-    run: Source, *, cost: str = "parameters", metric: str | None = None, ax: Axes | None = None
-) -> Axes:
+    ax: Axes, summary: Summary, *, cost: str = "parameters", metric: str | None = None
+) -> str:
     """Accuracy against "parameters", "inference" or "training" time, with the Pareto front.
 
     Vertical bars are 95 % intervals of accuracy, horizontal bars the quartiles of the timing
     rounds. A number beside a point of the front is its depth.
     """
-    summary = as_summary(run)
-    title, label = COSTS[cost]
-    metric = metric or summary.headline
+    metric, (name, label) = metric or summary.headline, COSTS[cost]
     points = priced(summary, cost, metric)
-    need(points, summary, f"{title} of a model")
-    with style.drawing(ax) as ax:
-        for method in dict.fromkeys(point.method for point in points):
-            own = [point for point in points if point.method == method]
-            times = [point.time[cost] for point in own if cost in point.time]
-            style.draw_series(
-                ax, [point.cost(cost) or 0 for point in own],
-                [point.accuracy[FULL, metric] for point in own], method_info(method),
-                xerr=style.bars(times) if times else None, linestyle="none",
-            )  # fmt: skip
-        front = pareto_front(points, cost, metric)
-        ax.plot(
-            [point.cost(cost) or 0 for point in front], [mean(point, metric) for point in front],
-            drawstyle="steps-post", color=INK, linewidth=1, alpha=0.4, zorder=1,
-            label="Pareto front" if len(front) > 1 else "_alone",
+    need(len(points) > 1, summary, f"the {name} of two models")
+    for method in dict.fromkeys(point.method for point in points):
+        own = [point for point in points if point.method == method]
+        spread = [point.time[cost] for point in own if cost in point.time]
+        drawing.draw_series(
+            ax, [point.cost(cost) or 0 for point in own],
+            [point.accuracy[FULL, metric] for point in own], method_info(method),
+            xerr=drawing.bars(spread) if spread else None, linestyle="none",
         )  # fmt: skip
-        for point in front:  # above and left of a point of the front there is no other point
-            if point.depth:
-                ax.annotate(
-                    str(point.depth), (point.cost(cost) or 0, mean(point, metric)), (-5, 4),
-                    textcoords="offset points", ha="right", fontsize=8,
-                )  # fmt: skip
-        costs = [point.cost(cost) or 0 for point in points]
-        if max(costs) >= 4 * min(costs):
-            ax.set_xscale("log")
-            ax.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
-            style.log_ticks(ax.xaxis, style.round_count, wide=max(costs) >= 100 * min(costs))
-        else:
-            ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.round_count(value)))
-        # no bars to compare with zero: the scale follows the points, or they would lie on a line
-        low, high = style.limits(point.accuracy[FULL, metric] for point in points)
-        gap = 0.15 * (high - low) or 0.5
-        ax.set_ylim(max(0.0, low - gap), high + gap)
-        ax.set_xlabel(label)
-        ax.set_title(f"{metric} against {title}")
-        style.legend(ax)
-    return ax
-
-
-def cost_reading(summary: Summary, cost: str, metric: str | None = None) -> str:
-    """Which points are on the Pareto front; empty for less than two points."""
-    metric = metric or summary.headline
-    points = priced(summary, cost, metric)
-    if len(points) < 2:
-        return ""
-    front = ", ".join(point.name for point in pareto_front(points, cost, metric))
+    front = pareto_front(points, cost, metric)
+    places = [(point.cost(cost) or 0, mean(point, metric)) for point in front]
+    ax.plot(
+        *zip(*places, strict=True), drawstyle="steps-post", color=INK, linewidth=1, alpha=0.4,
+        zorder=1, label="Pareto front" if len(front) > 1 else "_alone",
+    )  # fmt: skip
+    for point, place in zip(front, places, strict=True):
+        if point.depth:  # above and left of a point of the front there is no other point
+            ax.annotate(
+                str(point.depth), place, (-5, 4), textcoords="offset points", ha="right", fontsize=8
+            )
+    costs = [point.cost(cost) or 0 for point in points]
+    if max(costs) >= 4 * min(costs):
+        ax.set_xscale("log")
+        ax.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+        drawing.log_ticks(ax.xaxis, round_count, wide=max(costs) >= 100 * min(costs))
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: round_count(value)))
+    # no bars to compare with zero: the scale follows the points, or they would lie on a line
+    low, high = drawing.limits(point.accuracy[FULL, metric] for point in points)
+    gap = 0.15 * (high - low) or 0.5
+    ax.set_ylim(max(0.0, low - gap), high + gap)
+    ax.set_xlabel(label)
+    drawing.finish(ax, f"{metric} against {name}")
     return (
-        f"{metric} against {COSTS[cost][0]}. On the means, no other model is both cheaper and more "
-        f"accurate than these: {front}."
-        f"{style.without_bar(point.accuracy[FULL, metric] for point in points)}"
+        f"{metric} against {name}. On the means, no other model is both cheaper and more accurate "
+        f"than these: {', '.join(point.name for point in front)}."
+        f"{without_bar(point.accuracy[FULL, metric] for point in points)}"
     )
 
 
-def speed_vs_depth(run: Source, *, ax: Axes | None = None) -> Axes:
+KINDS = {
+    "inference": Look("to serve", "#0069a8", "s"),
+    "training": Look("to train", "#c2500a", "o"),
+}
+
+
+@figure("cost")
+def speed_vs_depth(ax: Axes, summary: Summary) -> str:
     """How many times faster than at full depth a model is served and trained, by depth.
 
     Bars are 95 % intervals of the median over paired rounds. The dotted line is what it would be
     if time were blocks alone; what stays below it is spent on embeddings, head and scoring.
     """
-    summary = as_summary(run)
-    points = {kind: timed(summary, kind) for kind in KINDS}
-    need(every(points), summary, "times of a depth and the teacher")
-    with style.drawing(ax) as ax:
-        blocks, first = summary.blocks, min(point.depth for point in every(points))
-        for index, (kind, look) in enumerate(KINDS.items()):
-            if points[kind]:
-                places = style.beside([point.depth for point in points[kind]], index, 2, 0.16)
-                style.draw_series(ax, places, [p.speed[kind] for p in points[kind]], look)
-        ideal = np.linspace(first, blocks, 100)
-        ax.plot(ideal, blocks / ideal, ":", color=MUTED, linewidth=1.1, label="blocks alone")
-        ax.axhline(1, color=INK, linewidth=0.9)
-        speeds = [point.speed[kind] for kind, own in points.items() for point in own]
-        low, high = style.limits(speeds, blocks / first)
-        ax.set_yscale("log")
-        ax.set_ylim(min(0.85, 0.95 * low) if low > 0 else 0.5, 1.15 * high)
-        style.log_ticks(ax.yaxis, lambda value: f"{value:g}\u00d7")
-        _depth_axis(ax, summary, every(points))
-        ax.set_title("Times faster than at full depth")
-        style.legend(ax)
-    return ax
-
-
-def speed_reading(summary: Summary) -> str:
-    """How much faster the shallowest depth is."""
-    points = {kind: timed(summary, kind) for kind in KINDS}
-    said = []
-    for kind, look in KINDS.items():
-        if points[kind]:
-            first = points[kind][0]
+    speeds: Mapping[str, dict[int, Interval]] = {
+        kind: {depth: point.speed[kind] for depth, point in timed(summary, kind).items()}
+        for kind in KINDS
+    }
+    depths = [depth for own in speeds.values() for depth in own]
+    need(depths, summary, "times of a depth and the teacher")
+    blocks, first, said = summary.blocks, min(depths), []
+    for index, (kind, look) in enumerate(KINDS.items()):
+        if own := speeds[kind]:
+            drawing.draw_series(ax, drawing.beside(own, index, 2, 0.16), [*own.values()], look)
+            depth, speed = next(iter(own.items()))
             said.append(
-                f"At depth {first.depth} a model is {' '.join(style.times(first.speed[kind]))} as "
-                f"fast {look.label} as at full depth; blocks alone would give "
-                f"{style.significant(summary.blocks / first.depth)}\u00d7."
+                f"At depth {depth} a model is {times(speed)} as fast {look.label} as at "
+                f"full depth; blocks alone would give {significant(blocks / depth)}\u00d7."
             )
+    ideal = np.linspace(first, blocks, 100)
+    ax.plot(ideal, blocks / ideal, ":", color=MUTED, linewidth=1.1, label="blocks alone")
+    ax.axhline(1, color=INK, linewidth=0.9)
+    every_speed = [speed for own in speeds.values() for speed in own.values()]
+    low, high = drawing.limits(every_speed, blocks / first)
+    ax.set_yscale("log")
+    ax.set_ylim(min(0.85, 0.95 * low) if low > 0 else 0.5, 1.15 * high)
+    drawing.log_ticks(ax.yaxis, lambda value: f"{value:g}\u00d7")
+    _depth_axis(ax, summary, depths)
+    drawing.finish(ax, "Times faster than at full depth")
     return " ".join(said)
-
-
-# --- the figures of the page -----------------------------------------------------------------
-
-
-class FigureEntry(NamedTuple):
-    """A figure of the page: where it stands, how it is drawn, what it shows.
-
-    ``reading`` is caption and spoken label, empty where there is no data; both functions take the
-    run's summary and what was ``chosen``.
-    """
-
-    name: str
-    section: str
-    draw: Callable[..., Axes]
-    reading: Callable[..., str]
-    chosen: Mapping[str, str] = MappingProxyType({})
-
-
-FIGURES = (
-    FigureEntry("kept_vs_depth", "depth", kept_vs_depth, kept_reading),
-    *(
-        FigureEntry(f"accuracy_vs_depth_{name}", "depth", accuracy_vs_depth, depth_reading, chosen)
-        for name, chosen in (("ndcg10", {"metric": "NDCG@10"}), ("hr10", {"metric": "HR@10"}))
-    ),
-    *(
-        FigureEntry(
-            f"accuracy_vs_{name.replace(' ', '_')}", "pareto", accuracy_vs_cost, cost_reading,
-            {"cost": cost},
-        )
-        for cost, (name, _) in COSTS.items()
-    ),
-    FigureEntry("skip_sensitivity", "blocks", skip_sensitivity, skip_reading),
-    FigureEntry("block_influence", "blocks", block_influence, influence_reading),
-    FigureEntry("span_damage", "maps", span_map, span_reading, {"score": "damage"}),
-    FigureEntry("angular_distance", "maps", span_map, span_reading, {"score": "angular-distance"}),
-    FigureEntry("cka", "maps", span_map, span_reading, {"score": "cka"}),
-    FigureEntry("settling_depth", "hurt", settling_depth, settling_reading),
-    FigureEntry("ablation_changes", "ablation", ablation_changes, ablation_reading),
-    FigureEntry("speed_vs_depth", "cost", speed_vs_depth, speed_reading),
-)  # fmt: skip

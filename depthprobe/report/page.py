@@ -12,12 +12,12 @@ from markupsafe import Markup, escape
 
 from depthprobe.files import complete_file
 from depthprobe.methods import METHODS, base_of
+from depthprobe.report import style
 from depthprobe.report.answer import build_answer
-from depthprobe.report.facts import conditions, how_measured, negatives_of
+from depthprobe.report.drawing import FORMATS, NoData, save_figure
 from depthprobe.report.figures import FIGURES
 from depthprobe.report.numbers import Source, Summary, as_summary
 from depthprobe.report.reliance import reliance_table
-from depthprobe.report.style import FORMATS, save_figure
 from depthprobe.report.tables import all_tables, save_table
 
 # In the order of reading: id, title, tables. A section without a figure or table is left out.
@@ -45,29 +45,26 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
         BadInput: if the path is no run.
     """
     summary = as_summary(run)
-    folder, manifest = summary.run.path, summary.run.manifest
-    tables = all_tables(summary)
+    folder, tables = summary.run.path, all_tables(summary)
     if reliance := reliance_table(summary):
         tables["reliance"] = reliance
     for table in tables.values():
         save_table(table, folder / "tables")
     figures = _figures(summary, folder / "figures")
-    methods = {base_of(point.method) for point in summary.points}
+    sections = [
+        (name, title)
+        for name, title, needed in SECTIONS
+        if needed is None or name in figures or any(table in tables for table in needed)
+    ]
     page = environment().get_template("report.html.j2").render(
-        study=summary.run.study.name,
-        answer=build_answer(summary),
-        conditions=conditions(summary),
-        sections=[
-            (name, title)
-            for name, title, needed in SECTIONS
-            if needed is None or name in figures or any(table in tables for table in needed)
-        ],
-        figures=figures, tables=tables,
-        facts=how_measured(summary), negatives=negatives_of(summary.run.study),
-        command=manifest.command or "", created=manifest.created[:10],
-        methods=[method for name, method in METHODS.items() if name in methods],
+        summary=summary, answer=build_answer(summary), sections=sections, figures=figures,
+        tables=tables, methods={base_of(point.method) for point in summary.points},
     )  # fmt: skip
-    target = Path(output) if output is not None else folder / "report.html"
+    return write_page(page, Path(output) if output is not None else folder / "report.html")
+
+
+def write_page(page: str, target: Path) -> Path:
+    """Write a page, complete or not at all; returns its path."""
     with complete_file(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return target
@@ -80,22 +77,26 @@ def environment() -> Environment:
         autoescape=True, loader=PackageLoader("depthprobe.report"), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.filters["unbroken"] = _unbroken
+    made.globals["METHODS"] = METHODS
+    made.filters |= {
+        "unbroken": _unbroken, "number": _number, "count": style.count, "duration": _duration,
+        "percent": style.plain_percent, "base_name": style.base_name,
+    }  # fmt: skip
     return made
 
 
 def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]]]:
     """Draw and save what there is data for; by section, the SVG and its caption."""
     sections: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in FIGURES:
-        reading = entry.reading(summary, **entry.chosen)
-        if not reading:
+    for name, entry in FIGURES.items():
+        try:
+            ax, caption = entry.drawn(summary)
+        except NoData:
             for suffix in FORMATS:  # an older report of this run may have left them
-                (folder / f"{entry.name}.{suffix}").unlink(missing_ok=True)
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
             continue
-        svg = save_figure(entry.draw(summary, **entry.chosen), folder / entry.name)
-        picture = inline_svg(svg, entry.name, label=reading)
-        sections.setdefault(entry.section, []).append({"svg": picture, "caption": reading})
+        picture = inline_svg(save_figure(ax, folder / name), name, label=caption)
+        sections.setdefault(entry.section, []).append({"svg": picture, "caption": caption})
     return sections
 
 
@@ -121,6 +122,21 @@ def inline_svg(svg: str, name: str, *, label: str) -> Markup:
 
 def _unbroken(text: str) -> str:
     """Keeps a number and its unit on one line, and an interval in one piece; minus signs."""
-    text = re.sub(r"(?<![\w.-])-(?=\d)", "\u2212", text)
-    text = re.sub(r"(?<=\d) (?=(%|ms|s|k|M|B)\b|%)", "\u00a0", text)
-    return re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\u00a0"), text)
+    broken = str(text)
+    broken = re.sub(r"(?<![\w.-])-(?=\d)", "\u2212", broken)
+    broken = re.sub(r"(?<=\d) (?=(%|ms|s|k|M|B)\b|%)", "\u00a0", broken)
+    return type(text)(re.sub(r"\[[^\]]*\]", lambda m: m[0].replace(" ", "\u00a0"), broken))
+
+
+def _number(value: object) -> str:
+    """Numbers as a reader writes them."""
+    if isinstance(value, float):
+        return style.significant(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = ((hours, "h"), (minutes, "min"), (rest if not hours else 0, "s"))
+    return " ".join(f"{value} {unit}" for value, unit in parts if value)

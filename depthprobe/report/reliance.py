@@ -26,7 +26,7 @@ from depthprobe.report.numbers import (
     as_summary,
     span_of,
 )
-from depthprobe.report.tables import Column, Table, correlation, label, make_table, plain, records
+from depthprobe.report.tables import Column, Table, label, make_table, plain, records
 
 Span = tuple[int, int]  # [start, end)
 OF_PARTS = {  # scores of parts of blocks: which part, and what it is called
@@ -90,10 +90,14 @@ def reliance_table(run: Source) -> Table | None:
     columns: list[Column] = [
         ("candidates", "candidate", plain), ("damage by", "by", label),
         ("cheap score", "score", plain), ("seed", "seed", plain), ("number", "candidates", plain),
-        ("damage's reliability", "reliability", correlation), ("Spearman", "spearman", correlation),
-        ("Kendall", "kendall", correlation),
+        ("damage's reliability", "reliability", _two_digits), ("Spearman", "spearman", _two_digits),
+        ("Kendall", "kendall", _two_digits),
     ]  # fmt: skip
     return make_table("reliance", rows, columns, words=3, group="group", frame=frame)
+
+
+def _two_digits(value: Interval) -> str:
+    return style.with_bounds(value, 2)
 
 
 def _questions(summary: Summary, seed: int) -> Iterator[_Question]:

@@ -11,18 +11,14 @@ from matplotlib.container import ErrorbarContainer
 
 from depthprobe.report.block_figures import (
     ablation_changes,
-    ablation_reading,
     block_influence,
-    influence_reading,
     settling_depth,
-    settling_reading,
     skip_changes,
-    skip_reading,
     skip_sensitivity,
     span_cells,
     span_map,
-    span_reading,
 )
+from depthprobe.report.drawing import FIGURES
 from depthprobe.report.numbers import Summary
 from depthprobe.report.tables import ablation_table
 
@@ -31,15 +27,21 @@ def lines(ax: Axes) -> dict[str, Any]:
     return {c.get_label(): c.lines[0] for c in ax.containers if isinstance(c, ErrorbarContainer)}
 
 
+def caption(name: str, summary: Summary) -> str:
+    return FIGURES[name].drawn(summary)[1]
+
+
 def test_skip_sensitivity_has_every_block(summary: Summary) -> None:
     drawn = lines(skip_sensitivity(summary))
     assert set(drawn) == {"whole block", "attention left out", "MLP left out"}
-    points, changes = drawn["whole block"], skip_changes(summary)["skip"]
+    points, changes = drawn["whole block"], skip_changes(summary, "NDCG@10")["skip"]
     assert np.round(points.get_xdata()).tolist() == list(range(12))
-    values = [100 * change.value for _, change in changes]
+    values = [100 * change.value for change in changes.values()]
     assert points.get_ydata() == pytest.approx(values)
     assert int(np.argmin(values)) == 0  # as it was made up
-    assert skip_reading(summary).startswith("Block 0 costs the most when it is left out")
+    assert caption("skip_sensitivity", summary).startswith(
+        "Block 0 costs the most when it is left out"
+    )
 
 
 def test_damage_of_a_span_is_the_share_that_is_lost(run: Any, summary: Summary) -> None:
@@ -67,10 +69,10 @@ def test_maps_name_the_span_that_changes_least(summary: Summary) -> None:
     means = frame[frame["score"] == "angular-distance"].groupby(["start", "end"])["value"].mean()
     wide = {span: value for span, value in means.items() if span[1] - span[0] > 1}
     start, end = min(wide, key=lambda span: wide[span])
-    reading = span_reading(summary, "angular-distance")
+    reading = caption("angular_distance", summary)
     assert f"blocks {start} to {end - 1} turn the state least" in reading
-    assert "CKA" in span_reading(summary, "cka")
-    assert "blocks" in span_reading(summary, "damage")
+    assert "CKA" in caption("cka", summary)
+    assert "blocks" in caption("span_damage", summary)
 
 
 def test_influence_is_the_mean_over_teachers(summary: Summary) -> None:
@@ -78,7 +80,9 @@ def test_influence_is_the_mean_over_teachers(summary: Summary) -> None:
     expected = [0.9, *(0.01 * block for block in range(2, 13))]
     assert drawn["the block"].get_ydata().tolist() == pytest.approx(expected)
     assert set(drawn) == {"the block", "its attention", "its MLP"}
-    assert influence_reading(summary).startswith("Block 0 turns the state most (0.90). Block 1 ")
+    assert caption("block_influence", summary).startswith(
+        "Block 0 turns the state most (0.90). Block 1 "
+    )
 
 
 def test_settled_users_are_counted(summary: Summary) -> None:
@@ -87,7 +91,7 @@ def test_settled_users_are_counted(summary: Summary) -> None:
     assert curve[8] == pytest.approx(100 * (frame["set_settled"] <= 8).mean())
     assert np.all(np.diff(curve) >= 0)
     lost = ((frame["best_rank"] <= 10) & (frame["final_rank"] > 10)).mean()
-    text = settling_reading(summary)
+    text = caption("settling_depth", summary)
     assert f"{100 * frame['overthinking'].mean():.1f} % [" in text
     assert f"{100 * lost:.1f} % [" in text
 
@@ -98,4 +102,6 @@ def test_ablation_draws_the_table(summary: Summary) -> None:
     expected = 100 * (table.frame["ratio"].dropna() - 1)
     bars = [c for c in ablation_changes(summary).containers if isinstance(c, ErrorbarContainer)]
     assert [float(c.lines[0].get_xdata()[0]) for c in bars] == pytest.approx(expected.tolist())
-    assert ablation_reading(summary).startswith(f"Of {len(bars)} comparisons with fine-tuning")
+    assert caption("ablation_changes", summary).startswith(
+        f"Of {len(bars)} comparisons with fine-tuning"
+    )

@@ -73,7 +73,7 @@ def test_every_section_figure_and_table_is_there(page: Page, run: Any) -> None:
     ]
     assert len(page.all("svg")) == len(FIGURES)
     assert {path.name for path in (run.path / "figures").iterdir()} == {
-        f"{entry.name}.{suffix}" for entry in FIGURES for suffix in ("svg", "png", "pdf")
+        f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "png", "pdf")
     }
     names = ("methods", "methods_sampled", "trials", "ablation", "slices", "lists", "reliance",
              "left_out", "cost")  # fmt: skip

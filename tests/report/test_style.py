@@ -10,11 +10,11 @@ import pytest
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.methods import METHODS
+from depthprobe.report.drawing import figure_style
 from depthprobe.report.style import (
     accuracy,
     bounds,
     count,
-    figure_style,
     method_info,
     percent,
     round_count,
@@ -41,18 +41,18 @@ def test_metrics_and_shares() -> None:
     assert accuracy(0.0486321) == "0.0486"
     assert accuracy(None) == "–"
     assert percent(0.9921) == "99.2 %"
-    assert bounds(Interval(0.99, 0.981, 1.003), scale=100, digits=1) == "[98.1, 100.3]"
-    assert bounds(Interval(0.05, math.nan, math.nan)) == ""
+    assert bounds(Interval(0.99, 0.981, 1.003), 1, scale=100) == "[98.1, 100.3]"
+    assert bounds(Interval(0.05, math.nan, math.nan), 4) == ""
     # near zero an end still shows its side
-    assert bounds(Interval(0.1, -0.00004, 0.0026), digits=4) == "[-0.00004, 0.0026]"
-    assert bounds(Interval(-0.002, -0.0043, 0.000003), digits=4) == "[-0.0043, 0.000003]"
-    assert bounds(Interval(0.0, -1e-12, 0.0), digits=4) == "[0.0000, 0.0000]"
+    assert bounds(Interval(0.1, -0.00004, 0.0026), 4) == "[-0.00004, 0.0026]"
+    assert bounds(Interval(-0.002, -0.0043, 0.000003), 4) == "[-0.0043, 0.000003]"
+    assert bounds(Interval(0.0, -1e-12, 0.0), 4) == "[0.0000, 0.0000]"
 
 
 def test_a_speed_is_said_only_as_far_as_its_interval_goes() -> None:
-    assert times_faster(Interval(4.0, 3.9, 4.1)) == ("4.0×", "[3.9, 4.1]", "faster")
-    assert times_faster(Interval(0.5, 0.4, 0.8)) == ("2.00×", "[1.25, 2.50]", "slower")
-    assert times_faster(Interval(1.02, 0.99, 1.05)) == ("about as fast", "[0.99, 1.05]", "")
+    assert times_faster(Interval(4.0, 3.9, 4.1)) == "4.0× faster [3.9, 4.1]"
+    assert times_faster(Interval(0.5, 0.4, 0.8)) == "2.00× slower [1.25, 2.50]"
+    assert times_faster(Interval(1.02, 0.99, 1.05)) == "about as fast [0.99, 1.05]"
 
 
 def test_methods_differ_in_marker_and_colour() -> None:

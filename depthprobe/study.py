@@ -51,6 +51,7 @@ NOT_DECIDING = frozenset(
     {
         *("name", "device", "cache", "methods", "slurm", "tracking"),
         *("protocol.user_slices", "protocol.item_slices", "cost.seconds"),
+        *("protocol.margin", "protocol.level", "protocol.metric", "protocol.resamples"),
     }
 )
 VARIANT_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -355,12 +356,19 @@ class Protocol(Checked):
     #: groups by the item that is asked for, each ``FILE:COLUMN`` of a table of items.
     item_slices: tuple[str, ...] = ()
     validation_users: Count = 4096  #: so many at most choose the best epoch.
-    #: the relative loss of NDCG@10 that is acceptable.
+    #: the relative loss of ``metric`` that is acceptable.
     margin: Annotated[float, Meta(gt=0, lt=1)] = 0.01
+    #: the confidence of the verdict and of all intervals.
+    level: Annotated[float, Meta(gt=0, lt=1)] = 0.95
+    #: what the verdict is about: any ``HR@K``, ``NDCG@K``, or ``MRR``; a training always stops by
+    #: validation NDCG@10.
+    metric: str = "NDCG@10"
     resamples: Annotated[int, Meta(ge=100, le=1_000_000)] = 1000  #: draws of the bootstrap.
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"MRR|(HR|NDCG)@[1-9][0-9]{0,5}", self.metric):
+            raise BadInput("metric", self.metric, "HR@K or NDCG@K, K from 1, or MRR")
         if len(self.split_at) != 2:
             allowed = "where validation and test begin: two dates, or two quantiles as 0.8,0.9"
             raise BadInput("split_at", ",".join(self.split_at), allowed)

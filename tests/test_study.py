@@ -90,6 +90,8 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ('item_table = "random"', ["item_table", "'random'", "learned"]),
         ("item_width = 0", ["item_width", "0", "at least 1"]),
         ("[backbone]\ntrust_remote_code = true", ["backbone.revision", "pinned"]),
+        ('[protocol]\nmetric = "NDCG@0"', ["protocol.metric", "'NDCG@0'", "HR@K or NDCG@K"]),
+        ("[protocol]\nlevel = 1.0", ["protocol.level", "1.0", "below 1"]),
         ("[sasrec]\nheads = 3", ["sasrec.width", "64", "3"]),
         ("layers = ", ["study", "TOML"]),
     ],
@@ -307,6 +309,8 @@ def test_tables_of_a_study_file(tmp_path: Path) -> None:
 def test_a_run_may_go_on_elsewhere_and_be_tracked_otherwise() -> None:
     study = Study()
     other = override(study, **{"slurm.gpus": 0, "tracking.to": ("wandb",)})
+    asked = {"protocol.margin": 0.02, "protocol.level": 0.9, "protocol.metric": "HR@20"}
+    other = override(other, **asked, **{"protocol.resamples": 500})
     assert other != study
     assert other.digest() == study.digest()
     assert differences(study, other) == []

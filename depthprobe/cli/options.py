@@ -24,7 +24,7 @@ def option(metavar: str, help: str, **more: Any) -> Any:
     return typer.Option(metavar=metavar, help=help, **more)
 
 
-def _parser(kind: type, what: str) -> Callable[[str], Any]:
+def _parser(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             return kind(text)
@@ -34,7 +34,12 @@ def _parser(kind: type, what: str) -> Callable[[str], Any]:
     return parse
 
 
+def _share(text: str) -> float:
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
 whole, number = _parser(int, "whole number"), _parser(float, "number")
+share = _parser(_share, "share such as 2% or 0.02")
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,11 @@ class Flag:
     metavar: str
     help: str
     kind: type = str  # of the value; ``tuple`` for a list with commas
+    parser: Callable[[str], Any] | None = None
 
     def parameter(self, name: str) -> Parameter:
         """What typer reads from a command's signature."""
-        parser = {int: whole, float: number}.get(self.kind)
+        parser = self.parser or {int: whole, float: number}.get(self.kind)
         kind = str if self.kind is tuple else self.kind
         hint = Annotated[kind | None, option(self.metavar, self.help, parser=parser)]  # type: ignore[valid-type]
         return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=hint)
@@ -74,20 +80,28 @@ SPLIT = {
     "split": Flag("protocol.split", "leave-one-out|temporal|given", "What trains, what tests."),
     "split_at": Flag("protocol.split_at", "V,T", "Where validation and test begin.", tuple),
 }
+VERDICT = {  # what is made of a run's ranks, whenever it is asked
+    "margin": Flag(
+        "protocol.margin", "M", "The loss that is acceptable: 2% or 0.02.", float, share
+    ),
+    "level": Flag("protocol.level", "P", "The confidence of intervals: 95% or 0.95.", float, share),
+    "metric": Flag("protocol.metric", "HR@K|NDCG@K|MRR", "What the verdict is about."),
+}
 SWEEP = {
     "data": Flag("data.source", "D", "A log, a prepared folder, a public set, or embedded."),
     "backbone": Flag("backbone.source", "B", "A folder, a Hugging Face id, or embedded."),
     "revision": Flag("backbone.revision", "REV", "The branch, tag or commit of a Hugging Face id."),
     "layers": Flag("layers", "DEPTHS", "Depths: 1,2,4 or 1-12 or all or auto."),
     "methods": Flag("methods", "NAMES", "Of those below; also heal:ends and the like.", tuple),
-    "seeds": Flag("seeds", "N", "How many seeds.", int),
-    "epochs": Flag("recipe.epochs", "N", "At most so many epochs a training.", int),
+    "seeds": Flag("seeds", "N", "How many seeds; a run with fewer gets the others.", int),
+    "epochs": Flag("recipe.epochs", "N", "At most so many; SASRec keeps its own.", int),
     "device": Flag("device", "auto|cpu|cuda|mps", "Where to compute."),
     "budget": Flag("budget", "steps|compute", "What all trainings have the same of."),
     "cache": Flag("cache", "DIR", "Take equal trainings of other runs from there, leave new ones."),
     "tuning": Flag("backbone.tuning", "full|lora|frozen", "What of the blocks is trained."),
     "item_embeddings": Flag("item_table", "FILE.npy|text|learned|sasrec", "The item table."),
     **SPLIT,
+    **VERDICT,
     "name": Flag("name", "NAME", "The study's name."),
 }
 FLAGS = LOG | SWEEP

@@ -5,36 +5,49 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from depthprobe.cli.options import check_output_file, option
+from depthprobe.cli.options import VERDICT, apply_flags, check_output_file, option, takes_flags
 from depthprobe.cli.terminal import show_table
 from depthprobe.errors import BadInput, check_writable
+from depthprobe.study import Study
 
 STATES = ("done", "failed", "working", "left")
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that sweep wrote.")]
 
 
+@takes_flags(VERDICT)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that sweep wrote.")],
     output: Annotated[
         Path | None,
         option("FILE", "The page [default: RUN/report.html; comparison.html beside several runs]."),
     ] = None,
+    **flags: Any,
 ) -> None:
-    """The HTML report, figures, CSV, Markdown and LaTeX tables of a run; or runs side by side."""
-    check_output_file(output)
+    """The HTML report, figures, CSV, Markdown and LaTeX tables of a run; or runs side by side.
 
-    if len(runs) > 1:
+    Margin, level and metric are the study's by default; with others all is computed again from the
+    users' ranks.
+    """
+    check_output_file(output)
+    apply_flags(Study(), **flags)  # refuses what a study can't say
+
+    from depthprobe.runs.store import open_run
+
+    opened = [open_run(run) for run in runs]
+    for run in opened:
+        run.study = apply_flags(run.study, **flags)
+    if len(opened) > 1:
         from depthprobe.report.comparison import build_comparison
 
-        print(build_comparison(runs, output))
-        return
-    from depthprobe.report.page import build_report
+        print(build_comparison(opened, output))
+    else:
+        from depthprobe.report.page import build_report
 
-    print(build_report(runs[0], output))
+        print(build_report(opened[0], output))
 
 
 def status(run: Run) -> None:

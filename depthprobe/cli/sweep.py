@@ -95,6 +95,9 @@ def sweep(
     chosen = restrict(chosen, str(context.info_name), strict=flags["methods"] is not None)
     folder = default_output(chosen) if output is None else output
     check_writable("output", folder)
+    if flags["epochs"] is not None and "sasrec" in {*chosen.methods, chosen.item_table}:
+        own = f"SASRec keeps its own {chosen.sasrec.recipe.epochs} (sasrec.recipe.epochs)"
+        print(f"--epochs is of the recommenders; {own}", file=sys.stderr)
     if dry:
         return dry_run(chosen, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
     command = shlex.join(["depthprobe", *context.obj])  # as typed

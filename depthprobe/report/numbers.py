@@ -410,8 +410,8 @@ def summarise(
     Args:
         run: an open run or its folder.
         margin: the relative loss that is acceptable; the study's by default.
-        level: the confidence of the answer and of all intervals, 0.95 by default.
-        headline: the metric of the answer: any HR@K or NDCG@K, or MRR; NDCG@10 by default.
+        level: the confidence of the answer and of all intervals; the study's by default.
+        headline: the metric of the answer: any HR@K or NDCG@K, or MRR; the study's by default.
 
     Raises:
         BadInput: if the path is no run.
@@ -423,7 +423,7 @@ def summarise(
         run = open_run(run)
     trials, protocol = run.trials, run.study.protocol
     margin = float(protocol.margin) if margin is None else margin
-    level, headline = level or LEVEL, headline or HEADLINE
+    level, headline = level or protocol.level, headline or protocol.metric
     per_user_metric([1.0], headline)  # refuses what is no metric
     groups = []
     if len(trials):

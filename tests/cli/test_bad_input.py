@@ -55,6 +55,8 @@ CASES = {
     "no data command": (["data"], ["prepare, show, list"]),
     "report of nothing": (["report", "nowhere"], ["run", "'nowhere'", "manifest.json"]),
     "report of another folder": (["report", "full"], ["run", "'full'", "manifest.json"]),
+    "margin in words": (["report", "full", "--margin", "2x"], ["--margin", "'2x'", "2% or 0.02"]),
+    "no metric": (["report", "full", "--metric", "AUC"], ["metric", "'AUC'", "NDCG@K"]),
     "cost of nothing": (["cost"], ["--backbone"]),
     "cost of bad depths": (["cost", "--backbone", "embedded", "--layers", "x"], ["layers", "'x'"]),
     "cost on bad device": (["cost", "--backbone", "embedded", "--device", "x"], ["device", "'x'"]),

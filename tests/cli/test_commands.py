@@ -94,6 +94,8 @@ def test_sweep_prints_results_then_the_report(
     assert last == str(Path("runs/demo/report.html"))
     assert any("early-exit" in line and "1,000" in line for line in table)
     assert "[1/1] full-s0  done" in outcome.err
+    assert "--epochs" not in outcome.err
+    assert "SASRec keeps its own 12 " in cli("sweep", "--epochs", 3).err
     failures = [line for line in outcome.err.splitlines() if line.startswith("failed: ")]
     assert failures == (["failed: finetune-1-s0: Oops: bad"] if failed else [])
 
@@ -122,18 +124,40 @@ def test_an_error_inside_a_sweep_is_one_line(
         assert outcome.err.splitlines()[-1].startswith(line)
 
 
+def opened(path: Path) -> SimpleNamespace:
+    return SimpleNamespace(path=path, study=demo_study())
+
+
 def test_report_is_written_where_asked(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
-    stub("depthprobe.report.page", build_report=lambda run, output: output or run / "report.html")
+    stub("depthprobe.runs.store", open_run=opened)
+    stub(
+        "depthprobe.report.page",
+        build_report=lambda run, output: output or run.path / "report.html",
+    )
     assert cli("report", "run").out == "run/report.html\n"
     assert cli("report", "run", "--output", "page.html").out == "page.html\n"
     outcome = cli("report", "run", "--output", tmp_path)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
 
 
+def test_a_report_asks_a_run_something_else(cli: Callable[..., Any], stub: Stub) -> None:
+    stub("depthprobe.runs.store", open_run=opened)
+
+    def build_report(run: SimpleNamespace, output: None) -> tuple[float, float, str]:
+        protocol = run.study.protocol
+        return protocol.margin, protocol.level, protocol.metric
+
+    stub("depthprobe.report.page", build_report=build_report)
+    assert cli("report", "run").out == "(0.01, 0.95, 'NDCG@10')\n"
+    asked = cli("report", "run", "--margin", "2%", "--level", "0.9", "--metric", "HR@20")
+    assert asked.out == "(0.02, 0.9, 'HR@20')\n"
+
+
 def test_several_runs_are_set_side_by_side(cli: Callable[..., Any], stub: Stub) -> None:
+    stub("depthprobe.runs.store", open_run=opened)
     stub(
         "depthprobe.report.comparison",
-        build_comparison=lambda runs, output: output or runs[0].parent / "comparison.html",
+        build_comparison=lambda runs, output: output or runs[0].path.parent / "comparison.html",
     )
     assert cli("report", "runs/books", "runs/games").out == "runs/comparison.html\n"
     assert cli("report", "a", "b", "--output", "page.html").out == "page.html\n"

@@ -17,7 +17,7 @@ from depthprobe.methods import METHODS
 COMMANDS = {
     "sweep": ["STUDY.toml", "--data", "--backbone", "--layers", "--methods", "--seeds", "--epochs"]
     + ["--output", "--device", "--executor", "--jobs", "--item-embeddings", "--revision"],
-    "report": ["RUN", "--output"],
+    "report": ["RUN", "--output", "--margin", "--level", "--metric"],
     "status": ["RUN"],
     "cost": ["--backbone", "--layers"],
     "export": ["RUN", "TRIAL", "DIR"],

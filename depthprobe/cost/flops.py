@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import Cache
 from transformers.integrations import hub_kernels
 
 from depthprobe.models.blocks import find_blocks
@@ -37,6 +38,7 @@ from depthprobe.models.taps import paused_taps
 
 BACKWARD = 2  # times the forward pass: a gradient for the input and one for the weights
 FEW = 5  # a range of so many lengths is counted one by one
+SMALL = 20_000_000  # weights: zeros run through so few in less time than shapes are inferred
 
 
 class UncountableError(ValueError):
@@ -111,23 +113,25 @@ def epoch_flops(
 def product_counter(model: Recommender, known: Known | None = None) -> Callable[[int], Products]:
     """A function that counts the products of encoding one user with so many items.
 
-    Where the model's code asks for numbers (how many tokens go to which expert), the copy computes
-    with zeros on the processor instead.
+    Where the model is small, or its code asks for numbers (how many tokens go to which expert),
+    the copy computes with zeros on the processor instead.
     """
     made: Known = {} if known is None else known
-    copies: dict[bool, Recommender] = {}  # by whether it is one of shapes
+    copies: dict[bool, tuple[Recommender, Cache | None]] = {}  # by whether it is one of shapes
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    small = sum(weight.numel() for weight in model.parameters()) <= SMALL
 
     def run(items: int, *, on_shapes: bool) -> Products:
         with _counting(), shapes if on_shapes else nullcontext():
             if on_shapes not in copies:
-                copies[on_shapes] = _copied(model, on_shapes=on_shapes)
-            return _count(copies[on_shapes], items)
+                copied = _copied(model, on_shapes=on_shapes)
+                copies[on_shapes] = copied, copied.prepare_prompt()
+            return _count(*copies[on_shapes], items)
 
     def count(items: int) -> Products:
         if items not in made:
             try:
-                if False in copies:  # shapes were not enough before
+                if small or False in copies:  # shapes were not enough before
                     raise NotImplementedError
                 made[items] = run(items, on_shapes=True)
             except (NotImplementedError, RuntimeError):
@@ -141,10 +145,9 @@ def product_counter(model: Recommender, known: Known | None = None) -> Callable[
     return count
 
 
-def _count(model: Recommender, items: int) -> Products:
+def _count(model: Recommender, prompt: Cache | None, items: int) -> Products:
     """One pass, the prompt having run before; products by the module that they belong to."""
     flash_for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    prompt = model.prepare_prompt()
     with FlopCounterMode(display=False, custom_mapping={flash_for_cpu: _attention}) as counter:
         model.encode(
             torch.ones(1, items, dtype=torch.long),

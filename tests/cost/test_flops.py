@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import hub_kernels
 
+from depthprobe.cost import flops
 from depthprobe.cost.flops import (
     FEW,
     UncountableError,
@@ -74,6 +75,12 @@ BEYOND_TEXTBOOKS = {
     "all experts compute": ("llama4", "llama4_text"),
 }
 EXCEPTIONS = {name for names in BEYOND_TEXTBOOKS.values() for name in names}
+
+
+@pytest.fixture
+def on_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are counted as large ones are."""
+    monkeypatch.setattr(flops, "SMALL", 0)
 
 
 def tiny(name: str, *, depth: int = 4, prompt: tuple[int, ...] = (5, 6, 7)) -> Recommender:
@@ -137,9 +144,23 @@ def test_flops_are_the_profilers_and_the_textbooks(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_shapes")
 @pytest.mark.parametrize("name", sorted({*RECOMMENDERS} - {*REPRESENTATIVE}))
 def test_flops_of_every_family_are_the_profilers_and_the_textbooks(name: str) -> None:
     compare(name, depth=4)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_large_models_are_counted_by_shapes_and_alike(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(name)
+    count = product_counter(model)
+    with_zeros = [count(items) for items in (5, 70)]
+    monkeypatch.setattr(flops, "SMALL", 0)
+    monkeypatch.setattr(flops, "nullcontext", None)  # zeros would be a way out
+    count = product_counter(model)
+    assert [count(items) for items in (5, 70)] == with_zeros
 
 
 def test_no_family_is_left_out() -> None:
@@ -169,7 +190,7 @@ def test_flops_by_hand(changes: dict[str, Any], llama_config: Callable[..., Llam
 
 
 def test_experts_that_no_token_goes_to_cost_nothing() -> None:
-    def flops(experts: int, used: int) -> int:
+    def counted(experts: int, used: int) -> int:
         config = family_config("mixtral")
         config.num_hidden_layers, config.num_local_experts = 2, experts
         config.num_experts_per_tok = used
@@ -179,8 +200,8 @@ def test_experts_that_no_token_goes_to_cost_nothing() -> None:
 
     expert = 2 * 10 * 3 * 4096 * 14336  # ten positions, three maps
     router = 2 * 10 * 4096
-    assert flops(8, 3) - flops(8, 2) == 2 * expert
-    assert flops(16, 2) - flops(8, 2) == 2 * 8 * router
+    assert counted(8, 3) - counted(8, 2) == 2 * expert
+    assert counted(16, 2) - counted(8, 2) == 2 * 8 * router
 
 
 @pytest.mark.parametrize(
@@ -278,6 +299,7 @@ def test_a_skipped_block_costs_nothing() -> None:
     assert skipped == encode_flops(model, [5], depth=3) < whole == encode_flops(model, [5])
 
 
+@pytest.mark.usefixtures("on_shapes")
 def test_routing_that_needs_numbers_needs_no_weights() -> None:
     model = tiny("jetmoe", depth=2)
     counted = profiled(model, 5)
@@ -285,6 +307,7 @@ def test_routing_that_needs_numbers_needs_no_weights() -> None:
         assert encode_flops(model.to("meta"), [5]) == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.usefixtures("on_shapes")
 @pytest.mark.parametrize(
     ("error", "seen"), [(NotImplementedError, UncountableError), (TypeError, TypeError)]
 )

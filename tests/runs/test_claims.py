@@ -99,7 +99,8 @@ def test_a_failure_stays_one_until_it_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_killed_holder_has_let_go(tmp_path: Path) -> None:
-    process = SPAWN.Process(target=hold, args=(tmp_path,))
+    # a process of its own at once; nothing here needs one that has imported all anew
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,))
     process.start()
     for _ in range(600):
         if (tmp_path / "held").exists():

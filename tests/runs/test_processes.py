@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,27 +55,6 @@ def test_one_process_is_a_team() -> None:
     assert ProcessGroup().from_first(lambda: 3) == 3
 
 
-def of_two(rank: int, store: str, told: Any) -> None:
-    """In a process of its own: the first of two raises where the other waits."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    group = ProcessGroup(rank, 2)
-
-    def refuse() -> None:
-        assert group.writes
-        raise BadInput("disk", "full", "room")
-
-    heard = [str(group.from_first(lambda: "laid out"))]
-    for action in (refuse, lambda: (_ for _ in ()).throw(Unsendable(1, 2))):
-        try:
-            group.from_first(action)
-        except Exception as error:
-            heard.append(f"{type(error).__name__}: {error}")
-    told.put((rank, heard))
-    group.leave()
-
-
 class Unsendable(RuntimeError):
     """It can be pickled, and not be made again."""
 
@@ -82,21 +62,51 @@ class Unsendable(RuntimeError):
         super().__init__(f"{one} and {two}")
 
 
-def test_an_error_of_the_first_process_is_raised_in_all(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    told = spawn.Queue()
-    both = [
-        spawn.Process(target=of_two, args=(rank, str(tmp_path / "store"), told)) for rank in (0, 1)
-    ]
-    for process in both:
-        process.start()
-    heard = dict(told.get(timeout=120) for _ in both)
-    for process in both:
-        process.join(timeout=60)
-    refused = "BadInput: disk: 'full' is not usable; room"
-    assert heard[0] == ["laid out", refused, "Unsendable: 1 and 2"]
-    words = "FirstProcessError: the first process failed: Unsendable: 1 and 2"
-    assert heard[1] == ["laid out", refused, words]
+def laid_out() -> str:
+    return "laid out"
+
+
+def refused() -> str:
+    raise BadInput("disk", "full", "room")
+
+
+def lost() -> str:
+    raise Unsendable(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("action", "first", "second"),
+    [
+        (laid_out, "laid out", "laid out"),
+        (refused, *["BadInput: disk: 'full' is not usable; room"] * 2),
+        (
+            lost,
+            "Unsendable: 1 and 2",
+            "FirstProcessError: the first process failed: Unsendable: 1 and 2",
+        ),
+    ],
+)
+def test_an_error_of_the_first_process_is_raised_in_all(
+    monkeypatch: pytest.MonkeyPatch, action: Callable[[], str], first: str, second: str
+) -> None:
+    """Two processes in their turn; else the second one would wait for ever."""
+    sent: list[bytes] = []
+
+    def send(outcome: list[Any]) -> None:
+        sent.append(pickle.dumps(outcome))
+
+    def receive(outcome: list[Any]) -> None:
+        (pickled,) = sent
+        outcome[:] = pickle.loads(pickled)  # noqa: S301
+
+    heard = []
+    for rank, broadcast in enumerate((send, receive)):
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+        try:
+            heard.append(ProcessGroup(rank, 2).from_first(action))
+        except Exception as error:
+            heard.append(f"{type(error).__name__}: {error}")
+    assert heard == [first, second]
 
 
 def test_the_other_processes_end_with_one_line(

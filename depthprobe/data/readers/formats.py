@@ -10,24 +10,24 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from depthprobe.data.log import Ids, Log
+from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.public import SETS, fetch, is_public
 from depthprobe.data.readers.columns import listed, refuse_columns
 from depthprobe.data.readers.lines import is_sequences, read_json, read_sequences
 from depthprobe.data.readers.streams import FIELD, OTHERS, fits, head, plain_name
 from depthprobe.data.readers.tables import (
-    is_movielens,
-    is_recbole,
+    MOVIELENS,
+    RECBOLE,
     is_table,
+    layout_of,
     read_csv,
-    read_movielens,
     read_parquet,
-    read_recbole,
 )
 from depthprobe.data.readers.titles import with_titles
 from depthprobe.data.synthetic import embedded_log
@@ -35,7 +35,6 @@ from depthprobe.errors import BadInput, nearest, short
 from depthprobe.study import Columns
 
 EMBEDDED = "embedded"
-START = 2**16  # bytes at a file's start that tell its format
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,12 @@ FORMATS: dict[str, Format] = {
         read_parquet, lambda start: start.startswith("PAR1"),
         "Parquet, a file or a folder of part files, an interaction a row",
     ),
-    "recbole": Format(read_recbole, is_recbole, "RecBole's X.inter with X.item"),
+    "recbole": Format(
+        partial(read_csv, layouts=RECBOLE), partial(layout_of, layouts=RECBOLE),
+        "RecBole's X.inter with X.item",
+    ),
     "movielens": Format(
-        read_movielens, is_movielens,
+        partial(read_csv, layouts=MOVIELENS), partial(layout_of, layouts=MOVIELENS),
         "MovieLens: u.data with u.item, ratings.dat or ratings.csv with movies",
     ),
     "json": Format(
@@ -74,8 +76,7 @@ FORMATS: dict[str, Format] = {
         "JSON lines, an interaction a line, such as Amazon's reviews with meta_X",
     ),
     "csv": Format(
-        read_csv, lambda start: is_table(start, START),
-        "CSV and its kin (comma, tab, semicolon, pipe), an interaction a row",
+        read_csv, is_table, "CSV and its kin (comma, tab, semicolon, pipe), an interaction a row"
     ),
     "sequences": Format(
         read_sequences, is_sequences, "user item item ..., a user a line, with items.tsv"
@@ -115,7 +116,7 @@ def recognise(path: Path) -> str:
     """The name of the format of a file, or of a folder of part files."""
     if path.is_dir():
         return "parquet"
-    start = head(path, START)
+    start = head(path)
     name = next((name for name, one in FORMATS.items() if one.fits(start)), None)
     if name is None:
         first = start.strip().partition("\n")[0]
@@ -205,9 +206,7 @@ def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:
 
 def _united(columns: Sequence[Ids]) -> Ids:
     """The ids of several columns as one, numbered by first appearance."""
-    place: dict[str, int] = {}
-    codes = []
-    for ids in columns:
-        new = [place.setdefault(name, len(place)) for name in ids.names]
-        codes.append(np.array(new, dtype=np.int32)[ids.codes])
-    return Ids(np.concatenate(codes), list(place))
+    names = encode_ids(chain.from_iterable(ids.names for ids in columns))
+    starts = np.cumsum([0, *(len(ids.names) for ids in columns)])
+    codes = [names.codes[start + ids.codes] for start, ids in zip(starts, columns, strict=False)]
+    return Ids(np.concatenate(codes), names.names)

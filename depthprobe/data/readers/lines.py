@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pyarrow as pa
 from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.readers.arrow import log_of
 from depthprobe.data.readers.columns import REQUIRED, find_columns, refuse_columns
-from depthprobe.data.readers.streams import BLOCK, FIELD, open_lines, open_text, stem
+from depthprobe.data.readers.streams import BLOCK, FIELD, filled_lines, open_bytes, stem
 from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
 
@@ -36,7 +37,7 @@ def read_json(path: Path, columns: Columns) -> Log:
 
     The first lines tell the columns and whether each holds texts or numbers.
     """
-    sample = [record for _, record in islice(_objects(path, dict[str, Any]), SAMPLE)]
+    sample = list(islice(_objects(path, dict[str, Any]), SAMPLE))
     if not sample:
         raise BadInput(FIELD, path, f"it is empty; {JSON_LINES}")
     names = list(dict.fromkeys(name for one in sample for name in one))
@@ -45,43 +46,35 @@ def read_json(path: Path, columns: Columns) -> Log:
     # msgspec decodes and checks these keys alone: most of a review is its text
     fields = [(what, kind | None, None) for what, kind in kinds.items()]
     row = msgspec.defstruct("Row", fields, rename=wanted)
+    decode = msgspec.json.Decoder(row).decode_lines
     chunks: dict[str, list[Any]] = {what: [] for what in wanted}
-    for part in _blocks(path, row):
-        for what, kind in kinds.items():
-            chunks[what].append(pa.array([getattr(one, what) for one in part], ARROW[kind]))
+    with open_bytes(path) as stream:
+        lines = io.BufferedReader(stream)
+        while block := b"".join(lines.readlines(BLOCK)):  # much faster than line by line
+            try:
+                rows = decode(block.removeprefix(codecs.BOM_UTF8))
+            except (msgspec.DecodeError, RecursionError):
+                deque(_objects(path, row), maxlen=0)  # raises for the line at fault
+                raise
+            for what, kind in kinds.items():
+                chunks[what].append(pa.array([getattr(one, what) for one in rows], ARROW[kind]))
 
     def where(at: int) -> str:
-        return f"line {next(islice(_objects(path, row), at, None))[0]}"
+        return f"line {next(islice(filled_lines(path), at, None))[0]}"
 
-    chosen = {what: pa.chunked_array(parts) for what, parts in chunks.items()}
-    return log_of(chosen, source=path, where=where)
-
-
-def _blocks(path: Path, kind: Any) -> Iterator[list[Any]]:
-    """The objects of a block of lines at a time: much faster than line by line."""
-    decode, rest = msgspec.json.Decoder(kind).decode_lines, b""
-    try:
-        with open_text(path) as stream:
-            while block := stream.read(BLOCK):
-                lines, end, rest = (rest + block).rpartition(b"\n")
-                yield decode((lines + end).removeprefix(codecs.BOM_UTF8))
-        yield decode(rest.removeprefix(codecs.BOM_UTF8))  # the last line need not end
-    except (msgspec.DecodeError, RecursionError):
-        deque(_objects(path, kind), maxlen=0)  # raises for the line at fault
-        raise
+    table = pa.table({what: pa.chunked_array(parts) for what, parts in chunks.items()})
+    return log_of(table, source=path, where=where)
 
 
-def _objects(path: Path, kind: Any) -> Iterator[tuple[int, Any]]:
-    """The objects on the lines that are not blank, each with its line's number."""
+def _objects(path: Path, kind: Any) -> Iterator[Any]:
+    """The object on each line that is not blank; a line that holds none is refused."""
     decode = msgspec.json.Decoder(kind).decode
-    with open_lines(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    yield number, decode(line)
-            except (msgspec.DecodeError, RecursionError) as error:
-                fault = f"line {number} is {short(line.strip(), 40)} ({error})"
-                raise BadInput(FIELD, path, f"{fault}; {JSON_LINES}") from error
+    for number, line in filled_lines(path):
+        try:
+            yield decode(line)
+        except (msgspec.DecodeError, RecursionError) as error:
+            fault = f"line {number} is {short(line.strip(), 40)} ({error})"
+            raise BadInput(FIELD, path, f"{fault}; {JSON_LINES}") from error
 
 
 def _kind(what: str, values: list[Any]) -> Any:
@@ -93,9 +86,14 @@ def _kind(what: str, values: list[Any]) -> Any:
 
 
 def is_sequences(start: str) -> bool:
-    """Whether the first line that isn't blank has two words or more, all of them like ids."""
+    """Whether the first line that isn't blank has two words or more, most of them with a digit.
+
+    So prose is none; a log whose ids are plain words is named by its format.
+    """
     first = next((line for line in start.split("\n") if line.strip()), "").rstrip("\r")
-    return len(first.split()) > 1 and not _FOREIGN.search(first)
+    words = first.split()
+    digits = sum(any(letter.isdecimal() for letter in word) for word in words)
+    return len(words) > 1 and 2 * digits >= len(words) and not _FOREIGN.search(first)
 
 
 def read_sequences(path: Path, columns: Columns) -> Log:
@@ -108,23 +106,20 @@ def read_sequences(path: Path, columns: Columns) -> Log:
     lengths: list[int] = []
 
     def items() -> Iterator[str]:
-        with open_lines(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if not (words := line.split()):
-                    continue
-                user, *own = words
-                earlier = users.setdefault(user, number)
-                if foreign := _FOREIGN.search(line.rstrip("\r\n")):
-                    fault = f"has {foreign.group()!r}"
-                elif not own:
-                    fault = f"has a single word, {short(user, 40)}"
-                elif earlier != number:
-                    fault = f"is user {short(user, 40)} again, after line {earlier}"
-                else:
-                    lengths.append(len(own))
-                    yield from own
-                    continue
+        for number, line in filled_lines(path):
+            user, *own = line.split()
+            earlier = users.setdefault(user, number)
+            fault = None
+            if foreign := _FOREIGN.search(line.rstrip("\r\n")):
+                fault = f"has {foreign.group()!r}"
+            elif not own:
+                fault = f"has a single word, {short(user, 40)}"
+            elif earlier != number:
+                fault = f"is user {short(user, 40)} again, after line {earlier}"
+            if fault:
                 raise BadInput(FIELD, path, f"line {number} {fault}; {SEQUENCES}")
+            lengths.append(len(own))
+            yield from own
 
     encoded = encode_ids(items())
     if not users:

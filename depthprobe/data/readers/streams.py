@@ -6,18 +6,18 @@ several gzip members as one stream, and an end before the last member's own end 
 
 from __future__ import annotations
 
-import codecs
 import io
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, TextIO
 
 from depthprobe.errors import BadInput
 
 FIELD = "data.source"
+START = 2**16  # bytes at a file's start that tell its format
 BLOCK = 2**22  # bytes that are read at once; no row or line is longer
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED = re.compile(r"\.(gz|zst|zstd)$", re.IGNORECASE)
@@ -51,50 +51,32 @@ def open_bytes(path: Path) -> Iterator[Any]:
         raise BadInput(FIELD, path, f"a file that can be read ({fault})") from error
 
 
-def head(path: Path, size: int = 2**16) -> str:
-    """The first ``size`` bytes as text, decompressed; what is no UTF-8 in them is replaced."""
+def head(path: Path) -> str:
+    """The first lines, decompressed, as text; what is no UTF-8 in them is replaced."""
     with open_bytes(path) as stream:
-        raw: bytes = stream.read(size)
-    return raw.decode("utf-8-sig", errors="replace")
-
-
-@contextmanager
-def open_text(path: Path) -> Iterator[CheckedText]:
-    """The bytes of a UTF-8 text for parsers that take bytes, checked as they are read."""
-    with open_bytes(path) as stream:
-        yield CheckedText(path, stream)
+        raw: bytes = stream.read(START)
+    text = raw.decode("utf-8-sig", errors="replace")
+    return text.rpartition("\n")[0] or text if len(raw) == START else text
 
 
 @contextmanager
 def open_lines(path: Path, *, newline: str = "\n") -> Iterator[TextIO]:
-    """The same text decoded, to be read line by line: what is held of a long log stays small."""
-    with open_text(path) as stream:
-        yield io.TextIOWrapper(cast(BinaryIO, stream), encoding="utf-8-sig", newline=newline)
+    """A UTF-8 text, to be read line by line: what is held of a long log stays small."""
+    try:
+        with open_bytes(path) as stream:
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+    except UnicodeDecodeError as error:
+        with open_bytes(path) as stream:
+            lines = enumerate(io.BufferedReader(stream), 1)
+            line = next(n for n, raw in lines if raw.decode(errors="ignore").encode() != raw)
+        allowed = f"line {line} is not UTF-8; expected a text file in UTF-8"
+        raise BadInput(FIELD, path, allowed) from error
 
 
-class CheckedText(io.RawIOBase):
-    """Passes a text's bytes on, counts its lines, and refuses what is not UTF-8 by its line."""
-
-    def __init__(self, path: Path, stream: Any) -> None:
-        self.path, self.stream = path, stream
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.lines = 0  # ends of lines read so far
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """The next bytes, ``size`` of them unless the text ends before; none at its end."""
-        block: bytes = self.stream.read(size) if size >= 0 else self.stream.read()
-        try:
-            self.decoder.decode(block, final=size < 0 or not block)
-        except UnicodeDecodeError as error:
-            line = self.lines + error.object[: error.start].count(b"\n") + 1
-            expected = "expected a text file in UTF-8"
-            raise BadInput(FIELD, self.path, f"line {line} is not UTF-8; {expected}") from error
-        self.lines += block.count(b"\n")
-        return block
+def filled_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, each with its number."""
+    with open_lines(path) as lines:
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def stem(path: Path) -> str:

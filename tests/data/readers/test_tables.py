@@ -15,17 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.data.log import Ids, Log
-from depthprobe.data.readers.formats import read_log
-from depthprobe.data.readers.tables import (
-    DELIMITERS,
-    is_movielens,
-    is_recbole,
-    read_csv,
-    read_movielens,
-    read_parquet,
-    read_recbole,
-    records,
-)
+from depthprobe.data.readers.formats import read_log, recognise
+from depthprobe.data.readers.tables import DELIMITERS, read_csv, read_parquet, records
 from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
@@ -148,13 +139,13 @@ def test_columns_by_number(tmp_path: Path) -> None:
         (HEADER + "a,b,,1\n", "line 2 has no rating"),
         (HEADER + "a,b,good,1\n", "line 2 has the rating 'good'"),
         (HEADER + "a,b,1,1\na,b,1,soon\n", "line 3 has the time 'soon'"),
-        (HEADER + "a,b\x00,1,1\n", "line 2 has a line break or a NUL"),
+        (HEADER + "a,b\x00,1,1\n", "line 2 has the item 'b"),
         (HEADER.encode() + b"a,b\xff,1,1\n", "line 2 is not UTF-8"),
         (HEADER.encode("utf-16"), "line 1 is not UTF-8"),
         ('user,item,x\na,b,"c\n\nd"\na,,e\n', "line 5 has no item"),
         ('user,item,x\na,b,"c\na,b,d\n', "in the row of line 2 a quote isn't closed"),
         ('user,item,x\na,b,c\na,b,"c\na,b,"d\n', "in the row of line 3 a quote isn't closed"),
-        ('user,item,x\na,"b\nc",d\n', "line 2 has a line break"),
+        ('user,item,x\na,"b\nc",d\n', "line 2 has the item 'b\\nc'; expected"),
     ],
 )
 def test_refused_csv(tmp_path: Path, text: str | bytes, fault: str) -> None:
@@ -244,7 +235,7 @@ def test_refused_parquet(tmp_path: Path) -> None:
     refused(parquet(tmp_path, user=[], item=[]), "it has none")
     refused(
         parquet(tmp_path, user=[1.5], item=["b"]),
-        "row 1 has no text or whole number as the user, 1.5",
+        "row 1 has the user 1.5; expected",
     )
     (tmp_path / "none").mkdir()
     refused(tmp_path / "none", "it has none")
@@ -298,7 +289,7 @@ def test_the_delimiter_splits_most_lines_alike(tmp_path: Path, text: str, width:
 def test_only_the_start_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "user,item,x\n" + 'a,b,"c\nd"\n' * 5
     for size in range(14, len(text) + 2):
-        monkeypatch.setattr("depthprobe.data.readers.tables.START", size)
+        monkeypatch.setattr("depthprobe.data.readers.streams.START", size)
         assert read(tmp_path, text) == [("a", "b")] * 5
 
 
@@ -343,18 +334,10 @@ def test_movielens(tmp_path: Path, name: str) -> None:
     assert log.name == name
 
 
-def test_movielens_is_recognised_by_its_three_files_alone() -> None:
-    assert all(map(is_movielens, (COLONS, TABS, WITH_HEADER, COLONS.replace("\n", "\r\n"))))
-    assert not is_movielens("1\t2\t3\t4\n")  # items of user 1
-    assert not is_movielens("2::Toy Story (1995)::Comedy\n")
-    assert not is_movielens("user,item,rating,timestamp\n")
-    assert not is_movielens("")
-
-
 def test_movielens_columns_by_place_take_no_names(tmp_path: Path) -> None:
     path = write(tmp_path, TABS, "u.data")
     with pytest.raises(BadInput, match=r"data\.columns\.user: '2'.*has no header"):
-        read_movielens(path, Columns(user="2"))
+        read_log(path, columns=Columns(user="2"))
 
 
 INTER = """user_id:token\titem_id:token\trating:float\ttimestamp:float
@@ -383,7 +366,7 @@ def test_recbole_quotes_are_plain_text(tmp_path: Path) -> None:
 def test_recbole_columns_are_named_with_or_without_their_types(tmp_path: Path, kind: str) -> None:
     text = "who:token\titem_id:token\twhat:token\nu1\ti1\tx\nu1\ti2\ty\n"
     path = write(tmp_path, text, "x.inter")
-    log = read_recbole(path, Columns(user=f"who{kind}", item=f"what{kind}"))
+    log = read_log(path, columns=Columns(user=f"who{kind}", item=f"what{kind}"))
     assert (log.users.names, log.items.names) == (["u1"], ["x", "y"])
 
 
@@ -408,8 +391,18 @@ def test_refused_movielens_and_recbole(tmp_path: Path, name: str, text: str, fau
     assert "\n" not in str(caught.value)
 
 
-def test_recbole_is_recognised_by_typed_headers() -> None:
-    for header in (INTER, "user_id:token\titem_id:token\r\n1\t2"):
-        assert is_recbole(header)
-    for header in ("user_id\titem_id:token\n", "user_id:int\titem_id:token\n", ""):
-        assert not is_recbole(header)
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (COLONS, "movielens"),
+        (TABS.replace("\n", "\r\n"), "movielens"),
+        (WITH_HEADER, "movielens"),
+        ("1\t2\t3\t4\n", "sequences"),
+        ("user,item,rating,timestamp\n", "csv"),
+        (INTER, "recbole"),
+        ("user_id:token\titem_id:token\r\n1\t2", "recbole"),
+        ("user_id\titem_id:token\n", "csv"),
+    ],
+)
+def test_texts_are_recognised_by_their_first_lines(tmp_path: Path, text: str, name: str) -> None:
+    assert recognise(write(tmp_path, text)) == name

@@ -14,7 +14,7 @@ import pytest
 
 from depthprobe.data.log import Log, encode_ids
 from depthprobe.data.readers.formats import read_log
-from depthprobe.data.readers.titles import companion, read_attribute, read_titles, with_titles
+from depthprobe.data.readers.titles import companion, read_attribute, read_values, with_titles
 from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
@@ -23,7 +23,8 @@ TITLES = {"B1": 'Soap, "blue"', "B2": "Thé & lemon"}
 
 
 def titles(path: Path, columns: Columns | None = None, wanted: set[str] = WANTED) -> dict[str, str]:
-    return read_titles(path, columns or Columns(), wanted=wanted)
+    named = columns or Columns()
+    return read_values(path, "item", wanted=wanted, key=named.item, value=named.title)
 
 
 def write(folder: Path, text: str | bytes, name: str = "items") -> Path:
@@ -98,7 +99,7 @@ def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
     ("text", "fault"),
     [
         ("", "it is empty"),
-        ("1\tsoap\n", "its first line has 1, soap; expected a header"),
+        ("1\tsoap\n", "its columns are 1, soap, and none is known as the item's; expected item_id"),
         ("item_id\ttitle\n1\tsoap\n1 soap\n", "line 3 has 1; expected 2 columns"),
         ("item_id,title\n,soap\n", "line 2 has no item"),
         ("item_id,colour\n1,blue\n", "none is known as the title's; say --title-column"),
@@ -110,7 +111,7 @@ def test_lines_of_other_items_are_not_parsed(tmp_path: Path) -> None:
         ("1::soap::x\ntea\n", "line 2 has no '::'"),
         ('{"asin": "1", "title": "soap"}\n{"asin": \n', "line 2 is"),
         ('{"asin": "1", "title": ["soap"]}\n', "line 1 has no item id, or a title that is no text"),
-        ('{"title": "soap"}\n', "line 1 has no item id"),
+        ('{"title": "soap"}\n', "its columns are title, and none is known as the item's"),
         ('["1", "soap"]\n', "expected a JSON object on each line"),
         (gzip.compress(metadata(2018).encode())[:-9], "cut off"),
     ],
@@ -232,7 +233,7 @@ def test_long_values_are_cut_and_blanks_collapsed(tmp_path: Path) -> None:
     [
         ("", "{}", "there is no file|FILE:COLUMN"),
         ("user_id,country\n1,de\n", "{}:contry", "did you mean country"),
-        ("name,country\n1,de\n", "{}:country", "none is known as the user's id"),
+        ("name,country\n1,de\n", "{}:country", "none is known as the user's"),
         ("user_id,country\n9,de\n", "{}:country", "knows none of the log's users, such as '1'"),
         ("user_id,country\n1,de\n1,fr\n", "{}:country", "both 'de' and 'fr'"),
         ("", "{}:country", "it is empty"),

@@ -190,13 +190,13 @@ def _table_pairs(path: Path, what: What, value: str | None, pick: Pick) -> Pairs
             raise BadInput(FIELD, path, f"{fault}; say --title-column")
         return {what: key, "value": found}
 
-    start = head(path)
+    start, where = head(path), None
     if start.startswith("PAR1"):
-        table, where = parquet_table(path, places), row_number
+        table = parquet_table(path, places)
     else:
         tabs = "\t" in start.lstrip("\n").partition("\n")[0]
         table, where = csv_table(path, places, Layout("", "\t", quoted=False) if tabs else ANY)
-    ids = to_ids(Column(table[what], what, path, where))
+    ids = to_ids(Column(table[what], what, path, where or row_number))
     for code, text in zip(ids.codes.tolist(), table["value"].to_pylist(), strict=True):
         if text is not None:
             yield ids.names[code], str(text)

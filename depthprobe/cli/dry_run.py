@@ -10,7 +10,7 @@ from depthprobe.cli.cost import BUSY, TUNINGS
 from depthprobe.cli.terminal import cell, count, say, scaled, show_facts, show_progress, show_table
 
 if TYPE_CHECKING:
-    from depthprobe.runs.preview import Estimate, Preview, Span
+    from depthprobe.runs.estimate import Estimate, Preview, Span
     from depthprobe.study import Study
 
 PARTS = {
@@ -43,7 +43,7 @@ def dry_run(
         BadInput: where the sweep would refuse to begin.
     """
     with show_progress(sys.stderr) as progress:
-        from depthprobe.runs.preview import preview
+        from depthprobe.runs.estimate import preview
         from depthprobe.runs.processes import join_processes
 
         team = join_processes(study.device)
@@ -64,7 +64,7 @@ def dry_run(
     show_facts(_study(plan))
     _show_tasks(plan)
     header = ["shared between trials", "needed", "there", "to make"]
-    rows = [[PARTS[p.name], p.needed, p.there, p.needed - p.there] for p in plan.shared]
+    rows = [[PARTS[name], needed, have, needed - have] for name, needed, have in plan.shared]
     show_table(header, rows, words=header[:1])
     print()
     if plan.estimate is None:
@@ -100,13 +100,13 @@ def _show_tasks(plan: Preview) -> None:
     """Print a row a method, and their sums."""
     times = plan.estimate.by_method if plan.estimate else {}
     rows: list[list[object]] = [
-        [*row, duration(times[row.method]) if row.method in times else "-"] for row in plan.rows
+        [*row, duration(times[row[0]]) if row[0] in times else "-"] for row in plan.rows
     ]
     sums = [sum(each) for each in zip(*(row[1:] for row in plan.rows), strict=True)]
     work = duration(plan.estimate.work) if plan.estimate else "-"
     header = ["method", "tasks", "trials", "done", "failed", "left", "ESTIMATED work"]
     show_table(header, [*rows, ["all", *sums, work]], words=header[:1])
-    failed = sum(row.failed for row in plan.rows)
+    failed = sums[3]
     if failed and plan.retry_failed:
         say(f"What failed is tried again: it counts as left, too ({failed}).")
     elif failed:

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from depthprobe.runs.processes import Progress
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress as Bar
@@ -100,8 +102,8 @@ def scaled(count: float, unit: str) -> str:
 # A bar on a terminal, time-stamped lines elsewhere.
 
 
-class Display(logging.Handler):
-    """Shows the events of a sweep: a :class:`depthprobe.runs.scheduler.Progress`.
+class Display(Progress, logging.Handler):
+    """Shows the events of a sweep.
 
     Without a bar each event is a line, flushed at once, so that a log file can be followed.
     """

@@ -94,19 +94,20 @@ def measure(
 
     Args:
         make: the actions for a batch of so many windows.
-        seconds: the budget. One round is always taken, so it may be exceeded.
+        seconds: the budget, of all attempts. One round is always taken, so it may be exceeded.
         warmup: rounds before the first that counts, at most; the first counts where there is no
             time for another.
         rounds: that count, at most.
     """
+    began = time.perf_counter()
     while True:
         try:
             with peak_memory(device) as peak:
                 longest = max(LEAST, seconds / 4) if batch > SMALL else math.inf
-                timing = _rounds(make(batch), seconds, warmup, rounds, device, longest)
+                timing = _rounds(make(batch), began, seconds, warmup, rounds, device, longest)
             return timing._replace(batch=batch, peak=peak)
-        except TooLongError as error:
-            batch, why = max(SMALL, int(batch / error.times)), str(error)
+        except TooLongError as error:  # half of what would do: the next guess may be worse
+            batch, why = max(SMALL, int(batch / error.times / 2)), str(error)
         except RuntimeError as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             if batch == 1 or not (out_of_memory or should_reduce_batch_size(error)):
@@ -120,6 +121,7 @@ def measure(
 
 def _rounds(
     actions: Mapping[str, Action],
+    began: float,
     budget: float,
     warmup: int,
     rounds: int,
@@ -127,7 +129,7 @@ def _rounds(
     longest: float,
 ) -> Timing:
     logger.info("timing %d actions for about %.0f s", len(actions), budget)
-    began = reported = time.perf_counter()
+    reported = time.perf_counter()
     times: dict[str, list[float]] = {}
     left_out: list[str] = []
     pace = math.inf  # seconds a unit of work, the best so far

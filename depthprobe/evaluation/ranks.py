@@ -233,6 +233,13 @@ class Encoder(Protocol):
         ...
 
 
+def shared_prompt(model: Encoder) -> tuple[Any, ...]:
+    """The prompt that all users share, run once: a last argument of ``encode``; () without one."""
+    prepare = getattr(model, "prepare_prompt", None)
+    prompt = prepare() if prepare is not None else None
+    return () if prompt is None else (prompt,)
+
+
 class Batches(Generic[T]):
     """Batches of like length, the longest first; halved when memory runs out.
 
@@ -372,10 +379,11 @@ def evaluate(model: Encoder, eval_set: EvalSet, *, device: torch.device) -> Rank
     Where the eval set wants lists, ``"top-10"`` has each user's best items, int32 (E, 10).
     """
     models: list[Ranks] = []
+    prompt = shared_prompt(model)
     items, batches = model.item_matrix(), eval_set.batches(device=device)
     for chosen, histories, lengths in batches:
         with batches.retry():
-            vectors = model.encode(histories, lengths)
+            vectors = model.encode(histories, lengths, *prompt)
             eval_set.rank_models(models, chosen, vectors[None], items)
     return models[0] if models else {}
 

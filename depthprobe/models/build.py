@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -111,6 +109,9 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
         backbone.requires_grad_(True)
         backbone.get_input_embeddings().requires_grad_(False)
     elif settings.tuning == "lora":
+        # imported late: it takes as long as all the rest, and most runs tune without it
+        from peft import LoraConfig, inject_adapter_in_model
+
         lora = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_rank,
@@ -137,6 +138,8 @@ def _mlp_projections(backbone: PreTrainedModel) -> list[str]:
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Fold low-rank updates into the weights and put the plain layers back, in place."""
+    from peft.tuners.lora import LoraLayer
+
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     for name, layer in layers:
         layer.merge(safe_merge=True)

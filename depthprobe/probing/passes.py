@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from depthprobe.evaluation.ranks import BATCH, Encoder, EvalSet, Ranks
+from depthprobe.evaluation.ranks import BATCH, Encoder, EvalSet, Ranks, shared_prompt
 from depthprobe.models.parts import check_readable, join_streams, split_streams
 from depthprobe.models.skipping import after_blocks
 from depthprobe.models.taps import tap_blocks
@@ -35,13 +35,6 @@ class CausalEncoder(Encoder, Protocol):
     def read_out(self, states: Tensor) -> Tensor:
         """What follows the final norm: states (..., D) to user vectors (..., d)."""
         return states
-
-
-def shared_prompt(model: CausalEncoder) -> tuple[Any, ...]:
-    """The prompt that all users share, run once: a last argument of ``encode``; () without one."""
-    prepare = getattr(model, "prepare_prompt", None)
-    prompt = prepare() if prepare is not None else None
-    return () if prompt is None else (prompt,)
 
 
 def vectors_of(model: CausalEncoder, states: Tensor) -> Tensor:

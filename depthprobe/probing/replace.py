@@ -24,12 +24,12 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from depthprobe.evaluation.ranks import EvalSet
+from depthprobe.evaluation.ranks import EvalSet, shared_prompt
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable, find_projection
 from depthprobe.models.taps import removed_after, tap_blocks
-from depthprobe.probing.passes import CausalEncoder, exact, shared_prompt
+from depthprobe.probing.passes import CausalEncoder, exact
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthprobe.evaluation.ranks import BATCH, EvalSet
+from depthprobe.evaluation.ranks import BATCH, EvalSet, shared_prompt
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import check_readable, find_sublayers, join_streams
 from depthprobe.models.skipping import plan_branches
@@ -25,7 +25,7 @@ from depthprobe.models.taps import (
     standing_in,
     tap_blocks,
 )
-from depthprobe.probing.passes import CausalEncoder, exact, passes, shared_prompt
+from depthprobe.probing.passes import CausalEncoder, exact, passes
 
 FEW = 8  # users from whom is learnt whether the model is read out as it says
 CONSTANT = 1e-10  # of a state's size: less than what two users' states can differ by

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthprobe.evaluation.ranks import EvalSet
+from depthprobe.evaluation.ranks import EvalSet, shared_prompt
 from depthprobe.models.blocks import find_blocks
-from depthprobe.probing.passes import CausalEncoder, shared_prompt
+from depthprobe.probing.passes import CausalEncoder
 from depthprobe.probing.readout import score_gradient
 
 BATCH = 32  # a backward pass keeps what an evaluation pass forgets

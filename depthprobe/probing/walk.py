@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks, mean_ndcg
+from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks, mean_ndcg, shared_prompt
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
 from depthprobe.models.skipping import plan_skip, refuse_shared
 from depthprobe.models.taps import BlockCalls, first_tensor, record_calls, standing_in
-from depthprobe.probing.passes import CausalEncoder, shared_prompt, vectors_of
+from depthprobe.probing.passes import CausalEncoder, vectors_of
 
 
 class Step(NamedTuple):

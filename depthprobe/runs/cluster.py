@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthprobe.errors import BadInput
-from depthprobe.runs.processes import launched
-from depthprobe.runs.scheduler import Progress, Silent
+from depthprobe.runs.processes import Progress, launched
 from depthprobe.study import Study
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class SharedSweep:
     study: Study
     folder: str
     command: str | None = None
-    progress: Callable[[], Progress] = Silent
+    progress: Callable[[], Progress] = Progress
 
     def __call__(self) -> None:
         """Run it."""

@@ -1,4 +1,4 @@
-"""The times that a run measures once before its trials, and what they say of the work to do.
+"""What a sweep would do, and what is left guessed to take; nothing is written.
 
 A method's record says its work in units; the timing rig measures their seconds. Both multiplied are
 the jobs of a sweep, which are then dealt out to workers as the scheduler does.
@@ -7,249 +7,247 @@ the jobs of a sweep, which are then dealt out to workers as the scheduler does.
 from __future__ import annotations
 
 import heapq
+import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.interpolate import make_interp_spline
-from torch import Tensor, nn
 
-from depthprobe.cost import timing as rig
-from depthprobe.cost.timing import Action
-from depthprobe.data.batches import length_buckets, pad
-from depthprobe.data.splits import Split
-from depthprobe.methods import RANKED, Sizes, Task, Trial, method_of
-from depthprobe.models.build import build_recommender
-from depthprobe.models.recommender import Recommender
-from depthprobe.runs.context import Context
+from depthprobe.cost.size import free_memory
+from depthprobe.cost.timing import machine
+from depthprobe.data.batches import length_buckets
+from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
+from depthprobe.methods import RANKED, Sizes, Task, method_of, method_order
+from depthprobe.runs.context import LEARNED, Context
+from depthprobe.runs.layout import Inputs, available_cores, jobs_at_once, read_inputs
+from depthprobe.runs.plan import full_trial
+from depthprobe.runs.probing import REMOVAL
+from depthprobe.runs.records import DATA, ITEM_TABLE, NEGATIVES, TIMING, is_done, state_of
+from depthprobe.runs.timing import covers, measure
+from depthprobe.runs.training import FEATURES, spec_of
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
-from depthprobe.training.distillation import Distiller, feature_spec
-from depthprobe.training.features import FeatureSpec, OnlineTeacher, Teacher, TeacherOutputs
-from depthprobe.training.objectives import (
-    Batch,
-    ElasticObjective,
-    NextItem,
-    last_only,
-    make_batch,
-)
 
-# --- measuring -------------------------------------------------------------------------------
+SECONDS = 4.0  # to measure for, where the run has no times yet
+START = 4.0  # seconds until a worker has loaded its libraries and the log; on two Xeon cores
+Span = tuple[float, float]  # seconds between two ends; a single guess has both ends alike
 
 
-def measure(
-    context: Context,
-    blocks: int,
+class Estimate(NamedTuple):
+    """What is left is guessed to take."""
+
+    timed: bool  # by the times of the run; else by a short measurement
+    busy: float  # processes that wanted a core while that was made, by core
+    span: Span  # of all, on so many workers
+    work: Span  # of all jobs one after the other
+    chain: tuple[Job, ...]  # that must follow each other and take longest
+    by_method: dict[str, Span]
+    memory: float | None  # bytes of a process that trains all blocks, at its peak
+    fewer: bool  # that was measured with smaller batches than the study's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """The plan of a sweep, what its folder holds of it, and the estimate of the rest."""
+
+    inputs: Inputs
+    folder: Path
+    device: torch.device
+    workers: int  # jobs at a time
+    threads: int  # of a worker, on a CPU
+    processes: int  # that train together
+    apart: bool  # each job has a machine of its own
+    together: int  # jobs that share one memory, the machine's or a GPU's
+    retry_failed: bool
+    rows: list[tuple[Any, ...]]  # a method, and its tasks, trials, done, failed, left
+    shared: list[tuple[str, int, int]]  # what trials share, how many are needed, are there
+    lost: int  # trials that will not be done, since something that they need has failed
+    waiting: list[Task]  # that will be done
+    free: int  # bytes of memory that may be had
+    estimate: Estimate | None = None  # None if nothing is left, or nothing could be measured:
+    why: str = ""
+
+
+def preview(
+    study: Study,
+    folder: Path,
     *,
-    seconds: float | None = None,
-    width: int | None = None,
-    all_depths: bool = True,
-) -> dict[str, Any]:
-    """Seconds of each action, and the conditions they hold under: what ``timing.json`` holds.
+    jobs: int | None = None,
+    retry_failed: bool = False,
+    processes: int = 1,
+    apart: bool = False,
+) -> Preview:
+    """Plan a sweep into a folder as :func:`depthprobe.runs.sweep.run_sweep` would.
 
-    Actions are those of :mod:`depthprobe.cost.timing`, on typical users and windows, for each depth
-    and for ``sasrec``; and a step of each distilled or elastic method of the study, as
-    ``distill:K``. The model has random weights: the time of a matrix product does not depend on
-    what it multiplies.
+    Weights are not loaded: that some are missing shows when the sweep begins. What is not on this
+    machine of a public log or a Hugging Face id's configuration is fetched into its cache.
 
     Args:
-        seconds: in place of the study's budget.
-        width: of the item table, where the run does not have it yet.
-        all_depths: else the shallowest depth of each method and the full one alone.
+        processes: that train together, under a launcher.
+        apart: the jobs, by default one, run on machines of their own that are like this one.
+
+    Raises:
+        BadInput: where the sweep would refuse to begin.
     """
-    study, cost, device = context.study, context.study.cost, context.device
-    items = torch.randn(context.sequences.n_items + 1, width or context.item_width)
-    models: dict[int, Recommender] = {}
-    if depths := _depths(study, blocks, all_depths=all_depths):
-        random_init = study.backbone.quantize == "none"
-        full = build_recommender(
-            study.backbone, items, seed=0, random_init=random_init, train_items=study.trains_items
-        ).to(device)
-        models = {depth: rig.cut_copy(full, depth) for depth in depths}
-        items = full.item_matrix().detach()
-    timing = rig.measure(
-        lambda size: _actions(context, models, items.to(device), size),
-        batch=study.recipe.batch_size,
-        seconds=cost.seconds if seconds is None else seconds,
-        warmup=cost.warmup,
-        rounds=cost.rounds,
+    inputs = read_inputs(study, folder, dry=True)
+    context, tasks = _context(folder, inputs.working, inputs), inputs.tasks
+    device = context.device
+    states = {task.id: state_of(context.outputs(task)) for task in tasks}
+    left = [task for task in tasks if states[task.id] != "done"]
+    failed = {name for name, state in states.items() if state == "failed" and not retry_failed}
+    waiting = without_lost(left, failed)
+    doable = {task.id for task in waiting}
+    there = _there(context, tasks)
+    workers = 1 if processes > 1 or (apart and jobs is None) else jobs
+    workers = max(1, jobs_at_once(workers, device, len(waiting)))
+    plan = Preview(
+        inputs=inputs,
+        folder=folder,
         device=device,
+        workers=workers,
+        threads=max(1, available_cores() // (1 if apart else workers)),
+        processes=processes,
+        apart=apart,
+        # of several GPUs each has its share of the workers
+        together=1 if apart else -(-workers // max(1, torch.cuda.device_count())),
+        retry_failed=retry_failed,
+        rows=_rows(context, tasks, failed),
+        shared=_shared(context, tasks, there),
+        lost=sum(len(context.outputs(task)) for task in left if task.id not in doable | failed),
+        waiting=waiting,
+        free=free_memory(device),
     )
-    histories, _ = _typical_users(context, timing.batch)
-    inputs = _typical_batch(context, timing.batch, study.recipe).inputs
-    conditions = {
-        "device": device.type,
-        "dtype": study.backbone.dtype,
-        "precision": study.recipe.precision,
-        "batch": len(histories),
-        "length": histories.shape[1],
-        "train_batch": len(inputs),
-        "train_length": inputs.shape[1],
-        "threads": torch.get_num_threads(),
-        "warmup": timing.warmup,
-        "rounds": timing.rounds,
-    }
+    if not waiting:
+        return plan
+    start = 0.0 if jobs == 0 or processes > 1 else START
+    try:
+        return replace(plan, estimate=_estimate(plan, context, start, there))
+    except (ValueError, RuntimeError) as error:  # the plan can be told all the same
+        return replace(plan, why=str(error).partition("\n")[0])
+
+
+def _context(folder: Path, study: Study, inputs: Inputs) -> Context:
+    """A context that has what the run's folder would hold."""
+    context, split = Context(folder, study), inputs.split
+    vars(context).update(split=split, sequences=split.sequences, _shared_table=inputs.table)
+    return context
+
+
+def _estimate(plan: Preview, context: Context, start: float, there: Collection[str]) -> Estimate:
+    """What the waiting tasks take, by the times of the run, else by a short measurement."""
+    study, device, blocks = context.study, context.device, plan.inputs.blocks
+    path, measured = context.shared / TIMING, {}
+    if path.exists():
+        measured = json.loads(path.read_text(encoding="utf-8"))
+    timed = bool(measured) and measured["conditions"]["device"] == device.type
+    timed = timed and covers(measured, context, blocks)
+    sizes, train_length, test_length = sizes_of(context)
+    trained = any(method_of(task.method).role != "baseline" for task in plan.waiting)
+    busy, alone = 0.0, 0.0
+    if not timed:
+        busy = float(machine(device)["busy"])
+        if trained:
+            _check_memory(context, plan)
+        asked = tuple(dict.fromkeys(task.method for task in plan.waiting))
+        few = _context(plan.folder, replace(study, methods=asked), plan.inputs)
+        before = torch.get_num_threads()
+        torch.set_num_threads(plan.threads if device.type == "cpu" else before)
+        try:
+            measured = measure(few, blocks, seconds=SECONDS, all_depths=False)
+        finally:
+            torch.set_num_threads(before)
+        # the sweep begins with a longer one
+        a_round = sum(float(np.median(values)) for values in measured["seconds"].values())
+        rounds = study.cost.warmup + study.cost.rounds
+        alone = max(a_round, min(study.cost.seconds, rounds * a_round))
+    units = units_of(measured, train_length=train_length, test_length=test_length)
+    jobs = jobs_of(study, plan.waiting, sizes, units, there=there, processes=plan.processes)
+    if not math.isfinite(sum(job.seconds for job in jobs)):
+        raise ValueError("a step takes too long to be timed")
+    times = float(plan.together)  # as long, at most, beside others
+    if device.type == "cpu":  # by the threads that they lose, as if all had been of use
+        times = 1.0 if plan.apart else max(1.0, measured["conditions"]["threads"] / plan.threads)
+    slow = [replace(job, seconds=times * job.seconds) for job in jobs]
+
+    def both(seconds: Callable[[Sequence[Job]], float]) -> Span:
+        return seconds(jobs), seconds(slow)
+
+    def of(*methods: str) -> Span:
+        return both(lambda each: sum(job.seconds for job in each if job.method in methods))
+
+    methods = tuple(dict.fromkeys(job.method for job in jobs))
+    return Estimate(
+        timed=timed,
+        busy=busy,
+        span=both(lambda each: alone + start + schedule(each, plan.workers)),
+        work=of(*methods),
+        chain=longest_chain(slow),
+        by_method={method: of(method) for method in methods},
+        memory=measured.get("peak_bytes") if trained else None,
+        fewer=measured["conditions"]["train_batch"] < min(study.recipe.batch_size, sizes.windows),
+    )
+
+
+def _check_memory(context: Context, plan: Preview) -> None:
+    """Refuse, with ``ValueError``, to measure what can't be made up or does not fit."""
+    settings, facts = context.study.backbone, plan.inputs.manifest.backbone
+    if settings.quantize != "none":
+        raise ValueError("quantised weights can't be made up; the sweep will measure them")
+    # gradients and AdamW's two moments beside the weights
+    copies = 4 if settings.tuning == "full" else 1
+    held = copies * facts.parameters * getattr(torch, facts.dtype).itemsize
+    if held > plan.free:
+        have = f"{plan.free / 1e9:.1f} GB may be had"
+        raise ValueError(f"a training takes about {held / 1e9:.1f} GB, {have}")
+
+
+def _rows(context: Context, tasks: Sequence[Task], failed: set[str]) -> list[tuple[Any, ...]]:
+    counts: dict[str, Any] = {}
+    for task in tasks:
+        states = [state_of([path]) for path in context.outputs(task)]
+        count, done = len(states), states.count("done")
+        lost = count - done if task.id in failed else 0
+        own = [1, count, done, lost or states.count("failed"), count - done - lost]
+        counts[task.method] = counts.get(task.method, 0) + np.array(own)
+    return [(name, *counts[name].tolist()) for name in sorted(counts, key=method_order)]
+
+
+def _shared(
+    context: Context, tasks: Sequence[Task], there: Collection[str]
+) -> list[tuple[str, int, int]]:
+    """What is made once a run or once a seed, and how many of it are there."""
+    study, shared = context.study, context.shared
+    parts = [("data", 1, int((shared / DATA / DATA_MANIFEST).is_file()))]
+    if study.protocol.sampled:
+        parts.append(("negatives", 1, int((shared / NEGATIVES).exists())))
+    if study.item_table not in ("sasrec", LEARNED):
+        parts.append(("item table", 1, int((shared / ITEM_TABLE).exists())))
+    needed = {need for task in tasks for need in (*task.needs, task.id)}
+    for method in ("sasrec", "full"):
+        own = [full_trial(method, seed, tasks[0].blocks) for seed in range(study.seeds)]
+        if own[0].id in needed:
+            done = sum(is_done(context.trial_folder(trial)) for trial in own)
+            parts.append((method, len(own), done))
+    wanted = {name for task in tasks for name in shared_of(study, task)}
+    for kind in (FEATURES, REMOVAL):
+        if own_kind := {name for name in wanted if name.startswith(kind)}:
+            parts.append((kind, len(own_kind), len(own_kind & {*there})))
+    return [*parts, ("times", 1, int((shared / TIMING).exists()))]
+
+
+def _there(context: Context, tasks: Sequence[Task]) -> set[str]:
+    """What tasks share that is in the folder; of teachers that are there, too."""
     return {
-        "conditions": conditions,
-        "seconds": timing.seconds,
-        "left_out": list(timing.left_out),
-        "peak_bytes": timing.peak.get("reserved", timing.peak.get("rss")),
+        name
+        for task in tasks
+        for name in shared_of(context.study, task)
+        if is_done(context.trial_folder(full_trial("full", task.seed, task.blocks)))
+        and any(context.shared.glob(f"{name}-*"))
     }
-
-
-def _actions(
-    context: Context, models: dict[int, Recommender], items: Tensor, size: int
-) -> dict[str, Action]:
-    """All that is timed, with steps of so many windows."""
-    study, recipe = context.study, context.study.recipe
-    histories, lengths = _typical_users(context, size)
-    batch = _typical_batch(context, size, recipe)
-    timed: dict[str, Any] = {str(depth): model for depth, model in models.items()}
-    steps: dict[str, nn.Module] = {
-        f"train:{depth}": NextItem(model, recipe) for depth, model in models.items()
-    }
-    for method, depth in _own_steps(study, models, max(models, default=0)):
-        steps[f"{method}:{depth}"] = _own_objective(context, method, models, depth, batch)
-    plain = {}
-    if _times_sasrec(study):
-        timed["sasrec"], own = context.new_sasrec(0), study.sasrec.recipe
-        plain["train:sasrec"] = Action(
-            _step(NextItem(timed["sasrec"], own), _typical_batch(context, own.batch_size, own))
-        )
-    actions = rig.encode_actions(timed, histories, lengths, items=items) | plain
-    optimizer = rig.optimizer_of(*steps.values()) if steps else None
-    for name, objective in steps.items():
-        kind, _, depth_name = name.rpartition(":")
-        work = (3 if kind == "train" else 4) * int(depth_name) * batch.inputs.numel()
-        actions[name] = Action(_step(objective, batch, optimizer), work)
-    return actions
-
-
-def _step(objective: Any, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> Any:
-    half = objective.recipe.precision == "bfloat16"
-    optimizer = optimizer or rig.optimizer_of(objective)
-    return rig.step(lambda: objective.train()(batch), optimizer, bfloat16=half)
-
-
-def _own_objective(
-    context: Context,
-    method: str,
-    models: Mapping[int, Recommender],
-    depth: int,
-    batch: Batch,
-) -> nn.Module:
-    """An elastic model; or a student of an untrained teacher."""
-    settings, recipe = settings_of(context.study, method), context.study.recipe
-    model, full = models[depth], models[max(models)]
-    if settings.method.settings == "elastic":
-        return ElasticObjective(model, settings.elastic, recipe)
-    losses = settings.distillation
-    spec = feature_spec(losses, recipe, depth=model.depth, teacher_depth=full.depth)
-    teacher: Teacher = OnlineTeacher(rig.cut_copy(full, full.depth).eval(), spec)
-    if losses.features == "cached":
-        teacher = _MadeUp(spec, full, last_only(batch) if spec.objective == "last" else batch)
-    follows = bool(spec.ends or spec.vectors or spec.top)
-    goal = full.item_matrix().detach() if spec.vectors else None
-    student = Distiller(model, losses, recipe, teacher if follows else None, goal_items=goal)
-    return student.to(context.device)
-
-
-class _MadeUp:
-    """A teacher's features of one batch, as random numbers: to compute them takes a full pass."""
-
-    def __init__(self, spec: FeatureSpec, full: Recommender, batch: Batch) -> None:
-        count, items = batch.count, full.item_matrix()
-        device, width = items.device, items.shape[1]
-        states = torch.randn(len(spec.ends), count, full.width, device=device)
-        top = torch.randint(1, len(items), (count, spec.top), dtype=torch.int32, device=device)
-        self.outputs = TeacherOutputs(
-            states=states if spec.ends else None,
-            vectors=torch.randn(count, width, device=device) if spec.vectors else None,
-            top=top if spec.top else None,
-            scores=torch.randn(count, spec.top, device=device) if spec.top else None,
-        )
-
-    def at(self, batch: Batch) -> TeacherOutputs:
-        """The same for every batch."""
-        return self.outputs
-
-
-def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
-    """Whether the times hold all that the study's methods need."""
-    study, depths = context.study, _depths(context.study, blocks)
-    wanted = {f"encode:{depth}" for depth in depths}
-    wanted |= {f"{method}:{depth}" for method, depth in _own_steps(study, depths, blocks)}
-    if _times_sasrec(study):
-        wanted.add("encode:sasrec")
-    return wanted <= {*measured["seconds"], *measured.get("left_out", ())}
-
-
-def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str, Any] | None:
-    """The measured times that hold for a trial; None where its shape was not measured."""
-    settings, seconds = settings_of(study, trial.method), measured["seconds"]
-    sasrec = settings.method.settings == "sasrec"
-    key = "sasrec" if sasrec else str(trial.depth)
-    if f"encode:{key}" not in seconds:
-        return None
-    actions = {"encode": f"encode:{key}", "score": "score", "latency": f"latency:{key}"}
-    alike = replace(settings.recipe, epochs=study.recipe.epochs) == study.recipe
-    if sasrec or (settings.method.trains and alike):
-        own = {"distillation": f"{trial.method}:{key}", "elastic": f"{trial.method}:{trial.blocks}"}
-        actions["train_step"] = own.get(settings.method.settings, f"train:{key}")
-    return {
-        name: {"seconds": seconds[action]} for name, action in actions.items() if action in seconds
-    }
-
-
-def _times_sasrec(study: Study) -> bool:
-    methods = [method_of(name) for name in study.methods]
-    needed = study.item_table == "sasrec" and any(each.role != "baseline" for each in methods)
-    return needed or any(each.settings == "sasrec" for each in methods)
-
-
-def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
-    """Depths to time; none where the study has baselines alone."""
-    if all(method_of(name).role == "baseline" for name in study.methods):
-        return []
-    layers = [study.layers, *(settings_of(study, name).layers for name in study.methods)]
-    asked = [parse_layers(each, blocks) for each in layers]
-    return sorted({blocks, *(d for each in asked for d in (each if all_depths else each[:1]))})
-
-
-def _own_steps(study: Study, depths: Collection[int], blocks: int) -> list[tuple[str, int]]:
-    """Methods of the study that have a step of their own, and the depths to time it at."""
-    found = []
-    for name in study.methods:
-        settings = settings_of(study, name)
-        if settings.method.settings == "distillation":
-            own = set(parse_layers(settings.layers, blocks)) - {blocks}
-            found += [(name, depth) for depth in sorted(own.intersection(depths))]
-        elif settings.method.settings == "elastic" and blocks in depths:
-            found.append((name, blocks))
-    return found
-
-
-def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
-    """A batch of real test users of about the median length, (B, T) and (B,)."""
-    histories = context.test.histories
-    size = min(size, context.study.cost.batch_size)
-    chosen = [histories[i] for i in _middle([len(history) for history in histories], size)]
-    lengths = torch.tensor([len(history) for history in chosen])
-    return torch.from_numpy(pad(chosen)).to(context.device), lengths.to(context.device)
-
-
-def _typical_batch(context: Context, size: int, recipe: Recipe) -> Batch:
-    """Training windows of about the median length."""
-    chosen = _middle([len(window) for window in context.windows], size)
-    return make_batch(context.windows, chosen, context.device, recipe.objective)
-
-
-def _middle(lengths: list[int], size: int) -> np.ndarray:
-    batches = length_buckets(lengths, size)
-    full = [batch for batch in batches if len(batch) == len(batches[0])]
-    return full[len(full) // 2]
 
 
 # --- units of work ---------------------------------------------------------------------------
@@ -262,13 +260,11 @@ class Units:
     Attributes:
         seconds: of a step of ``batch`` windows and of encoding a user, by action.
         score: of the best items of the catalogue for one user.
-        flops: of training on a window, by depth; for a budget of compute.
     """
 
     batch: int
     seconds: Mapping[str, float]
     score: float
-    flops: Mapping[int, float]
 
     def of(self, kind: str, depth: int | str) -> float:
         """Of ``encode``, ``train`` or a method's own step; NaN if none of its kind was timed."""
@@ -288,9 +284,7 @@ class Units:
         return float(make_interp_spline(known, values, k=1)(depth))  # each block adds the same
 
 
-def units_of(
-    measured: dict[str, Any], flops: Mapping[int, float], *, train_length: float, test_length: float
-) -> Units:
+def units_of(measured: dict[str, Any], *, train_length: float, test_length: float) -> Units:
     """What was measured, by unit.
 
     Args:
@@ -304,18 +298,17 @@ def units_of(
     for name, values in measured["seconds"].items():
         seconds[name] = float(np.median(values)) * (wider if name[:6] == "encode" else longer)
     score = float(np.median(measured["seconds"]["score"])) / conditions["batch"]
-    return Units(batch=conditions["train_batch"], seconds=seconds, score=score, flops=flops)
+    return Units(batch=conditions["train_batch"], seconds=seconds, score=score)
 
 
-def sizes_of(split: Split, study: Study) -> tuple[Sizes, float, float]:
+def sizes_of(context: Context) -> tuple[Sizes, float, float]:
     """How many windows and users a split has; the mean lengths of windows and test users."""
-    longest, offsets = study.data.max_history, split.sequences.offsets
-    windows = np.minimum(split.train_stop - offsets[:-1], longest + 1)
-    inputs = windows[windows > 1] - 1
-    histories = np.minimum(split.test.targets - offsets[split.test.users], longest)
-    validation = min(len(split.validation.users), study.protocol.validation_users)
-    sizes = Sizes(windows=len(inputs), validation=validation, test=len(histories))
-    train_length = padded_length(inputs, study.recipe.batch_size, seed=0)
+    study = context.study
+    windows = np.array([len(window) - 1 for window in context.windows])
+    histories = np.array([len(history) for history in context.test.histories])
+    validation = min(len(context.split.validation.users), study.protocol.validation_users)
+    sizes = Sizes(windows=len(windows), validation=validation, test=len(histories))
+    train_length = padded_length(windows, study.recipe.batch_size, seed=0)
     return sizes, train_length, padded_length(histories, study.cost.batch_size)
 
 
@@ -369,21 +362,18 @@ def jobs_of(
 
 
 def shared_of(study: Study, task: Task) -> list[str]:
-    """What a task needs beside trials: the teacher's features on disk, its greedy removal."""
+    """What a task needs beside trials, by the beginning of its file's name."""
     settings = settings_of(study, task.method)
-    found = [f"removal-s{task.seed}"] if settings.select == "greedy" else []
-    losses = settings.distillation
-    if settings.method.settings == "distillation" and losses.features == "cached":
-        depth = task.trials[0].depth
-        spec = feature_spec(losses, settings.recipe, depth=depth, teacher_depth=task.blocks)
-        if spec.ends or spec.vectors or spec.top:
-            found.append(f"features-s{task.seed}-{spec.objective}")
+    found = [f"{REMOVAL}-s{task.seed}"] if settings.select == "greedy" else []
+    spec = spec_of(settings, task.trials[0]) if task.trials else None
+    if spec is not None and settings.distillation.features == "cached":
+        found.append(f"{FEATURES}-s{task.seed}-{spec.objective}")
     return found
 
 
 def _shared_seconds(name: str, task: Task, sizes: Sizes, units: Units) -> float:
     full, blocks = units.of("encode", task.blocks), task.blocks
-    if name.startswith("features"):
+    if name.startswith(FEATURES):
         return 2 * full * sizes.windows  # every position is read out: about one more pass
     # all single skips at each removal: more than the lazy search ever takes
     each = (blocks**2 / 6 + 1) * full + blocks * (blocks + 1) / 2 * RANKED * units.score
@@ -394,7 +384,7 @@ def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processe
     settings = settings_of(study, task.method)
     method, recipe = settings.method, settings.recipe
     steps = math.ceil(sizes.windows / (recipe.batch_size * processes))
-    sizes = replace(sizes, epochs=_epochs(study, task, units, recipe), steps=steps)
+    sizes = replace(sizes, epochs=_epochs(study, task, recipe), steps=steps)
     work = method.work(task, sizes)
     seconds = work.score * units.score
     seconds += sum(users * units.of("encode", depth) for depth, users in work.encode.items())
@@ -408,25 +398,22 @@ def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processe
     return seconds
 
 
-def _epochs(study: Study, task: Task, units: Units, recipe: Recipe) -> int:
+def _epochs(study: Study, task: Task, recipe: Recipe) -> int:
     """At most so many epochs; under ``budget = "compute"`` more for a shallower model."""
     method = method_of(task.method)
     if study.budget == "steps" or method.role not in ("trained", "control"):
         return recipe.epochs
-    depth, models = task.trials[-1].depth, 1
+    models = 1
     if method.settings == "elastic":
         models += sum(d < task.blocks for d in parse_layers(study.layers, task.blocks))
-    full, own = (units.flops.get(d, units.of("train", d)) for d in (task.blocks, depth))
-    return max(1, round(recipe.epochs * models * full / own))
+    # blocks are what a model of half the depth saves at most; it scores as many items
+    return max(1, round(recipe.epochs * models * task.blocks / task.trials[-1].depth))
 
 
-def schedule(jobs: Sequence[Job], workers: int, *, start: float = 0.0) -> float:
+def schedule(jobs: Sequence[Job], workers: int) -> float:
     """Seconds until the last job ends, if free workers take the first job that is ready.
 
     That is how a sweep deals its tasks out (list scheduling).
-
-    Args:
-        start: seconds until a worker can begin.
 
     >>> sasrec, full = Job("sasrec", 2), Job("full", 5, ("sasrec",))
     >>> schedule([sasrec, full, Job("student", 1, ("full",)), Job("variant", 3, ("sasrec",))], 2)
@@ -435,7 +422,7 @@ def schedule(jobs: Sequence[Job], workers: int, *, start: float = 0.0) -> float:
     waiting = {job.id: job for job in jobs}
     missing = set(waiting)  # what has not ended; what is no job is there already
     running: list[tuple[float, str]] = []  # a heap: when it ends, its id
-    now = float(start) if jobs else 0.0
+    now = 0.0
     while missing:
         ready = [job for job in waiting.values() if missing.isdisjoint(job.needs)]
         for job in ready[: workers - len(running)]:

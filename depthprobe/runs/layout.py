@@ -26,8 +26,15 @@ from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.files import complete_file, remove_leftovers
 from depthprobe.methods import Task, method_order
-from depthprobe.models.backbones import pinned, pinned_now, pretrained_config
-from depthprobe.models.item_tables import TEXT, make_table, table_hash
+from depthprobe.models.backbones import (
+    backbone_revision,
+    describe,
+    pinned,
+    pinned_now,
+    pretrained_config,
+    resolve_device,
+)
+from depthprobe.models.item_tables import TEXT, item_texts, make_table, table_hash
 from depthprobe.runs.context import CHECKPOINTS, LEARNED
 from depthprobe.runs.plan import SASREC, plan
 from depthprobe.runs.records import (
@@ -67,15 +74,19 @@ class Inputs:
         study: with the methods and variants that the run has already.
         working: the same, but for the commit that the backbone's branch or tag stands for.
         before: the manifest of the run that is continued; None where a run begins.
+        manifest: of a run that would begin with this.
         config: of the backbone's decoder.
+        table: of items, that all trials share, not yet written; None where each seed has its own.
     """
 
     study: Study
     working: Study
     before: Manifest | None
+    manifest: Manifest
     tasks: list[Task]
     split: Split
     config: PreTrainedConfig
+    table: Tensor | None
 
     @property
     def blocks(self) -> int:
@@ -83,33 +94,51 @@ class Inputs:
         return int(self.config.num_hidden_layers)
 
 
-def read_inputs(study: Study, folder: Path) -> Inputs:
-    """Read what a sweep of a study into a folder needs, but for the item table.
+def read_inputs(
+    study: Study, folder: Path, *, command: str | None = None, dry: bool = False
+) -> Inputs:
+    """Read and check what a sweep of a study into a folder needs.
 
     The tasks are those that the study itself names.
 
+    Args:
+        command: that repeats the run.
+        dry: of an item table that is computed from texts make the shape alone.
+
     Raises:
-        BadInput: if a tracker, the cache, the data, the backbone or the depths can't be used, or
-            the folder holds another study.
+        BadInput: if a tracker, the cache, the data, the backbone, the item table or the depths
+            can't be used, or the folder holds another study.
     """
+    device = resolve_device(study.device)
     check_trackers(study.tracking.to)
     if study.cache is not None:
         check_writable("cache", Path(study.cache).expanduser())
     merged, before = continued(folder, study), manifest_before(folder)
     recorded = None if before is None else before.backbone.revision
     backbone = pinned_now(pinned(merged.backbone, recorded))
+    working = replace(merged, backbone=backbone)
     config = pretrained_config(backbone).get_text_config(decoder=True)
     tasks = plan(study, int(config.num_hidden_layers))
     # refuses a log in which no user can be tested
     split = make_split(_read_log(merged, folder), merged.protocol)
     _new_slices(merged, split, before)
+    width = int(config.hidden_size) if dry else None
+    table = _shared_table(working, split.sequences, folder, device, width)
+    revision = backbone_revision(backbone)
+    # of a run that is continued nothing may be left to do
+    facts = BackboneFacts(**describe(backbone, revision)) if before is None else before.backbone
+    manifest = _new_manifest(merged, split, table, facts, device, command)
+    if before is not None:
+        _check_same(folder, before, manifest, revision)
     return Inputs(
         study=merged,
-        working=replace(merged, backbone=backbone),
+        working=working,
         before=before,
+        manifest=manifest,
         tasks=tasks,
         split=split,
         config=config,
+        table=table,
     )
 
 
@@ -138,12 +167,8 @@ def manifest_before(folder: Path) -> Manifest | None:
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def check_same_inputs(
-    folder: Path, before: Manifest | None, manifest: Manifest, revision: str
-) -> None:
+def _check_same(folder: Path, before: Manifest, manifest: Manifest, revision: str) -> None:
     """Refuse to mix records of other data, weights or embeddings under the same names."""
-    if before is None:
-        return
     for name, was, now in (
         ("data", before.data.fingerprint, manifest.data.fingerprint),
         ("backbone", before.backbone.revision, revision),
@@ -168,27 +193,22 @@ def _read_log(study: Study, folder: Path) -> Sequences:
     return read_data(study.data)
 
 
-def shared_table(
-    study: Study, sequences: Sequences, folder: Path, device: torch.device
+def _shared_table(
+    study: Study, sequences: Sequences, folder: Path, device: torch.device, width: int | None
 ) -> Tensor | None:
-    """The item table that all trials share, not yet written; None where each seed has its own."""
+    """The item table that all trials share; of one to compute the shape alone, given its width."""
     if study.item_table in {SASREC, LEARNED}:
         return None
     written = folder / SHARED / ITEM_TABLE
     if study.item_table == TEXT and written.is_file():
         return torch.from_numpy(np.load(written))
-    return make_table(
-        study.item_table,
-        study.backbone,
-        sequences.item_ids.tolist(),
-        sequences.titles,
-        device=device,
-    )
+    ids, titles = sequences.item_ids.tolist(), sequences.titles
+    if study.item_table == TEXT and width is not None:
+        return torch.empty(len(item_texts(ids, titles)) + 1, width, device="meta")
+    return make_table(study.item_table, study.backbone, ids, titles, device=device)
 
 
-def lay_out(
-    folder: Path, given: Study, inputs: Inputs, table: Tensor | None, manifest: Manifest
-) -> bool:
+def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
     """Write what trials share, alone with the run; what the folder has already stays.
 
     Another sweep may have added methods since the inputs were read, so study and manifest are read
@@ -196,12 +216,12 @@ def lay_out(
 
     Args:
         given: the study without the methods that the run has already.
-        manifest: of a run that begins.
 
     Returns:
         Whether the slices of the run are new.
     """
-    split, shared, before = inputs.split, folder / SHARED, manifest_before(folder)
+    split, table, manifest = inputs.split, inputs.table, inputs.manifest
+    shared, before = folder / SHARED, manifest_before(folder)
     study = continued(folder, given)
     slices = _new_slices(study, split, before)
     if before is not None:
@@ -245,7 +265,7 @@ def tidy(folder: Path) -> None:
         remove_leftovers(folder / place)
 
 
-def new_manifest(
+def _new_manifest(
     study: Study,
     split: Split,
     table: Tensor | None,
@@ -275,7 +295,7 @@ def new_manifest(
             source=study.item_table,
             width=width if table is None else table.shape[1],
             trained=study.trains_items,
-            sha256=None if table is None else table_hash(table),
+            sha256=None if table is None or table.is_meta else table_hash(table),
         ),
         slices=slice_columns(study.protocol),
         machine=machine(device),
@@ -288,6 +308,7 @@ def new_manifest(
 
 # --- where numbers come from: machine, versions, git ---------------------------------------------
 
+MOST_JOBS = 4  # by default on a CPU: each job holds its own copy of the model
 PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")
 
 
@@ -306,6 +327,14 @@ def machine(device: torch.device) -> Machine:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def jobs_at_once(jobs: int | None, device: torch.device, tasks: int) -> int:
+    """How many of so many tasks run at the same time; 0: in this process."""
+    if jobs is None:
+        cpu = device.type == "cpu"
+        jobs = min(available_cores(), MOST_JOBS) if cpu else max(1, torch.cuda.device_count())
+    return min(jobs, tasks)
 
 
 def _git_state() -> Git | None:

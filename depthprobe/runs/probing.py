@@ -38,6 +38,7 @@ from depthprobe.probing.walk import (
 )
 from depthprobe.runs.context import Context, Result, Scores
 
+REMOVAL = "removal"  # how the name of a greedy removal's file begins
 TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
 
 
@@ -156,7 +157,7 @@ def settle_users(context: Context, task: Task) -> Iterator[Scores]:
 
 def removal(context: Context, seed: int, blocks: int) -> Removal:
     """The greedy removal by validation users, made once for all who need it."""
-    path = context.shared / f"greedy-s{seed}-{context.teacher_digest(seed, blocks)}.json"
+    path = context.shared / f"{REMOVAL}-s{seed}-{context.teacher_digest(seed, blocks)}.json"
     with FileLock(path.with_name(f".{path.stem}.lock")):
         if not path.exists():
             teacher = context.teacher(seed, blocks)

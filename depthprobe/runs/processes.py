@@ -7,7 +7,7 @@ The command line asks whether there are several: importing this imports no torch
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,19 @@ T = TypeVar("T")
 
 class FirstProcessError(RuntimeError):
     """What the first of several processes raised, in words, in the others."""
+
+
+class Progress:
+    """Receives a sweep's events, and ignores them; nothing of it may raise or take long."""
+
+    def plan(self, trials: Sequence[str]) -> None:
+        """The trials that will run now, in order; those already complete are not among them."""
+
+    def message(self, text: str) -> None:
+        """What is being done right now, one short line."""
+
+    def done(self, trial: str, status: str, seconds: float, note: str) -> None:
+        """A trial ended: ``done`` or ``failed``, after so many seconds, its result or error."""
 
 
 @dataclass(frozen=True)

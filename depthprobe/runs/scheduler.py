@@ -8,47 +8,20 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from depthprobe.methods import Task
-from depthprobe.runs.processes import ProcessGroup
+from depthprobe.runs.processes import ProcessGroup, Progress
 from depthprobe.runs.records import outputs_of, state_of
-
-
-class Progress(Protocol):
-    """Receives a sweep's events; nothing of it may raise or take long."""
-
-    def plan(self, trials: Sequence[str]) -> None:
-        """The trials that will run now, in order; those already complete are not among them."""
-
-    def message(self, text: str) -> None:
-        """What is being done right now, one short line."""
-
-    def done(self, trial: str, status: str, seconds: float, note: str) -> None:
-        """A trial ended: ``done`` or ``failed``, after so many seconds, its result or error."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def plan(self, trials: Sequence[str]) -> None:
-        """Ignore the plan."""
-
-    def message(self, text: str) -> None:
-        """Ignore the message."""
-
-    def done(self, trial: str, status: str, seconds: float, note: str) -> None:
-        """Ignore the end of a trial."""
-
 
 # --- locks: one sweep a task ----------------------------------------------------------------------
 

@@ -16,26 +16,21 @@ from transformers.utils.logging import disable_progress_bar
 from depthprobe.errors import BadInput
 from depthprobe.files import write_json
 from depthprobe.methods import BUILT_IN, METHODS, Method, Task
-from depthprobe.models.backbones import backbone_revision, describe, resolve_device
 from depthprobe.runs import worker
 from depthprobe.runs.context import Context
-from depthprobe.runs.estimate import covers, measure
 from depthprobe.runs.layout import (
     available_cores,
-    check_same_inputs,
+    jobs_at_once,
     lay_out,
     manifest_before,
-    new_manifest,
     read_inputs,
-    shared_table,
     tidy,
 )
-from depthprobe.runs.processes import ProcessGroup, join_processes
+from depthprobe.runs.processes import ProcessGroup, Progress, join_processes
 from depthprobe.runs.records import (
     FULL,
     TABLES,
     TIMING,
-    BackboneFacts,
     Manifest,
     Provenance,
     forget_failures,
@@ -48,17 +43,14 @@ from depthprobe.runs.records import (
 from depthprobe.runs.scheduler import (
     Claims,
     Outcome,
-    Progress,
     Queue,
-    Silent,
     clear,
     run_in_processes,
     whole_run,
 )
 from depthprobe.runs.store import Run, open_run, write_tables
+from depthprobe.runs.timing import covers, measure
 from depthprobe.study import Study
-
-MOST_JOBS = 4  # by default on a CPU: each job holds its own copy of the model
 
 
 def run_sweep(
@@ -95,22 +87,11 @@ def run_sweep(
             depths or a tracker can't be used, or the folder holds another study.
     """
     group = join_processes(study.device)
-    progress = (progress if group.writes else None) or Silent()
+    progress = (progress if group.writes else None) or Progress()
     disable_progress_bar()  # one bar a loaded model would drown the progress
     folder = Path(output) if output is not None else Path("runs") / study.name
-    device = resolve_device(study.device)
-    inputs = read_inputs(study, folder)
-    working, before = inputs.working, inputs.before
-    table = shared_table(working, inputs.split.sequences, folder, device)
-    revision = backbone_revision(working.backbone)
-    # of a run that is continued nothing may be left to do, and loading a backbone takes long
-    backbone = (
-        group.from_first(lambda: BackboneFacts(**describe(working.backbone, revision)))
-        if before is None
-        else before.backbone
-    )
-    manifest = new_manifest(inputs.study, inputs.split, table, backbone, device, command)
-    check_same_inputs(folder, before, manifest, revision)
+    inputs = read_inputs(study, folder, command=command)
+    working, before, manifest = inputs.working, inputs.before, inputs.manifest
 
     began = time.perf_counter()
     context = Context(folder, working)
@@ -120,7 +101,7 @@ def run_sweep(
         with whole_run(folder, progress):
             if before is None and manifest_before(folder) is not None:
                 return None
-            resliced = lay_out(folder, study, inputs, table, manifest)
+            resliced = lay_out(folder, study, inputs)
             if retry_failed:
                 forget_failures(path for task in inputs.tasks for path in context.outputs(task))
             by_state: dict[str, list[Task]] = {"done": [], "failed": [], "left": []}
@@ -141,8 +122,8 @@ def run_sweep(
         progress.message(f"{len(failed)} failed before; --retry-failed runs them again")
     claims = Claims(folder, group)
     queue = Queue(waiting, claims, done=done, failed=failed)
-    workers = 0 if group.processes > 1 else jobs_at_once(jobs, device, len(waiting))
-    origin = _provenance(manifest, device, max(1, available_cores() // max(1, workers)))
+    workers = 0 if group.processes > 1 else jobs_at_once(jobs, context.device, len(waiting))
+    origin = _provenance(manifest, context.device, max(1, available_cores() // max(1, workers)))
     try:
         for ready in _ready(queue, context, origin, workers, group):
             outcome = worker.work(ready) if isinstance(ready, Task) else ready
@@ -160,14 +141,6 @@ def run_sweep(
             _update_manifest(context, time.perf_counter() - began)
     clear(folder)
     return open_run(folder)
-
-
-def jobs_at_once(jobs: int | None, device: torch.device, tasks: int) -> int:
-    """How many of so many tasks run at the same time; 0: in this process."""
-    if jobs is None:
-        cpu = device.type == "cpu"
-        jobs = min(available_cores(), MOST_JOBS) if cpu else max(1, torch.cuda.device_count())
-    return min(jobs, tasks)
 
 
 def _names(tasks: Iterable[Task]) -> set[str]:

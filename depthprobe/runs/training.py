@@ -8,19 +8,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from transformers import Cache
 
 from depthprobe.cost.flops import UncountableError, epoch_flops, flops_per_user
 from depthprobe.cost.size import count_parameters
-from depthprobe.evaluation.ranks import Encoder, evaluate, mean_ndcg
+from depthprobe.evaluation.ranks import evaluate, mean_ndcg
 from depthprobe.files import complete_folder, write_json
 from depthprobe.methods import Task, Trial
 from depthprobe.models.cutting import keep_blocks
@@ -63,7 +62,7 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
     """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
     (trial,) = task.trials
     model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
-    objective = NextItem(model, recipe)
+    objective = objective_of(settings_of(context.study, trial.method), model, recipe)
     with _fit_settings(context, trial, objective, recipe) as settings:
         done = fit(objective, context.windows, validate=lambda: context.validate(model), **settings)
     ranks = evaluate(model, context.test, device=context.device)
@@ -96,11 +95,10 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
     student = _cut_teacher(context, trial) if from_teacher else context.new_recommender(trial)
     student.train()
     torch.manual_seed(trial.seed)
-    goal = None
-    if weights.logits and not weights.top:
+    spec, goal = spec_of(settings, trial), None
+    if spec is not None and spec.vectors:
         goal = context.teacher(trial.seed, trial.blocks).item_matrix().detach()
-    distiller = Distiller(student, weights, settings.recipe, teacher, goal_items=goal)
-    distiller.to(context.device)
+    distiller = objective_of(settings, student, settings.recipe, teacher, goal).to(context.device)
     if teacher is not None or from_teacher or settings.select in TEACHER_SELECTIONS:
         seconds += _seconds_of_teacher(context, trial)
     return train_recommender(context, trial, student, distiller, teacher_seconds=seconds)
@@ -117,7 +115,7 @@ def elastic(context: Context, task: Task) -> Iterator[Result]:
         every = early_exit(model.eval(), context.validation, device=context.device)
         return float(np.mean([mean_ndcg(ranks[FULL]) for ranks in every[1:]]))
 
-    objective = ElasticObjective(model, settings.elastic, recipe)
+    objective = objective_of(settings, model, recipe)
     with _fit_settings(context, deepest, objective, recipe) as given:
         done = fit(objective, context.windows, validate=validate, **given)
     ranks = early_exit(model, context.test, device=context.device)
@@ -144,18 +142,14 @@ def train_recommender(
     teacher_seconds: float = 0.0,
 ) -> Iterator[Result]:
     """Train a recommender on the next item, or on an objective that holds it; then rank."""
-    encoder, recipe = _SharedPrompt(model), budgeted(context, trial, model)
-    objective = objective or NextItem(model, recipe)
+    recipe = budgeted(context, trial, model)
+    if objective is None:
+        objective = objective_of(settings_of(context.study, trial.method), model, recipe)
     with _fit_settings(context, trial, objective, recipe) as settings:
-        done = fit(
-            objective,
-            context.windows,
-            validate=lambda: context.validate(encoder.refresh()),
-            **settings,
-        )
+        done = fit(objective, context.windows, validate=lambda: context.validate(model), **settings)
     yield Result(
         trial,
-        evaluate(encoder.refresh(), context.test, device=context.device),
+        evaluate(model, context.test, device=context.device),
         count_parameters(model),
         flops=_flops(context, trial, model),
         fit=done,
@@ -163,6 +157,28 @@ def train_recommender(
         teacher_seconds=teacher_seconds,
         model=model,
     )
+
+
+def objective_of(
+    settings: Settings,
+    model: nn.Module,
+    recipe: Recipe,
+    teacher: Teacher | None = None,
+    goal_items: Tensor | None = None,
+) -> nn.Module:
+    """A model with the loss that its method minimises.
+
+    Args:
+        teacher: what a student follows, if it follows anything.
+        goal_items: the teacher's item matrix, where a student follows the scores of all items.
+    """
+    kind = settings.method.settings
+    if kind == "elastic":
+        return ElasticObjective(cast("Recommender", model), settings.elastic, recipe)
+    if kind == "distillation":
+        student = cast("Recommender", model)
+        return Distiller(student, settings.distillation, recipe, teacher, goal_items=goal_items)
+    return NextItem(model, recipe)
 
 
 @contextmanager
@@ -203,28 +219,6 @@ def _seconds_of_teacher(context: Context, trial: Trial) -> float:
     """How long the teacher was trained."""
     record = read_record(context.trial_folder(full_trial(TEACHER, trial.seed, trial.blocks)))
     return record.training.seconds if record and record.training else 0.0
-
-
-@dataclass
-class _SharedPrompt(Encoder):
-    """A recommender whose prompt is run once an evaluation."""
-
-    _model: Recommender
-    _prompt: Cache | None = None
-
-    def refresh(self) -> _SharedPrompt:
-        """Run the prompt at the present weights."""
-        with torch.inference_mode():
-            self._prompt = self._model.prepare_prompt()
-        return self
-
-    def encode(self, histories: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T), (B,) -> (B, d_item)."""
-        return self._model.encode(histories, lengths, self._prompt)
-
-    def item_matrix(self) -> Tensor:
-        """(I + 1, d_item)."""
-        return self._model.item_matrix()
 
 
 # --- how long: for as many steps as the teacher, or with as much compute -------------------------
@@ -287,7 +281,7 @@ def _counted(count: Callable[[], int]) -> int | None:
 
 # --- the teacher's features: computed once for all students of a seed ----------------------------
 
-FEATURES, SECONDS = "teacher-features", "seconds.json"
+FEATURES, SECONDS = "features", "seconds.json"
 
 
 def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
@@ -297,8 +291,8 @@ def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
         BadInput: if there is no trained teacher.
     """
     settings = settings_of(context.study, trial.method)
-    spec = _spec(settings, trial.depth, trial.blocks)
-    if not (spec.ends or spec.vectors or spec.top):
+    spec = spec_of(settings, trial)
+    if spec is None:
         return None, 0.0
     if settings.distillation.features == "online":
         return OnlineTeacher(context.teacher(trial.seed, trial.blocks), spec), 0.0
@@ -349,7 +343,7 @@ def _of_all_students(context: Context, trial: Trial, spec: FeatureSpec) -> Featu
     for task in plan(study, trial.blocks):
         settings = settings_of(study, task.method)
         if settings.method.settings == "distillation" and task.seed == trial.seed:
-            specs += [_spec(settings, each.depth, each.blocks) for each in task.trials]
+            specs += [each for trial in task.trials if (each := spec_of(settings, trial))]
     specs = [each for each in specs if each.objective == spec.objective]
     return FeatureSpec(
         objective=spec.objective,
@@ -359,5 +353,10 @@ def _of_all_students(context: Context, trial: Trial, spec: FeatureSpec) -> Featu
     )
 
 
-def _spec(settings: Settings, depth: int, blocks: int) -> FeatureSpec:
-    return feature_spec(settings.distillation, settings.recipe, depth=depth, teacher_depth=blocks)
+def spec_of(settings: Settings, trial: Trial) -> FeatureSpec | None:
+    """Which of the teacher's outputs a trial follows; None where it follows nothing."""
+    if settings.method.settings != "distillation":
+        return None
+    losses, recipe, depth = settings.distillation, settings.recipe, trial.depth
+    spec = feature_spec(losses, recipe, depth=depth, teacher_depth=trial.blocks)
+    return spec if spec.ends or spec.vectors or spec.top else None

@@ -30,7 +30,6 @@ from depthprobe.models.build import save_trained
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.replace import save_replacement
 from depthprobe.runs.context import Context, Result, Scores
-from depthprobe.runs.estimate import timing_of
 from depthprobe.runs.processes import ProcessGroup
 from depthprobe.runs.records import (
     FULL,
@@ -47,6 +46,7 @@ from depthprobe.runs.records import (
     write_trial,
 )
 from depthprobe.runs.scheduler import Outcome, describe
+from depthprobe.runs.timing import timing_of
 from depthprobe.study import Study
 from depthprobe.training.loop import DivergedError
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from depthprobe.cli.dry_run import duration, duration_of
-from depthprobe.runs import preview
+from depthprobe.runs import estimate
 
 Cli = Callable[..., Any]
 
@@ -32,9 +32,9 @@ def study(
     rng = np.random.default_rng(0)
     lines = [f"u{u} " + " ".join(f"i{i}" for i in rng.permutation(30)[:9]) for u in range(40)]
     (tmp_path / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    monkeypatch.setattr(preview, "SECONDS", 0.01)
+    monkeypatch.setattr(estimate, "SECONDS", 0.01)
     # one thread, as all tests have
-    monkeypatch.setattr("depthprobe.runs.preview.available_cores", lambda: 1)
+    monkeypatch.setattr("depthprobe.runs.estimate.available_cores", lambda: 1)
     paths = ["--data", "log.txt", "--backbone", "model", "--output", "run", "--device", "cpu"]
     return [*paths, "--seeds", 1, "--epochs", 1, "--jobs", 0, "--layers", 1]
 
@@ -130,12 +130,12 @@ def test_a_run_that_is_half_done(cli: Cli, study: list[object], tmp_path: Path) 
 def test_memory_that_is_not_there(
     cli: Cli, study: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preview, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 1000)
     outcome = cli("distill", *study, "--dry-run")
     assert outcome.code == 0
     assert table(outcome.out, " method")["all"][5:] == ["-"]
     out = plain(outcome.out)
-    assert "No ESTIMATE of time and memory: a training takes more than 0.0 GB" in out
+    assert "No ESTIMATE of time and memory: a training takes about 0.0 GB" in out
 
 
 def test_jobs_of_a_cluster_have_machines_of_their_own(cli: Cli, study: list[object]) -> None:

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from depthprobe.cli.terminal import SHOWN, Display, show_progress
-from depthprobe.runs.scheduler import Silent
+from depthprobe.cli.terminal import SHOWN, show_progress
+from depthprobe.runs.processes import Progress
 
 
 class Terminal(io.StringIO):
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def play(progress: Display | Silent) -> None:
+def play(progress: Progress) -> None:
     progress.message("training [bold]full[/bold]")
     progress.plan(["full-s0", "skip-5-s0"])
     progress.done("full-s0", "done", 12.34, "NDCG@10 0.31")
@@ -74,5 +74,5 @@ def test_the_bar_is_taken_down_when_the_sweep_is_interrupted(
 
 
 def test_silent_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    play(Silent())
+    play(Progress())
     assert capfd.readouterr() == ("", "")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from depthprobe.runs.scheduler import Silent
+from depthprobe.runs.processes import Progress
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import (
@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-class Recorder(Silent):
+class Recorder(Progress):
     """Keeps what a sweep shows."""
 
     def __init__(self) -> None:

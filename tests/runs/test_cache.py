@@ -47,7 +47,7 @@ def test_a_second_run_trains_nothing_and_finds_the_same(shared: Study, tmp_path:
     pd.testing.assert_frame_equal(alone.users, second.users, check_exact=True)
     for name, each in trainings(first).items():
         assert trainings(second)[name] | {"reused": False} == each  # seconds and losses too
-    (kept,) = (first.path / "shared").glob("teacher-features-*")
+    (kept,) = (first.path / "shared").glob("features-*")
     for file in kept.iterdir():
         assert (second.path / "shared" / kept.name / file.name).samefile(file)  # not a byte twice
 

@@ -17,8 +17,9 @@ from msgspec import to_builtins
 from depthprobe.files import write_json
 from depthprobe.methods import Task
 from depthprobe.runs.plan import trial_of
+from depthprobe.runs.processes import Progress
 from depthprobe.runs.records import Provenance, Record, forget_failures, outputs_of, write_failure
-from depthprobe.runs.scheduler import LOCKS, Claims, Silent, clear, held, whole_run
+from depthprobe.runs.scheduler import LOCKS, Claims, clear, held, whole_run
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study
@@ -124,7 +125,7 @@ def sweep(study: Study, folder: Path, told: Path) -> None:
     """In a process of its own: a sweep that writes down what it did itself."""
     did: list[str] = []
 
-    class Tasks(Silent):
+    class Tasks(Progress):
         def done(self, trial: str, status: str, seconds: float, note: str) -> None:
             if note != "in another sweep of this run":
                 did.append(trial)

@@ -23,8 +23,8 @@ from depthprobe.errors import BadInput
 from depthprobe.files import write_json
 from depthprobe.runs import cluster
 from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, last_line, submit
+from depthprobe.runs.processes import Progress
 from depthprobe.runs.records import RECORD, Record, read_record
-from depthprobe.runs.scheduler import Silent
 from depthprobe.runs.store import open_run
 from depthprobe.study import Recipe, Slurm, Study, Tracking, study_to_toml
 
@@ -90,7 +90,7 @@ def test_a_job_that_fails_is_told_by_its_last_words(
     data = replace(sweep.study.data, source=str(tmp_path / "nowhere.txt"))
     broken = replace(sweep, study=replace(sweep.study, data=data))
     running += submit(broken, cluster="local")
-    failures = follow(running, Silent(), poll=0.2)
+    failures = follow(running, Progress(), poll=0.2)
     assert list(failures) == [running[0].job_id]
     assert "nowhere.txt" in failures[running[0].job_id]
     assert "\n" not in failures[running[0].job_id]
@@ -112,7 +112,7 @@ def test_a_job_that_is_pre_empted_goes_on(
     (process,) = psutil.Process(int(job.job_id)).children()
     process.send_signal(signal.SIGTERM)  # comes first on a cluster, and must do nothing
     process.send_signal(signal.SIGUSR2)
-    assert follow(running, Silent(), poll=0.2) == {}
+    assert follow(running, Progress(), poll=0.2) == {}
     log = (job.stdout() or "") + (job.stderr() or "")
     assert "Requeued job" in log
     assert log.count("Starting with") == 2
@@ -201,7 +201,7 @@ def test_jobs_are_followed_by_what_the_scheduler_says(
     cancelled = "#!/bin/sh\necho 'JobID|State|NodeList'; echo '31_[0-1]|CANCELLED|'\n"
     shown: list[str] = []
 
-    class Cancelling(Silent):
+    class Cancelling(Progress):
         def message(self, text: str) -> None:
             shown.append(text)
             (slurm / "sacct").write_text(cancelled)

@@ -18,7 +18,7 @@ from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
-from depthprobe.runs.scheduler import Silent
+from depthprobe.runs.processes import Progress
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study
@@ -56,7 +56,7 @@ def ranks(run: Run, trial: str) -> np.ndarray:
     return users[(users["trial"] == trial) & (users["protocol"] == "full")]["rank"].to_numpy()
 
 
-class Moves(Silent):
+class Moves(Progress):
     """Moves the branch once the run has begun, before its first trial."""
 
     def __init__(self, hub: Path) -> None:

@@ -24,7 +24,7 @@ from depthprobe.methods import (
     register,
     walks_found,
 )
-from depthprobe.runs import probing, sweep
+from depthprobe.runs import layout, probing
 from depthprobe.runs.context import Context, Result
 from depthprobe.runs.plan import trial_of
 from depthprobe.runs.records import read_manifest
@@ -94,14 +94,14 @@ def test_methods_that_another_sweep_adds_meanwhile_are_kept(
     """A sweep reads study and manifest again once it is alone with the run."""
     folder = tmp_path / "run"
     run_sweep(replace(tiny, methods=("popularity",)), folder, jobs=0, command="first")
-    real = sweep.new_manifest
+    real = layout._new_manifest
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(sweep, "new_manifest", real)
+        monkeypatch.setattr(layout, "_new_manifest", real)
         run_sweep(replace(tiny, methods=("sasrec",)), folder, jobs=0, command="second")
         return real(*arguments)
 
-    monkeypatch.setattr(sweep, "new_manifest", meanwhile)
+    monkeypatch.setattr(layout, "_new_manifest", meanwhile)
     run_sweep(replace(tiny, methods=("popularity",)), folder, jobs=0, command="third")
     assert load_study(folder / "study.toml").methods == ("popularity", "sasrec")
     assert read_manifest(folder).command == "first\nsecond"

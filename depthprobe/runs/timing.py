@@ -1,0 +1,213 @@
+"""The times that a run measures once, before its trials: what ``timing.json`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from depthprobe.cost import timing as rig
+from depthprobe.cost.timing import Action
+from depthprobe.data.batches import length_buckets, pad
+from depthprobe.methods import Trial, method_of
+from depthprobe.models.build import build_recommender
+from depthprobe.models.recommender import Recommender
+from depthprobe.runs.context import Context
+from depthprobe.runs.plan import TEACHER, plan, trial_of
+from depthprobe.runs.training import objective_of, spec_of
+from depthprobe.study import Recipe, Study, parse_layers, settings_of
+from depthprobe.training.features import OnlineTeacher, Teacher, TeacherOutputs
+from depthprobe.training.objectives import Batch, NextItem, last_only, make_batch
+
+
+def measure(
+    context: Context, blocks: int, *, seconds: float | None = None, all_depths: bool = True
+) -> dict[str, Any]:
+    """Seconds of each action, and the conditions they hold under.
+
+    Actions are those of :mod:`depthprobe.cost.timing`, on typical users and windows, for each depth
+    and for ``sasrec``; and a step of each distilled or elastic method of the study, as
+    ``distill:K``. The model has random weights: the time of a matrix product does not depend on
+    what it multiplies.
+
+    Args:
+        seconds: in place of the study's budget.
+        all_depths: else the shallowest depth of each method and the full one alone.
+    """
+    study, cost, device = context.study, context.study.cost, context.device
+    items = torch.randn(context.sequences.n_items + 1, context.item_width)
+    models: dict[int, Recommender] = {}
+    if depths := _depths(study, blocks, all_depths=all_depths):
+        random_init = study.backbone.quantize == "none"
+        full = build_recommender(
+            study.backbone, items, seed=0, random_init=random_init, train_items=study.trains_items
+        ).to(device)
+        models = {depth: rig.cut_copy(full, depth) for depth in depths}
+        items = full.item_matrix().detach()
+    timing = rig.measure(
+        lambda size: _actions(context, blocks, models, items.to(device), size),
+        batch=study.recipe.batch_size,
+        seconds=cost.seconds if seconds is None else seconds,
+        warmup=cost.warmup,
+        rounds=cost.rounds,
+        device=device,
+    )
+    histories, _ = _typical_users(context, timing.batch)
+    inputs = _typical_batch(context, timing.batch, study.recipe).inputs
+    conditions = {
+        "device": device.type,
+        "dtype": study.backbone.dtype,
+        "precision": study.recipe.precision,
+        "batch": len(histories),
+        "length": histories.shape[1],
+        "train_batch": len(inputs),
+        "train_length": inputs.shape[1],
+        "threads": torch.get_num_threads(),
+        "warmup": timing.warmup,
+        "rounds": timing.rounds,
+    }
+    return {
+        "conditions": conditions,
+        "seconds": timing.seconds,
+        "left_out": list(timing.left_out),
+        "peak_bytes": timing.peak.get("reserved", timing.peak.get("rss")),
+    }
+
+
+def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
+    """Whether the times hold all that the study's methods need."""
+    study, depths = context.study, _depths(context.study, blocks)
+    wanted = {f"encode:{depth}" for depth in depths} | set(_steps(study, blocks, depths))
+    if _times_sasrec(study):
+        wanted.add("encode:sasrec")
+    return wanted <= {*measured["seconds"], *measured.get("left_out", ())}
+
+
+def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str, Any] | None:
+    """The measured times that hold for a trial; None where its shape was not measured."""
+    settings, seconds = settings_of(study, trial.method), measured["seconds"]
+    sasrec = settings.method.settings == "sasrec"
+    key = "sasrec" if sasrec else str(trial.depth)
+    if f"encode:{key}" not in seconds:
+        return None
+    actions = {"encode": f"encode:{key}", "score": "score", "latency": f"latency:{key}"}
+    alike = replace(settings.recipe, epochs=study.recipe.epochs) == study.recipe
+    if sasrec or (settings.method.trains and alike):
+        actions["train_step"] = _own_step(trial) or f"train:{key}"
+    return {
+        name: {"seconds": seconds[action]} for name, action in actions.items() if action in seconds
+    }
+
+
+def _times_sasrec(study: Study) -> bool:
+    methods = [method_of(name) for name in study.methods]
+    needed = study.item_table == "sasrec" and any(each.role != "baseline" for each in methods)
+    return needed or any(each.settings == "sasrec" for each in methods)
+
+
+def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
+    """Depths to time; none where the study has baselines alone."""
+    if all(method_of(name).role == "baseline" for name in study.methods):
+        return []
+    layers = [study.layers, *(settings_of(study, name).layers for name in study.methods)]
+    asked = [parse_layers(each, blocks) for each in layers]
+    return sorted({blocks, *(d for each in asked for d in (each if all_depths else each[:1]))})
+
+
+def _own_step(trial: Trial) -> str | None:
+    """The name of a step whose loss is not the next item's alone."""
+    depths = {"distillation": trial.depth, "elastic": trial.blocks}
+    depth = depths.get(method_of(trial.method).settings)
+    return None if depth is None else f"{trial.method}:{depth}"
+
+
+def _steps(study: Study, blocks: int, depths: Mapping[int, Any] | list[int]) -> dict[str, Trial]:
+    """The steps to time, each by a trial that takes it: plain ones, and those of own losses."""
+    steps = {f"train:{depth}": trial_of(TEACHER, range(depth), 0, blocks) for depth in depths}
+    for task in plan(study, blocks) if depths else ():
+        for trial in task.trials[-1:] if task.seed == 0 else ():
+            if trial.depth in depths and (name := _own_step(trial)):
+                steps[name] = trial
+    return steps
+
+
+def _actions(
+    context: Context, blocks: int, models: dict[int, Recommender], items: Tensor, size: int
+) -> dict[str, Action]:
+    """All that is timed, with steps of so many windows."""
+    study, recipe = context.study, context.study.recipe
+    histories, lengths = _typical_users(context, size)
+    batch = _typical_batch(context, size, recipe)
+    timed: dict[str, Any] = {str(depth): model for depth, model in models.items()}
+    plain = {}
+    if _times_sasrec(study):
+        timed["sasrec"], own = context.new_sasrec(0), study.sasrec.recipe
+        windows = _typical_batch(context, own.batch_size, own)
+        plain["train:sasrec"] = Action(_step(NextItem(timed["sasrec"], own), windows))
+    actions = rig.encode_actions(timed, histories, lengths, items=items) | plain
+    trials = _steps(study, blocks, models)
+    steps = {name: _objective(context, trial, models, batch) for name, trial in trials.items()}
+    optimizer = rig.optimizer_of(*steps.values()) if steps else None
+    for name, objective in steps.items():
+        passes = 3 if name.startswith("train") else 4
+        work = passes * trials[name].depth * batch.inputs.numel()
+        actions[name] = Action(_step(objective, batch, optimizer), work)
+    return actions
+
+
+def _step(objective: Any, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    half = objective.recipe.precision == "bfloat16"
+    optimizer = optimizer or rig.optimizer_of(objective)
+    return rig.step(lambda: objective.train()(batch), optimizer, bfloat16=half)
+
+
+def _objective(
+    context: Context, trial: Trial, models: Mapping[int, Recommender], batch: Batch
+) -> nn.Module:
+    """The trial's own objective, with an untrained teacher."""
+    settings = replace(settings_of(context.study, trial.method), recipe=context.study.recipe)
+    full, goal, teacher = models[trial.blocks], None, cast("Teacher | None", None)
+    if (spec := spec_of(settings, trial)) is not None:
+        teacher = OnlineTeacher(rig.cut_copy(full, full.depth).eval(), spec)
+        if settings.distillation.features == "cached":  # what a step reads is there already
+            outputs = teacher.at(last_only(batch) if spec.objective == "last" else batch)
+            teacher = _Read(outputs)
+        goal = full.item_matrix().detach() if spec.vectors else None
+    objective = objective_of(settings, models[trial.depth], settings.recipe, teacher, goal)
+    return objective.to(context.device)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a cached teacher said of the batch that is timed."""
+
+    outputs: TeacherOutputs
+
+    def at(self, batch: Batch) -> TeacherOutputs:
+        """The same for every batch."""
+        return self.outputs
+
+
+def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
+    """A batch of real test users of about the median length, (B, T) and (B,)."""
+    histories = context.test.histories
+    size = min(size, context.study.cost.batch_size)
+    chosen = [histories[i] for i in _middle([len(history) for history in histories], size)]
+    lengths = torch.tensor([len(history) for history in chosen])
+    return torch.from_numpy(pad(chosen)).to(context.device), lengths.to(context.device)
+
+
+def _typical_batch(context: Context, size: int, recipe: Recipe) -> Batch:
+    """Training windows of about the median length."""
+    chosen = _middle([len(window) for window in context.windows], size)
+    return make_batch(context.windows, chosen, context.device, recipe.objective)
+
+
+def _middle(lengths: list[int], size: int) -> np.ndarray:
+    batches = length_buckets(lengths, size)
+    full = [batch for batch in batches if len(batch) == len(batches[0])]
+    return full[len(full) // 2]

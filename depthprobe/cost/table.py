@@ -33,6 +33,7 @@ from depthprobe.cost.timing import (
 )
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import backbone_config, resolve_device
+from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import make_trainable
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
@@ -114,7 +115,7 @@ def cost_table(
     config = backbone_config(backbone, revision=revision)
     text = config.get_text_config(decoder=True)
     most = getattr(text, "max_position_embeddings", None)
-    if most is not None and workload.prompt + workload.length > most:
+    if most is not None and 0 < most < workload.prompt + workload.length:
         allowed = f"with {workload.prompt} slots of prompt at most {most} positions of the backbone"
         raise BadInput("length", workload.length, allowed)
     blocks = int(text.num_hidden_layers)
@@ -122,7 +123,7 @@ def cost_table(
     try:
         rows = _sizes(config, depths, workload)
     except ValueError as error:
-        reason = error.allowed if isinstance(error, BadInput) else error
+        reason = error.allowed if isinstance(error, BadInput) else str(error).partition("\n")[0]
         raise BadInput("backbone", backbone, f"a decoder that can be cut ({reason})") from error
     here = machine(place)  # before it is busy with this
     timing, peaks, obstacle = None, {}, "no time was given to it" if not workload.seconds else None
@@ -182,6 +183,7 @@ def _sizes(
 ) -> list[dict[str, Any]]:
     """Parameters, bytes and FLOPs of every depth, from a model without weights."""
     backbone = random_backbone(config, workload.dtype, torch.device("meta"))
+    find_blocks(backbone)  # refuses one whose blocks can't be told
     try:
         model = _recommender(backbone, workload)
     except RuntimeError:  # whether the prompt can be shared asks for numbers: it is taken to be so

@@ -518,12 +518,11 @@ def pinned_now(settings: Backbone) -> Backbone:
     return pinned(settings, resolve_revision(settings.source, settings.revision))
 
 
-def describe(settings: Backbone, revision: str) -> dict[str, Any]:
-    """What a run records of its backbone. Weights are checked to be there, none is read."""
-    model = pretrained(settings, weights=False)
+def describe(model: PreTrainedModel, source: str, revision: str) -> dict[str, Any]:
+    """What a run records of its backbone."""
     text_config = model.config.get_text_config(decoder=True)
     return {
-        "source": settings.source,
+        "source": source,
         "revision": revision,
         "blocks": int(text_config.num_hidden_layers),
         "width": int(text_config.hidden_size),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -60,6 +60,14 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
     parts = name.split(".")
     around = [owner.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
     return next(module for module in reversed(around) if isinstance(module, PreTrainedModel))
+
+
+def token_embeddings(decoder: PreTrainedModel) -> nn.Embedding:
+    """A decoder's table of tokens; a refusal of one that has none of its own."""
+    try:
+        return cast("nn.Embedding", decoder.get_input_embeddings())
+    except NotImplementedError:
+        raise refusal(decoder, "it has no token embeddings of its own") from None
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from depthprobe.models.blocks import find_blocks, find_decoder, has_per_layer, no_token, per_layer
+from depthprobe.models.blocks import (
+    find_blocks,
+    find_decoder,
+    has_per_layer,
+    no_token,
+    per_layer,
+    token_embeddings,
+)
 from depthprobe.models.prompt import (
     cache_argument,
     can_share_prompt,
@@ -151,7 +158,7 @@ class Recommender(nn.Module):
     @property
     def token_embeddings(self) -> nn.Embedding:
         """The backbone's input embeddings; only the prompt reads them."""
-        return cast("nn.Embedding", self.backbone.get_input_embeddings())
+        return token_embeddings(self.backbone)
 
     @property
     def width(self) -> int:

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess  # noqa: S404 - asks git for its commit, with fixed arguments
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -31,9 +32,12 @@ from depthprobe.models.backbones import (
     describe,
     pinned,
     pinned_now,
+    pretrained,
     pretrained_config,
     resolve_device,
 )
+from depthprobe.models.blocks import find_decoder, token_embeddings
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import TEXT, item_texts, make_table, table_hash
 from depthprobe.runs.context import CHECKPOINTS, LEARNED
 from depthprobe.runs.plan import SASREC, plan
@@ -57,7 +61,7 @@ from depthprobe.runs.records import (
     write_manifest,
 )
 from depthprobe.runs.tables import own_slices, slice_columns, write_slices
-from depthprobe.study import Study, differences, load_study, study_to_toml
+from depthprobe.study import Backbone, Study, differences, load_study, study_to_toml
 from depthprobe.training.tracking import check_trackers
 
 NEGATIVE_SEED = 999
@@ -126,7 +130,7 @@ def read_inputs(
     table = _shared_table(working, split.sequences, folder, device, width)
     revision = backbone_revision(backbone)
     # of a run that is continued nothing may be left to do
-    facts = BackboneFacts(**describe(backbone, revision)) if before is None else before.backbone
+    facts = _checked(backbone, revision, tasks) if before is None else before.backbone
     manifest = _new_manifest(merged, split, table, facts, device, command)
     if before is not None:
         _check_same(folder, before, manifest, revision)
@@ -140,6 +144,17 @@ def read_inputs(
         config=config,
         table=table,
     )
+
+
+def _checked(settings: Backbone, revision: str, tasks: Sequence[Task]) -> BackboneFacts:
+    """Facts of a backbone that has its weights and can be cut; none of them is read."""
+    model = pretrained(settings, weights=False)
+    facts = BackboneFacts(**describe(model, settings.source, revision))
+    token_embeddings(find_decoder(model))  # refuses a decoder without any
+    cuts = [trial.kept for task in tasks for trial in task.trials if trial.depth < trial.blocks]
+    if shallowest := min(filter(None, cuts), key=len, default=None):
+        keep_blocks(model, shallowest)
+    return facts
 
 
 def continued(folder: Path, study: Study) -> Study:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, RwkvConfig, T5Config
+from transformers import BartConfig, GPT2Config, LlamaConfig, RwkvConfig, T5Config, XLMConfig
 
 from depthprobe.cost import table as module
 from depthprobe.cost.table import Workload, cost_table, random_backbone
@@ -141,6 +141,12 @@ def test_what_can_not_be_cut(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="rescales its weights") as caught:
         cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)
     assert str(caught.value).count("is not usable") == 1
+    BartConfig(vocab_size=11, d_model=8, decoder_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="no token embeddings of its own"):
+        cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)
+    XLMConfig(vocab_size=11, emb_dim=8, n_layers=2, n_heads=2, n_langs=1).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="more than one list of blocks"):
+        cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)
 
 
 def test_depths_that_are_not_there(config: str) -> None:

@@ -440,8 +440,12 @@ def test_the_embedded_backbone_is_hashed_in_memory(tmp_path, monkeypatch):
     assert backbone_revision(Backbone()) != first
 
 
+def described(settings, revision):
+    return describe(pretrained(settings, weights=False), settings.source, revision)
+
+
 def test_what_is_recorded(make_model):
-    found = describe(Backbone(dtype="bfloat16"), "sha256:0")
+    found = described(Backbone(dtype="bfloat16"), "sha256:0")
     model = embedded_backbone()
     assert found == {
         "source": "embedded",
@@ -460,7 +464,7 @@ def test_what_is_recorded_is_found_without_a_weight(hub, monkeypatch, make_model
     monkeypatch.setattr(
         torch.Tensor, "to", lambda self, *a, **k: read.append(out := tensor(self, *a, **k)) or out
     )
-    recorded = describe(HUB, OLD)
+    recorded = described(HUB, OLD)
     model = make_model("qwen3")
     assert recorded["parameters"] == model.num_parameters()
     assert (recorded["dtype"], recorded["blocks"]) == ("float32", 6)
@@ -479,13 +483,13 @@ def test_weights_that_do_not_fit_are_refused_without_reading_them(hub, change):
     if change == "shorter":
         file.write_bytes(file.read_bytes()[:-64])
     with pytest.raises(BadInput, match="backbone: 'org/model'") as caught:
-        describe(HUB, OLD)
+        described(HUB, OLD)
     assert "\n" not in str(caught.value)
 
 
 def test_an_architecture_without_blocks_is_refused_before_a_run_begins(tmp_path):
     tiny_model(family_config("xlm"), depth=2).save_pretrained(tmp_path)
-    for use in (pretrained, lambda settings: describe(settings, "sha256:0")):
+    for use in (pretrained, lambda settings: described(settings, "sha256:0")):
         with pytest.raises(BadInput, match="more than one list of blocks"):
             use(Backbone(source=str(tmp_path)))
 

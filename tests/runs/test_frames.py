@@ -19,7 +19,8 @@ COMMAND = 2  # functions before `run_sweep`: the command's own, and what runs a 
 MOST = {
     ("training.train_recommender", "objectives.forward", "recommender.forward"): 10,
     ("training.train_recommender", "objectives.forward", "prompt.shared_prompt"): 12,
-    ("probing.walk_blocks", "walk.rank_routes", "recommender.forward"): 14,
+    ("training.train_recommender", "ranks.evaluate", "recommender.forward"): 10,
+    ("probing.walk_blocks", "walk.rank_routes", "recommender.forward"): 8,
 }
 
 

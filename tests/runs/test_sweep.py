@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate
@@ -174,6 +175,18 @@ def test_changed_data_are_refused(tiny: Study, tmp_path: Path) -> None:
     log.write_text(log.read_text() + "u99 i1 i2 i3 i4 i5\n")
     with pytest.raises(BadInput, match="the data has changed"):
         run_sweep(study, tmp_path / "run", jobs=0)
+
+
+def test_a_backbone_that_can_not_be_cut_is_refused_before_anything_is_written(
+    study: Study, tmp_path: Path
+) -> None:
+    config = RwkvConfig(vocab_size=259, hidden_size=8, num_hidden_layers=2)
+    RwkvForCausalLM(config).save_pretrained(tmp_path / "rwkv")
+    backbone = replace(study.backbone, source=str(tmp_path / "rwkv"), prompt="")
+    few = replace(study, backbone=backbone, methods=("finetune",), layers="1", variants={})
+    with pytest.raises(BadInput, match="cannot be cut: it rescales its weights"):
+        run_sweep(few, tmp_path / "run", jobs=0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tiny: Study, tmp_path: Path) -> None:

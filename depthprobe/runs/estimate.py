@@ -20,7 +20,6 @@ from scipy.interpolate import make_interp_spline
 
 from depthprobe.cost.size import free_memory
 from depthprobe.cost.timing import machine
-from depthprobe.data.batches import length_buckets
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.methods import RANKED, Sizes, Task, method_of, method_order
 from depthprobe.runs.context import LEARNED, Context
@@ -145,7 +144,11 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
         measured = json.loads(path.read_text(encoding="utf-8"))
     timed = bool(measured) and measured["conditions"]["device"] == device.type
     timed = timed and covers(measured, context, blocks)
-    sizes, train_length, test_length = sizes_of(context)
+    sizes = Sizes(
+        windows=len(context.windows),
+        validation=min(len(context.split.validation.users), study.protocol.validation_users),
+        test=len(context.test.users),
+    )
     trained = any(method_of(task.method).role != "baseline" for task in plan.waiting)
     busy, alone = 0.0, 0.0
     if not timed:
@@ -164,7 +167,7 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
         a_round = sum(float(np.median(values)) for values in measured["seconds"].values())
         rounds = study.cost.warmup + study.cost.rounds
         alone = max(a_round, min(study.cost.seconds, rounds * a_round))
-    units = units_of(measured, train_length=train_length, test_length=test_length)
+    units = units_of(measured)
     jobs = jobs_of(study, plan.waiting, sizes, units, there=there, processes=plan.processes)
     if not math.isfinite(sum(job.seconds for job in jobs)):
         raise ValueError("a step takes too long to be timed")
@@ -284,38 +287,13 @@ class Units:
         return float(make_interp_spline(known, values, k=1)(depth))  # each block adds the same
 
 
-def units_of(measured: dict[str, Any], *, train_length: float, test_length: float) -> Units:
-    """What was measured, by unit.
-
-    Args:
-        train_length: the mean length of a batch of windows, padding included: longer batches than
-            the typical ones take longer in proportion, shorter ones are not taken to be faster.
-        test_length: of test users.
-    """
+def units_of(measured: dict[str, Any]) -> Units:
+    """What was measured, by unit; batches of another length are as many shorter as longer ones."""
     conditions, seconds = measured["conditions"], {}
-    longer = max(1.0, train_length / conditions["train_length"])
-    wider = max(1.0, test_length / conditions["length"]) / conditions["batch"]
     for name, values in measured["seconds"].items():
-        seconds[name] = float(np.median(values)) * (wider if name[:6] == "encode" else longer)
-    score = float(np.median(measured["seconds"]["score"])) / conditions["batch"]
-    return Units(batch=conditions["train_batch"], seconds=seconds, score=score)
-
-
-def sizes_of(context: Context) -> tuple[Sizes, float, float]:
-    """How many windows and users a split has; the mean lengths of windows and test users."""
-    study = context.study
-    windows = np.array([len(window) - 1 for window in context.windows])
-    histories = np.array([len(history) for history in context.test.histories])
-    validation = min(len(context.split.validation.users), study.protocol.validation_users)
-    sizes = Sizes(windows=len(windows), validation=validation, test=len(histories))
-    train_length = padded_length(windows, study.recipe.batch_size, seed=0)
-    return sizes, train_length, padded_length(histories, study.cost.batch_size)
-
-
-def padded_length(lengths: np.ndarray, batch: int, *, seed: int | None = None) -> float:
-    """The mean number of places in a row when each batch is as wide as its longest; NaN of none."""
-    widths = [lengths[each].max() * len(each) for each in length_buckets(lengths, batch, seed=seed)]
-    return float(sum(widths) / len(lengths)) if len(lengths) else math.nan
+        users = conditions["batch"] if name.startswith(("encode", "score")) else 1
+        seconds[name] = float(np.median(values)) / users
+    return Units(batch=conditions["train_batch"], seconds=seconds, score=seconds["score"])
 
 
 # --- jobs ------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ class _Read:
 
 
 def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
-    """A batch of real test users of about the median length, (B, T) and (B,)."""
+    """A batch of real test users of about the mean length, (B, T) and (B,)."""
     histories = context.test.histories
     size = min(size, context.study.cost.batch_size)
     chosen = [histories[i] for i in _middle([len(history) for history in histories], size)]
@@ -202,12 +202,15 @@ def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _typical_batch(context: Context, size: int, recipe: Recipe) -> Batch:
-    """Training windows of about the median length."""
+    """Training windows of about the mean length."""
     chosen = _middle([len(window) for window in context.windows], size)
     return make_batch(context.windows, chosen, context.device, recipe.objective)
 
 
 def _middle(lengths: list[int], size: int) -> np.ndarray:
+    """Of all batches, padding included, the one whose length is nearest to their mean."""
     batches = length_buckets(lengths, size)
-    full = [batch for batch in batches if len(batch) == len(batches[0])]
-    return full[len(full) // 2]
+    longest = np.array([max(lengths[i] for i in batch) for batch in batches])
+    mean = np.average(longest, weights=[len(batch) for batch in batches])
+    full = [place for place, batch in enumerate(batches) if len(batch) == len(batches[0])]
+    return batches[min(full, key=lambda place: abs(longest[place] - mean))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.cost.flops import UncountableError
-from depthprobe.data.prepared import read_data
-from depthprobe.data.splits import make_split
 from depthprobe.methods import Sizes
 from depthprobe.runs.context import Context
 from depthprobe.runs.estimate import (
@@ -22,23 +19,19 @@ from depthprobe.runs.estimate import (
     Units,
     jobs_of,
     longest_chain,
-    padded_length,
     schedule,
-    sizes_of,
     units_of,
     without_lost,
 )
 from depthprobe.runs.plan import plan
 from depthprobe.runs.store import Run
-from depthprobe.runs.timing import covers, measure, timing_of
+from depthprobe.runs.timing import _middle, covers, measure, timing_of
 from depthprobe.runs.training import _counted
 from depthprobe.study import (
     Elastic,
-    Protocol,
     Recipe,
     SasRecSettings,
     Study,
-    demo_study,
 )
 
 CHAIN = [
@@ -196,13 +189,13 @@ def test_units_of_depths_that_were_not_timed() -> None:
     assert np.isnan(replace(UNITS, seconds={}).of("encode", 2))
 
 
-def test_units_are_medians_and_grow_with_the_batch() -> None:
-    conditions = {"batch": 10, "length": 4, "train_batch": 16, "train_length": 8}
-    seconds = {"encode:2": [1.0, 9.0, 2.0], "train:2": [3.0], "score": [0.5]}
-    measured = {"conditions": conditions, "seconds": seconds}
-    units = units_of(measured, train_length=16, test_length=2)
-    assert units.seconds["encode:2"] == 2 / 10  # shorter ones are not taken to be faster
-    assert units.seconds["train:2"] == 2 * 3
+def test_units_are_medians() -> None:
+    measured = {
+        "conditions": {"batch": 10, "train_batch": 16},
+        "seconds": {"encode:2": [1.0, 9.0, 2.0], "train:2": [3.0], "score": [0.5]},
+    }
+    units = units_of(measured)
+    assert (units.seconds["encode:2"], units.seconds["train:2"]) == (2 / 10, 3)
     assert (units.score, units.batch) == (0.05, 16)
 
 
@@ -286,19 +279,6 @@ def test_only_a_kernel_that_can_not_run_leaves_flops_out() -> None:
         _counted(lambda: fail(ValueError("a bug")))
 
 
-def test_lengths_with_their_padding() -> None:
-    assert padded_length(np.array([1, 4, 4, 3]), 2) == (4 + 4 + 3 + 3) / 4
-    assert np.isnan(padded_length(np.array([]), 2))
-
-
-def test_sizes_are_those_of_the_windows(tmp_path: Path) -> None:
-    study = demo_study()
-    split = make_split(read_data(study.data), Protocol())
-    context = Context(tmp_path, study)
-    vars(context).update(split=split, sequences=split.sequences)
-    found, train_length, _ = sizes_of(context)
-    assert (found.windows, found.test, found.validation) == (2500, 2500, 1000)
-    longest = study.data.max_history + 1
-    windows = [split.train_history(user, longest) for user in range(2500)]
-    mean = sum(len(window) - 1 for window in windows) / 2500
-    assert mean < train_length < 1.2 * mean
+def test_the_batch_that_is_timed_has_the_mean_length() -> None:
+    # batches of 10 10, 4 4, 4 1 and 1: 5.3 places a row
+    assert _middle([10, 4, 1, 10, 4, 4, 1], 2).tolist() == [1, 4]

@@ -30,6 +30,7 @@ T = TypeVar("T")
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 CountOrNone = Annotated[int, Meta(ge=0, le=10**9)]
 Width = Annotated[int, Meta(ge=1, le=65_536)]
+Rate = Annotated[float, Meta(gt=0, lt=10)]
 Weight = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 
@@ -50,12 +51,13 @@ ITEM_TABLES = ("sasrec", "text", "learned")
 NOT_DECIDING = frozenset(
     {
         *("name", "device", "cache", "methods", "slurm", "tracking"),
-        *("protocol.user_slices", "protocol.item_slices", "cost.seconds"),
+        *("seeds", "protocol.user_slices", "protocol.item_slices", "cost.seconds"),
         *("protocol.margin", "protocol.level", "protocol.metric", "protocol.resamples"),
     }
 )
 VARIANT_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 WORDS = {  # msgspec's, and ours
+    "`float | array`": "a number, or a list of numbers",
     "`array`": "a list of strings",
     "`bool`": "true or false",
     "`int`": "a whole number",
@@ -79,9 +81,10 @@ def _expected(hint: Any, message: str) -> str:
     for each in (hint, *typing.get_args(hint)):
         if typing.get_origin(each) is Literal:
             return f"one of {', '.join(typing.get_args(each))}"
-        if typing.get_origin(each) is tuple:
+        if typing.get_origin(each) is tuple and str in typing.get_args(each):
             return WORDS["`array`"]
-    text = message.removeprefix("Expected ").partition(", got")[0].replace(" | null", "")
+    text = message.removeprefix("Expected ").partition(", got")[0].partition(" - at")[0]
+    text = text.replace(" | null", "")
     for theirs, ours in WORDS.items():
         text = text.replace(theirs, ours)
     return text
@@ -204,7 +207,9 @@ class Recipe(Checked):
     epochs: Count = 6  #: passes over the training data, at most.
     #: users (windows of a history) a step.
     batch_size: Count = 128
-    learning_rate: Annotated[float, Meta(gt=0, lt=10)] = 1e-3  #: at its highest.
+    #: at its highest; of a list, each is tried at seed 0, for every model alike, and the one with
+    #: the best validation NDCG@10 is used for all seeds.
+    learning_rate: Rate | tuple[Rate, ...] = 1e-3
     weight_decay: Weight = 0.01  #: of AdamW.
     warmup: Share = 0.1  #: the share of the steps in which the learning rate rises.
     clip: Annotated[float, Meta(gt=0)] = 1.0  #: the norm at which gradients are clipped.
@@ -229,6 +234,15 @@ class Recipe(Checked):
         if self.accumulation > self.batch_size:
             allowed = f"at most batch_size ({self.batch_size})"
             raise BadInput("accumulation", self.accumulation, allowed)
+        if not self.rates or len(set(self.rates)) < len(self.rates):
+            allowed = "a number, or a list of different ones"
+            raise BadInput("learning_rate", self.learning_rate, allowed)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to try; one where there is nothing to choose."""
+        rates = self.learning_rate
+        return rates if isinstance(rates, tuple) else (rates,)
 
 
 @dataclass(frozen=True, kw_only=True)

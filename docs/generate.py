@@ -252,13 +252,15 @@ def _table(kind: type, default: Any) -> list[str]:
 
 def _type(hint: Any) -> str:
     if _optional(hint):
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        return " or ".join(_type(k) for k in typing.get_args(hint) if k is not type(None))
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(hint))
     words = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
-    return "list of text" if typing.get_origin(hint) is tuple else words[hint]
+    if typing.get_origin(hint) is tuple:
+        return f"list of {'text' if str in typing.get_args(hint) else 'numbers'}"
+    return words[hint]
 
 
 def _optional(hint: Any) -> bool:

@@ -106,9 +106,13 @@ class Context:
         """The folders that a task leaves, each complete or absent."""
         return outputs_of(self.folder, task)
 
-    def checkpoint(self, trial: Trial) -> Path:
-        """The file from which a training that was killed goes on; gone once the trial is done."""
-        return self.folder / CHECKPOINTS / f"{trial.id}.safetensors"
+    def checkpoint(self, trial: Trial, rate: float | None = None) -> Path:
+        """The file from which a training that was killed goes on; gone once the trial is done.
+
+        There is one for each of several learning rates.
+        """
+        name = trial.id if rate is None else f"{trial.id}.{rate:g}"
+        return self.folder / CHECKPOINTS / f"{name}.safetensors"
 
     def tracked(self, trial: Trial) -> AbstractContextManager[Track]:
         """Where a training of the trial sends its numbers."""

@@ -362,7 +362,8 @@ def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processe
     settings = settings_of(study, task.method)
     method, recipe = settings.method, settings.recipe
     steps = math.ceil(sizes.windows / (recipe.batch_size * processes))
-    sizes = replace(sizes, epochs=_epochs(study, task, recipe), steps=steps)
+    epochs = _epochs(study, task, recipe) * (1 if task.seed else len(recipe.rates))
+    sizes = replace(sizes, epochs=epochs, steps=steps)
     work = method.work(task, sizes)
     seconds = work.score * units.score
     seconds += sum(users * units.of("encode", depth) for depth, users in work.encode.items())

@@ -103,7 +103,7 @@ def read_inputs(
 ) -> Inputs:
     """Read and check what a sweep of a study into a folder needs.
 
-    The tasks are those that the study itself names.
+    The tasks are those of the methods that the study itself names, and of all seeds of the run.
 
     Args:
         command: that repeats the run.
@@ -122,7 +122,7 @@ def read_inputs(
     backbone = pinned_now(pinned(merged.backbone, recorded))
     working = replace(merged, backbone=backbone)
     config = pretrained_config(backbone).get_text_config(decoder=True)
-    tasks = plan(study, int(config.num_hidden_layers))
+    tasks = plan(replace(study, seeds=merged.seeds), int(config.num_hidden_layers))
     # refuses a log in which no user can be tested
     split = make_split(_read_log(merged, folder), merged.protocol)
     _new_slices(merged, split, before)
@@ -158,7 +158,7 @@ def _checked(settings: Backbone, revision: str, tasks: Sequence[Task]) -> Backbo
 
 
 def continued(folder: Path, study: Study) -> Study:
-    """The study with the methods that the run has already; refuses any other difference."""
+    """The study with the methods and seeds that the run has; refuses what changes its numbers."""
     # what begins with a dot, another sweep that is laying the run out may have there for a moment
     entries = [*folder.iterdir()] if folder.is_dir() else []
     is_file = folder.exists() and not folder.is_dir()
@@ -173,8 +173,8 @@ def continued(folder: Path, study: Study) -> Study:
         allowed = f"another folder, or the study it began with ({'; '.join(changed)})"
         raise BadInput("output", str(folder), allowed)
     methods = tuple(sorted({*before.methods, *study.methods}, key=method_order))
-    variants = {**before.variants, **study.variants}
-    return replace(study, name=before.name, methods=methods, variants=variants)
+    variants, seeds = {**before.variants, **study.variants}, max(before.seeds, study.seeds)
+    return replace(study, name=before.name, methods=methods, variants=variants, seeds=seeds)
 
 
 def manifest_before(folder: Path) -> Manifest | None:
@@ -242,8 +242,11 @@ def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
     if before is not None:
         for name in ("created", "wall_seconds", "timing", "backbone"):
             setattr(manifest, name, getattr(before, name))
-        # the commands that do the run again: those so far, and this one if it adds methods
-        had, now = {*load_study(folder / STUDY).methods}, {*given.methods}
+        # the commands that do the run again: those so far, and this one if it adds methods or seeds
+        had, now = (
+            {(name, seed) for name in each.methods for seed in range(each.seeds)}
+            for each in (load_study(folder / STUDY), given)
+        )
         if manifest.command is None or had >= now:
             manifest.command = before.command
         elif before.command is not None and not now >= had:

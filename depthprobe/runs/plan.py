@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from depthprobe.methods import Request, Task, Trial, method_of, method_order
 from depthprobe.study import SELECTIONS, Study, parse_blocks, parse_layers, settings_of
@@ -27,6 +28,8 @@ def plan(study: Study, blocks: int) -> list[Task]:
         method = method_of(name)
         settings = settings_of(study, name)
         listed = settings.select not in SELECTIONS
+        trains = method.trains or method.settings == "sasrec"
+        tuned = trains and len(settings.recipe.rates) > 1
         # without a training there is nothing that a seed could change
         for seed in range(1 if method.role == "baseline" and not method.settings else study.seeds):
             needs = tuple(full_trial(need, seed, blocks).id for need in _needs(study, name))
@@ -41,8 +44,15 @@ def plan(study: Study, blocks: int) -> list[Task]:
             )
             for trials in method.trials(request):
                 if trials or method.table:
-                    tasks.append(Task(name, seed, trials, needs, blocks))
+                    # the learning rate is found at seed 0
+                    first = (at_first_seed(trials[-1]).id,) if tuned and seed else ()
+                    tasks.append(Task(name, seed, trials, (*needs, *first), blocks))
     return tasks
+
+
+def at_first_seed(trial: Trial) -> Trial:
+    """The same trial of seed 0."""
+    return replace(trial, id=f"{trial.id.removesuffix(f'-s{trial.seed}')}-s0", seed=0)
 
 
 def full_trial(method: str, seed: int, blocks: int) -> Trial:

@@ -139,7 +139,7 @@ class Run:
     def _digest(self) -> str:
         """Sixteen digits that name what the metrics table is made from."""
         content = [(r.id, r.status, r.metrics, r.validation) for r in self.records]
-        text = repr((content, self.manifest.slices))
+        text = repr((content, self.manifest.slices, self.study.protocol.resamples))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def compute_metrics(self) -> pd.DataFrame:
@@ -225,7 +225,7 @@ def _trial_row(record: Record) -> dict[str, Any]:
     }
     numbers: dict[str, float | None] = {"flops_user": costs.flops_user}
     row |= {f"parameters_{name}": costs.parameters.get(name, math.nan) for name in PARTS}
-    for name in ("steps", "epochs", "seconds", "teacher_seconds", "flops"):
+    for name in ("steps", "epochs", "learning_rate", "seconds", "teacher_seconds", "flops"):
         numbers[f"training_{name}"] = getattr(training, name, None)
     for name in ("train_step", "encode", "score", "latency"):
         rounds = timing[name].seconds if name in timing else ()

@@ -92,6 +92,8 @@ def run_sweep(
     folder = Path(output) if output is not None else Path("runs") / study.name
     inputs = read_inputs(study, folder, command=command)
     working, before, manifest = inputs.working, inputs.before, inputs.manifest
+    if working.seeds > study.seeds:
+        progress.message(f"the run keeps its {working.seeds} seeds, though {study.seeds} are asked")
 
     began = time.perf_counter()
     context = Context(folder, working)
@@ -202,6 +204,8 @@ def _note(context: Context, task: Task) -> str:
     note, training = f"NDCG@10 {record.metrics['test'][FULL]['NDCG@10']:.4f}", record.training
     if training is not None and training.parts > 1:
         note += f", batches in {training.parts} parts"
+    if training is not None and training.tried:
+        note += f", best learning rate {training.learning_rate:g}"
     if training is not None and training.reused:
         note += ", trained before"
     return note

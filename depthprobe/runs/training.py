@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,10 +29,11 @@ from depthprobe.probing.passes import early_exit
 from depthprobe.probing.walk import nearest_spans
 from depthprobe.runs.cache import digest, features_folder, result_file, share_folder
 from depthprobe.runs.context import Context, Result
-from depthprobe.runs.plan import TEACHER, full_trial, plan
+from depthprobe.runs.plan import TEACHER, at_first_seed, full_trial, plan
 from depthprobe.runs.probing import angular_distances, outside, part_of, removal
 from depthprobe.runs.records import FULL, read_record
 from depthprobe.study import TEACHER_SELECTIONS, Recipe, Settings, parse_layers, settings_of
+from depthprobe.training.checkpoint import Fit
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.features import (
     CachedTeacher,
@@ -40,7 +42,7 @@ from depthprobe.training.features import (
     Teacher,
     write_features,
 )
-from depthprobe.training.loop import fit
+from depthprobe.training.loop import DivergedError, fit
 from depthprobe.training.objectives import ElasticObjective, NextItem, count_targets
 
 logger = logging.getLogger(__name__)
@@ -63,8 +65,7 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
     (trial,) = task.trials
     model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
     objective = objective_of(settings_of(context.study, trial.method), model, recipe)
-    with _fit_settings(context, trial, objective, recipe) as settings:
-        done = fit(objective, context.windows, validate=lambda: context.validate(model), **settings)
+    done = train(context, trial, objective, recipe, lambda: context.validate(model))
     ranks = evaluate(model, context.test, device=context.device)
     yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
 
@@ -116,8 +117,7 @@ def elastic(context: Context, task: Task) -> Iterator[Result]:
         return float(np.mean([mean_ndcg(ranks[FULL]) for ranks in every[1:]]))
 
     objective = objective_of(settings, model, recipe)
-    with _fit_settings(context, deepest, objective, recipe) as given:
-        done = fit(objective, context.windows, validate=validate, **given)
+    done = train(context, deepest, objective, recipe, validate)
     ranks = early_exit(model, context.test, device=context.device)
     flops = _counted(lambda: done.epochs * trained_epoch(context, deepest, model))
     trainable = count_parameters(model)["trainable"]
@@ -145,8 +145,7 @@ def train_recommender(
     recipe = budgeted(context, trial, model)
     if objective is None:
         objective = objective_of(settings_of(context.study, trial.method), model, recipe)
-    with _fit_settings(context, trial, objective, recipe) as settings:
-        done = fit(objective, context.windows, validate=lambda: context.validate(model), **settings)
+    done = train(context, trial, objective, recipe, lambda: context.validate(model))
     yield Result(
         trial,
         evaluate(model, context.test, device=context.device),
@@ -181,20 +180,84 @@ def objective_of(
     return NextItem(model, recipe)
 
 
-@contextmanager
-def _fit_settings(
-    context: Context, trial: Trial, objective: nn.Module, recipe: Recipe
-) -> Iterator[dict[str, Any]]:
-    """What all trainings hand to the loop."""
-    with context.tracked(trial) as track:
-        yield {
-            "recipe": recipe,
-            "seed": trial.seed,
-            "device": context.device,
-            "track": track,
-            "checkpoint": context.checkpoint(trial),
-            "result": result_file(context, trial, objective, recipe),
-        }
+def train(
+    context: Context,
+    trial: Trial,
+    objective: nn.Module,
+    recipe: Recipe,
+    validate: Callable[[], float],
+) -> Fit:
+    """Train on the run's windows, and leave the weights with the best validation score.
+
+    Of several learning rates seed 0 tries each, from the same weights; another seed takes the one
+    that was best there.
+
+    Raises:
+        DivergedError: if the loss is not finite, with every learning rate.
+    """
+
+    def at(rate: float, checkpoint: Path) -> Fit:
+        own = replace(recipe, learning_rate=rate)
+        result = result_file(context, trial, objective, own)
+        with context.tracked(trial) as track:
+            done = fit(
+                objective,
+                context.windows,
+                recipe=own,
+                validate=validate,
+                seed=trial.seed,
+                device=context.device,
+                track=track,
+                checkpoint=checkpoint,
+                result=result,
+            )
+        done.learning_rate = rate
+        return done
+
+    rates = recipe.rates
+    if len(rates) > 1 and trial.seed:
+        first = at_first_seed(trial)
+        record = read_record(context.trial_folder(first))
+        if record is None or record.training is None or not record.training.learning_rate:
+            raise ValueError(f"{first.id} has no learning rate for {trial.id}")
+        rates = (record.training.learning_rate,)
+    if len(rates) == 1:
+        return at(rates[0], context.checkpoint(trial))
+    begun = best_weights = _copied(objective)
+    best = Fit(best_score=-math.inf)
+    tried: dict[str, float | None] = {}
+    seconds = 0.0
+    for rate in rates:
+        _restore(objective, begun)
+        try:
+            done = at(rate, context.checkpoint(trial, rate))
+        except DivergedError as error:
+            logger.warning("learning rate %g: %s", rate, error)
+            if rate == rates[-1] and not best.steps:
+                raise
+            tried[f"{rate:g}"] = None
+            continue
+        logger.info("learning rate %g: validation NDCG@10 %.4f", rate, done.best_score)
+        tried[f"{rate:g}"] = done.best_score
+        seconds += done.seconds
+        if done.best_score > best.best_score:
+            best, best_weights = done, _copied(objective)
+    _restore(objective, best_weights)
+    best.tried, best.tuning_seconds = tried, seconds - best.seconds
+    return best
+
+
+def _copied(objective: nn.Module) -> dict[str, Tensor]:
+    """The trained weights, on the host: a GPU has better use for its memory."""
+    named = objective.named_parameters()
+    return {name: p.detach().to("cpu", copy=True) for name, p in named if p.requires_grad}
+
+
+@torch.no_grad()
+def _restore(objective: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in objective.named_parameters():
+        if name in weights:
+            weight.copy_(weights[name])
 
 
 def _with_blocks(context: Context, trial: Trial) -> Trial:

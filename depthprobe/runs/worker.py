@@ -203,6 +203,7 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     every = pd.concat(tables, ignore_index=True)
     write_trial(folder, record, users=every, items=pd.DataFrame(items), save=save)
     checkpoint = context.checkpoint(trial)
-    checkpoint.unlink(missing_ok=True)
+    for file in checkpoint.parent.glob(f"{trial.id}.*"):  # one a learning rate
+        file.unlink(missing_ok=True)
     with suppress(OSError):  # the last one takes the folder along
         checkpoint.parent.rmdir()

@@ -43,6 +43,9 @@ class Fit:
     parts: int = field(default=1, compare=False)  # that a batch is computed in
     reused: bool = field(default=False, compare=False)  # the result of an equal training before
     resumed_at: list[int] = field(default_factory=list, compare=False)  # steps
+    learning_rate: float = 0.0
+    tried: dict[str, float | None] = field(default_factory=dict)  # best score by learning rate
+    tuning_seconds: float = field(default=0.0, compare=False)  # of the rates that were not chosen
 
 
 @dataclass

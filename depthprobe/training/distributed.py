@@ -77,7 +77,7 @@ class Engine:
         }
         self.optimizer = AdamW(
             list(self.masters.values()),
-            lr=recipe.learning_rate,
+            lr=recipe.rates[0],
             weight_decay=recipe.weight_decay,
             fused=device.type in FUSED or None,
         )

@@ -148,7 +148,7 @@ def _train_epoch(
     total = recipe.epochs * len(batches)
     engine.called.train()
     for chosen in batches[progress.done :]:
-        rate = recipe.learning_rate * _cosine(fit.steps, total, recipe.warmup)
+        rate = recipe.rates[0] * _cosine(fit.steps, total, recipe.warmup)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         loss = None

@@ -74,6 +74,18 @@ def test_the_split_is_the_run_s(make: Make, tmp_path: Path, split: str) -> None:
     assert ("last item" in said) == (split == "leave-one-out")
 
 
+def test_learning_rates_that_were_tried_are_told(make: Make, tmp_path: Path) -> None:
+    summary = summary_of(make, tmp_path, "leave-one-out")
+    assert "learning rates" not in dict(how_measured(summary))
+    for record in summary.run.records:
+        if record.method == "finetune" and record.depth == 1:
+            record.costs.training = TrainingCosts(
+                epochs=1, steps=1, seconds=1, learning_rate=0.003, tried={"0.003": 0.2, "0.1": None}
+            )
+    said = dict(how_measured(summary))["learning rates"]
+    assert said.endswith("finetune at depth 1 0.003 (0.003 0.2000, 0.1 diverged)")
+
+
 def test_cleaning_statistics_and_warnings(make: Make, tmp_path: Path) -> None:
     steps = [
         {"step": "as read", "interactions": 20_000, "users": 500, "items": 3_000},

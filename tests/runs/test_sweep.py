@@ -139,8 +139,8 @@ def test_a_second_sweep_runs_only_what_is_missing(
 
 
 def test_a_changed_study_is_refused_with_the_differences(small_run: Run) -> None:
-    changed = replace(small_run.study, layers="1", seeds=3)
-    with pytest.raises(BadInput, match="layers: '1,2' -> '1'; seeds: 2 -> 3"):
+    changed = replace(small_run.study, layers="1", item_width=3)
+    with pytest.raises(BadInput, match="layers: '1,2' -> '1'; item_width: 64 -> 3"):
         run_sweep(changed, small_run.path, jobs=0)
 
 
@@ -154,9 +154,41 @@ def test_a_run_grows_by_methods(tiny: Study, tmp_path: Path, recorder: Any) -> N
     np.testing.assert_array_equal(ranks(both, "popularity-s0"), before)
 
 
+def test_a_run_grows_by_seeds_to_the_same_numbers(
+    tiny: Study, tmp_path: Path, recorder: Any
+) -> None:
+    study = replace(tiny, methods=("popularity", "sasrec", "finetune"), layers="1")
+    grown = run_sweep(study, tmp_path / "grown", jobs=0, command="one")
+    more = replace(study, seeds=2, protocol=replace(study.protocol, margin=0.05, resamples=200))
+    grown = run_sweep(more, grown.path, jobs=0, command="two", progress=recorder)
+    assert recorder.planned == ["sasrec-s1", "finetune-d01-s1"]
+    assert (grown.study, grown.manifest.command) == (replace(more, name="small"), "two")
+    whole = run_sweep(more, tmp_path / "whole", jobs=0)
+    pd.testing.assert_frame_equal(grown.metrics, whole.metrics)
+    pd.testing.assert_frame_equal(grown.users, whole.users)
+
+
+def test_a_run_keeps_its_seeds_where_fewer_are_asked(
+    tiny: Study, tmp_path: Path, recorder: Any
+) -> None:
+    run = run_sweep(replace(tiny, seeds=2), tmp_path / "run", jobs=0)
+    again = run_sweep(tiny, run.path, jobs=0, progress=recorder)
+    assert (again.study.seeds, recorder.planned) == (2, [])
+    assert "the run keeps its 2 seeds, though 1 are asked" in recorder.texts
+
+
+def test_intervals_are_made_anew_where_resamples_change(tiny: Study, tmp_path: Path) -> None:
+    run = run_sweep(tiny, tmp_path / "run", jobs=0)
+    before = run.metrics
+    protocol = replace(tiny.protocol, resamples=1000)
+    after = run_sweep(replace(tiny, protocol=protocol), run.path, jobs=0).metrics
+    pd.testing.assert_series_equal(before["value"], after["value"])
+    assert (before["ci_low"] != after["ci_low"]).any()
+
+
 def test_the_command_of_a_run_makes_all_of_it(tiny: Study, tmp_path: Path) -> None:
-    def swept(command: str, *methods: str) -> str:
-        few = replace(tiny, methods=methods)
+    def swept(command: str, *methods: str, seeds: int = 1) -> str:
+        few = replace(tiny, methods=methods, seeds=seeds)
         run = run_sweep(few, tmp_path / "run", jobs=0, command=command)
         return str(run.manifest.command)
 
@@ -164,7 +196,8 @@ def test_the_command_of_a_run_makes_all_of_it(tiny: Study, tmp_path: Path) -> No
     assert swept("again", "popularity") == "first"  # it adds nothing
     assert swept("more", "sasrec") == "first\nmore"  # neither does it alone
     assert swept("part", "popularity") == "first\nmore"
-    assert swept("whole", "popularity", "sasrec", "full") == "whole"
+    assert swept("seeds", "sasrec", seeds=2) == "first\nmore\nseeds"
+    assert swept("whole", "popularity", "sasrec", "full", seeds=2) == "whole"
 
 
 def test_changed_data_are_refused(tiny: Study, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -103,7 +104,7 @@ def measure(
     while True:
         try:
             with peak_memory(device) as peak:
-                longest = max(LEAST, seconds / 4) if batch > SMALL else math.inf
+                longest = max(LEAST, seconds / 4) if batch > 2 * SMALL else math.inf
                 timing = _rounds(make(batch), began, seconds, warmup, rounds, device, longest)
             return timing._replace(batch=batch, peak=peak)
         except TooLongError as error:  # half of what would do: the next guess may be worse
@@ -218,33 +219,28 @@ def encode_actions(
     vectors = torch.randn(len(histories), items.shape[1], device=items.device)
     actions = {"score": Action(lambda: _best(vectors, items))}
     for name, model in models.items():
-        encode = _encoding(model, histories, lengths)
+        prompt = []  # it runs once, before
+        if isinstance(model, Recommender):
+            with torch.inference_mode():
+                prompt = [model.eval().prepare_prompt()]
+        encode = partial(_encode, model, prompt, histories, lengths)
         # other models are no measure of how long a block takes
         work = model.depth * histories.numel() if isinstance(model, Recommender) else 0
         actions[f"encode:{name}"] = Action(encode, work)
         if isinstance(model, Recommender):
             # one user is slower for each unit of work, and would make all else look slow
-            alone = _encoding(model, histories[:1], lengths[:1], answers=True)
+            alone = partial(_encode, model, prompt, histories[:1], lengths[:1], answers=True)
             actions[f"latency:{name}"] = Action(alone)
     return actions
 
 
-def _encoding(
-    model: Any, histories: Tensor, lengths: Tensor, *, answers: bool = False
-) -> Callable[[], Tensor]:
-    """Users to vectors, (B, d), or to their best items; the prompt runs once, before."""
-    prompts: list[Any] = []
-
-    @torch.inference_mode()
-    def call() -> Tensor:
-        model.eval()
-        vectors: Tensor = model.encode(histories, lengths, *prompts)
-        return _best(vectors, model.item_matrix()) if answers else vectors
-
-    if isinstance(model, Recommender):
-        with torch.inference_mode():
-            prompts.append(model.eval().prepare_prompt())
-    return call
+@torch.inference_mode()
+def _encode(
+    model: Any, prompt: Sequence[Any], histories: Tensor, lengths: Tensor, *, answers: bool = False
+) -> Tensor:
+    """Users to vectors, (B, d), or to their best items."""
+    vectors: Tensor = model.eval().encode(histories, lengths, *prompt)
+    return _best(vectors, model.item_matrix()) if answers else vectors
 
 
 @torch.inference_mode()

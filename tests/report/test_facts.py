@@ -13,7 +13,7 @@ import pytest
 from depthprobe.report.answer import caveats
 from depthprobe.report.numbers import Summary, summarise
 from depthprobe.report.page import environment
-from depthprobe.runs.records import TrainingCosts
+from depthprobe.runs.records import Costs, TrainingCosts
 from depthprobe.study import override
 
 Make = Callable[..., Any]
@@ -76,13 +76,12 @@ def test_the_split_is_the_run_s(make: Make, tmp_path: Path, split: str) -> None:
 
 def test_learning_rates_that_were_tried_are_told(make: Make, tmp_path: Path) -> None:
     summary = summary_of(make, tmp_path, "leave-one-out")
-    assert "learning rates" not in dict(how_measured(summary))
-    for record in summary.run.records:
-        if record.method == "finetune" and record.depth == 1:
-            record.costs.training = TrainingCosts(
-                epochs=1, steps=1, seconds=1, learning_rate=0.003, tried={"0.003": 0.2, "0.1": None}
-            )
-    said = dict(how_measured(summary))["learning rates"]
+    assert "learning rates" not in how_measured(summary)
+    record = next(each for each in summary.run.records if each.method == "finetune")
+    training = {"epochs": 1, "steps": 1, "seconds": 1.0, "learning_rate": 0.003}
+    tried = {"0.003": 0.2, "0.1": None}
+    record.depth, record.costs = 1, Costs(training=TrainingCosts(**training, tried=tried))
+    said = how_measured(summarise(summary.run))["learning rates"]
     assert said.endswith("finetune at depth 1 0.003 (0.003 0.2000, 0.1 diverged)")
 
 

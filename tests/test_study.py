@@ -162,11 +162,11 @@ def test_a_study_survives_toml_and_dict(study: Study, folder: Path) -> None:
 def test_the_hash_changes_with_what_decides_the_numbers_alone() -> None:
     study = Study()
     assert study.digest() == Study().digest()
-    same = replace(study, name="other", device="cpu", methods=("full",))
+    same = replace(study, name="other", device="cpu", methods=("full",), seeds=3)
     assert study.digest() == same.digest()
     changed = [
         override(study, layers="1,2"),
-        override(study, seeds=3),
+        override(study, item_width=3),
         override(study, **{"data.source": "log.txt"}),
         override(study, **{"recipe.epochs": 3}),
         override(study, **{"backbone.prompt": "Next:"}),
@@ -218,8 +218,8 @@ def test_override_skips_none_and_reaches_into_sections() -> None:
 
 def test_differences_name_each_changed_field() -> None:
     old = Study()
-    new = override(old, name="x", device="cpu", seeds=5, **{"recipe.epochs": 2})
-    assert differences(old, new) == ["seeds: 2 -> 5", "recipe.epochs: 6 -> 2"]
+    new = override(old, name="x", device="cpu", seeds=5, item_width=3, **{"recipe.epochs": 2})
+    assert differences(old, new) == ["item_width: 64 -> 3", "recipe.epochs: 6 -> 2"]
     assert differences(old, old) == []
 
 

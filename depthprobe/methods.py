@@ -144,6 +144,11 @@ def no_trials(request: Request) -> Groups:
     return [()]
 
 
+def first_seed(request: Request) -> Groups:
+    """One task that leaves a table, of the first seed's teacher alone."""
+    return [] if request.seed else [()]
+
+
 def prefixes(first: int, last: int, request: Request) -> Groups:
     """The first blocks at every depth from ``first`` to ``blocks + last``, all in one pass."""
     depths = range(first, request.blocks + last + 1)
@@ -262,6 +267,18 @@ def trains(task: Task, sizes: Sizes) -> Work:
 def reads_every_depth(task: Task, sizes: Sizes) -> Work:
     """One pass over the test users, ranked at every depth."""
     return Work({task.blocks: sizes.test}, RANKED * (task.blocks + 1) * sizes.test)
+
+
+def reads_again(task: Task, sizes: Sizes) -> Work:
+    """Six passes over the test users by the teacher, ranked at every depth; SASRec's are small."""
+    users = 6 * sizes.test
+    return Work({task.blocks: users}, (task.blocks + 2) * users)
+
+
+def walks_at_random(task: Task, sizes: Sizes) -> Work:
+    """Some thirty sets of blocks at a depth, half of the blocks each, as if at four depths."""
+    users = 60 * sizes.test + task.blocks * sizes.validation
+    return Work({task.blocks: users}, 4 * 30 * sizes.test)
 
 
 def fits_every_depth(passes: int, task: Task, sizes: Sizes) -> Work:
@@ -532,6 +549,19 @@ for _method in (
         name="settling", label="settling", role="probe", needs=TEACHER, table=True,
         summary="at which depth each user's answer is the last one",
         run="runs.probing:settle_users", trials=no_trials, work=reads_every_depth,
+    ),
+    Method(
+        name="shuffled", label="histories shuffled", role="probe", needs=("sasrec", "full"),
+        table=True, default=True,
+        summary="what the trained models lose when they read each history in a random order",
+        run="runs.probing:shuffle_histories", trials=no_trials, work=reads_again, colour="#8a5a78",
+        reference="arXiv 2408.12008",
+    ),
+    Method(
+        name="random-blocks", label="random blocks left out", role="probe", needs=TEACHER,
+        table=True,
+        summary="whether blocks chosen by a score are better than as many random ones",
+        run="runs.probing:draw_blocks", trials=first_seed, work=walks_at_random, colour="#7d7d52",
     ),
     Method(
         name="finetune", label="fine-tuned", role="trained", needs=SASREC, candidate=True,

@@ -73,5 +73,6 @@ def _needs(study: Study, name: str) -> tuple[str, ...]:
     method = method_of(name)
     if method.trains and settings_of(study, name).needs_teacher:
         return (TEACHER,)
-    # SASRec is not required when the item table comes from elsewhere
-    return tuple(n for n in method.needs if n != SASREC or study.item_table == SASREC)
+    # SASRec is not required when the item table comes from elsewhere; a table waits for it
+    sasrec = study.item_table == SASREC or (method.table and SASREC in study.methods)
+    return tuple(n for n in method.needs if n != SASREC or sasrec)

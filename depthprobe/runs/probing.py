@@ -6,25 +6,27 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock
 
 from depthprobe.cost.size import count_parameters, parameters_by_block
+from depthprobe.evaluation.ranks import evaluate, mean_ndcg
 from depthprobe.files import temporary_folder, write_json
-from depthprobe.methods import Task, Trial
+from depthprobe.methods import Kept, Task, Trial
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import merge_lora
 from depthprobe.models.parts import find_sublayers
 from depthprobe.models.recommender import Recommender
+from depthprobe.probing.controls import against_random, by_score, random_sets, without_order
 from depthprobe.probing.passes import early_exit
 from depthprobe.probing.readout import cache_states, fit_lenses, fit_readouts, rank_readouts
 from depthprobe.probing.replace import fit_replacements, fold_map
 from depthprobe.probing.settling import settling
 from depthprobe.probing.settling import to_frame as to_users
-from depthprobe.probing.similarity import similarities
+from depthprobe.probing.similarity import Similarities, similarities
 from depthprobe.probing.similarity import to_frame as to_scores
 from depthprobe.probing.taylor import taylor_importance
 from depthprobe.probing.walk import (
@@ -37,8 +39,12 @@ from depthprobe.probing.walk import (
     route_without,
 )
 from depthprobe.runs.context import Context, Result, Scores
+from depthprobe.runs.plan import SASREC, TEACHER, full_trial
+from depthprobe.runs.records import is_done
+from depthprobe.study import parse_layers
 
 REMOVAL = "removal"  # how the name of a greedy removal's file begins
+SHUFFLED_USERS = 20_000  # enough to see what order is worth; each is ranked six times a depth
 TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
 
 
@@ -136,8 +142,7 @@ def replacements(context: Context, task: Task) -> Iterator[Result]:
 
 def compare_states(context: Context, task: Task) -> Iterator[Scores]:
     """How alike the states around blocks are, by validation users."""
-    teacher = _teacher(context, task)
-    yield Scores(to_scores(similarities(teacher, context.validation, device=context.device)))
+    yield Scores(to_scores(similar_states(context, task.seed, task.blocks)))
 
 
 def weigh_blocks(context: Context, task: Task) -> Iterator[Scores]:
@@ -155,6 +160,61 @@ def settle_users(context: Context, task: Task) -> Iterator[Scores]:
     yield Scores(to_users(settled, context.test.users))
 
 
+def shuffle_histories(context: Context, task: Task) -> Iterator[Scores]:
+    """Test users' ranks with their histories in random orders: at every depth, and by SASRec."""
+    teacher, device = _teacher(context, task), context.device
+    users = context.eval_set("test", limit=SHUFFLED_USERS)
+    found = without_order(partial(early_exit, teacher, device=device), users)
+    frames = [found.rename(columns={"place": "depth"})]
+    frames[0].insert(0, "method", np.where(found["place"] < task.blocks, "early-exit", TEACHER))
+    baseline = full_trial(SASREC, task.seed, 0)
+    if is_done(context.trial_folder(baseline)):
+        sasrec = context.sasrec(task.seed)
+        found = without_order(lambda each: [evaluate(sasrec, each, device=device)], users)
+        frames.append(found.rename(columns={"place": "depth"}).assign(method=SASREC))
+    yield Scores(pd.concat(frames, ignore_index=True))
+
+
+def draw_blocks(context: Context, task: Task) -> Iterator[Scores]:
+    """Sets of blocks that scores choose, each score's reverse, and random sets of the same size.
+
+    At the depths of the study. Scores are of validation users, what a set is worth of test users.
+    """
+    teacher, device, blocks = _teacher(context, task), context.device, task.blocks
+    without = [route(outside((b, b + 1), blocks)) for b in range(blocks)]
+    skipped = rank_routes(teacher, context.validation, without, device=device)
+    damage = [-mean_ndcg(ranks["full"]) for ranks in skipped]
+    influence = similar_states(context, task.seed, blocks).influence
+    order = removal(context, task.seed, blocks)
+    chosen: list[tuple[str, Kept]] = []
+    drawn: list[Kept] = []
+    for depth in parse_layers(context.study.layers, blocks):
+        if depth == blocks:
+            continue
+        spans = nearest_spans(similar_states(context, task.seed, blocks).angular, blocks - depth)
+        # the last block is in no list of removals, since it is never removed
+        went = (*order.removed, *order.kept(1))
+        chosen += [
+            ("prefix", tuple(range(depth))),
+            ("skip", by_score(damage, depth)),
+            ("skip-reversed", by_score(damage, depth, reverse=True)),
+            ("influence", by_score(influence, depth)),
+            ("influence-reversed", by_score(influence, depth, reverse=True)),
+            ("greedy", order.kept(depth)),
+            ("greedy-reversed", tuple(sorted(went[:depth]))),
+            ("angular", outside(spans[0], blocks)),
+            ("angular-reversed", outside(spans[-1], blocks)),
+        ]
+        drawn += random_sets(depth, blocks)
+    sets = list(dict.fromkeys([*(kept for _, kept in chosen), *drawn]))
+    plain = replace(context.test, negatives=None, lists=False)
+    ranked = rank_routes(teacher, plain, [route(kept) for kept in sets], device=device)
+    ranks = dict(zip(sets, ranked, strict=True))
+    yield Scores(
+        against_random({each: ranks[each[1]] for each in chosen}, {k: ranks[k] for k in drawn})
+    )
+
+
 def removal(context: Context, seed: int, blocks: int) -> Removal:
     """The greedy removal by validation users, made once for all who need it."""
     path = context.shared / f"{REMOVAL}-s{seed}-{context.teacher_digest(seed, blocks)}.json"
@@ -168,10 +228,15 @@ def removal(context: Context, seed: int, blocks: int) -> Removal:
 
 
 @lru_cache(maxsize=1)  # `replace`, screened spans and selected blocks ask for the same
+def similar_states(context: Context, seed: int, blocks: int) -> Similarities:
+    """How alike the teacher's states around blocks are, by validation users."""
+    teacher = context.teacher(seed, blocks)
+    return similarities(teacher, context.validation, device=context.device)
+
+
 def angular_distances(context: Context, seed: int, blocks: int) -> np.ndarray:
     """Angular distances between the teacher's states, (L + 1, L + 1), of validation users."""
-    teacher = context.teacher(seed, blocks)
-    return similarities(teacher, context.validation, device=context.device).angular
+    return similar_states(context, seed, blocks).angular
 
 
 def outside(span: Span, blocks: int) -> tuple[int, ...]:

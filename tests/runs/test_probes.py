@@ -86,6 +86,36 @@ def test_tables_of_scores_and_of_users(small_run: Run) -> None:
     np.testing.assert_array_equal(one["overthinking"], best < ranks(small_run, "full-d03-s0"))
 
 
+def test_shuffled_histories_of_every_model(small_run: Run) -> None:
+    table = small_run.scores("shuffled").sort_values("user", kind="stable")
+    models = [("sasrec", 0, "sasrec"), ("full", 3, "full-d03")]
+    models += [("early-exit", depth, f"early-exit-d{depth:02d}") for depth in range(3)]
+    for seed in (0, 1):
+        for method, depth, trial in models:
+            own = table.query(f"method == '{method}' and depth == {depth} and seed == {seed}")
+            expected = ranks(small_run, f"{trial}-s{seed}").astype(np.float32)
+            np.testing.assert_array_equal(own["rank"], expected)
+            draws = own[[f"shuffled-{k}" for k in range(1, 6)]].to_numpy()
+            assert len(np.unique(draws, axis=1).T) > 1
+    assert len(table) == 2 * 5 * 60
+
+
+def test_sets_of_blocks_against_random_ones(small_run: Run) -> None:
+    table = small_run.scores("random-blocks")
+    assert set(table["seed"]) == {0}
+    own = table[table["metric"] == "NDCG@10"].set_index(["selection", "kept"])
+    assert own.loc["random"]["depth"].value_counts().to_dict() == {1: 3, 2: 3}  # all there are
+    for depth, kept in (own.loc["greedy"]["depth"]).reset_index()[["depth", "kept"]].to_numpy():
+        record = small_run.record(f"greedy-d{depth:02d}-s0")
+        assert kept == ",".join(map(str, record.kept))
+        expected = record.metrics["test"]["full"]["NDCG@10"]
+        assert own.loc[("greedy", kept), "value"] == pytest.approx(expected, rel=1e-6)
+    assert own.loc["prefix"].index.tolist() == ["0", "0,1"]
+    for name in ("skip", "influence", "greedy", "angular"):
+        pair = zip(own.loc[name].index, own.loc[f"{name}-reversed"].index, strict=True)
+        assert all(one != other for one, other in pair)
+
+
 def test_a_table_that_fails_is_a_failure_and_is_made_again(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

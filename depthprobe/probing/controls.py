@@ -1,0 +1,109 @@
+"""Controls of what a probe finds: histories in a random order, and blocks chosen at random.
+
+Where the order of a history does not matter, all that attention has to do is to weigh items, and a
+log can't tell deep models from shallow ones. Klenitskiy et al. (arXiv 2408.12008) measure how much
+it matters: shuffle the histories that a trained model reads, and see what it loses.
+
+A score that tells which blocks can go must do better than blocks drawn at random, of the same
+number, and its reverse should do worse.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from depthprobe.evaluation.metrics import metrics_from_ranks
+from depthprobe.evaluation.ranks import EvalSet, Ranks
+
+SHUFFLES = 5  # of each history
+DRAWS = 20  # random sets of blocks at a depth
+
+Kept = tuple[int, ...]  # indices of the blocks that are kept
+
+
+def shuffled(eval_set: EvalSet, draw: int) -> EvalSet:
+    """The same users, targets and seen items; what is read of a history in a random order.
+
+    The last item moves too, as in the paper. The same draw is the same order for every model.
+    """
+    generator = np.random.default_rng(draw)
+    return replace(eval_set, histories=[generator.permutation(h) for h in eval_set.histories])
+
+
+def without_order(rank: Callable[[EvalSet], Sequence[Ranks]], eval_set: EvalSet) -> pd.DataFrame:
+    """Ranks of every target before and after shuffling, for each model that ``rank`` gives.
+
+    One row a model and user: ``place``, the model's place in the answer of ``rank``; ``user``;
+    ``rank``; and ``shuffled-1`` to ``shuffled-5``, its ranks with the histories in random orders.
+    """
+    plain = replace(eval_set, negatives=None, lists=False)
+    sets = [plain, *(shuffled(plain, draw) for draw in range(SHUFFLES))]
+    names = ["rank", *(f"shuffled-{draw + 1}" for draw in range(SHUFFLES))]
+    answers = dict(zip(names, map(rank, sets), strict=True))
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {"place": place, "user": eval_set.users}
+                | {name: ranks[place]["full"].astype(np.float32) for name, ranks in answers.items()}
+            )
+            for place in range(len(answers["rank"]))
+        ],
+        ignore_index=True,
+    )
+
+
+def random_sets(depth: int, blocks: int, *, draws: int = DRAWS, seed: int = 0) -> list[Kept]:
+    """Different random sets of so many of the blocks; all there are, where those are no more.
+
+    >>> random_sets(1, 3)
+    [(0,), (1,), (2,)]
+    """
+    if math.comb(blocks, depth) <= draws:
+        return list(itertools.combinations(range(blocks), depth))
+    generator, sets = np.random.default_rng((seed, depth)), dict[Kept, None]()
+    while len(sets) < draws:
+        drawn = generator.choice(blocks, depth, replace=False)
+        sets[tuple(sorted(drawn.tolist()))] = None
+    return list(sets)
+
+
+def by_score(damage: Iterable[float], depth: int, *, reverse: bool = False) -> Kept:
+    """The blocks that are worst to lose, the later ones of equals; in reverse the least bad."""
+    order = np.argsort(np.asarray(list(damage)), kind="stable")
+    return tuple(sorted((order[:depth] if reverse else order[len(order) - depth :]).tolist()))
+
+
+def against_random(
+    chosen: Mapping[tuple[str, Kept], Ranks], drawn: Mapping[Kept, Ranks]
+) -> pd.DataFrame:
+    """How sets of blocks do against random ones of the same number.
+
+    Args:
+        chosen: ranks of each selection's set, by its name and the blocks.
+        drawn: ranks of the random sets, by their blocks.
+
+    Returns:
+        One row a set and metric: ``selection`` (``random`` for those drawn), ``depth``, ``kept``,
+        ``metric``, ``value``; and of a selection ``beats``, the share of the random sets that it is
+        better than, and ``p``, the chance that a random one is as good: the one-sided p-value of a
+        permutation test, (1 + how many are as good) / (1 + how many there are).
+    """
+    values = {kept: metrics_from_ranks(ranks["full"]) for kept, ranks in drawn.items()}
+    rows = []
+    for kept, own in values.items():
+        rows += [("random", kept, metric, value, np.nan, np.nan) for metric, value in own.items()]
+    for (selection, kept), ranks in chosen.items():
+        alike = [own for other, own in values.items() if len(other) == len(kept)]
+        for metric, value in metrics_from_ranks(ranks["full"]).items():
+            others = np.array([own[metric] for own in alike])
+            beats, p = (others < value).mean(), (1 + (others >= value).sum()) / (1 + len(others))
+            rows.append((selection, kept, metric, value, beats, p))
+    frame = pd.DataFrame(rows, columns=["selection", "kept", "metric", "value", "beats", "p"])
+    frame.insert(1, "depth", frame["kept"].map(len))
+    return frame.assign(kept=frame["kept"].map(lambda kept: ",".join(map(str, kept))))

@@ -35,7 +35,7 @@ def check(
 ) -> int:
     """Self-test: can this architecture be cut safely?
 
-    Needs no weights. The exit code is 1 if not.
+    Needs no weights. The exit code is 1 if not, or if it can't be a recommender's backbone.
     """
     if every and backbone is None:
         return _check_all(output)
@@ -55,9 +55,12 @@ def check(
         for each in results
     ]
     show_table(header, rows, words=header)
-    safe = can_be_cut(results)
-    print(f"\n{backbone}: {'can be cut' if safe else 'can NOT be cut safely'}")
-    return 0 if safe else 1
+    safe, usable = can_be_cut(results), any(r.name == "recommender" and r.passed for r in results)
+    verdict = "can be cut" if safe else "can NOT be cut safely"
+    if safe and not usable:
+        verdict += ", but can NOT be a recommender's backbone"
+    print(f"\n{backbone}: {verdict}")
+    return 0 if safe and usable else 1
 
 
 def _check_all(page: Path) -> int:

@@ -90,16 +90,17 @@ def against_random(
 
     Returns:
         One row a set and metric: ``selection`` (``random`` for those drawn), ``depth``, ``kept``,
-        ``metric``, ``value``; and of a selection ``beats``, the share of the random sets that it is
+        ``metric``, ``value``; and of a selection ``beats``, the share of the other sets that it is
         better than, and ``p``, the chance that a random one is as good: the one-sided p-value of a
-        permutation test, (1 + how many are as good) / (1 + how many there are).
+        permutation test, (1 + how many are as good) / (1 + how many there are). It is exact where
+        all sets were drawn.
     """
     values = {kept: metrics_from_ranks(ranks["full"]) for kept, ranks in drawn.items()}
     rows = []
     for kept, own in values.items():
         rows += [("random", kept, metric, value, np.nan, np.nan) for metric, value in own.items()]
     for (selection, kept), ranks in chosen.items():
-        alike = [own for other, own in values.items() if len(other) == len(kept)]
+        alike = [v for other, v in values.items() if len(other) == len(kept) and other != kept]
         for metric, value in metrics_from_ranks(ranks["full"]).items():
             others = np.array([own[metric] for own in alike])
             beats, p = (others < value).mean(), (1 + (others >= value).sum()) / (1 + len(others))

@@ -34,6 +34,17 @@ def test_what_sees_later_positions(cli: Callable[..., Any], tmp_path: Path) -> N
     assert outcome.out.splitlines()[-1] == "bert: can NOT be cut safely"
 
 
+def test_what_is_no_backbone_of_a_recommender(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [CheckResult(n, n != "recommender", "") for n in ("blocks", "tiny copy", *CHECKS)]
+    monkeypatch.setattr("depthprobe.models.check.check_backbone", lambda *_, **__: found)
+    outcome = cli("check", "--backbone", "trocr")
+    assert outcome.code == 1
+    last = outcome.out.splitlines()[-1]
+    assert last == "trocr: can be cut, but can NOT be a recommender's backbone"
+
+
 def test_all_families_make_a_page(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -103,7 +103,7 @@ def test_against_random_by_hand() -> None:
     own = found[found["metric"] == "MRR"].set_index(["selection", "depth", "kept"])
     assert own.loc[("random", 1, "1"), "value"] == 0.75
     assert np.isnan(own.loc[("random", 1, "1"), "p"])
-    # of three sets of one block; the set of two is no rival
-    for name, kept, beats, as_good in (("good", "0", 2, 1), ("bad", "2", 0, 3), ("mid", "1", 1, 2)):
-        assert own.loc[(name, 1, kept), "beats"] == pytest.approx(beats / 3)
-        assert own.loc[(name, 1, kept), "p"] == pytest.approx((1 + as_good) / 4)
+    # of the two other sets of one block; the set of two is no rival
+    for name, kept, beats in (("good", "0", 2), ("bad", "2", 0), ("mid", "1", 1)):
+        assert own.loc[(name, 1, kept), "beats"] == beats / 2
+        assert own.loc[(name, 1, kept), "p"] == pytest.approx((3 - beats) / 3)

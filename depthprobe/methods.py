@@ -479,7 +479,7 @@ for _method in (
         marker="x", line=":", reference="arXiv 2405.17890",
     ),
     Method(
-        name="readout", label="read-out", role="probe", needs=TEACHER,
+        name="readout", label="read-out", role="probe", needs=TEACHER, default=True,
         summary="a fresh output adapter fitted at each depth of the frozen teacher",
         run="runs.probing:read_outs", trials=partial(prefixes, 0, 0),
         work=partial(fits_every_depth, 2), colour="#a35c00", marker="p", line="--",
@@ -593,6 +593,7 @@ for _method in (
     ),
     Method(
         name="random-init", label="random init", role="control", needs=SASREC, fresh=True,
+        default=True,
         summary="the same architecture without pretraining, trained",
         run="runs.training:fine_tune", trials=selected_and_full, work=trains, exportable="own",
         colour="#857200", marker="X", line="--",

@@ -47,6 +47,7 @@ SELECTIONS = ("prefix", "ends", "interval", "angular", "greedy", "random")
 NAMED_SELECTIONS = ("ends", "interval", "angular", "greedy")  # that may follow a method's colon
 TEACHER_SELECTIONS = ("angular", "greedy")  # that the trained teacher decides
 ITEM_TABLES = ("sasrec", "text", "learned")
+DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
 # settings and tables that change no trial's numbers: a run may be continued with others
 NOT_DECIDING = frozenset(
     {
@@ -444,7 +445,7 @@ class Study(Checked):
     #: 8, ...).
     layers: str = "auto"
     #: what is compared.
-    methods: tuple[str, ...] = tuple(name for name, method in METHODS.items() if method.default)
+    methods: tuple[str, ...] = DEFAULT_METHODS
     #: every training is repeated with seeds 0 to N - 1.
     seeds: Annotated[int, Meta(ge=1, le=10_000)] = 2
     #: every model is trained for the same ``steps``, or with the same ``compute``: a shallower one
@@ -492,6 +493,9 @@ class Study(Checked):
                 allowed = f"with {owner}.objective = last alone: it follows the last item"
                 raise BadInput("backbone.suffix", self.backbone.suffix, allowed)
         if self.backbone.quantize != "none":
+            if self.methods == DEFAULT_METHODS:  # nobody asked for what can't be quantised
+                kept = tuple(n for n in self.methods if not settings_of(self, n).fresh)
+                object.__setattr__(self, "methods", kept)
             self._check_quantized()
 
     @property

@@ -177,6 +177,13 @@ def test_the_hash_changes_with_what_decides_the_numbers_alone() -> None:
     assert len({study.digest(), *(other.digest() for other in changed)}) == len(changed) + 1
 
 
+def test_the_controls_are_part_of_every_study_but_where_they_cannot_be() -> None:
+    controls = {"readout", "random-init", "shuffled"}
+    assert controls <= set(Study().methods) == set(demo_study().methods)
+    quantised = Study(backbone=Backbone(quantize="8bit", tuning="lora"))
+    assert set(Study().methods) - set(quantised.methods) == {"random-init"}
+
+
 def test_how_a_backbone_is_loaded(tmp_path: Path) -> None:
     text = '[backbone]\ndtype = "auto"\nattention = "sdpa"\nquantize = "4bit"\ntuning = "lora"\n'
     found = load_study(write(tmp_path, text)).backbone

@@ -17,6 +17,7 @@ from typer.main import get_command
 
 import depthprobe
 from depthprobe.cli import check, cost, data, recommend, runs, sweep
+from depthprobe.cli.options import as_typed
 from depthprobe.errors import BadInput
 from depthprobe.runs.processes import FirstProcessError, launched
 
@@ -111,7 +112,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         if isinstance(error, BadInput):
-            return _fail(str(error), BAD_INPUT)
+            return _fail(str(as_typed(error, arguments)), BAD_INPUT)
         if isinstance(error, UsageError):
             return _fail(_usage(error), BAD_INPUT)
         if isinstance(error, FirstProcessError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -107,6 +107,14 @@ SWEEP = {
 FLAGS = LOG | SWEEP
 
 
+def as_typed(error: BadInput, arguments: Sequence[str]) -> BadInput:
+    """The error with its field as the user wrote it, where that was an option."""
+    names = {flag.setting: name for name, flag in FLAGS.items()}
+    flag = f"--{names.get(error.field, error.field).replace('_', '-')}"
+    typed = {word.partition("=")[0] for word in arguments}
+    return BadInput(flag, error.value, error.allowed) if flag in typed else error
+
+
 def takes_flags(flags: Mapping[str, Flag]) -> Callable[[Command], Command]:
     """Give a command options that change a study; their values come as ``**flags``."""
 
@@ -134,26 +142,22 @@ def make_study(file: Path | None = None, **flags: Any) -> Study:
         study = Study(name=_study_name(data, backbone))
     study = apply_flags(study, **flags)
     if (epochs := flags.get("epochs")) is not None:
-        own = {
-            name: replace(each, recipe=replace(each.recipe, epochs=epochs))
-            for name, each in study.variants.items()
-            if each.recipe is not None
-        }
-        study = replace(study, variants={**study.variants, **own})
+        own = [name for name, variant in study.variants.items() if variant.recipe is not None]
+        study = override(study, **{f"variants.{name}.recipe.epochs": epochs for name in own})
     check_revision(flags.get("revision"), study.backbone.source)
     return study
 
 
 def apply_flags(study: Study, **flags: Any) -> Study:
     """The study with the settings that flags change."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    for name, value in given.items():
-        flag = FLAGS[name]
-        if flag.kind is tuple:
+    changes: dict[str, Any] = {}
+    for name, value in flags.items():
+        if FLAGS[name].kind is tuple and value is not None:
             value = tuple(filter(None, (piece.strip() for piece in value.split(","))))
-        study = override(study, **{flag.setting: value})
-    if "split_at" in given and study.protocol.split != "temporal":
-        raise BadInput("split-at", given["split_at"], "with --split temporal alone")
+        changes[FLAGS[name].setting] = value
+    study = override(study, **changes)
+    if flags.get("split_at") is not None and study.protocol.split != "temporal":
+        raise BadInput("protocol.split_at", flags["split_at"], "with --split temporal alone")
     return study
 
 

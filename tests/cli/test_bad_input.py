@@ -14,10 +14,13 @@ LAYERS = "1,2,4 or 1-12 or all"
 
 CASES = {
     "missing study": (["sweep", "nowhere.toml"], ["study", "'nowhere.toml'", "exists"]),
-    "missing data": (["sweep", "--data", "nowhere.txt"], ["data", "'nowhere.txt'", "no such path"]),
+    "missing data": (
+        ["sweep", "--data", "nowhere.txt"],
+        ["--data: ", "'nowhere.txt'", "no such path"],
+    ),
     "missing backbone": (["sweep", "--backbone", "./nowhere"], ["backbone", "'./nowhere'"]),
     "backbone without config": (["sweep", "--backbone", "full"], ["backbone", "config.json"]),
-    "depth 0": (["sweep", "--layers", "0"], ["layers", "'0'", LAYERS]),
+    "depth 0": (["sweep", "--layers", "0"], ["--layers: ", "'0'", LAYERS]),
     "depth in words": (["sweep", "--layers", "two"], ["layers", "'two'", LAYERS]),
     "descending depths": (["sweep", "--layers", "4-2"], ["layers", "'4-2'", LAYERS]),
     "no depth": (["sweep", "--layers", ""], ["layers", "''", LAYERS]),
@@ -36,11 +39,11 @@ CASES = {
     "unknown tuning": (["sweep", "--tuning", "qlora"], ["tuning", "'qlora'", "full, lora, frozen"]),
     "unknown item table": (
         ["sweep", "--item-embeddings", "titles"],
-        ["item_table", "'titles'", "sasrec, text, learned, or a .npy file"],
+        ["--item-embeddings", "'titles'", "sasrec, text, learned, or a .npy file"],
     ),
     "missing item table": (
         ["sweep", "--item-embeddings", "nowhere.npy"],
-        ["item_table", "'nowhere.npy'", "a .npy file"],
+        ["--item-embeddings", "'nowhere.npy'", "a .npy file"],
     ),
     "unknown executor": (["sweep", "--executor", "ray"], ["executor", "'ray'", "local"]),
     "negative jobs": (["sweep", "--jobs", "-1"], ["jobs", "-1", "at least 0"]),
@@ -141,7 +144,7 @@ def test_one_line_exit_code_2_and_nothing_written(
 def test_a_depth_beyond_the_backbone(cli: Callable[..., Any], tmp_path: Path) -> None:
     outcome = cli("sweep", "--layers", "13", "--output", "run")
     assert outcome.code == 2
-    assert outcome.err.startswith("error: layers: '13' is not usable")
+    assert outcome.err.startswith("error: --layers: '13' is not usable")
     assert "from 1 to 12" in outcome.err
     assert outcome.err.count("\n") == 1
     assert contents(tmp_path) == []
@@ -152,7 +155,7 @@ def test_debug_adds_the_traceback_and_keeps_the_line(cli: Callable[..., Any]) ->
     first, *_, last = outcome.err.splitlines()
     assert outcome.code == 2
     assert first == "Traceback (most recent call last):"
-    assert last.startswith("error: layers: '0'")
+    assert last.startswith("error: --layers: '0'")
 
 
 def test_bad_input_is_found_before_torch_is_imported(tmp_path: Path) -> None:

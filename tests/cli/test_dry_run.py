@@ -84,7 +84,7 @@ def test_a_new_run(cli: Cli, study: list[object], tmp_path: Path) -> None:
         assert words in out
     rows = table(outcome.out, " method")
     assert rows["skip"][:5] == ["1", "2", "0", "0", "2"]
-    assert rows["all"][:5] == ["7", "9", "0", "0", "9"]
+    assert rows["all"][:5] == ["11", "15", "0", "0", "15"]
     assert "ESTIMATED work" in outcome.out
     shared = table(outcome.out, " shared between")
     assert {tuple(values) for values in shared.values()} == {("1", "0", "1")}
@@ -151,8 +151,8 @@ def test_jobs_of_a_cluster_have_machines_of_their_own(cli: Cli, study: list[obje
         (["--layers", "3"], ["layers", "'3'", "from 1 to 2"]),
         (["--jobs", "-1"], ["jobs", "-1"]),
         (["--device", "gpu"], ["device", "'gpu'"]),
-        (["--item-embeddings", "text"], ["item_table", "titles"]),
-        (["--item-embeddings", "items.npy"], ["item_table", "rows"]),
+        (["--item-embeddings", "text"], ["--item-embeddings", "titles"]),
+        (["--item-embeddings", "items.npy"], ["--item-embeddings", "rows"]),
         (["--methods", "skip,finetun"], ["methods", "'finetun'"]),
         (["--output", "model"], ["output", "'model'", "earlier run"]),
         (["--backbone", "bare"], ["backbone", "'bare'", "no weights"]),
@@ -206,5 +206,5 @@ def test_what_cant_be_measured_leaves_the_plan(
     monkeypatch.setattr("depthprobe.runs.estimate.measure", measure)
     outcome = cli("sweep", *study, "--dry-run")
     assert outcome.code == 0
-    assert table(outcome.out, " method")["all"] == ["7", "9", "0", "0", "9", "-"]
+    assert table(outcome.out, " method")["all"] == ["11", "15", "0", "0", "15", "-"]
     assert "No ESTIMATE of time and memory: a kernel is missing." in outcome.out

@@ -133,5 +133,5 @@ def test_a_sweep_takes_a_split() -> None:
     study = make_study(split="temporal", split_at="2014-03-01, 2014-05-01")
     assert study.protocol.split == "temporal"
     assert study.protocol.split_at == ("2014-03-01", "2014-05-01")
-    with pytest.raises(BadInput, match="split-at.*--split temporal"):
+    with pytest.raises(BadInput, match="protocol.split_at.*--split temporal"):
         make_study(split_at="0.8,0.9")

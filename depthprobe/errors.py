@@ -5,19 +5,36 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 
 class BadInput(ValueError):
-    """Input that can't be used; the message is one line: field, value, what is allowed."""
+    """Input that can't be used; the message is one line: field, what was expected, what came.
 
-    def __init__(self, field: str, value: object, allowed: str) -> None:
-        self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(f"{field}: {short(value)} is not usable; {allowed}")
+    Args:
+        field: the key, or the option.
+        value: what came; None where nothing did.
+        allowed: what was expected, such as ``a folder``; with ``fault`` what is wrong instead.
+    """
 
-    def __reduce__(self) -> tuple[type[BadInput], tuple[str, object, str]]:
+    def __init__(self, field: str, value: object, allowed: str, *, fault: bool = False) -> None:
+        self.field, self.value, self.allowed, self.fault = field, value, allowed, fault
+        if fault:
+            message = f"{short(value)}: {allowed}"
+        elif value is None:
+            message = f"required: {allowed}"
+        else:
+            message = f"expected {allowed}, got {short(value)}"
+        super().__init__(f"{field}: {message}")
+
+    def __reduce__(self) -> tuple[partial[BadInput], tuple[str, object, str]]:
         """What is pickled: by default it could not be made again from its message."""
-        return type(self), (self.field, self.value, self.allowed)
+        return partial(type(self), fault=self.fault), (self.field, self.value, self.allowed)
+
+    def renamed(self, field: str) -> BadInput:
+        """The same of another field."""
+        return type(self)(field, self.value, self.allowed, fault=self.fault)
 
 
 def short(value: object, limit: int = 120) -> str:
@@ -26,11 +43,19 @@ def short(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def closest(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.3) -> list[str]:
+    """The known names that were probably meant, those that begin with the name first."""
+    known = list(known)
+    begun = [each for each in known if name and each.startswith(name)]
+    similar = difflib.get_close_matches(name, known, n=most, cutoff=cutoff)
+    return list(dict.fromkeys([*begun, *similar]))[:most]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What is allowed, the known name that was probably meant first."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}one of {', '.join(known)}"
+    """What is allowed, and the known name that was probably meant."""
+    known = list(known)
+    hint = "".join(f" (did you mean {each}?)" for each in closest(name, known, most=1, cutoff=0.6))
+    return f"one of {', '.join(known)}{hint}"
 
 
 def one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:

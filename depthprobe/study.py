@@ -2,7 +2,7 @@
 
 Types and bounds stand in the annotations, and msgspec checks them; what a key means stands beside
 it as ``#:``, and docs/study-file.md is made of that. An error names the whole key:
-``sasrec.recipe.epochs: 0 is not usable; a whole number of at least 1``.
+``sasrec.recipe.epochs: expected a whole number of at least 1, got 0``.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Checked:
             if is_dataclass(value) or name == "variants":
                 continue  # checked when it was made
             if isinstance(value, float) and not math.isfinite(value):
-                raise BadInput(name, value, "a number that is finite")
+                raise BadInput(name, value, "a finite number")
             try:
                 object.__setattr__(self, name, msgspec.convert(value, hint))
             except msgspec.ValidationError as error:
@@ -195,10 +195,10 @@ class Backbone(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantize != "none" and self.tuning == "full":
-            allowed = "tuning = lora or frozen beside it: quantised weights can't be trained"
+            allowed = "tuning = lora or frozen beside it (quantised weights can't be trained)"
             raise BadInput("quantize", self.quantize, allowed)
         if self.trust_remote_code and not self.revision:
-            raise BadInput("revision", None, "remote code needs a pinned revision")
+            raise BadInput("revision", None, "a pinned revision for remote code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +305,7 @@ class Distillation(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.ce or self.cosine or self.norm or self.supervision or self.logits):
-            raise BadInput("ce", self.ce, "one of the losses with a weight above 0")
+            raise BadInput("ce", self.ce, "a loss with a weight above 0")
 
     @property
     def follows_states(self) -> bool:
@@ -490,7 +490,7 @@ class Study(Checked):
         }
         for owner, recipe in recipes.items():
             if self.backbone.suffix and recipe.objective != "last":
-                allowed = f"with {owner}.objective = last alone: it follows the last item"
+                allowed = f"{owner}.objective = last beside it (it follows the last item)"
                 raise BadInput("backbone.suffix", self.backbone.suffix, allowed)
         if self.backbone.quantize != "none":
             if self.methods == DEFAULT_METHODS:  # nobody asked for what can't be quantised
@@ -506,10 +506,14 @@ class Study(Checked):
     def _check_quantized(self) -> None:
         chosen = self.backbone.quantize
         if self.device not in {"auto", "cuda"}:
-            raise BadInput("backbone.quantize", chosen, f"device = cuda, not {self.device}")
+            raise BadInput(
+                "backbone.quantize", chosen, f"device = cuda beside it, not {self.device}"
+            )
         for name in self.methods:
             if settings_of(self, name).fresh:
-                allowed = f"methods without {name}: nothing pretrained is left to quantise"
+                allowed = (
+                    f"methods without {name} beside it (nothing pretrained is left to quantise)"
+                )
                 raise BadInput("backbone.quantize", chosen, allowed)
 
     def digest(self) -> str:
@@ -578,13 +582,13 @@ def _check_methods(chosen: tuple[str, ...], variants: Mapping[str, Variant]) -> 
             continue
         if not method.takes_variants:
             able = ", ".join(names("trained", "control"))
-            raise BadInput("methods", full_name, f"a name behind the colon with {able} alone")
+            raise BadInput("methods", full_name, f"a name behind the colon with {able} only")
         known = (*(NAMED_SELECTIONS if method.selectable else ()), *variants)
         if name not in known:
-            only = f"{method.name} alone: the study has no variants"
+            only = f"{method.name} alone (the study has no variants)"
             raise BadInput("methods", full_name, nearest(name, known) if known else only)
         if not method.selectable and variants[name].select != "prefix":
-            allowed = f"a variant without select: {method.name} has its own"
+            allowed = f"a variant without select ({method.name} has its own)"
             raise BadInput("methods", full_name, allowed)
     if len(set(chosen)) != len(chosen):
         raise BadInput("methods", ",".join(chosen), "each method once")
@@ -729,7 +733,7 @@ def _build(kind: type[T], content: Any, key: str) -> T:
     try:
         return kind(**values)
     except BadInput as error:  # a table does not know where it stands
-        raise BadInput(prefix + error.field, error.value, error.allowed) from None
+        raise error.renamed(prefix + error.field) from None
 
 
 # --- depths and blocks as people write them --------------------------------------------------

@@ -70,7 +70,7 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ('[backbone]\nquantize = "4bit"', ["backbone.quantize", "lora or frozen", "trained"]),
         (
             'device = "cpu"\n[backbone]\nquantize = "8bit"\ntuning = "lora"',
-            ["backbone.quantize", "'8bit'", "device = cuda, not cpu"],
+            ["backbone.quantize", "'8bit'", "device = cuda beside it, not cpu"],
         ),
         (
             'methods = ["random-init"]\n[backbone]\nquantize = "8bit"\ntuning = "frozen"',

@@ -27,6 +27,19 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # what a scheduler sends before it kills
 INTERRUPTS = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
+# options of other tools, and ours
+SYNONYMS = {
+    **{
+        "--model": "--backbone",
+        "--dataset": "--data",
+        "--depth": "--layers",
+        "--depths": "--layers",
+    },
+    **{"--method": "--methods", "--seed": "--seeds", "--out": "--output", "--gpu": "--device cuda"},
+    "--lr": "recipe.learning_rate in a study file",
+    "--learning-rate": "recipe.learning_rate in a study file",
+    "--batch-size": "recipe.batch_size in a study file",
+}
 # the base of every usage error; typer carries its own copy of click, so it has no stable home
 UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -130,6 +143,8 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def _usage(error: Exception) -> str:
     text: str = error.format_message()  # type: ignore[attr-defined]
+    if ours := SYNONYMS.get(getattr(error, "option_name", "")):
+        return f"{text.split(' (')[0].rstrip('.')}; use {ours}"
     context = getattr(error, "ctx", None)
     if context is None:
         return text

@@ -40,7 +40,9 @@ def check(
     if every and backbone is None:
         return _check_all(output)
     if every or backbone is None:
-        raise BadInput("backbone", backbone, "a folder, a Hugging Face id, embedded; or --all")
+        raise BadInput(
+            "--backbone", backbone, "a folder, a Hugging Face id or embedded, or else --all"
+        )
 
     from transformers.utils.logging import disable_progress_bar
 

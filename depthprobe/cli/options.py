@@ -112,7 +112,7 @@ def as_typed(error: BadInput, arguments: Sequence[str]) -> BadInput:
     names = {flag.setting: name for name, flag in FLAGS.items()}
     flag = f"--{names.get(error.field, error.field).replace('_', '-')}"
     typed = {word.partition("=")[0] for word in arguments}
-    return BadInput(flag, error.value, error.allowed) if flag in typed else error
+    return error.renamed(flag) if flag in typed else error
 
 
 def takes_flags(flags: Mapping[str, Flag]) -> Callable[[Command], Command]:
@@ -157,7 +157,7 @@ def apply_flags(study: Study, **flags: Any) -> Study:
         changes[FLAGS[name].setting] = value
     study = override(study, **changes)
     if flags.get("split_at") is not None and study.protocol.split != "temporal":
-        raise BadInput("protocol.split_at", flags["split_at"], "with --split temporal alone")
+        raise BadInput("protocol.split_at", flags["split_at"], "none without --split temporal")
     return study
 
 

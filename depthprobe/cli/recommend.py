@@ -51,7 +51,7 @@ def recommend(
     disable_progress_bar()  # the terminal belongs to the recommendations
     model = load_recommender(folder, device)
     if not 1 <= top <= len(model.item_ids):
-        allowed = f"from 1 to the {len(model.item_ids):,} items of the catalogue"
+        allowed = f"a number from 1 to the {len(model.item_ids):,} items of the catalogue"
         raise BadInput("top", top, allowed)
     with rereadable(history) as file:
         # all items are checked before anything is printed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from depthprobe.cli.options import VERDICT, apply_flags, check_output_file, option, takes_flags
 from depthprobe.cli.terminal import show_table
-from depthprobe.errors import BadInput, check_writable
+from depthprobe.errors import BadInput, check_writable, closest
 from depthprobe.study import Study
 
 STATES = ("done", "failed", "working", "left")
@@ -81,7 +80,7 @@ def export(
     """
     known = sorted(path.name for path in (run / "trials").glob("*") if path.is_dir())
     if known and trial not in known:
-        close = difflib.get_close_matches(trial, known, n=3, cutoff=0.3) or known[:3]
+        close = closest(trial, known) or known[:3]
         raise BadInput("trial", trial, f"one of the {len(known)} of this run: {', '.join(close)}")
     check_writable("dir", folder)
 

@@ -125,7 +125,7 @@ def restrict(study: Study, phase: str, *, strict: bool) -> Study:
     has = PHASES[phase].has
     methods = tuple(name for name in study.methods if has(method_of(name)))
     if not methods or (strict and methods != study.methods):
-        allowed = f"{phase} runs {', '.join(PHASES[phase].methods())}"
+        allowed = f"methods that {phase} runs: {', '.join(PHASES[phase].methods())}"
         raise BadInput("methods", ",".join(study.methods), allowed)
     return replace(study, methods=methods)
 

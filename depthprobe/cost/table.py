@@ -116,7 +116,7 @@ def cost_table(
     text = config.get_text_config(decoder=True)
     most = getattr(text, "max_position_embeddings", None)
     if most is not None and 0 < most < workload.prompt + workload.length:
-        allowed = f"with {workload.prompt} slots of prompt at most {most} positions of the backbone"
+        allowed = f"at most {most} positions with the {workload.prompt} slots of the prompt"
         raise BadInput("length", workload.length, allowed)
     blocks = int(text.num_hidden_layers)
     depths = sorted({*parse_layers(layers, blocks), blocks})

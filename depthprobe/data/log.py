@@ -75,7 +75,7 @@ def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
             allowed = f"{what} ids that differ in more than the blanks around them"
             raise BadInput(field, ids.names[place], allowed)
     if "" in names:
-        raise BadInput(field, "", f"every interaction has {what} ids that are not blank")
+        raise BadInput(field, "", f"{what} ids that are not blank in every interaction")
     longest = max(names, key=len)
     if len(longest) > LONGEST_ID:
         raise BadInput(field, longest, f"ids of at most {LONGEST_ID} characters")

@@ -56,7 +56,7 @@ def prepare_data(
     if str(source) != "embedded" and (Path(source) / MANIFEST).is_file():
         for field, value in (("format", format), ("items", items), ("columns", columns)):
             if value is not None and value != Columns():
-                allowed = "none for a prepared folder; prepare the log itself again"
+                allowed = "none for a prepared folder (prepare the log itself again)"
                 raise BadInput(f"data.{field}", value, allowed)
         sequences = _clean_further(load_data(source), name, cleaning or Cleaning())
     else:

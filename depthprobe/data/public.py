@@ -170,7 +170,7 @@ def _fetch_file(file: PublicFile, folder: Path) -> None:
         if path.exists():
             fault = f"{path} is not the published file, and {fault}"
         allowed = f"{fault}; download it by hand to {path} and run again"
-        raise BadInput("data.source", file.name, allowed) from error
+        raise BadInput("data.source", file.name, allowed, fault=True) from error
     if not file.members:
         return
     try:

@@ -93,7 +93,7 @@ def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
     stops = np.asarray(sequences.offsets[1:])
     evaluated = np.diff(sequences.offsets) >= 3
     if not evaluated.any():
-        raise BadInput("data", sequences.name, "at least one user needs 3 interactions or more")
+        raise BadInput("data", sequences.name, "a user with 3 interactions or more")
     warnings = []
     if short := int((~evaluated).sum()):
         warnings = [f"{short:,} of {len(stops):,} users train only: fewer than 3 interactions"]
@@ -114,7 +114,7 @@ def temporal(sequences: Sequences, protocol: Protocol) -> Split:
     begins = [_moment(sequences.times, text) for text in protocol.split_at]
     if begins[0] >= begins[1]:
         dates = ", ".join(as_date(begin) for begin in begins)
-        allowed = f"validation before test; these begin at {dates}"
+        allowed = f"validation before test, and these begin at {dates}"
         raise BadInput("protocol.split_at", points, allowed)
     train_stop, test_begin = (_first_from(sequences, begin) for begin in begins)
     held_out, cold = _parts(sequences, train_stop, test_begin)

@@ -94,11 +94,11 @@ def load_data(path: str | Path) -> Sequences:
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
-        raise BadInput("data.source", folder, f"a prepared folder has a {MANIFEST}")
+        raise BadInput("data.source", folder, f"a prepared folder with a {MANIFEST} in it")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["schema"] != SCHEMA:
-            raise BadInput("data.source", folder, f"schema {SCHEMA}: prepare the log again")
+            raise BadInput("data.source", folder, f"schema {SCHEMA} (prepare the log again)")
         users, items, rows = (int(manifest[what]) for what in ("users", "items", "interactions"))
         sequences = Sequences(
             name=manifest["name"],

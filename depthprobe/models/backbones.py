@@ -188,7 +188,7 @@ def _one_line(what: str, source: Source) -> Iterator[None]:
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         allowed = f"cannot be {what} ({reason}): {ALLOWED}"
-        raise BadInput("backbone", str(source), allowed) from error
+        raise BadInput("backbone", str(source), allowed, fault=True) from error
 
 
 def _location(source: Source) -> str:
@@ -301,7 +301,7 @@ def load_backbone(
     kind, chosen = _resolve_dtype(dtype), check_attention(attention)
     embedded = str(path_or_id) == EMBEDDED
     if quantize not in {None, "none"} and (random_init is not None or embedded):
-        raise BadInput("quantize", quantize, "pretrained weights: random ones can't be quantised")
+        raise BadInput("quantize", quantize, "pretrained weights (random ones can't be quantised)")
     packed = quantization(quantize)
     if embedded:
         model: Any = embedded_backbone(random_init or 0)
@@ -362,7 +362,7 @@ def _check_loaded(source: Source, loaded: dict[str, Any]) -> None:
             keys = sorted(name if isinstance(name, str) else name[0] for name in names)
             shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
             allowed = f"{len(keys)} of its weights are {what} ({shown}): the checkpoint must fit"
-            raise BadInput("backbone", str(source), f"{allowed} its configuration")
+            raise BadInput("backbone", str(source), f"{allowed} its configuration", fault=True)
 
 
 def check_weights(source: Source) -> None:
@@ -377,7 +377,7 @@ def check_weights(source: Source) -> None:
             f"only pickled weights in it ({pickled[0]}), which can run code when loaded:"
             " convert them with save_pretrained to safetensors"
         )
-    raise BadInput("backbone", str(source), allowed)
+    raise BadInput("backbone", str(source), allowed, fault=True)
 
 
 def backbone_config(
@@ -395,12 +395,16 @@ def backbone_config(
         if not (path.is_file() or (path / "config.json").is_file()):
             adapter = (path / "adapter_config.json").is_file()
             hint = " (it holds an adapter: merge it into its base first)" if adapter else ""
-            raise BadInput("backbone", str(path_or_id), f"no config.json in it{hint}: {ALLOWED}")
+            raise BadInput(
+                "backbone", str(path_or_id), f"no config.json in it{hint}: {ALLOWED}", fault=True
+            )
     with _one_line("found", path_or_id):
         config: PreTrainedConfig = AutoConfig.from_pretrained(_location(path_or_id), **origin)
     for written in _attentions(config):
         if written not in ATTENTIONS:
-            allowed = f"a configuration without attention {written!r}: a kernel to download and run"
+            allowed = (
+                f"a configuration without attention {written!r} (a kernel to download and run)"
+            )
             raise BadInput("backbone", str(path_or_id), allowed)
     return config
 
@@ -409,7 +413,7 @@ def _existing(source: Source) -> Path:
     """The path of a source on disk; the libraries would take one that is not there for a hub id."""
     path = Path(_location(source))
     if not path.exists():
-        raise BadInput("backbone", str(source), f"no such folder: expected {ALLOWED}")
+        raise BadInput("backbone", str(source), f"no such folder: expected {ALLOWED}", fault=True)
     return path
 
 
@@ -432,7 +436,9 @@ def load_tokenizer(
         folder = _existing(path_or_id)
         # Without any of these the library makes up an empty tokenizer.
         if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
-            raise BadInput("backbone", str(path_or_id), "no tokenizer in it (tokenizer.json)")
+            raise BadInput(
+                "backbone", str(path_or_id), "no tokenizer in it (tokenizer.json)", fault=True
+            )
     origin = _origin(path_or_id, revision, trust_remote_code)
     with _one_line("given a tokenizer", path_or_id):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

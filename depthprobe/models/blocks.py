@@ -17,7 +17,7 @@ from depthprobe.errors import BadInput
 
 def refusal(model: nn.Module, reason: str) -> BadInput:
     """What a user reads where an architecture can't be cut, skipped or read out; one line."""
-    return BadInput("backbone", type(model).__name__, reason)
+    return BadInput("backbone", type(model).__name__, reason, fault=True)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:

@@ -99,7 +99,7 @@ def embed_titles(
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in texts]
     if [] in tokens:
         unread = texts[tokens.index([])]
-        raise BadInput(FIELD, TEXT, f"titles that the tokenizer can read; in {unread!r} it can't")
+        raise BadInput(FIELD, TEXT, f"titles that the tokenizer can read (in {unread!r} it can't)")
     decoder, device = backbone.base_model, backbone.device
     width = backbone.config.get_text_config(decoder=True).hidden_size
     table = torch.zeros(len(texts) + 1, width)
@@ -173,6 +173,7 @@ def _rows(file: Path, rows: int, item_ids: list[str]) -> np.ndarray:
                 f"it has {rows:,} rows, and the log {len(item_ids):,} items after cleaning: a row"
                 f" an item in the natural order of their ids, or {beside.name} beside it with the"
                 " raw id of each row, one a line",
+                fault=True,
             )
         return np.arange(rows)
     try:
@@ -180,16 +181,18 @@ def _rows(file: Path, rows: int, item_ids: list[str]) -> np.ndarray:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(FIELD, beside, "UTF-8 text that can be read, a raw id a line") from error
     if len(lines) != rows:
-        allowed = f"{len(lines):,} lines, and {file.name} has {rows:,} rows: the raw id of each"
+        allowed = (
+            f"a raw id for each of the {rows:,} rows of {file.name} (it has {len(lines):,} lines)"
+        )
         raise BadInput(FIELD, beside, allowed)
     index = pd.Index([line.strip() for line in lines])
     if not index.is_unique:
         twice = index[index.duplicated()][0]
         first, second = np.flatnonzero(index == twice)[:2] + 1
-        raise BadInput(FIELD, beside, f"each id once; {twice!r} is on lines {first} and {second}")
+        raise BadInput(FIELD, beside, f"each id once ({twice!r} is on lines {first} and {second})")
     row = index.get_indexer(pd.Index(item_ids))
     if (row < 0).any():
         missing = f"{(row < 0).sum():,} of {len(row):,} are not in it, the first is"
-        allowed = f"a row for each of the log's items; {missing} {item_ids[row.argmin()]!r}"
+        allowed = f"a row for each of the log's items ({missing} {item_ids[row.argmin()]!r})"
         raise BadInput(FIELD, beside, allowed)
     return row

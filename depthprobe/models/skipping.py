@@ -173,7 +173,9 @@ def refuse_shared(blocks: nn.ModuleList, index: int) -> None:
     """Refuse to leave out a block whose keys and values later ones read."""
     stores = any(getattr(m, "store_full_length_kv", False) for m in blocks[index].modules())
     if stores and keys_are_read(blocks):
-        raise BadInput("skip", index, "cannot skip a block whose keys and values later blocks read")
+        raise BadInput(
+            "skip", index, "cannot skip a block whose keys and values later blocks read", fault=True
+        )
 
 
 def _count_extra_outputs(model: PreTrainedModel, index: int) -> int | None:

@@ -71,7 +71,7 @@ def need(found: object, summary: Summary, what: str) -> None:
         NoData: that names the run and what it lacks.
     """
     if not found:
-        raise NoData("run", summary.run.path, f"one with {what}")
+        raise NoData("run", summary.run.path, f"a run with {what}")
 
 
 def figure(

@@ -80,7 +80,7 @@ def submit(
     try:
         import submitit
     except ImportError:
-        allowed = "with submitit installed: pip install 'depthprobe[slurm]'"
+        allowed = "submitit to be installed (pip install 'depthprobe[slurm]')"
         raise BadInput("executor", "slurm", allowed) from None
     from depthprobe.runs.layout import continued
     from depthprobe.runs.records import PROBES, TRIALS, folders_of, forget_failures
@@ -90,10 +90,10 @@ def submit(
     if jobs < 1:
         raise BadInput("jobs", jobs, "at least 1 job")
     if launched():
-        allowed = "without accelerate launch: each of its processes would submit the jobs"
+        allowed = "no accelerate launch around it (each of its processes would submit the jobs)"
         raise BadInput("executor", cluster, allowed)
     if cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
-        allowed = "a machine that submits to SLURM: there is no srun here"
+        allowed = "a machine that submits to SLURM (there is no srun here)"
         raise BadInput("executor", cluster, allowed)
     check_trackers(sweep.study.tracking.to)
     folder = Path(sweep.folder)

@@ -53,9 +53,9 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     if not record.done:
         refused = f"a trial that is done (it failed: {record.error})"
     elif method.role == "baseline":
-        refused = f"a recommender with a backbone; {record.method} has none to export"
+        refused = f"a recommender with a backbone ({record.method} has none to export)"
     elif method.exportable is None or not record.kept:
-        refused = f"a model of whole blocks; {record.method} at this depth measures, and is none"
+        refused = f"a model of whole blocks ({record.method} at this depth measures, and is none)"
     if refused:
         raise BadInput("trial", trial, refused)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -190,7 +190,7 @@ def _check_same(folder: Path, before: Manifest, manifest: Manifest, revision: st
         ("item table", before.item_table.sha256, manifest.item_table.sha256),
     ):
         if was != now:
-            allowed = f"another folder: the {name} has changed since this run began"
+            allowed = f"another folder (the {name} has changed since this run began)"
             raise BadInput("output", str(folder), allowed)
 
 

@@ -306,8 +306,8 @@ def read_manifest(folder: Path) -> Manifest:
             return msgspec.convert(content, Manifest)
     except msgspec.MsgspecError as error:
         raise BadInput("run", str(folder), f"readable {MANIFEST} ({error})") from None
-    allowed = f"a run of format {SCHEMA}; this one has format {content.get('schema')}: read it with"
-    raise BadInput("run", str(folder), f"{allowed} the version of depthprobe that wrote it")
+    allowed = f"a run of format {SCHEMA} (this one has format {content.get('schema')}: read it with"
+    raise BadInput("run", str(folder), f"{allowed} the version of depthprobe that wrote it)")
 
 
 def read_record(folder: Path) -> Record | None:
@@ -348,7 +348,9 @@ def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.n
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault, not the file's
-        allowed = "as the sweep wrote it; delete its folder, and the same sweep makes it anew"
+        allowed = (
+            "the file that the sweep wrote (delete its folder, and the same sweep makes it anew)"
+        )
         raise BadInput("run", str(path), allowed) from error
     return ranked
 

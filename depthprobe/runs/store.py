@@ -267,7 +267,7 @@ def status_of(folder: Path) -> Status:
         BadInput: if the folder is no run, or one that has not been laid out yet.
     """
     if (folder / STUDY).is_file() and not (folder / MANIFEST).is_file():
-        raise BadInput("run", str(folder), "a run that has begun; this one is being laid out")
+        raise BadInput("run", str(folder), "a run that has begun (this one is being laid out)")
     run = open_run(folder)
     status, at_work = Status(), {each.task: each for each in working(folder)}
     for task in plan(run.study, run.manifest.backbone.blocks):

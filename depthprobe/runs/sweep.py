@@ -178,7 +178,7 @@ def _registered() -> list[Method]:
         try:
             pickle.dumps(method)
         except Exception as error:
-            allowed = f"with --jobs 0, or made of functions that a module holds ({error})"
+            allowed = f"--jobs 0, or functions that a module holds ({error})"
             raise BadInput("method", method.name, allowed) from error
     return methods
 

@@ -223,7 +223,7 @@ def _check_units(plugin: FullyShardedDataParallelPlugin, objective: nn.Module) -
     models = [module for module in objective.modules() if isinstance(module, Recommender)]
     if units and any(len(model.prompt) and not model.lead for model in models):
         option = "accelerate launch --fsdp_transformer_layer_cls_to_wrap"
-        raise BadInput(option, units[0], "none, or backbone.prompt = '': the prompt is shared")
+        raise BadInput(option, units[0], "none, or backbone.prompt = '' (the prompt is shared)")
 
 
 def _copy(objective: nn.Module) -> nn.Module:

@@ -16,11 +16,11 @@ CASES = {
     "missing study": (["sweep", "nowhere.toml"], ["study", "'nowhere.toml'", "exists"]),
     "missing data": (
         ["sweep", "--data", "nowhere.txt"],
-        ["--data: ", "'nowhere.txt'", "no such path"],
+        ["--data: 'nowhere.txt': no such path", "'nowhere.txt'", "no such path"],
     ),
     "missing backbone": (["sweep", "--backbone", "./nowhere"], ["backbone", "'./nowhere'"]),
     "backbone without config": (["sweep", "--backbone", "full"], ["backbone", "config.json"]),
-    "depth 0": (["sweep", "--layers", "0"], ["--layers: ", "'0'", LAYERS]),
+    "depth 0": (["sweep", "--layers", "0"], ["--layers: expected", LAYERS, ", got '0'"]),
     "depth in words": (["sweep", "--layers", "two"], ["layers", "'two'", LAYERS]),
     "descending depths": (["sweep", "--layers", "4-2"], ["layers", "'4-2'", LAYERS]),
     "no depth": (["sweep", "--layers", ""], ["layers", "''", LAYERS]),
@@ -51,6 +51,11 @@ CASES = {
     "output is a file": (["sweep", "--output", "full/notes.txt"], ["output", "a folder"]),
     "output below a file": (["sweep", "--output", "full/notes.txt/run"], ["output", "a folder"]),
     "unknown option": (["sweep", "--laers", "3"], ["--laers", "--layers"]),
+    "another tool's option": (
+        ["sweep", "--model", "x"],
+        ["No such option: --model; use --backbone"],
+    ),
+    "another tool's setting": (["sweep", "--lr", "1"], ["--lr; use recipe.learning_rate"]),
     "option without value": (["sweep", "--layers"], ["--layers", "requires an argument"]),
     "second study": (["sweep", "a.toml", "b.toml"], ["b.toml"]),
     "unknown command": (["swep"], ["'swep'", "sweep"]),
@@ -144,7 +149,7 @@ def test_one_line_exit_code_2_and_nothing_written(
 def test_a_depth_beyond_the_backbone(cli: Callable[..., Any], tmp_path: Path) -> None:
     outcome = cli("sweep", "--layers", "13", "--output", "run")
     assert outcome.code == 2
-    assert outcome.err.startswith("error: --layers: '13' is not usable")
+    assert outcome.err.startswith("error: --layers: expected depths from 1 to 12, ")
     assert "from 1 to 12" in outcome.err
     assert outcome.err.count("\n") == 1
     assert contents(tmp_path) == []
@@ -155,7 +160,7 @@ def test_debug_adds_the_traceback_and_keeps_the_line(cli: Callable[..., Any]) ->
     first, *_, last = outcome.err.splitlines()
     assert outcome.code == 2
     assert first == "Traceback (most recent call last):"
-    assert last.startswith("error: --layers: '0'")
+    assert last.startswith("error: --layers: expected depths")
 
 
 def test_bad_input_is_found_before_torch_is_imported(tmp_path: Path) -> None:

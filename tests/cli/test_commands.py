@@ -103,7 +103,11 @@ def test_sweep_prints_results_then_the_report(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (BadInput("layers", "13", "depths from 1 to 12"), 2, "error: layers: '13' is not usable;"),
+        (
+            BadInput("layers", "13", "depths from 1 to 12"),
+            2,
+            "error: layers: expected depths from 1 to 12, got '13'",
+        ),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (RuntimeError("two\nlines"), 1, "error: internal: RuntimeError: two lines (run again with"),
         (BrokenPipeError(32, "Broken pipe"), 1, ""),

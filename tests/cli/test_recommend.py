@@ -172,7 +172,7 @@ def test_a_number_that_the_catalogue_does_not_have(
 ) -> None:
     outcome = cli("recommend", folder, "--history", users, "--top", top)
     assert (outcome.code, outcome.out) == (2, "")
-    assert f"top: {top} is not usable; from 1 to the 12 items" in outcome.err
+    assert f"from 1 to the 12 items of the catalogue, got {top}" in outcome.err
 
 
 @pytest.mark.parametrize(

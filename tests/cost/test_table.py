@@ -140,7 +140,7 @@ def test_what_can_not_be_cut(tmp_path: Path) -> None:
     RwkvConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2).save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="rescales its weights") as caught:
         cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)
-    assert str(caught.value).count("is not usable") == 1
+    assert str(caught.value).count("expected") == 1
     BartConfig(vocab_size=11, d_model=8, decoder_layers=2).save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="no token embeddings of its own"):
         cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)

@@ -264,7 +264,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     ],
 )
 def test_a_wrong_name(name: str, message: str) -> None:
-    assert refusal(name).startswith(f"data.source: {name!r} is not usable; ")
+    assert refusal(name).startswith(f"data.source: {name!r}: ")
     assert message in refusal(name)
 
 

@@ -212,7 +212,7 @@ def test_users_too_short_to_split() -> None:
     [
         (("0.9", "0.8"), "validation before test"),
         (("0.5", "0.5"), "validation before test"),
-        (("yesterday", "0.8"), "'yesterday' is not usable; a date as"),
+        (("yesterday", "0.8"), "expected a date as .*, got 'yesterday'"),
         (("0.5", "1.5"), "between 0 and 1"),
         (("2030-01-01", "2031-01-01"), "known users go on"),
         (("1960-01-01", "1970-01-15"), "known users go on"),

@@ -78,7 +78,7 @@ def lost() -> str:
     ("action", "first", "second"),
     [
         (laid_out, "laid out", "laid out"),
-        (refused, *["BadInput: disk: 'full' is not usable; room"] * 2),
+        (refused, *["BadInput: disk: expected room, got 'full'"] * 2),
         (
             lost,
             "Unsendable: 1 and 2",

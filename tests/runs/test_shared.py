@@ -119,7 +119,7 @@ def test_workers_know_the_methods_that_were_registered_here(tiny: Study, tmp_pat
     register(Method(name="by-lambda", role="baseline", run=lambda context, task: iter(())))
     try:
         study = replace(tiny, methods=("popularity", "by-chance"))
-        with pytest.raises(BadInput, match="'by-lambda' is not usable; with --jobs 0, or made of"):
+        with pytest.raises(BadInput, match="expected --jobs 0, or functions that a module holds"):
             run_sweep(study, tmp_path / "run", jobs=1)
         del METHODS["by-lambda"]
         run = run_sweep(study, tmp_path / "run", jobs=1)

@@ -135,7 +135,7 @@ def test_two_processes_of_the_real_launcher(alone: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("FSDP_VERSION", "1", "--fsdp_version: '1' is not usable; 2"),
+        ("FSDP_VERSION", "1", "--fsdp_version: expected 2, got '1'"),
         ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "--fsdp_auto_wrap_policy"),
     ],
 )

@@ -71,19 +71,21 @@ class Column:
         shown = short(value if isinstance(value, str | int | float) else str(value), 40)
         blank = value is None or value != value or not str(value).strip()  # NaN is not itself
         fault = f"has no {self.what}" if blank else f"has the {self.what} {shown}"
-        raise BadInput(FIELD, self.source, f"{self.where(row)} {fault}; expected {expected}")
+        raise BadInput(
+            FIELD, self.source, f"{self.where(row)} {fault}; expected {expected}", fault=True
+        )
 
     def wrong_type(self, expected: str) -> BadInput:
         """The error that names the column's type."""
         kind = " ".join(str(self.values.type).split())[:60]
         fault = f"the {self.what} column has the type {kind}; expected {expected}"
-        return BadInput(FIELD, self.source, fault)
+        return BadInput(FIELD, self.source, fault, fault=True)
 
 
 def log_of(table: pa.Table, *, source: Path, where: Where = row_number) -> Log:
     """A log of the columns ``user`` and ``item``, maybe ``time``, ``rating`` and ``title``."""
     if not len(table):
-        raise BadInput(FIELD, source, "a log with at least one interaction; it has none")
+        raise BadInput(FIELD, source, "a log with at least one interaction (it has none)")
     given = {what: Column(table[what], what, source, where) for what in table.column_names}
     users, items = to_ids(given["user"]), to_ids(given["item"])
     times, notes = to_seconds(given["time"]) if "time" in given else (None, ())

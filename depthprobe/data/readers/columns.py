@@ -51,9 +51,11 @@ def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dic
         if place is None and what == "title":
             continue
         if place is None:
-            raise BadInput(f"data.columns.{what}", name, missing(names, name, source))
+            raise BadInput(f"data.columns.{what}", name, missing(names, name, source), fault=True)
         if list(names).count(name) > 1:
-            raise BadInput(f"data.columns.{what}", name, f"{source} has it more than once")
+            raise BadInput(
+                f"data.columns.{what}", name, f"{source} has it more than once", fault=True
+            )
         places[what] = place
     for what in [what for what in SPELLINGS if what not in columns.given()]:
         place = guess_column(names, what, source=source)
@@ -62,7 +64,7 @@ def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dic
                 f"its columns are {listed(names)}, and none is known as the {what}'s; say "
                 "--user-column and --item-column (numbers from 1 where there is no header)"
             )
-            raise BadInput(FIELD, source, allowed)
+            raise BadInput(FIELD, source, allowed, fault=True)
         # what was named for one thing isn't guessed for another
         if place is not None and (place not in places.values() or what in REQUIRED):
             places[what] = place
@@ -70,7 +72,9 @@ def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dic
         other = next(name for name, first in places.items() if first == place)
         if other != what:
             allowed = f"column {short(names[place], 40)} can't be both {other} and {what}"
-            raise BadInput(FIELD, source, f"{allowed}; say --{other}-column and --{what}-column")
+            raise BadInput(
+                FIELD, source, f"{allowed}; say --{other}-column and --{what}-column", fault=True
+            )
     return places
 
 
@@ -85,7 +89,7 @@ def guess_column(names: Sequence[str], what: str, *, source: Path) -> int | None
         if len(places) > 1:
             likely = listed([names[place] for place in places])
             allowed = f"any of its columns {likely} may be the {what}'s; say --{what}-column"
-            raise BadInput(FIELD, source, allowed)
+            raise BadInput(FIELD, source, allowed, fault=True)
         if places:
             return places[0]
     return None

@@ -49,7 +49,7 @@ class Format:
 def read_embedded(source: Path, columns: Columns) -> Log:
     """Make the embedded log; there is nothing to read."""
     if str(source) != EMBEDDED:
-        raise BadInput("data.format", EMBEDDED, f"another one for {source}; this one has no file")
+        raise BadInput("data.format", EMBEDDED, f"another one for {source} (this one has no file)")
     refuse_columns(columns, "the embedded log")
     return embedded_log()
 
@@ -122,7 +122,7 @@ def recognise(path: Path) -> str:
         first = start.strip().partition("\n")[0]
         fault = f"it starts with {short(first, 60)}" if first else "it is empty"
         allowed = f"its format isn't recognised, {fault}; say --format, one of "
-        raise BadInput(FIELD, path, allowed + ", ".join(FORMATS))
+        raise BadInput(FIELD, path, allowed + ", ".join(FORMATS), fault=True)
     return name
 
 
@@ -134,7 +134,7 @@ def _located(source: str | Path) -> Path:
     families = dict.fromkeys(one.family for one in SETS.values())
     names = nearest(str(source), [EMBEDDED, *families])
     allowed = f"no such path; expected that of a log or of a prepared folder, or a name: {names}"
-    raise BadInput(FIELD, source, allowed)
+    raise BadInput(FIELD, source, allowed, fault=True)
 
 
 # What a folder holds: one log, or the training, validation and test part of one.
@@ -166,7 +166,7 @@ def logs_in(folder: Path) -> list[Path]:
         if any(len(paths) != 1 for paths in parts) or named:
             names = listed(path.name for path in [*chain(*parts), *named])
             allowed = "one file each for training, validation and test, and no other log"
-            raise BadInput(FIELD, folder, f"{allowed}; it has {names}")
+            raise BadInput(FIELD, folder, f"{allowed} (it has {names})")
         return list(chain(*parts))
     logs = named or logs
     if len(logs) == 1:
@@ -175,7 +175,7 @@ def logs_in(folder: Path) -> list[Path]:
         return [folder]
     names = listed(path.name for path in logs or files)
     fault = f"it has several logs, {names}" if logs else f"it has {names or 'no file'}"
-    raise BadInput(FIELD, folder, f"{fault}; {EXPECTED}")
+    raise BadInput(FIELD, folder, f"{fault}; {EXPECTED}", fault=True)
 
 
 def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:

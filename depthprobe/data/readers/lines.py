@@ -39,7 +39,7 @@ def read_json(path: Path, columns: Columns) -> Log:
     """
     sample = list(islice(_objects(path, dict[str, Any]), SAMPLE))
     if not sample:
-        raise BadInput(FIELD, path, f"it is empty; {JSON_LINES}")
+        raise BadInput(FIELD, path, f"it is empty; {JSON_LINES}", fault=True)
     names = list(dict.fromkeys(name for one in sample for name in one))
     wanted = {what: names[at] for what, at in find_columns(names, columns, source=path).items()}
     kinds = {what: _kind(what, [one.get(name) for one in sample]) for what, name in wanted.items()}
@@ -74,7 +74,7 @@ def _objects(path: Path, kind: Any) -> Iterator[Any]:
             yield decode(line)
         except (msgspec.DecodeError, RecursionError) as error:
             fault = f"line {number} is {short(line.strip(), 40)} ({error})"
-            raise BadInput(FIELD, path, f"{fault}; {JSON_LINES}") from error
+            raise BadInput(FIELD, path, f"{fault}; {JSON_LINES}", fault=True) from error
 
 
 def _kind(what: str, values: list[Any]) -> Any:
@@ -117,12 +117,12 @@ def read_sequences(path: Path, columns: Columns) -> Log:
             elif earlier != number:
                 fault = f"is user {short(user, 40)} again, after line {earlier}"
             if fault:
-                raise BadInput(FIELD, path, f"line {number} {fault}; {SEQUENCES}")
+                raise BadInput(FIELD, path, f"line {number} {fault}; {SEQUENCES}", fault=True)
             lengths.append(len(own))
             yield from own
 
     encoded = encode_ids(items())
     if not users:
-        raise BadInput(FIELD, path, f"the file is empty; {SEQUENCES}")
+        raise BadInput(FIELD, path, f"the file is empty; {SEQUENCES}", fault=True)
     codes = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     return Log(users=Ids(codes, list(users)), items=encoded, name=stem(path))

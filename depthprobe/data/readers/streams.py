@@ -70,7 +70,7 @@ def open_lines(path: Path, *, newline: str = "\n") -> Iterator[TextIO]:
             lines = enumerate(io.BufferedReader(stream), 1)
             line = next(n for n, raw in lines if raw.decode(errors="ignore").encode() != raw)
         allowed = f"line {line} is not UTF-8; expected a text file in UTF-8"
-        raise BadInput(FIELD, path, allowed) from error
+        raise BadInput(FIELD, path, allowed, fault=True) from error
 
 
 def filled_lines(path: Path) -> Iterator[tuple[int, str]]:

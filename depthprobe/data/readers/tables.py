@@ -91,7 +91,7 @@ def read_csv(path: Path, columns: Columns, layouts: tuple[Layout, ...] = ()) -> 
         columns = layout.columns
     if "_list:token_seq" in start.lstrip().partition("\n")[0]:
         expected = "expected an interaction a row, with one item_id:token"
-        raise BadInput(FIELD, path, f"each of its rows has a list of items; {expected}")
+        raise BadInput(FIELD, path, f"each of its rows has a list of items; {expected}", fault=True)
     # Numbers name the columns of a text without a header, whatever its first row holds: numbers
     # there may be ids, and a row taken for a header would be lost. With a 0 among them they are
     # names, as pandas gives them.
@@ -102,7 +102,7 @@ def read_csv(path: Path, columns: Columns, layouts: tuple[Layout, ...] = ()) -> 
         if numbered:
             if all(guess_column(first, what, source=path) is not None for what in REQUIRED):
                 fault = f"its first line is a header ({listed(first)})"
-                raise BadInput(FIELD, path, f"{fault}; name the columns as it does")
+                raise BadInput(FIELD, path, f"{fault}; name the columns as it does", fault=True)
             first = [str(at) for at in range(1, len(first) + 1)]
         return find_columns(first, columns, source=path)
 
@@ -119,7 +119,7 @@ def csv_table(
     """
     start = head(path)
     if not start.strip():
-        raise BadInput(FIELD, path, "a table with a header and rows; it is empty")
+        raise BadInput(FIELD, path, "a table with a header and rows (it is empty)")
     if "\ufffd" in start:  # no UTF-8: refused with its line
         deque(filled_lines(path), maxlen=0)
     delimiter = layout.delimiter or _delimiter(start, source=path)
@@ -148,7 +148,9 @@ def csv_table(
     except pa.ArrowInvalid as error:
         deque(rows(), maxlen=0)
         text = " ".join(str(error).split())
-        raise BadInput(FIELD, path, f"it can't be read as a table ({text[:120]})") from error
+        raise BadInput(
+            FIELD, path, f"it can't be read as a table ({text[:120]})", fault=True
+        ) from error
     with open_bytes(path) as stream:
         ends = sum(block.count(b"\n") for block in iter(partial(stream.read, BLOCK), b""))
     if layout.quoted and len(table) + skipped < ends:
@@ -178,14 +180,16 @@ def records(
                 width = width or len(row)
                 if row and len(row) != width:
                     expected = f"{width} columns, as the first line has"
-                    raise BadInput(FIELD, path, f"line {line} has {len(row)}; expected {expected}")
+                    raise BadInput(
+                        FIELD, path, f"line {line} has {len(row)}; expected {expected}", fault=True
+                    )
                 if row and not skip:
                     yield line, row
                 skip = skip and not row
                 line = rows.line_num + 1
         except csv.Error as error:
             allowed = f"in the row of line {line} a quote isn't closed, or not at a column's end"
-            raise BadInput(FIELD, path, f"{allowed} ({error})") from error
+            raise BadInput(FIELD, path, f"{allowed} ({error})", fault=True) from error
 
 
 def is_table(start: str) -> bool:
@@ -265,7 +269,7 @@ def _delimiter(start: str, *, source: Path) -> str:
         return best[0]
     names = " or ".join(DELIMITERS[one] for one in best or DELIMITERS)
     fault = "its lines split alike at each" if best else "its first line has none"
-    raise BadInput(FIELD, source, f"a table with columns split by {names}; {fault}")
+    raise BadInput(FIELD, source, f"a table with columns split by {names} ({fault})")
 
 
 def _part_files(folder: Path) -> list[Path]:
@@ -274,5 +278,5 @@ def _part_files(folder: Path) -> list[Path]:
     # a damaged file that is meant to be one counts
     parts = [path for path in files if path.suffix == ".parquet" or head(path).startswith("PAR1")]
     if not parts:
-        raise BadInput(FIELD, folder, "a folder of Parquet part files; it has none")
+        raise BadInput(FIELD, folder, "a folder of Parquet part files (it has none)")
     return parts

@@ -53,7 +53,7 @@ def with_titles(log: Log, source: Path, *, items: str | Path | None, columns: Co
     path = companion(source) if items is None else Path(items)
     if path is None:
         if columns.title is not None:
-            allowed = "a column of the log, or of a file with the items' titles; neither has it"
+            allowed = "a column of the log, or of a file with the items' titles (neither has it)"
             raise BadInput("data.columns.title", columns.title, allowed)
         return log
     wanted = {name.strip() for name in log.items.names}
@@ -61,7 +61,7 @@ def with_titles(log: Log, source: Path, *, items: str | Path | None, columns: Co
         titles = read_values(path, "item", wanted=wanted, key=columns.item, value=columns.title)
     except BadInput as error:
         if items is not None or columns.title is not None:
-            raise BadInput(FIELD, path, error.allowed) from error
+            raise BadInput(FIELD, path, error.allowed, fault=error.fault) from error
         return replace(log, notes=(*log.notes, f"no titles from {path.name}: {error.allowed}"))
     names = {name: name.strip() for name in log.items.names}
     return replace(log, titles={raw: titles[name] for raw, name in names.items() if name in titles})
@@ -92,11 +92,11 @@ def read_attribute(
     place, _, column = setting.rpartition(":")
     if not (column and Path(place).is_file()):
         written = "FILE:COLUMN, such as items.csv:brand"
-        raise BadInput(field, setting, f"{written}; there is no file {place or setting}")
+        raise BadInput(field, setting, f"{written} (there is no file {place or setting})")
     try:
         values = read_values(Path(place), what, wanted=wanted, value=column)
     except BadInput as error:
-        raise BadInput(field, setting, error.allowed) from error
+        raise BadInput(field, setting, error.allowed, fault=error.fault) from error
     return column, {key: value[:LONGEST_LABEL] for key, value in values.items()}
 
 
@@ -123,12 +123,14 @@ def read_values(
         places = [_find(names, what, key, path), _find(names, "title", value, path)]
         if places[0] is None:
             fault = f"its columns are {listed(names)}, and none is known as the {what}'s"
-            raise BadInput(FIELD, path, f"{fault}; expected {what}_id beside the values")
+            raise BadInput(
+                FIELD, path, f"{fault}; expected {what}_id beside the values", fault=True
+            )
         return places[0], places[1]
 
     start = head(path).lstrip()
     if not start:
-        raise BadInput(FIELD, path, "it is empty; expected a header and rows")
+        raise BadInput(FIELD, path, "it is empty; expected a header and rows", fault=True)
     if start[0] in "{[":
         pairs = _json_pairs(path, pick, wanted if key is None else frozenset())
     elif value is None and (bare := _BARE.match(start)):
@@ -140,10 +142,12 @@ def read_values(
         own, found = raw.strip(), " ".join(text.split())
         if found and own in wanted and (other := values.setdefault(own, found)) != found:
             fault = f"{what} {short(own, 40)} has both {short(other, 40)} and {short(found, 40)}"
-            raise BadInput(FIELD, path, f"{fault}; expected one value")
+            raise BadInput(FIELD, path, f"{fault}; expected one value", fault=True)
     if not values:
         example = short(min(wanted, default=""), 40)
-        raise BadInput(FIELD, path, f"it knows none of the log's {what}s, such as {example}")
+        raise BadInput(
+            FIELD, path, f"it knows none of the log's {what}s, such as {example}", fault=True
+        )
     return values
 
 
@@ -175,7 +179,9 @@ def _bare_pairs(path: Path, delimiter: str) -> Pairs:
         if len(row) > 1:
             yield row[0], row[1]
         elif line.strip():
-            raise BadInput(FIELD, path, f"line {number} has no {delimiter!r}, as the first one has")
+            raise BadInput(
+                FIELD, path, f"line {number} has no {delimiter!r}, as the first one has", fault=True
+            )
 
 
 def _table_pairs(path: Path, what: What, value: str | None, pick: Pick) -> Pairs:
@@ -184,10 +190,10 @@ def _table_pairs(path: Path, what: What, value: str | None, pick: Pick) -> Pairs
     def places(names: list[str]) -> dict[str, int]:
         key, found = pick(tuple(names))
         if found is None and value is not None:
-            raise BadInput(FIELD, path, missing(names, value, path))
+            raise BadInput(FIELD, path, missing(names, value, path), fault=True)
         if found is None:
             fault = f"its columns are {listed(names)}, and none is known as the title's"
-            raise BadInput(FIELD, path, f"{fault}; say --title-column")
+            raise BadInput(FIELD, path, f"{fault}; say --title-column", fault=True)
         return {what: key, "value": found}
 
     start, where = head(path), None
@@ -214,7 +220,7 @@ def _json_pairs(path: Path, pick: Pick, amazon: AbstractSet[str]) -> Pairs:
         own, title = (None if at is None else list(record.values())[at] for at in (key, value))
         if not isinstance(own, str | int) or isinstance(title, list | dict):
             fault = f"line {number} has no item id, or a title that is no text"
-            raise BadInput(FIELD, path, f"{fault}; its keys are {listed(record)}")
+            raise BadInput(FIELD, path, f"{fault}; its keys are {listed(record)}", fault=True)
         if title is not None:
             yield str(own), html.unescape(str(title))
 
@@ -225,4 +231,4 @@ def _parsed(line: str, number: int, *, source: Path) -> dict[str, Any]:
             if isinstance(record := parse(line), dict):
                 return {str(key): value for key, value in record.items()}
     fault = f"line {number} is {short(line.strip(), 40)}"
-    raise BadInput(FIELD, source, f"{fault}; expected a JSON object on each line")
+    raise BadInput(FIELD, source, f"{fault}; expected a JSON object on each line", fault=True)

@@ -144,7 +144,7 @@ def test_folders(tmp_path: Path, kind: str) -> None:
         ),
         ({"a.csv": "", "b.csv": ""}, "it has several logs, a.csv, b.csv; expected one log"),
         ({"a.parquet": "", "b.csv": ""}, "it has several logs, a.parquet, b.csv"),
-        ({"train.csv": "", "test.csv": ""}, "no other log; it has train.csv, test.csv"),
+        ({"train.csv": "", "test.csv": ""}, "it has train.csv, test.csv"),
         (
             dict.fromkeys(("train.csv", "valid.csv", "dev.csv", "test.csv"), ""),
             "it has train.csv, dev.csv, valid.csv, test.csv",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.errors import BadInput
+from depthprobe.errors import BadInput, closest, nearest
 from depthprobe.methods import METHODS
 from depthprobe.study import (
     Backbone,
@@ -286,10 +286,27 @@ def test_layers_are_sorted_depths_in_range_or_refused(text: str, blocks: int) ->
     assert all(1 <= depth <= blocks for depth in depths)
 
 
-def test_bad_input_survives_pickling() -> None:
-    error = BadInput("layers", Path("x"), "depths")
+def test_bad_input_says_what_was_expected_and_what_came() -> None:
+    assert str(BadInput("layers", "x", "depths")) == "layers: expected depths, got 'x'"
+    assert str(BadInput("data", Path("x"), "it is empty", fault=True)) == "data: 'x': it is empty"
+    assert str(BadInput("--backbone", None, "a folder")) == "--backbone: required: a folder"
+
+
+@pytest.mark.parametrize("fault", [True, False])
+def test_bad_input_survives_pickling(fault: bool) -> None:
+    error = BadInput("layers", Path("x"), "depths", fault=fault)
     again = pickle.loads(pickle.dumps(error))  # noqa: S301
     assert (str(again), again.field, again.value) == (str(error), "layers", Path("x"))
+    assert str(again.renamed("a")) == str(error).replace("layers", "a")
+
+
+def test_a_name_that_goes_on_is_the_likeliest() -> None:
+    known = ["finetune-d02-s0", "finetune-d01-s1", "finetune-d01-s0", "finetune-d01x"]
+    assert closest("finetune-d01-", known) == ["finetune-d01-s1", "finetune-d01-s0", known[3]]
+    assert (
+        nearest("fintune", ["full", "finetune"]) == "one of full, finetune (did you mean finetune?)"
+    )
+    assert nearest("zzz", ["full"]) == "one of full"
 
 
 RUNNING = """

@@ -61,7 +61,7 @@ def test_jobs_are_submitted_and_waited_for(
     assert "submitted 2 jobs (31)" in outcome.err
     assert f"depthprobe status {RUN.absolute()}" in outcome.err
     assert "job 31_0 failed: ValueError: no" in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("error: run: 'this far'")
+    assert outcome.err.splitlines()[-1].startswith("error: run: expected enough for a test")
 
 
 def test_without_a_job_that_ends_well_there_is_no_report(

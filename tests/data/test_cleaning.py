@@ -91,7 +91,7 @@ def test_steps_are_counted_in_order() -> None:
 
 def test_nothing_left_names_the_rule() -> None:
     users, items = columns([(0, 0), (0, 1), (1, 0)])
-    with pytest.raises(BadInput, match=r"data\.cleaning: '9-core'.* 3 interactions"):
+    with pytest.raises(BadInput, match=r"data\.cleaning: expected .* 3 interactions, got '9-core'"):
         clean(users, items, None, Cleaning(core=9))
     with pytest.raises(BadInput, match="a log that has ratings"):
         clean(users, items, None, Cleaning(min_rating=1))

@@ -215,7 +215,7 @@ def test_remote_code_needs_a_revision():
 
 
 def test_bad_dtype():
-    with pytest.raises(BadInput, match="dtype: 'int8'.*bfloat16"):
+    with pytest.raises(BadInput, match="dtype: expected .*bfloat16.*'int8'"):
         load_backbone("embedded", dtype="int8")
 
 
@@ -289,7 +289,7 @@ def test_quantising_needs_the_package_and_a_gpu(saved, monkeypatch, quantize, pa
 
 
 def test_what_can_not_be_quantised(saved, monkeypatch, edit_config):
-    with pytest.raises(BadInput, match="quantize: '2bit'.*one of none, 8bit, 4bit"):
+    with pytest.raises(BadInput, match="quantize: expected one of none, 8bit, 4bit, got '2bit'"):
         load_backbone(saved, quantize="2bit")
     for source, seed in ((saved, 0), ("embedded", None), ("embedded", 0)):
         with pytest.raises(BadInput, match="quantize.*random ones"):

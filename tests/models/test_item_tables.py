@@ -153,7 +153,7 @@ def test_a_text_without_tokens_is_refused() -> None:
 def test_an_item_without_a_title_goes_by_its_id() -> None:
     assert item_texts(IDS, ["Glow", "", "Sun"]) == ["Glow", "i2", "Sun"]
     for titles in (None, ["", "", ""]):
-        with pytest.raises(BadInput, match="item_table: 'text'.*titles"):
+        with pytest.raises(BadInput, match="item_table: expected .*titles.*'text'"):
             item_texts(IDS, titles)
 
 
@@ -201,7 +201,7 @@ def test_a_constant_table_is_refused(row: list[float]) -> None:
     table = torch.zeros(5, 2)
     table[1:] = torch.tensor(row)
     for noise in (0, 1e-8):
-        with pytest.raises(BadInput, match="item_table: 'v.npy'.*differ"):
+        with pytest.raises(BadInput, match="item_table: expected .*differ.*'v.npy'"):
             balanced(table + noise * torch.randn(5, 2) * sum(row), "v.npy")
 
 

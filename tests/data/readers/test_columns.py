@@ -79,7 +79,7 @@ def test_named_columns_come_first() -> None:
 
 def test_a_missing_column_shows_the_nearest() -> None:
     message = refusal("user_id,item_id,when", time="wehn")
-    assert message.startswith("data.columns.time: 'wehn' ")
+    assert message.startswith("data.columns.time: 'wehn': ")
     assert "did you mean when?" in message
     wide = ",".join(["user_id", "item_id", *(f"x{n}" for n in range(500)), "moment"])
     message = refusal(wide, time="momnt")

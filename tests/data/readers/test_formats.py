@@ -107,7 +107,7 @@ def test_the_format_that_is_named_wins(tmp_path: Path) -> None:
     assert pairs(read_log(path, columns=Columns(user="2", item="1")))[1] == ("3", "1")
     with pytest.raises(BadInput, match="line 2 is user '1' again"):
         read_log(path, format="sequences")
-    with pytest.raises(BadInput, match=r"data\.format: 'CSV' .*one of embedded"):
+    with pytest.raises(BadInput, match=r"data\.format: expected one of embedded.*'CSV'"):
         read_log(path, format="CSV")
     with pytest.raises(BadInput, match="did you mean sequences"):
         read_log(path, format="sequence")

@@ -195,7 +195,7 @@ def test_refused_sequences(tmp_path: Path, text: str | bytes, fault: str) -> Non
 
 def test_sequences_have_no_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "1 2 3\n")
-    with pytest.raises(BadInput, match=r"data\.columns\.item: '2' .* has no columns"):
+    with pytest.raises(BadInput, match=r"data\.columns\.item: expected .* has no columns.*'2'"):
         read_sequences(path, Columns(item="2"))
 
 

@@ -185,7 +185,7 @@ def test_an_item_file_that_does_not_help_is_noted_or_refused(tmp_path: Path) -> 
 def test_a_named_title_column_may_be_the_item_files_alone(tmp_path: Path) -> None:
     source = write(tmp_path, "user,item\na,i1\nb,i1\n", "log.csv")
     named = Columns(title="label")
-    with pytest.raises(BadInput, match=r"data\.columns\.title: 'label' .*neither has it"):
+    with pytest.raises(BadInput, match=r"data\.columns\.title: expected .*neither has it.*'label'"):
         read_log(source, columns=named)
     path = write(tmp_path, "item,label\ni1,Soap\n", "items.csv")
     assert read_log(source, columns=named).titles == {"i1": "Soap"}

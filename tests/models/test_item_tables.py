@@ -102,7 +102,7 @@ def test_what_is_no_array_is_refused(tmp_path: Path) -> None:
 def test_ids_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "v.npy", VALUES)
     (tmp_path / "v.ids.txt").write_bytes(b"i1\ni2\n\xff\n")
-    with pytest.raises(BadInput, match=r"v\.ids\.txt.*UTF-8"):
+    with pytest.raises(BadInput, match=r"UTF-8.*v\.ids\.txt"):
         read_embeddings(path, IDS)
 
 

@@ -76,7 +76,7 @@ def test_a_new_run(cli: Cli, study: list[object], tmp_path: Path) -> None:
         "cpu, 1 job at a time",
         "ESTIMATE of what is left",
         "at most",
-        "sasrec-s0 > full-d02-s0 > features-s0-every > distill-d01-s0",
+        "however many jobs: sasrec-s0 > full-d02-s0 > ",
         "training all blocks, measured",
         "a measurement of some seconds just now",
         "early stopping may end it sooner",

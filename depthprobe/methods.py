@@ -11,6 +11,7 @@ colon: ``heal:ends``, ``distill:cos``. Both are then methods of their own, with 
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ class Sizes:
     test: int  # users
     epochs: int = 0  # of the method's recipe, at most
     steps: int = 0  # an epoch
+    depths: tuple[int, ...] = ()  # of the study
 
 
 @dataclass(frozen=True)
@@ -276,9 +278,12 @@ def reads_again(task: Task, sizes: Sizes) -> Work:
 
 
 def walks_at_random(task: Task, sizes: Sizes) -> Work:
-    """Some thirty sets of blocks at a depth, half of the blocks each, as if at four depths."""
-    users = 60 * sizes.test + task.blocks * sizes.validation
-    return Work({task.blocks: users}, 4 * 30 * sizes.test)
+    """Random sets and selections at each depth of the study, chosen by validation users."""
+    depths = [depth for depth in sizes.depths if depth < task.blocks]
+    sets = [min(20, math.comb(task.blocks, depth)) + 4 for depth in depths]
+    blocks = sum(depth * count for depth, count in zip(depths, sets, strict=True))
+    users = blocks / task.blocks * sizes.test + task.blocks * sizes.validation
+    return Work({task.blocks: users}, sum(sets) * sizes.test)
 
 
 def fits_every_depth(passes: int, task: Task, sizes: Sizes) -> Work:

@@ -148,6 +148,7 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
         windows=len(context.windows),
         validation=min(len(context.split.validation.users), study.protocol.validation_users),
         test=len(context.test.users),
+        depths=parse_layers(study.layers, blocks),
     )
     trained = any(method_of(task.method).role != "baseline" for task in plan.waiting)
     busy, alone = 0.0, 0.0

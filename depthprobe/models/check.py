@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from depthprobe.errors import BadInput
 from depthprobe.models.backbones import backbone_config
 from depthprobe.models.blocks import find_blocks, find_decoder, no_token, per_layer
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.parts import Branch, Part, find_sublayers
+from depthprobe.models.parts import Part, find_sublayers
 from depthprobe.models.prompt import CACHE_NAMES
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks, skip_blocks
@@ -200,12 +201,22 @@ def parts(model: PreTrainedModel, ids: Tensor) -> str:
     """Attention or MLP skipped equals one that was silenced; both equal the skipped block."""
     sublayers = find_sublayers(model)
     paths: dict[Part, set[str]] = {"attention": set(), "mlp": set()}
-    for index, branches in enumerate(sublayers):
-        for part, names in paths.items():
-            chosen = [branch for branch in branches if branch.mixes == (part == "attention")]
-            if chosen:
-                names.add(" + ".join(branch.path for branch in chosen))
-                _one_part(model, index, part, chosen, ids)
+    full = _logits(model, ids)
+    for (index, branches), part in itertools.product(enumerate(sublayers), paths):
+        chosen = [branch.path for branch in branches if branch.mixes == (part == "attention")]
+        if not chosen:
+            continue
+        paths[part].add(" + ".join(chosen))
+        with skip_blocks(model, {index}, part=part):
+            skipped = _logits(model, ids)
+        if len(chosen) == 1:
+            module = find_blocks(model)[index].get_submodule(chosen[0])
+            with _changed(module, lambda before, after: torch.zeros_like(after)):
+                _assert_close(
+                    skipped, _logits(model, ids), f"skipping {part} of block {index}: it is"
+                )
+        if torch.equal(skipped, full):
+            raise AssertionError(f"skipping {part} of block {index} changes nothing")
     if all({branch.mixes for branch in branches} == {True, False} for branches in sublayers):
         every = range(len(sublayers))
         with skip_blocks(model, every, part="attention"), skip_blocks(model, every, part="mlp"):
@@ -213,19 +224,6 @@ def parts(model: PreTrainedModel, ids: Tensor) -> str:
         with skip_blocks(model, every):
             _assert_close(both, _logits(model, ids), "skipping all parts: the blocks are")
     return "; ".join(f"{part}: {' or '.join(sorted(n)) or 'none'}" for part, n in paths.items())
-
-
-def _one_part(
-    model: PreTrainedModel, index: int, part: Part, chosen: list[Branch], ids: Tensor
-) -> None:
-    with skip_blocks(model, {index}, part=part):
-        skipped = _logits(model, ids)
-    if len(chosen) == 1:
-        module = find_blocks(model)[index].get_submodule(chosen[0].path)
-        with _changed(module, lambda before, after: torch.zeros_like(after)):
-            _assert_close(skipped, _logits(model, ids), f"skipping {part} of block {index}: it is")
-    if torch.equal(skipped, _logits(model, ids)):
-        raise AssertionError(f"skipping {part} of block {index} changes nothing")
 
 
 @contextmanager

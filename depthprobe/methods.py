@@ -471,8 +471,7 @@ for _method in (
         marker="D", line="-",
     ),
     Method(
-        name="early-exit", label="early exit", role="probe", needs=TEACHER, candidate=True,
-        default=True,
+        name="early-exit", label="early exit", role="probe", needs=TEACHER, default=True,
         summary="the teacher read out after each block, behind the final norm",
         run="runs.probing:early_exits", trials=EXITS, work=reads_every_depth, exportable="teacher",
         colour="#9b4f96", marker=".", line="-",

@@ -374,11 +374,13 @@ class Protocol(Checked):
     #: the relative loss of ``metric`` that is acceptable.
     margin: Annotated[float, Meta(gt=0, lt=1)] = 0.01
     #: the confidence of the verdict and of all intervals.
-    level: Annotated[float, Meta(gt=0, lt=1)] = 0.95
+    level: Annotated[float, Meta(gt=0.5, lt=1)] = 0.95
     #: what the verdict is about: any ``HR@K``, ``NDCG@K``, or ``MRR``; a training always stops by
     #: validation NDCG@10.
     metric: str = "NDCG@10"
-    resamples: Annotated[int, Meta(ge=100, le=1_000_000)] = 1000  #: draws of the bootstrap.
+    resamples: Annotated[int, Meta(ge=100, le=1_000_000)] = (
+        1000  #: draws for rank correlations of scores.
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

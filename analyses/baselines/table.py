@@ -8,11 +8,10 @@ from __future__ import annotations
 import sys
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import bootstrap_mean
+from depthprobe.evaluation.statistics import mean_interval
 from depthprobe.runs.store import Run, open_run
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
-RESAMPLES = 1000
 
 
 def short(number: float) -> str:
@@ -35,7 +34,7 @@ def rows(run: Run) -> list[str]:
         cells.append(", ".join(f"{fit.best_epoch}/{fit.epochs}" for fit in fits) or "-")
         for name in METRICS:
             values = [per_user_metric(seed, name) for seed in ranks]  # (S, U)
-            interval = bootstrap_mean(values, resamples=RESAMPLES)
+            interval = mean_interval(values)
             bounds = f"[{short(interval.low)}, {short(interval.high)}]"
             cells.append(f"{short(interval.value)} {bounds}")
         found.append("| " + " | ".join(cells) + " |")

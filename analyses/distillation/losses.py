@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from depthprobe.evaluation.statistics import Interval, bootstrap_ratio
+from depthprobe.evaluation.statistics import Interval, ratio_interval
 from depthprobe.report.numbers import FULL, HEADLINE, Point, Summary, summarise
 from depthprobe.report.style import method_info
 from depthprobe.runs.store import open_run
@@ -72,7 +72,7 @@ def across(new: Summary, old: Summary) -> Iterator[str]:
     yield "|---|---|---|"
     for name, first, second in (*ACROSS, ("the teacher itself", "full", "full")):
         for own, theirs in zip(new.of(first), old.of(second), strict=True):  # by depth
-            ratio = bootstrap_ratio(values(new, own), values(old, theirs))
+            ratio = ratio_interval(values(new, own), values(old, theirs))
             yield f"| {name} | {own.depth} | {percent(ratio)} |"
 
 

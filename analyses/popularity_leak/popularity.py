@@ -14,7 +14,7 @@ from depthprobe.data.prepared import prepare_data
 from depthprobe.data.splits import leave_one_out
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.ranks import evaluate, make_eval_set
-from depthprobe.evaluation.statistics import bootstrap_mean
+from depthprobe.evaluation.statistics import mean_interval
 from depthprobe.models.recommender import Popularity
 
 
@@ -29,7 +29,7 @@ def main(source: str) -> None:
         model = Popularity(items, sequences.n_items)
         ranks = evaluate(model, asked, device=torch.device("cpu"))["full"]
         for metric in ("HR@10", "NDCG@10"):
-            found = bootstrap_mean(per_user_metric(ranks, metric))
+            found = mean_interval(per_user_metric(ranks, metric))
             print(f"{name:17} {metric:8} {found.value:.4f} [{found.low:.4f}, {found.high:.4f}]")
 
 

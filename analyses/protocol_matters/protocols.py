@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from depthprobe.data.batches import length_buckets, negatives, pad
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import bootstrap_mean, bootstrap_ratio
+from depthprobe.evaluation.statistics import mean_interval, ratio_interval
 from depthprobe.methods import Trial
 from depthprobe.models.recommender import Popularity
 from depthprobe.runs.context import Context
@@ -186,7 +186,7 @@ def _levels(values: dict[Arm, dict[str, np.ndarray]], names: list[str]) -> Itera
     for (method, depth), own in values.items():
         cells = []
         for name in names:
-            found = bootstrap_mean(own[name])
+            found = mean_interval(own[name])
             cells.append(f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]")
         label = f"{method}, {depth}" if depth else method
         yield f"| {label} | {len(own[names[0]])} | {' | '.join(cells)} |"
@@ -209,7 +209,7 @@ def _changes(
 
 def _together(one: np.ndarray, other: np.ndarray) -> str:
     """All seeds, with an interval."""
-    found = bootstrap_ratio(one, other)
+    found = ratio_interval(one, other)
     change, low, high = (100 * (v - 1) for v in (found.value, found.low, found.high))
     return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import bootstrap_ratio
+from depthprobe.evaluation.statistics import ratio_interval
 from depthprobe.evaluation.trust import trust
 from depthprobe.probing.walk import rank_routes, route
 from depthprobe.runs.context import Context
@@ -64,7 +64,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def share(found: np.ndarray, teacher: np.ndarray) -> str:
     """Of the teacher's, with a 95 % interval paired over users and seeds: (S, U), (S, U)."""
-    ratio = bootstrap_ratio(found, teacher)
+    ratio = ratio_interval(found, teacher)
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import Interval, bootstrap_mean, bootstrap_ratio
+from depthprobe.evaluation.statistics import Interval, mean_interval, ratio_interval
 from depthprobe.runs.store import Run, open_run
 
 METHODS = ("early-exit", "readout", "finetune")
@@ -62,7 +62,7 @@ def table(
         pairs += [(fresh[0], fresh[1])] if len(heads) > len(arms) else []
         cells = []
         for arm, reference in pairs:
-            found = bootstrap_ratio(values[arm][:, chosen], values[reference][:, chosen])
+            found = ratio_interval(values[arm][:, chosen], values[reference][:, chosen])
             cells.append(cell(found, digits=0))
         yield f"| {name} | {chosen.sum():,} | {own.mean():.4f} | {' | '.join(cells)} |"
     yield ""
@@ -101,7 +101,7 @@ def settled(run: Run, blocks: int) -> Iterator[str]:
     yield "|---" * (len(told) + 1) + "|"
     for name, chosen in groups(run):
         if chosen.sum() >= FEWEST:
-            cells = [cell(bootstrap_mean(own[:, chosen]), digits=1) for own in seeds.values()]
+            cells = [cell(mean_interval(own[:, chosen]), digits=1) for own in seeds.values()]
             yield f"| {name} | {' | '.join(cells)} |"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from depthprobe.data.splits import Split
 
+METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")  # of every table
 TOP = 10  # items in a list
 LISTS = f"top-{TOP}"  # the name of the lists among the ranks by protocol
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from depthprobe.data.splits import Split
 from depthprobe.evaluation.metrics import training_popularity
-from depthprobe.evaluation.statistics import LEVEL, percentile_bounds, weight_chunks
+from depthprobe.evaluation.statistics import LEVEL, mean_bounds
 
 ALL = "all"
-FEWEST = 30  # users of a slice with an interval: of fewer, percentiles come out too near together
+FEWEST = 30  # users of a slice with an interval: of fewer, most of whom have 0, it is no good
 SHORT, LONG = 0.2, 0.2  # shares of the training interactions that the head and the tail hold
 GROUPS = ("head", "middle", "tail", "cold")
 MOST = 8  # labels of an own column that are slices of their own
@@ -96,58 +96,30 @@ def popularity_groups(popularity: np.ndarray) -> np.ndarray:
 
 
 def slice_means(
-    values: np.ndarray, cuts: Sequence[Family], *, resamples: int = 1000, seed: int = 0
+    values: np.ndarray, cuts: Sequence[Family], *, level: float = LEVEL
 ) -> dict[str, tuple[int, np.ndarray]]:
     """Means of M per-user quantities (U, M), of all users and of each slice, with bounds.
-
-    The draws are of all users, the same for every slice and quantity. So the size of a slice varies
-    with them, as it would with other users. Each user's value is added up once, in the cell that
-    all of its slices share.
 
     Returns:
         By slice, ``all`` first, empty ones left out: how many users, and value, low and high,
         (3, M). Slices of less than 30 users, or whose users have one value all, have no bounds:
         NaN. One user alone has infinite ones.
     """
-    n_users, width = values.shape
-    # a cell: the users that are in the same slice of every family
-    keys = np.stack([np.zeros(n_users, np.int64), *(family.codes for family in cuts)])
+    everybody = Family(ALL, ("",), np.zeros(len(values), np.int64))
+    # a cell: the users that are in the same slice of every family; it is added up once
+    keys = np.stack([family.codes for family in (everybody, *cuts)])
     cells, owner = np.unique(keys, axis=1, return_inverse=True)  # (1 + F, cells), (U,)
-    order = np.argsort(owner, kind="stable")  # users of a cell stand together
-    ordered, held = values[order], np.bincount(owner)
-    spans = [slice(stop - n, stop) for stop, n in zip(np.cumsum(held), held, strict=True)]
-    names = [ALL, *(name for family in cuts for name in family.slices)]
-    first = np.cumsum([0, 1, *(len(family.labels) for family in cuts)])[:-1]
-    member = cells + first[:, None]  # which slices a cell is part of, places in `names`
-
-    def add_up(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sums and sizes of every slice, of weights (C, U): (S, C, M), (S, C)."""
-        sums = np.zeros((len(names), len(weights), width))
-        sizes = np.zeros((len(names), len(weights)))
-        for cell, span in enumerate(spans):
-            part = weights[:, span] @ ordered[span]
-            size = weights[:, span].sum(axis=1)
-            for place in member[:, cell]:
-                sums[place] += part
-                sizes[place] += size
-        return sums, sizes
-
-    totals, counts = add_up(np.ones((1, n_users)))
-    users = counts[:, 0].astype(int)
-    bounds = np.full((len(names), 2, width), np.nan)
-    bounds[0] = [[-np.inf], [np.inf]]  # of one user
-    if n_users > 1:
-        large = np.flatnonzero((users >= FEWEST) | (np.arange(len(names)) == 0))
-        draws, done = np.empty((len(large), resamples, width)), 0
-        for weights in weight_chunks(n_users, resamples=resamples, seed=seed):
-            sums, sizes = add_up(weights[:, order])
-            draws[:, done : done + len(weights)] = sums[large] / sizes[large][:, :, None]
-            done += len(weights)
-        for place, own in zip(large, draws, strict=True):
-            low, high = percentile_bounds(own, level=LEVEL)
-            bounds[place] = np.where((low == high) & (place > 0), np.nan, [low, high])
-    return {
-        name: (int(users[place]), np.stack([totals[place, 0] / users[place], *bounds[place]]))
-        for place, name in enumerate(names)
-        if users[place]
-    }
+    members = np.split(np.argsort(owner, kind="stable"), np.bincount(owner).cumsum()[:-1])
+    sums = [np.ones((1, len(users))) @ values[users] for users in members]  # of (1, M)
+    found = {}
+    for family, own_cells in zip((everybody, *cuts), cells, strict=True):
+        for code, name in enumerate([ALL] if family is everybody else family.slices):
+            own = values[family.codes == code]  # (users, M)
+            if not len(own):
+                continue
+            numbers = mean_bounds(own, level=level)
+            numbers[0] = sum(sums[cell][0] for cell in np.flatnonzero(own_cells == code)) / len(own)
+            if name != ALL:
+                numbers[1:, (len(own) < FEWEST) | (np.ptp(own, axis=0) == 0)] = np.nan
+            found[name] = (len(own), numbers)
+    return found

@@ -1,31 +1,26 @@
-"""Intervals: percentile bootstraps, paired over users, crossed with seeds.
+"""Intervals in closed form, with t quantiles: over users, and over seeds where there are several.
 
-The one place that makes an :class:`Interval`. Values are per user, (U,), or (S, U) with a row a
-seed. ``bootstrap_mean``, ``bootstrap_means``, ``bootstrap_difference``, ``bootstrap_ratio`` and
-``median_ratio`` are complete; who has a statistic of its own applies it to the means of
-``resampled_means`` and hands the result to ``interval``.
+Values are per user, (U,), or (S, U) with a row a seed; arms of a comparison are paired by both.
+Users and seeds are both samples. What a mean of D over all varies by is, from users, V_u: the
+variance over users of D's mean over seeds, / U; and from seeds s2 / S: s2 is the variance over
+seeds of D's mean over users, less what of it is noise that V_u holds already. For a difference D
+is ``x - r``, for a ratio ``(x - theta r) / mean(r)``.
 
-Users are resampled exactly (multinomial weights, Efron 1979) and, where there are several seeds,
-seeds independently of them, as both are samples: a crossed or "pigeonhole" bootstrap (Owen 2007,
-arXiv 0704.0719). All arms of a comparison share each draw, so what makes a user easy or a seed
-lucky for both cancels. With S seeds the seeds' part of the variance comes out (S - 1) / S of its
-size: intervals over two or three seeds are somewhat too short in it.
+One seed tells nothing of others: its interval is over users alone. One user has no interval.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
+from scipy.stats import binom
 
 LEVEL = 0.95
-WEIGHT_BYTES = 4 * 2**20  # of weights at once: they stay in a cache while the arms read them
-MANY = 2**16  # users: above, drawing each of them takes a millisecond or more
-LARGE = 16  # users of a group: drawing its size takes about as long as ten of them
 
 
 @dataclass(frozen=True)
@@ -37,105 +32,72 @@ class Interval:
     high: float
 
 
-def bootstrap_mean(values: Any, *, resamples: int = 1000, seed: int = 0) -> Interval:
+def mean_interval(values: Any, *, level: float = LEVEL) -> Interval:
     """Mean of per-user values, (U,) or (S, U).
 
     Raises:
         ValueError: if there are no values, or one is NaN or infinite; so do all functions here.
     """
-    return _bootstrap([values], lambda means: means[..., 0], resamples, seed)
+    (arm,) = as_arms([values])
+    return _interval(arm.mean(), arm, level, positive=bool((arm >= 0).all()))
 
 
-def bootstrap_difference(
-    candidate: Any, reference: Any, *, resamples: int = 1000, seed: int = 0
-) -> Interval:
+def difference_interval(candidate: Any, reference: Any, *, level: float = LEVEL) -> Interval:
     """``mean(candidate) - mean(reference)``, paired by user and seed."""
-    return _bootstrap(
-        [candidate, reference], lambda means: means[..., 0] - means[..., 1], resamples, seed
-    )
+    one, other = as_arms([candidate, reference])
+    return _interval(one.mean() - other.mean(), one - other, level)
 
 
-def bootstrap_ratio(
-    candidate: Any, reference: Any, *, resamples: int = 1000, seed: int = 0
-) -> Interval:
+def ratio_interval(candidate: Any, reference: Any, *, level: float = LEVEL) -> Interval:
     """``mean(candidate) / mean(reference)``, paired by user and seed.
 
-    A resample in which the reference's mean is 0 counts against both bounds, so that they become
-    infinite where such resamples are frequent. The reference's own mean must not be 0.
+    Raises:
+        ValueError: if the reference's mean is 0.
     """
-    if not np.any(np.mean(reference)):
+    one, other = as_arms([candidate, reference])
+    bottom = other.mean()
+    if not bottom:
         raise ValueError("the reference's mean is 0: a ratio to it has no meaning")
-    return _bootstrap([candidate, reference], lambda means: shares(means)[..., 0], resamples, seed)
+    ratio = one.mean() / bottom
+    positive = bool((one >= 0).all() and (other >= 0).all())
+    return _interval(ratio, (one - ratio * other) / bottom, level, positive=positive)
 
 
-def bootstrap_means(values: Any, *, resamples: int = 1000, seed: int = 0) -> list[Interval]:
-    """Mean of each of M per-user quantities, (U, M), by the same draws of users."""
-    (table,) = as_arms([values])  # (U, M)
-    if len(table) == 1:
-        return [Interval(float(value), -np.inf, np.inf) for value in table[0]]
-    chunks = weight_chunks(len(table), resamples=resamples, seed=seed)
-    draws = np.concatenate([weights @ table for weights in chunks])  # (R, M)
-    bounds = percentile_bounds(draws, level=LEVEL)
-    return [Interval(*each) for each in np.stack([table.mean(axis=0), *bounds], axis=1).tolist()]
+def mean_intervals(values: Any, *, level: float = LEVEL) -> list[Interval]:
+    """Mean of each of M per-user quantities, (U, M)."""
+    (table,) = as_arms([values])
+    return [Interval(*each) for each in zip(*mean_bounds(table, level=level).tolist(), strict=True)]
 
 
-def median_ratio(
-    candidate: Any, reference: Any, *, resamples: int = 1000, seed: int = 0
-) -> Interval:
+def mean_bounds(table: np.ndarray, *, level: float = LEVEL) -> np.ndarray:
+    """Mean, low and high of each of M per-user quantities (U, M): (3, M)."""
+    users, means = len(table), table.mean(axis=0)
+    if users == 1:
+        reach = np.full_like(means, np.inf)
+    else:
+        error = table.std(axis=0, ddof=1) / math.sqrt(users)
+        reach = stdtrit(users - 1, (1 + level) / 2) * error
+    low = means - reach
+    clipped = np.where((table >= 0).all(axis=0) & (users > 1), np.maximum(low, 0), low)
+    return np.stack([means, clipped, means + reach])
+
+
+def median_ratio(candidate: Any, reference: Any, *, level: float = LEVEL) -> Interval:
     """Median over paired rounds of ``reference / candidate``: the speed-up of the candidate.
+
+    Its interval lies between two order statistics, the k-th from below and from above, with
+    ``P(Bin(n, 1/2) < k) <= (1 - level) / 2``: times have no shape to rely on. Of less than six
+    rounds at 95 % it is infinite.
 
     Args:
         candidate: seconds in each round, (n,), above 0.
         reference: seconds in the same rounds, (n,): what slows a whole round down cancels.
+        level: confidence.
     """
-    ratios = np.asarray(reference, np.float64) / np.asarray(candidate, np.float64)  # (n,)
-    if len(ratios) == 1:
-        return Interval(float(ratios[0]), 0.0, float("inf"))
-    draws = np.random.default_rng(seed).integers(len(ratios), size=(resamples, len(ratios)))
-    return interval(float(np.median(ratios)), np.median(ratios[draws], axis=1))
-
-
-def _bootstrap(
-    arms: Sequence[Any], statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
-) -> Interval:
-    """Interval of ``statistic``, a function of means (..., A)."""
-    checked = as_arms(arms)
-    value = float(statistic(np.array([arm.mean() for arm in checked])))
-    if checked[0].shape[1] == 1:
-        return Interval(value, -np.inf, np.inf)
-    drawn = resampled_means(checked, resamples=resamples, seed=seed)
-    return interval(value, np.concatenate([statistic(both) for both, _ in drawn]))
-
-
-def shares(means: np.ndarray) -> np.ndarray:
-    """Means over that of the last arm, (..., A) -> (..., A - 1); NaN where that is 0."""
-    bottom = means[..., -1:]
-    share: np.ndarray = means[..., :-1] / np.where(bottom == 0, np.nan, bottom)
-    return share
-
-
-def interval(value: float, draws: np.ndarray, *, level: float = LEVEL) -> Interval:
-    """The percentile interval of bootstrap draws, (R,)."""
-    low, high = percentile_bounds(draws[:, None], level=level)[:, 0].tolist()
-    return Interval(value, low, high)
-
-
-def percentile_bounds(draws: np.ndarray, *, level: float) -> np.ndarray:
-    """Percentile bounds of M quantities from draws (R, M): low and high, (2, M).
-
-    Bounds are draws, never between. NaN counts against both.
-    """
-    tail = (1 - level) / 2
-    return np.stack([lower_bounds(draws, tail), -lower_bounds(-draws, tail)])
-
-
-def lower_bounds(draws: np.ndarray, tail: float) -> np.ndarray:
-    """The ``tail`` quantile of each column of (R, M); NaN draws count as -inf."""
-    rows = np.ascontiguousarray(draws.T)  # (M, R)
-    rows = np.where(np.isnan(rows), -np.inf, rows)
-    # no interpolation, which would make NaN of infinite draws
-    place = math.floor((rows.shape[1] - 1) * tail)
-    return np.asarray(np.partition(rows, place, axis=1)[:, place])
+    ratios = np.sort(np.asarray(reference, np.float64) / np.asarray(candidate, np.float64))  # (n,)
+    k = int(binom.ppf((1 - level) / 2, len(ratios), 0.5))
+    low, high = (ratios[k - 1], ratios[-k]) if k else (0.0, math.inf)
+    return Interval(float(np.median(ratios)), float(low), float(high))
 
 
 def as_arms(arms: Sequence[Any]) -> list[np.ndarray]:
@@ -151,85 +113,52 @@ def as_arms(arms: Sequence[Any]) -> list[np.ndarray]:
     return checked
 
 
-def resampled_means(
-    arms: Sequence[np.ndarray], *, resamples: int, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Bootstrap means of A arms, each (S, U), in chunks of C resamples.
+class Spread(NamedTuple):
+    """How a mean over a table (S, U) varies; covariances where it is of two tables."""
 
-    Which of the users that have the same values in all arms is drawn makes no difference. So of
-    many users, those who share theirs with others, such as an NDCG@10 of 0, are drawn as a group:
-    how often any of them is drawn, at once. The same distribution, by other draws.
+    users: Any  # V_u, variance of the mean from the sample of users
+    seeds: Any  # s2, variance of a single seed's mean; 0 for one seed
+    noise: Any  # what of s2 is the users' noise in a single seed
 
-    Yields:
-        (C, A) with users and seeds resampled, and (C, A) with users alone, from the same draws.
+
+def spread(one: np.ndarray, other: np.ndarray) -> Spread:
+    """The spread of a table of deviations with itself, or with another one; from two users on."""
+    n_seeds, n_users = one.shape
+    a, b = one - one.mean(), other - other.mean()
+    by_user, by_seed = a.mean(axis=0) @ b.mean(axis=0), a.mean(axis=1) @ b.mean(axis=1)
+    seeds = noise = 0.0
+    if n_seeds > 1:
+        # sums of squares of a two-way table: all, less users', less seeds'
+        left = np.vdot(a, b) - n_seeds * by_user - n_users * by_seed
+        seeds = by_seed / (n_seeds - 1)
+        noise = left / ((n_seeds - 1) * (n_users - 1)) / n_users
+    return Spread(by_user / (n_users - 1) / n_users, seeds, noise)
+
+
+def standard_error(of: Spread, *, n_users: int, n_seeds: int) -> tuple[Any, Any]:
+    """Standard error of a mean over users and seeds, and its degrees of freedom.
+
+    ``V = V_u + max(0, s2 - noise) / S``: in mean squares of the two-way random table that is
+    ``(MS_users + MS_seeds - MS_rest) / (S U)``, and the degrees are Satterthwaite's (1946).
     """
-    n_seeds, n_users = arms[0].shape
-    rng = np.random.default_rng(seed)
-    groups = _alike(arms) if n_users > MANY else None
-    if groups is not None:
-        arms = [arm[:, groups[0]] for arm in arms]  # (S, K + users apart)
-    # equal arms have equal means to the last bit: in one product of all they need not
-    keys = [hashlib.sha256(arm.tobytes()).digest() for arm in arms]
-    distinct = dict(zip(keys, arms, strict=True))
-    owner = [list(distinct).index(key) for key in keys]
-    rows = np.concatenate(list(distinct.values()))  # (distinct arms * S, U)
-    for count in _chunks(rows.shape[1], resamples):
-        if groups is None:
-            users = _weights(rng, count, n_users)  # (C, U)
-        else:
-            users = _weights_by_group(rng, count, n_users, groups[1], rows.shape[1])
-        seeds = _weights(rng, count, n_seeds) if n_seeds > 1 else np.ones((count, 1))  # (C, S)
-        means = (users @ rows.T).reshape(count, -1, n_seeds)[:, owner]  # (C, A, S)
-        yield np.einsum("cas,cs->ca", means, seeds), means.mean(axis=2)
+    users, seeds, noise = of
+    variance = users + np.maximum(0, seeds - noise) / n_seeds
+    square = users**2 / (n_users - 1) + (seeds / n_seeds) ** 2 / max(1, n_seeds - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = np.where(square > 0, variance**2 / square, np.inf)
+    return np.sqrt(variance), np.maximum(df, n_seeds - 1)
 
 
-def weight_chunks(n_users: int, *, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Multinomial weights of bootstrap draws over users, with sum 1: (C, U), R rows in all."""
-    rng = np.random.default_rng(seed)
-    for count in _chunks(n_users, resamples):
-        yield _weights(rng, count, n_users)
-
-
-def _chunks(n_users: int, resamples: int) -> list[int]:
-    """How many resamples are drawn at a time."""
-    chunk = max(1, WEIGHT_BYTES // (8 * n_users))
-    return [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-
-
-def _weights(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """Multinomial weights with sum 1, float64 (count, size): how often each is drawn, / size."""
-    draws = rng.integers(size, size=(count, size))
-    draws += np.arange(count)[:, None] * size
-    weights: np.ndarray = np.bincount(draws.ravel(), minlength=count * size).reshape(count, size)
-    return weights / size
-
-
-def _alike(arms: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Groups of users with the same values in all arms; None where they hold less than half.
-
-    Returns:
-        One user of each group, then all that are in none; and the sizes of the groups, (K,).
-    """
-    codes = np.zeros(arms[0].shape[1], np.int64)
-    for values in (row for arm in arms for row in arm):
-        kinds, own = np.unique(values, return_inverse=True)
-        _, firsts, codes, sizes = np.unique(
-            codes * len(kinds) + own, return_index=True, return_inverse=True, return_counts=True
-        )
-        large = sizes >= LARGE
-        if 2 * sizes[large].sum() < len(codes):
-            return None
-    return np.concatenate([firsts[large], np.flatnonzero(~large[codes])]), sizes[large]
-
-
-def _weights_by_group(
-    rng: np.random.Generator, count: int, n_users: int, sizes: np.ndarray, width: int
-) -> np.ndarray:
-    """Multinomial weights of K groups, then of the users in none, (count, width), sum 1."""
-    weights, apart = np.empty((count, width)), width - len(sizes)
-    drawn = rng.multinomial(n_users, np.append(sizes, apart) / n_users, size=count)  # (C, K + 1)
-    weights[:, : len(sizes)] = drawn[:, :-1]
-    if apart:
-        for row, left in zip(weights, drawn[:, -1], strict=True):
-            row[len(sizes) :] = np.bincount(rng.integers(apart, size=left), minlength=apart)
-    return weights / n_users
+def _interval(
+    value: float, deviations: np.ndarray, level: float, *, positive: bool = False
+) -> Interval:
+    """The interval of ``value``, the mean of ``deviations`` (S, U) but for a constant."""
+    n_seeds, n_users = deviations.shape
+    if n_users == 1:
+        return Interval(float(value), -math.inf, math.inf)
+    of = Spread(*np.maximum(0, spread(deviations, deviations)))
+    error, df = standard_error(of, n_users=n_users, n_seeds=n_seeds)
+    reach = float(stdtrit(df, (1 + level) / 2)) * error
+    low = value - reach
+    # no share and no metric is below 0
+    return Interval(float(value), float(max(low, 0.0) if positive else low), float(value + reach))

@@ -1,139 +1,301 @@
 """The sufficient depth: the smallest that keeps the teacher's accuracy, shown and not just seen.
 
-A candidate is *shown* to suffice when the lower bound of its share of the teacher's mean metric is
-at least ``1 - margin``: a test of non-inferiority, paired by user and seed. Looking at many
-depths and methods and taking the smallest that passes would pass too easily, so each bound is
-one-sided at ``1 - (1 - level) / candidates`` (Bonferroni): with confidence ``level`` no candidate
-is wrongly shown.
+A candidate is *shown* to suffice by a test of non-inferiority, paired by user and seed: the mean of
+``D = x - (1 - margin) r`` is above 0, x and r being the candidate's and the reference's values.
+
+- The error of D's mean takes the seeds' variance of all trained candidates, or the candidate's own
+  where that is larger: of three seeds one variance is known so badly that a candidate with a small
+  one by chance would pass far too often.
+- Looking at many candidates and taking the smallest that passes would pass too easily too. Methods
+  share ``1 - level`` equally, and the K depths of a method its part. Each is tested in its turn,
+  the deepest first, and one that passes hands its level on to the next shallower one (the fallback
+  procedure: Wiens and Dmitrienko 2005, J. Biopharm. Stat. 15). So with confidence ``level`` no
+  candidate at all is wrongly shown.
+- One seed shows spreads: how much trainings differ is not known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import chdtri, fdtri, ndtr, stdtr, stdtrit
 
-from depthprobe.evaluation import statistics
-from depthprobe.evaluation.statistics import Interval, shares
+from depthprobe.evaluation.statistics import (
+    Interval,
+    Spread,
+    as_arms,
+    ratio_interval,
+    spread,
+    standard_error,
+)
+from depthprobe.methods import METHODS, base_of
 
-TAIL_DRAWS = 10  # a bound needs at least so many bootstrap draws below it
+Name = tuple[str, int]  # method and depth
+ODDS = (0.5, 0.8)
+PLACES = (np.arange(32) + 0.5) / 32  # of a distribution
+MOST_USERS, MOST_SEEDS = 10**9, 100  # more is never
 
 
 @dataclass(frozen=True)
 class RetainedAccuracy:
-    """A candidate's share of the teacher's mean.
+    """A candidate's share of the reference's mean.
 
-    ``kept`` is a two-sided interval for it alone; ``lower`` the one-sided bound that holds for
-    all candidates at once; ``shown`` says that ``lower >= 1 - margin``.
+    ``kept`` is a two-sided interval for it alone, as if it had not been picked. ``lower`` is the
+    one-sided bound at the level that it was tested at, which allows for all candidates; -inf for
+    one seed. ``shown`` says that ``p_value <= tested_at``, that is ``lower >= 1 - margin``.
     """
 
     method: str
     depth: int
     kept: Interval
     lower: float
+    tested_at: float
+    p_value: float
     shown: bool
+
+
+class Needed(NamedTuple):
+    """What would show an undecided candidate, if it keeps what it seems to keep.
+
+    Each is for even odds and for 80 %: test users with the seeds at hand, or seeds with the users
+    at hand. None where no number would do.
+    """
+
+    method: str
+    depth: int
+    users: tuple[int | None, ...]
+    seeds: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class Sufficiency:
     """All candidates by depth, and the smallest that is shown to suffice; None if none is.
 
-    ``users_needed`` is about how many users would decide ``undecided``: of the candidates
-    shallower than ``depth`` whose estimate is within the margin and whose bound is not, the one
-    that needs the fewest. None if there is none, or if no number would do because the seeds
-    differ too much.
+    ``needed`` is about the one, of the candidates shallower than ``depth`` whose estimate is within
+    the margin, that has the smallest p-value. None if there is none, and for one seed.
     """
 
     rows: tuple[RetainedAccuracy, ...]
     method: str | None
     depth: int | None
-    users_needed: int | None
-    undecided: tuple[str, int] | None
+    needed: Needed | None
     users: int
+    seeds: int
     margin: float
     level: float
 
+    @property
+    def row(self) -> RetainedAccuracy | None:
+        """The row of the sufficient depth."""
+        key = self.method, self.depth
+        return next((row for row in self.rows if (row.method, row.depth) == key), None)
+
 
 def sufficient_depth(
-    candidates: Mapping[tuple[str, int], Any],
+    candidates: Mapping[Name, Any],
     reference: Any,
     *,
     margin: float = 0.01,
     level: float = 0.95,
-    resamples: int = 2000,
 ) -> Sufficiency:
     """Find the smallest depth whose loss against the reference is within the margin.
 
     Args:
-        candidates: per-user values of a metric, (S, U) or (U,), by method and depth.
+        candidates: per-user values of a metric, (S, U) or (U,), by method and depth. Candidates
+            that are equal in every value count as one.
         reference: the teacher's values, of the same shape, users and seeds; their mean above 0.
         margin: the relative loss that is acceptable, 0.01 is 1 %.
         level: confidence.
-        resamples: bootstrap draws; more are made when many candidates need a farther tail.
     """
-    if not 0 <= margin < 1 or not 0 < level < 1:
-        raise ValueError(f"margin is {margin} and level is {level}, expected numbers in [0, 1)")
-    names = sorted(candidates, key=lambda name: (name[1], name[0]))
-    arms = statistics.as_arms([*(candidates[name] for name in names), reference])
-    bottom = arms[-1].mean()
-    if not bottom > 0:
-        raise ValueError(f"the reference's mean is {bottom:g}, expected a number above 0")
-    users = arms[-1].shape[1]
-    tail = (1 - level) / max(1, len(names))
-    resamples = max(resamples, math.ceil(TAIL_DRAWS / tail))
-    drawn = list(statistics.resampled_means(arms, resamples=resamples, seed=0))
-    crossed = shares(np.concatenate([both for both, _ in drawn]))  # (R, A - 1)
-    by_user = shares(np.concatenate([users_alone for _, users_alone in drawn]))
-    rows = []
-    for place, (method, depth) in enumerate(names):
-        value, draws = float(arms[place].mean() / bottom), crossed[:, place]
-        if users > 1:
-            lower = float(statistics.lower_bounds(draws[:, None], tail)[0])
-            kept = statistics.interval(value, draws, level=level)
-        else:  # one user says nothing about others
-            lower, kept = -math.inf, Interval(value, -math.inf, math.inf)
-        rows.append(RetainedAccuracy(method, depth, kept, lower, lower >= 1 - margin))
-    shown = [row for row in rows if row.shown]
-    best = min(shown, key=lambda row: (row.depth, -row.kept.value), default=None)
-    needed = dict[tuple[str, int], int]()
-    for place, row in enumerate(rows):
-        if row.shown or (best is not None and row.depth >= best.depth):
-            continue
-        gap = row.kept.value - (1 - margin)
-        reach = row.kept.value - row.lower
-        enough = _users_needed(crossed[:, place], by_user[:, place], gap, reach, users)
-        if enough is not None:
-            needed[row.method, row.depth] = enough
-    undecided = min(needed, key=lambda name: needed[name], default=None)
+    if not 0 <= margin < 1 or not 0.5 < level < 1:
+        expected = "expected a margin from 0 and a level above 0.5, both below 1"
+        raise ValueError(f"margin is {margin} and level is {level}, {expected}")
+    # deepest first, the order of the tests
+    names = sorted(candidates, key=lambda name: (-name[1], name[0]))
+    *arms, base = as_arms([*(candidates[name] for name in names), reference])
+    if not base.mean() > 0:
+        raise ValueError(f"the reference's mean is {base.mean():g}, expected a number above 0")
+    first: dict[bytes, Name] = {}  # of candidates that are equal in every value
+    stands_for = {
+        name: first.setdefault(arm.tobytes(), name) for name, arm in zip(names, arms, strict=True)
+    }
+    tested = {name: arm for name, arm in zip(names, arms, strict=True) if stands_for[name] == name}
+    trained = [name for name in tested if _is_trained(name[0])] or list(tested)
+    tests = _tests(tested, base, trained)
+
+    depths = Counter(method for method, _ in tested)
+    carried = dict.fromkeys(depths, 0.0)
+    rows: dict[Name, RetainedAccuracy] = {}
+    for (method, depth), test in tests.items():
+        tested_at = (1 - level) / len(depths) / depths[method] + carried[method]
+        p_value = test.p_value(1 - margin)
+        shown = p_value <= tested_at
+        carried[method] = tested_at if shown else 0.0
+        rows[method, depth] = RetainedAccuracy(
+            method, depth, ratio_interval(tested[method, depth], base, level=level),
+            test.lower(tested_at), tested_at, p_value, shown,
+        )  # fmt: skip
+    rows = {name: replace(rows[stands_for[name]], method=name[0], depth=name[1]) for name in names}
+    shallow_first = sorted(rows.values(), key=lambda row: (row.depth, row.method))
+    shown_rows = [row for row in shallow_first if row.shown]
+    best = min(shown_rows, key=lambda row: (row.depth, -row.kept.value), default=None)
+
+    undecided = [
+        (row.p_value, name)
+        for name, row in rows.items()
+        if name in tested
+        and not row.shown
+        and row.kept.value > 1 - margin
+        and (best is None or row.depth < best.depth)
+    ]
+    needed = None
+    if undecided and min(base.shape) > 1:
+        _, nearest = min(undecided)
+        test, row = tests[nearest], rows[nearest]
+        users, seeds = plan(
+            test.means[0] - (1 - margin) * test.means[1], test.components(1 - margin),
+            users=test.n_users, seeds=test.n_seeds, tested_at=row.tested_at,
+        )  # fmt: skip
+        needed = Needed(row.method, row.depth, users, seeds)
     return Sufficiency(
-        rows=tuple(rows),
+        rows=tuple(shallow_first),
         method=best.method if best else None,
         depth=best.depth if best else None,
-        users_needed=needed[undecided] if undecided else None,
-        undecided=undecided,
-        users=users,
+        needed=needed,
+        users=base.shape[1],
+        seeds=base.shape[0],
         margin=margin,
         level=level,
     )
 
 
-def _users_needed(
-    crossed: np.ndarray, by_user: np.ndarray, gap: float, reach: float, users: int
-) -> int | None:
-    """Users at which the bound would lie only ``gap`` below the estimate, not ``reach`` as now.
+@dataclass(frozen=True)
+class _Test:
+    """Is ``mean(x) / mean(r)`` above a share? The mean of ``D = x - share r`` against 0.
 
-    More users shrink their own part of the variance; that of the seeds stays. The bound keeps its
-    distance in standard errors: a normal one would, near the margin, ask for fewer users than
-    those that have just not sufficed, for draws at a far tail are not normal.
+    The spreads are of xx, xr and rr, so that of D is a weighted sum for every share.
     """
-    if gap <= 0 or users < 2 or not (np.isfinite(crossed).all() and np.isfinite(by_user).all()):
+
+    means: tuple[float, float]  # of the candidate x and the reference r
+    own: np.ndarray  # (3, parts of a spread)
+    others: np.ndarray  # the same, a mean over the trained candidates
+    n_users: int
+    n_seeds: int
+
+    def spreads(self, share: float) -> tuple[Spread, Spread]:
+        """The candidate's own spread of D, and that of the trained ones."""
+        weights = np.array([1, -2 * share, share**2])
+        own, others = (np.maximum(weights @ part, 0).tolist() for part in (self.own, self.others))
+        return Spread(*own), Spread(*others)
+
+    def components(self, share: float) -> Components:
+        """By the method of moments, so that the users' noise is not taken for seeds.
+
+        The seeds' part is that of all trained candidates, for one candidate's own is known too
+        badly; and 0 unless an F test at 10 % finds that seeds differ by more than this noise.
+        """
+        own, others = self.spreads(share)
+        degrees = self.n_seeds - 1, (self.n_seeds - 1) * (self.n_users - 1)
+        differ = others.seeds > fdtri(*degrees, 0.9) * others.noise
+        return Components(
+            user=max(0.0, own.users - own.noise / self.n_seeds) * self.n_users,
+            seed=differ * (others.seeds - others.noise),
+            both=own.noise * self.n_users,
+        )
+
+    def p_value(self, share: float) -> float:
+        """One-sided; 1 for one seed or one user."""
+        if min(self.n_seeds, self.n_users) == 1:
+            return 1.0
+        own, others = self.spreads(share)
+        of = own._replace(seeds=max(own.seeds, others.seeds - others.noise + own.noise))
+        error, df = standard_error(of, n_users=self.n_users, n_seeds=self.n_seeds)
+        mean = self.means[0] - share * self.means[1]
+        return float(stdtr(df, -mean / error)) if error else float(mean <= 0)
+
+    def lower(self, tested_at: float) -> float:
+        """Below which share the test passes at this level; -inf where it never does."""
+        share = self.means[0] / self.means[1]
+        below = 1e-3
+        while self.p_value(share - below) > tested_at:
+            below *= 4
+            if below > 1e6:
+                return -math.inf
+        return float(
+            brentq(lambda at: self.p_value(at) - tested_at, share - below, share, xtol=1e-10)
+        )
+
+
+def _tests(
+    tested: Mapping[Name, np.ndarray], base: np.ndarray, trained: Sequence[Name]
+) -> dict[Name, _Test]:
+    parts = {name: np.zeros((3, 3)) for name in tested}  # of one user there is no spread
+    if base.shape[1] > 1:
+        of_base = spread(base, base)
+        parts = {n: np.array([spread(x, x), spread(x, base), of_base]) for n, x in tested.items()}
+    others = np.mean([parts[name] for name in trained] or [np.zeros((3, 3))], axis=0)
+    return {
+        name: _Test((float(x.mean()), float(base.mean())), parts[name], others, *base.shape[::-1])
+        for name, x in tested.items()
+    }
+
+
+class Components(NamedTuple):
+    """Variances of a single user's D in a single seed: from the user, the seed, and neither."""
+
+    user: float
+    seed: float
+    both: float
+
+
+def power(gap: float, of: Components, *, users: int, seeds: int, tested_at: float) -> float:
+    """The odds that a candidate passes whose D has the mean ``gap``.
+
+    Users are so many that what they add to the error is known. The seeds' variance is not: the
+    odds are a mean over what it may come out as, never below what others have, as in the test.
+    """
+    noise = of.both / users
+    s2, from_users = of.seed + noise, of.user / users + noise / seeds
+    drawn = np.maximum(1, chdtri(seeds - 1, PLACES) / (seeds - 1)) * s2
+    error, df = standard_error(Spread(from_users, drawn, noise), n_users=users, n_seeds=seeds)
+    real = math.sqrt(from_users + of.seed / seeds) or math.ulp(0)
+    return float(ndtr((gap - stdtrit(df, 1 - tested_at) * error) / real).mean())
+
+
+Numbers = tuple[int | None, ...]  # one for each of the odds
+
+
+def plan(
+    gap: float, of: Components, *, users: int, seeds: int, tested_at: float
+) -> tuple[Numbers, Numbers]:
+    """More users, or more seeds, with which :func:`power` has each of the odds."""
+
+    def with_users(number: int) -> float:
+        return power(gap, of, users=number, seeds=seeds, tested_at=tested_at)
+
+    def with_seeds(number: int) -> float:
+        return power(gap, of, users=users, seeds=number, tested_at=tested_at)
+
+    return (
+        tuple(_fewest(with_users, users + 1, MOST_USERS, odds) for odds in ODDS),
+        tuple(_fewest(with_seeds, seeds + 1, MOST_SEEDS, odds) for odds in ODDS),
+    )
+
+
+def _fewest(power: Callable[[int], float], low: int, high: int, odds: float) -> int | None:
+    """The smallest number from ``low`` on with these odds; None if ``high`` is too small."""
+    if power(high) < odds:
         return None
-    of_users = float(by_user.var())
-    of_seeds = max(0.0, float(crossed.var()) - of_users)
-    left = (gap / reach) ** 2 * (of_users + of_seeds) - of_seeds
-    if left <= 0:
-        return None
-    return max(users + 1, math.ceil(users * of_users / left))
+    return bisect_left(range(high), odds, lo=low, key=power)
+
+
+def _is_trained(method: str) -> bool:
+    known = METHODS.get(base_of(method))
+    return known is None or known.trains

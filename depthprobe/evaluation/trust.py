@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from depthprobe.evaluation.statistics import as_arms, interval, resampled_means
+from depthprobe.evaluation.statistics import LEVEL, as_arms
 
 FEWEST = 3  # candidates: two are in order or not, and a correlation of 1 says nothing
 SPLITS = 200  # of the users: their chance moves a reliability by 0.01 to 0.05
-AT_ONCE = 4096  # users whose damages and halves are in work at the same time
+RESAMPLES = 1000
 COLUMNS = ["score", "candidates", "users", "reliability"] + [
-    f"{name}{bound}" for name in ("spearman", "kendall") for bound in ("", "_low", "_high")
+    f"{name}{bound}" for name in ("spearman", "kendall") for bound in ("", "_low")
 ]
 
 
@@ -31,48 +31,48 @@ def trust(
     reference: Any,
     outcomes: Any,
     *,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Rank correlations of each score with the measured damage, and their intervals over users.
+    """Rank correlations of each score with the measured damage, and their one-sided lower bounds.
 
     The damage of a candidate is the mean over users of ``reference - outcome``, computed again in
-    each bootstrap draw of users. So intervals hold for these candidates and other users, and leave
+    each bootstrap draw of users. So a bound holds for these candidates and other users, and leaves
     out that the score itself was estimated.
 
-    Noise in the damage hides an order, and a resample carries the users' noise twice. Where many
-    damages are no farther apart than their standard errors, the estimate is too near to 0 and the
-    interval nearer still: the bound at 0's side then holds and the other one does not. The users'
+    There is no upper bound: noise in the damage hides an order, and a resample carries the users'
+    noise twice. For the same reason a correlation that is not above 0 has no bound: -1. The users'
     :func:`reliability` says how high a correlation can be.
 
     Args:
         scores: by name (M,), higher for a candidate believed to be more important.
         reference: a per-user metric of the full model, (U,), such as NDCG@10.
         outcomes: the same without each candidate, (U, M).
+        resamples: draws of the bootstrap.
+        level: confidence of a lower bound.
+        seed: of the draws and splits.
 
     Returns:
-        One row a score, with :data:`COLUMNS`. Resamples with equal damages count against both
-        bounds of a correlation.
+        One row a score, with :data:`COLUMNS`. Resamples with equal damages count as -1.
     """
-    full, without = np.asarray(reference, np.float64), np.asarray(outcomes, np.float64)
-    users, candidates = without.shape
-    damages, sound = np.empty((1, 0)), math.nan
-    if candidates:
-        losses = np.subtract(full, without.T, order="C")  # (M, U)
-        arms = as_arms(list(losses))  # M of (1, U)
-        sound = reliability(losses.T, seed=seed)
-        damage = np.stack([arm.mean(axis=1) for arm in arms], axis=1)  # (1, M)
-        drawn = resampled_means(arms, resamples=resamples, seed=seed)
-        # the damage itself first, then each resample's
-        damages = np.concatenate([damage, *(both for both, _ in drawn)])  # (1 + R, M)
+    (losses,) = as_arms([np.asarray(reference, np.float64)[:, None] - np.asarray(outcomes)])
+    users, candidates = losses.shape
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(users, size=users) for _ in range(resamples if users > 1 else 0))
+    counts = (np.bincount(drawn, minlength=users) for drawn in draws)
+    whole = _whole_numbers(losses)
+    # the damage itself first, then that of each resample, in units that no rank depends on
+    damages = np.stack([weights @ whole for weights in (np.ones(users), *counts)])  # (1 + R, M)
+    sound = reliability(losses, seed=seed)
     rows: list[dict[str, Any]] = []
     for name, values in scores.items():
-        spearman, kendall = correlations(values, damages)
-        rows.append(
-            {"score": name, "candidates": candidates, "users": users, "reliability": sound}
-            | _with_bounds("spearman", spearman, users)
-            | _with_bounds("kendall", kendall, users)
-        )
+        row = {"score": name, "candidates": candidates, "users": users, "reliability": sound}
+        for kind, found in zip(("spearman", "kendall"), correlations(values, damages), strict=True):
+            value, drawn = float(found[0]), np.nan_to_num(found[1:], nan=-1.0)
+            low = np.quantile(drawn, 1 - level, method="lower") if value > 0 and len(drawn) else -1
+            row |= {kind: value, f"{kind}_low": value if math.isnan(value) else float(low)}
+        rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -113,34 +113,30 @@ def reliability(losses: Any, *, splits: int = SPLITS, seed: int = 0) -> float:
     users, candidates = table.shape
     if users < 2 or candidates < FEWEST:
         return math.nan
-    first, second = _halves(table, splits, seed)
-    if not np.ptp(first[0] + second[0]):
+    whole, rng = _whole_numbers(table), np.random.default_rng(seed)
+    first = np.empty((splits, candidates))
+    for place in range(splits):
+        half = np.zeros(users)
+        half[rng.choice(users, users // 2, replace=False, shuffle=False)] = 1
+        first[place] = half @ whole
+    total = whole.sum(axis=0)
+    if not np.ptp(total):
         return math.nan
-    half = float(np.nan_to_num(_linear(_centred_ranks(first), _centred_ranks(second))).mean())
-    return 2 * half / (1 + half) if half > 0 else 0.0
+    one, other = _centred_ranks(first), _centred_ranks(total - first)
+    half_sound = float(np.nan_to_num(_linear(one, other)).mean())
+    return 2 * half_sound / (1 + half_sound) if half_sound > 0 else 0.0
 
 
-def _halves(table: np.ndarray, splits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over the users of each half, of losses (U, M): two (splits, M), in units of their own.
+def _whole_numbers(losses: np.ndarray) -> np.ndarray:
+    """Losses (U, M) in a unit in which they are whole and every sum over users is exact.
 
-    Losses become whole numbers, so small that every sum of them is exact: in whatever order they
-    are added, equal damages stay tied, and a half is the rest of all.
+    In whatever order they are added, equal damages stay tied, and a half is the rest of all.
     """
-    users, candidates = table.shape
-    rng = np.random.default_rng(seed)
-    chosen = np.zeros((splits, users), bool)
-    for row in chosen:
-        row[rng.choice(users, users // 2, replace=False, shuffle=False)] = True
     # float64 holds whole numbers up to 2^53; the sum of all is below 2^52, and rounding adds U / 2
-    largest = max(table.max(), -table.min())
-    exponent = 52 - int(np.frexp(largest)[1]) - users.bit_length()
-    first, total = np.zeros((splits, candidates)), np.zeros(candidates)
-    for start in range(0, users, AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        whole = np.rint(np.ldexp(table[part], exponent))  # (at once, M)
-        first += chosen[:, part].astype(np.float64) @ whole
-        total += whole.sum(axis=0)
-    return first, total - first
+    largest = np.abs(losses).max(initial=0)
+    exponent = 52 - int(np.frexp(largest)[1]) - len(losses).bit_length()
+    whole: np.ndarray = np.rint(np.ldexp(losses, exponent))
+    return whole
 
 
 def _centred_ranks(values: np.ndarray) -> np.ndarray:
@@ -158,14 +154,3 @@ def _share(part: np.ndarray, square: np.ndarray) -> np.ndarray:
     """``part / sqrt(square)``; NaN where that is 0."""
     share: np.ndarray = part / np.sqrt(np.where(square > 0, square, np.nan))
     return share
-
-
-def _with_bounds(name: str, correlation: np.ndarray, users: int) -> dict[str, float]:
-    """The first of (1 + R,) correlations, and bounds from the others."""
-    value, low, high = float(correlation[0]), -1.0, 1.0
-    if math.isnan(value):
-        low = high = value
-    elif users > 1:
-        bounds = interval(value, correlation[1:])
-        low, high = max(low, bounds.low), min(high, bounds.high)
-    return {name: value, f"{name}_low": low, f"{name}_high": high}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.evaluation.sufficiency import RetainedAccuracy, Sufficiency
+from depthprobe.evaluation.sufficiency import Needed, RetainedAccuracy, Sufficiency
 from depthprobe.report import style
 from depthprobe.report.numbers import (
     FULL,
@@ -80,9 +80,15 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     elif sufficiency.depth:
         headline = f"{offer}."
         among = f", all {number} candidates taken into account" if number > 1 else ""
+        picked = (
+            f" It was picked out of {number}: allowing for that, it keeps at least "
+            f"{percent(row.lower)}. The interval is for it alone."
+            if number > 1
+            else ""
+        )
         detail = (
             f"With {plain_percent(summary.level)} confidence it loses at most {margin} of the "
-            f"teacher's {summary.headline}{among}. {means}{_shallower(sufficiency)}"
+            f"teacher's {summary.headline}{among}.{picked} {means}{_shallower(sufficiency)}"
         )
     else:
         floor = 1 - summary.margin
@@ -91,7 +97,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
             f"{plain_percent(floor)} of the teacher's {summary.headline}."
         )
         detail = f"Best candidate: {offer}. {means}"
-        if row.kept.low >= floor:
+        if row.kept.low >= floor and sufficiency.seeds > 1:
             detail += (
                 f" With all {number} candidates taken into account, its lower bound is "
                 f"{_below(row.lower, floor)}."
@@ -101,7 +107,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
         verdict, headline, detail, _tiles(summary.headline, point, teacher, row.kept, share),
         caveats(summary, point), summary.margin, blocks, teacher.users, point.method, point.depth,
         row.kept, share, point.speed.get("inference"), point.speed.get("training"),
-        sufficiency.users_needed,
+        sufficiency.needed.users[0] if sufficiency.needed else None,
     )  # fmt: skip
 
 
@@ -145,8 +151,8 @@ def _uncompared(summary: Summary) -> Answer:
 def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
     """The row of the sufficient depth; else the undecided one, else the most accurate."""
     key = (sufficiency.method, sufficiency.depth)
-    if sufficiency.depth is None and sufficiency.undecided is not None:
-        key = sufficiency.undecided
+    if sufficiency.depth is None and sufficiency.needed is not None:
+        key = sufficiency.needed[:2]
     named = (row for row in sufficiency.rows if (row.method, row.depth) == key)
     return next(named, max(sufficiency.rows, key=lambda row: row.kept.value))
 
@@ -154,13 +160,10 @@ def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
 def _more_users(sufficiency: Sufficiency, row: RetainedAccuracy) -> str:
     """What it would take to decide about the best candidate."""
     floor = 1 - sufficiency.margin
-    if sufficiency.users_needed is not None:
-        return (
-            f"About {_rounded(sufficiency.users_needed)} test users would be needed to decide; "
-            f"this run has {sufficiency.users:,}."
-        )
-    if row.kept.value >= floor:
-        return "The seeds differ too much for more users alone to decide: it takes more seeds."
+    if sufficiency.seeds == 1:
+        return "One seed shows nothing, for trainings differ: run three or more."
+    if sufficiency.needed is not None:
+        return f"{_needed(sufficiency, sufficiency.needed)}."
     if row.kept.high < floor:
         return (
             f"The whole interval is below {plain_percent(floor)}: more users would not change that."
@@ -170,14 +173,28 @@ def _more_users(sufficiency: Sufficiency, row: RetainedAccuracy) -> str:
 
 def _shallower(sufficiency: Sufficiency) -> str:
     """A word on a smaller depth that more users may yet show."""
-    if sufficiency.undecided is None or sufficiency.users_needed is None:
+    if sufficiency.needed is None:
         return ""
-    method, depth = sufficiency.undecided
-    return (
-        f" Depth {depth} ({style.method_info(method).label}) is undecided: about "
-        f"{_rounded(sufficiency.users_needed)} test users would decide; this run has "
-        f"{sufficiency.users:,}."
-    )
+    label = style.method_info(sufficiency.needed.method).label
+    words = _needed(sufficiency, sufficiency.needed)
+    return f" Depth {sufficiency.needed.depth} ({label}) is undecided. {words}."
+
+
+def _needed(sufficiency: Sufficiency, needed: Needed) -> str:
+    """How many users, or how many seeds, would decide; first for even odds, then for 80 %."""
+    (users, more_users), (seeds, more_seeds) = needed.users, needed.seeds
+    with_users = with_seeds = ""
+    if users is not None:
+        surely = f" ({_rounded(more_users)} for 80 %)" if more_users else ""
+        with_users = f"about {_rounded(users)} test users{surely} instead of {sufficiency.users:,}"
+    if seeds is not None:
+        surely = f" ({more_seeds} for 80 %)" if more_seeds else ""
+        with_seeds = f"{seeds} seeds{surely} instead of {sufficiency.seeds}"
+    if users is None and seeds is None:
+        return "Neither more users nor more seeds alone would decide"
+    if users is None:
+        with_seeds += ", for the seeds differ too much for more users alone to decide"
+    return f"Even odds to decide take {', or '.join(filter(None, (with_users, with_seeds)))}"
 
 
 def _means(point: Point, share: float | None) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from depthprobe.evaluation.statistics import Interval, bootstrap_means
+from depthprobe.evaluation.statistics import Interval, mean_intervals
 from depthprobe.methods import METHODS
 from depthprobe.report import drawing
 from depthprobe.report.drawing import Look, figure, need, scaled, without_bar
@@ -258,7 +258,7 @@ def settling_depth(ax: Axes, summary: Summary) -> str:
 
 def _means(by_user: pd.DataFrame, summary: Summary) -> list[Interval]:
     """Mean of each column over users."""
-    return bootstrap_means(by_user.to_numpy(dtype=np.float64), resamples=summary.resamples)
+    return mean_intervals(by_user.to_numpy(dtype=np.float64), level=summary.level)
 
 
 # --- ways to a shallow model beside plain fine-tuning ----------------------------------------

@@ -231,7 +231,7 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
             f"{with_bounds(best.accuracy[FULL, metric])}."
         )
     others = [point for point in points if point.depth == depth]
-    probes = [point for point in others if point.info.role == "probe" and point.info.candidate]
+    probes = [point for point in others if point.info.role == "probe" and point.on_offer]
     controls = [point for point in others if point.info.role == "control"]
     for point in controls + sorted(probes, key=lambda point: mean(point, metric))[-1:]:
         name = point.name[0].upper() + point.name[1:]
@@ -255,7 +255,7 @@ def priced(summary: Summary, cost: str, metric: str | None = None) -> list[Point
         point
         for point in summary.points
         if point.method in shown
-        and (point.info.candidate or point.info.role != "probe")
+        and point.on_offer
         and point.cost(cost)
         and point.value(metric or summary.headline) is not None
     ]

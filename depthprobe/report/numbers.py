@@ -1,14 +1,14 @@
-"""A run reduced to the numbers of its report; every bootstrap is computed once.
+"""A run reduced to the numbers of its report.
 
 A point is a method at some kept blocks, its seeds together, compared with the teacher.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from depthprobe.evaluation.metrics import per_user_metric
+from depthprobe.evaluation.metrics import METRICS, per_user_metric
 from depthprobe.evaluation.statistics import (
     Interval,
-    interval,
+    difference_interval,
+    mean_interval,
     median_ratio,
-    resampled_means,
+    ratio_interval,
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
 from depthprobe.methods import Method, method_order
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 
 FULL, SAMPLED = "full", "sampled-999"
 HEADLINE = "NDCG@10"
-METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 PARAMETERS = "parameters_"
-LEVEL = 0.95
 # What a round of each kind of time is made of; the parts of one round are added.
 TIMES = {"training": ("train_step",), "inference": ("encode", "score"), "latency": ("latency",)}
 
@@ -77,6 +76,12 @@ class Point:
     def span(self) -> tuple[int, int] | None:
         """The blocks [start, end) that are left out, if they are neighbours."""
         return span_of(self.removed)
+
+    @property
+    def on_offer(self) -> bool:
+        """Whether it is a model that could be served, not only a way to look at the teacher."""
+        info = self.info
+        return info.role != "probe" or info.candidate or bool(info.exportable and not info.by_block)
 
     @property
     def name(self) -> str:
@@ -136,12 +141,12 @@ class Ranks:
         trials = list(trials)
         return int(self._ranks[FULL][trials].count().min()) if self.has(trials) else 0
 
-    def has(self, trials: Sequence[str], protocol: str = FULL) -> bool:
-        """Whether every one of these trials was ranked under the protocol."""
-        ranked = self._ranks.get(protocol, pd.DataFrame()).columns
-        return bool(trials) and all(trial in ranked for trial in trials)
+    def has(self, trials: Iterable[str], protocol: str = FULL) -> bool:
+        """Whether there are trials, and every one of them was ranked under the protocol."""
+        wanted, table = set(trials), self._ranks.get(protocol)
+        return bool(wanted) and table is not None and wanted <= set(table.columns)
 
-    def values(self, protocol: str, metric: str, arms: Sequence[Sequence[str]]) -> list[Array]:
+    def values(self, protocol: str, metric: str, arms: Sequence[Iterable[str]]) -> list[Array]:
         """Per-user metric (S, U) of each arm's trials, over the users that all of them ranked."""
         trials = list(dict.fromkeys(trial for arm in arms for trial in arm))
         common = self._ranks[protocol][trials].dropna()
@@ -149,113 +154,84 @@ class Ranks:
         return [np.stack([values[trial] for trial in arm]) for arm in arms]
 
 
-def draws_of_means(arms: Sequence[Array], resamples: int) -> Array:
-    """Bootstrap draws of each arm's mean over users and seeds, (R, arms); arms share each draw."""
-    if arms[0].shape[1] == 1:  # one user says nothing about others
-        return np.array([[-np.inf], [np.inf]]).repeat(len(arms), axis=1)
-    drawn = resampled_means(arms, resamples=resamples, seed=0)
-    return np.concatenate([both for both, _ in drawn])
-
-
-def paired_ratio(value: float, draws: Array, reference: Array, level: float) -> Interval:
-    """The interval of a ratio from draws of both arms, (R,) each."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return interval(value, draws / reference, level=level)
-
-
-Group = dict[int, str]  # the trials of a point, by seed
+Group = Mapping[int, str]  # the trials of a point, by seed
 Measured = dict[tuple[str, str], Interval]  # by protocol and metric
 
 
-def _make_points(
-    groups: Sequence[pd.DataFrame],
+@dataclass(frozen=True)
+class Change:
+    """What one model adds to another, paired by seed and user."""
+
+    seeds: int
+    difference: Interval
+    ratio: Interval | None  # None where the other one's mean is 0
+
+
+def _compare(
+    ranks: Ranks,
+    one: Group,
+    other: Group,
+    metric: str,
+    *,
+    level: float,
+    protocol: str = FULL,
+    inside: NDArray[np.bool_] | None = None,
+) -> Change | None:
+    """The change over the seeds that both have; None without one, and where neither has a hit."""
+    seeds = [seed for seed in one if seed in other]
+    arms = [[group[seed] for seed in seeds] for group in (one, other)]
+    if not ranks.has([*arms[0], *arms[1]], protocol):
+        return None
+    values = ranks.values(protocol, metric, arms)
+    if inside is not None:
+        values = [arm[:, inside] for arm in values]
+    if not any(arm.any() for arm in values):
+        return None
+    ratio = ratio_interval(*values, level=level) if values[1].any() else None
+    return Change(len(seeds), difference_interval(*values, level=level), ratio)
+
+
+def _make_point(
+    rows: pd.DataFrame,
+    teacher: Group,
     ranks: Ranks,
     records: Mapping[str, Record],
     metrics: Sequence[str],
-    *,
     level: float,
-    resamples: int,
-) -> list[Point]:
-    """A point for each group of trials that differ in their seed alone."""
-    seeds: list[Group] = [
-        dict(zip(map(int, rows["seed"]), map(str, rows["trial"]), strict=True)) for rows in groups
-    ]
-    methods = [str(rows.iloc[0]["method"]) for rows in groups]
-    teacher = seeds[methods.index(TEACHER)] if TEACHER in methods else {}
+) -> Point:
+    """The point of some trials that differ in their seed alone."""
+    first, own = rows.iloc[0], _by_seed(rows)
+    method = str(first["method"])
+    kept, removed = (
+        str(first[name]) if rows[name].nunique() == 1 else "other blocks with each seed"
+        for name in ("kept", "removed")
+    )
+    parameters = {
+        str(name).removeprefix(PARAMETERS): float(value)
+        for name, value in first.items()
+        if str(name).startswith(PARAMETERS) and pd.notna(value) and value > 0
+    }
+    reference = {} if method == TEACHER else teacher
     # popularity has no seed: it stands beside every one of the teacher's
-    spread = [
-        dict.fromkeys(teacher or own, next(iter(own.values()))) if method == POPULARITY else own
-        for method, own in zip(methods, seeds, strict=True)
-    ]
-    accuracy, ratio = _accuracies(spread, teacher, ranks, metrics, level=level, resamples=resamples)
-    points = []
-    for place, (rows, method, own) in enumerate(zip(groups, methods, seeds, strict=True)):
-        first = rows.iloc[0]
-        kept, removed = (
-            str(first[name]) if rows[name].nunique() == 1 else "other blocks with each seed"
-            for name in ("kept", "removed")
-        )
-        parameters = {
-            str(name).removeprefix(PARAMETERS): float(value)
-            for name, value in first.items()
-            if str(name).startswith(PARAMETERS) and pd.notna(value) and value > 0
-        }
-        time, speed = _timing(own, {} if method == TEACHER else teacher, records)
-        points.append(
-            Point(
-                method, int(first["depth"]), kept, removed, tuple(own.values()), tuple(own),
-                ranks.users(own.values()), parameters, accuracy[place],
-                {} if method == TEACHER else ratio[place], time, speed,
-            )
-        )  # fmt: skip
-    return points
+    paired = dict.fromkeys(teacher, next(iter(own.values()))) if method == POPULARITY else own
+    accuracy, ratio = Measured(), Measured()
+    for key in itertools.product((FULL, SAMPLED), metrics):
+        protocol, metric = key
+        if ranks.has(own.values(), protocol):
+            (values,) = ranks.values(protocol, metric, [own.values()])
+            accuracy[key] = mean_interval(values, level=level)
+        change = _compare(ranks, paired, reference, metric, level=level, protocol=protocol)
+        if change is not None and change.ratio is not None:
+            ratio[key] = change.ratio
+    time, speed = _timing(own, reference, records)
+    return Point(
+        method, int(first["depth"]), kept, removed, tuple(own.values()), tuple(own),
+        ranks.users(own.values()), parameters, accuracy, ratio, time, speed,
+    )  # fmt: skip
 
 
-def _accuracies(
-    groups: Sequence[Group],
-    teacher: Group,
-    ranks: Ranks,
-    metrics: Sequence[str],
-    *,
-    level: float,
-    resamples: int,
-) -> tuple[list[Measured], list[Measured]]:
-    """Means of each group over its seeds, and ratios over the seeds that the teacher has too.
-
-    All that is measured on the same seeds shares its bootstrap draws: the intervals are those of
-    `bootstrap_mean` and `bootstrap_ratio`, for the cost of one.
-    """
-    accuracy: list[Measured] = [{} for _ in groups]
-    ratio: list[Measured] = [{} for _ in groups]
-    own = [tuple(group) for group in groups]
-    common = [tuple(seed for seed in group if seed in teacher) for group in groups]
-    for seeds in dict.fromkeys([*own, *common]):
-        for protocol in (FULL, SAMPLED):
-            members = [
-                place
-                for place, group in enumerate(groups)
-                if seeds in (own[place], common[place])
-                and ranks.has([group[seed] for seed in seeds], protocol)
-            ]
-            if not members:
-                continue
-            arms = [[groups[place][seed] for seed in seeds] for place in members]
-            reference = [teacher[seed] for seed in seeds if seed in teacher]
-            paired = len(reference) == len(seeds) and ranks.has(reference, protocol)
-            arms += [reference] * paired
-            values = [v for metric in metrics for v in ranks.values(protocol, metric, arms)]
-            means = [float(v.mean()) for v in values]  # (metrics x arms)
-            draws = draws_of_means(values, resamples)  # (R, metrics x arms)
-            for column, metric in enumerate(metrics):
-                last = (column + 1) * len(arms) - 1  # the teacher, if paired
-                for index, place in enumerate(members):
-                    at, key = column * len(arms) + index, (protocol, metric)
-                    if own[place] == seeds:
-                        accuracy[place][key] = interval(means[at], draws[:, at], level=level)
-                    if common[place] == seeds and paired and means[last] > 0:
-                        share = means[at] / means[last]
-                        ratio[place][key] = paired_ratio(share, draws[:, at], draws[:, last], level)
-    return accuracy, ratio
+def _by_seed(rows: pd.DataFrame) -> Group:
+    return dict(zip(map(int, rows["seed"]), map(str, rows["trial"]), strict=True))
 
 
 def _timing(
@@ -332,65 +308,21 @@ class Summary:
             return None
         return self.candidates[found.method, found.depth]
 
-    @property
-    def resamples(self) -> int:
-        """Bootstrap draws of each interval."""
-        return int(self.run.study.protocol.resamples)
+    def compare(
+        self, one: Point, other: Point, inside: NDArray[np.bool_] | None = None
+    ) -> Change | None:
+        """The change of the headline metric from ``other`` to ``one``, over the seeds of both.
+
+        ``inside`` says which users count, (U,); all by default. None without a common seed, and
+        where neither model has a hit: such a difference is sure of nothing.
+        """
+        first, second = (dict(zip(p.seeds, p.trials, strict=True)) for p in (one, other))
+        return _compare(self.ranks, first, second, self.headline, level=self.level, inside=inside)
 
     def against(self, point: Point, other: Point) -> Interval | None:
         """Headline metric of one point over another's, paired; None without a common seed."""
-        change = paired_changes(self, [(point, other)])[0]
+        change = self.compare(point, other)
         return change.ratio if change else None
-
-
-@dataclass(frozen=True)
-class Change:
-    """What one model adds to another, paired by seed and user."""
-
-    seeds: int
-    difference: Interval
-    ratio: Interval | None  # None where the other one's mean is 0
-    share: float  # the difference as a share of the other one's mean
-
-
-def paired_changes(
-    summary: Summary, pairs: Sequence[tuple[Point, Point]], inside: NDArray[np.bool_] | None = None
-) -> list[Change | None]:
-    """The change of each pair's first model against its second, over the seeds that both have.
-
-    Pairs with the same seeds share their draws. None without a common seed, for one user alone,
-    and where neither has a hit: draws are all 0 then, and sure of nothing. ``inside`` says which
-    users count, (U,); all by default.
-    """
-    found: list[Change | None] = [None] * len(pairs)
-    common = [tuple(s for s in one.seeds if s in other.seeds) for one, other in pairs]
-    for seeds in filter(None, dict.fromkeys(common)):
-        places = [place for place, own in enumerate(common) if own == seeds]
-        arms = list(dict.fromkeys(p.of_seeds(seeds) for place in places for p in pairs[place]))
-        arms = [trials for trials in arms if summary.ranks.has(trials)]
-        values = summary.ranks.values(FULL, summary.headline, arms) if arms else []
-        if inside is not None:
-            values = [np.ascontiguousarray(arm[:, inside]) for arm in values]
-        if not values or values[0].shape[1] == 1:
-            continue
-        draws = draws_of_means(values, summary.resamples)  # (R, arms)
-        means = [float(arm.mean()) for arm in values]
-        for place in places:
-            trials = [point.of_seeds(seeds) for point in pairs[place]]
-            if not all(own in arms for own in trials):
-                continue
-            one, other = (arms.index(own) for own in trials)
-            if not (means[one] or means[other]):
-                continue
-            value, ratio, share = means[one] - means[other], None, math.nan
-            if means[other]:
-                share = value / means[other]
-                ratio = paired_ratio(
-                    means[one] / means[other], draws[:, one], draws[:, other], summary.level
-                )
-            difference = interval(value, draws[:, one] - draws[:, other], level=summary.level)
-            found[place] = Change(len(seeds), difference, ratio, share)
-    return found
 
 
 def as_summary(run: Source) -> Summary:
@@ -434,10 +366,10 @@ def summarise(
         groups = [rows for _, rows in done.groupby(["method", "depth", *by], sort=False)]
     ranks = Ranks(run.users)
     records = {record.id: record for record in run.records}
+    reference = next((rows for rows in groups if rows.iloc[0]["method"] == TEACHER), None)
+    teaching = {} if reference is None else _by_seed(reference)
     metrics = tuple(dict.fromkeys((*METRICS, headline)))
-    made = _make_points(
-        groups, ranks, records, metrics, level=level, resamples=int(protocol.resamples)
-    )
+    made = [_make_point(rows, teaching, ranks, records, metrics, level) for rows in groups]
     points = sorted(made, key=lambda point: (method_order(point.method), _by_depth(point)))
     teacher = next((point for point in points if point.method == TEACHER), None)
     blocks = run.manifest.backbone.blocks
@@ -452,17 +384,8 @@ def summarise(
         arms = [point.of_seeds(seeds) for point in candidates.values()]
         values, *others = ranks.values(FULL, headline, [teacher.of_seeds(seeds), *arms])
         if values.mean() > 0:
-            sufficiency = sufficient_depth(
-                dict(zip(candidates, others, strict=True)), values,
-                margin=margin, level=level,
-            )  # fmt: skip
-            # one interval for one comparison: figures and tables show the one that decides
-            for row in sufficiency.rows:
-                point = candidates[row.method, row.depth]
-                if set(point.seeds) & set(teacher.seeds) == set(seeds):
-                    settled = replace(point, ratio={**point.ratio, (FULL, headline): row.kept})
-                    candidates[row.method, row.depth] = settled
-                    points[points.index(point)] = settled
+            named = dict(zip(candidates, others, strict=True))
+            sufficiency = sufficient_depth(named, values, margin=margin, level=level)
     left_out = tuple(point for key, point in offered.items() if key not in candidates)
     return Summary(
         run, tuple(points), blocks, headline, margin, level, sufficiency, candidates, seeds,

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.trust import trust
 from depthprobe.methods import METHODS, names
 from depthprobe.report import style
@@ -64,8 +63,8 @@ def reliance_table(run: Source) -> Table | None:
     """Rank correlation of each cheap score with the measured damage; None without either.
 
     One row a score, kind of candidate and seed. Damage is the mean loss of NDCG@10 of the test
-    users, or for depths that of the variants trained there; intervals are over users. The damage's
-    reliability is the candidates', so each of their scores has the same.
+    users, or for depths that of the variants trained there; lower bounds are over users. The
+    damage's reliability is the candidates', so each of their scores has the same.
     """
     summary = as_summary(run)
     frames = []
@@ -84,20 +83,20 @@ def reliance_table(run: Source) -> Table | None:
     for row in rows:
         row["group"] = row["candidate"], row["by"], row["seed"]
         row["score"] = re.sub(r"(?<=\w)-(?=\w)", " ", row["score"])
-        row["reliability"] = Interval(row["reliability"], math.nan, math.nan)
         for name in ("spearman", "kendall"):
-            row[name] = Interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+            low, value = row[f"{name}_low"], _two_digits(row[name])
+            row[name] = f"{value}\nat least {low:.2f}" if low > -1 else value
     columns: list[Column] = [
         ("candidates", "candidate", plain), ("damage by", "by", label),
         ("cheap score", "score", plain), ("seed", "seed", plain), ("number", "candidates", plain),
-        ("damage's reliability", "reliability", _two_digits), ("Spearman", "spearman", _two_digits),
-        ("Kendall", "kendall", _two_digits),
+        ("damage's reliability", "reliability", _two_digits), ("Spearman", "spearman", plain),
+        ("Kendall", "kendall", plain),
     ]  # fmt: skip
     return make_table("reliance", rows, columns, words=3, group="group", frame=frame)
 
 
-def _two_digits(value: Interval) -> str:
-    return style.with_bounds(value, 2)
+def _two_digits(value: float) -> str:
+    return style.NONE if math.isnan(value) else f"{value:.2f}"
 
 
 def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
@@ -186,4 +185,5 @@ def _correlations(summary: Summary, question: _Question, seed: int) -> pd.DataFr
         FULL, summary.headline, [[trial] for trial in trials]
     )
     table = np.concatenate(outcomes).T  # (U, M)
-    return trust(scores, reference[0], table, resamples=summary.resamples)
+    resamples = int(summary.run.study.protocol.resamples)
+    return trust(scores, reference[0], table, resamples=resamples, level=summary.level)

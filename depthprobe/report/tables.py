@@ -33,7 +33,6 @@ from depthprobe.report.numbers import (
     Summary,
     as_summary,
     less_one,
-    paired_changes,
 )
 from depthprobe.report.style import (
     NONE,
@@ -286,7 +285,7 @@ def timed(summary: Summary, kind: str) -> dict[int, Point]:
     first method of the registry that trains, else the first probe that may be an answer.
     """
     trained = [p for p in summary.points if p.info.role in ("trained", "control")]
-    probes = [p for p in summary.points if p.info.role == "probe" and p.info.candidate]
+    probes = [p for p in summary.points if p.info.role == "probe" and p.on_offer]
     found: dict[int, Point] = {}
     for point in (*trained, *probes):
         if 0 < point.depth < summary.blocks and kind in point.speed:
@@ -348,7 +347,8 @@ def ablation_table(run: Source) -> Table | None:
         if point.depth == depth and point.method != PLAIN
     ]
     rows: list[Values] = []
-    for (point, reference), found in zip(pairs, paired_changes(summary, pairs), strict=True):
+    for point, reference in pairs:
+        found = summary.compare(point, reference)
         if found is None or found.ratio is None:
             continue
         if not rows or rows[-1]["depth"] != point.depth:
@@ -411,17 +411,17 @@ def slice_table(run: Source) -> Table | None:
     if teacher is None or not points or len(labels) != summary.ranks.users(teacher.trials):
         return None
     own = summary.ranks.values(FULL, summary.headline, [teacher.trials])[0].mean(axis=0)  # (U,)
-    pairs = [(point, teacher) for point in points]
     rows, numbers = [], []
     for name, inside in _slices(labels):
         users, mean = int(inside.sum()), float(own[inside].mean())
-        changes = [None] * len(pairs) if users < FEWEST else paired_changes(summary, pairs, inside)
         row: Values = {"slice": name, "users": users, "teacher": mean}
-        for point, found in zip(points, changes, strict=True):
+        for point in points:
+            found = None if users < FEWEST else summary.compare(point, teacher, inside)
             number = {"method": point.method, "depth": point.depth, "difference": NOTHING}
             if found is not None:
-                number |= {"difference": found.difference, "relative": found.share}
-                more = f", {percent(found.share, sign=True)}" if found.ratio else ""
+                relative = found.ratio.value - 1 if found.ratio else math.nan
+                number |= {"difference": found.difference, "relative": relative}
+                more = f", {percent(relative, sign=True)}" if found.ratio else ""
                 text = with_bounds(found.difference, sign=True)
                 row[point.name] = text.replace(" ", "\n", 1) + more
             numbers.append(row | number)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.errors import BadInput
+from depthprobe.evaluation.metrics import METRICS
 from depthprobe.evaluation.slices import ALL
 from depthprobe.files import complete_folder
 from depthprobe.methods import Trial, method_of
@@ -31,7 +32,6 @@ from depthprobe.runs.context import Context
 from depthprobe.runs.plan import TEACHER, full_trial, plan
 from depthprobe.runs.records import FULL, MODEL, Git, Record
 from depthprobe.runs.store import Run, open_run
-from depthprobe.runs.tables import METRICS
 from depthprobe.study import ranges, settings_of
 
 

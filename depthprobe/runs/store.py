@@ -150,8 +150,7 @@ class Run:
             ValueError: if the metrics of a trial break the bounds between them.
         """
         users, cuts = self._cuts
-        resamples = self.study.protocol.resamples
-        return metrics_table(self.path, self._done, users, cuts, resamples=resamples)
+        return metrics_table(self.path, self._done, users, cuts)
 
     @cached_property
     def slices(self) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import pandas as pd
 from depthprobe.data.readers.titles import What, read_attribute
 from depthprobe.data.splits import Split
 from depthprobe.errors import BadInput
-from depthprobe.evaluation.metrics import check_metrics, per_user_metric
+from depthprobe.evaluation.metrics import METRICS, check_metrics, per_user_metric
 from depthprobe.evaluation.slices import ALL, RESERVED, Family, slice_means
 from depthprobe.files import complete_file
 from depthprobe.runs.records import FULL, TRIALS, Record, read_users
@@ -70,27 +70,21 @@ def read_slices(shared: Path) -> dict[str, list[str]]:
 
 # --- the table ------------------------------------------------------------------------------------
 
-METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 OF_LISTS = ("coverage@10", "gini@10", "popularity@10")
 COLUMNS = (
     *("trial", "method", "depth", "seed", "split", "protocol", "slice", "metric"),
     *("value", "ci_low", "ci_high", "users"),
 )
-DRAW_BYTES = 128 * 2**20  # of the bootstrap's draws that are held at once
+VALUE_BYTES = 256 * 2**20  # of per-user values that are held at once
 
 
 def metrics_table(
-    folder: Path,
-    records: Sequence[Record],
-    sliced: np.ndarray,
-    cuts: Sequence[Family],
-    *,
-    resamples: int,
+    folder: Path, records: Sequence[Record], sliced: np.ndarray, cuts: Sequence[Family]
 ) -> pd.DataFrame:
     """The tidy metrics of finished trials, with 95 % intervals over users.
 
-    All trials rank the same users, so they share the draws. Slices are those of full ranking. What
-    is no mean over users (:data:`OF_LISTS`) and the validation score have no interval.
+    Slices are those of full ranking. What is no mean over users (:data:`OF_LISTS`) and the
+    validation score have no interval.
 
     Args:
         folder: of the run.
@@ -106,13 +100,11 @@ def metrics_table(
     for record in records:
         if (best := record.validation) is not None:
             rows.append((record.id, "validation", "NDCG@10", best.ndcg, best.users))
-    most = 1 + sum(len(family.labels) for family in cuts)
-    block = max(1, DRAW_BYTES // (8 * resamples * most * len(METRICS)))
     for protocol, users, group in _by_users(folder, records):
         own = _aligned(cuts, sliced, users) if protocol == FULL else []
+        block = max(1, VALUE_BYTES // (8 * len(users) * len(METRICS)))
         for start in range(0, len(group), block):
-            part = group[start : start + block]
-            frames.append(_ranked(part, protocol, own, resamples=resamples))
+            frames.append(_ranked(group[start : start + block], protocol, own))
         for record, _ in group if protocol == FULL else ():
             full = record.metrics.get("test", {}).get(FULL, {})
             of_lists = [name for name in OF_LISTS if name in full]
@@ -148,12 +140,10 @@ def _aligned(cuts: Sequence[Family], sliced: np.ndarray, users: np.ndarray) -> l
     return [Family(family.name, family.labels, family.codes[places]) for family in cuts]
 
 
-def _ranked(
-    group: Ranked, protocol: str, cuts: Sequence[Family], *, resamples: int
-) -> pd.DataFrame:
+def _ranked(group: Ranked, protocol: str, cuts: Sequence[Family]) -> pd.DataFrame:
     """Rows of some trials, for each slice and metric."""
     values = [per_user_metric(ranks, name) for _, ranks in group for name in METRICS]
-    means = slice_means(np.stack(values, axis=1), cuts, resamples=resamples)
+    means = slice_means(np.stack(values, axis=1), cuts)
     overall = means[ALL][1][0].reshape(len(group), len(METRICS))
     for row in overall.tolist():
         check_metrics(dict(zip(METRICS, row, strict=True)))

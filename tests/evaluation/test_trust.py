@@ -8,7 +8,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from depthprobe.evaluation.trust import correlations, reliability, trust
 
-COLUMNS = ["spearman", "spearman_low", "spearman_high", "kendall", "kendall_low", "kendall_high"]
+COLUMNS = ["spearman", "spearman_low", "kendall", "kendall_low"]
 
 
 def world(
@@ -70,46 +70,42 @@ def test_agrees_with_a_plain_bootstrap() -> None:
     lost = (reference[:, None] - outcomes).mean(axis=0)
     assert found.spearman == pytest.approx(spearmanr(score, lost)[0])
     assert found.kendall == pytest.approx(kendalltau(score, lost)[0])
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    low = np.quantile(drawn, 0.05, axis=0)
     # the values are few: one step of rho or tau apart at most
     assert (found.spearman_low, found.kendall_low) == pytest.approx(tuple(low), abs=0.08)
-    assert (found.spearman_high, found.kendall_high) == pytest.approx(tuple(high), abs=0.08)
-    assert found.spearman_low < found.spearman < found.spearman_high
+    assert found.spearman_low < found.spearman
 
 
-def test_coverage_where_the_damages_are_far_apart() -> None:
-    """Of 200 worlds: standard errors of a tenth of the damages' spread."""
-    both, below = np.zeros(2), np.zeros(2)
+@pytest.mark.parametrize("noise", [1.0, 10.0])
+def test_lower_bounds_hold_where_damages_are_far_apart_and_where_they_are_not(noise: float) -> None:
+    """Of 200 worlds: standard errors of a tenth of the damages' spread, and as large as it."""
+    below = np.zeros(2)
     for seed in range(200):
         draw = np.random.default_rng(seed)
         damage = draw.normal(size=10)
         score = damage + draw.normal(size=10)
         truth = np.array([spearmanr(score, damage)[0], kendalltau(score, damage)[0]]) + 1e-12
-        reference, outcomes = world(damage, noise=1.0, users=100, seed=seed)
+        reference, outcomes = world(damage, noise=noise, users=100, seed=seed)
         row = trust({"score": score}, reference, outcomes, resamples=200).iloc[0]
-        low = np.array([row.spearman_low, row.kendall_low])
-        high = np.array([row.spearman_high, row.kendall_high]) + 2e-12
-        both += (low <= truth) & (truth <= high)
-        below += low <= truth
-    assert (both >= 0.93 * 200).all(), both
-    assert (below >= 0.96 * 200).all(), below
+        below += np.array([row.spearman_low, row.kendall_low]) <= truth
+    assert (below >= 0.93 * 200).all(), below
 
 
-def test_more_users_narrow_the_interval_and_the_seed_counts() -> None:
+def test_more_users_raise_the_bound_and_the_seed_counts() -> None:
     damage = np.linspace(0, 1, 10)
     score = {"score": damage + np.random.default_rng(0).normal(0, 0.2, size=10)}
 
-    def width(users: int, **options: float) -> float:
-        row = trust(score, *world(damage, noise=3.0, users=users), **options).iloc[0]  # type: ignore[arg-type]
-        return float(row.kendall_high - row.kendall_low)
+    def reach(users: int) -> float:
+        row = trust(score, *world(damage, noise=3.0, users=users)).iloc[0]
+        return float(row.kendall - row.kendall_low)
 
-    assert width(3000) < 0.7 * width(300)
+    assert reach(3000) < 0.7 * reach(300)
     few = world(damage, noise=3.0)
     one, two = trust(score, *few, seed=1), trust(score, *few, seed=2)
     assert one.equals(trust(score, *few, seed=1))
     assert not one.equals(two)
-    alone = trust(score, *few, resamples=1).iloc[0]  # the estimate itself is no draw
-    assert alone.kendall_low == alone.kendall_high != alone.kendall
+    reversed_score = {"score": -score["score"]}
+    assert trust(reversed_score, *few).iloc[0].kendall_low == -1  # not above 0: nothing is known
 
 
 def test_scores_share_the_draws_and_do_not_touch_each_other() -> None:
@@ -127,7 +123,7 @@ def test_what_says_nothing_is_nan() -> None:
     found = trust({"bad": [0, np.nan, 1], "good": damage}, reference, outcomes)
     assert found.loc[0, COLUMNS].isna().all()
     assert found.loc[1, COLUMNS].notna().all()
-    for candidates in (0, 1, 2):
+    for candidates in (1, 2):
         few = trust({"few": damage[:candidates]}, reference, outcomes[:, :candidates])
         assert few.loc[0, "candidates"] == candidates
         assert few.loc[0, COLUMNS].isna().all()
@@ -139,12 +135,12 @@ def test_what_says_nothing_is_nan() -> None:
 def test_bounds_where_users_say_nothing() -> None:
     damage = np.array([0.0, 1.0, 2.0])
     one = trust({"score": damage}, [1.0], 1 - damage[None]).loc[0]
-    assert one[COLUMNS].tolist() == [1, -1, 1, 1, -1, 1]
+    assert one[COLUMNS].tolist() == [1, -1, 1, -1]
     # one of 20 users is touched: a third of the resamples miss it, and have no correlation
     reference, outcomes = np.ones(20), np.ones((20, 3))
     outcomes[7] -= damage
     rare = trust({"score": damage}, reference, outcomes).loc[0]
-    assert rare[COLUMNS].tolist() == [1, -1, 1, 1, -1, 1]
+    assert rare[COLUMNS].tolist() == [1, -1, 1, -1]
 
 
 def naive_reliability(losses: np.ndarray, *, splits: int, seed: int) -> float:
@@ -212,11 +208,9 @@ def test_equal_damages_stay_tied_in_each_half() -> None:
     assert reliability(rare, splits=2000) == pytest.approx(expected, abs=0.06)
 
 
-def test_reliability_by_blocks_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reliability_does_not_depend_on_the_unit() -> None:
     losses = np.arange(5) + np.random.default_rng(0).normal(0, 9, size=(101, 5))
     whole = reliability(losses)
-    monkeypatch.setattr("depthprobe.evaluation.trust.AT_ONCE", 7)
-    assert reliability(losses) == whole
     assert reliability(losses * 2.0**-40) == whole
     assert reliability(losses, seed=1) != whole
 
@@ -224,7 +218,6 @@ def test_reliability_by_blocks_of_users(monkeypatch: pytest.MonkeyPatch) -> None
 def test_where_a_reliability_says_nothing() -> None:
     draw = np.random.default_rng(0)
     assert np.isnan(reliability(draw.normal(size=(1, 5))))
-    assert np.isnan(reliability(draw.normal(size=(0, 5))))
     assert np.isnan(reliability(draw.normal(size=(50, 2))))
     assert np.isnan(reliability(np.ones((50, 5))))
     # all rests on one user: the other half has no order, whatever the split

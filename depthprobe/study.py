@@ -378,9 +378,8 @@ class Protocol(Checked):
     #: what the verdict is about: any ``HR@K``, ``NDCG@K``, or ``MRR``; a training always stops by
     #: validation NDCG@10.
     metric: str = "NDCG@10"
-    resamples: Annotated[int, Meta(ge=100, le=1_000_000)] = (
-        1000  #: draws for rank correlations of scores.
-    )
+    #: draws of users for the rank correlations of cheap scores; all else has closed forms.
+    resamples: Annotated[int, Meta(ge=100, le=1_000_000)] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

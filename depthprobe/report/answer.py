@@ -117,8 +117,9 @@ def _uncompared(summary: Summary) -> Answer:
     elif summary.teacher is None:
         verdict = "no teacher"
         headline = "no trial of the teacher is finished, so nothing can be compared with it."
-    elif not any(p.depth and p.method != TEACHER for p in summary.points):
-        verdict, headline = "no depth tried", "no depth below the teacher's was tried."
+    elif not any(p.info.candidate and p.depth < summary.blocks for p in summary.points):
+        verdict = "no depth tried"
+        headline = "no model of fewer blocks was trained, and early exits are only a hint."
     else:
         verdict = "no comparison"
         headline = "no finished trial below full depth can be compared with the teacher."

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.evaluation.sufficiency import Needed
 from depthprobe.report.answer import build_answer
 from depthprobe.report.numbers import Summary, summarise
 
@@ -50,13 +51,13 @@ def test_not_shown_says_so_first(make: Make, tmp_path: Path) -> None:
     assert answer.kept is not None
     assert f"[{100 * answer.kept.low:.1f}, {100 * answer.kept.high:.1f}]" in answer.detail
     if answer.users_needed is not None:
-        assert "users would be needed" in answer.detail
+        assert "test users" in answer.detail
         assert answer.users_needed > answer.users
 
 
 def test_far_below_the_margin_asks_for_no_more_users(make: Make, tmp_path: Path) -> None:
-    run = make(tmp_path, users=400, methods={"full", "early-exit"},
-               gain=lambda method, depth: -1.0 if method == "early-exit" else 0.0)  # fmt: skip
+    run = make(tmp_path, users=400, methods={"full", "finetune"},
+               gain=lambda method, depth: -1.0 if method == "finetune" else 0.0)  # fmt: skip
     answer = build_answer(run)
     assert answer.verdict == "not shown"
     assert answer.users_needed is None
@@ -69,7 +70,7 @@ def test_far_below_the_margin_asks_for_no_more_users(make: Make, tmp_path: Path)
         (set(), "nothing finished", "no trial of this run is finished", []),
         ({"popularity", "sasrec"}, "no teacher", "no trial of the teacher is finished",
          ["NDCG@10, popularity", "NDCG@10, SASRec"]),
-        ({"sasrec", "full"}, "no depth tried", "no depth below the teacher's was tried",
+        ({"sasrec", "full", "early-exit"}, "no depth tried", "no model of fewer blocks was trained",
          ["NDCG@10, teacher", "NDCG@10, SASRec"]),
     ],
 )  # fmt: skip
@@ -140,17 +141,33 @@ def test_an_interval_above_the_margin_that_is_not_enough_is_explained(summary: S
     row = next(r for r in summary.sufficiency.rows if (r.method, r.depth) == ("distill", 4))
     near = replace(row, kept=Interval(1.003, 0.991, 1.014), lower=0.986, shown=False)
     alone = replace(
-        summary.sufficiency, rows=(near, near), depth=None, method=None, undecided=("distill", 4),
-        users_needed=8281,
+        summary.sufficiency, rows=(near, near), depth=None, method=None,
+        needed=Needed("distill", 4, (8281, 16_020), (4, None)),
     )  # fmt: skip
     answer = build_answer(replace(summary, sufficiency=alone))
     assert answer.verdict == "not shown"
     assert "With all 2 candidates taken into account, its lower bound is 98.6 %" in answer.detail
-    assert "About 8,300 test users would be needed to decide" in answer.detail
+    assert (
+        "Even odds to decide take about 8,300 test users (17,000 for 80 %) instead of 400, or "
+        "4 seeds instead of 2." in answer.detail
+    )
     # just below the floor, and just above the users there are: neither may be rounded away
-    close = replace(alone, rows=(replace(near, lower=0.98996),) * 2, users=8201, users_needed=8202)
+    needed = Needed("distill", 4, (8202, None), (None, None))
+    close = replace(alone, rows=(replace(near, lower=0.98996),) * 2, users=8201, needed=needed)
     detail = build_answer(replace(summary, sufficiency=close)).detail
-    assert "its lower bound is 98.996 %. About 8,300 test users would be needed" in detail
+    assert "its lower bound is 98.996 %. Even odds to decide take about 8,300 test users" in detail
+    for needed, words in (
+        (Needed("distill", 4, (None, None), (7, 9)), "7 seeds (9 for 80 %) instead of 2, for the"),
+        (Needed("distill", 4, (None, None), (None, None)), "Neither more users nor more seeds"),
+    ):
+        text = build_answer(replace(summary, sufficiency=replace(alone, needed=needed))).detail
+        assert words in text
+
+
+def test_one_seed_is_no_answer_and_says_so(make: Make, tmp_path: Path) -> None:
+    answer = build_answer(make(tmp_path, users=400, seeds=1, gain=_better_student))
+    assert answer.verdict == "not shown"
+    assert "One seed shows nothing, for trainings differ: run three or more." in answer.detail
 
 
 def test_a_shallower_depth_that_is_undecided_is_named(summary: Summary) -> None:
@@ -158,8 +175,8 @@ def test_a_shallower_depth_that_is_undecided_is_named(summary: Summary) -> None:
     deep = next(r for r in summary.sufficiency.rows if (r.method, r.depth) == ("finetune", 8))
     best = replace(deep, kept=Interval(1.0, 0.995, 1.005), lower=0.993, shown=True)
     found = replace(
-        summary.sufficiency, rows=(best,), depth=8, method="finetune", undecided=("distill", 2),
-        users_needed=5050,
+        summary.sufficiency, rows=(best,), depth=8, method="finetune",
+        needed=Needed("distill", 2, (5050, None), (None, None)),
     )  # fmt: skip
     answer = build_answer(replace(summary, sufficiency=found))
     assert answer.headline.startswith("8 of 12 blocks keep 100.0 % [99.5, 100.5]")

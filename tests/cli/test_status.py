@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from depthprobe.cli import runs
+from depthprobe.runs import store
+from depthprobe.runs.store import Status, Working
 
 # a training that does not end by itself
 STUDY = """
@@ -49,6 +52,22 @@ def test_a_sweep_that_is_told_to_end_goes_on_later(cli: Callable[..., Any], tmp_
         assert sweep.returncode == 130
         assert rest[-1] == "error: interrupted; the same command continues a sweep"
         assert "nobody works on it" in cli("status", "run").out
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+def test_what_is_left_is_nobodys_where_nobody_works(
+    at_work: bool, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = Status({"sasrec": Counter(left=2, working=at_work)}, failed=[("full-s0", "no room")])
+    if at_work:
+        state.working.append(Working("sasrec-s0", "epoch 3 of 9", 7.2))
+    monkeypatch.setattr(store, "status_of", lambda run: state)
+    told = cli("status", "run")
+    assert told.code == 0
+    assert told.err == "failed: full-s0: no room\n"
+    assert "--retry-failed" in told.out
+    assert ("epoch 3 of 9" in told.out and "7 s ago" in told.out) == at_work
+    assert ("nobody works on it" in told.out) != at_work
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])

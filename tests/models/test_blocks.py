@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BartConfig, BartForCausalLM, LlamaConfig
+from transformers import BartConfig, BartForCausalLM
 from transformers import LlamaForCausalLM as Llama
 
 from depthprobe.models.blocks import find_blocks, find_decoder, input_device
@@ -50,7 +50,7 @@ def test_seen_through_wrappers(make_model):
     assert input_device(model) == torch.device("cpu")
 
 
-def test_find_blocks_errors():
+def test_find_blocks_errors(llama_config):
     with pytest.raises(ValueError, match="Linear is not a Hugging Face"):
         find_blocks(nn.Linear(2, 2))
     bart = BartForCausalLM(
@@ -58,15 +58,7 @@ def test_find_blocks_errors():
     )
     with pytest.raises(ValueError, match="BartForCausalLM"):
         find_blocks(bart)
-    model = Llama(
-        LlamaConfig(
-            vocab_size=9,
-            hidden_size=8,
-            num_hidden_layers=2,
-            intermediate_size=8,
-            num_attention_heads=2,
-        )
-    )
+    model = Llama(llama_config(num_hidden_layers=2))
     model.config.num_hidden_layers = 3
     with pytest.raises(ValueError, match="no list of blocks.*num_hidden_layers=3"):
         find_blocks(model)

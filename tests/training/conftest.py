@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,6 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
 from depthprobe.training.loop import Fit, fit
-from depthprobe.training.objectives import Batch
 
 
 @pytest.fixture
@@ -69,29 +71,27 @@ def train(windows: list[np.ndarray]) -> Callable[..., Fit]:
     return run
 
 
-class Spoiled(nn.Module):
-    """An objective that something happens to at one of its calls, counted from 1."""
-
-    def __init__(self, objective: nn.Module, call: int, spoil: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.objective, self.call, self.spoil = objective, call, spoil
-        self.calls = itertools.count(1)
-
-    def forward(self, batch: Batch) -> Tensor:
-        value: Tensor = self.objective(batch)
-        return self.spoil(value) if next(self.calls) == self.call else value
-
-
-def kill(loss: Tensor) -> Tensor:
-    raise SystemExit
+@pytest.fixture(scope="session")
+def launched() -> ModuleType:
+    """The script of small trainings that two processes run."""
+    script = Path(__file__).with_name("launched.py")
+    spec = importlib.util.spec_from_file_location("launched", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
-def spoiled() -> Callable[..., Spoiled]:
+def spoiled(launched: ModuleType) -> Callable[..., nn.Module]:
     """``spoiled(objective, call, spoil)``: by default the training is killed."""
 
-    def make(objective: nn.Module, call: int, spoil: Callable[[Tensor], Tensor] = kill) -> Spoiled:
-        return Spoiled(objective, call, spoil)
+    def make(
+        objective: nn.Module, call: int, spoil: Callable[[Tensor], Tensor] = launched.kill
+    ) -> nn.Module:
+        model: nn.Module = launched.Spoiled(objective, call, spoil)
+        return model
 
     return make
 

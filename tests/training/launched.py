@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from depthprobe.errors import BadInput
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
+from depthprobe.models.tiny import tiny_config
 from depthprobe.study import Recipe
 from depthprobe.training import checkpoint
 from depthprobe.training.distributed import Engine, join
@@ -48,20 +49,12 @@ def sasrec(drop: float = 0.0, dtype: torch.dtype = torch.float32) -> SASRec:
 
 def llama(prompt: tuple[int, ...] = (3, 1)) -> Recommender:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return Recommender(LlamaForCausalLM(config), torch.randn(ITEMS + 1, 6), prompt)
+    backbone = LlamaForCausalLM(tiny_config(LlamaConfig(), depth=2))
+    return Recommender(backbone, torch.randn(ITEMS + 1, 6), prompt)
 
 
 class Spoiled(nn.Module):
-    """An objective that something happens to at one of its calls."""
+    """An objective that something happens to at one of its calls, counted from 1."""
 
     def __init__(self, objective: nn.Module, call: int, spoil: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -71,6 +64,10 @@ class Spoiled(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         value: Tensor = self.objective(batch)
         return self.spoil(value) if next(self.calls) == self.call else value
+
+
+def kill(loss: Tensor) -> Tensor:
+    raise SystemExit
 
 
 def train(
@@ -127,10 +124,6 @@ def curve(name: str, batch_size: int) -> dict[str, Any]:
         "plain": all(type(p) in {nn.Parameter, Tensor} for p in model.parameters()),
         "weights": [float(p.detach().double().norm()) for p in model.parameters()],
     }
-
-
-def kill(loss: Tensor) -> Tensor:
-    raise SystemExit
 
 
 def resumed(folder: Path, dtype: torch.dtype) -> bool:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.interpolate import make_interp_spline
 
 from depthprobe.cost.size import free_memory
 from depthprobe.cost.timing import machine
@@ -274,18 +273,15 @@ class Units:
         """Of ``encode``, ``train`` or a method's own step; NaN if none of its kind was timed."""
         if f"{kind}:{depth}" in self.seconds:
             return self.seconds[f"{kind}:{depth}"]
-        names = [name.rpartition(":") for name in self.seconds]
-        known = sorted(int(d) for of_kind, _, d in names if of_kind == kind and d.isdigit())
-        values = [self.seconds[f"{kind}:{each}"] for each in known]
+        names = [(*name.rpartition(":"), seconds) for name, seconds in self.seconds.items()]
+        timed = {int(d): s for of_kind, _, d, s in names if of_kind == kind and d.isdigit()}
         if kind not in ("encode", "train"):
             # as many times a plain step as at the depths that were timed
-            ratios = [v / self.of("train", d) for d, v in zip(known, values, strict=True)]
+            ratios = [seconds / self.of("train", each) for each, seconds in timed.items()]
             return self.of("train", depth) * (float(np.mean(ratios)) if ratios else 1.0)
-        if not known:
-            return math.nan
-        if len(known) == 1:
-            known, values = [0, *known], [0.0, *values]
-        return float(make_interp_spline(known, values, k=1)(depth))  # each block adds the same
+        depths = [0, *sorted(timed)]  # each block between two of them adds the same
+        values = [timed.get(each, 0.0) for each in depths]
+        return float(np.interp(int(depth), depths, values, right=math.nan))
 
 
 def units_of(measured: dict[str, Any]) -> Units:

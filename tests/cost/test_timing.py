@@ -109,6 +109,18 @@ def test_a_call_that_takes_long_makes_the_batch_smaller(
     assert measure(make, batch=128, seconds=1e4, warmup=0, rounds=1, device=CPU).batch == 128
 
 
+def test_the_budget_is_that_of_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    def make(batch: int) -> dict[str, Action]:
+        clock.now += 50 if batch == 128 else 0
+        return {f"train:{d}": Action(clock.takes(d * batch / 128), d * batch) for d in (1, 30)}
+
+    found = measure(make, batch=128, seconds=60, warmup=0, rounds=1000, device=CPU)
+    # 51 s are lost with 128 windows, whose longest step would take twice a quarter of the budget
+    assert (found.batch, clock.now) == (32, 51 + 2 * 0.25 + 7.5)
+
+
 def test_progress_is_logged_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

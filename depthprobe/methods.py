@@ -578,8 +578,8 @@ for _method in (
         name="heal", label="healed", role="trained", needs=TEACHER, candidate=True, settings="heal",
         selectable=True,
         summary="cut out of the trained teacher, then trained further",
-        run="runs.training:heal", trials=selected, work=trains, exportable="own", colour="#00805e",
-        marker="^", line="-",
+        run="runs.training:fine_tune", trials=selected, work=trains, exportable="own",
+        colour="#00805e", marker="^", line="-",
     ),
     Method(
         name="distill", label="distilled", role="trained", needs=TEACHER, candidate=True,

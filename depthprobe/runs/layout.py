@@ -26,7 +26,7 @@ from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.files import complete_file, remove_leftovers
-from depthprobe.methods import Task, method_order
+from depthprobe.methods import Task, method_of, method_order
 from depthprobe.models.backbones import (
     backbone_revision,
     describe,
@@ -151,9 +151,10 @@ def _checked(settings: Backbone, revision: str, tasks: Sequence[Task]) -> Backbo
     model = pretrained(settings, weights=False)
     facts = BackboneFacts(**describe(model, settings.source, revision))
     token_embeddings(find_decoder(model))  # refuses a decoder without any
-    cuts = [trial.kept for task in tasks for trial in task.trials if trial.depth < trial.blocks]
-    if shallowest := min(filter(None, cuts), key=len, default=None):
-        keep_blocks(model, shallowest)
+    trained = [task.trials[-1] for task in tasks if method_of(task.method).trains]
+    cut = [trial for trial in trained if trial.depth < trial.blocks]
+    if cut:  # what probes cuts nothing
+        keep_blocks(model, min(cut, key=lambda trial: trial.depth).kept)
     return facts
 
 

@@ -71,19 +71,13 @@ def sasrec(context: Context, task: Task) -> Iterator[Result]:
 
 
 def fine_tune(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher, a variant cut from the pretrained backbone, or one without pretraining."""
+    """The teacher, or a variant: cut from the pretrained backbone or the teacher, or random."""
     trial = _with_blocks(context, task.trials[0])
-    needed = settings_of(context.study, trial.method).needs_teacher
-    seconds = _seconds_of_teacher(context, trial) if needed else 0.0
-    model = context.new_recommender(trial)
+    settings = settings_of(context.study, trial.method)
+    healed = settings.method.settings == "heal"
+    model = _cut_teacher(context, trial) if healed else context.new_recommender(trial)
+    seconds = _seconds_of_teacher(context, trial) if settings.needs_teacher else 0.0
     return train_recommender(context, trial, model, teacher_seconds=seconds)
-
-
-def heal(context: Context, task: Task) -> Iterator[Result]:
-    """Cut out of the trained teacher, then fine-tuned for a share of its epochs."""
-    trial = _with_blocks(context, task.trials[0])
-    seconds = _seconds_of_teacher(context, trial)
-    return train_recommender(context, trial, _cut_teacher(context, trial), teacher_seconds=seconds)
 
 
 def distill(context: Context, task: Task) -> Iterator[Result]:

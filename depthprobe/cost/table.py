@@ -6,11 +6,12 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from msgspec import Meta
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -37,10 +38,8 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import make_trainable
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import Backbone, parse_layers
+from depthprobe.study import Backbone, Checked, Count, CountOrNone, Weight, parse_layers
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-TUNINGS = ("full", "lora", "frozen")
 MEASURED = ("train", "encode", "score", "latency")
 CHUNK = 2**28  # bytes of scores at a time
 WARMUP, ROUNDS = 3, 100
@@ -48,7 +47,7 @@ BILLION = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class Workload(Checked):
     """A batch of users with full histories, a catalogue, and what of the model is trained.
 
     ``prompt``: slots before the items, computed once for all users. ``width``: of the item table.
@@ -56,25 +55,14 @@ class Workload:
     0 measures nothing.
     """
 
-    batch: int = 128
-    length: int = 30
-    items: int = 10_000
-    width: int = 64
-    prompt: int = 0
-    dtype: str = "auto"
+    batch: Count = 128
+    length: Count = 30
+    items: Annotated[int, Meta(ge=TOP)] = 10_000
+    width: Count = 64
+    prompt: CountOrNone = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tuning: Literal["full", "lora", "frozen"] = "full"
-    seconds: float = 20.0
-
-    def __post_init__(self) -> None:
-        least = {"batch": 1, "length": 1, "width": 1, "items": TOP, "prompt": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise BadInput(name, getattr(self, name), f"a whole number of at least {low}")
-        for name, allowed in (("dtype", DTYPES), ("tuning", TUNINGS)):
-            if getattr(self, name) not in allowed:
-                raise BadInput(name, getattr(self, name), f"one of {', '.join(allowed)}")
-        if not 0 <= self.seconds < float("inf"):
-            raise BadInput("seconds", self.seconds, "a number of at least 0")
+    seconds: Weight = 20.0
 
 
 def cost_table(

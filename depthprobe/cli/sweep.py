@@ -103,10 +103,19 @@ def sweep(
     command = shlex.join(["depthprobe", *context.obj])  # as typed
     how: dict[str, Any] = {"jobs": jobs, "retry_failed": retry_failed, "command": command}
     with show_progress(sys.stderr, folder) as progress:
-        run_study = _run_on_cluster if executor == SLURM else _run_here
-        run = run_study(chosen, folder, progress, **how)
-        if isinstance(run, int):
-            return run
+        if executor == SLURM:
+            run = _run_on_cluster(chosen, folder, progress, **how)
+            if isinstance(run, int):
+                return run
+        else:
+            from depthprobe.runs.processes import join_processes
+            from depthprobe.runs.sweep import run_sweep
+
+            group = join_processes(chosen.device)
+            run = run_sweep(chosen, folder, progress=progress, **how)
+            group.leave()
+            if not group.writes:  # of processes that train together, one goes on with the run
+                return int(bool(run.failed))
         from depthprobe.report.page import build_report
 
         progress.message("writing the report")
@@ -128,17 +137,6 @@ def restrict(study: Study, phase: str, *, strict: bool) -> Study:
         allowed = f"methods that {phase} runs: {', '.join(PHASES[phase].methods())}"
         raise BadInput("methods", ",".join(study.methods), allowed)
     return replace(study, methods=methods)
-
-
-def _run_here(study: Study, folder: Path, progress: Display, **how: Any) -> Run | int:
-    """Run the study; of processes that train together, one goes on with the run."""
-    from depthprobe.runs.processes import join_processes
-    from depthprobe.runs.sweep import run_sweep
-
-    group = join_processes(study.device)
-    run = run_sweep(study, folder, progress=progress if group.writes else None, **how)
-    group.leave()
-    return run if group.writes else int(bool(run.failed))
 
 
 def job_progress() -> Display:

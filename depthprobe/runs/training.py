@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -189,25 +188,6 @@ def train(
     Raises:
         DivergedError: if the loss is not finite, with every learning rate.
     """
-
-    def at(rate: float, checkpoint: Path) -> Fit:
-        own = replace(recipe, learning_rate=rate)
-        result = result_file(context, trial, objective, own)
-        with context.tracked(trial) as track:
-            done = fit(
-                objective,
-                context.windows,
-                recipe=own,
-                validate=validate,
-                seed=trial.seed,
-                device=context.device,
-                track=track,
-                checkpoint=checkpoint,
-                result=result,
-            )
-        done.learning_rate = rate
-        return done
-
     rates = recipe.rates
     if len(rates) > 1 and trial.seed:
         first = at_first_seed(trial)
@@ -215,29 +195,40 @@ def train(
         if record is None or record.training is None or not record.training.learning_rate:
             raise ValueError(f"{first.id} has no learning rate for {trial.id}")
         rates = (record.training.learning_rate,)
-    if len(rates) == 1:
-        return at(rates[0], context.checkpoint(trial))
-    begun = best_weights = _copied(objective)
-    best = Fit(best_score=-math.inf)
+    several, best = len(rates) > 1, Fit()
+    begun = best_weights = _copied(objective) if several else {}
     tried: dict[str, float | None] = {}
     seconds = 0.0
     for rate in rates:
         _restore(objective, begun)
+        own = replace(recipe, learning_rate=rate)
+        result = result_file(context, trial, objective, own)
         try:
-            done = at(rate, context.checkpoint(trial, rate))
+            with context.tracked(trial) as track:
+                done = fit(
+                    objective,
+                    context.windows,
+                    recipe=own,
+                    validate=validate,
+                    seed=trial.seed,
+                    device=context.device,
+                    track=track,
+                    checkpoint=context.checkpoint(trial, rate if several else None),
+                    result=result,
+                )
         except DivergedError as error:
-            logger.warning("learning rate %g: %s", rate, error)
             if rate == rates[-1] and not best.steps:
                 raise
+            logger.warning("learning rate %g: %s", rate, error)
             tried[f"{rate:g}"] = None
             continue
-        logger.info("learning rate %g: validation NDCG@10 %.4f", rate, done.best_score)
-        tried[f"{rate:g}"] = done.best_score
+        done.learning_rate, tried[f"{rate:g}"] = rate, done.best_score
         seconds += done.seconds
-        if done.best_score > best.best_score:
-            best, best_weights = done, _copied(objective)
+        if not best.steps or done.best_score > best.best_score:
+            best, best_weights = done, _copied(objective) if several else {}
     _restore(objective, best_weights)
-    best.tried, best.tuning_seconds = tried, seconds - best.seconds
+    if several:
+        best.tried, best.tuning_seconds = tried, seconds - best.seconds
     return best
 
 

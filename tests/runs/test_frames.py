@@ -14,13 +14,13 @@ from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study
 
 OURS = str(Path(depthprobe.__file__).parent)
-COMMAND = 2  # functions before `run_sweep`: the command's own, and what runs a study here
+COMMAND = 1  # functions before `run_sweep`: the command's own
 # by what runs the method, what is on the way, and which of our functions calls the backbone
 MOST = {
     ("training.train_recommender", "objectives.forward", "recommender.forward"): 10,
     ("training.train_recommender", "objectives.forward", "prompt.shared_prompt"): 12,
     ("training.train_recommender", "ranks.evaluate", "recommender.forward"): 10,
-    ("probing.walk_blocks", "walk.rank_routes", "recommender.forward"): 8,
+    ("probing.walk_blocks", "walk.rank_routes", "recommender.forward"): 7,
 }
 
 

@@ -93,7 +93,7 @@ def run_sweep(
     inputs = read_inputs(study, folder, command=command)
     working, before, manifest = inputs.working, inputs.before, inputs.manifest
     if working.seeds > study.seeds:
-        progress.message(f"the run keeps its {working.seeds} seeds, though {study.seeds} are asked")
+        progress.message(f"the run keeps its {working.seeds} seeds: --seeds {study.seeds} is fewer")
 
     began = time.perf_counter()
     context = Context(folder, working)

@@ -174,7 +174,7 @@ def test_a_run_keeps_its_seeds_where_fewer_are_asked(
     run = run_sweep(replace(tiny, seeds=2), tmp_path / "run", jobs=0)
     again = run_sweep(tiny, run.path, jobs=0, progress=recorder)
     assert (again.study.seeds, recorder.planned) == (2, [])
-    assert "the run keeps its 2 seeds, though 1 are asked" in recorder.texts
+    assert "the run keeps its 2 seeds: --seeds 1 is fewer" in recorder.texts
 
 
 def test_intervals_are_made_anew_where_resamples_change(tiny: Study, tmp_path: Path) -> None:

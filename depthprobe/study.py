@@ -157,6 +157,10 @@ class Data(Checked):
     items: str | None = None
     #: so many of a user's latest items are read.
     max_history: Annotated[int, Meta(ge=1, le=100_000)] = 50
+    #: how interactions of a user at the same time are ordered, about which the log says nothing: at
+    #: ``random``, as in the ``file``, or by ``item`` id; a prepared folder has its order.
+    ties: Literal["random", "file", "item"] = "random"
+    ties_seed: Annotated[int, Meta(ge=0)] = 0  #: of the random order.
     columns: Columns = Columns()  #: names of a table's columns.
     cleaning: Cleaning = Cleaning()  #: what is dropped.
 
@@ -360,7 +364,9 @@ class Protocol(Checked):
     split: Literal["leave-one-out", "temporal", "given"] = "leave-one-out"
     #: the two points of ``temporal``: dates, or quantiles of the interactions.
     split_at: tuple[str, ...] = ("0.8", "0.9")
-    filter_seen: bool = True  #: items of the history are not ranked.
+    #: items of the history are not ranked, and a target among them is a miss; ``auto`` leaves them
+    #: out where at most 1 % of the test targets are such repeats.
+    filter_seen: bool | Literal["auto"] = "auto"
     sampled: bool = True  #: the 999-negative protocol beside full ranking, labelled.
     #: of the sampled protocol, drawn from the items that a user never took: ``uniform``, or in
     #: proportion to how often training holds an item (``popularity``: harder, and what training

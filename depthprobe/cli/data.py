@@ -151,7 +151,8 @@ def _sizes(sequences: Sequences, source: str) -> dict[str, str]:
     }
     if sequences.times is not None:
         rows["times"] = f"{numbers['first']} to {numbers['last']}"
-        rows["same time"] = f"{_percent(numbers['shared_times'])} of neighbours in a history"
+        shared = f"{_percent(numbers['shared_times'])} of neighbours in a history"
+        rows["same time"] = f"{shared}, their order is {numbers.get('ties', 'that of the file')}"
     if sequences.given is not None:
         offsets, given = sequences.offsets, sequences.given  # (U + 1,), (U, 2): where parts end
         ends = (offsets[:-1].sum(), *given.sum(axis=0), offsets[1:].sum())
@@ -178,6 +179,10 @@ def _parts(split: Split, name: str) -> dict[str, str]:
             rows[part] += f", {cell(cold)} cold ones left out"
     if unknown := numbers["cold_test_targets"]:
         rows["test"] += f", {cell(unknown)} of their targets unknown to training"
+    for what, text in (("repeated", "had before"), ("tied", "at the time of a neighbour")):
+        if count := numbers.get(f"{what}_test_targets"):
+            rows["test"] += f", {cell(count)} of their targets {text}"
+    rows["seen items"] = str(numbers["seen_items"])
     return rows
 
 

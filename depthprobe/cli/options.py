@@ -69,6 +69,8 @@ LOG = {  # how a log is read and cleaned
     "time_column": Flag("data.columns.time", "C", COLUMN),
     "rating_column": Flag("data.columns.rating", "C", COLUMN),
     "title_column": Flag("data.columns.title", "C", COLUMN),
+    "ties": Flag("data.ties", "random|file|item", "Order at equal times [default: random]."),
+    "ties_seed": Flag("data.ties_seed", "N", "Seed of the random one [default: 0].", int),
     "min_rating": Flag("data.cleaning.min_rating", "X", "Drop lower ratings.", float),
     "repeats": Flag(
         "data.cleaning.repeats", "keep|first|last", "Of the same item [default: keep]."

@@ -35,8 +35,8 @@ class Log:
 
     ``times`` (N,), seconds since 1970, int64 or float64, or None. ``ratings`` float64 (N,) or None.
     ``parts`` int8 (N,), places in :data:`PARTS`, for a log that came split, or None. A user's
-    interactions may lie anywhere; where times tie or are None, earlier rows are older.
-    ``notes`` are what the reader had to decide; every report repeats them.
+    interactions may lie anywhere. ``notes`` are what the reader had to decide; every report repeats
+    them. ``ties`` tells how ties in time were broken, where the rows have that order already.
     """
 
     users: Ids
@@ -47,6 +47,7 @@ class Log:
     titles: dict[str, str] = field(default_factory=dict)
     name: str = "log"
     notes: tuple[str, ...] = ()
+    ties: str | None = None
 
     def __len__(self) -> int:
         return len(self.users)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from depthprobe.data.statistics import order_warnings, statistics, tied_neighbou
 from depthprobe.data.storage import MANIFEST, Sequences, check_output, load_data, write_data
 from depthprobe.errors import BadInput
 from depthprobe.study import Cleaning, Columns, Data
+
+Ties = Literal["random", "file", "item"]
 
 LONGEST_TITLE = 256  # characters
 
@@ -28,12 +31,14 @@ def prepare_data(
     items: str | Path | None = None,
     columns: Columns | None = None,
     cleaning: Cleaning | None = None,
+    ties: Ties = "random",
+    ties_seed: int = 0,
 ) -> Sequences:
     """Read a log, put it in order, drop what the rules say, number its users and items.
 
-    Interactions are sorted by time within a user; ties, and logs without times, keep the order
-    of the input. Items and users are numbered in the natural order of their raw ids (``i2``
-    before ``i10``), so the numbers don't depend on the order of the file's lines.
+    Interactions are sorted by time within a user. A log without times keeps its order. Items and
+    users are numbered in the natural order of their raw ids (``i2`` before ``i10``), so the numbers
+    don't depend on the order of the file's lines.
 
     Args:
         source: ``"embedded"``, a log (a file or a folder), a prepared folder, or the name of a
@@ -45,6 +50,9 @@ def prepare_data(
         items: a file with the items' titles; by default looked for beside the log.
         columns: which columns of a table hold what; by default guessed.
         cleaning: what is dropped; by default nothing.
+        ties: how interactions of a user at the same time are ordered: at ``"random"``, the same way
+            whatever the order of the file; as in the ``"file"``; by ``"item"`` id.
+        ties_seed: of the random order.
 
     Raises:
         BadInput: if the source is missing, empty or not a log, if the rules leave nothing, or if
@@ -59,11 +67,15 @@ def prepare_data(
                 allowed = "none for a prepared folder (prepare the log itself again)"
                 raise BadInput(f"data.{field}", value, allowed)
         sequences = _clean_further(load_data(source), name, cleaning or Cleaning())
+        own, asked = sequences.statistics.get("ties"), _ties_name(ties, ties_seed)
+        if own not in (None, asked) and (ties, ties_seed) != (Data.ties, Data.ties_seed):
+            allowed = f"none for a prepared folder (its ties: {own}); prepare the log itself again"
+            raise BadInput("data.ties", asked, allowed)
     else:
         from depthprobe.data.readers.formats import read_log  # pyarrow is slow to import
 
         log = read_log(source, format=format, items=items, columns=columns)
-        sequences = order_log(log, name=name, cleaning=cleaning)
+        sequences = order_log(log, name=name, cleaning=cleaning, ties=ties, ties_seed=ties_seed)
     if target is None:
         return sequences
     write_data(sequences, target)
@@ -82,17 +94,30 @@ def read_data(
         items=settings.items,
         columns=settings.columns,
         cleaning=settings.cleaning,
+        ties=settings.ties,
+        ties_seed=settings.ties_seed,
     )
 
 
-def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = None) -> Sequences:
+def order_log(
+    log: Log,
+    *,
+    name: str | None = None,
+    cleaning: Cleaning | None = None,
+    ties: Ties = "random",
+    ties_seed: int = 0,
+) -> Sequences:
     """Sort, clean and number a log; see :func:`prepare_data`."""
     if not len(log):
         raise BadInput("data.source", log.name, "a log with at least one interaction")
     users, user_ids = number_ids(log.users, "user")
     items, item_ids = number_ids(log.items, "item")
     # lexsort is stable: what has the same time keeps the order of the input
-    order = np.lexsort([key for key in (log.times, log.parts, users) if key is not None])
+    keys = [key for key in (log.times, log.parts, users) if key is not None]
+    order = np.lexsort(keys)
+    told = log.ties or _ties_name(ties, ties_seed)
+    if log.times is not None and log.ties is None and ties != "file":
+        order = _break_ties(order, keys, items, None if ties == "item" else ties_seed)
     users, items = users[order], items[order]
     ratings = None if log.ratings is None else log.ratings[order]
     keep, steps = clean(users, items, ratings, cleaning or Cleaning())
@@ -111,7 +136,7 @@ def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = 
         parts = log.parts[order]
         ends = [np.bincount(users[parts <= part], minlength=len(user_ids)) for part in (0, 1)]
         given = offsets[:-1, None] + np.stack(ends, axis=1).astype(np.int64)
-    titles, warnings = None, [*log.notes, *order_warnings(offsets, items, tied, item_ids)]
+    titles, warnings = None, [*log.notes, *order_warnings(offsets, items, tied, item_ids, told)]
     if log.titles:
         stripped = {item.strip(): title for item, title in log.titles.items()}
         titles = [stripped.get(item, "")[:LONGEST_TITLE] for item in item_ids]
@@ -129,7 +154,7 @@ def order_log(log: Log, *, name: str | None = None, cleaning: Cleaning | None = 
         read_users=lambda: {"user_id": user_ids},
         notes=log.notes,
         warnings=tuple(warnings),
-        statistics=statistics(offsets, items, times, tied, len(item_ids)),
+        statistics=statistics(offsets, items, times, tied, len(item_ids), told),
         cleaning=steps,
         fingerprint=_fingerprint(offsets, items, times, given, item_ids, user_ids, titles),
     )
@@ -151,9 +176,35 @@ def _clean_further(sequences: Sequences, name: str | None, rules: Cleaning) -> S
         titles={i: title for i, title in zip(names, sequences.titles or [], strict=False) if title},
         name=sequences.name,
         notes=sequences.notes,
+        ties=str(sequences.statistics.get("ties")),
     )
     cleaned = order_log(log, name=name, cleaning=rules)
     return replace(cleaned, cleaning=(*sequences.cleaning, *cleaned.cleaning[1:]))
+
+
+def _break_ties(
+    order: np.ndarray, keys: list[np.ndarray], items: np.ndarray, seed: int | None
+) -> np.ndarray:
+    """Rows in ``order`` (N,) of the keys, those with equal keys by item, or at random by a seed.
+
+    By item first in any case, so that the random order does not depend on that of the file.
+    """
+    starts = np.zeros(len(order), dtype=bool)  # of each group of equal keys
+    for key in keys:
+        starts[1:] |= np.diff(key[order]) != 0
+    starts[:1] = True
+    groups = np.cumsum(starts)
+    places = np.flatnonzero(np.bincount(groups)[groups] > 1)  # of rows that share their keys
+    rows, groups = order[places], groups[places]
+    by_item = np.lexsort((items[rows], groups))
+    if seed is not None:
+        by_item = by_item[np.lexsort((np.random.default_rng(seed).random(len(rows)), groups))]
+    order[places] = rows[by_item]
+    return order
+
+
+def _ties_name(ties: Ties, seed: int) -> str:
+    return {"random": f"random, seed {seed}", "file": "as in the file", "item": "by item"}[ties]
 
 
 def _fingerprint(*contents: np.ndarray | list[str] | None) -> str:

@@ -19,6 +19,8 @@ from depthprobe.data.storage import Sequences
 from depthprobe.errors import BadInput
 from depthprobe.study import Protocol
 
+MANY_REPEATS = 0.01  # a share of the test targets above which seen items stay in the ranking
+
 Part = Literal["validation", "test"]
 
 
@@ -39,13 +41,16 @@ class Split:
     """Who trains on what, and whose next item is held out.
 
     ``train_stop`` int64 (U,): user ``u`` trains on ``items[offsets[u]:train_stop[u]]``.
-    ``statistics`` count the held-out users, and the users and targets unknown to training.
+    ``filter_seen`` tells whether the items of a history are left out of the ranking.
+    ``statistics`` count the held-out users, the users and targets unknown to training, the targets
+    that are repeats, and those at the same time as a neighbour, whose place is a matter of chance.
     """
 
     sequences: Sequences
     train_stop: np.ndarray
     validation: HeldOut
     test: HeldOut
+    filter_seen: bool
     statistics: dict[str, float | int | str]
     warnings: tuple[str, ...]
 
@@ -85,7 +90,24 @@ def make_split(sequences: Sequences, protocol: Protocol) -> Split:
     Raises:
         BadInput: if nobody can be evaluated, or the log lacks what the split needs.
     """
-    return SPLITS[protocol.split](sequences, protocol)
+    split = SPLITS[protocol.split](sequences, protocol)
+    auto, warnings = protocol.filter_seen == "auto", list(split.warnings)
+    filter_seen = split.filter_seen if auto else bool(protocol.filter_seen)
+    repeats, users = int(split.statistics["repeated_test_targets"]), len(split.test.users)
+    if repeats:
+        ranked = (
+            "each is a miss, as seen items are left out" if filter_seen else "seen items stay in"
+        )
+        warnings.append(
+            f"{repeats:,} of {users:,} test targets ({100 * repeats / users:.2g} %) are items that "
+            f"their user had before: {ranked}"
+        )
+    return replace(
+        split,
+        filter_seen=filter_seen,
+        statistics=split.statistics | {"seen_items": "left out" if filter_seen else "ranked too"},
+        warnings=tuple(warnings),
+    )
 
 
 def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
@@ -199,7 +221,9 @@ def _split(
         raise BadInput("data", sequences.name, "a split that leaves some user two training items")
     statistics: dict[str, float | int | str] = {}
     train_stop = np.asarray(train_stop, dtype=np.int64)
-    split = Split(sequences, train_stop, validation, test, statistics, ())
+    repeats = _repeats(sequences, test)
+    filter_seen = repeats <= MANY_REPEATS * len(test.users)
+    split = Split(sequences, train_stop, validation, test, filter_seen, statistics, ())
     known = np.zeros(sequences.n_items + 1, dtype=bool)
     known[sequences.items[split.trained]] = True
     cold_targets = int((~known[split.targets("test")]).sum())
@@ -209,8 +233,11 @@ def _split(
         "validation_users": len(validation.users),
         "test_users": len(test.users),
         "cold_test_targets": cold_targets,
+        "repeated_test_targets": repeats,
         **more,
     }
+    if sequences.statistics.get("shared_times"):
+        statistics["tied_test_targets"] = _tied(sequences, test)
     if cold_targets:
         share = cold_targets / len(test.users)
         warnings.append(
@@ -218,6 +245,24 @@ def _split(
             "that no training interaction holds: they stay in every score"
         )
     return replace(split, warnings=tuple(warnings))
+
+
+def _repeats(sequences: Sequences, test: HeldOut) -> int:
+    """How many targets stand in their user's history too."""
+    target = np.zeros(sequences.n_users, dtype=np.int64)  # places; (U,)
+    target[test.users] = test.targets
+    users = np.repeat(np.arange(sequences.n_users), np.diff(sequences.offsets))  # (N,)
+    items, places = np.asarray(sequences.items), target[users]
+    same = (items == items[places]) & (np.arange(len(items)) < places)
+    return len(np.unique(users[same]))
+
+
+def _tied(sequences: Sequences, test: HeldOut) -> int:
+    """How many targets have the time of their user's interaction before or after."""
+    times, at = np.asarray(sequences.times), test.targets
+    after = np.minimum(at + 1, np.asarray(sequences.offsets)[test.users + 1] - 1)
+    tied = (times[at - 1] == times[at]) | ((after > at) & (times[after] == times[at]))
+    return int(tied.sum())
 
 
 def _moment(times: np.ndarray, text: str) -> float:

@@ -11,8 +11,7 @@ from depthprobe.data.storage import Sequences
 TOP = (1, 5, 10, 25, 50)  # per cent of the items
 NO_TIMES = "no times: order is the file's"
 MANY_TIES = 0.05  # above this share of equal neighbours, times are too coarse to order a sequence
-SORTED = 0.9  # a share of rising steps that no order in time reaches: half of them rise by chance
-FEWEST_STEPS = 20  # fewer tell nothing
+SORTED, PARTLY = 0.9, 0.6  # shares of steps to a higher id; about half of them are by chance
 LEVELS = {
     "min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0,
 }  # fmt: skip
@@ -46,11 +45,13 @@ def statistics(
     times: np.ndarray | None,
     tied: np.ndarray | None,
     n_items: int,
+    ties: str,
 ) -> dict[str, float | int | str]:
     """Sizes, shares and the time span of sequences.
 
     ``repeats`` is the share of interactions whose item the user had taken before; ``shared_times``
-    the share of ``tied`` neighbours; ``first`` and ``last`` are dates.
+    the share of ``tied`` neighbours and ``ties`` how they were ordered; ``first`` and ``last`` are
+    dates.
     """
     lengths = np.diff(offsets)
     pairs = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths) * (n_items + 1) + items
@@ -68,6 +69,7 @@ def statistics(
     if times is not None and tied is not None:
         values |= {
             "shared_times": _share(tied),
+            "ties": ties,
             "first": as_date(times.min()),
             "last": as_date(times.max()),
         }
@@ -81,36 +83,42 @@ def quantiles(counts: np.ndarray) -> dict[str, float]:
 
 
 def order_warnings(
-    offsets: np.ndarray, items: np.ndarray, tied: np.ndarray | None, ids: list[str]
+    offsets: np.ndarray, items: np.ndarray, tied: np.ndarray | None, ids: list[str], ties: str
 ) -> list[str]:
     """Why the order of the sequences may not be the order of time.
 
     ``items`` are numbered 1..I in the natural order of ``ids``; ``tied`` is that of
-    :func:`tied_neighbours`, or None for a log without times.
+    :func:`tied_neighbours`, or None for a log without times; ``ties`` tells how they were ordered.
     """
     rows = _rows_before_another(offsets)
-    warnings = [NO_TIMES]
+    warnings, where = [NO_TIMES], ""
     if tied is not None:
         share = _share(tied)
         if share <= MANY_TIES:
             return []
-        rows = rows[tied]  # the others are ordered by time
+        rows, where = rows[tied], "within equal times, "  # the others are ordered by time
         warnings = [
             f"{share:.0%} of neighbours in a sequence have the same time (as day-level times do): "
-            "their order is the file's"
+            f"their order is {ties}"
         ]
     by_text = np.empty(len(ids) + 1, dtype=np.int64)
     by_text[np.argsort(ids, kind="stable") + 1] = np.arange(len(ids))
-    for places, what in ((items, "by item id"), (by_text[items], "by the text of the item ids")):
+    found = []
+    for places, what in ((items, "item id"), (by_text[items], "text of the item id")):
         steps = places[rows + 1].astype(np.int64) - places[rows]
         steps = steps[steps != 0]
-        rising = float((steps > 0).mean()) if len(steps) >= FEWEST_STEPS else 0.5
-        if not 1 - SORTED < rising < SORTED:
-            warnings.append(
-                f"sequences look sorted {what}: {max(rising, 1 - rising):.0%} of their steps go "
-                "one way, so the last item is no later than the others"
-            )
-            break
+        rising = _share(steps > 0)
+        found.append(
+            (max(rising, 1 - rising), "rises" if rising > 0.5 else "falls", what, len(steps))
+        )
+    share, goes, what, count = max(found)
+    if share > max(PARTLY, 0.5 + 1.5 / max(count, 1) ** 0.5):  # three standard errors from a half
+        order = "the order" if share > SORTED else "a part of the order"
+        verb = "may be" if tied is None else "is"  # ids may follow time, where there are no ties
+        warnings.append(
+            f"{where}the {what} {goes} in {share:.0%} of the steps, by chance in about half: "
+            f"{order} {verb} that of ids, not of time"
+        )
     return warnings
 
 

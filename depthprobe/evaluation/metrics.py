@@ -23,11 +23,12 @@ def metrics_from_ranks(ranks: Any, ks: Iterable[int] = (1, 5, 10)) -> dict[str, 
     """``HR@K`` and ``NDCG@K`` for each K, and ``MRR``: means of :func:`per_user_metric`.
 
     Args:
-        ranks: (U,), 1-based, fractional over ties; a tensor, an array or a list.
+        ranks: (U,), 1-based, fractional over ties, infinite for a target that can't be served: a
+            miss by every metric; a tensor, an array or a list.
         ks: the cut-offs, integers from 1.
 
     Raises:
-        ValueError: if there are no ranks, or one is NaN, infinite or below 1.
+        ValueError: if there are no ranks, or one is NaN or below 1.
     """
     checked = _checked_ranks(ranks)
     if not len(checked):
@@ -41,9 +42,10 @@ def per_user_metric(ranks: Any, name: str) -> np.ndarray:
     """One metric of each user, float64 (U,): ``HR@K``, ``NDCG@K`` or ``MRR``.
 
     With one relevant item of rank r: HR@K = [r <= K], NDCG@K = [r <= K] / log2(r + 1), MRR = 1 / r.
+    A target that can't be served has an infinite rank: all are 0.
 
     Raises:
-        ValueError: if the metric is unknown, or a rank is NaN, infinite or below 1.
+        ValueError: if the metric is unknown, or a rank is NaN or below 1.
     """
     checked = _checked_ranks(ranks)
     if name == "MRR":
@@ -108,7 +110,7 @@ def _checked_ranks(ranks: Any) -> np.ndarray:
     checked = np.asarray(ranks, dtype=np.float64)
     if checked.ndim != 1:
         raise ValueError(f"expected ranks (U,), got {checked.shape}")
-    bad = ~(np.isfinite(checked) & (checked >= 1))
+    bad = ~(checked >= 1)  # NaN too
     if bad.any():
         place = int(bad.argmax())
         raise ValueError(f"rank {place} is {checked[place]}, expected a number from 1")

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -299,9 +300,16 @@ class EvalSet:
     users: np.ndarray  # (E,)
     histories: list[np.ndarray]  # E arrays of item ids, the latest last
     targets: np.ndarray  # (E,) item ids
-    seen: list[np.ndarray] | None  # items excluded from a user's ranking
+    seen: list[np.ndarray] | None  # items excluded from a user's ranking: a target there is a miss
     negatives: np.ndarray | None  # (E, 999)
     lists: bool = False
+
+    @cached_property
+    def misses(self) -> np.ndarray:
+        """Whose target is among the items left out, bool (E,)."""
+        if self.seen is None:
+            return np.zeros(len(self.targets), dtype=bool)
+        return np.array([t in own for t, own in zip(self.targets, self.seen, strict=True)], bool)
 
     def batches(self, *, device: torch.device, size: int = BATCH) -> Batches[UserBatch]:
         """All users in batches of like length."""
@@ -318,6 +326,7 @@ class EvalSet:
     ) -> dict[str, np.ndarray]:
         """Ranks of the chosen users' targets by protocol, from user vectors (B, d).
 
+        A target among the seen items is never served: its rank is infinite, its metrics are 0.
         With ``lists``, ``"top-10"`` has their best items, (B, 10); ``top`` is another length.
         """
         ranks = rank_users(
@@ -328,7 +337,10 @@ class EvalSet:
             negatives=None if self.negatives is None else self.negatives[chosen].astype(np.int64),
             top=TOP * self.lists if top is None else top,
         )
-        return {protocol: values.numpy() for protocol, values in ranks.items()}
+        found = {protocol: values.numpy() for protocol, values in ranks.items()}
+        for protocol in [name for name in found if not name.startswith("top-")]:
+            found[protocol][self.misses[chosen]] = np.inf
+        return found
 
     def rank_models(
         self, models: list[Ranks], chosen: np.ndarray, vectors: Tensor, items: Tensor

@@ -92,7 +92,7 @@ def _named(summaries: Sequence[Summary]) -> list[Compared]:
 DIFFERENCES: dict[str, Callable[[Summary], str]] = {  # the protocol first
     "margin": lambda s: style.plain_percent(s.margin),
     "split": lambda s: _split(s.run.study.protocol),
-    "seen items": lambda s: "left out" if s.run.study.protocol.filter_seen else "ranked too",
+    "seen items": lambda s: s.run.seen_items,
     "data": lambda s: f"{s.run.manifest.data.name} ({s.run.manifest.data.fingerprint[:8]})",
     "backbone": lambda s: style.base_name(s.run.manifest.backbone.source),
     "item embeddings": lambda s: s.run.manifest.item_table.source,

@@ -182,7 +182,7 @@ class Context:
             self.split,
             part,
             max_history=self.study.data.max_history,
-            filter_seen=self.study.protocol.filter_seen,
+            filter_seen=self.split.filter_seen,
             negatives=negatives,
             limit=limit,
         )

@@ -74,7 +74,7 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
             item_ids=[str(raw) for raw in sequences.item_ids],
             titles=None if sequences.titles is None else [str(t) for t in sequences.titles],
             max_history=study.data.max_history,
-            filter_seen=study.protocol.filter_seen,
+            filter_seen=context.split.filter_seen,
             attention=study.backbone.attention,
         )
         try:
@@ -200,12 +200,11 @@ def _accuracy(run: Run, record: Record) -> str:
     table, data, protocol = run.metrics, run.manifest.data, run.study.protocol
     table = table[(table["trial"] == record.id) & (table["split"] == "test")]
     chosen = table[(table["slice"] == ALL) & table["metric"].isin(METRICS)]
-    filtered = "left out" if protocol.filter_seen else "ranked too"
     drawn = {"uniform": "drawn at random", "popularity": "drawn by popularity"}[protocol.negatives]
     lines = [
         f"Test users of {_code(data.name)} ({data.users:,} users, {data.items:,} items,"
         f" {data.interactions:,} interactions), {protocol.split} split; a user's seen"
-        f" items are {filtered}."
+        f" items are {run.seen_items}."
     ]
     for name in chosen["protocol"].unique():
         others = f"the target among {name.removeprefix('sampled-')} others {drawn}"

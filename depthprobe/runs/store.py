@@ -59,6 +59,12 @@ class Run:
     def __init__(self, path: Path, study: Study, manifest: Manifest) -> None:
         self.path, self.study, self.manifest = path, study, manifest
 
+    @property
+    def seen_items(self) -> str:
+        """What happens to the items of a history: ``left out``, or ``ranked too``."""
+        filtered = "left out" if self.study.protocol.filter_seen else "ranked too"
+        return str(self.manifest.data.split.get("seen_items", filtered))  # older runs lack it
+
     @cached_property
     def records(self) -> list[Record]:
         """All records, done and failed, in the order of their names; a damaged one is no record."""

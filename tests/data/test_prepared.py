@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from depthprobe.data.cleaning import Step
 from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.prepared import order_log, prepare_data
-from depthprobe.data.statistics import NO_TIMES
+from depthprobe.data.statistics import NO_TIMES, tied_neighbours
 from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.errors import BadInput
 from depthprobe.study import Cleaning, Columns
@@ -58,7 +58,7 @@ def raw(sequences: Sequences) -> dict[str, list[str]]:
 
 
 def test_by_time_and_stable() -> None:
-    sequences = order_log(LOG)
+    sequences = order_log(LOG, ties="file")
     assert raw(sequences) == {"u2": ["i1", "i10", "i2", "i2"], "u10": ["i1", "i10", "i2"]}
     assert sequences.item_ids.tolist() == ["i1", "i2", "i10"]  # numbers by value
     assert sequences.user_ids.tolist() == ["u2", "u10"]
@@ -82,7 +82,49 @@ def test_agrees_with_sorted_on_random_logs() -> None:
         user: [item for u, item, _ in sorted(rows, key=lambda row: row[2]) if u == user]
         for user in {row[0] for row in rows}
     }
-    assert raw(order_log(make_log(rows))) == expected
+    assert raw(order_log(make_log(rows), ties="file")) == expected
+    by_item = {
+        user: [
+            item
+            for u, item, _ in sorted(rows, key=lambda row: (row[2], int(row[1][1:])))
+            if u == user
+        ]
+        for user in expected
+    }
+    assert raw(order_log(make_log(rows), ties="item")) == by_item
+
+
+def test_ties_are_broken_at_random_by_a_seed_whatever_the_order_of_the_lines(
+    tmp_path: Path,
+) -> None:
+    draw = np.random.default_rng(3)
+    rows = [(f"u{u}", f"i{i}", int(t)) for u, i, t in draw.integers([20, 60, 9], size=(900, 3))]
+    found = order_log(make_log(rows))
+    again = order_log(make_log([rows[place] for place in draw.permutation(len(rows))]))
+    other = order_log(make_log(rows), ties_seed=1)
+    assert found.fingerprint == again.fingerprint != other.fingerprint
+    assert found.times is not None
+    assert other.times is not None
+    assert found.times.tolist() == other.times.tolist()
+    assert {user: sorted(row) for user, row in raw(found).items()} == {
+        user: sorted(row) for user, row in raw(other).items()
+    }
+    # half of the steps between tied neighbours rise, as they do by chance
+    tied = tied_neighbours(found.offsets, found.times)
+    rows_before = np.delete(np.arange(len(rows)), found.offsets[1:] - 1)[tied]
+    steps = np.diff(found.items)[rows_before]
+    assert 0.4 < (steps > 0).sum() / (steps != 0).sum() < 0.6
+    assert found.statistics["ties"] == "random, seed 0"
+    # a prepared folder has its order, and keeps it
+    write_data(other, tmp_path / "other")
+    cleaned = prepare_data(tmp_path / "other", cleaning=Cleaning(core=2))
+    assert (
+        cleaned.fingerprint
+        == order_log(make_log(rows), ties_seed=1, cleaning=Cleaning(core=2)).fingerprint
+    )
+    assert cleaned.statistics["ties"] == "random, seed 1"
+    with pytest.raises(BadInput, match=r"data\.ties: expected none .*its ties: random, seed 1"):
+        prepare_data(tmp_path / "other", ties="item")
 
 
 def test_fingerprint_sees_every_content() -> None:

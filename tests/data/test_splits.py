@@ -20,7 +20,7 @@ DAY = 86_400
 def make(rows: list[list[int]], **columns: Any) -> Sequences:
     """One row a user; item k has the raw id k, so it is item k if 1..I are all there."""
     users = encode_ids(f"{user:04d}" for user, row in enumerate(rows) for _ in row)
-    return order_log(Log(users, encode_ids(i for row in rows for i in row), **columns))
+    return order_log(Log(users, encode_ids(i for row in rows for i in row), **columns), ties="file")
 
 
 ROWS = [[1, 2, 3, 4, 5], [2, 1], [3], [5, 4, 3], [1, 1, 2, 1]]
@@ -56,7 +56,34 @@ def test_leave_one_out_by_hand(split: Split) -> None:
         "validation_users": 3,
         "test_users": 3,
         "cold_test_targets": 0,
+        "repeated_test_targets": 1,
     }
+
+
+def test_seen_items_are_left_out_where_targets_hardly_repeat() -> None:
+    rows = [[user + 1, user + 2, user + 3, user + 4] for user in range(200)]
+    few = make([*rows[:198], [1, 2, 3, 1], [4, 4, 4, 4]])
+    many = make([*rows[:197], [1, 2, 3, 1], [4, 4, 4, 4], [5, 6, 7, 7]])
+    for sequences, chosen, left_out in (
+        (make(rows), "auto", True), (few, "auto", True), (many, "auto", False),
+        (few, False, False), (many, True, True),
+    ):  # fmt: skip
+        split = make_split(sequences, Protocol(filter_seen=chosen))  # type: ignore[arg-type]
+        assert split.filter_seen == left_out
+        assert split.statistics["seen_items"] == ("left out" if left_out else "ranked too")
+        said = " ".join(split.warnings)
+        assert ("each is a miss" in said) == (left_out and "had before" in said)
+        assert ("seen items stay in" in said) == (not left_out)
+
+
+def test_targets_within_a_tie_are_counted() -> None:
+    rows = [([1, 2, 3, 4], [0, 1, 5, 5]), ([1, 2, 4, 3], [0, 1, 1, 5]), ([2, 3, 1], [1, 2, 3])]
+    split = leave_one_out(timed(rows))
+    assert split.statistics["tied_test_targets"] == 1
+    # under a temporal split the one after counts too
+    later = timed([([1, 2, 3, 4], [0, 1, 8, 8]), ([2, 3, 4], [1, 2, 8]), ([1, 2, 3], [1, 5, 6])])
+    protocol = Protocol(split="temporal", split_at=("1970-01-06", "1970-01-08"))
+    assert make_split(later, protocol).statistics["tied_test_targets"] == 1
 
 
 def test_cold_targets_are_counted_and_stay() -> None:
@@ -97,6 +124,8 @@ def test_temporal_by_hand() -> None:
         "validation_users": 2,
         "test_users": 3,
         "cold_test_targets": 2,
+        "repeated_test_targets": 1,
+        "seen_items": "ranked too",
         "validation_begins": "1970-01-11",
         "test_begins": "1970-01-21",
         "cold_validation_users": 1,

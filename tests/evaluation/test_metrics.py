@@ -133,11 +133,17 @@ def test_impossible_tables_are_refused(changed: dict[str, float], said: str) -> 
         check_metrics({**table, **changed})
 
 
+def test_a_target_that_is_never_served_is_worth_nothing() -> None:
+    for name in ("HR@1", "HR@100000", "NDCG@10", "MRR"):
+        assert per_user_metric([math.inf, 1], name).tolist() == [0, 1]
+        assert metrics_from_ranks([math.inf, 1], (1, 10, 100_000))[name] == 0.5
+
+
 def test_bad_input_is_refused() -> None:
     for ranks, said in (
         ([1, 0.5], "rank 1 is 0.5"),
         ([math.nan], "rank 0"),
-        ([math.inf], "rank 0"),
+        ([-math.inf], "rank 0"),
     ):
         with pytest.raises(ValueError, match=said):
             metrics_from_ranks(ranks)

@@ -273,6 +273,24 @@ def eval_set() -> EvalSet:
     return make_eval_set(leave_one_out(sequences), "test", max_history=3, filter_seen=True)
 
 
+def test_a_target_among_the_items_left_out_is_a_miss(eval_set: EvalSet) -> None:
+    targets = eval_set.targets.copy()
+    assert eval_set.seen is not None
+    targets[7] = eval_set.seen[7][2]
+    negatives = np.full((40, 3), 30)
+    repeated = replace(eval_set, targets=targets, negatives=negatives, lists=True)
+    ranks = evaluate(LastItem(), repeated, device=CPU)
+    assert {
+        name: np.isinf(ranks[name]).nonzero()[0].tolist() for name in ("full", "sampled-3")
+    } == {
+        "full": [7],
+        "sampled-3": [7],
+    }
+    assert targets[7] not in ranks["top-10"][7]
+    kept = evaluate(LastItem(), replace(repeated, seen=None), device=CPU)
+    assert np.isfinite(kept["full"]).all()
+
+
 def test_evaluation_equals_a_loop_over_users(eval_set: EvalSet) -> None:
     model = LastItem()
     ranks = evaluate(model, replace(eval_set, lists=True), device=CPU)

@@ -16,6 +16,7 @@ import pytest
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.report.numbers import Summary, summarise
 from depthprobe.runs.records import Costs, Manifest, Record
+from depthprobe.runs.store import Run
 from depthprobe.study import Study, override
 
 BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
@@ -57,6 +58,7 @@ class FakeRun:
     records: list[Record] = field(default_factory=list)
     slices: pd.DataFrame = field(default_factory=pd.DataFrame)
     probes: dict[str, pd.DataFrame] = field(default_factory=dict)
+    seen_items = Run.seen_items
 
     def scores(self, method: str) -> pd.DataFrame:
         """As a run's: what a probe says where no trial does."""

@@ -196,7 +196,8 @@ def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:
     return Log(
         users,
         items,
-        **joined,
+        joined["times"],
+        joined["ratings"],
         parts=parts,
         titles={item: title for log in logs for item, title in log.titles.items()},
         name=folder.resolve().name,

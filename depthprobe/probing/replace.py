@@ -36,6 +36,8 @@ from depthprobe.probing.passes import CausalEncoder, exact
 RIDGE = 0.1
 BATCH = 64  # states of every position are held, not only of the last
 
+Sums = dict[tuple[str, int, int], Tensor]  # what is summed, start, end
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -75,101 +77,81 @@ def fit_replacements(
     for start, end in spans:
         _check_span(model, start, end)
     check_readable(model.backbone)
-    total = batch = _NormalEquations(spans)
+    written: dict[int, Tensor] = {}  # M by start, as the projection returned it
 
     def keep(start: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            batch.written[start] = output.clone()  # some blocks add to it in place
+            written[start] = output.clone()  # some blocks add to it in place
 
         return hook
 
     starts = {start for start, _ in spans}
     projections = {start: find_projection(model.backbone, start - 1) for start in starts}
     hooks = [each.register_forward_hook(keep(start)) for start, each in projections.items()]
-
+    first = int(getattr(model, "lead", 0))  # behind a prompt that is repeated in each row
     prompt, batches = shared_prompt(model), eval_set.batches(device=device, size=batch_size)
-    with (
-        tap_blocks(model.backbone, consume=lambda k, state: batch.add_state(k, state)) as tap,
-        removed_after(hooks),
-    ):
+    total: Sums = {}
+    with tap_blocks(model.backbone) as tap, removed_after(hooks):
         for _, histories, lengths in batches:
             with batches.retry():
-                tap.clear()  # of a pass that ran out of memory
-                batch = _NormalEquations(spans)
-                batch.first = int(getattr(model, "lead", 0))  # a prompt repeated in each row
-                batch.last = model.last_place(lengths)
                 model.encode(histories, lengths, *prompt)
-                tap.check_complete()
-                total.add(batch)
+                last = model.last_place(lengths)
+                for key, value in _normal_equations(
+                    spans, tap.states, written, first, last
+                ).items():
+                    total[key] = total[key].add_(value) if key in total else value
     return [_solve(total, span, ridge) for span in spans]
 
 
-class _NormalEquations:
-    """Sums over positions from which the least squares are solved, as states of a pass come in."""
+def _normal_equations(
+    spans: Sequence[tuple[int, int]],
+    states: list[Tensor],
+    written: dict[int, Tensor],
+    first: int,
+    last: Tensor,
+) -> Sums:
+    """Sums over the real positions of a batch, ``first`` to ``last`` (B,), for the least squares.
 
-    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
-        self.first, self.last = 0, torch.empty(0)  # a row's real places: first to last (B,)
-        self.written: dict[int, Tensor] = {}  # M by start, as the projection returned it
-        self.gram: dict[int, Tensor] = {}  # by start: M'M, (D, D)
-        self.cross: dict[tuple[int, int], Tensor] = {}  # by span: M'(h_end - h_start), (D, D)
-        self.moved: dict[tuple[int, int], Tensor] = {}  # ||h_end - h_start||^2
-        self.size: dict[tuple[int, int], Tensor] = {}  # ||h_end||^2
-        self._spans = sorted(set(spans))
-        self._until = dict(self._spans)  # by start: the largest end
-        self._places = {place for span in spans for place in span}
-        self._open: dict[int, tuple[Tensor, Tensor]] = {}  # by start: M and h_start, (N, D)
+    States are (B, T, D), and M by start is of their size. By start: the Gram matrix ``M'M``; by
+    span: ``M'(h_end - h_start)``, and the squared sizes of the change and of h_end.
+    """
+    places = torch.arange(states[0].shape[-2], device=states[0].device)
+    inside = (places >= first) & (places <= last.to(places.device)[:, None])  # (B, T)
 
-    def add_state(self, k: int, state: Tensor) -> None:
-        """Use the state (B, T, D) after k blocks: the end of some spans, the start of others."""
-        if k not in self._places:
-            return
-        here = self._real(state, state)
-        for span in self._spans:
-            if span[1] == k:
-                output, before = self._open[span[0]]
-                moved = here - before
-                self.cross[span] = output.T @ moved
-                self.moved[span] = moved.square().sum()
-                self.size[span] = here.square().sum()
-        # the states of a start are held up to its last end, and no longer
-        self._open = {s: states for s, states in self._open.items() if k < self._until[s]}
-        if k in self._until:
-            output = self._real(self.written.pop(k), state)
-            self.gram[k] = output.T @ output
-            self._open[k] = (output, here)
-
-    def add(self, other: _NormalEquations) -> None:
-        """Add the sums of another batch."""
-        for name in ("gram", "cross", "moved", "size"):
-            mine, its = getattr(self, name), getattr(other, name)
-            for key, value in its.items():
-                mine[key] = mine[key].add_(value) if key in mine else value
-
-    def _real(self, values: Tensor, state: Tensor) -> Tensor:
-        """The real positions of values like the state, in float64, (N, D)."""
-        if values.numel() != state.numel():
+    def real(values: Tensor) -> Tensor:
+        """In float64, (N, D)."""
+        if values.numel() != states[0].numel():
             raise ValueError("an MLP's last linear map did not see every position (experts?)")
-        places = torch.arange(state.shape[-2], device=values.device)
-        real = (places >= self.first) & (places <= self.last.to(values.device)[:, None])  # (B, T)
-        return exact(values.reshape(state.shape)[real])
+        return exact(values.reshape(states[0].shape)[inside])
+
+    sums: Sums = {}
+    for start, end in sorted(set(spans)):
+        output, after = real(written[start]), real(states[end])
+        moved = after - real(states[start])
+        if ("gram", start, start) not in sums:
+            sums["gram", start, start] = output.T @ output
+        sums["cross", start, end] = output.T @ moved
+        sums["moved", start, end] = moved.square().sum()
+        sums["size", start, end] = after.square().sum()
+    return sums
 
 
-def _solve(sums: _NormalEquations, span: tuple[int, int], ridge: float) -> Replacement:
-    gram, cross = sums.gram[span[0]], sums.cross[span]
+def _solve(sums: Sums, span: tuple[int, int], ridge: float) -> Replacement:
+    gram = sums["gram", span[0], span[0]]
+    cross, moved, size_after = (sums[name, *span] for name in ("cross", "moved", "size"))
     size = gram.diagonal().mean()
     # an MLP that wrote nothing: any positive a gives the identity
     shift = ridge * size if size > 0 else torch.ones_like(size)
     factor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
     change = torch.cholesky_solve(cross, factor)  # T - I
     # ||M (T - I) - E||^2 from the sums alone
-    left = (change * (gram @ change - 2 * cross)).sum() + sums.moved[span]
-    size = sums.size[span]
+    left = (change * (gram @ change - 2 * cross)).sum() + moved
     return Replacement(
         start=span[0],
         end=span[1],
         map=np.eye(len(gram)) + change.cpu().numpy(),
-        error=float((left.clamp_min(0) / size).sqrt()),
-        error_without=float((sums.moved[span] / size).sqrt()),
+        error=float((left.clamp_min(0) / size_after).sqrt()),
+        error_without=float((moved / size_after).sqrt()),
     )
 
 

@@ -191,8 +191,8 @@ def test_sections_without_data_are_absent(
 
 
 def test_a_run_with_infinite_intervals_has_a_report(make: Make, tmp_path: Path) -> None:
-    """Among a few users some draws hold no hit of the teacher: its ratio has no bound then."""
-    run = make(tmp_path, users=6, seeds=1, methods={"full", "finetune"}, timing=False)
+    """One user says nothing about others."""
+    run = make(tmp_path, users=1, seeds=1, methods={"full", "finetune"}, timing=False)
     assert "have an infinite end, which is not drawn" in Page(build_report(run)).text
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from depthprobe.cli.terminal import SHOWN, show_progress
+from depthprobe.cli.terminal import SHOWN, show_progress, show_table
 from depthprobe.runs.processes import Progress
 
 
@@ -76,3 +76,10 @@ def test_the_bar_is_taken_down_when_the_sweep_is_interrupted(
 def test_silent_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     play(Progress())
     assert capfd.readouterr() == ("", "")
+
+
+def test_words_stand_left_and_numbers_right(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table(["method", "trials"], [["full", 1], ["popularity", 1200]], words=["method"])
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert second.index("popularity") == first.index("full")
+    assert second.index("1,200") + 4 == first.index("1")

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from depthprobe.evaluation.statistics import mean_interval, ratio_interval
-from depthprobe.report.numbers import FULL, SAMPLED, Point, Ranks, Summary, summarise
+from depthprobe.report.numbers import FULL, SAMPLED, Point, Ranks, Summary, _timing, summarise
+from depthprobe.runs.records import Costs, Record, Rounds
 
 Make = Callable[..., Any]
 
@@ -124,3 +125,19 @@ def test_metric_margin_and_level_of_the_answer_can_be_changed(make: Make, tmp_pa
     assert teacher.accuracy[FULL, "HR@20"].value == values.mean()
     with pytest.raises(ValueError, match="expected HR@K"):
         summarise(run, headline="recall")
+
+
+def test_a_measurement_that_several_seeds_share_counts_once() -> None:
+    trials = {seed: f"finetune-d01-s{seed}" for seed in range(3)}
+    records = {
+        trial: Record(
+            id=trial,
+            method="finetune",
+            seed=seed,
+            status="done",
+            costs=Costs(timing={"train_step": Rounds(seconds=[9.0 if seed == 2 else 1.0] * 4)}),
+        )
+        for seed, trial in trials.items()
+    }
+    time, _ = _timing(trials, {}, records)
+    assert time["training"].value == pytest.approx(5000)

@@ -44,9 +44,9 @@ def report(
 
         print(build_comparison(opened, output))
     else:
-        from depthprobe.report.page import build_report
+        from depthprobe.report.page import report_words
 
-        print(build_report(opened[0], output))
+        print(report_words(opened[0], output))
 
 
 def status(run: Run) -> None:

@@ -116,16 +116,16 @@ def sweep(
             group.leave()
             if not group.writes:  # of processes that train together, one goes on with the run
                 return int(bool(run.failed))
-        from depthprobe.report.page import build_report
+        from depthprobe.report.page import report_words
 
         progress.message("writing the report")
-        page = build_report(run)
+        words = report_words(run)
     table = results(run)
     title = "Test users, the whole catalogue ranked; means over trials"
     show_table(table.columns.tolist(), table.itertuples(index=False), words=["method"], title=title)
     for trial, error in run.failed:
         print(f"failed: {trial}: {' '.join(str(error).split())}", file=sys.stderr)
-    print(page)
+    print(words)
     return 1 if run.failed else 0
 
 

@@ -1,14 +1,18 @@
-"""The answer of a run in words: how many blocks, how to get there, what it saves, how sure."""
+"""The first screen: what to ship, how sure that is, what it saves; what the run does not show."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import Needed, RetainedAccuracy, Sufficiency
 from depthprobe.report import style
+from depthprobe.report.controls import order_words
 from depthprobe.report.numbers import (
     FULL,
     HEAD,
@@ -20,9 +24,10 @@ from depthprobe.report.numbers import (
     Summary,
     as_summary,
 )
-from depthprobe.report.style import in_percent, percent, plain_percent
+from depthprobe.report.style import in_percent, percent, plain_percent, with_bounds
 
 FEW_SEEDS = 5
+SHOWN, BETTER_BASELINE, WEAK = "shown", "SASRec is better", "weak teacher"
 
 
 class Tile(NamedTuple):
@@ -38,21 +43,21 @@ class Tile(NamedTuple):
 class Answer:
     """The first screen. What was not measured is None; the sentences say nothing beyond this."""
 
-    verdict: str  # "shown", "not shown", "weak teacher"; else what is missing for an answer
-    headline: str
-    detail: str
+    verdict: str  # "shown", "not shown", ...; else what is missing for an answer
+    lines: tuple[str, ...]  # what to do; how sure that is; what it saves, and against SASRec
     tiles: tuple[Tile, ...]
     caveats: tuple[str, ...]
     margin: float
     blocks: int
     users: int  # tested
+    command: str = ""  # that exports what is recommended
     method: str | None = None  # of the sufficient depth, else of the best candidate
     depth: int | None = None
-    kept: Interval | None = None  # share of the teacher's NDCG@10
+    kept: Interval | None = None  # share of the teacher's headline metric
     parameters: float | None = None  # share of the teacher's
     inference: Interval | None = None  # times faster than the teacher
     training: Interval | None = None
-    users_needed: int | None = None  # to decide about the best undecided one
+    sasrec: Interval | None = None  # share of SASRec's headline metric
 
 
 def build_answer(run: Source) -> Answer:
@@ -68,85 +73,77 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     point, blocks = summary.candidates[row.method, row.depth], summary.blocks
     own, full = point.cost("parameters"), teacher.cost("parameters")
     share = own / full if own and full else None
-    number, margin = len(sufficiency.rows), plain_percent(summary.margin)
-    offer = (
-        f"{point.depth} of {blocks} blocks {'keeps' if point.depth == 1 else 'keep'} "
-        f"{in_percent(row.kept)} of the teacher's {summary.headline}"
-    )
-    means, verdict = _means(point, share), "shown" if sufficiency.depth else "not shown"
+    baseline = next(iter(summary.of(SASREC)), None)
+    against = summary.compare(point, baseline) if baseline else None
+    ratio = against.ratio if against else None
+    worse = bool(ratio and ratio.high < 1 and against and against.seeds > 1)
+    what = f"{point.info.label}, {point.depth} of {blocks} blocks"
+    keeps = f"keeps {in_percent(row.kept)} of the teacher's {summary.headline}."
+    offer = f"Best candidate: {what}. It {keeps}"
+    verdict = SHOWN if row.shown else "not shown"
     if weak := doubt(summary, POPULARITY):  # then what is kept of its accuracy is worth nothing
-        verdict = "weak teacher"
-        headline, detail = f"No answer: {weak}.", f"Measured all the same: {offer}. {means}"
-    elif sufficiency.depth:
-        headline = f"{offer}."
-        among = f", all {number} candidates taken into account" if number > 1 else ""
-        picked = (
-            f" It was picked out of {number}: allowing for that, it keeps at least "
-            f"{percent(row.lower)}. The interval is for it alone."
-            if number > 1
-            else ""
-        )
-        detail = (
-            f"With {plain_percent(summary.level)} confidence it loses at most {margin} of the "
-            f"teacher's {summary.headline}{among}.{picked} {means}{_shallower(sufficiency)}"
-        )
+        verdict, advice = WEAK, f"No answer: {weak}."
+    elif worse and baseline:
+        verdict = BETTER_BASELINE
+        better = "SASRec is more accurate than the best shallow model"
+        advice = f"Ship SASRec: it{better[6:]}, and no dearer."
+        if dearer := _dearer(baseline, point):
+            advice = f"Not decided: {better}, but has {dearer}."
+        elif not row.shown and not doubt(summary, SASREC):
+            advice = f"Ship SASRec, or the teacher if its cost is no matter: {better}."
+    elif row.shown:
+        advice, offer = f"Ship {_best_trial(summary, point)} ({what}): it {keeps}", ""
     else:
-        floor = 1 - summary.margin
-        headline = (
-            f"Not shown at a margin of {margin}: no depth below {blocks} is sure to keep "
-            f"{plain_percent(floor)} of the teacher's {summary.headline}."
-        )
-        detail = f"Best candidate: {offer}. {means}"
-        if row.kept.low >= floor and sufficiency.seeds > 1:
-            detail += (
-                f" With all {number} candidates taken into account, its lower bound is "
-                f"{_below(row.lower, floor)}."
-            )
-        detail += f" {_more_users(sufficiency, row)}"
+        advice = _advice(summary, sufficiency)
+    sure = _how_sure(summary, sufficiency, row)
+    if any(other.lower > 1 for other in sufficiency.rows):
+        sure += " The teacher is undertrained: a shallower model is more accurate."
+    saves = _saves(point, share)
+    if ratio is not None:
+        saves += f" Its {summary.headline} is {in_percent(ratio)} of SASRec's."
     return Answer(
-        verdict, headline, detail, _tiles(summary.headline, point, teacher, row.kept, share),
-        caveats(summary, point), summary.margin, blocks, teacher.users, point.method, point.depth,
-        row.kept, share, point.speed.get("inference"), point.speed.get("training"),
-        sufficiency.needed.users[0] if sufficiency.needed else None,
+        verdict, (advice, f"{offer} {sure}".strip(), saves.strip()),
+        _tiles(summary, point, teacher, row.kept, share, ratio), caveats(summary, point),
+        summary.margin, blocks, teacher.users, _export(summary, point) if verdict == SHOWN else "",
+        point.method, point.depth, row.kept, share, point.speed.get("inference"),
+        point.speed.get("training"), ratio,
     )  # fmt: skip
 
 
 def _uncompared(summary: Summary) -> Answer:
     if not summary.points:
-        verdict, headline = "nothing finished", "no trial of this run is finished."
+        verdict, missing = "nothing finished", "no trial of this run is finished."
     elif summary.teacher is None:
         verdict = "no teacher"
-        headline = "no trial of the teacher is finished, so nothing can be compared with it."
-    elif not any(p.info.candidate and p.depth < summary.blocks for p in summary.points):
-        verdict = "no depth tried"
-        headline = "no model of fewer blocks was trained, and early exits are only a hint."
+        missing = "no trial of the teacher is finished, so nothing can be compared with it."
+    elif not any(p.depth and p.method != TEACHER for p in summary.points):
+        verdict, missing = "no depth tried", "no depth below the teacher's was tried."
+    elif not any(p.info.candidate for p in summary.points):
+        verdict = "probes only"
+        missing = "no shallower model was trained, and probes alone show no depth to ship."
     else:
         verdict = "no comparison"
-        headline = "no finished trial below full depth can be compared with the teacher."
-    shown = [p for p in summary.points if p.info.role in ("baseline", "teacher")]
-    shown = sorted(
-        (p for p in shown if p.value(summary.headline)), key=lambda p: p.method != TEACHER
+        missing = "no finished trial below full depth can be compared with the teacher."
+    name = summary.headline
+    shown = [p for p in summary.points if p.info.role in ("baseline", "teacher") and p.value(name)]
+    shown.sort(key=lambda point: point.method != TEACHER)
+    reached = [(point, point.accuracy[FULL, name]) for point in shown]
+    texts = [f"{point.info.label} {with_bounds(value)}" for point, value in reached]
+    failed = len(summary.failed)
+    lines = (
+        f"No answer: {missing}",
+        f"{name} so far: {', '.join(texts)}." if texts else "",
+        f"{failed} of {len(summary.run.trials)} trials failed." if failed else "",
     )
-    reached = {point.info.label: point.accuracy[FULL, summary.headline] for point in shown}
-    detail = ", ".join(f"{name} {style.with_bounds(value)}" for name, value in reached.items())
-    detail = f"{summary.headline} so far: {detail}." if shown else ""
-    if failed := len(summary.failed):
-        detail += f" {failed} of {len(summary.run.trials)} trials failed."
-    sizes = [style.count(size) if (size := p.cost("parameters")) else "" for p in shown]
-    tiles = [
-        Tile(
-            f"{summary.headline}, {name}",
-            style.accuracy(value.value),
-            style.bounds(value, 4),
-            f"{size} parameters" if size else "",
-        )
-        for (name, value), size in zip(reached.items(), sizes, strict=True)
-    ]  # fmt: skip
+    tiles = []
+    for point, value in reached:
+        size = point.cost("parameters")
+        note = f"{style.count(size)} parameters" if size else ""
+        label = f"{name}, {point.info.label}"
+        tiles.append(Tile(label, style.accuracy(value.value), style.bounds(value, 4), note))
     users = max((point.users for point in summary.points), default=0)
-    return Answer(
-        verdict, f"No answer: {headline}", detail.strip(), tuple(tiles), caveats(summary, None),
-        summary.margin, summary.blocks, users,
-    )  # fmt: skip
+    found = caveats(summary, None)
+    return Answer(verdict, lines, tuple(tiles), found, summary.margin, summary.blocks, users)
 
 
 def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
@@ -158,51 +155,106 @@ def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
     return next(named, max(sufficiency.rows, key=lambda row: row.kept.value))
 
 
-def _more_users(sufficiency: Sufficiency, row: RetainedAccuracy) -> str:
-    """What it would take to decide about the best candidate."""
-    floor = 1 - sufficiency.margin
-    if sufficiency.seeds == 1:
-        return "One seed shows nothing, for trainings differ: run three or more."
-    if sufficiency.needed is not None:
-        return f"{_needed(sufficiency, sufficiency.needed)}."
-    if row.kept.high < floor:
-        return (
-            f"The whole interval is below {plain_percent(floor)}: more users would not change that."
-        )
-    return f"Its mean is below {plain_percent(floor)}: more users are more likely to confirm that."
+# --- what to do ------------------------------------------------------------------------------
 
 
-def _shallower(sufficiency: Sufficiency) -> str:
-    """A word on a smaller depth that more users may yet show."""
-    if sufficiency.needed is None:
+def _best_trial(summary: Summary, point: Point) -> str:
+    """Of a point's seeds the trial that is best on validation."""
+    scores = {record.id: record.validation for record in summary.run.records}
+    found = [(v.ndcg if (v := scores.get(trial)) else 0.0, trial) for trial in point.trials]
+    return max(found, key=lambda pair: pair[0])[1]
+
+
+def _export(summary: Summary, point: Point) -> str:
+    """The command that exports a point's best trial; empty for what can't be exported."""
+    if point.info.exportable is None:
         return ""
-    label = style.method_info(sufficiency.needed.method).label
-    words = _needed(sufficiency, sufficiency.needed)
-    return f" Depth {sufficiency.needed.depth} ({label}) is undecided. {words}."
+    words = [str(summary.run.path), _best_trial(summary, point)]
+    return f"depthprobe export {shlex.join(words)} DIR"
+
+
+def _dearer(baseline: Point, point: Point) -> str:
+    """What of the baseline costs more than the point; empty if nothing that was measured."""
+    for cost, words in (("parameters", "more parameters"), ("inference", "slower inference")):
+        if (baseline.cost(cost) or 0) > (point.cost(cost) or np.inf):
+            return words
+    return ""
+
+
+def _advice(summary: Summary, sufficiency: Sufficiency) -> str:
+    """What to do where no depth is shown to suffice."""
+    floor = plain_percent(1 - sufficiency.margin)
+    if sufficiency.seeds == 1:
+        more = "Run three seeds or more (--seeds 3)."
+        if summary.run.study.seeds > 1:
+            more = "The others are not finished for the teacher and every candidate."
+        return f"Not decided: one seed never shows a depth. {more}"
+    if sufficiency.needed is not None:
+        return f"Not decided: {_needed(sufficiency, sufficiency.needed)}."
+    if all(other.kept.high < 1 - sufficiency.margin for other in sufficiency.rows):
+        return f"Keep all blocks: no shallower model keeps {floor} of the teacher's accuracy."
+    return (
+        f"Not decided: no depth is shown to keep {floor} of the teacher's accuracy, and no mean "
+        "does. More users or seeds are more likely to confirm that."
+    )
 
 
 def _needed(sufficiency: Sufficiency, needed: Needed) -> str:
     """How many users, or how many seeds, would decide; first for even odds, then for 80 %."""
-    (users, more_users), (seeds, more_seeds) = needed.users, needed.seeds
-    with_users = with_seeds = ""
-    if users is not None:
-        surely = f" ({_rounded(more_users)} for 80 %)" if more_users else ""
-        with_users = f"about {_rounded(users)} test users{surely} instead of {sufficiency.users:,}"
-    if seeds is not None:
-        surely = f" ({more_seeds} for 80 %)" if more_seeds else ""
-        with_seeds = f"{seeds} seeds{surely} instead of {sufficiency.seeds}"
-    if users is None and seeds is None:
-        return "Neither more users nor more seeds alone would decide"
-    if users is None:
-        with_seeds += ", for the seeds differ too much for more users alone to decide"
-    return f"Even odds to decide take {', or '.join(filter(None, (with_users, with_seeds)))}"
+    ways = []
+    for noun, numbers, have in (
+        ("test users", needed.users, sufficiency.users),
+        ("seeds", needed.seeds, sufficiency.seeds),
+    ):
+        even, surely = (None if n is None else _rounded(n) for n in numbers)
+        if even is not None:
+            more = f", {surely} for 80 %" if surely else ""
+            ways.append(f"about {even} {noun} ({have:,} now{more})")
+    if not ways:
+        return "neither more users nor more seeds alone would decide"
+    return f"even odds of a decision take {', or '.join(ways)}"
 
 
-def _means(point: Point, share: float | None) -> str:
-    """How to get there, and what it saves."""
-    said = f"Method: {point.info.label}."
-    if share is not None:
-        said += f" It has {percent(share, 0)} of the parameters."
+def _rounded(number: int) -> str:
+    """Two significant digits, upwards: an estimate that is known no better, and not too few."""
+    step = 10 ** max(0, len(str(number)) - 2)
+    return f"{-(-number // step) * step:,}"
+
+
+def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy) -> str:
+    """The confidence, and that the candidate was picked out of several."""
+    number, margin = len(sufficiency.rows), plain_percent(summary.margin)
+    level = plain_percent(summary.level)
+    picked = f"it was picked out of {number} candidates" if number > 1 else "it is the only one"
+    if row.shown:
+        said = (
+            f"With {level} confidence it loses at most {margin}: {picked}, and allowing for that "
+            f"it keeps at least {_below(row.lower, 1)}. The interval is for it alone."
+        )
+        if (needed := sufficiency.needed) is not None:
+            label = style.method_info(needed.method).label
+            said += f" Depth {needed.depth} ({label}) is undecided: {_needed(sufficiency, needed)}."
+        return said
+    if sufficiency.seeds == 1:
+        return "Its interval is over users alone: how much trainings differ is not known."
+    return (
+        f"The margin is {margin}: {picked}, and allowing for that it is only sure to keep "
+        f"{_below(row.lower, 1 - summary.margin)}."
+    )
+
+
+def _below(share: float, floor: float) -> str:
+    """A share in so many digits that it can be told from the floor that it misses."""
+    if not np.isfinite(share):
+        return "nothing"
+    for digits in (1, 2, 3):
+        if float(f"{100 * share:.{digits}f}") < 100 * floor:
+            break
+    return percent(share, digits if share < floor else 1)
+
+
+def _saves(point: Point, share: float | None) -> str:
+    said = "" if share is None else f"It has {percent(share, 0)} of the parameters."
     for kind, verb in (("inference", "serve"), ("training", "train")):
         if kind in point.speed:
             said += f" It is {style.times_faster(point.speed[kind])} to {verb}."
@@ -210,36 +262,32 @@ def _means(point: Point, share: float | None) -> str:
 
 
 def _tiles(
-    metric: str, point: Point, teacher: Point, kept: Interval, share: float | None
+    summary: Summary,
+    point: Point,
+    teacher: Point,
+    kept: Interval,
+    share: float | None,
+    ratio: Interval | None,
 ) -> tuple[Tile, ...]:
-    both = (point, teacher)
-    own, theirs = (style.accuracy(p.accuracy[FULL, metric].value) for p in both)
-    note = f"{metric} {own}, teacher {theirs}"
+    both, name = (point, teacher), summary.headline
+    own, theirs = (style.accuracy(p.accuracy[FULL, name].value) for p in both)
+    note = f"{name} {own}, teacher {theirs}"
     tiles = [Tile("accuracy kept", percent(kept.value), style.bounds(kept, 1, scale=100), note)]
     if share is not None:
         own, theirs = (style.count(p.cost("parameters")) for p in both)
         tiles.append(Tile("parameters", percent(share, 0), "exact", f"{own}, teacher {theirs}"))
-    for kind, label in (("inference", "inference time"), ("training", "training step")):
-        if kind in point.speed:
-            own, theirs = (style.significant(p.time[kind].value) for p in both)
-            note = f"{own} ms, teacher {theirs} ms"
-            value, _, interval = style.times_faster(point.speed[kind]).partition(" [")
-            tiles.append(Tile(label, value, interval and f"[{interval}", note))
+    if "inference" in point.speed:
+        value, _, ends = style.times_faster(point.speed["inference"]).partition(" [")
+        own, theirs = (style.significant(p.time["inference"].value) for p in both)
+        note = f"{own} ms, teacher {theirs} ms"
+        tiles.append(Tile("inference time", value, ends and f"[{ends}", note))
+    if ratio is not None:
+        baseline = summary.of(SASREC)[0]
+        note = f"SASRec {style.accuracy(baseline.accuracy[FULL, name].value)}"
+        note += f", {style.count(baseline.cost('parameters'))} parameters"
+        ends = style.bounds(ratio, 1, scale=100)
+        tiles.append(Tile("against SASRec", percent(ratio.value), ends, note))
     return tuple(tiles)
-
-
-def _rounded(users: int) -> str:
-    """Two significant digits, upwards: an estimate that is known no better, and not too few."""
-    step = 10 ** max(0, len(str(users)) - 2)
-    return f"{-(-users // step) * step:,}"
-
-
-def _below(share: float, floor: float) -> str:
-    """A share in so many digits that it can be told from the floor that it misses."""
-    for digits in (1, 2, 3):
-        if float(f"{100 * share:.{digits}f}") < 100 * floor:
-            break
-    return percent(share, digits)
 
 
 # --- what a run does not show ----------------------------------------------------------------
@@ -264,9 +312,8 @@ def doubt(summary: Summary, baseline: str) -> str:
         return ""
     name = style.method_info(baseline).label
     less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
-    return (
-        f"the teacher is {less} {name}, which reaches {in_percent(ratio)} of its {summary.headline}"
-    )
+    reaches = f"which reaches {in_percent(ratio)} of its {summary.headline}"
+    return f"the teacher is {less} {name}, {reaches}"
 
 
 def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
@@ -286,6 +333,9 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
                 f"fresh head on the last item alone reaches {in_percent(ratio)} of the "
                 f"{summary.headline} of one behind all blocks."
             )
+    words, matters = order_words(summary)
+    if not matters:
+        yield words
     last = int(study.recipe.epochs)
     trained = [r.training for r in summary.run.records if r.method == TEACHER and r.training]
     if any(training.best_epoch == last for training in trained):

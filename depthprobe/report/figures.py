@@ -24,6 +24,7 @@ from depthprobe.report.block_figures import (
     skip_sensitivity,
     span_map,
 )
+from depthprobe.report.controls import selections
 from depthprobe.report.drawing import FIGURES, Look, figure, need, scaled, without_bar
 from depthprobe.report.numbers import (
     FULL,
@@ -55,6 +56,7 @@ __all__ = [
     "block_influence",
     "kept_side_by_side",
     "kept_vs_depth",
+    "selections",
     "settling_depth",
     "skip_sensitivity",
     "span_map",

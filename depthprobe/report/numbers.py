@@ -48,6 +48,7 @@ BLOCK, SPAN, PARTS = "skip", "span", {"attention": "drop-attention", "mlp": "dro
 # They read the teacher's states at each depth: a hint of what training reaches there.
 READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
 STATES, SETTLING = "similarity", "settling"  # whose tables figures of blocks and users need
+ORDER, CHOICES = "shuffled", "random-blocks"  # controls that leave a table
 
 
 @dataclass(frozen=True)

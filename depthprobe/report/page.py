@@ -14,6 +14,7 @@ from depthprobe.files import complete_file
 from depthprobe.methods import METHODS, base_of
 from depthprobe.report import style
 from depthprobe.report.answer import build_answer
+from depthprobe.report.controls import order_table, order_words, selection_table
 from depthprobe.report.drawing import FORMATS, NoData, save_figure
 from depthprobe.report.figures import FIGURES
 from depthprobe.report.numbers import Source, Summary, as_summary
@@ -22,9 +23,9 @@ from depthprobe.report.tables import all_tables, save_table
 
 # In the order of reading: id, title, tables. A section without a figure or table is left out.
 SECTIONS = (
-    ("depth", "Accuracy against depth", ()),
+    ("depth", "Accuracy against depth", ("order",)),
     ("pareto", "Accuracy against cost", ()),
-    ("blocks", "Block by block", ("left_out",)),
+    ("blocks", "Block by block", ("left_out", "selections")),
     ("maps", "Spans of blocks", ()),
     ("reliance", "How far cheap scores can be trusted", ("reliance",)),
     ("hurt", "Who loses", ("slices", "lists")),
@@ -46,8 +47,9 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
     """
     summary = as_summary(run)
     folder, tables = summary.run.path, all_tables(summary)
-    if reliance := reliance_table(summary):
-        tables["reliance"] = reliance
+    for make in (reliance_table, order_table, selection_table):
+        if table := make(summary):
+            tables[table.name] = table
     for table in tables.values():
         save_table(table, folder / "tables")
     figures = _figures(summary, folder / "figures")
@@ -58,9 +60,17 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
     ]
     page = environment().get_template("report.html.j2").render(
         summary=summary, answer=build_answer(summary), sections=sections, figures=figures,
-        tables=tables, methods={base_of(point.method) for point in summary.points},
+        tables=tables, order=order_words(summary)[0],
+        methods={base_of(point.method) for point in summary.points},
     )  # fmt: skip
     return write_page(page, Path(output) if output is not None else folder / "report.html")
+
+
+def report_words(run: Source, output: str | Path | None = None) -> str:
+    """Write the report; returns what a terminal says of it: the first screen, and its path."""
+    summary = as_summary(run)
+    answer, page = build_answer(summary), build_report(summary, output)
+    return "\n".join(filter(None, (*answer.lines, answer.command, str(page))))
 
 
 def write_page(page: str, target: Path) -> Path:

@@ -85,13 +85,13 @@ def test_sweep_prints_results_then_the_report(
         return finished(output, failed)
 
     stub("depthprobe.runs.sweep", run_sweep=run_sweep)
-    stub("depthprobe.report.page", build_report=lambda run: run.path / "report.html")
+    stub("depthprobe.report.page", report_words=lambda run: f"Ship it.\n{run.path}/report.html")
     outcome = cli("sweep", "--jobs", "2")
     assert outcome.code == code
     assert (seen["study"], seen["output"], seen["jobs"]) == (demo_study(), Path("runs/demo"), 2)
     assert seen["command"] == "depthprobe sweep --jobs 2"
-    *table, last = outcome.out.splitlines()
-    assert last == str(Path("runs/demo/report.html"))
+    *table, advice, last = outcome.out.splitlines()
+    assert (advice, last) == ("Ship it.", str(Path("runs/demo/report.html")))
     assert any("early-exit" in line and "1,000" in line for line in table)
     assert "[1/1] full-s0  done" in outcome.err
     assert "--epochs" not in outcome.err
@@ -120,7 +120,7 @@ def test_an_error_inside_a_sweep_is_one_line(
         raise error
 
     stub("depthprobe.runs.sweep", run_sweep=run_sweep)
-    stub("depthprobe.report.page", build_report=None)
+    stub("depthprobe.report.page", report_words=None)
     outcome = cli("sweep")
     assert outcome.code == code
     assert "Traceback" not in outcome.err
@@ -136,7 +136,7 @@ def test_report_is_written_where_asked(cli: Callable[..., Any], stub: Stub, tmp_
     stub("depthprobe.runs.store", open_run=opened)
     stub(
         "depthprobe.report.page",
-        build_report=lambda run, output: output or run.path / "report.html",
+        report_words=lambda run, output: output or run.path / "report.html",
     )
     assert cli("report", "run").out == "run/report.html\n"
     assert cli("report", "run", "--output", "page.html").out == "page.html\n"
@@ -147,11 +147,11 @@ def test_report_is_written_where_asked(cli: Callable[..., Any], stub: Stub, tmp_
 def test_a_report_asks_a_run_something_else(cli: Callable[..., Any], stub: Stub) -> None:
     stub("depthprobe.runs.store", open_run=opened)
 
-    def build_report(run: SimpleNamespace, output: None) -> tuple[float, float, str]:
+    def report_words(run: SimpleNamespace, output: None) -> tuple[float, float, str]:
         protocol = run.study.protocol
         return protocol.margin, protocol.level, protocol.metric
 
-    stub("depthprobe.report.page", build_report=build_report)
+    stub("depthprobe.report.page", report_words=report_words)
     assert cli("report", "run").out == "(0.01, 0.95, 'NDCG@10')\n"
     asked = cli("report", "run", "--margin", "2%", "--level", "0.9", "--metric", "HR@20")
     assert asked.out == "(0.02, 0.9, 'HR@20')\n"

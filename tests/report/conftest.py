@@ -252,8 +252,29 @@ def add_probes(run: FakeRun) -> FakeRun:
     run.probes = {
         "similarity": pd.DataFrame(rows, columns=columns),
         "settling": pd.concat(frames, ignore_index=True),
+        "shuffled": shuffled(0.4),
+        "random-blocks": chosen_blocks(),
     }
     return run
+
+
+def shuffled(share: float) -> pd.DataFrame:
+    """A teacher that loses this share of its hits when histories are shuffled, SASRec all."""
+    users, frames = np.arange(200), []
+    ranks = np.where(users < 100, 1.0, 100.0)
+    for method, depth, lost in (("early-exit", 4, share), ("full", 12, share), ("sasrec", 0, 1.0)):
+        own = {f"shuffled-{draw}": np.where(users < lost * 100, 100.0, ranks) for draw in (1, 2)}
+        found = {"method": method, "depth": depth, "user": users, "rank": ranks}
+        frames += [pd.DataFrame(found | own | {"seed": seed}) for seed in (0, 1)]
+    return pd.concat(frames, ignore_index=True)
+
+
+def chosen_blocks() -> pd.DataFrame:
+    """Twenty random sets of four blocks, a selection that beats all and its reverse."""
+    rows = [("random", 4, f"{n}", 0.01 * n, np.nan, np.nan) for n in range(1, 21)]
+    rows += [("greedy", 4, "0-3", 0.3, 1.0, 1 / 21), ("greedy-reversed", 4, "8-11", 0.0, 0.0, 1.0)]
+    frame = pd.DataFrame(rows, columns=["selection", "depth", "kept", "value", "beats", "p"])
+    return pd.concat([frame.assign(metric=name) for name in ("HR@10", "NDCG@10")])
 
 
 @pytest.fixture(scope="session")

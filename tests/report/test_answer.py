@@ -10,58 +10,115 @@ from typing import Any
 
 import pytest
 
-from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import Needed
 from depthprobe.report.answer import build_answer
 from depthprobe.report.numbers import Summary, summarise
+from depthprobe.runs.records import Validation
 
 Make = Callable[..., Any]
 
 
 def _better_student(method: str, depth: int) -> float:
-    return 0.4 if (method, depth) == ("distill", 4) else 0.0
+    return {("distill", 4): 0.4, ("sasrec", 0): -0.3}.get((method, depth), 0.0)
 
 
-def test_shown(make: Make, tmp_path: Path) -> None:
-    summary = summarise(make(tmp_path, users=400, gain=_better_student))
+def test_a_shown_student_is_shipped(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=400, seeds=3, gain=_better_student)
+    best = next(record for record in run.records if record.id == "distill-4-4-11-2")
+    best.validation = Validation(ndcg=0.3, users=9)
+    summary = summarise(run)
     answer = build_answer(summary)
     assert (answer.verdict, answer.method, answer.depth) == ("shown", "distill", 4)
-    point = summary.candidates["distill", 4]
+    point, (baseline,) = summary.candidates["distill", 4], summary.of("sasrec")
     assert summary.teacher is not None
     assert answer.kept is not None
     assert answer.kept.value == pytest.approx(
         point.accuracy["full", "NDCG@10"].value / summary.teacher.accuracy["full", "NDCG@10"].value
     )
-    assert answer.kept.low > 1 - answer.margin  # or it would not be shown
-    assert answer.headline.startswith(f"4 of 12 blocks keep {100 * answer.kept.value:.1f} % [")
-    assert answer.headline.endswith("of the teacher's NDCG@10.")
-    assert "With 95 % confidence it loses at most 1 % of the teacher's NDCG@10" in answer.detail
-    assert "Method: distilled. It has 34 % of the parameters." in answer.detail
-    assert re.search(r"faster \[.*\] to serve\. It is .* faster \[.*\] to train", answer.detail)
+    ship, sure, saves = answer.lines
+    # of the seeds the one that is best on validation
+    assert ship.startswith("Ship distill-4-4-11-2 (distilled, 4 of 12 blocks): it keeps ")
+    assert f"{100 * answer.kept.value:.1f} % [" in ship
+    assert answer.command == f"depthprobe export {tmp_path} distill-4-4-11-2 DIR"
+    assert "With 95 % confidence it loses at most 1 %: it was picked out of 7 candidates" in sure
+    assert summary.sufficiency is not None
+    row = summary.sufficiency.row
+    assert row is not None
+    assert f"keeps at least {100 * row.lower:.1f} %" in sure
+    assert "The teacher is undertrained" in sure  # of a student 50 % better
+    assert "It has 34 % of the parameters." in saves
+    assert re.search(r"faster \[.*\] to serve\. It is .* faster \[.*\] to train", saves)
+    assert answer.sasrec == summary.against(point, baseline)
+    assert f"{100 * answer.sasrec.value:.1f} % [" in saves
     assert [tile.label for tile in answer.tiles] == [
-        "accuracy kept", "parameters", "inference time", "training step",
+        "accuracy kept", "parameters", "inference time", "against SASRec",
     ]  # fmt: skip
 
 
-def test_not_shown_says_so_first(make: Make, tmp_path: Path) -> None:
-    answer = build_answer(make(tmp_path, users=120))
+@pytest.mark.parametrize(
+    ("gains", "advice"),
+    [
+        ({"sasrec": 0.6}, "Ship SASRec: it is more accurate than the best shallow model, and no"),
+        ({"sasrec": 1.5, "distill": 0.5}, "Ship SASRec: it is more accurate"),  # a shown student
+        ({"sasrec": 0.1, "finetune": -1, "distill": -1}, "Ship SASRec, or the teacher if its cost"),
+    ],
+)
+def test_a_better_sasrec_is_shipped(
+    gains: dict[str, float], advice: str, make: Make, tmp_path: Path
+) -> None:
+    def gain(method: str, depth: int) -> float:
+        return gains.get(method, 0.0)
+
+    answer = build_answer(make(tmp_path, users=400, seeds=3, gain=gain))
+    assert (answer.verdict, answer.command) == ("SASRec is better", "")
+    assert answer.lines[0].startswith(advice)
+    assert answer.sasrec is not None
+    assert answer.sasrec.high < 1
+    dear = make(tmp_path, users=400, seeds=3, gain=gain)
+    dear.trials.loc[dear.trials["method"] == "sasrec", "parameters_total"] = 1e9
+    said = build_answer(dear).lines[0]
+    assert said.startswith("Not decided: SASRec is more accurate than the best shallow model, but")
+
+
+def test_one_seed_shows_nothing(make: Make, tmp_path: Path) -> None:
+    answer = build_answer(make(tmp_path, users=400, seeds=1, gain=_better_student))
+    assert (answer.verdict, answer.command) == ("not shown", "")
+    assert answer.lines[0] == (
+        "Not decided: one seed never shows a depth. Run three seeds or more (--seeds 3)."
+    )
+    assert "over users alone" in answer.lines[1]
+    worse = make(tmp_path, users=400, seeds=1, gain=lambda m, _: 1.5 if m == "sasrec" else 0.0)
+    assert build_answer(worse).verdict == "not shown"  # nor that SASRec is better
+
+
+def test_not_shown_says_what_it_would_take(summary: Summary) -> None:
+    assert summary.sufficiency is not None
+    needed = Needed("distill", 4, users=(8281, 16_001), seeds=(12, None))
+    unsure = replace(summary.sufficiency, depth=None, method=None, needed=needed, seeds=2)
+    answer = build_answer(replace(summary, sufficiency=unsure))
     assert answer.verdict == "not shown"
-    assert answer.headline.startswith("Not shown at a margin of 1 %")
-    assert answer.detail.startswith("Best candidate: ")
+    assert answer.lines[0] == (
+        "Not decided: even odds of a decision take about 8,300 test users (400 now, 17,000 "
+        "for 80 %), or about 12 seeds (2 now)."
+    )
+    assert answer.lines[1].startswith("Best candidate: distilled, 4 of 12 blocks. It keeps ")
     assert answer.kept is not None
-    assert f"[{100 * answer.kept.low:.1f}, {100 * answer.kept.high:.1f}]" in answer.detail
-    if answer.users_needed is not None:
-        assert "test users" in answer.detail
-        assert answer.users_needed > answer.users
+    assert f"[{100 * answer.kept.low:.1f}, {100 * answer.kept.high:.1f}]" in answer.lines[1]
+    never = replace(unsure, needed=Needed("distill", 4, users=(None, None), seeds=(None, None)))
+    said = build_answer(replace(summary, sufficiency=never)).lines[0]
+    assert said == "Not decided: neither more users nor more seeds alone would decide."
+    # just below the floor: that may not be rounded away
+    rows = tuple(replace(row, lower=0.98996, shown=False) for row in unsure.rows)
+    close = build_answer(replace(summary, sufficiency=replace(unsure, rows=rows)))
+    assert "only sure to keep 98.996 %." in close.lines[1]
 
 
-def test_far_below_the_margin_asks_for_no_more_users(make: Make, tmp_path: Path) -> None:
-    run = make(tmp_path, users=400, methods={"full", "finetune"},
+def test_far_below_the_margin_the_teacher_is_kept(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=400, seeds=3, methods={"full", "finetune"},
                gain=lambda method, depth: -1.0 if method == "finetune" else 0.0)  # fmt: skip
     answer = build_answer(run)
     assert answer.verdict == "not shown"
-    assert answer.users_needed is None
-    assert "more users would not change that" in answer.detail
+    assert answer.lines[0].startswith("Keep all blocks: no shallower model keeps 99 %")
 
 
 @pytest.mark.parametrize(
@@ -70,8 +127,10 @@ def test_far_below_the_margin_asks_for_no_more_users(make: Make, tmp_path: Path)
         (set(), "nothing finished", "no trial of this run is finished", []),
         ({"popularity", "sasrec"}, "no teacher", "no trial of the teacher is finished",
          ["NDCG@10, popularity", "NDCG@10, SASRec"]),
-        ({"sasrec", "full", "early-exit"}, "no depth tried", "no model of fewer blocks was trained",
+        ({"sasrec", "full"}, "no depth tried", "no depth below the teacher's was tried",
          ["NDCG@10, teacher", "NDCG@10, SASRec"]),
+        ({"full", "early-exit"}, "probes only", "no shallower model was trained",
+         ["NDCG@10, teacher"]),
     ],
 )  # fmt: skip
 def test_what_is_missing_for_an_answer_is_named(
@@ -79,14 +138,14 @@ def test_what_is_missing_for_an_answer_is_named(
 ) -> None:
     answer = build_answer(make(tmp_path, users=60, methods=methods))
     assert (answer.verdict, answer.kept, answer.depth) == (verdict, None, None)
-    assert answer.headline.startswith(f"No answer: {headline}")
+    assert answer.lines[0].startswith(f"No answer: {headline}")
     assert [tile.label for tile in answer.tiles] == tiles
 
 
 def test_a_failed_teacher_is_no_answer(make: Make, tmp_path: Path) -> None:
     answer = build_answer(make(tmp_path, users=60, failing=[("full", 12, 0), ("full", 12, 1)]))
     assert answer.verdict == "no teacher"
-    assert "2 of 73 trials failed" in answer.detail
+    assert answer.lines[2] == "2 of 73 trials failed."
 
 
 def said(make: Make, tmp_path: Path, **options: Any) -> str:
@@ -122,62 +181,15 @@ def test_controls_that_weaken_the_answer_are_said(make: Make, tmp_path: Path) ->
 def test_a_teacher_no_better_than_popularity_answers_nothing(make: Make, tmp_path: Path) -> None:
     worst = {"popularity": 1.9, "distill": 0.5}
     answer = build_answer(make(tmp_path, users=300, gain=lambda method, _: worst.get(method, 0.0)))
-    assert answer.verdict == "weak teacher"
-    assert answer.headline.startswith("No answer: the teacher is")
-    assert "popularity" in answer.headline
-    assert answer.detail.startswith("Measured all the same: ")
+    assert (answer.verdict, answer.command) == ("weak teacher", "")
+    assert answer.lines[0].startswith("No answer: the teacher is")
+    assert "popularity" in answer.lines[0]
 
 
 def test_without_times_no_speed_is_claimed(make: Make, tmp_path: Path) -> None:
     answer = build_answer(make(tmp_path, users=100, timing=False))
-    assert "faster" not in answer.headline + answer.detail
+    assert "faster" not in " ".join(answer.lines)
     assert answer.inference is None
-    assert [tile.label for tile in answer.tiles] == ["accuracy kept", "parameters"]
+    labels = [tile.label for tile in answer.tiles]
+    assert labels == ["accuracy kept", "parameters", "against SASRec"]
     assert any("No times were compared" in text for text in answer.caveats)
-
-
-def test_an_interval_above_the_margin_that_is_not_enough_is_explained(summary: Summary) -> None:
-    assert summary.sufficiency is not None
-    row = next(r for r in summary.sufficiency.rows if (r.method, r.depth) == ("distill", 4))
-    near = replace(row, kept=Interval(1.003, 0.991, 1.014), lower=0.986, shown=False)
-    alone = replace(
-        summary.sufficiency, rows=(near, near), depth=None, method=None,
-        needed=Needed("distill", 4, (8281, 16_020), (4, None)),
-    )  # fmt: skip
-    answer = build_answer(replace(summary, sufficiency=alone))
-    assert answer.verdict == "not shown"
-    assert "With all 2 candidates taken into account, its lower bound is 98.6 %" in answer.detail
-    assert (
-        "Even odds to decide take about 8,300 test users (17,000 for 80 %) instead of 400, or "
-        "4 seeds instead of 2." in answer.detail
-    )
-    # just below the floor, and just above the users there are: neither may be rounded away
-    needed = Needed("distill", 4, (8202, None), (None, None))
-    close = replace(alone, rows=(replace(near, lower=0.98996),) * 2, users=8201, needed=needed)
-    detail = build_answer(replace(summary, sufficiency=close)).detail
-    assert "its lower bound is 98.996 %. Even odds to decide take about 8,300 test users" in detail
-    for needed, words in (
-        (Needed("distill", 4, (None, None), (7, 9)), "7 seeds (9 for 80 %) instead of 2, for the"),
-        (Needed("distill", 4, (None, None), (None, None)), "Neither more users nor more seeds"),
-    ):
-        text = build_answer(replace(summary, sufficiency=replace(alone, needed=needed))).detail
-        assert words in text
-
-
-def test_one_seed_is_no_answer_and_says_so(make: Make, tmp_path: Path) -> None:
-    answer = build_answer(make(tmp_path, users=400, seeds=1, gain=_better_student))
-    assert answer.verdict == "not shown"
-    assert "One seed shows nothing, for trainings differ: run three or more." in answer.detail
-
-
-def test_a_shallower_depth_that_is_undecided_is_named(summary: Summary) -> None:
-    assert summary.sufficiency is not None
-    deep = next(r for r in summary.sufficiency.rows if (r.method, r.depth) == ("finetune", 8))
-    best = replace(deep, kept=Interval(1.0, 0.995, 1.005), lower=0.993, shown=True)
-    found = replace(
-        summary.sufficiency, rows=(best,), depth=8, method="finetune",
-        needed=Needed("distill", 2, (5050, None), (None, None)),
-    )  # fmt: skip
-    answer = build_answer(replace(summary, sufficiency=found))
-    assert answer.headline.startswith("8 of 12 blocks keep 100.0 % [99.5, 100.5]")
-    assert "Depth 2 (distilled) is undecided" in answer.detail

@@ -41,7 +41,7 @@ def test_each_run_has_its_answer_in_a_line(page: Path, two: list[Summary]) -> No
     assert page == two[0].run.path.parent / "comparison.html"
     assert "1 of 2 runs shows that fewer blocks suffice: books 4 of 12." in text
     for summary in two:
-        assert build_answer(summary).headline in text
+        assert build_answer(summary).lines[0] in text
     assert "data: books (abababab), games (abababab)" in text
     assert "seeds: 2, 1" in text
     assert text.count('<svg viewBox="') == 2

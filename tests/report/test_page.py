@@ -76,7 +76,7 @@ def test_every_section_figure_and_table_is_there(page: Page, run: Any) -> None:
         f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "png", "pdf")
     }
     names = ("methods", "methods_sampled", "trials", "ablation", "slices", "lists", "reliance",
-             "left_out", "cost")  # fmt: skip
+             "left_out", "cost", "order", "selections")  # fmt: skip
     assert {path.name for path in (run.path / "tables").iterdir()} == {
         f"{name}.{suffix}" for name in names for suffix in ("csv", "md", "tex")
     }
@@ -191,8 +191,11 @@ def test_sections_without_data_are_absent(
 
 
 def test_a_run_with_infinite_intervals_has_a_report(make: Make, tmp_path: Path) -> None:
-    """One user says nothing about others."""
-    run = make(tmp_path, users=1, seeds=1, methods={"full", "finetune"}, timing=False)
+    """One user says nothing of others."""
+    run = make(
+        tmp_path, users=1, seeds=1, methods={"full", "finetune"}, timing=False,
+        gain=lambda method, depth: 5.0,
+    )  # fmt: skip
     assert "have an infinite end, which is not drawn" in Page(build_report(run)).text
 
 

@@ -1,0 +1,141 @@
+"""Controls of what a run finds: histories in a random order, and blocks drawn at random."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from depthprobe.evaluation.metrics import per_user_metric
+from depthprobe.evaluation.statistics import Interval, ratio_interval
+from depthprobe.report import drawing
+from depthprobe.report.drawing import Look, figure, need
+from depthprobe.report.numbers import CHOICES, ORDER, SASREC, TEACHER, Source, Summary, as_summary
+from depthprobe.report.style import MUTED, accuracy, in_percent, percent, plain_percent
+from depthprobe.report.tables import Column, Table, Values, label, make_table, plain
+
+RANDOM, REVERSED = "random", "-reversed"
+LOOKS = {  # of selections, by their names in the table
+    "prefix": Look("first blocks", "#1b1f24", "D"),
+    "skip": Look("skip", "#0069a8", "s"),
+    "influence": Look("block influence", "#c2500a", "o"),
+    "greedy": Look("greedy", "#00805e", "^"),
+    "angular": Look("angular distance", "#9b4f96", "v"),
+}
+
+
+def order_table(run: Source) -> Table | None:
+    """What shuffling the histories costs each model; None where it was not measured."""
+    return make_table("order", _orders(as_summary(run)), [
+        ("model", "method", label), ("depth", lambda row: row["depth"] or None, plain),
+        ("in order", "in order", accuracy), ("histories shuffled", "histories shuffled", accuracy),
+        ("lost", "lost", in_percent),
+    ])  # fmt: skip
+
+
+def _orders(summary: Summary) -> list[Values]:
+    frame, rows = summary.run.scores(ORDER), []
+    if frame.empty:
+        return []
+    names = ["rank", *(name for name in frame if str(name).startswith("shuffled-"))]
+    for (method, depth), own in frame.groupby(["method", "depth"], sort=False):
+        ranks = own.pivot(index="seed", columns="user", values=names).dropna(axis=1)
+        plain, *mixed = (
+            np.reshape(per_user_metric(ranks[name].to_numpy().ravel(), summary.headline),
+                       ranks[name].shape)
+            for name in names
+        )  # fmt: skip
+        if plain.mean() > 0:
+            shuffled = np.mean(mixed, axis=0)  # (S, U)
+            kept = ratio_interval(shuffled, plain, level=summary.level)
+            rows.append({
+                "method": method, "depth": depth, "seeds": len(plain), "users": plain.shape[1],
+                "in order": plain.mean(), "histories shuffled": shuffled.mean(),
+                "lost": Interval(1 - kept.value, 1 - kept.high, 1 - kept.low),
+            })  # fmt: skip
+    return rows
+
+
+def order_words(summary: Summary) -> tuple[str, bool]:
+    """Whether the order of this log matters, so that depths can be told apart; and if it does."""
+    lost = {row["method"]: row["lost"] for row in _orders(summary)}
+    if TEACHER not in lost:
+        return "", True
+    also = f", SASRec {in_percent(lost[SASREC])}" if SASREC in lost else ""
+    costs = (
+        f"Shuffling the histories costs the teacher {in_percent(lost[TEACHER])} of its "
+        f"{summary.headline}{also}"
+    )
+    if lost[TEACHER].low > summary.margin:
+        return f"{costs}: the order of items matters, so this log can tell depths apart.", True
+    return (
+        f"{costs}. It is not shown that the order of items is worth more than "
+        f"{plain_percent(summary.margin)}, so this log cannot tell depths apart."
+    ), False
+
+
+def selection_table(run: Source) -> Table | None:
+    """Blocks chosen by a score against random ones of the same number, without training."""
+    rows = _selections(as_summary(run))
+    columns: list[Column] = [
+        ("depth", "depth", plain), ("blocks chosen by", "selection", _selection),
+        (as_summary(run).headline, "value", accuracy),
+        ("random blocks, lowest to highest", "random", _spread),
+        ("better than", "beats", lambda share: percent(share, 0)), ("p", "p", "{:.2f}".format),
+    ]  # fmt: skip
+    return make_table("selections", rows, columns, words=2, group="depth")
+
+
+def _spread(value: Interval) -> str:
+    return f"{accuracy(value.value)} [{accuracy(value.low)}, {accuracy(value.high)}]"
+
+
+def _selection(name: str) -> str:
+    score, reverse, _ = name.partition(REVERSED)
+    words = LOOKS[score].label if score in LOOKS else score
+    return f"{words}, reversed" if reverse else words
+
+
+def _selections(summary: Summary) -> list[Values]:
+    frame = summary.run.scores(CHOICES)
+    if frame.empty:
+        return []
+    frame, rows = frame[frame["metric"] == summary.headline], []
+    for depth, own in frame.groupby("depth"):
+        drawn = own.loc[own["selection"] == RANDOM, "value"]
+        spread = Interval(drawn.mean(), drawn.min(), drawn.max())
+        chosen = own[own["selection"] != RANDOM].sort_values("value", ascending=False)
+        for row in chosen.to_dict("records"):
+            names = ("selection", "kept", "value", "beats", "p")
+            rows.append({"depth": depth, "random": spread} | {n: row[n] for n in names})
+    return rows
+
+
+@figure("blocks")
+def selections(ax: Axes, summary: Summary) -> str:
+    """Accuracy of the teacher's blocks that scores choose, over the band of random ones.
+
+    Not trained again, of the first seed. The band is from the lowest to the highest of the draws.
+    """
+    rows = _selections(summary)
+    need(rows, summary, CHOICES)
+    band = {row["depth"]: row["random"] for row in rows}
+    low, high = ([getattr(each, end) for each in band.values()] for end in ("low", "high"))
+    ax.fill_between(list(band), low, high, color=MUTED, alpha=0.18, linewidth=0, label="random")
+    for name, look in LOOKS.items():
+        own = [row for row in rows if row["selection"] == name]
+        places = [row["depth"] for row in own]
+        values = [row["value"] for row in own]
+        ax.plot(places, values, color=look.colour, marker=look.marker, label=look.label)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    ax.set_xlabel("depth (blocks kept)")
+    drawing.finish(ax, f"{summary.headline} of chosen and of random blocks")
+
+    tried = [row for row in rows if not row["selection"].endswith(REVERSED)]
+    better = [f"{_selection(r['selection'])} {r['depth']}" for r in tried if r["p"] <= 0.05]
+    return (
+        f"Of {len(tried)} selections, {len(better) or 'none'} "
+        f"{'is' if len(better) == 1 else 'are'} better than random blocks of the same number with "
+        f"p at most 0.05, one test at a time{': ' + ', '.join(better) if better else ''}."
+    )

@@ -21,11 +21,9 @@ from depthprobe.models.build import merge_lora
 from depthprobe.models.parts import find_sublayers
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.controls import against_random, by_score, random_sets, without_order
-from depthprobe.probing.passes import early_exit
+from depthprobe.probing.passes import early_exit, settled_frame, settling
 from depthprobe.probing.readout import cache_states, fit_lenses, fit_readouts, rank_readouts
 from depthprobe.probing.replace import fit_replacements, fold_map
-from depthprobe.probing.settling import settling
-from depthprobe.probing.settling import to_frame as to_users
 from depthprobe.probing.similarity import Similarities, similarities
 from depthprobe.probing.similarity import to_frame as to_scores
 from depthprobe.probing.taylor import taylor_importance
@@ -157,7 +155,7 @@ def weigh_blocks(context: Context, task: Task) -> Iterator[Scores]:
 def settle_users(context: Context, task: Task) -> Iterator[Scores]:
     """At which depth each test user's answers are the last ones."""
     settled = settling(_teacher(context, task), context.test, device=context.device)
-    yield Scores(to_users(settled, context.test.users))
+    yield Scores(settled_frame(settled, context.test.users))
 
 
 def shuffle_histories(context: Context, task: Task) -> Iterator[Scores]:

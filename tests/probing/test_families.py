@@ -17,10 +17,9 @@ from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.families import families, family_config
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tiny import tiny_model
-from depthprobe.probing.passes import early_exit
+from depthprobe.probing.passes import early_exit, settling
 from depthprobe.probing.readout import cache_states
 from depthprobe.probing.replace import fit_replacements
-from depthprobe.probing.settling import settling
 from depthprobe.probing.similarity import similarities
 from depthprobe.probing.taylor import taylor_importance
 from depthprobe.probing.walk import rank_routes, route

@@ -20,9 +20,8 @@ from transformers import GPT2Config, GPT2Model
 from depthprobe.evaluation.ranks import EvalSet, evaluate
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.passes import CausalEncoder, early_exit, passes
+from depthprobe.probing.passes import CausalEncoder, early_exit, passes, settling
 from depthprobe.probing.replace import fit_replacements
-from depthprobe.probing.settling import settling
 from depthprobe.probing.similarity import similarities
 from depthprobe.probing.taylor import taylor_importance
 from depthprobe.probing.walk import greedy, rank_routes, route, route_without

@@ -12,7 +12,7 @@ import torch
 from depthprobe.evaluation.ranks import EvalSet
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.probing.settling import Settling, settled_depths, settling, to_frame
+from depthprobe.probing.passes import Settling, settled_depths, settled_frame, settling
 
 CPU = torch.device("cpu")
 L = 5
@@ -89,7 +89,7 @@ def test_planted_ranks_in_a_frame() -> None:
         dtype=np.float32,
     )
     found = Settling(ranks, np.arange(6, dtype=np.int16), np.zeros(6, np.int16))
-    frame = to_frame(found, np.arange(10, 16))
+    frame = settled_frame(found, np.arange(10, 16))
     assert {name: values.tolist() for name, values in frame.items()} == {
         "user": [10, 11, 12, 13, 14, 15],
         "top_settled": [0, 1, 2, 3, 4, 5],

@@ -132,27 +132,33 @@ class Ranks:
     """The test users' ranks of every trial, and the per-user metrics made from them."""
 
     def __init__(self, users: pd.DataFrame) -> None:
-        self._ranks = {  # by protocol, (users, trials)
-            str(protocol): part.pivot(index="user", columns="trial", values="rank").astype(float)
-            for protocol, part in users.groupby("protocol", observed=True)
-        }
+        self._ranks: dict[str, dict[str, Array]] = {}  # by protocol and trial, (U,)
+        for protocol, part in users.groupby("protocol", observed=True):
+            table = part.pivot(index="user", columns="trial", values="rank").astype(float)
+            self._ranks[str(protocol)] = {
+                str(trial): table[trial].to_numpy() for trial in table.columns
+            }
 
     def users(self, trials: Iterable[str]) -> int:
         """How many users were ranked for these trials, under full ranking."""
         trials = list(trials)
-        return int(self._ranks[FULL][trials].count().min()) if self.has(trials) else 0
+        if not self.has(trials):
+            return 0
+        return min(int(np.isfinite(self._ranks[FULL][trial]).sum()) for trial in trials)
 
     def has(self, trials: Iterable[str], protocol: str = FULL) -> bool:
         """Whether there are trials, and every one of them was ranked under the protocol."""
-        wanted, table = set(trials), self._ranks.get(protocol)
-        return bool(wanted) and table is not None and wanted <= set(table.columns)
+        wanted = set(trials)
+        return bool(wanted) and wanted <= self._ranks.get(protocol, {}).keys()
 
     def values(self, protocol: str, metric: str, arms: Sequence[Iterable[str]]) -> list[Array]:
         """Per-user metric (S, U) of each arm's trials, over the users that all of them ranked."""
         trials = list(dict.fromkeys(trial for arm in arms for trial in arm))
-        common = self._ranks[protocol][trials].dropna()
-        values = {trial: per_user_metric(common[trial].to_numpy(), metric) for trial in trials}
-        return [np.stack([values[trial] for trial in arm]) for arm in arms]
+        ranks = np.stack([self._ranks[protocol][trial] for trial in trials])
+        ranks = ranks[:, np.isfinite(ranks).all(axis=0)]
+        values = per_user_metric(ranks.ravel(), metric).reshape(ranks.shape)
+        place = {trial: index for index, trial in enumerate(trials)}
+        return [values[[place[trial] for trial in arm]] for arm in arms]
 
 
 Group = Mapping[int, str]  # the trials of a point, by seed

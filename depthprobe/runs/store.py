@@ -145,7 +145,8 @@ class Run:
     def _digest(self) -> str:
         """Sixteen digits that name what the metrics table is made from."""
         content = [(r.id, r.status, r.metrics, r.validation) for r in self.records]
-        text = repr((content, self.manifest.slices, self.study.protocol.resamples))
+        asked = self.study.protocol.metric, self.study.protocol.level
+        text = repr((content, self.manifest.slices, asked))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def compute_metrics(self) -> pd.DataFrame:
@@ -156,7 +157,7 @@ class Run:
             ValueError: if the metrics of a trial break the bounds between them.
         """
         users, cuts = self._cuts
-        return metrics_table(self.path, self._done, users, cuts)
+        return metrics_table(self.path, self._done, users, cuts, self.study.protocol)
 
     @cached_property
     def slices(self) -> pd.DataFrame:

@@ -79,9 +79,13 @@ VALUE_BYTES = 256 * 2**20  # of per-user values that are held at once
 
 
 def metrics_table(
-    folder: Path, records: Sequence[Record], sliced: np.ndarray, cuts: Sequence[Family]
+    folder: Path,
+    records: Sequence[Record],
+    sliced: np.ndarray,
+    cuts: Sequence[Family],
+    asked: Protocol,
 ) -> pd.DataFrame:
-    """The tidy metrics of finished trials, with 95 % intervals over users.
+    """The tidy metrics of finished trials, the headline's among them, with intervals over users.
 
     Slices are those of full ranking. What is no mean over users (:data:`OF_LISTS`) and the
     validation score have no interval.
@@ -91,20 +95,23 @@ def metrics_table(
         records: of the trials that are done.
         sliced: the users that the slices are of, ascending (E,); empty where they are unknown.
         cuts: ways to slice these users.
+        asked: whose metric and level these are.
 
     Raises:
         BadInput: if a trial's ranks can't be read, or don't give the metrics of its record.
         ValueError: if the metrics of a trial break the bounds between them.
     """
     frames, rows = [], []
+    metrics = tuple(dict.fromkeys((*METRICS, asked.metric)))
     for record in records:
         if (best := record.validation) is not None:
             rows.append((record.id, "validation", "NDCG@10", best.ndcg, best.users))
     for protocol, users, group in _by_users(folder, records):
         own = _aligned(cuts, sliced, users) if protocol == FULL else []
-        block = max(1, VALUE_BYTES // (8 * len(users) * len(METRICS)))
+        block = max(1, VALUE_BYTES // (8 * len(users) * len(metrics)))
         for start in range(0, len(group), block):
-            frames.append(_ranked(group[start : start + block], protocol, own))
+            part = group[start : start + block]
+            frames.append(_ranked(part, protocol, own, metrics, level=asked.level))
         for record, _ in group if protocol == FULL else ():
             full = record.metrics.get("test", {}).get(FULL, {})
             of_lists = [name for name in OF_LISTS if name in full]
@@ -140,26 +147,28 @@ def _aligned(cuts: Sequence[Family], sliced: np.ndarray, users: np.ndarray) -> l
     return [Family(family.name, family.labels, family.codes[places]) for family in cuts]
 
 
-def _ranked(group: Ranked, protocol: str, cuts: Sequence[Family]) -> pd.DataFrame:
+def _ranked(
+    group: Ranked, protocol: str, cuts: Sequence[Family], metrics: Sequence[str], *, level: float
+) -> pd.DataFrame:
     """Rows of some trials, for each slice and metric."""
-    values = [per_user_metric(ranks, name) for _, ranks in group for name in METRICS]
-    means = slice_means(np.stack(values, axis=1), cuts)
-    overall = means[ALL][1][0].reshape(len(group), len(METRICS))
+    values = [per_user_metric(ranks, name) for _, ranks in group for name in metrics]
+    means = slice_means(np.stack(values, axis=1), cuts, level=level)
+    overall = means[ALL][1][0].reshape(len(group), len(metrics))
     for row in overall.tolist():
-        check_metrics(dict(zip(METRICS, row, strict=True)))
-    shape = len(means), 3, len(group), len(METRICS)
+        check_metrics(dict(zip(metrics, row, strict=True)))
+    shape = len(means), 3, len(group), len(metrics)
     numbers = np.stack([each for _, each in means.values()]).reshape(shape)
     # by trial, in it by slice, in it by metric
     value, low, high = numbers.transpose(1, 2, 0, 3).reshape(3, -1)
-    each = len(means) * len(METRICS)
-    users = np.repeat([users for users, _ in means.values()], len(METRICS))
+    each = len(means) * len(metrics)
+    users = np.repeat([users for users, _ in means.values()], len(metrics))
     return pd.DataFrame(
         {
             "trial": np.repeat([record.id for record, _ in group], each),
             "split": "test",
             "protocol": protocol,
-            "slice": np.tile(np.repeat(list(means), len(METRICS)), len(group)),
-            "metric": np.tile(METRICS, len(group) * len(means)),
+            "slice": np.tile(np.repeat(list(means), len(metrics)), len(group)),
+            "metric": np.tile(metrics, len(group) * len(means)),
             "value": value,
             "ci_low": low,
             "ci_high": high,

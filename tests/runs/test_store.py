@@ -27,7 +27,7 @@ from depthprobe.runs.scheduler import Claims
 from depthprobe.runs.store import Run, open_run, status_of, working, write_tables
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.tables import OF_LISTS
-from depthprobe.study import Data, Study
+from depthprobe.study import Data, Study, override
 
 
 def table(run: Run) -> pd.DataFrame:
@@ -58,6 +58,22 @@ def test_slices_are_recomputed_from_every_users_rank(small_run: Run) -> None:
                 {metric: expected[metric] for metric in rows.index}, abs=1e-12
             )
     assert set(found["slice"].str.partition(":")[0]) == {"all", "history", "target"}
+
+
+def test_a_run_is_asked_for_another_metric_and_level(small_run: Run) -> None:
+    run = open_run(small_run.path)
+    run.study = override(run.study, **{"protocol.metric": "HR@20", "protocol.level": 0.8})
+    keys = ["trial", "split", "protocol", "slice", "metric"]
+    usual, asked = (each.metrics.set_index(keys).sort_index() for each in (small_run, run))
+    more = asked.drop(usual.index)
+    assert set(more.index.unique("metric")) == {"HR@20"}
+    assert usual["value"].equals(asked.loc[usual.index, "value"])
+    bounded = usual["ci_low"].notna() & (usual["ci_high"] > usual["ci_low"])
+    assert (asked.loc[usual.index, "ci_low"] > usual["ci_low"])[bounded].all()
+    ranks = run.users.query("trial == 'full-d03-s1' and protocol == 'full'")["rank"]
+    assert (
+        more.loc[("full-d03-s1", "test", "full", "all", "HR@20"), "value"] == (ranks <= 20).mean()
+    )
 
 
 def test_each_user_is_in_one_slice_of_a_family(small_run: Run) -> None:

@@ -47,7 +47,8 @@ UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ =
 app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="How many layers does an LLM-based recommender need, and what do fewer save?",
+    help="How many layers does an LLM-based recommender need, and what do fewer save?"
+    " `depthprobe sweep` alone runs the demo.",
 )
 
 

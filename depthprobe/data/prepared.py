@@ -69,7 +69,7 @@ def prepare_data(
         sequences = _clean_further(load_data(source), name, cleaning or Cleaning())
         own, asked = sequences.statistics.get("ties"), _ties_name(ties, ties_seed)
         if own not in (None, asked) and (ties, ties_seed) != (Data.ties, Data.ties_seed):
-            allowed = f"none for a prepared folder (its ties: {own}); prepare the log itself again"
+            allowed = f"none for a prepared folder (its ties: {own}; prepare the log itself again)"
             raise BadInput("data.ties", asked, allowed)
     else:
         from depthprobe.data.readers.formats import read_log  # pyarrow is slow to import

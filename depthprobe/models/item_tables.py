@@ -70,7 +70,7 @@ def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
     finite = table[1:].isfinite().all(dim=1).numpy()
     if not finite.all():
         place = int(np.argmin(finite))
-        allowed = f"finite numbers; row {rows[place]} (item {item_ids[place]!r}) has another"
+        allowed = f"finite numbers (row {rows[place]}, item {item_ids[place]!r}, has another)"
         raise BadInput(FIELD, file, allowed)
     return table
 
@@ -158,7 +158,7 @@ def _open(file: Path) -> np.ndarray:
     if not isinstance(values, np.ndarray):  # an archive of arrays under another name
         raise BadInput(FIELD, file, f"{allowed}, not several in an archive")
     if values.ndim != 2 or values.shape[1] < 1 or values.dtype.kind != "f":
-        raise BadInput(FIELD, file, f"{allowed}; it holds {values.dtype} {values.shape}")
+        raise BadInput(FIELD, file, f"{allowed} (it holds {values.dtype} {values.shape})")
     return values
 
 

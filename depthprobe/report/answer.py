@@ -88,7 +88,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
         better = "SASRec is more accurate than the best shallow model"
         advice = f"Ship SASRec: it{better[6:]}, and no dearer."
         if dearer := _dearer(baseline, point):
-            advice = f"Not decided: {better}, but has {dearer}."
+            advice = f"Not decided: {better}, but {dearer}."
         elif not row.shown and not doubt(summary, SASREC):
             advice = f"Ship SASRec, or the teacher if its cost is no matter: {better}."
     elif row.shown:
@@ -174,10 +174,11 @@ def _export(summary: Summary, point: Point) -> str:
 
 
 def _dearer(baseline: Point, point: Point) -> str:
-    """What of the baseline costs more than the point; empty if nothing that was measured."""
-    for cost, words in (("parameters", "more parameters"), ("inference", "slower inference")):
-        if (baseline.cost(cost) or 0) > (point.cost(cost) or np.inf):
-            return words
+    """In what the baseline costs more than the point: in time, or in size where none was taken."""
+    for cost, words in (("inference", "is slower to serve"), ("parameters", "has more parameters")):
+        own, other = baseline.cost(cost), point.cost(cost)
+        if own and other:
+            return words if own > other else ""
     return ""
 
 
@@ -225,11 +226,11 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
     """The confidence, and that the candidate was picked out of several."""
     number, margin = len(sufficiency.rows), plain_percent(summary.margin)
     level = plain_percent(summary.level)
-    picked = f"it was picked out of {number} candidates" if number > 1 else "it is the only one"
+    picked = f"it was picked out of {number} candidates, and allowing for that " * (number > 1)
     if row.shown:
         said = (
-            f"With {level} confidence it loses at most {margin}: {picked}, and allowing for that "
-            f"it keeps at least {_below(row.lower, 1)}. The interval is for it alone."
+            f"With {level} confidence it loses at most {margin}: {picked}it keeps at least "
+            f"{_below(row.lower, 1)}.{' The interval is for it alone.' if number > 1 else ''}"
         )
         if (needed := sufficiency.needed) is not None:
             label = style.method_info(needed.method).label
@@ -238,7 +239,7 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
     if sufficiency.seeds == 1:
         return "Its interval is over users alone: how much trainings differ is not known."
     return (
-        f"The margin is {margin}: {picked}, and allowing for that it is only sure to keep "
+        f"The margin is {margin}: {picked}it is only sure to keep "
         f"{_below(row.lower, 1 - summary.margin)}."
     )
 

@@ -111,8 +111,11 @@ def times(ratio: Interval, word: str = "") -> str:
 def times_faster(ratio: Interval) -> str:
     """A speed ratio in words: "2.9× faster [2.8, 3.0]".
 
-    Below one it is slower, by the inverse; an interval that holds one claims neither.
+    Below one it is slower, by the inverse; an interval that holds one claims neither. Of too few
+    rounds for an interval nothing is known but the ratio.
     """
+    if not math.isfinite(ratio.high):
+        return f"{times(ratio)} as fast [too few rounds]"
     if ratio.low <= 1 <= ratio.high:
         return f"about as fast {bounds(ratio, 2)}".strip()
     if ratio.value < 1:

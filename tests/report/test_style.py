@@ -53,6 +53,8 @@ def test_a_speed_is_said_only_as_far_as_its_interval_goes() -> None:
     assert times_faster(Interval(4.0, 3.9, 4.1)) == "4.0× faster [3.9, 4.1]"
     assert times_faster(Interval(0.5, 0.4, 0.8)) == "2.00× slower [1.25, 2.50]"
     assert times_faster(Interval(1.02, 0.99, 1.05)) == "about as fast [0.99, 1.05]"
+    of_two_rounds = times_faster(Interval(2.5, 0.0, math.inf))
+    assert of_two_rounds == "2.50× as fast [too few rounds]"
 
 
 def test_methods_differ_in_marker_and_colour() -> None:

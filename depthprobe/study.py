@@ -222,14 +222,18 @@ class Recipe(Checked):
     #: ask for the next item at ``every`` position of a history, or at its ``last`` alone (one
     #: target a user, SLMRec's).
     objective: Literal["every", "last"] = "every"
-    #: cross-entropy over the whole catalogue (``full``), over the target and random items
-    #: (``sampled-softmax``), or gSASRec's binary one (``gbce``).
-    loss: Literal["full", "sampled-softmax", "gbce"] = "full"
-    #: how many random items the two sampled losses draw.
+    #: cross-entropy over the whole catalogue (``full``); over the target and random items, other
+    #: ones for each target (``sampled-softmax``) or the same for all of a step
+    #: (``shared-softmax``, the cheapest on a CPU); or gSASRec's binary one (``gbce``).
+    loss: Literal["full", "sampled-softmax", "shared-softmax", "gbce"] = "full"
+    #: how many random items the sampled losses draw.
     negatives: Count = 256
     gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75  #: the calibration of ``gbce``, from 0 to 1.
     #: compute a batch in so many parts, which changes its memory and not its result.
     accumulation: Count = 1
+    #: windows are sorted by length within so many batches, which saves padding; but then a step
+    #: sees windows of one length, and short ones weigh more. 1 makes the batches random.
+    pool: Count = 50
     #: what the training computes in, beside weights that stay in their own.
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False  #: use ``torch.compile``.
@@ -251,6 +255,17 @@ class Recipe(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SasRecRecipe(Recipe):
+    """SASRec's own defaults: random batches, computed in parts of about the same length."""
+
+    epochs: Count = 24
+    learning_rate: Annotated[float, Meta(gt=0, lt=10)] = 2e-3
+    patience: Count = 4
+    accumulation: Count = 4
+    pool: Count = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class SasRecSettings(Checked):
     """The non-LLM baseline, and where the item embeddings come from (Kang and McAuley, 2018)."""
 
@@ -260,7 +275,7 @@ class SasRecSettings(Checked):
     #: of its attention; ``width`` must be a multiple.
     heads: Width = 2
     dropout: Share = 0.5  #: the share of states that are dropped in training.
-    recipe: Recipe = Recipe(epochs=16, patience=4, learning_rate=2e-3)  #: how it is trained.
+    recipe: SasRecRecipe = SasRecRecipe()  #: how it is trained.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -219,7 +219,7 @@ def _tables(
 
 def _repeated(kind: type, own: Any, name: str) -> list[str]:
     """For a table that was described before: which, and the defaults that differ."""
-    top = {"Recipe": "recipe", "Distillation": "distillation", "Elastic": "elastic"}
+    top = {"Recipe": "recipe", "SasRecRecipe": "recipe", "Distillation": "distillation", "Elastic": "elastic"}
     table = top.get(kind.__name__)
     if table is None or name == table:
         return []

@@ -1,15 +1,17 @@
 """SASRec (Kang and McAuley, 2018): the non-LLM baseline, and the source of the item embeddings.
 
-Pre-norm blocks and full cross-entropy over the catalogue, which is what makes it a strong baseline
-(gSASRec, RecSys 2023; eSASRec, RecSys 2025). Unlike theirs, attention weights are not dropped out:
-the kernel that never holds them all is then used, and validation on Beauty was better without.
+The blocks are its authors' own, not today's pre-norm ones, and a softmax over the catalogue trains
+it, which is what makes it a strong baseline (gSASRec, RecSys 2023; arXiv 2402.06216). A window is
+read as if it were padded in front to ``longest`` items, as theirs is, but no padding is computed.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import relu
 
 from depthprobe.models.recommender import states_at
 
@@ -33,24 +35,39 @@ def dropout(x: Tensor, share: float, training: bool) -> Tensor:
 
 
 class SasRecBlock(nn.Module):
-    """Causal self-attention and a two-layer MLP, each on a normed input."""
+    """Causal self-attention, whose queries alone are normed, and an MLP around normed states."""
 
     def __init__(self, width: int, heads: int, drop: float) -> None:
         super().__init__()
         self.heads, self.drop = heads, drop
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+        for linear in (self.query, self.key_value, self.out):
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        """(B, T, D), and the number of padding items before each window, (B,) -> (B, T, D)."""
         b, t, d = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(b, t, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
-        a = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + dropout(self.out(a.transpose(1, 2).reshape(b, t, d)), self.drop, self.training)
-        h = self.down(gelu(self.up(self.norm_mlp(x))))
-        return x + dropout(h, self.drop, self.training)
+        share = (b, t, -1, self.heads, d // self.heads)
+        (q,) = self.query(self.norm_attention(x)).view(share).permute(2, 0, 3, 1, 4)
+        q = q / math.sqrt(d // self.heads)  # (B, H, T, d)
+        k, v = self.key_value(x).view(share).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
+        later = torch.full((t, t), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        scores = q @ k.transpose(-1, -2) + later  # (B, H, T, T)
+        # Padding is attended to in the original: its states are 0, so the bias alone is its key and
+        # its value. n equal keys are one, whose score is raised by log n.
+        k_pad, v_pad = self.key_value.bias.view(2, self.heads, 1, -1)  # each (H, 1, d)
+        at_padding = (q * k_pad).sum(-1, keepdim=True) + padding.to(x.dtype).log()[:, None, None, None]
+        weights = torch.cat([at_padding, scores], dim=-1).softmax(-1)  # (B, H, T, 1 + T)
+        weights = dropout(weights, self.drop, self.training)
+        a = weights[..., 1:] @ v + weights[..., :1] * v_pad
+        x = x + self.out(a.transpose(1, 2).reshape(b, t, d))
+        x = self.norm_mlp(x)
+        h = dropout(self.up(x), self.drop, self.training)
+        return x + dropout(self.down(relu(h)), self.drop, self.training)
 
 
 class SASRec(nn.Module):
@@ -65,9 +82,10 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList([SasRecBlock(width, heads, drop) for _ in range(blocks)])
         self.norm = nn.LayerNorm(width)
         self.drop = drop
-        nn.init.normal_(self.positions.weight, std=0.02)
+        for table in (self.items, self.positions):
+            nn.init.xavier_normal_(table.weight)
         with torch.no_grad():
-            self.items.weight[1:].normal_(std=0.02)
+            self.items.weight[0] = 0
 
     def item_matrix(self) -> Tensor:
         """What user vectors are scored against, (I + 1, width); row 0 is padding."""
@@ -80,12 +98,14 @@ class SASRec(nn.Module):
             histories: (B, T) item ids, right-padded with 0.
             lengths: (B,), or None.
         """
-        # positions count back from nothing but the window's start: right padding keeps them aligned
-        positions = torch.arange(histories.shape[1], device=histories.device)
-        x = self.items(histories) * self.items.embedding_dim**0.5 + self.positions(positions)
+        padding = self.positions.num_embeddings - (histories != 0).sum(dim=1)  # (B,)
+        # positions count back from the window's end: its last item is always at the same one
+        places = torch.arange(histories.shape[1], device=histories.device) + padding[:, None]
+        places = places.clamp(max=self.positions.num_embeddings - 1)  # of right padding
+        x = self.items(histories) * self.items.embedding_dim**0.5 + self.positions(places)
         x = dropout(x, self.drop, self.training)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, padding)
         normed: Tensor = self.norm(x if lengths is None else states_at(x, lengths - 1))
         return normed
 

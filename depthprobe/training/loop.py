@@ -144,7 +144,8 @@ def _train_epoch(
     """Take what is left of the epoch's steps; yields after those where a checkpoint is due."""
     recipe, fit = engine.recipe, progress.fit
     size = recipe.batch_size * engine.processes
-    batches = length_buckets([len(w) for w in windows], size, seed=seed, epoch=fit.epochs)
+    lengths = [len(window) for window in windows]
+    batches = length_buckets(lengths, size, seed=seed, epoch=fit.epochs, pool=recipe.pool)
     total = recipe.epochs * len(batches)
     engine.called.train()
     for chosen in batches[progress.done :]:

@@ -37,6 +37,17 @@ def test_training_learns(train: Train, make_sasrec: MakeSasrec) -> None:
     assert done.steps == 30 * 4
 
 
+def test_a_pool_of_one_mixes_lengths_in_a_step(train: Train, make_sasrec: MakeSasrec) -> None:
+    spread = {}
+    for pool in (1, 50):
+        recipe = Recipe(epochs=1, batch_size=8, pool=pool)
+        objective, seen = NextItem(make_sasrec(), recipe), []
+        objective.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].lengths))
+        train(objective, recipe)
+        spread[pool] = np.mean([float(lengths.max() - lengths.min()) for lengths in seen])
+    assert spread[1] > 2 * spread[50]
+
+
 def test_the_same_seed_gives_the_same_weights_whatever_validation_draws(
     train: Train, make_sasrec: MakeSasrec, assert_same: Callable[..., None]
 ) -> None:

@@ -258,9 +258,10 @@ class Recipe(Checked):
 class SasRecRecipe(Recipe):
     """SASRec's own defaults: random batches, computed in parts of about the same length."""
 
-    epochs: Count = 24
+    epochs: Count = 40
+    batch_size: Count = 256
     learning_rate: Annotated[float, Meta(gt=0, lt=10)] = 2e-3
-    patience: Count = 4
+    patience: Count = 5
     accumulation: Count = 4
     pool: Count = 1
 
@@ -273,7 +274,7 @@ class SasRecSettings(Checked):
     width: Width = 64
     blocks: Count = 2  #: how many it has.
     #: of its attention; ``width`` must be a multiple.
-    heads: Width = 2
+    heads: Width = 1
     dropout: Share = 0.5  #: the share of states that are dropped in training.
     recipe: SasRecRecipe = SasRecRecipe()  #: how it is trained.
 

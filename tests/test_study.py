@@ -223,6 +223,11 @@ def test_override_skips_none_and_reaches_into_sections() -> None:
             override(study, **{key: 0})
 
 
+def test_a_key_of_sasrecs_recipe_leaves_its_other_defaults_as_they_are() -> None:
+    study = study_from_dict({"sasrec": {"recipe": {"epochs": 3}}})
+    assert study.sasrec.recipe == replace(Study().sasrec.recipe, epochs=3)
+
+
 def test_differences_name_each_changed_field() -> None:
     old = Study()
     new = override(old, name="x", device="cpu", seeds=5, item_width=3, **{"recipe.epochs": 2})

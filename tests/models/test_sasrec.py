@@ -1,4 +1,4 @@
-"""SASRec is causal, ignores padding, drops the share it is told; popularity counts."""
+"""SASRec equals a plain one that computes its padding, is causal, drops what it is told to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,50 @@ import numpy as np
 import pytest
 import torch
 
+from torch import Tensor
+from torch.nn.functional import multi_head_attention_forward, pad, relu
+
 from depthprobe.models.recommender import Popularity
 from depthprobe.models.sasrec import SASRec, dropout
 
 
 def make() -> SASRec:
     torch.manual_seed(0)
-    return SASRec(9, width=8, blocks=2, heads=2, drop=0.5, longest=6).double().eval()
+    model = SASRec(9, width=8, blocks=2, heads=2, drop=0.5, longest=6).double().eval()
+    with torch.no_grad():
+        for block in model.blocks:  # as if trained: padding's key and value are this bias
+            block.key_value.bias.normal_()
+    return model
+
+
+def plain(model: SASRec, history: Tensor) -> Tensor:
+    """The vector after the last item, from a window that is padded in front and all computed."""
+    window = pad(history, (6 - len(history), 0))[:, None]  # (T, 1)
+    real = (window != 0).double()[:, :, None]  # (T, 1, 1)
+    x = model.items(window) * 8**0.5 + model.positions.weight[:, None]  # (T, 1, D)
+    x = x * real
+    later = torch.ones(6, 6).triu(1).bool()
+    for block in model.blocks:
+        q, kv, out = block.query, block.key_value, block.out
+        weight, bias = torch.cat([q.weight, kv.weight]), torch.cat([q.bias, kv.bias])
+        query = block.norm_attention(x)
+        a, _ = multi_head_attention_forward(
+            query, x, x, 8, 2, weight, bias, None, None, False, 0.0, out.weight, out.bias,
+            training=False, attn_mask=later,
+        )  # fmt: skip
+        x = block.norm_mlp(x + a)
+        x = (x + block.down(relu(block.up(x)))) * real
+    return model.norm(x[-1])
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_equals_one_that_computes_its_padding(length: int) -> None:
+    model, history = make(), torch.tensor([7, 2, 9, 1, 4, 2])[:length]
+    padded = pad(history, (0, 6 - length))[None]
+    vector = model.encode(padded, torch.tensor([length]))
+    torch.testing.assert_close(vector, plain(model, history), rtol=1e-12, atol=1e-12)
+    model.train()(padded).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_no_position_sees_a_later_one() -> None:

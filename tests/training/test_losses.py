@@ -22,6 +22,7 @@ from depthprobe.training.losses import (
     catalogue_loss,
     gbce,
     sampled_softmax,
+    shared_softmax,
     top_kl,
 )
 
@@ -261,7 +262,7 @@ def test_a_vector_that_diverged_shows_in_the_loss(loss: Loss) -> None:
 
 def test_a_recipe_chooses_the_loss() -> None:
     vectors, items, targets = make(5, 9)
-    for name, loss in ALL.items():
+    for name, loss in {**ALL, "shared-softmax": partial(shared_softmax, negatives=3)}.items():
         recipe = Recipe(loss=name, negatives=3, gbce_t=0.75)
         torch.manual_seed(0)
         expected = loss(vectors, items, targets)
@@ -348,3 +349,26 @@ def test_divergence_over_the_catalogue_and_over_the_best_items(
     check_same(every, naive_kl(scores, teachers, temperature), vectors, items)
     listed = naive_kl(scores.gather(1, best.indices), best.values, temperature)
     check_same(top, listed, vectors, items)
+
+
+def test_shared_softmax_is_a_softmax_over_the_target_and_what_was_drawn() -> None:
+    torch.manual_seed(2)
+    vectors = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    items = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, 9, 4, 4, 7])
+    torch.manual_seed(3)
+    loss = shared_softmax(vectors, items, targets, negatives=6)
+    torch.manual_seed(3)
+    drawn = (torch.randperm(9)[:6] + 1).tolist()
+    losses = []
+    for vector, target in zip(vectors, targets.tolist(), strict=True):
+        own = (vector @ items[target]).exp()
+        others = sum((vector @ items[i]).exp() for i in drawn if i != target)
+        losses.append(-(own / (own + 9 / 6 * others)).log())
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(each, (vectors, items)) for each in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+    # with room for all, nothing is drawn
+    full = catalogue_cross_entropy(vectors, items, targets)
+    torch.testing.assert_close(shared_softmax(vectors, items, targets, negatives=9), full)

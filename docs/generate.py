@@ -219,8 +219,8 @@ def _tables(
 
 def _repeated(kind: type, own: Any, name: str) -> list[str]:
     """For a table that was described before: which, and the defaults that differ."""
-    top = {"Recipe": "recipe", "SasRecRecipe": "recipe", "Distillation": "distillation", "Elastic": "elastic"}
-    table = top.get(kind.__name__)
+    top = {"Recipe": "recipe", "Distillation": "distillation", "Elastic": "elastic"}
+    table = top.get(kind.__name__.removeprefix("SasRec"))
     if table is None or name == table:
         return []
     said = f"The keys of [`[{table}]`](#{table})"

@@ -51,16 +51,17 @@ class SasRecBlock(nn.Module):
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """(B, T, D), and the number of padding items before each window, (B,) -> (B, T, D)."""
         b, t, d = x.shape
-        share = (b, t, -1, self.heads, d // self.heads)
-        (q,) = self.query(self.norm_attention(x)).view(share).permute(2, 0, 3, 1, 4)
+        split = (b, t, -1, self.heads, d // self.heads)
+        (q,) = self.query(self.norm_attention(x)).view(split).permute(2, 0, 3, 1, 4)
         q = q / math.sqrt(d // self.heads)  # (B, H, T, d)
-        k, v = self.key_value(x).view(share).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
+        k, v = self.key_value(x).view(split).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
         later = torch.full((t, t), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
         scores = q @ k.transpose(-1, -2) + later  # (B, H, T, T)
         # Padding is attended to in the original: its states are 0, so the bias alone is its key and
-        # its value. n equal keys are one, whose score is raised by log n.
+        # its value. n equal keys are one, whose score is raised by log n; no padding by log 0.
         k_pad, v_pad = self.key_value.bias.view(2, self.heads, 1, -1)  # each (H, 1, d)
-        at_padding = (q * k_pad).sum(-1, keepdim=True) + padding.to(x.dtype).log()[:, None, None, None]
+        log_n = padding.to(x.dtype).log().view(b, 1, 1, 1)
+        at_padding = (q * k_pad).sum(-1, keepdim=True) + log_n  # (B, H, T, 1)
         weights = torch.cat([at_padding, scores], dim=-1).softmax(-1)  # (B, H, T, 1 + T)
         weights = dropout(weights, self.drop, self.training)
         a = weights[..., 1:] @ v + weights[..., :1] * v_pad

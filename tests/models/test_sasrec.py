@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward, pad, relu
 

@@ -258,9 +258,8 @@ class Recipe(Checked):
 class SasRecRecipe(Recipe):
     """SASRec's own defaults: random batches, computed in parts of about the same length."""
 
-    epochs: Count = 40
-    batch_size: Count = 256
-    learning_rate: Annotated[float, Meta(gt=0, lt=10)] = 2e-3
+    epochs: Count = 24
+    learning_rate: Rate | tuple[Rate, ...] = 2e-3
     patience: Count = 5
     accumulation: Count = 4
     pool: Count = 1

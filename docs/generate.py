@@ -172,9 +172,11 @@ def _first_line(path: Path) -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """What ``#:`` says of each field, before or behind it."""
+    """What ``#:`` says of each field, before or behind it; of an inherited one where it is from."""
     found, words = dict[str, str](), list[str]()
-    for line in textwrap.dedent(inspect.getsource(kind)).splitlines():
+    bases = [each for each in reversed(kind.__mro__[1:]) if is_dataclass(each)]
+    sources = [textwrap.dedent(inspect.getsource(each)) for each in (*bases, kind)]
+    for line in "\n".join(sources).splitlines():
         code, _, comment = line.partition("#: ")
         words += [comment] if comment else []
         name = re.match(r"    (\w+):", code)

@@ -99,7 +99,8 @@ class SASRec(nn.Module):
             histories: (B, T) item ids, right-padded with 0.
             lengths: (B,), or None.
         """
-        padding = self.positions.num_embeddings - (histories != 0).sum(dim=1)  # (B,)
+        given = (histories != 0).sum(dim=1) if lengths is None else lengths
+        padding = self.positions.num_embeddings - given  # (B,)
         # positions count back from the window's end: its last item is always at the same one
         places = torch.arange(histories.shape[1], device=histories.device) + padding[:, None]
         places = places.clamp(max=self.positions.num_embeddings - 1)  # of right padding

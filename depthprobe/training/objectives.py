@@ -65,6 +65,8 @@ def make_batch(
     else:
         rows, targets = np.arange(len(sizes)) * width + sizes - 1, last
 
+    padded[np.arange(len(padded)), sizes] = 0  # no input, also where longer windows leave room
+
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 

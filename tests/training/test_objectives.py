@@ -35,9 +35,9 @@ Maker = Callable[..., Recommender]
 
 def test_every_position_has_a_target() -> None:
     batch = make_batch(WINDOWS, np.array([0, 1]), CPU, "every")
-    assert batch.inputs.tolist() == [[5, 6], [8, 9]]  # what follows the last position is not read
+    assert batch.inputs.tolist() == [[5, 6], [8, 0]]  # the last item of a window is a target alone
     assert batch.targets.tolist() == [6, 7, 9]
-    assert batch.rows.tolist() == [0, 1, 2]  # of [5, 6, 8, 9]; padding has no target
+    assert batch.rows.tolist() == [0, 1, 2]  # of [5, 6, 8, 0]; padding has no target
     assert (batch.lengths.tolist(), batch.count) == ([2, 1], 3)
     assert batch.last.tolist() == [7, 9]
     assert count_targets(WINDOWS, "every").tolist() == [2, 1, 3]

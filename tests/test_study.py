@@ -80,7 +80,10 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ("[recipe]\nweight_decay = nan", ["recipe.weight_decay", "nan"]),
         ("[recipe]\nwarmup = 1.0", ["recipe.warmup", "1.0"]),
         ('[recipe]\nobjective = "first"', ["recipe.objective", "'first'", "every, last"]),
-        ('[recipe]\nloss = "bpr"', ["recipe.loss", "'bpr'", "full, sampled-softmax, gbce"]),
+        (
+            '[recipe]\nloss = "bpr"',
+            ["recipe.loss", "'bpr'", "shared-softmax, gbce"],
+        ),
         ('[recipe]\nprecision = "float16"', ["recipe.precision", "float32, bfloat16"]),
         ("[recipe]\nnegatives = 0", ["recipe.negatives", "0", "at least 1"]),
         ("[recipe]\ngbce_t = 1.5", ["recipe.gbce_t", "1.5", "at most 1"]),

@@ -41,27 +41,28 @@ class SasRecBlock(nn.Module):
         super().__init__()
         self.heads, self.drop = heads, drop
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        # a bias of keys would raise all scores of a query alike
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
-        for linear in (self.query, self.key_value, self.out):
+        for linear in (self.query, self.key, self.value, self.out):
             nn.init.xavier_normal_(linear.weight)
+        for linear in (self.query, self.value, self.out):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """(B, T, D), and the number of padding items before each window, (B,) -> (B, T, D)."""
         b, t, d = x.shape
-        split = (b, t, -1, self.heads, d // self.heads)
-        (q,) = self.query(self.norm_attention(x)).view(split).permute(2, 0, 3, 1, 4)
-        q = q / math.sqrt(d // self.heads)  # (B, H, T, d)
-        k, v = self.key_value(x).view(split).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
+        q, k, v = (
+            each.view(b, t, self.heads, d // self.heads).transpose(1, 2)  # (B, H, T, d)
+            for each in (self.query(self.norm_attention(x)), self.key(x), self.value(x))
+        )
         later = torch.full((t, t), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
-        scores = q @ k.transpose(-1, -2) + later  # (B, H, T, T)
-        # Padding is attended to in the original: its states are 0, so the bias alone is its key and
-        # its value. n equal keys are one, whose score is raised by log n; no padding by log 0.
-        k_pad, v_pad = self.key_value.bias.view(2, self.heads, 1, -1)  # each (H, 1, d)
-        log_n = padding.to(x.dtype).log().view(b, 1, 1, 1)
-        at_padding = (q * k_pad).sum(-1, keepdim=True) + log_n  # (B, H, T, 1)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(d // self.heads) + later  # (B, H, T, T)
+        # Padding is attended to in the original: its states are 0, so its keys are 0 and its values
+        # the bias. n equal keys are one, whose score is raised by log n; no padding by log 0.
+        at_padding = padding.to(scores.dtype).log().view(b, 1, 1, 1).expand(b, self.heads, t, 1)
+        v_pad = self.value.bias.view(self.heads, 1, -1)  # (H, 1, d)
         weights = torch.cat([at_padding, scores], dim=-1).softmax(-1)  # (B, H, T, 1 + T)
         weights = dropout(weights, self.drop, self.training)
         a = weights[..., 1:] @ v + weights[..., :1] * v_pad

@@ -16,8 +16,8 @@ def make() -> SASRec:
     torch.manual_seed(0)
     model = SASRec(9, width=8, blocks=2, heads=2, drop=0.5, longest=6).double().eval()
     with torch.no_grad():
-        for block in model.blocks:  # as if trained: padding's key and value are this bias
-            block.key_value.bias.normal_()
+        for block in model.blocks:  # as if trained: padding's value is this bias
+            block.value.bias.normal_()
     return model
 
 
@@ -29,8 +29,9 @@ def plain(model: SASRec, history: Tensor) -> Tensor:
     x = x * real
     later = torch.ones(6, 6).triu(1).bool()
     for block in model.blocks:
-        q, kv, out = block.query, block.key_value, block.out
-        weight, bias = torch.cat([q.weight, kv.weight]), torch.cat([q.bias, kv.bias])
+        q, k, v, out = block.query, block.key, block.value, block.out
+        weight = torch.cat([q.weight, k.weight, v.weight])
+        bias = torch.cat([q.bias, torch.zeros(8), v.bias])
         query = block.norm_attention(x)
         a, _ = multi_head_attention_forward(
             query, x, x, 8, 2, weight, bias, None, None, False, 0.0, out.weight, out.bias,

@@ -45,7 +45,7 @@ def test_every_position_has_a_target() -> None:
 
 def test_the_last_position_alone_has_a_target() -> None:
     batch = make_batch(WINDOWS, np.array([2, 1, 0]), CPU, "last")
-    assert batch.inputs.tolist() == [[1, 2, 3], [8, 9, 0], [5, 6, 7]]
+    assert batch.inputs.tolist() == [[1, 2, 3], [8, 0, 0], [5, 6, 0]]
     assert batch.targets.tolist() == batch.last.tolist() == [4, 9, 7]
     assert batch.rows.tolist() == [2, 3, 7]
     assert batch.count == count_targets(WINDOWS, "last").sum() == 3

@@ -39,7 +39,7 @@ def main(logs: str, runs: str) -> None:
             )
             rows = found[["method", "depth", "value"]].assign(log=log, order=order)
             pd.concat([known, rows]).to_csv(table, index=False)
-    print(summary(pd.read_csv(table)).to_markdown(floatfmt=".4f"))
+    print(summary(pd.read_csv(table)).to_string(float_format="%.4f"))
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

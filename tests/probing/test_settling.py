@@ -56,7 +56,7 @@ def test_equals_naive_loops(teacher: Recommender, with_seen: EvalSet) -> None:
             for scores in (vectors[:, place] @ table.T).tolist():
                 left = [item for item in range(1, len(table)) if item not in seen]
                 above = sum(scores[item] > scores[target] for item in left if item != target)
-                ranks[-1].append(above + 1.0)
+                ranks[-1].append(np.inf if target in seen else above + 1.0)  # never served
                 tops[-1].append(sorted(left, key=lambda item: -scores[item]))  # noqa: B023
         for k in (10, 3):
             found = settling(teacher, eval_set, device=CPU, k=k)

@@ -142,7 +142,9 @@ def test_what_can_not_be_cut(tmp_path: Path) -> None:
         cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)
     assert str(caught.value).count("expected") == 1
     heads = {"decoder_attention_heads": 2, "encoder_attention_heads": 2}
-    BartConfig(vocab_size=11, d_model=8, decoder_layers=2, **heads).save_pretrained(tmp_path)
+    BartConfig(
+        vocab_size=11, d_model=8, encoder_layers=2, decoder_layers=2, **heads
+    ).save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="no token embeddings of its own"):
         cost_table(str(tmp_path), "1", device="cpu", workload=QUICK)
     XLMConfig(vocab_size=11, emb_dim=8, n_layers=2, n_heads=2, n_langs=1).save_pretrained(tmp_path)

@@ -34,14 +34,18 @@ LAST = Recipe(epochs=2, batch_size=16, learning_rate=0.01, objective="last")
 RUNS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "lora": ({"methods": (*PROBED, "replace", "heal")}, {"tuning": "lora", "lora_rank": 4}),
     "bfloat16": ({"methods": (*PROBED, "replace", "distill", "elastic")}, {"dtype": "bfloat16"}),
-    "frozen": ({"methods": ("full", "finetune")}, {"tuning": "frozen", "prompt": ""}),
-    "eager": ({"methods": ("full",)}, {"attention": "eager"}),
-    "suffix": ({"methods": (*PROBED, "distill"), "recipe": LAST}, {"suffix": "=>"}),
+    "frozen": (
+        {"methods": ("full", "finetune")},
+        {"tuning": "frozen", "prompt": "", "attention": "eager"},
+    ),
+    "suffix": (
+        {"methods": (*PROBED, "heal", "distill"), "recipe": LAST, "train_items": True},
+        {"suffix": "=>"},
+    ),
     "linear": (
         {"methods": (*PROBED, "distill"), "item_table": "learned", "item_width": 12},
         {"head": "linear"},
     ),
-    "items trained": ({"methods": ("full", "heal"), "train_items": True}, {}),
 }
 TRIALS = {
     "small": "full-d03-s1 finetune-d01-s0 heal-d02-s0 distill-d02-s1 random-init-d03-s0"
@@ -52,11 +56,9 @@ TRIALS = {
     "lora": "full-d03-s0 replace-d02-s0 finetune-d02-s0 heal-d01-s0 early-exit-d01-s0 skip-b01-s0",
     "bfloat16": "full-d03-s0 finetune-d01-s0 early-exit-d02-s0 skip-b00-s0 replace-d01-s0"
     " elastic-d02-s0",
-    "frozen": "finetune-d02-s0",
-    "eager": "full-d03-s0",
-    "suffix": "full-d03-s0 early-exit-d02-s0 skip-b01-s0 distill-d01-s0",
+    "frozen": "full-d03-s0 finetune-d02-s0",
+    "suffix": "full-d03-s0 early-exit-d02-s0 skip-b01-s0 heal-d01-s0 distill-d01-s0",
     "linear": "full-d03-s0 skip-b00-s0 distill-d02-s0",
-    "items trained": "full-d03-s0 heal-d01-s0",
 }
 
 

@@ -175,7 +175,7 @@ def test_show_draws_a_figure(cli: Cli, log: Path, ending: str, start: bytes) -> 
     ("flags", "words"),
     [
         (["--min-rating", "four"], ["--min-rating", "'four'", "number"]),
-        (["--min-rating", "nan"], ["min_rating", "nan", "a number"]),
+        (["--min-rating", "nan"], ["--min-rating", "nan", "finite number"]),
         (["--min-rating", "6"], ["cleaning", "rating 6 or more", "leaves something"]),
         (["--repeats", "none"], ["repeats", "'none'", "keep, first, last"]),
         (["--latest", "0"], ["latest", "0", "at least 1"]),
@@ -184,7 +184,7 @@ def test_show_draws_a_figure(cli: Cli, log: Path, ending: str, start: bytes) -> 
         (["--core", "9"], ["cleaning", "9-core", "leaves something"]),
         (["--format", "cvs"], ["format", "'cvs'", "did you mean csv?"]),
         (["--items", "none.tsv"], ["items", "none.tsv"]),
-        (["--item-column", "wat"], ["columns.item", "'wat'", "did you mean what?"]),
+        (["--item-column", "wat"], ["--item-column", "'wat'", "did you mean what?"]),
     ],
 )
 def test_bad_flags_are_one_line_and_write_nothing(
@@ -200,11 +200,11 @@ def test_bad_flags_are_one_line_and_write_nothing(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--split", "random"], ["protocol.split", "'random'", "leave-one-out, temporal, given"]),
-        (["--split", "given"], ["protocol.split", "training, validation and test files"]),
+        (["--split", "random"], ["--split", "'random'", "leave-one-out, temporal, given"]),
+        (["--split", "given"], ["--split", "training, validation and test files"]),
         (["--split-at", "0.8,0.9"], ["split-at", "'0.8,0.9'", "--split temporal"]),
-        (["--split", "temporal", "--split-at", "0.8"], ["split_at", "'0.8'", "two dates"]),
-        (["--split", "temporal", "--split-at", "0.9,0.8"], ["split_at", "validation before test"]),
+        (["--split", "temporal", "--split-at", "0.8"], ["--split-at", "'0.8'", "two dates"]),
+        (["--split", "temporal", "--split-at", "0.9,0.8"], ["--split-at", "validation before test"]),
         (["--figure", "log.jpg"], ["figure", "'log.jpg'", ".png, .svg, .pdf"]),
         (["--figure", "shop.csv/log.png"], ["figure", "is a file"]),
     ],

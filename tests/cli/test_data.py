@@ -204,7 +204,10 @@ def test_bad_flags_are_one_line_and_write_nothing(
         (["--split", "given"], ["--split", "training, validation and test files"]),
         (["--split-at", "0.8,0.9"], ["split-at", "'0.8,0.9'", "--split temporal"]),
         (["--split", "temporal", "--split-at", "0.8"], ["--split-at", "'0.8'", "two dates"]),
-        (["--split", "temporal", "--split-at", "0.9,0.8"], ["--split-at", "validation before test"]),
+        (
+            ["--split", "temporal", "--split-at", "0.9,0.8"],
+            ["--split-at", "validation before test"],
+        ),
         (["--figure", "log.jpg"], ["figure", "'log.jpg'", ".png, .svg, .pdf"]),
         (["--figure", "shop.csv/log.png"], ["figure", "is a file"]),
     ],

@@ -108,7 +108,7 @@ def test_an_unknown_item_in_the_last_line_prints_nothing(
         assert (outcome.code, outcome.out) == (2, "")
         assert outcome.err.count("\n") == 1
         for word in (
-            "history: 'nowhere'",
+            "got 'nowhere'",
             f"{users}, line {number}",
             "12 in the",
             "--skip-unknown",

@@ -137,9 +137,9 @@ def test_few_items_left_and_none(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("history", "top", "words"),
     [
-        (["nowhere"], 5, "history: 'nowhere'"),
-        ([], 5, "history: ''"),
-        (["i1"], 0, "top: 0"),
+        (["nowhere"], 5, "history: .*got 'nowhere'"),
+        ([], 5, "history: .*got ''"),
+        (["i1"], 0, "top: .*got 0"),
         (["i1"], ITEMS + 1, f"from 1 to {ITEMS}"),
     ],
 )

@@ -25,7 +25,7 @@ from depthprobe.runs.plan import trial_of
 from depthprobe.runs.records import TIMING
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
-from depthprobe.study import Study
+from depthprobe.study import Study, study_to_toml
 from depthprobe.training.checkpoint import Checkpoint, Progress
 from depthprobe.training.distributed import Engine
 
@@ -162,7 +162,8 @@ def test_a_run_grows_by_seeds_to_the_same_numbers(
     more = replace(study, seeds=2, protocol=replace(study.protocol, margin=0.05, resamples=200))
     grown = run_sweep(more, grown.path, jobs=0, command="two", progress=recorder)
     assert recorder.planned == ["sasrec-s1", "finetune-d01-s1"]
-    assert (grown.study, grown.manifest.command) == (replace(more, name="small"), "two")
+    assert study_to_toml(grown.study) == study_to_toml(replace(more, name="small"))
+    assert grown.manifest.command == "two"
     whole = run_sweep(more, tmp_path / "whole", jobs=0)
     pd.testing.assert_frame_equal(grown.metrics, whole.metrics)
     pd.testing.assert_frame_equal(grown.users, whole.users)
@@ -325,10 +326,10 @@ def test_ranks_that_are_missing_are_made_anew_and_others_refused(
     ):
         damaged.to_parquet(users, index=False)
         (run.path / "metrics.parquet").unlink(missing_ok=True)
-        with pytest.raises(BadInput, match=r"sasrec-s0/users.parquet.* delete its folder"):
+        with pytest.raises(BadInput, match=r"delete its folder.*sasrec-s0/users.parquet"):
             run_sweep(tiny, run.path, jobs=0)
     users.write_bytes(b"PAR1")
-    with pytest.raises(BadInput, match=r"sasrec-s0/users.parquet.* delete its folder"):
+    with pytest.raises(BadInput, match=r"delete its folder.*sasrec-s0/users.parquet"):
         open_run(run.path).users.equals(before)
     shutil.rmtree(users.parent)
     assert run_sweep(tiny, run.path, jobs=0).users.equals(before)

@@ -158,7 +158,7 @@ def test_trackers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     check_trackers(())
     check_trackers(("tensorboard", "recorder"))
-    with pytest.raises(BadInput, match="'tensorbord'.*did you mean tensorboard"):
+    with pytest.raises(BadInput, match="did you mean tensorboard.*'tensorbord'"):
         check_trackers(("tensorbord",))
-    with pytest.raises(BadInput, match="'mlflow'.*installed"):
+    with pytest.raises(BadInput, match="installed.*'mlflow'"):
         check_trackers(("tensorboard", "mlflow"))

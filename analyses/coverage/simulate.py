@@ -52,7 +52,7 @@ class Population:
         own = 0.25 * draw.normal(size=(POPULATION, 1, arms))
         noise = 0.3 * draw.normal(size=(POPULATION, seeds, arms))
         ranks = np.ceil(np.exp(np.clip(3.5 - 1.6 * ease + own + noise, 0, 8)))
-        values = per_user_metric(ranks.ravel(), "NDCG@10").reshape(ranks.shape)
+        values = per_user_metric(ranks, "NDCG@10")
         self.values = values / values.mean(axis=0)
         # of one comparison, one seed, one user
         change = self.values[:, 0, 1:] - (1 - MARGIN) * self.values[:, 0, :1]

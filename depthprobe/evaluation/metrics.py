@@ -31,6 +31,8 @@ def metrics_from_ranks(ranks: Any, ks: Iterable[int] = (1, 5, 10)) -> dict[str, 
         ValueError: if there are no ranks, or one is NaN or below 1.
     """
     checked = _checked_ranks(ranks)
+    if checked.ndim != 1:
+        raise ValueError(f"expected ranks (U,), got {checked.shape}")
     if not len(checked):
         raise ValueError("no ranks: nobody was evaluated")
     cuts = sorted(set(ks))
@@ -39,7 +41,7 @@ def metrics_from_ranks(ranks: Any, ks: Iterable[int] = (1, 5, 10)) -> dict[str, 
 
 
 def per_user_metric(ranks: Any, name: str) -> np.ndarray:
-    """One metric of each user, float64 (U,): ``HR@K``, ``NDCG@K`` or ``MRR``.
+    """One metric of each rank, float64 in the same shape: ``HR@K``, ``NDCG@K`` or ``MRR``.
 
     With one relevant item of rank r: HR@K = [r <= K], NDCG@K = [r <= K] / log2(r + 1), MRR = 1 / r.
     A target that can't be served has an infinite rank: all are 0.
@@ -108,12 +110,10 @@ def _checked_ranks(ranks: Any) -> np.ndarray:
     if hasattr(ranks, "detach"):  # a tensor; this module needs no torch
         ranks = ranks.detach().cpu()
     checked = np.asarray(ranks, dtype=np.float64)
-    if checked.ndim != 1:
-        raise ValueError(f"expected ranks (U,), got {checked.shape}")
     bad = ~(checked >= 1)  # NaN too
     if bad.any():
         place = int(bad.argmax())
-        raise ValueError(f"rank {place} is {checked[place]}, expected a number from 1")
+        raise ValueError(f"rank {place} is {checked.flat[place]}, expected a number from 1")
     return checked
 
 

@@ -40,11 +40,7 @@ def _orders(summary: Summary) -> list[Values]:
     names = ["rank", *(name for name in frame if str(name).startswith("shuffled-"))]
     for (method, depth), own in frame.groupby(["method", "depth"], sort=False):
         ranks = own.pivot(index="seed", columns="user", values=names).dropna(axis=1)
-        plain, *mixed = (
-            np.reshape(per_user_metric(ranks[name].to_numpy().ravel(), summary.headline),
-                       ranks[name].shape)
-            for name in names
-        )  # fmt: skip
+        plain, *mixed = (per_user_metric(ranks[name], summary.headline) for name in names)
         if plain.mean() > 0:
             shuffled = np.mean(mixed, axis=0)  # (S, U)
             kept = ratio_interval(shuffled, plain, level=summary.level)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from depthprobe.runs.store import Run
 
 FULL, SAMPLED = "full", "sampled-999"
-HEADLINE = "NDCG@10"
 PARAMETERS = "parameters_"
 # What a round of each kind of time is made of; the parts of one round are added.
 TIMES = {"training": ("train_step",), "inference": ("encode", "score"), "latency": ("latency",)}
@@ -129,7 +128,11 @@ def span_of(removed: str) -> tuple[int, int] | None:
 
 
 class Ranks:
-    """The test users' ranks of every trial, and the per-user metrics made from them."""
+    """The test users' ranks of every trial, and the per-user metrics made from them.
+
+    NaN is a user whom a trial has not ranked; an infinite rank is a target that is never served, a
+    miss that counts.
+    """
 
     def __init__(self, users: pd.DataFrame) -> None:
         self._ranks: dict[str, dict[str, Array]] = {}  # by protocol and trial, (U,)
@@ -144,7 +147,7 @@ class Ranks:
         trials = list(trials)
         if not self.has(trials):
             return 0
-        return min(int(np.isfinite(self._ranks[FULL][trial]).sum()) for trial in trials)
+        return min(int((~np.isnan(self._ranks[FULL][trial])).sum()) for trial in trials)
 
     def has(self, trials: Iterable[str], protocol: str = FULL) -> bool:
         """Whether there are trials, and every one of them was ranked under the protocol."""
@@ -155,8 +158,8 @@ class Ranks:
         """Per-user metric (S, U) of each arm's trials, over the users that all of them ranked."""
         trials = list(dict.fromkeys(trial for arm in arms for trial in arm))
         ranks = np.stack([self._ranks[protocol][trial] for trial in trials])
-        ranks = ranks[:, np.isfinite(ranks).all(axis=0)]
-        values = per_user_metric(ranks.ravel(), metric).reshape(ranks.shape)
+        ranks = ranks[:, ~np.isnan(ranks).any(axis=0)]
+        values = per_user_metric(ranks, metric)
         place = {trial: index for index, trial in enumerate(trials)}
         return [values[[place[trial] for trial in arm]] for arm in arms]
 

@@ -32,7 +32,7 @@ from depthprobe.report.figures import (
     priced,
     speed_vs_depth,
 )
-from depthprobe.report.numbers import FULL, HEADLINE, Summary, summarise
+from depthprobe.report.numbers import FULL, Summary, summarise
 from depthprobe.report.tables import ablation_table
 
 Make = Callable[..., Any]
@@ -67,7 +67,7 @@ def test_kept_vs_depth_shows_the_margin(summary: Summary) -> None:
 
 def test_infinite_bounds_are_left_out_and_the_caption_says_so(summary: Summary) -> None:
     points = [
-        replace(p, ratio=p.ratio | {(FULL, HEADLINE): Interval(0.99, -np.inf, np.inf)})
+        replace(p, ratio=p.ratio | {(FULL, "NDCG@10"): Interval(0.99, -np.inf, np.inf)})
         if p.method == "finetune" else p for p in summary.points
     ]  # fmt: skip
     endless = replace(summary, points=tuple(points))
@@ -81,8 +81,8 @@ def test_infinite_bounds_are_left_out_and_the_caption_says_so(summary: Summary) 
 
 def test_models_out_of_reach_do_not_widen_the_scale(summary: Summary) -> None:
     low, _ = kept_limits(summary)
-    trained = [p.ratio[FULL, HEADLINE].low for p in summary.points if p.info.role == "trained"]
-    shallow = min(p.ratio[FULL, HEADLINE].low for p in summary.of("early-exit"))
+    trained = [p.ratio[FULL, "NDCG@10"].low for p in summary.points if p.info.role == "trained"]
+    shallow = min(p.ratio[FULL, "NDCG@10"].low for p in summary.of("early-exit"))
     assert 100 * shallow < low - 20  # a depth without training that keeps little
     assert low <= 100 * min(trained)
 
@@ -100,7 +100,7 @@ def test_accuracy_vs_cost(summary: Summary, cost: str) -> None:
     assert {"SASRec", "teacher", "fine-tuned", "distilled", "random init"} <= set(drawn)
     assert "skip" not in drawn
     assert ("early exit" in drawn) == (cost != "training")
-    front = pareto_front(priced(summary, cost), cost, HEADLINE)
+    front = pareto_front(priced(summary, cost), cost, "NDCG@10")
     line = next(line for line in ax.get_lines() if line.get_label() == "Pareto front")
     assert len(line.get_xdata()) == len(front)
     assert [text.get_text() for text in ax.texts] == [str(p.depth) for p in front if p.depth]
@@ -108,13 +108,13 @@ def test_accuracy_vs_cost(summary: Summary, cost: str) -> None:
 
 def test_pareto_front_against_brute_force(summary: Summary) -> None:
     points = priced(summary, "parameters")
-    places = [(p.cost("parameters") or 0, p.accuracy[FULL, HEADLINE].value) for p in points]
+    places = [(p.cost("parameters") or 0, p.accuracy[FULL, "NDCG@10"].value) for p in points]
     expected = {
         p.trials
         for p, (x, y) in zip(points, places, strict=True)
         if not any((u <= x and v >= y) and (u, v) != (x, y) for u, v in places)
     }
-    assert {p.trials for p in pareto_front(points, "parameters", HEADLINE)} == expected
+    assert {p.trials for p in pareto_front(points, "parameters", "NDCG@10")} == expected
 
 
 def test_speed_of_the_plainest_model(summary: Summary) -> None:

@@ -78,6 +78,16 @@ def test_only_users_that_both_ranked_are_compared() -> None:
     assert second.tolist() == [[0.0, 0.0]]
 
 
+def test_a_target_that_is_never_served_is_a_miss_and_not_left_out() -> None:
+    frame = pd.DataFrame(
+        {"trial": "a", "user": [1, 2, 3], "protocol": FULL, "rank": [1.0, np.inf, 1.0]}
+    )
+    ranks = Ranks(frame)
+    assert ranks.users(["a"]) == 3
+    (values,) = ranks.values(FULL, "NDCG@10", [["a"]])
+    assert values.tolist() == [[1.0, 0.0, 1.0]]
+
+
 def test_times_are_medians_of_rounds(run: Any, summary: Summary) -> None:
     point = point_of(summary, "finetune", 4)
     timing = next(record for record in run.records if record.id == point.trials[0]).costs.timing

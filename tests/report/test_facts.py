@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -14,7 +15,7 @@ from depthprobe.report.answer import caveats
 from depthprobe.report.numbers import Summary, summarise
 from depthprobe.report.page import environment
 from depthprobe.runs.records import Costs, TrainingCosts
-from depthprobe.study import override
+from depthprobe.study import Recipe, override
 
 Make = Callable[..., Any]
 
@@ -61,6 +62,17 @@ def facts(name: str, *arguments: object) -> str:
 
 def how_measured(summary: Summary) -> dict[str, str]:
     return dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", facts("measured", summary, False)))
+
+
+LOSSES = typing.get_args(typing.get_type_hints(Recipe)["loss"])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_of_a_study_has_words(make: Make, tmp_path: Path, loss: str) -> None:
+    summary = summary_of(make, tmp_path, "leave-one-out")
+    summary.run.study = override(summary.run.study, **{"recipe.loss": loss})
+    said = how_measured(summary)["training"]
+    assert ("random items" in said) == (loss != "full")
 
 
 @pytest.mark.parametrize("split", SPLITS)

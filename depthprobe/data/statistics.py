@@ -22,14 +22,18 @@ def popularity(sequences: Sequences) -> np.ndarray:
     return np.bincount(sequences.items, minlength=sequences.n_items + 1)[1:]
 
 
-def length_bins(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """Histories by length, as (shortest, longest, users): 1, 2, 3 to 4, 5 to 8, 9 to 16, ..."""
+def length_levels(lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The bin of each length, (U,), and the bins: 1, 2, 3 to 4, 5 to 8, ... to the longest."""
     levels = np.searchsorted(2 ** np.arange(40), lengths)  # (U,), places of the upper bounds
+    count = int(levels.max(initial=0)) + 1
+    return levels, [(2 ** (n - 1) + 1 if n else 1, 2**n) for n in range(count)]
+
+
+def length_bins(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """Histories by length, as (shortest, longest, users), from the shortest history on."""
+    levels, bins = length_levels(lengths)
     users = np.bincount(levels).tolist()
-    return [
-        (2 ** (level - 1) + 1 if level else 1, 2**level, users[level])
-        for level in range(int(levels.min()), len(users))
-    ]
+    return [(*bins[level], users[level]) for level in range(int(levels.min()), len(users))]
 
 
 def top_shares(popularity: np.ndarray) -> list[tuple[int, int, float]]:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -311,15 +311,20 @@ class EvalSet:
             return np.zeros(len(self.targets), dtype=bool)
         return np.array([t in own for t, own in zip(self.targets, self.seen, strict=True)], bool)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Of the histories."""
+        return [len(history) for history in self.histories]
+
+    def batch(self, chosen: np.ndarray, device: torch.device) -> UserBatch:
+        """The chosen users, (B,) of their indices."""
+        own = [self.histories[i] for i in chosen]
+        lengths = torch.tensor([len(history) for history in own])
+        return UserBatch(chosen, torch.from_numpy(pad(own)).to(device), lengths.to(device))
+
     def batches(self, *, device: torch.device, size: int = BATCH) -> Batches[UserBatch]:
         """All users in batches of like length."""
-
-        def make(chosen: np.ndarray) -> UserBatch:
-            own = [self.histories[i] for i in chosen]
-            lengths = torch.tensor([len(history) for history in own])
-            return UserBatch(chosen, torch.from_numpy(pad(own)).to(device), lengths.to(device))
-
-        return Batches([len(history) for history in self.histories], size, make)
+        return Batches(self.lengths, size, partial(self.batch, device=device))
 
     def rank(
         self, chosen: np.ndarray, vectors: Tensor, items: Tensor, *, top: int | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthprobe.data.splits import Split
+from depthprobe.data.statistics import length_levels
 from depthprobe.evaluation.metrics import training_popularity
 from depthprobe.evaluation.statistics import LEVEL, mean_bounds
 
@@ -51,9 +52,8 @@ def by_length(lengths: np.ndarray) -> Family:
 
     ``lengths`` (E,) are of all items before the target, not only of those that a model reads.
     """
-    levels = np.searchsorted(2 ** np.arange(40), lengths)  # places of the upper bounds
-    bounds = [(1, 1), *((2 ** (n - 1) + 1, 2**n) for n in range(1, int(levels.max(initial=0)) + 1))]
-    names = [str(low) if low == high else f"{low}-{high}" for low, high in bounds]
+    levels, bins = length_levels(lengths)
+    names = [str(low) if low == high else f"{low}-{high}" for low, high in bins]
     return _used("history", levels, names)
 
 
@@ -106,19 +106,13 @@ def slice_means(
         NaN. One user alone has infinite ones.
     """
     everybody = Family(ALL, ("",), np.zeros(len(values), np.int64))
-    # a cell: the users that are in the same slice of every family; it is added up once
-    keys = np.stack([family.codes for family in (everybody, *cuts)])
-    cells, owner = np.unique(keys, axis=1, return_inverse=True)  # (1 + F, cells), (U,)
-    members = np.split(np.argsort(owner, kind="stable"), np.bincount(owner).cumsum()[:-1])
-    sums = [np.ones((1, len(users))) @ values[users] for users in members]  # of (1, M)
     found = {}
-    for family, own_cells in zip((everybody, *cuts), cells, strict=True):
+    for family in (everybody, *cuts):
         for code, name in enumerate([ALL] if family is everybody else family.slices):
             own = values[family.codes == code]  # (users, M)
             if not len(own):
                 continue
             numbers = mean_bounds(own, level=level)
-            numbers[0] = sum(sums[cell][0] for cell in np.flatnonzero(own_cells == code)) / len(own)
             if name != ALL:
                 numbers[1:, (len(own) < FEWEST) | (np.ptp(own, axis=0) == 0)] = np.nan
             found[name] = (len(own), numbers)

@@ -85,12 +85,12 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
         verdict, advice = WEAK, f"No answer: {weak}."
     elif worse and baseline:
         verdict = BETTER_BASELINE
-        better = "SASRec is more accurate than the best shallow model"
-        advice = f"Ship SASRec: it{better[6:]}, and no dearer."
+        better = "is more accurate than the best shallow model"
+        advice = f"Ship SASRec: it {better}, and no dearer."
         if dearer := _dearer(baseline, point):
-            advice = f"Not decided: {better}, but {dearer}."
+            advice = f"Not decided: SASRec {better}, but {dearer}."
         elif not row.shown and not doubt(summary, SASREC):
-            advice = f"Ship SASRec, or the teacher if its cost is no matter: {better}."
+            advice = f"Ship SASRec, or the teacher if its cost is no matter: SASRec {better}."
     elif row.shown:
         advice, offer = f"Ship {_best_trial(summary, point)} ({what}): it {keeps}", ""
     else:
@@ -148,10 +148,10 @@ def _uncompared(summary: Summary) -> Answer:
 
 def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
     """The row of the sufficient depth; else the undecided one, else the most accurate."""
-    key = (sufficiency.method, sufficiency.depth)
-    if sufficiency.depth is None and sufficiency.needed is not None:
-        key = sufficiency.needed[:2]
-    named = (row for row in sufficiency.rows if (row.method, row.depth) == key)
+    if sufficiency.row is not None:
+        return sufficiency.row
+    nearest = sufficiency.needed[:2] if sufficiency.needed is not None else None
+    named = (row for row in sufficiency.rows if (row.method, row.depth) == nearest)
     return next(named, max(sufficiency.rows, key=lambda row: row.kept.value))
 
 

@@ -27,7 +27,7 @@ from depthprobe.runs.plan import full_trial
 from depthprobe.runs.probing import REMOVAL
 from depthprobe.runs.records import DATA, ITEM_TABLE, NEGATIVES, TIMING, is_done, state_of
 from depthprobe.runs.timing import covers, measure
-from depthprobe.runs.training import FEATURES, spec_of
+from depthprobe.runs.training import FEATURES, models_in, spec_of
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 
 SECONDS = 4.0  # to measure for, where the run has no times yet
@@ -379,9 +379,7 @@ def _epochs(study: Study, task: Task, recipe: Recipe) -> int:
     method = method_of(task.method)
     if study.budget == "steps" or method.role not in ("trained", "control"):
         return recipe.epochs
-    models = 1
-    if method.settings == "elastic":
-        models += sum(d < task.blocks for d in parse_layers(study.layers, task.blocks))
+    models = models_in(study, task.method, task.blocks)
     # blocks are what a model of half the depth saves at most; it scores as many items
     return max(1, round(recipe.epochs * models * task.blocks / task.trials[-1].depth))
 

@@ -182,22 +182,22 @@ def draw_blocks(context: Context, task: Task) -> Iterator[Scores]:
     without = [route(outside((b, b + 1), blocks)) for b in range(blocks)]
     skipped = rank_routes(teacher, context.validation, without, device=device)
     damage = [-mean_ndcg(ranks["full"]) for ranks in skipped]
-    influence = similar_states(context, task.seed, blocks).influence
+    states = similar_states(context, task.seed, blocks)
     order = removal(context, task.seed, blocks)
+    # the last block is in no list of removals, since it is never removed
+    went = (*order.removed, *order.kept(1))
     chosen: list[tuple[str, Kept]] = []
     drawn: list[Kept] = []
     for depth in parse_layers(context.study.layers, blocks):
         if depth == blocks:
             continue
-        spans = nearest_spans(similar_states(context, task.seed, blocks).angular, blocks - depth)
-        # the last block is in no list of removals, since it is never removed
-        went = (*order.removed, *order.kept(1))
+        spans = nearest_spans(states.angular, blocks - depth)
         chosen += [
             ("prefix", tuple(range(depth))),
             ("skip", by_score(damage, depth)),
             ("skip-reversed", by_score(damage, depth, reverse=True)),
-            ("influence", by_score(influence, depth)),
-            ("influence-reversed", by_score(influence, depth, reverse=True)),
+            ("influence", by_score(states.influence, depth)),
+            ("influence-reversed", by_score(states.influence, depth, reverse=True)),
             ("greedy", order.kept(depth)),
             ("greedy-reversed", tuple(sorted(went[:depth]))),
             ("angular", outside(spans[0], blocks)),

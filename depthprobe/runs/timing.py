@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from depthprobe.cost import timing as rig
 from depthprobe.cost.timing import Action
-from depthprobe.data.batches import length_buckets, pad
+from depthprobe.data.batches import length_buckets
 from depthprobe.methods import Trial, method_of
 from depthprobe.models.build import build_recommender
 from depthprobe.models.recommender import Recommender
@@ -194,11 +194,9 @@ class _Read:
 
 def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
     """A batch of real test users of about the mean length, (B, T) and (B,)."""
-    histories = context.test.histories
     size = min(size, context.study.cost.batch_size)
-    chosen = [histories[i] for i in _middle([len(history) for history in histories], size)]
-    lengths = torch.tensor([len(history) for history in chosen])
-    return torch.from_numpy(pad(chosen)).to(context.device), lengths.to(context.device)
+    batch = context.test.batch(_middle(context.test.lengths, size), context.device)
+    return batch.histories, batch.lengths
 
 
 def _typical_batch(context: Context, size: int, recipe: Recipe) -> Batch:

@@ -21,7 +21,7 @@ from depthprobe.cost.flops import UncountableError, epoch_flops, flops_per_user
 from depthprobe.cost.size import count_parameters
 from depthprobe.evaluation.ranks import evaluate, mean_ndcg
 from depthprobe.files import complete_folder, write_json
-from depthprobe.methods import Task, Trial
+from depthprobe.methods import Task, Trial, method_of
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Popularity, Recommender
 from depthprobe.probing.passes import early_exit
@@ -31,7 +31,14 @@ from depthprobe.runs.context import Context, Result
 from depthprobe.runs.plan import TEACHER, at_first_seed, full_trial, plan
 from depthprobe.runs.probing import angular_distances, outside, part_of, removal
 from depthprobe.runs.records import FULL, read_record
-from depthprobe.study import TEACHER_SELECTIONS, Recipe, Settings, parse_layers, settings_of
+from depthprobe.study import (
+    TEACHER_SELECTIONS,
+    Recipe,
+    Settings,
+    Study,
+    parse_layers,
+    settings_of,
+)
 from depthprobe.training.checkpoint import Fit
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.features import (
@@ -284,12 +291,16 @@ def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
         return recipe
     teacher = full_trial(TEACHER, trial.seed, trial.blocks)
     full = trained_epoch(context, teacher, context.new_recommender(teacher))
-    models = 1
-    if settings.method.settings == "elastic":
-        depths = parse_layers(context.study.layers, trial.blocks)
-        models += sum(depth < trial.blocks for depth in depths)
+    models = models_in(context.study, trial.method, trial.blocks)
     own = trained_epoch(context, trial, model)
     return replace(recipe, epochs=max(1, round(recipe.epochs * models * full / own)))
+
+
+def models_in(study: Study, method: str, blocks: int) -> int:
+    """How many models a training stands for: an elastic one for the teacher and each variant."""
+    if method_of(method).settings != "elastic":
+        return 1
+    return 1 + sum(depth < blocks for depth in parse_layers(study.layers, blocks))
 
 
 def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:

@@ -11,7 +11,7 @@ from depthprobe.evaluation.statistics import Interval, ratio_interval
 from depthprobe.report import drawing
 from depthprobe.report.drawing import Look, figure, need
 from depthprobe.report.numbers import CHOICES, ORDER, SASREC, TEACHER, Source, Summary, as_summary
-from depthprobe.report.style import MUTED, accuracy, in_percent, percent, plain_percent
+from depthprobe.report.style import MUTED, accuracy, in_percent, method_info, percent, plain_percent
 from depthprobe.report.tables import Column, Table, Values, label, make_table, plain
 
 RANDOM, REVERSED = "random", "-reversed"
@@ -27,10 +27,15 @@ LOOKS = {  # of selections, by their names in the table
 def order_table(run: Source) -> Table | None:
     """What shuffling the histories costs each model; None where it was not measured."""
     return make_table("order", _orders(as_summary(run)), [
-        ("model", "method", label), ("depth", lambda row: row["depth"] or None, plain),
+        ("model", "method", label),
+        ("depth", _depth, plain),
         ("in order", "in order", accuracy), ("histories shuffled", "histories shuffled", accuracy),
         ("lost", "lost", in_percent),
     ])  # fmt: skip
+
+
+def _depth(row: Values) -> int | None:
+    return None if method_info(row["method"]).role == "baseline" else row["depth"]
 
 
 def _orders(summary: Summary) -> list[Values]:
@@ -123,7 +128,6 @@ def selections(ax: Axes, summary: Summary) -> str:
         places = [row["depth"] for row in own]
         values = [row["value"] for row in own]
         ax.plot(places, values, color=look.colour, marker=look.marker, label=look.label)
-    ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     ax.set_xlabel("depth (blocks kept)")
     drawing.finish(ax, f"{summary.headline} of chosen and of random blocks")

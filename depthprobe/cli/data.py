@@ -37,6 +37,9 @@ def prepare(
     source: Source,
     output: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
     name: Annotated[str | None, option("NAME", "The dataset's name.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a prepared folder at DIR.")
+    ] = False,
     **flags: Any,
 ) -> None:
     """Sort a log into sequences, clean it, write it as a memory-mapped folder."""
@@ -44,7 +47,8 @@ def prepare(
 
     from depthprobe.data.prepared import read_data
 
-    describe(read_data(study.data, output, name=name), source=source)
+    sequences = read_data(study.data, output, name=name, overwrite=overwrite)
+    describe(sequences, source=source)
     print(f"\n{output}")
 
 

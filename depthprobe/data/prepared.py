@@ -33,6 +33,7 @@ def prepare_data(
     cleaning: Cleaning | None = None,
     ties: Ties = "random",
     ties_seed: int = 0,
+    overwrite: bool = False,
 ) -> Sequences:
     """Read a log, put it in order, drop what the rules say, number its users and items.
 
@@ -43,8 +44,7 @@ def prepare_data(
     Args:
         source: ``"embedded"``, a log (a file or a folder), a prepared folder, or the name of a
             public set, which is fetched once.
-        output: where to write the prepared folder; it appears complete or not at all. A prepared
-            folder already there is replaced.
+        output: where to write the prepared folder; it appears complete or not at all.
         name: the name of the dataset; by default the file's, or its folder's.
         format: one of ``depthprobe data list``; by default recognised by the content.
         items: a file with the items' titles; by default looked for beside the log.
@@ -53,6 +53,7 @@ def prepare_data(
         ties: how interactions of a user at the same time are ordered: at ``"random"``, the same way
             whatever the order of the file; as in the ``"file"``; by ``"item"`` id.
         ties_seed: of the random order.
+        overwrite: replace a prepared folder that is at ``output`` already.
 
     Raises:
         BadInput: if the source is missing, empty or not a log, if the rules leave nothing, or if
@@ -60,7 +61,7 @@ def prepare_data(
     """
     target = None if output is None else Path(output)
     if target is not None:
-        check_output(target)
+        check_output(target, overwrite=overwrite)
     if str(source) != "embedded" and (Path(source) / MANIFEST).is_file():
         for field, value in (("format", format), ("items", items), ("columns", columns)):
             if value is not None and value != Columns():
@@ -83,7 +84,11 @@ def prepare_data(
 
 
 def read_data(
-    settings: Data, output: str | Path | None = None, *, name: str | None = None
+    settings: Data,
+    output: str | Path | None = None,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
 ) -> Sequences:
     """The log of a study's settings; see :func:`prepare_data`."""
     return prepare_data(
@@ -96,6 +101,7 @@ def read_data(
         cleaning=settings.cleaning,
         ties=settings.ties,
         ties_seed=settings.ties_seed,
+        overwrite=overwrite,
     )
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from depthprobe.data.cleaning import Step
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_folder
 
-SCHEMA = 2
 MANIFEST = "manifest.json"
+ARRAYS = ("offsets", "items", "times", "given")
+ITEMS, USERS = "items.parquet", "users.parquet"
+FILES = {MANIFEST, ITEMS, USERS, *(f"{name}.npy" for name in ARRAYS)}
 
 Table = dict[str, list[str]]  # columns by name
 
@@ -85,52 +89,90 @@ class Sequences:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
 
+class Manifest(msgspec.Struct, kw_only=True, frozen=True):
+    """What ``manifest.json`` holds. ``files`` are the sha256 of the others, none in older ones."""
+
+    schema: Literal[2] = 2
+    name: str
+    users: int
+    items: int
+    interactions: int
+    times: bool
+    given: bool
+    fingerprint: str
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    cleaning: tuple[Step, ...]
+    statistics: dict[str, float | int | str]
+    files: dict[str, str] = {}
+
+
 def load_data(path: str | Path) -> Sequences:
     """Open a prepared folder; the interactions stay on disk, memory-mapped.
 
     Raises:
-        BadInput: if the folder is missing, incomplete, or was written by another version. Ids and
-            titles are looked at when they are first read.
+        BadInput: if the folder is missing, incomplete or changed, or was written by another
+            version. Ids and titles are looked at when they are first read.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
         raise BadInput("data.source", folder, f"a prepared folder with a {MANIFEST} in it")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["schema"] != SCHEMA:
-            raise BadInput("data.source", folder, f"schema {SCHEMA} (prepare the log again)")
-        users, items, rows = (int(manifest[what]) for what in ("users", "items", "interactions"))
-        sequences = Sequences(
-            name=manifest["name"],
-            offsets=_map(folder / "offsets.npy", np.int64, users + 1),
-            items=_map(folder / "items.npy", np.int32, rows),
-            times=_map(folder / "times.npy", np.int64, rows) if manifest["times"] else None,
-            given=_map(folder / "given.npy", np.int64, users, 2) if manifest["given"] else None,
-            n_items=items,
-            read_items=lambda: _read_table(folder / "items.parquet"),
-            read_users=lambda: _read_table(folder / "users.parquet"),
-            notes=tuple(manifest["notes"]),
-            warnings=tuple(manifest["warnings"]),
-            statistics=manifest["statistics"],
-            cleaning=tuple(Step(**step) for step in manifest["cleaning"]),
-            fingerprint=manifest["fingerprint"],
-        )
-        if (sequences.offsets[0], sequences.offsets[-1]) != (0, rows):
+        content = (folder / MANIFEST).read_bytes()
+        manifest = msgspec.json.decode(content, type=Manifest)
+        users, items, rows = manifest.users, manifest.items, manifest.interactions
+        shapes: dict[str, tuple[int, ...]] = {"offsets": (users + 1,), "items": (rows,)}
+        shapes |= {"times": (rows,)} if manifest.times else {}
+        shapes |= {"given": (users, 2)} if manifest.given else {}
+        arrays = {name: _map(folder / f"{name}.npy", manifest, shapes[name]) for name in shapes}
+        offsets = arrays["offsets"]
+        if (offsets[0], offsets[-1]) != (0, rows) or (np.diff(offsets) < 1).any():
             raise ValueError("the sizes disagree")
-    except BadInput:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if arrays["items"].min() < 1 or arrays["items"].max() > items:
+            raise ValueError(f"items.npy has items that are not among 1 to {items}")
+    except (OSError, EOFError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise _damaged(folder, error) from error
-    return sequences
+    return Sequences(
+        name=manifest.name,
+        offsets=offsets,
+        items=arrays["items"],
+        times=arrays.get("times"),
+        given=arrays.get("given"),
+        n_items=items,
+        read_items=lambda: _read_table(folder / ITEMS, manifest, items),
+        read_users=lambda: _read_table(folder / USERS, manifest, users),
+        notes=manifest.notes,
+        warnings=manifest.warnings,
+        statistics=manifest.statistics,
+        cleaning=manifest.cleaning,
+        fingerprint=manifest.fingerprint,
+    )
 
 
-def check_output(output: Path) -> None:
-    """Refuse to write over anything but an empty folder or a prepared one."""
-    if output.exists() and not (output / MANIFEST).is_file():
-        if not output.is_dir():
-            raise BadInput("output", output, "a folder")
-        if any(output.iterdir()):
-            raise BadInput("output", output, "a new or empty folder, or a prepared one to replace")
+def check_output(output: Path, *, overwrite: bool = False) -> None:
+    """Refuse to write over anything but an empty folder or, on demand, a prepared one.
+
+    A folder is a prepared one if its manifest says so and it holds nothing else: other folders
+    have a manifest of that name too, a run's among them.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise BadInput("output", output, "a folder")
+    names = {path.name for path in output.iterdir()}
+    if not names:
+        return
+    prepared = MANIFEST in names and names <= FILES
+    if prepared:
+        try:
+            msgspec.json.decode((output / MANIFEST).read_bytes(), type=Manifest)
+        except (OSError, RecursionError, msgspec.MsgspecError):
+            prepared = False
+    if not prepared:
+        raise BadInput("output", output, "a new or empty folder, or a prepared one to replace")
+    if not overwrite:
+        allowed = "a prepared folder is there already; --overwrite replaces it"
+        raise BadInput("output", output, allowed, fault=True)
 
 
 def write_data(sequences: Sequences, output: Path) -> None:
@@ -145,29 +187,29 @@ def write_data(sequences: Sequences, output: Path) -> None:
     columns: Table = {"item_id": sequences.item_ids.tolist()}
     if sequences.titles is not None:
         columns["title"] = sequences.titles
-    manifest = {
-        "schema": SCHEMA,
-        "name": sequences.name,
-        "users": sequences.n_users,
-        "items": sequences.n_items,
-        "interactions": sequences.n_interactions,
-        "times": sequences.times is not None,
-        "given": sequences.given is not None,
-        "fingerprint": sequences.fingerprint,
-        "notes": list(sequences.notes),
-        "warnings": list(sequences.warnings),
-        "cleaning": [asdict(step) for step in sequences.cleaning],
-        "statistics": sequences.statistics,
-    }
-    text = json.dumps(manifest, indent=2, allow_nan=False)
+    users = {"user_id": sequences.user_ids.tolist()}
     try:
         with complete_folder(output) as folder:
-            for name in ("offsets", "items", "times", "given"):
+            for name in ARRAYS:
                 if (array := getattr(sequences, name)) is not None:
                     np.save(folder / f"{name}.npy", array)
-            parquet.write_table(pa.table(columns), folder / "items.parquet")
-            users = {"user_id": sequences.user_ids.tolist()}
-            parquet.write_table(pa.table(users), folder / "users.parquet")
+            parquet.write_table(pa.table(columns), folder / ITEMS)
+            parquet.write_table(pa.table(users), folder / USERS)
+            manifest = Manifest(
+                name=sequences.name,
+                users=sequences.n_users,
+                items=sequences.n_items,
+                interactions=sequences.n_interactions,
+                times=sequences.times is not None,
+                given=sequences.given is not None,
+                fingerprint=sequences.fingerprint,
+                notes=sequences.notes,
+                warnings=sequences.warnings,
+                cleaning=sequences.cleaning,
+                statistics=sequences.statistics,
+                files={path.name: _digest(path) for path in sorted(folder.iterdir())},
+            )
+            text = json.dumps(msgspec.to_builtins(manifest), indent=2, allow_nan=False)
             (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         allowed = f"a folder that can be written, with room for the log ({str(error)[:80]})"
@@ -175,21 +217,40 @@ def write_data(sequences: Sequences, output: Path) -> None:
 
 
 def _damaged(folder: Path, why: object) -> BadInput:
-    return BadInput("data.source", folder, f"a complete prepared folder ({str(why)[:80]})")
+    allowed = f"a whole prepared folder, as it was written ({str(why)[:120]}); prepare the log anew"
+    return BadInput("data.source", folder, allowed)
 
 
-def _read_table(path: Path) -> Table:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_file(path: Path, manifest: Manifest) -> None:
+    """Refuse a file that is none (a pipe would be waited for), or not as it was written."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    if manifest.files.get(path.name) not in (None, _digest(path)):
+        raise ValueError(f"{path.name} has changed since it was written")
+
+
+def _read_table(path: Path, manifest: Manifest, rows: int) -> Table:
     from pyarrow import parquet
 
     try:
+        _check_file(path, manifest)
         table: Any = parquet.read_table(path)
+        if len(table) != rows:
+            raise ValueError(f"{path.name} has {len(table)} rows, expected {rows}")
+        return {name: table[name].to_pylist() for name in table.column_names}
     except (OSError, ValueError) as error:
         raise _damaged(path.parent, f"{path.name}: {error}") from error
-    return {name: table[name].to_pylist() for name in table.column_names}
 
 
-def _map(path: Path, dtype: type[np.generic], *shape: int) -> np.ndarray:
+def _map(path: Path, manifest: Manifest, shape: tuple[int, ...]) -> np.ndarray:
+    _check_file(path, manifest)
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    dtype = np.int32 if path.stem == "items" else np.int64
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, expected {shape}")
     return array

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -201,38 +202,94 @@ def test_a_failed_write_leaves_the_old_folder(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_refuses_damaged_folders(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"manifest\.json"):
+def changed(name: str) -> bytes:
+    """A whole file of the same form with other content, as an edit leaves it."""
+    array = np.array([1, 3, 2, 2, 1, 3, 3] if name == "items.npy" else range(7), np.int32)
+    stream = io.BytesIO()
+    np.save(stream, array.astype(np.int32 if name == "items.npy" else np.int64))
+    return stream.getvalue()
+
+
+def everything_of(folder: Path) -> None:
+    opened = load_data(folder)
+    _ = opened.user_ids, opened.titles
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("items.npy", None, "items.npy is missing"),
+        ("items.npy", b"", "items.npy has changed"),
+        ("items.npy", changed("items.npy"), "items.npy has changed"),
+        ("times.npy", b"\x93NUMPY", "times.npy has changed"),
+        ("offsets.npy", changed("offsets.npy"), "offsets.npy has changed"),
+        ("manifest.json", b"{}", "missing required field"),
+        ("manifest.json", b"[1", "a whole prepared folder"),
+        ("manifest.json", b"[" * 10**5, "a whole prepared folder"),
+        ("manifest.json", json.dumps({"schema": 99}).encode(), "a whole prepared folder"),
+        ("users.parquet", b"PAR1", "users.parquet has changed"),  # read only when it is needed
+        ("items.parquet", None, "items.parquet is missing"),
+    ],
+)
+@pytest.mark.parametrize("digests", [True, False])
+def test_refuses_damaged_folders(
+    tmp_path: Path, name: str, content: bytes | None, fault: str, digests: bool
+) -> None:
+    write_data(order_log(LOG), tmp_path)
+    if not digests:  # as earlier versions wrote it
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+        if content == changed("items.npy"):
+            return  # nothing tells
+        if name != "manifest.json":
+            fault = "a whole prepared folder"
+    (tmp_path / name).unlink()
+    if content is None:
+        os.mkfifo(tmp_path / name)  # a pipe is not waited for
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=fault) as caught:
+        everything_of(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("item", [0, -1, 4, 10**6])
+def test_items_outside_the_catalogue(tmp_path: Path, item: int) -> None:
+    sequences = order_log(LOG)
+    sequences.items[3] = item
+    write_data(sequences, tmp_path)
+    with pytest.raises(BadInput, match="not among 1 to 3"):
         load_data(tmp_path)
 
-    def damaged(name: str, content: bytes | None) -> Path:
-        write_data(order_log(LOG), tmp_path / name)
-        (tmp_path / name / name).unlink()
-        if content is not None:
-            (tmp_path / name / name).write_bytes(content)
-        return tmp_path / name
 
-    for name, content in [
-        ("items.npy", None),
-        ("times.npy", b"\x93NUMPY"),
-        ("manifest.json", b"{}"),
-        ("manifest.json", b"[1"),
-        ("manifest.json", json.dumps({"schema": 99}).encode()),
-    ]:
-        with pytest.raises(BadInput) as caught:
-            load_data(damaged(name, content))
-        assert "\n" not in str(caught.value)
-    folder = damaged("offsets.npy", None)
-    for offsets, fault in (
-        ([0, 2], r"int64 \(2,\), expected \(3,\)"),
-        ([0, 2, 6], "sizes disagree"),
-    ):
-        np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
-        with pytest.raises(BadInput, match=fault):
-            load_data(folder)
-    opened = load_data(damaged("users.parquet", b"PAR1"))  # read only when it is needed
-    with pytest.raises(BadInput, match=r"users\.parquet"):
-        _ = opened.user_ids
+def test_what_is_replaced_is_a_prepared_folder(tmp_path: Path) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    (tmp_path / "log.txt").write_text("u1 i1 i2\nu2 i1 i3\n")
+    source, folder = tmp_path / "log.txt", tmp_path / "out"
+    prepare_data(source, folder)
+    before = files(folder)
+    with pytest.raises(BadInput, match="--overwrite replaces it"):
+        prepare_data(source, folder)
+    assert files(folder) == before
+    assert prepare_data(source, folder, name="other", overwrite=True).name == "other"
+    # a run, an export, somebody's own manifest; one with a note in it; none of them goes
+    manifest = (folder / "manifest.json").read_bytes()
+    for name, content in {
+        "run": {"manifest.json": b'{"schema": 2}', "study.toml": b""},
+        "web": {"manifest.json": b'{"name": "app"}'},
+        "export": {"config.json": b"{}"},
+        "noted": {"manifest.json": manifest, "notes.txt": b"mine"},
+        "damaged": {"manifest.json": manifest[:99]},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, raw_content in content.items():
+            (tmp_path / name / file).write_bytes(raw_content)
+        with pytest.raises(BadInput, match="a new or empty folder, or a prepared one"):
+            prepare_data(source, tmp_path / name, overwrite=True)
+        assert files(tmp_path / name) == content
 
 
 def test_refuses_empty_and_lonely_logs() -> None:

@@ -70,7 +70,7 @@ def state_loss(
     ``||h_s - h_t||_2^2 / D``, which does not grow with the width. The teacher gets no gradient; the
     student's is made with the loss, in a third of autograd's time.
     """
-    loss: Tensor = _StateLoss.apply(student, teacher, cosine, norm, form)  # type: ignore[no-untyped-call]
+    loss: Tensor = _StateLoss.apply(student, teacher, cosine, norm, form)  # type: ignore[no-untyped-call, unused-ignore]
     return loss
 
 

@@ -78,7 +78,7 @@ def _mean_loss(vectors: Tensor, items: Tensor, fill: Fill) -> Tensor:
     with torch.autocast(vectors.device.type, enabled=False):  # each fill chooses its own dtypes
         if not torch.is_grad_enabled():
             return fill(vectors, items, None, None).mean()
-        loss: Tensor = _MeanLoss.apply(vectors, items, fill)  # type: ignore[no-untyped-call]
+        loss: Tensor = _MeanLoss.apply(vectors, items, fill)  # type: ignore[no-untyped-call, unused-ignore]
     return loss
 
 

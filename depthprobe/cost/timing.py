@@ -245,7 +245,7 @@ def _encode(
 
 @torch.inference_mode()
 def _best(vectors: Tensor, items: Tensor) -> Tensor:
-    return (vectors @ items.T).topk(TOP).indices
+    return (vectors @ items.T).topk(min(TOP, len(items))).indices
 
 
 def optimizer_of(*models: nn.Module) -> torch.optim.Optimizer:

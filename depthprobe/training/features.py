@@ -205,7 +205,8 @@ def _run(teacher: Recommender, batch: Batch, spec: FeatureSpec) -> dict[str, Ten
         if spec.top:
             catalogue = teacher.item_matrix()[1:].to(vectors.dtype)  # (I, d)
             rows = max(1, TOP_BYTES // (4 * len(catalogue)))  # positions whose scores fit
-            best = [(part @ catalogue.T).topk(spec.top, dim=1) for part in vectors.split(rows)]
+            top = min(spec.top, len(catalogue))
+            best = [(part @ catalogue.T).topk(top, dim=1) for part in vectors.split(rows)]
             outputs["top"] = torch.cat([each.indices for each in best]).int() + 1
             outputs["scores"] = torch.cat([each.values for each in best]).float()
     return outputs

@@ -211,6 +211,8 @@ def test_an_answer_is_the_best_items(model: Recommender) -> None:
     best = (vectors[:1] @ model.item_matrix().T).topk(10).indices
     assert torch.equal(torch.as_tensor(actions["latency:4"].call()), best)
     assert (actions["encode:4"].work, actions["latency:4"].work) == (6 * 4 * 5, 0)
+    few = encode_actions({"4": model}, histories % 3, lengths, items=model.item_matrix()[:4])
+    assert torch.as_tensor(few["score"].call()).shape == (6, 4)  # a catalogue of three items
 
 
 def test_the_loss_of_parts_is_that_of_all(

@@ -248,8 +248,8 @@ class LossMonitor:
         *steps, (due_in_first, _) = engine.total(torch.stack([*self._unread, last])).tolist()
         for step, (loss, norm) in enumerate(steps, start=progress.fit.steps + 1 - len(steps)):
             if not math.isfinite(loss + norm):
-                gradient = f", its gradient {norm}," if math.isfinite(loss) else ""
-                raise DivergedError(f"the loss is {loss}{gradient} at step {step}")
+                what = "gradient" if math.isfinite(loss) else "loss"
+                raise DivergedError(f"the {what} is no finite number at step {step}")
             progress.lost += loss
         self._unread.clear()
         self._log_steps(rate, total)

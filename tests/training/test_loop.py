@@ -99,7 +99,7 @@ def test_a_loss_that_is_no_number_names_the_step(
     monkeypatch.setattr(loop, "LossMonitor", Monitor)
     models = [make_sasrec(0.1), make_sasrec(0.1)]
     bad, cut = (NextItem(model, SHORT) for model in models)
-    with pytest.raises(DivergedError, match=f"the loss is {factor} at step 6$"):
+    with pytest.raises(DivergedError, match="the loss is no finite number at step 6$"):
         train(spoiled(bad, 6, lambda loss: loss * float(factor)), SHORT)
     with pytest.raises(SystemExit):
         train(spoiled(cut, 6), SHORT)
@@ -109,7 +109,7 @@ def test_a_loss_that_is_no_number_names_the_step(
 def test_a_gradient_that_is_no_number_names_the_step(train: Train, make_sasrec: MakeSasrec) -> None:
     model, calls = make_sasrec(), itertools.count(1)
     model.norm.weight.register_hook(lambda g: g * (float("inf") if next(calls) == 3 else 1.0))
-    with pytest.raises(DivergedError, match="gradient (inf|nan), at step 3"):
+    with pytest.raises(DivergedError, match="gradient is no finite number at step 3"):
         train(NextItem(model, SHORT), SHORT)
 
 

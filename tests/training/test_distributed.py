@@ -87,7 +87,9 @@ def test_two_processes_equal_one(kind: str, alone: dict[str, Any], tmp_path: Pat
         assert results["sharding"] == {"kind": kind, "sharded": sharded, "units": int(sharded)}
         assert_same_curves(results, alone)
         assert results["resumed"] == [True, True]
-        assert results["diverged"] == "the loss is no finite number at step 4"  # in the second one alone
+        assert (
+            results["diverged"] == "the loss is no finite number at step 4"
+        )  # in the second one alone
     assert both[0]["curves"] == both[1]["curves"]  # to the bit: they stay together
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+
+# What a terminal obeys or a line ends at: control characters, separators of lines, marks that turn
+# the direction of text. And halves of characters, which no encoding can hold.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST = 1000  # characters of a message
 
 
 class BadInput(ValueError):
@@ -39,8 +45,22 @@ class BadInput(ValueError):
 
 def short(value: object, limit: int = 120) -> str:
     """The value as it would be written in Python, cut where it is long."""
-    text = repr(str(value)) if isinstance(value, Path) else repr(value)
+    try:
+        text = repr(str(value)) if isinstance(value, Path) else repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of levels
+        text = "what is too long to be shown"
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text of others as a terminal may have it: its control characters are shown and not sent."""
+    return CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def one_line(text: object) -> str:
+    """A message of others in one visible line, cut in the middle where it is long."""
+    line = visible(" ".join(str(text).split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 205]} ... {line[-200:]}"
 
 
 def closest(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.3) -> list[str]:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from stat import S_ISFIFO, S_ISREG
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -27,11 +28,14 @@ from depthprobe.errors import BadInput, nearest, short
 from depthprobe.methods import METHODS, Method, method_of, names
 
 T = TypeVar("T")
-Count = Annotated[int, Meta(ge=1, le=10**9)]
-CountOrNone = Annotated[int, Meta(ge=0, le=10**9)]
+# every number has both bounds: a run can only be read again, and end, with what they allow
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+CountOrNone = Annotated[int, Meta(ge=0, le=1_000_000)]
+Many = Annotated[int, Meta(ge=1, le=10**9)]  # interactions, which nothing is made for
+Few = Annotated[int, Meta(ge=1, le=1000)]  # blocks, and parts of a model or of a step
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 Rate = Annotated[float, Meta(gt=0, lt=10)]
-Weight = Annotated[float, Meta(ge=0)]
+Weight = Annotated[float, Meta(ge=0, le=10**9)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 
 PROMPT = "Purchase history:"
@@ -57,10 +61,18 @@ NOT_DECIDING = frozenset(
     }
 )
 VARIANT_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+LARGEST_FILE = 10_000_000  # bytes of a study file
+MOST_BLOCKS = 10_000  # of any backbone
+MOST_VARIANTS = 1000
+LONGEST_TEXT = 20_000  # characters
+# a key of so many parts would keep Python's reader busy for hours
+LONG_KEY = re.compile(r"""(?<![\w-])(("[^"\n]*"|'[^'\n]*'|[\w-]++)[ \t]*\.[ \t]*){50}""")
+HALVES = re.compile(r"[\ud800-\udfff]")  # of characters: no text in UTF-8 holds any
 WORDS = {  # msgspec's, and ours
     "`float | array`": "a number, or a list of numbers",
     "`array`": "a list of strings",
     "`bool`": "true or false",
+    "Number out of range": "a finite number",
     "`int`": "a whole number",
     "`float`": "a number",
     "`str`": "text",
@@ -106,6 +118,10 @@ class Checked:
                 continue  # checked when it was made
             if isinstance(value, float) and not math.isfinite(value):
                 raise BadInput(name, value, "a finite number")
+            for text in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(text, str) and (HALVES.search(text) or len(text) > LONGEST_TEXT):
+                    allowed = f"at most {LONGEST_TEXT:,} characters that UTF-8 can hold"
+                    raise BadInput(name, text, allowed)
             try:
                 object.__setattr__(self, name, msgspec.convert(value, hint))
             except msgspec.ValidationError as error:
@@ -135,13 +151,14 @@ class Columns(Checked):
 class Cleaning(Checked):
     """Which interactions stay; the steps come in the order of the keys."""
 
-    min_rating: float | None = None  #: drop interactions rated lower.
+    #: drop interactions rated lower.
+    min_rating: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None
     #: of a user's interactions with the same item keep all, the first, or the last.
     repeats: Literal["keep", "first", "last"] = "keep"
-    latest: Count | None = None  #: keep so many of each user's.
+    latest: Many | None = None  #: keep so many of each user's.
     #: drop users and items with fewer interactions, again and again until none is left (k-core); 1
     #: drops nothing.
-    core: Count = 1
+    core: Many = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +177,7 @@ class Data(Checked):
     #: how interactions of a user at the same time are ordered, about which the log says nothing: at
     #: ``random``, as in the ``file``, or by ``item`` id; a prepared folder has its order.
     ties: Literal["random", "file", "item"] = "random"
-    ties_seed: Annotated[int, Meta(ge=0)] = 0  #: of the random order.
+    ties_seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  #: of the random order.
     columns: Columns = Columns()  #: names of a table's columns.
     cleaning: Cleaning = Cleaning()  #: what is dropped.
 
@@ -217,7 +234,7 @@ class Recipe(Checked):
     learning_rate: Rate | tuple[Rate, ...] = 1e-3
     weight_decay: Weight = 0.01  #: of AdamW.
     warmup: Share = 0.1  #: the share of the steps in which the learning rate rises.
-    clip: Annotated[float, Meta(gt=0)] = 1.0  #: the norm at which gradients are clipped.
+    clip: Annotated[float, Meta(gt=0, le=1e12)] = 1.0  #: the norm at which gradients are clipped.
     patience: Count = 3  #: stop after so many epochs without a better validation NDCG@10.
     #: ask for the next item at ``every`` position of a history, or at its ``last`` alone (one
     #: target a user, SLMRec's).
@@ -271,7 +288,7 @@ class SasRecSettings(Checked):
 
     #: of its states, and of the item table that it makes.
     width: Width = 64
-    blocks: Count = 2  #: how many it has.
+    blocks: Few = 2  #: how many it has.
     #: of its attention; ``width`` must be a multiple.
     heads: Width = 1
     dropout: Share = 0.5  #: the share of states that are dropped in training.
@@ -298,7 +315,7 @@ class Distillation(Checked):
     """
 
     #: into so many groups of blocks teacher and student are cut, to be compared at their ends.
-    groups: Count = 4
+    groups: Few = 4
     ce: Weight = 1.0  #: weight of the recipe's own loss.
     cosine: Weight = 1.0  #: weight of 1 - cos of the two states.
     norm: Weight = 0.1  #: weight of their distance.
@@ -312,7 +329,8 @@ class Distillation(Checked):
     #: compare states wherever the recipe asks for the next item (``asked``), or at the last item
     #: alone (``last``, SLMRec's).
     positions: Literal["asked", "last"] = "asked"
-    temperature: Annotated[float, Meta(gt=0)] = 1.0  #: at which ``logits`` compares distributions.
+    #: at which ``logits`` compares distributions.
+    temperature: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
     top: CountOrNone = 0  #: compare scores of the teacher's best items alone; 0 is all.
     #: the student begins as the pretrained ``backbone``, as the trained ``teacher``, or at
     #: ``random``.
@@ -342,7 +360,7 @@ class Elastic(Checked):
     """
 
     dropout: Share = 0.1  #: the probability that the last block is left out of a step.
-    exits: Count = 1  #: so many shallower losses a step.
+    exits: Few = 1  #: so many shallower losses a step.
     weight: Weight = 1.0  #: of their mean.
 
 
@@ -591,9 +609,13 @@ def settings_of(study: Study, name: str) -> Settings:
 
 
 def _check_methods(chosen: tuple[str, ...], variants: Mapping[str, Variant]) -> None:
+    if len(variants) > MOST_VARIANTS:
+        raise BadInput("variants", len(variants), f"at most {MOST_VARIANTS:,}")
     for name in variants:
-        if not VARIANT_NAME.fullmatch(name) or name in SELECTIONS:
-            allowed = "a name of a-z, 0-9 and single dashes that is no selection of blocks"
+        if not VARIANT_NAME.fullmatch(name) or name in SELECTIONS or len(name) > 64:
+            allowed = (
+                "a name of at most 64 a-z, 0-9 and single dashes that is no selection of blocks"
+            )
             raise BadInput("variants", name, allowed)
     if not chosen:
         raise BadInput("methods", "", f"at least one of {', '.join(METHODS)}")
@@ -627,13 +649,26 @@ def load_study(path: str | Path) -> Study:
     """
     file = Path(path)
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        mode = file.stat().st_mode
+        # what the shell's <(...) gives is a pipe below /dev; to another one nobody may ever write
+        if not S_ISREG(mode) and not (S_ISFIFO(mode) and str(file).startswith("/dev/")):
+            raise OSError("it is no plain file")
+        with file.open("rb") as stream:
+            raw = stream.read(LARGEST_FILE + 1)
+        if len(raw) > LARGEST_FILE:
+            raise OSError(f"it has more than {LARGEST_FILE:,} bytes")
+        text = raw.decode("utf-8-sig")
+        if LONG_KEY.search(text):
+            raise ValueError("a key has too many parts")
+        content = tomllib.loads(text)
     except FileNotFoundError:
         raise BadInput("study", str(path), "a TOML file that exists") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput("study", str(path), f"a readable TOML file ({error})") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # tomllib's own, and an integer of thousands of digits
         raise BadInput("study", str(path), f"valid TOML ({error})") from None
+    except RecursionError:
+        raise BadInput("study", str(path), "valid TOML (it is nested too deeply)") from None
     return study_from_dict({"name": file.stem, **content})
 
 
@@ -655,7 +690,9 @@ def study_from_dict(content: Mapping[str, Any]) -> Study:
     for name, own in variants.items():
         if isinstance(own, Mapping):
             own = {
-                key: {**content.get(key, {}), **value} if isinstance(value, Mapping) else value
+                key: {**base, **value}
+                if isinstance(value, Mapping) and isinstance(base := content.get(key, {}), Mapping)
+                else value
                 for key, value in own.items()
             }
         built[name] = _build(Variant, own, f"variants.{name}")
@@ -807,6 +844,8 @@ def _numbers(text: str, low: int, high: int | None) -> list[int]:
         if not low <= first <= last or (high is not None and last > high):
             return []
         found += range(first, last + 1)
+        if last > MOST_BLOCKS or len(found) > MOST_BLOCKS:
+            return []
     return found
 
 

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from errno import EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS, ESTALE
+from contextlib import suppress
+from errno import (
+    EACCES,
+    EDQUOT,
+    EILSEQ,
+    EIO,
+    EISDIR,
+    ELOOP,
+    ENAMETOOLONG,
+    ENOSPC,
+    ENOTDIR,
+    ENXIO,
+    EPERM,
+    EROFS,
+    ESTALE,
+)
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,12 +34,17 @@ from typer.main import get_command
 import depthprobe
 from depthprobe.cli import check, cost, data, recommend, runs, sweep
 from depthprobe.cli.options import as_typed
-from depthprobe.errors import BadInput
-from depthprobe.runs.processes import FirstProcessError, launched
+from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_streams
+from depthprobe.errors import BadInput, one_line, short
+from depthprobe.runs.processes import SAFE_PATH, FirstProcessError, launched
 
 # a disk that is full, read-only, somebody else's or gone is no fault of the program
 DISK_FAULTS = {ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EIO, ESTALE}
+# a path that no file can have
+PATH_FAULTS = {ENAMETOOLONG, ELOOP, ENOTDIR, EISDIR, ENXIO, EILSEQ}
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+NO_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
+UNREAD = 141  # who read the output has gone: a shell's code for SIGPIPE
 # what a scheduler sends before it kills
 INTERRUPTS = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -84,14 +105,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 1 some trials failed, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    open_streams()
+    os.environ.update(SAFE_PATH)  # of all processes that are started from here
     _quiet_libraries(debug)
     code = _run([word for word in arguments if word != "--debug"] or ["--help"], debug)
-    if launched():
-        # A thread of gloo's that still holds a tensor when the interpreter ends aborts the
-        # process, and the launcher calls a finished sweep failed (pytorch issue 190489).
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    close_streams()
+    with suppress(BadInput):  # a variable that is no number, which no launcher has set
+        if launched():
+            # A thread of gloo's that still holds a tensor when the interpreter ends aborts the
+            # process, and the launcher calls a finished sweep failed (pytorch issue 190489).
+            os._exit(code)
     sys.exit(code)
 
 
@@ -99,7 +122,9 @@ def _quiet_libraries(debug: bool) -> None:
     """Configure logging, and keep other libraries off the terminal."""
     # the tokenizers' threads and a forked worker don't mix, and their warning breaks the progress
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleLines("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     if debug:
         logging.getLogger("depthprobe").setLevel(logging.INFO)
         return
@@ -120,11 +145,14 @@ def _run(arguments: list[str], debug: bool) -> int:
         code = get_command(app).main(
             arguments, prog_name="depthprobe", standalone_mode=False, obj=tuple(arguments)
         )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return UNREAD
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            echo(traceback.format_exc().rstrip(), sys.stderr)
         if isinstance(error, BadInput):
             return _fail(str(as_typed(error, arguments)), BAD_INPUT)
         if isinstance(error, UsageError):
@@ -135,6 +163,13 @@ def _run(arguments: list[str], debug: bool) -> int:
             place = f": {error.filename}" if error.filename else ""
             reason = f"{os.strerror(error.errno or 0)}{place}"
             return _fail(f"{reason}; once that is mended, the same command goes on", FAILED)
+        if isinstance(error, OSError) and error.errno in PATH_FAULTS:
+            return _fail(f"{os.strerror(error.errno or 0)}: {short(error.filename)}", BAD_INPUT)
+        if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+            return _fail("a path holds a NUL character", BAD_INPUT)
+        # numpy's, torch's on a CPU, torch's on a GPU
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            return _fail(f"not enough memory ({str(error).partition(chr(10))[0]})", FAILED)
         hint = "" if debug else " (run again with --debug)"
         return _fail(f"internal: {type(error).__name__}: {error}{hint}", FAILED)
     if code == INTERRUPTED:
@@ -155,5 +190,6 @@ def _usage(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # nobody reads it
+        echo(one_line(f"error: {message}"), sys.stderr)
     return code

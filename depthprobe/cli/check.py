@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from depthprobe.cli.options import check_output_file, option
-from depthprobe.cli.terminal import show_table
-from depthprobe.errors import BadInput
+from depthprobe.cli.options import check_output_file, option, path
+from depthprobe.cli.terminal import echo, show_table
+from depthprobe.errors import BadInput, one_line
 from depthprobe.files import complete_file
 
 
@@ -29,7 +29,7 @@ def check(
     every: Annotated[
         bool, typer.Option("--all", help="Every decoder family of transformers, in minutes.")
     ] = False,
-    output: Annotated[Path, option("FILE", "Where --all writes its table.")] = Path(
+    output: Annotated[Path, option("FILE", "Where --all writes its table.", parser=path)] = Path(
         "architectures.md"
     ),
 ) -> int:
@@ -61,7 +61,7 @@ def check(
     verdict = "can be cut" if safe else "can NOT be cut safely"
     if safe and not usable:
         verdict += ", but can NOT be a recommender's backbone"
-    print(f"\n{backbone}: {verdict}")
+    echo(f"\n{backbone}: {verdict}")
     return 0 if safe and usable else 1
 
 
@@ -73,11 +73,11 @@ def _check_all(page: Path) -> int:
     names, checked = families(), []
     for family in check_families(names, jobs=os.cpu_count() or 1):
         checked.append(family)
-        verdict = "can be cut" if family.can_be_cut else f"no: {' '.join(family.reason.split())}"
+        verdict = "can be cut" if family.can_be_cut else f"no: {one_line(family.reason)}"
         line = f"[{len(checked)}/{len(names)}] {family.name}  {verdict}"
-        print(line, file=sys.stderr, flush=True)
+        echo(line, sys.stderr)
     with complete_file(page) as temporary:
         temporary.write_text(support_table(checked), encoding="utf-8")
-    print(f"{sum(family.can_be_cut for family in checked)} of {len(checked)} families can be cut")
-    print(page)
+    echo(f"{sum(family.can_be_cut for family in checked)} of {len(checked)} families can be cut")
+    echo(page)
     return 0

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from depthprobe.cli.options import check_revision, number, option, whole
-from depthprobe.cli.terminal import cell, scaled, show_progress, show_table
+from depthprobe.cli.options import check_revision, number, option, path, whole
+from depthprobe.cli.terminal import cell, echo, scaled, show_progress, show_table
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.study import Study, override
 
@@ -44,7 +44,9 @@ def cost(
     seconds: Annotated[
         float | None, option("S", "To measure for (20); 0: nothing.", parser=number)
     ] = None,
-    output: Annotated[Path | None, option("FILE", "All numbers: FILE.csv, or FILE.json.")] = None,
+    output: Annotated[
+        Path | None, option("FILE", "All numbers: FILE.csv, or FILE.json.", parser=path)
+    ] = None,
 ) -> None:
     """Parameters, FLOPs, time, memory by depth.
 
@@ -99,18 +101,18 @@ def show_costs(table: pd.DataFrame) -> None:
     units = ("", "", "", "B", "B", "FLOP")
     show_table(header, [_cells(row, columns, units) for row in rows])
     if first["not_measured"]:
-        print(f"\nNothing was measured on this machine: {first['not_measured']}.")
+        echo(f"\nNothing was measured on this machine: {first['not_measured']}.")
         return
     threads = f"{first['threads']} thread{'' if first['threads'] == 1 else 's'}, "
     place = f"{first['device_name']}), {threads if first['device'] == 'cpu' else ''}"
     prompt = f" behind {first['prompt']} shared slots of prompt" if first["prompt"] else ""
-    print(f"\nMeasured on {first['device']} ({place}{first['dtype']}, with random weights of this")
-    print(f"shape; torch {first['torch']}, transformers {first['transformers']}.")
-    print(f"Histories of {first['length']} items{prompt}, {first['items']:,} items to choose from;")
-    print(f"{TUNINGS[first['tuning']]}.")
-    print("Medians of n rounds in turn, with 95 % intervals.")
+    echo(f"\nMeasured on {first['device']} ({place}{first['dtype']}, with random weights of this")
+    echo(f"shape; torch {first['torch']}, transformers {first['transformers']}.")
+    echo(f"Histories of {first['length']} items{prompt}, {first['items']:,} items to choose from;")
+    echo(f"{TUNINGS[first['tuning']]}.")
+    echo("Medians of n rounds in turn, with 95 % intervals.")
     if first["busy"] > BUSY:
-        print(f"Other work was running ({first['busy']:.1f} processes a core): times are too long.")
+        echo(f"Other work was running ({first['busy']:.1f} processes a core): times are too long.")
     for name, title in (
         ("train_step", f"A training step of {first['batch']} users"),
         ("latency", "One user, from history to the best items"),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from depthprobe.cli.options import LOG, SPLIT, apply_flags, option, takes_flags
-from depthprobe.cli.terminal import bar, cell, say, show_facts, show_table
-from depthprobe.errors import BadInput, check_writable
+from depthprobe.cli.options import LOG, SPLIT, apply_flags, option, path, takes_flags
+from depthprobe.cli.terminal import bar, cell, echo, say, show_facts, show_table
+from depthprobe.errors import BadInput, check_writable, one_line
 from depthprobe.study import Protocol, Study
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ Source = Annotated[
 @takes_flags(LOG)
 def prepare(
     source: Source,
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder to write.", parser=path)
+    ],
     name: Annotated[str | None, option("NAME", "The dataset's name.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a prepared folder at DIR.")
@@ -49,14 +51,16 @@ def prepare(
 
     sequences = read_data(study.data, output, name=name, overwrite=overwrite)
     describe(sequences, source=source)
-    print(f"\n{output}")
+    echo(f"\n{output}")
 
 
 @app.command()
 @takes_flags(LOG | SPLIT)
 def show(
     source: Source,
-    figure: Annotated[Path | None, option("FILE", "Draw it as well: .png, .svg or .pdf.")] = None,
+    figure: Annotated[
+        Path | None, option("FILE", "Draw it as well: .png, .svg or .pdf.", parser=path)
+    ] = None,
     **flags: Any,
 ) -> None:
     """The shape of a log, and what to know before trusting it."""
@@ -74,7 +78,7 @@ def show(
     if figure is not None:
         from depthprobe.report.data_figure import save_data_figure
 
-        print(f"\n{save_data_figure(sequences, figure, protocol=protocol)}")
+        echo(f"\n{save_data_figure(sequences, figure, protocol=protocol)}")
 
 
 @app.command("list")
@@ -97,7 +101,7 @@ def list_logs() -> None:
         rows.append([name, about, None if size is None else f"{size / 1e6:,.1f}"])
         notes.append(f"{family}, terms: {first.terms}")
     show_table(["public set", "what it is", "MB"], rows, words=["public set", "what it is"])
-    print(f"\nfetched when first used, into {cache_folder()} (DEPTHPROBE_CACHE moves it)\n")
+    echo(f"\nfetched when first used, into {cache_folder()} (DEPTHPROBE_CACHE moves it)\n")
     for note in notes:
         say(note)
 
@@ -137,7 +141,7 @@ def describe(
         _show_charts(lengths, counts)
     if split is not None:
         show_facts(_parts(split, rule.split))
-    print("".join(f"\nwarning: {warning}" for warning in warnings))
+    echo("".join(f"\nwarning: {one_line(warning)}" for warning in warnings))
 
 
 def _sizes(sequences: Sequences, source: str) -> dict[str, str]:

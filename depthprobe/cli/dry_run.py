@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthprobe.cli.cost import BUSY, TUNINGS
-from depthprobe.cli.terminal import cell, count, say, scaled, show_facts, show_progress, show_table
+from depthprobe.cli.terminal import (
+    cell,
+    count,
+    echo,
+    say,
+    scaled,
+    show_facts,
+    show_progress,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from depthprobe.runs.estimate import Estimate, Preview, Span
@@ -60,18 +69,18 @@ def dry_run(
             apart=executor != "local",
         )
         team.leave()
-    print("Dry run: nothing is written, and no trial is run.")
+    echo("Dry run: nothing is written, and no trial is run.")
     show_facts(_study(plan))
     _show_tasks(plan)
     header = ["shared between trials", "needed", "there", "to make"]
     rows = [[PARTS[name], needed, have, needed - have] for name, needed, have in plan.shared]
     show_table(header, rows, words=header[:1])
-    print()
+    echo("")
     if plan.estimate is None:
         why = f"No ESTIMATE of time and memory: {plan.why}."
         say(why if plan.waiting else "Nothing is left to do.")
     else:
-        print("ESTIMATE of what is left:")
+        echo("ESTIMATE of what is left:")
         show_facts(_estimate(plan, plan.estimate))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from depthprobe.data.readers.streams import stem
-from depthprobe.errors import BadInput, check_writable
+from depthprobe.errors import BadInput, check_writable, short
 from depthprobe.study import Study, demo_study, load_study, override
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -25,21 +26,46 @@ def option(metavar: str, help: str, **more: Any) -> Any:
 
 
 def _parser(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
+    def parse(text: Any) -> Any:
         try:
-            return kind(text)
+            return kind(text) if isinstance(text, str) else text  # a default is one already
         except ValueError:  # typer's own message would not show what was written
-            raise typer.BadParameter(f"{text!r} is not a {what}") from None
+            raise typer.BadParameter(f"{short(text)} is not a {what}") from None
 
     return parse
 
 
+def _whole(text: str) -> int:
+    return int(_ascii(text))
+
+
+def _number(text: str) -> float:
+    return float(_ascii(text))
+
+
 def _share(text: str) -> float:
-    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    return _number(text.removesuffix("%")) / 100 if text.endswith("%") else _number(text)
 
 
-whole, number = _parser(int, "whole number"), _parser(float, "number")
+def _ascii(text: str) -> str:
+    """The text, of which Python takes more for a number: 1_000, and digits of all scripts."""
+    if not text.isascii() or "_" in text:
+        raise ValueError(text)
+    return text
+
+
+def _path(text: str) -> Path:
+    """A path that a file can have; ``~`` is the home folder in ``--output=~/run``, too."""
+    name = os.path.expanduser(text)
+    raw = name.encode()  # ValueError where it is no text
+    if not raw or b"\0" in raw or len(raw) > 4095 or max(map(len, raw.split(b"/"))) > 255:
+        raise ValueError(text)
+    return Path(name)
+
+
+whole, number = _parser(_whole, "whole number"), _parser(_number, "number")
 share = _parser(_share, "share such as 2% or 0.02")
+path = _parser(_path, "path of names of 1 to 255 bytes, in UTF-8")
 
 
 @dataclass(frozen=True)
@@ -173,7 +199,8 @@ def _study_name(data: str | None, backbone: str | None) -> str:
 
 def default_output(study: Study) -> Path:
     """The folder of a run that has not been named: ``runs/<study's name>``."""
-    return Path("runs", re.sub(r"[^\w.-]+|^\.+", "-", study.name).strip("-") or "study")
+    name = re.sub(r"[^\w.-]+|^\.+", "-", study.name).strip("-").encode()[:200]
+    return Path("runs", name.decode(errors="ignore") or "study")
 
 
 def check_revision(revision: str | None, source: str) -> None:

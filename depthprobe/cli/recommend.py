@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 
 import typer
 
-from depthprobe.cli.options import check_output_file, option, whole
-from depthprobe.cli.terminal import count
-from depthprobe.errors import BadInput
+from depthprobe.cli.options import check_output_file, option, path, whole
+from depthprobe.cli.terminal import count, echo
+from depthprobe.errors import BadInput, visible
 from depthprobe.files import complete_file
 
 if TYPE_CHECKING:
@@ -27,15 +27,19 @@ BLANKS = str.maketrans("\t\r\n", "   ")
 
 
 def recommend(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that export wrote.")],
-    history: Annotated[Path, option("FILE", "A line a user: user item item ..., oldest first.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that export wrote.", parser=path)
+    ],
+    history: Annotated[
+        Path, option("FILE", "A line a user: user item item ..., oldest first.", parser=path)
+    ],
     top: Annotated[int, option("K", "How many items a user.", parser=whole)] = 10,
     device: Annotated[str, option("auto|cpu|cuda|mps", "Where to compute.")] = "auto",
     skip_unknown: Annotated[
         bool, typer.Option("--skip-unknown", help="Leave out items outside the catalogue.")
     ] = False,
     output: Annotated[
-        Path | None, option("FILE", "Where to write [default: the terminal].")
+        Path | None, option("FILE", "Where to write [default: the terminal].", parser=path)
     ] = None,
 ) -> None:
     """Top-K items from an exported model.
@@ -61,7 +65,7 @@ def recommend(
             stream.writelines(recommendations(file, history, model, top=top))
     if items:
         counts = f"{count(items, 'item')} outside the catalogue, {count(users, 'user')}"
-        print(f"left out: {counts} with no other", file=sys.stderr)
+        echo(f"left out: {counts} with no other", sys.stderr)
 
 
 @contextmanager
@@ -140,9 +144,9 @@ def recommendations(
 
 
 def _rows(user: str, items: Sequence[tuple[str, str | None, float]]) -> str:
-    # an id stays as it is, but for what would end its column or line
+    # an id stays as it is, but for what would end its column or line, or drive a terminal
     rows = (
         (user, str(rank), item.translate(BLANKS), f"{score:.4f}", " ".join((title or "").split()))
         for rank, (item, title, score) in enumerate(items, start=1)
     )
-    return "".join("\t".join(row) + "\n" for row in rows)
+    return "".join("\t".join(map(visible, row)) + "\n" for row in rows)

@@ -8,21 +8,34 @@ from typing import Annotated, Any
 
 import typer
 
-from depthprobe.cli.options import VERDICT, apply_flags, check_output_file, option, takes_flags
-from depthprobe.cli.terminal import show_table
-from depthprobe.errors import BadInput, check_writable, closest
+from depthprobe.cli.options import (
+    VERDICT,
+    apply_flags,
+    check_output_file,
+    option,
+    path,
+    takes_flags,
+)
+from depthprobe.cli.terminal import echo, show_table
+from depthprobe.errors import BadInput, check_writable, closest, one_line
 from depthprobe.study import Study
 
 STATES = ("done", "failed", "working", "left")
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that sweep wrote.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that sweep wrote.", parser=path)]
 
 
 @takes_flags(VERDICT)
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that sweep wrote.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders that sweep wrote.", parser=path)
+    ],
     output: Annotated[
         Path | None,
-        option("FILE", "The page [default: RUN/report.html; comparison.html beside several runs]."),
+        option(
+            "FILE",
+            "The page [default: RUN/report.html; comparison.html beside several runs].",
+            parser=path,
+        ),
     ] = None,
     **flags: Any,
 ) -> None:
@@ -42,11 +55,11 @@ def report(
     if len(opened) > 1:
         from depthprobe.report.comparison import build_comparison
 
-        print(build_comparison(opened, output))
+        echo(build_comparison(opened, output))
     else:
         from depthprobe.report.page import report_words
 
-        print(report_words(opened[0], output))
+        echo(report_words(opened[0], output))
 
 
 def status(run: Run) -> None:
@@ -59,20 +72,24 @@ def status(run: Run) -> None:
     show_table(["tasks of", *STATES], rows, words=["tasks of"], title=str(run))
     if state.working:
         header = ["working on", "last log line", ""]
-        lines = [[each.task, each.line, f"{each.seconds:.0f} s ago"] for each in state.working]
+        lines = [
+            [each.task, one_line(each.line), f"{each.seconds:.0f} s ago"] for each in state.working
+        ]
         show_table(header, lines, words=header[:2])
     for task, reason in state.failed:
-        print(f"failed: {task}: {reason}", file=sys.stderr)
+        echo(one_line(f"failed: {task}: {reason}"), sys.stderr)
     if state.failed:
-        print("--retry-failed tries them again")
+        echo("--retry-failed tries them again")
     if state.total("left") and not state.working:
-        print("nobody works on it; the same sweep continues it")
+        echo("nobody works on it; the same sweep continues it")
 
 
 def export(
     run: Run,
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's name in RUN/trials.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new or empty folder.", parser=path)
+    ],
 ) -> None:
     """A trial's model as a Hugging Face checkpoint.
 
@@ -86,4 +103,4 @@ def export(
 
     from depthprobe.runs.export import export_trial
 
-    print(export_trial(run, trial, folder))
+    echo(export_trial(run, trial, folder))

@@ -17,11 +17,12 @@ from depthprobe.cli.options import (
     default_output,
     make_study,
     option,
+    path,
     takes_flags,
     whole,
 )
-from depthprobe.cli.terminal import Display, show_progress, show_table
-from depthprobe.errors import BadInput, check_writable, one_of
+from depthprobe.cli.terminal import Display, echo, show_progress, show_table
+from depthprobe.errors import BadInput, check_writable, one_line, one_of
 from depthprobe.methods import METHODS, Method, method_of, method_order
 from depthprobe.study import Study
 
@@ -70,10 +71,13 @@ PHASES = {
 def sweep(
     context: typer.Context,
     study: Annotated[
-        Path | None, typer.Argument(metavar="STUDY.toml", help="What to run; flags override it.")
+        Path | None,
+        typer.Argument(metavar="STUDY.toml", help="What to run; flags override it.", parser=path),
     ] = None,
     *,
-    output: Annotated[Path | None, option("RUN", "The run's folder [default: runs/NAME].")] = None,
+    output: Annotated[
+        Path | None, option("RUN", "The run's folder [default: runs/NAME].", parser=path)
+    ] = None,
     executor: Annotated[str, option("|".join(EXECUTORS), "What runs the trials.")] = LOCAL,
     jobs: Annotated[
         int | None,
@@ -97,7 +101,7 @@ def sweep(
     check_writable("output", folder)
     if flags["epochs"] is not None and "sasrec" in {*chosen.methods, chosen.item_table}:
         own = f"SASRec keeps its own {chosen.sasrec.recipe.epochs} (sasrec.recipe.epochs)"
-        print(f"--epochs is of the recommenders; {own}", file=sys.stderr)
+        echo(f"--epochs is of the recommenders; {own}", sys.stderr)
     if dry:
         return dry_run(chosen, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
     command = shlex.join(["depthprobe", *context.obj])  # as typed
@@ -124,8 +128,8 @@ def sweep(
     title = "Test users, the whole catalogue ranked; means over trials"
     show_table(table.columns.tolist(), table.itertuples(index=False), words=["method"], title=title)
     for trial, error in run.failed:
-        print(f"failed: {trial}: {' '.join(str(error).split())}", file=sys.stderr)
-    print(words)
+        echo(one_line(f"failed: {trial}: {error}"), sys.stderr)
+    echo(words)
     return 1 if run.failed else 0
 
 
@@ -160,16 +164,16 @@ def _run_on_cluster(
     number = array_id(submitted)
     # printed: of messages a terminal shows the latest alone
     line = f"submitted {jobs} {'job' if jobs == 1 else 'jobs'} ({number}), sharing {folder}"
-    print(f"{line}; depthprobe status {folder} says how far they are", file=sys.stderr)
+    echo(f"{line}; depthprobe status {folder} says how far they are", sys.stderr)
     progress.message(f"what they print is in {folder / JOBS}")
     try:
         failures = follow(submitted, progress)
     except KeyboardInterrupt:
         line = f"no longer waiting; the jobs go on (depthprobe status {folder}; scancel {number})"
-        print(line, file=sys.stderr)
+        echo(line, sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     for name, reason in failures.items():
-        print(f"job {name} failed: {reason}", file=sys.stderr)
+        echo(one_line(f"job {name} failed: {reason}"), sys.stderr)
     # a job ends well when nothing is left to do: one is enough
     return 1 if len(failures) == jobs else open_run(folder)
 

@@ -1,16 +1,22 @@
-"""What the terminal shows: small tables and bars, and a sweep's progress."""
+"""What the terminal shows: text of others made visible, small tables and bars, a sweep's progress.
+
+The commands print through this module alone: what comes from a log, a run or an error may hold
+control characters, and they are shown, not sent.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from depthprobe.errors import one_line, visible
 from depthprobe.runs.processes import Progress
 
 if TYPE_CHECKING:
@@ -20,6 +26,44 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 200  # columns where there is no terminal: wide enough to cut nothing
 WIDEST = 100  # columns of a line of words
 SHOWN = "depthprobe.cost.timing"  # whose log lines are messages, too
+
+
+def open_streams() -> None:
+    """Make the standard streams take every text: one that is closed discards it.
+
+    A file that is opened later would get its number, and the messages of libraries. What an
+    encoding can't say is escaped.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # in this order: each takes the lowest free number
+        stream = getattr(sys, name)
+        if stream is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8"))
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def close_streams() -> None:
+    """Write what is still to be written; what can't be is discarded, without a word of Python's."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # who read it has gone, or the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def echo(text: object, stream: TextIO | None = None) -> None:
+    """Print lines of text, at once."""
+    print(visible(str(text), keep="\n"), file=stream, flush=True)
+
+
+class VisibleLines(logging.Formatter):
+    """Log lines, which may quote text of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return visible(super().format(record), keep="\n")
 
 
 def show_table(
@@ -34,12 +78,12 @@ def show_table(
     from rich.table import Table
     from rich.text import Text
 
-    heading = Text(title) if title else None
+    heading = Text(visible(title)) if title else None
     table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for name in header:
         table.add_column(Text(name), justify="left" if name in words else "right")
     for row in rows:
-        table.add_row(*(Text(cell(value)) for value in row))
+        table.add_row(*(Text(visible(cell(value))) for value in row))
     print()
     console().print(table)
 
@@ -52,14 +96,15 @@ def show_facts(rows: dict[str, str]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
     table.add_column(min_width=12, no_wrap=True)
     for key, value in rows.items():
-        table.add_row(key, Text(value))
+        table.add_row(key, Text(visible(value)))
     print()
     console().print(table, width=min(console().width, WIDEST))
 
 
 def say(text: str) -> None:
     """Print a sentence, wrapped to the terminal."""
-    console().print(text, width=min(console().width, WIDEST), markup=False, highlight=False)
+    shown = visible(text)
+    console().print(shown, width=min(console().width, WIDEST), markup=False, highlight=False)
 
 
 def count(number: int, what: str) -> str:
@@ -124,9 +169,9 @@ class Display(Progress, logging.Handler):
     def message(self, text: str) -> None:
         """What is being done right now: beside the bar, or a line."""
         if self.bar is not None:
-            self.bar.update(self.task, description=" ".join(text.split()))
+            self.bar.update(self.task, description=one_line(text))
         else:
-            self._print(text)
+            self._print(one_line(text))
 
     def emit(self, record: logging.LogRecord) -> None:
         """A log line."""
@@ -135,7 +180,7 @@ class Display(Progress, logging.Handler):
     def done(self, trial: str, status: str, seconds: float, note: str) -> None:
         """A trial ended."""
         self.ended += 1
-        line = "  ".join(filter(None, (trial, status, f"{seconds:.1f} s", " ".join(note.split()))))
+        line = "  ".join(filter(None, (trial, status, f"{seconds:.1f} s", one_line(note))))
         if self.bar is not None:
             self.bar.advance(self.task)
             self._print(line, style="red" if status == "failed" else None)
@@ -144,9 +189,10 @@ class Display(Progress, logging.Handler):
 
     def _print(self, text: str, *, style: str | None = None) -> None:
         if self.bar is None:
-            print(f"{datetime.now():%H:%M:%S} {text}", file=self.stream, flush=True)
+            with suppress(OSError):  # the trials go on when nobody reads of them any more
+                echo(f"{datetime.now():%H:%M:%S} {text}", self.stream)
         else:  # a trial's name or an error may hold brackets, which rich would read as markup
-            self.bar.console.print(text, style=style, markup=False, highlight=False)
+            self.bar.console.print(visible(text), style=style, markup=False, highlight=False)
 
 
 @contextmanager
@@ -185,7 +231,7 @@ def _bar(stream: TextIO, folder: Path | None) -> Bar:
             from depthprobe.runs.store import working  # by now the sweep has imported torch
 
             for each in working(folder):
-                line = f"  {each.task}  {each.line}"
+                line = f"  {each.task}  {one_line(each.line)}"
                 yield Text(line, overflow="ellipsis", no_wrap=True)
 
     columns = (

@@ -7,6 +7,9 @@ is settled by the locks of the run. submitit writes and submits the jobs.
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from depthprobe.errors import BadInput
-from depthprobe.runs.processes import Progress, launched
+from depthprobe.errors import CONTROL, BadInput
+from depthprobe.runs.processes import SAFE_PATH, Progress, launched
 from depthprobe.study import Study
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ JOBS = ".jobs"  # in a run's folder: a dot, or an empty run would not pass for n
 POLL = 30.0  # seconds between two looks at the jobs; the scheduler is asked at each
 # a job that ran out of time has come further, so nothing is lost by queueing it again
 REQUEUES = 1000
+MOST_JOBS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +91,8 @@ def submit(
     from depthprobe.training.tracking import check_trackers
 
     # what would end every job at once, as far as it can be seen from here
-    if jobs < 1:
-        raise BadInput("jobs", jobs, "at least 1 job")
+    if not 1 <= jobs <= MOST_JOBS:
+        raise BadInput("jobs", jobs, f"at least 1 job, at most {MOST_JOBS:,}")
     if launched():
         allowed = "no accelerate launch around it (each of its processes would submit the jobs)"
         raise BadInput("executor", cluster, allowed)
@@ -97,14 +101,20 @@ def submit(
         raise BadInput("executor", cluster, allowed)
     check_trackers(sweep.study.tracking.to)
     folder = Path(sweep.folder)
+    # a line of the script that sbatch reads would end there, and the rest be a command
+    if CONTROL.search(str(folder.absolute())):
+        raise BadInput("output", folder, "a folder without line breaks and the like in its path")
     continued(folder, sweep.study)
     if retry_failed:
         forget_failures([*folders_of(folder / TRIALS), *folders_of(folder / PROBES)])
 
     settings = sweep.study.slurm
-    executor = submitit.AutoExecutor(folder / JOBS, cluster=cluster, slurm_max_num_timeout=REQUEUES)
+    python = f"{shlex.quote(sys.executable)} -P"  # imports nothing from the folder it runs in
+    executor = submitit.AutoExecutor(
+        folder / JOBS, cluster=cluster, slurm_max_num_timeout=REQUEUES, slurm_python=python
+    )
     executor.update_parameters(
-        name=sweep.study.name,
+        name=re.sub(r"[^\w.-]+", "-", sweep.study.name)[:64],
         timeout_min=settings.minutes,
         gpus_per_node=settings.gpus or None,  # some clusters refuse to be asked for none
         cpus_per_task=settings.cpus,
@@ -117,7 +127,7 @@ def submit(
     kept = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
     tools = submitit.helpers
     try:
-        with tools.clean_env(), tools.environment_variables(**kept):
+        with tools.clean_env(), tools.environment_variables(**kept, **SAFE_PATH):
             submitted: list[Job[None]] = executor.submit_array([sweep] * jobs)
     except RuntimeError as error:  # what submitit makes of a failed sbatch
         given = f"partition {settings.partition}, account {settings.account}"

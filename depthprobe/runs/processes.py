@@ -7,6 +7,7 @@ The command line asks whether there are several: importing this imports no torch
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,11 @@ from typing import Any, TypeVar
 from depthprobe.errors import BadInput
 
 T = TypeVar("T")
+
+# the environment of what is started: Python imports nothing from the folder it happens to run in
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+# what a launcher sets, and torch and accelerate read as numbers
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class FirstProcessError(RuntimeError):
@@ -85,8 +91,16 @@ class ProcessGroup:
 
 
 def launched_processes() -> int:
-    """How many processes a launcher started to work together; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes a launcher started to work together; 1 without one.
+
+    Raises:
+        BadInput: if a variable that launchers set holds no number; an empty one counts as none.
+    """
+    for name in LAUNCHER:
+        text = os.environ.get(name, "").strip()
+        if not re.fullmatch(r"(-?[0-9]{1,9})?", text, re.ASCII):
+            raise BadInput(name, text, "a whole number in the environment, or no such variable")
+    return int(os.environ.get("WORLD_SIZE", "").strip() or 1)
 
 
 def launched() -> bool:
@@ -100,7 +114,11 @@ def join_processes(device: str) -> ProcessGroup:
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``: where they will train.
     """
-    if not launched():
+    several = launched()
+    for name in LAUNCHER:
+        if not os.environ.get(name, "-").strip():
+            del os.environ[name]  # accelerate would take it for a number
+    if not several:
         return ProcessGroup()
     from depthprobe.training.distributed import join
 

@@ -6,6 +6,8 @@ system's (``flock``): they are released when their process dies, by whatever sig
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from depthprobe.methods import Task
-from depthprobe.runs.processes import ProcessGroup, Progress
+from depthprobe.runs.processes import SAFE_PATH, ProcessGroup, Progress
 from depthprobe.runs.records import outputs_of, state_of
 
 # --- locks: one sweep a task ----------------------------------------------------------------------
@@ -219,6 +221,8 @@ def run_in_processes(
         initial = (context.Value("i", 0), *arguments)
         return ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare, initargs=initial)
 
+    path = {name: os.environ.get(name) for name in SAFE_PATH}
+    os.environ.update(SAFE_PATH)
     pool = new_pool()
     try:
         while queue.waiting or running or suspects:
@@ -257,12 +261,18 @@ def run_in_processes(
                 suspects += broken
     finally:
         # at once: after an interrupt nobody waits for their training
-        for worker in context.started:
+        workers = [worker for worker in context.started if worker.pid is not None]
+        for worker in workers:
             worker.terminate()
-        for worker in context.started:
+        for worker in workers:
             worker.join(timeout=10)
         # Python, when it ends, wakes the pool's thread unguarded: it must have ended before
         pool.shutdown(wait=True, cancel_futures=True)
+        for name, before in path.items():
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def describe(error: BaseException) -> str:
@@ -282,6 +292,21 @@ class _Workers(SpawnContext):
         self.started: list[SpawnProcess] = []
 
     def Process(self, *arguments: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
-        process = SpawnProcess(*arguments, **options)
+        process = _Worker(*arguments, **options)
         self.started.append(process)
         return process
+
+
+class _Worker(SpawnProcess):
+    """A process that an interrupt from the terminal does not reach; the parent ends it."""
+
+    def start(self) -> None:
+        """Start it with the signal blocked, which it inherits: it is ignored only later."""
+        if not hasattr(signal, "pthread_sigmask"):
+            super().start()
+            return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

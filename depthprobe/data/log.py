@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from depthprobe.errors import BadInput
 PARTS = ("training", "validation", "test")
 LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
 _DIGITS = re.compile(r"[0-9]+")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,4})?")
+_MISSING = {"nan", "none", "null", "na", "<na>", "n/a", "nat", "nil", "undefined"}
+_CHANCE = 20  # ids that a narrower number holds by chance: one in a million, where half do
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,36 @@ def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
     code = np.empty(len(names), dtype=np.int32)
     code[order] = np.arange(len(names), dtype=np.int32)
     return code[ids.codes], names
+
+
+def id_notes(ids: Ids, what: str) -> list[str]:
+    """What tells that ids of a ``what`` were missing, or went through numbers and may be fewer."""
+    names = [name.strip() for name in ids.names]
+    notes, numbers, spelled = [], dict[Decimal, str](), []
+    for name in filter(_NUMBER.fullmatch, names):
+        first = numbers.setdefault(Decimal(name), name)
+        if first != name:
+            spelled.append(f"{first} and {name}")
+    if spelled:
+        which = f"{len(spelled):,} {what} ids spell a number that another one spells too"
+        notes.append(f"{which}, such as {spelled[0]}: each spelling is counted as one {what}")
+    if powers := [name for name in numbers.values() if "e" in name.lower()]:
+        rounded = f"{len(powers):,} {what} ids are written with a power of ten, such as {powers[0]}"
+        notes.append(f"{rounded}: if they were rounded, several {what}s are one")
+    whole = [int(n) for n in numbers if 0 < n < 2**63 and n == int(n)]
+    values = np.array(whole, dtype=np.int64)
+    for kind in (np.float16, np.float32, np.float64):
+        bits = np.finfo(kind).nmant + 1
+        large = values[values > 2**bits]
+        if len(large) >= _CHANCE and (large // (large & -large) < 2**bits).all():
+            why = f"all {len(large):,} {what} ids above {2**bits:,} are exact as {kind.__name__}"
+            notes.append(f"{why}: if they were written as such, several {what}s are one")
+            break
+    for code, name in enumerate(names):
+        if name.lower() in _MISSING:
+            rows = int((ids.codes == code).sum())
+            notes.append(f"{rows:,} interactions are of the {what} {name!r}: is the id missing?")
+    return notes
 
 
 def used_only(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:

@@ -20,12 +20,19 @@ from depthprobe.errors import BadInput, short
 # seconds of today have 10 digits; the bounds are the years 5138 (as s), 1973 (as ms, us, ns)
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 BOUNDS = (1e11, 1e14, 1e17)
-LARGEST = 1e20  # a time
-EXACT = 2**53  # whole numbers up to here are exact as float64
+EARLY, LAST = (
+    10**8,
+    7_258_118_400,
+)  # seconds: March 1973, before which no log was kept; the year 2200
+# dates as numbers, by their digits: 2024, 202405, 20240531, 2024053118, ..., 20240531183000123
+COMPACT = {digits: "%Y%m%d%H%M%S"[: digits - 2] for digits in (4, 6, 8, 10, 12, 14)}
+COMPACT[17] = "%Y%m%d%H%M%S%f"
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _LOCAL = r":\d\d(\.\d+)?$"
-_TIME = "a number, or an ISO date or time such as 2024-05-31T18:30:00Z, not before 1970"
+_TIME = (
+    "a number, or an ISO date or time such as 2024-05-31T18:30:00Z, in the range of 1970 to 2199"
+)
 
 Where = Callable[[int], str]
 
@@ -97,8 +104,9 @@ def log_of(table: pa.Table, *, source: Path, where: Where = row_number) -> Log:
 def to_ids(column: Column) -> Ids:
     """Number ids by first appearance; texts stay exactly as they are.
 
-    Floats are taken where all are whole: some tool made them of integers, as pandas does beside
-    missing values. A dictionary's values must be distinct and in use, as a reader of text has it.
+    Floats are taken where all are whole, as pandas makes them beside missing values, and below the
+    power of two from which on several integers are one float. A dictionary's values must be
+    distinct and in use, as a reader of text has it.
     """
     column.check(column.values.is_null(nan_is_null=True), "one in every row")
     expected = "texts in UTF-8, or integers"
@@ -108,7 +116,10 @@ def to_ids(column: Column) -> Ids:
     else:  # one chunk first: each would have a dictionary of all, and their union takes long
         if pa.types.is_floating(kind):
             floats = values.to_numpy()
-            column.check((floats != np.trunc(floats)) | (np.abs(floats) > EXACT), expected)
+            column.check(floats != np.trunc(floats), expected)
+            bits = np.finfo(floats.dtype).nmant + 1
+            several = f"below {2**bits:,}, from where several ids are one {floats.dtype}"
+            column.check(np.abs(floats.astype(np.float64)) >= 2**bits, f"{expected} {several}")
             values = pa.chunked_array([floats.astype(np.int64)])
         elif column.is_text:
             with suppress(pa.ArrowInvalid):
@@ -146,28 +157,33 @@ def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
     """Seconds since 1970, (N,), and notes on what had to be decided.
 
     Numbers, and texts of numbers, are seconds, milliseconds, microseconds or nanoseconds, which
-    their magnitude tells apart. Texts are ISO dates and times otherwise. A time without a zone is
-    in UTC. Whole seconds come as int64, others as float64, so that order is kept down
-    to the microsecond.
+    their magnitude tells apart, or dates such as 20240531, if most rows are. Texts are ISO dates
+    and times otherwise. A time without a zone is in UTC. Whole seconds come as int64, others as
+    float64, so that order is kept down to the microsecond.
     """
     column = column.plain()
-    values, notes = column.values, []
-    dates = pa.types.is_timestamp(values.type) or pa.types.is_date(values.type)
+    values, notes, stamps = column.values, [], None
+    numbers = np.empty(0)
     if column.is_text and not pc.match_substring_regex(values[:1], _NUMBER)[0].as_py():
         # `2024-05-31 18:30:00 UTC`, as BigQuery writes it
         texts = pc.replace_substring_regex(values, r"\s*(UTC|GMT|z)$", "Z")
         if pc.any(pc.match_substring_regex(texts, _LOCAL)).as_py():
             notes = ["times without a zone are read as UTC"]
         stamps = pd.to_datetime(texts.to_pandas(), format="ISO8601", utc=True, errors="coerce")
-        column.check(stamps.isna().to_numpy(), _TIME)
-        values, dates = pa.chunked_array([pa.array(stamps)]), True
-    if dates:  # one with a zone is held in UTC
-        kind = pa.timestamp("us", getattr(values.type, "tz", None))
-        numbers, factor = values.cast(kind, safe=False).cast(pa.int64()).to_numpy(), 10**6
-        column.check(numbers < 0, _TIME)
-    else:
+    elif pa.types.is_date(values.type):
+        values = values.cast(pa.date32()).cast(pa.timestamp("s"))
+    elif not pa.types.is_timestamp(values.type):
         numbers = to_numbers(column)
-        column.check((numbers < 0) | (numbers > LARGEST), _TIME)
+        stamps = _compact(numbers)
+        if stamps is not None:
+            notes = [f"times look like dates, such as {numbers[0]}: read as such, in UTC"]
+    if stamps is not None:
+        column.check(stamps.isna().to_numpy(), _TIME)
+        values = pa.chunked_array([pa.array(stamps)])
+    if pa.types.is_timestamp(values.type):  # one with a zone is held in UTC
+        factor = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
+        numbers = values.cast(pa.int64()).to_numpy()
+    else:
         units = np.searchsorted(BOUNDS, numbers)  # (N,): places in UNITS
         if (units != units[0]).any():
             row = int(np.argmax(units != units[0]))
@@ -176,8 +192,35 @@ def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
             raise BadInput(FIELD, column.source, fault)
         unit, factor = list(UNITS.items())[units[0]]
         notes = [] if factor == 1 else [f"timestamps look like {unit}: divided by {factor}"]
-    seconds, rest = np.divmod(numbers, factor)
-    return seconds + rest / factor if rest.any() else seconds.astype(np.int64), tuple(notes)
+    whole, rest = np.divmod(numbers, factor)
+    column.check((whole < 0) | (whole > LAST), _TIME)
+    early = whole < EARLY
+    if early.all():
+        notes.append("all times are before 1973: if they count no seconds, only their order holds")
+    elif early.any():
+        row = int(np.argmax(early))
+        shown = short(column.values[row].as_py(), 40)
+        few = f"{early.sum():,} of {len(early):,} times are before 1973"
+        notes.append(f"{few}, the first in {column.where(row)}: {shown}")
+    seconds = whole + rest / factor if rest.any() else whole.astype(np.int64)
+    return seconds, tuple(notes)
+
+
+def _compact(numbers: np.ndarray) -> pd.Series | None:
+    """The times of a column most of which are dates such as 20240531; NaT where one is none.
+
+    Hardly a number of so many digits is a date by chance: of those of eight digits that begin with
+    a year, one in 27.
+    """
+    digits = len(f"{np.median(numbers):.0f}")
+    form, unit = COMPACT.get(digits), 10 ** max(digits - 4, 0)
+    years = numbers // unit
+    fitting = (years >= 1970) & (years < 2200)
+    if form is None or fitting.mean() <= 0.5:
+        return None
+    texts = pd.Series(numbers).where(fitting, 0).astype(np.int64).astype(str)
+    stamps = pd.to_datetime(texts, format=form, errors="coerce")
+    return stamps if stamps.notna().mean() > 0.5 else None
 
 
 def _titles(column: Column, items: Ids) -> dict[str, str]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from depthprobe.data.log import Ids, Log, encode_ids
+from depthprobe.data.log import Ids, Log, encode_ids, id_notes
 from depthprobe.data.public import SETS, fetch, is_public
 from depthprobe.data.readers.columns import listed, refuse_columns
 from depthprobe.data.readers.lines import is_sequences, read_json, read_sequences
@@ -109,6 +109,8 @@ def read_log(
     paths = logs_in(path) if path.is_dir() else [path]
     logs = [FORMATS[format or recognise(one)].read(one, columns) for one in paths]
     log = logs[0] if len(logs) == 1 else join_parts(logs, folder=path)
+    notes = [*log.notes, *id_notes(log.users, "user"), *id_notes(log.items, "item")]
+    log = replace(log, notes=tuple(notes))
     return with_titles(log, paths[0], items=items, columns=columns)
 
 

@@ -25,7 +25,7 @@ WORDS = {10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}
 TEXTS = st.text("ab01 é", min_size=1, max_size=2).filter(str.strip)
 
 
-def ids(values: list[Any], kind: Any = None) -> list[str]:
+def ids(values: Any, kind: Any = None) -> list[str]:
     found = to_ids(Column(pa.chunked_array([pa.array(values, kind)]), "item", SOURCE))
     assert found.codes.dtype == np.int32
     return [found.names[code] for code in found.codes]
@@ -50,9 +50,15 @@ def test_ids_stay_as_they_are() -> None:
     assert ids([decimal.Decimal(12)], pa.decimal128(38, 0)) == ["12"]
 
 
-@pytest.mark.parametrize("kind", [pa.float64(), pa.float32()])
-def test_floats_become_whole(kind: Any) -> None:
-    assert ids([3.0, 10.0, 3.0], kind) == ["3", "10", "3"]
+@pytest.mark.parametrize(
+    ("kind", "limit"), [(pa.float16(), 2**11), (pa.float32(), 2**24), (pa.float64(), 2**53)]
+)
+def test_floats_become_whole_where_no_two_integers_are_one(kind: Any, limit: int) -> None:
+    fine = np.array([3, limit - 1, 3], kind.to_pandas_dtype())
+    assert ids(fine, kind) == ["3", str(limit - 1), "3"]
+    for large in (limit, limit + 2, -limit):
+        with pytest.raises(BadInput, match=f"row 2 has the item .*below {limit:,}, from where"):
+            ids(np.array([3, large], kind.to_pandas_dtype()), kind)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +71,7 @@ def test_floats_become_whole(kind: Any) -> None:
         ([1.0, math.nan], None, "row 2 has no item"),
         ([1.0, 2.5], None, "row 2 has the item 2.5; expected texts in UTF-8, or integers"),
         ([1e17], None, "has the item 1e+17; expected"),
+        ([math.inf], None, "has the item inf; expected"),
         (["a", "b\nc"], None, "row 2 has the item 'b\\nc'; expected one in every row, without"),
         (["a", "b\x00c"], None, "row 2 has the item 'b\\x00c'; expected one in every row"),
         ([b"\xff"], pa.binary(), "has the type binary; expected texts in UTF-8"),
@@ -84,12 +91,13 @@ def columns(**values: list[Any]) -> pa.Table:
 
 
 def test_log() -> None:
-    found = columns(user=[1, 1, 2], item=["b", "a", "b"], time=[3, 2, 1], rating=["4", "5", "1"])
+    times = [1_600_000_003, 1_600_000_002, 1_600_000_001]
+    found = columns(user=[1, 1, 2], item=["b", "a", "b"], time=times, rating=["4", "5", "1"])
     log = log_of(found, source=SOURCE)
     assert log.users.names == ["1", "2"]
     assert log.items.codes.tolist() == [0, 1, 0]
     assert log.times is not None
-    assert log.times.tolist() == [3, 2, 1]
+    assert log.times.tolist() == times
     assert log.ratings is not None
     assert log.ratings.tolist() == [4.0, 5.0, 1.0]
     assert log.ratings.dtype == np.float64
@@ -142,7 +150,7 @@ def test_units_are_told_by_magnitude(whole: list[int], factor: int, form: type, 
     expected = [value / factor for value in raw]
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
     assert found.dtype == (np.float64 if part and factor > 1 else np.int64)
-    assert bool(notes) == (factor > 1)
+    assert len(notes) == (factor > 1)
     if notes:
         assert WORDS[factor] in notes[0]
 
@@ -195,6 +203,83 @@ def test_zones_are_noted_where_there_are_none() -> None:
 
     assert "UTC" in notes("2024-05-31 12:00:00")[0]
     assert notes("2024-05-31 12:00:00Z") == notes("2024-05-31") == ()
+
+
+# days and moments, and how one writes them as a number
+MOMENTS = st.datetimes(dt.datetime(1971, 1, 1), dt.datetime(2199, 12, 31))
+WRITTEN = {"%Y": "year", "%Y%m": "month", "%Y%m%d": "day", "%Y%m%d%H": "hour"}
+WRITTEN |= {"%Y%m%d%H%M": "minute", "%Y%m%d%H%M%S": "second", "%Y%m%d%H%M%S%f": "ms"}
+
+
+@given(
+    st.lists(MOMENTS, min_size=1),
+    st.sampled_from(list(WRITTEN)),
+    st.sampled_from([int, str, np.float64]),
+)
+def test_dates_that_are_written_as_numbers(
+    moments: list[dt.datetime], form: str, kind: Any
+) -> None:
+    numbers = [moment.strftime(form) for moment in moments]
+    if form.endswith("%f"):
+        numbers = [number[:-3] for number in numbers]
+        kind = int if kind is np.float64 else kind  # which doesn't hold 17 digits
+    expected = [
+        dt.datetime.strptime(number, form).replace(tzinfo=UTC).timestamp() for number in numbers
+    ]
+    column = Column(pa.chunked_array([pa.array([kind(n) for n in numbers])]), "time", SOURCE)
+    found, notes = to_seconds(column)
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert any(f"look like dates, such as {numbers[0]}" in note for note in notes)
+
+
+@pytest.mark.parametrize("wrong", [20240230, 99991231, 19000101, 0, 20240532, 202405])
+def test_a_row_that_is_no_date_among_those_that_are(wrong: int) -> None:
+    assert f"row 3 has the time {wrong}; expected" in refusal([20240531, 20240101, wrong])
+    assert f"row 3 has the time '{wrong}'; expected" in refusal(
+        ["20240531", "20240101", f"{wrong}"]
+    )
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        range(1, 4000),  # counts, of which some look like years
+        range(19_990_000, 20_010_000),
+        [2_024_053_199, 2_024_063_298, 2_024_999_900],  # seconds of 2034
+        [20249931, 20241399],
+    ],
+)
+def test_numbers_that_are_no_dates(numbers: Any) -> None:
+    assert seconds(list(numbers)).tolist() == list(numbers)
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ([45_000, 45_001.5], "all times are before 1973"),  # days, as a spreadsheet counts them
+        ([0, 1_700_000_000], "1 of 2 times are before 1973, the first in row 1: 0"),
+        (["2024-01-01", "1970-01-01"], "1 of 2 times are before 1973, the first in row 2: '1970"),
+        ([1_700_000_000, 1_600_000_000], None),
+    ],
+)
+def test_times_of_before_there_were_logs_are_told(values: list[Any], note: str | None) -> None:
+    notes = to_seconds(Column(pa.chunked_array([values]), "time", SOURCE))[1]
+    assert notes == () if note is None else note in notes[0]
+
+
+@pytest.mark.parametrize("day", [dt.date(1900, 1, 1), dt.date(1969, 12, 31), dt.date(9999, 12, 31)])
+def test_dates_out_of_range_are_alike_in_every_form(day: dt.date) -> None:
+    moment = dt.datetime(day.year, day.month, day.day, tzinfo=UTC)
+    number = int((moment - dt.datetime(1970, 1, 1, tzinfo=UTC)).total_seconds())
+    today = {str: "2024-01-01", int: 1_700_000_000, dt.date: dt.date(2024, 1, 1)}
+    forms: list[tuple[Any, Any]] = [
+        (str(day), None), (day, pa.date32()), (day, pa.date64()), (moment, pa.timestamp("s")),
+        (moment, pa.timestamp("us", "Asia/Tokyo")), (number, None),
+    ]  # fmt: skip
+    for value, kind in forms:
+        first = moment.replace(year=2024) if isinstance(value, dt.datetime) else today[type(value)]
+        message = refusal([first, value], kind)
+        assert "in the range of 1970 to 2199" in message or "times of one unit" in message
 
 
 @pytest.mark.parametrize(

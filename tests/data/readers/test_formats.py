@@ -174,9 +174,9 @@ def test_refuses_folders(tmp_path: Path, files: dict[str, str], fault: str) -> N
 )
 def test_a_log_that_came_split(tmp_path: Path, names: tuple[str, ...]) -> None:
     parts = [
-        [("u1", "i1", 5, 100), ("u2", "i2", 4, 200)],
-        [("u1", "i3", 3, 300)],
-        [("u1", "i1", 2, 400), ("u3", "i2", 1, 500)],
+        [("u1", "i1", 5, 10**9 + 100), ("u2", "i2", 4, 10**9 + 200)],
+        [("u1", "i3", 3, 10**9 + 300)],
+        [("u1", "i1", 2, 10**9 + 400), ("u3", "i2", 1, 10**9 + 500)],
     ]
     for name, rows in zip(names, parts, strict=True):
         write(tmp_path / "split" / name, HEADER + lines("\t", rows=rows))
@@ -188,7 +188,7 @@ def test_a_log_that_came_split(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert log.parts.dtype == np.int8
     assert log.parts.tolist() == [0, 0, 1, 2, 2]
     assert log.times is not None
-    assert log.times.tolist() == [100, 200, 300, 400, 500]
+    assert (log.times - 10**9).tolist() == [100, 200, 300, 400, 500]
     assert log.titles == {"i3": "Tea"}
     assert log.notes == ("1 (user, item) pairs are in training and in test",)
     assert log.name == "split"

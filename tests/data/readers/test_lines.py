@@ -54,7 +54,13 @@ def test_amazon_2018(tmp_path: Path) -> None:
         "unixReviewTime": 1441065600,
     }
     # some reviews lack what nobody wants, and the keys come in any order
-    other = {"asin": "B1", "unixReviewTime": 1, "reviewerID": "A2", "overall": 1, "image": ["x"]}
+    other = {
+        "asin": "B1",
+        "unixReviewTime": 10**9,
+        "reviewerID": "A2",
+        "overall": 1,
+        "image": ["x"],
+    }
     path = write(tmp_path, gzip.compress(lines(row, other).encode()), "Beauty_5.json.gz")
     log = read_json(path, Columns())
     assert raw(log.users) == ["A3CIUOJXQ5VDQ2", "A2"]
@@ -62,7 +68,7 @@ def test_amazon_2018(tmp_path: Path) -> None:
     assert log.ratings is not None
     assert log.ratings.tolist() == [5.0, 1.0]
     assert log.times is not None
-    assert log.times.tolist() == [1441065600, 1]
+    assert log.times.tolist() == [1441065600, 10**9]
     assert log.times.dtype == np.int64
     assert (log.name, log.titles, log.notes) == ("Beauty_5", {}, ())
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
@@ -395,6 +396,9 @@ class Method:
 # --- the table -------------------------------------------------------------------------------
 
 INK = "#1b1f24"
+# what variants of a method are told apart by
+VARIANT_COLOURS = ("#0069a8", "#c2500a", "#00805e", "#9b4f96", "#857200", "#b3365b", "#4a55b8")
+VARIANT_MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
 METHODS: dict[str, Method] = {}  # by name, in the order of reports
 BUILT_IN: set[str] = set()  # names that nobody may take
 
@@ -434,6 +438,22 @@ def method_of(name: str) -> Method:
     if base not in METHODS:
         raise BadInput("methods", name, nearest(base, METHODS))
     return METHODS[base]
+
+
+def method_info(name: str) -> Method:
+    """The record of a method; a variant has a label and a look of its own.
+
+    A run may hold trials of a plug-in that this machine lacks: they are shown, but no answer.
+    """
+    base, _, variant = name.partition(":")
+    method = METHODS.get(base) or Method(name=base, role="probe", run="")
+    if not variant:
+        return method
+    place = zlib.crc32(variant.encode())  # which one has which depends on its name alone
+    colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
+    marker = VARIANT_MARKERS[place % len(VARIANT_MARKERS)]
+    label = f"{method.label}: {variant}"
+    return replace(method, label=label, colour=colour, marker=marker, line="-.")
 
 
 def names(*roles: Role) -> tuple[str, ...]:

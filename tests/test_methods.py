@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 
 from depthprobe.errors import BadInput
@@ -15,6 +16,7 @@ from depthprobe.methods import (
     Method,
     _load_others,
     full_depth,
+    method_info,
     method_of,
     method_order,
     names,
@@ -246,3 +248,25 @@ def test_methods_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="other.package: ImportError: no such thing"):
         _load_others()
     assert "swapped" in names("probe")  # in spite of the broken one before it
+
+
+STYLES = {name: method for name, method in METHODS.items() if not method.table}
+
+
+def test_methods_differ_in_marker_and_colour() -> None:
+    # skip is never in a figure of these
+    lines = [s for m, s in STYLES.items() if m != "skip"]
+    assert len({s.marker for s in lines}) == len(lines)
+    assert len({s.colour for s in lines}) == len(lines)
+    assert method_info("elastic").label == "elastic"
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=list(STYLES))
+def test_colours_stand_out_from_paper(style: Method) -> None:
+    red, green, blue = matplotlib.colors.to_rgb(style.colour)
+
+    def linear(channel: float) -> float:
+        return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+
+    luminance = 0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue)
+    assert 1.05 / (luminance + 0.05) >= 3  # WCAG 2.2, 1.4.11, against white

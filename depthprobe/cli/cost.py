@@ -11,6 +11,7 @@ from depthprobe.cli.options import check_revision, number, option, path, whole
 from depthprobe.cli.terminal import cell, echo, scaled, show_progress, show_table
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.study import Study, override
+from depthprobe.words import rounded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,4 +163,4 @@ def _interval(row: Row, name: str) -> str:
 
 
 def _times(ratio: float) -> str:
-    return "-" if math.isnan(ratio) else f"{ratio:.3g}x"
+    return "-" if math.isnan(ratio) else f"{rounded(ratio)}x"

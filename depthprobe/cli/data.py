@@ -12,6 +12,7 @@ from depthprobe.cli.options import LOG, SPLIT, apply_flags, option, path, takes_
 from depthprobe.cli.terminal import bar, cell, echo, say, show_facts, show_table
 from depthprobe.errors import BadInput, check_writable, one_line
 from depthprobe.study import Protocol, Study
+from depthprobe.words import part_percent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -226,4 +227,4 @@ def _show_charts(lengths: np.ndarray, counts: np.ndarray) -> None:
 
 
 def _percent(share: float | int | str) -> str:
-    return f"{100 * float(share):.3g} %"
+    return part_percent(float(share), 3)

@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthprobe.cli.cost import BUSY, TUNINGS
-from depthprobe.cli.terminal import (
-    cell,
-    count,
-    echo,
-    say,
-    scaled,
-    show_facts,
-    show_progress,
-    show_table,
-)
+from depthprobe.cli.terminal import cell, echo, say, scaled, show_facts, show_progress, show_table
+from depthprobe.words import plural
 
 if TYPE_CHECKING:
     from depthprobe.runs.estimate import Estimate, Preview, Span
@@ -89,17 +81,17 @@ def _study(plan: Preview) -> dict[str, str]:
     """Which study it is, of which data and backbone, and where it would run."""
     inputs, study = plan.inputs, plan.inputs.working
     sequences, backbone, device = inputs.split.sequences, study.backbone, plan.device.type
-    many = count(plan.workers, "job") + (" of a cluster" if plan.apart else "")
+    many = plural(plan.workers, "job") + (" of a cluster" if plan.apart else "")
     if plan.processes > 1:
         many = f"1 job, trained by {plan.processes} processes together"
-    each = f", {count(plan.threads, 'thread')}" if device == "cpu" else ""
+    each = f", {plural(plan.threads, 'thread')}" if device == "cpu" else ""
     each += " each" if each and plan.workers > 1 else ""
     return {
         "run": f"{plan.folder} ({'new' if inputs.before is None else 'goes on'})",
         "data": f"{sequences.name}: {cell(sequences.n_users)} users,"
         f" {cell(sequences.n_items)} items, {cell(sequences.n_interactions)} interactions",
         "backbone": f"{backbone.source}: {inputs.config.model_type},"
-        f" {count(inputs.blocks, 'block')}; {TUNINGS[backbone.tuning]}",
+        f" {plural(inputs.blocks, 'block')}; {TUNINGS[backbone.tuning]}",
         "seeds": str(study.seeds),
         "runs on": f"{device}, {many} at a time{each}",
     }
@@ -127,7 +119,7 @@ def _show_tasks(plan: Preview) -> None:
 def _estimate(plan: Preview, guess: Estimate) -> dict[str, str]:
     """Time and memory of what is left, that they are guesses, and what from."""
     low, high = map(duration_of, guess.span)
-    workers = count(plan.workers, "job") + (" at a time" if plan.workers > 1 else "")
+    workers = plural(plan.workers, "job") + (" at a time" if plan.workers > 1 else "")
     time = f"at most {high} with {workers}"
     time += "" if low == high else f"; {low} if they don't slow each other down"
     seconds = sum(job.seconds for job in guess.chain)

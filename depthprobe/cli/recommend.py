@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from depthprobe.cli.options import check_output_file, option, path, whole
-from depthprobe.cli.terminal import count, echo
+from depthprobe.cli.terminal import echo
 from depthprobe.errors import BadInput, visible
 from depthprobe.files import complete_file
+from depthprobe.words import plural
 
 if TYPE_CHECKING:
     from depthprobe.models.export import ExportedRecommender
@@ -64,7 +65,7 @@ def recommend(
             stream.write(HEADER)
             stream.writelines(recommendations(file, history, model, top=top))
     if items:
-        counts = f"{count(items, 'item')} outside the catalogue, {count(users, 'user')}"
+        counts = f"{plural(items, 'item')} outside the catalogue, {plural(users, 'user')}"
         echo(f"left out: {counts} with no other", sys.stderr)
 
 

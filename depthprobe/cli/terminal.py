@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from depthprobe.errors import one_line, visible
 from depthprobe.runs.processes import Progress
+from depthprobe.words import fixed, rounded
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -107,11 +109,6 @@ def say(text: str) -> None:
     console().print(shown, width=min(console().width, WIDEST), markup=False, highlight=False)
 
 
-def count(number: int, what: str) -> str:
-    """A number of things: ``1 user``, ``2,000 users``."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def console() -> Console:
     """Standard output: a terminal in its own width, anything else wide enough to cut nothing."""
     from rich.console import Console
@@ -129,19 +126,21 @@ def bar(share: float, *, width: int = 24) -> str:
 
 def cell(value: Any) -> str:
     """A value in a few characters: counts with thousands separators, 4 significant digits."""
-    if value is None or value != value:  # NaN
+    if value is None:
         return "-"
     if not hasattr(value, "__float__"):
         return str(value)
+    if not math.isfinite(value):
+        return "-"
     number = float(value)
-    return f"{number:,.0f}" if number.is_integer() or abs(number) >= 1e4 else f"{number:.4g}"
+    return fixed(number, 0) if number.is_integer() or abs(number) >= 1e4 else rounded(number, 4)
 
 
 def scaled(count: float, unit: str) -> str:
     """A count with the unit's thousands: ``1.5 GB``, ``12 MFLOP``."""
     sizes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0, ""))
     size, letter = next((size, letter) for size, letter in sizes if count >= size)
-    return f"{count / (size or 1):.3g} {letter}{unit}".strip()
+    return f"{rounded(count / (size or 1))} {letter}{unit}".strip()
 
 
 # A bar on a terminal, time-stamped lines elsewhere.

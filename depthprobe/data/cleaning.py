@@ -11,6 +11,7 @@ import numpy as np
 
 from depthprobe.errors import BadInput
 from depthprobe.study import Cleaning
+from depthprobe.words import rounded
 
 Keep = np.ndarray  # (N,) bool
 
@@ -52,7 +53,7 @@ def clean(
     if (least := rules.min_rating) is not None:
         if ratings is None:
             raise BadInput("data.cleaning.min_rating", least, "a log that has ratings")
-        step(f"rating {least:g} or more", ratings >= least)
+        step(f"rating {rounded(least, 6)} or more", ratings >= least)
     if rules.repeats != "keep":
         last = rules.repeats == "last"
         step(f"{rules.repeats} of a repeat", once(users[keep], items[keep], last=last))

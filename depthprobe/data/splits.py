@@ -18,6 +18,7 @@ from depthprobe.data.statistics import as_date
 from depthprobe.data.storage import Sequences
 from depthprobe.errors import BadInput
 from depthprobe.study import Protocol
+from depthprobe.words import part_percent
 
 MANY_REPEATS = 0.01  # a share of the test targets above which seen items stay in the ranking
 
@@ -99,8 +100,8 @@ def make_split(sequences: Sequences, protocol: Protocol) -> Split:
             "each is a miss, as seen items are left out" if filter_seen else "seen items stay in"
         )
         warnings.append(
-            f"{repeats:,} of {users:,} test targets ({100 * repeats / users:.2g} %) are items that "
-            f"their user had before: {ranked}"
+            f"{repeats:,} of {users:,} test targets ({part_percent(repeats / users)}) are items "
+            f"that their user had before: {ranked}"
         )
     return replace(
         split,
@@ -241,8 +242,8 @@ def _split(
     if cold_targets:
         share = cold_targets / len(test.users)
         warnings.append(
-            f"{cold_targets:,} of {len(test.users):,} test targets ({100 * share:.2g} %) are items "
-            "that no training interaction holds: they stay in every score"
+            f"{cold_targets:,} of {len(test.users):,} test targets ({part_percent(share)}) are "
+            "items that no training interaction holds: they stay in every score"
         )
     return replace(split, warnings=tuple(warnings))
 

@@ -7,6 +7,7 @@ import datetime
 import numpy as np
 
 from depthprobe.data.storage import Sequences
+from depthprobe.words import part_percent, rounded
 
 TOP = (1, 5, 10, 25, 50)  # per cent of the items
 NO_TIMES = "no times: order is the file's"
@@ -102,8 +103,8 @@ def order_warnings(
             return []
         rows, where = rows[tied], "within equal times, "  # the others are ordered by time
         warnings = [
-            f"{share:.0%} of neighbours in a sequence have the same time (as day-level times do): "
-            f"their order is {ties}"
+            f"{part_percent(share)} of neighbours in a sequence have the same time "
+            f"(as day-level times do): their order is {ties}"
         ]
     by_text = np.empty(len(ids) + 1, dtype=np.int64)
     by_text[np.argsort(ids, kind="stable") + 1] = np.arange(len(ids))
@@ -120,8 +121,8 @@ def order_warnings(
         order = "the order" if share > SORTED else "a part of the order"
         verb = "may be" if tied is None else "is"  # ids may follow time, where there are no ties
         warnings.append(
-            f"{where}the {what} {goes} in {share:.0%} of the steps, by chance in about half: "
-            f"{order} {verb} that of ids, not of time"
+            f"{where}the {what} {goes} in {part_percent(share)} of the steps, by chance in about "
+            f"half: {order} {verb} that of ids, not of time"
         )
     return warnings
 
@@ -137,7 +138,7 @@ def as_date(seconds: float) -> str:
     try:
         day = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=float(seconds))
     except OverflowError:
-        return f"{seconds:.4g} s"
+        return f"{rounded(seconds, 4)} s"
     return day.date().isoformat()
 
 

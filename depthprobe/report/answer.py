@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from depthprobe import words
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import Needed, RetainedAccuracy, Sufficiency
-from depthprobe.report import style
+from depthprobe.methods import method_info
 from depthprobe.report.controls import order_words
 from depthprobe.report.numbers import (
     FULL,
@@ -24,7 +25,7 @@ from depthprobe.report.numbers import (
     Summary,
     as_summary,
 )
-from depthprobe.report.style import in_percent, percent, plain_percent, with_bounds
+from depthprobe.words import in_percent, percent, plain_percent, with_bounds
 
 FEW_SEEDS = 5
 SHOWN, BETTER_BASELINE, WEAK = "shown", "SASRec is better", "weak teacher"
@@ -138,9 +139,9 @@ def _uncompared(summary: Summary) -> Answer:
     tiles = []
     for point, value in reached:
         size = point.cost("parameters")
-        note = f"{style.count(size)} parameters" if size else ""
+        note = f"{words.count(size)} parameters" if size else ""
         label = f"{name}, {point.info.label}"
-        tiles.append(Tile(label, style.accuracy(value.value), style.bounds(value, 4), note))
+        tiles.append(Tile(label, words.accuracy(value.value), words.bounds(value, 4), note))
     users = max((point.users for point in summary.points), default=0)
     found = caveats(summary, None)
     return Answer(verdict, lines, tuple(tiles), found, summary.margin, summary.blocks, users)
@@ -169,16 +170,17 @@ def _export(summary: Summary, point: Point) -> str:
     """The command that exports a point's best trial; empty for what can't be exported."""
     if point.info.exportable is None:
         return ""
-    words = [str(summary.run.path), _best_trial(summary, point)]
-    return f"depthprobe export {shlex.join(words)} DIR"
+    which = [str(summary.run.path), _best_trial(summary, point)]
+    return f"depthprobe export {shlex.join(which)} DIR"
 
 
 def _dearer(baseline: Point, point: Point) -> str:
     """In what the baseline costs more than the point: in time, or in size where none was taken."""
-    for cost, words in (("inference", "is slower to serve"), ("parameters", "has more parameters")):
+    kinds = (("inference", "is slower to serve"), ("parameters", "has more parameters"))
+    for cost, dearer in kinds:
         own, other = baseline.cost(cost), point.cost(cost)
         if own and other:
-            return words if own > other else ""
+            return dearer if own > other else ""
     return ""
 
 
@@ -233,7 +235,7 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
             f"{_below(row.lower, 1)}.{' The interval is for it alone.' if number > 1 else ''}"
         )
         if (needed := sufficiency.needed) is not None:
-            label = style.method_info(needed.method).label
+            label = method_info(needed.method).label
             said += f" Depth {needed.depth} ({label}) is undecided: {_needed(sufficiency, needed)}."
         return said
     if sufficiency.seeds == 1:
@@ -258,7 +260,7 @@ def _saves(point: Point, share: float | None) -> str:
     said = "" if share is None else f"It has {percent(share, 0)} of the parameters."
     for kind, verb in (("inference", "serve"), ("training", "train")):
         if kind in point.speed:
-            said += f" It is {style.times_faster(point.speed[kind])} to {verb}."
+            said += f" It is {words.times_faster(point.speed[kind])} to {verb}."
     return said
 
 
@@ -271,22 +273,22 @@ def _tiles(
     ratio: Interval | None,
 ) -> tuple[Tile, ...]:
     both, name = (point, teacher), summary.headline
-    own, theirs = (style.accuracy(p.accuracy[FULL, name].value) for p in both)
+    own, theirs = (words.accuracy(p.accuracy[FULL, name].value) for p in both)
     note = f"{name} {own}, teacher {theirs}"
-    tiles = [Tile("accuracy kept", percent(kept.value), style.bounds(kept, 1, scale=100), note)]
+    tiles = [Tile("accuracy kept", percent(kept.value), words.bounds(kept, 1, scale=100), note)]
     if share is not None:
-        own, theirs = (style.count(p.cost("parameters")) for p in both)
+        own, theirs = (words.count(p.cost("parameters")) for p in both)
         tiles.append(Tile("parameters", percent(share, 0), "exact", f"{own}, teacher {theirs}"))
     if "inference" in point.speed:
-        value, _, ends = style.times_faster(point.speed["inference"]).partition(" [")
-        own, theirs = (style.significant(p.time["inference"].value) for p in both)
+        value, _, ends = words.times_faster(point.speed["inference"]).partition(" [")
+        own, theirs = (words.significant(p.time["inference"].value) for p in both)
         note = f"{own} ms, teacher {theirs} ms"
         tiles.append(Tile("inference time", value, ends and f"[{ends}", note))
     if ratio is not None:
         baseline = summary.of(SASREC)[0]
-        note = f"SASRec {style.accuracy(baseline.accuracy[FULL, name].value)}"
-        note += f", {style.count(baseline.cost('parameters'))} parameters"
-        ends = style.bounds(ratio, 1, scale=100)
+        note = f"SASRec {words.accuracy(baseline.accuracy[FULL, name].value)}"
+        note += f", {words.count(baseline.cost('parameters'))} parameters"
+        ends = words.bounds(ratio, 1, scale=100)
         tiles.append(Tile("against SASRec", percent(ratio.value), ends, note))
     return tuple(tiles)
 
@@ -311,7 +313,7 @@ def doubt(summary: Summary, baseline: str) -> str:
     ratio = next((p.ratio.get((FULL, summary.headline)) for p in summary.of(baseline)), None)
     if ratio is None or ratio.high < 1:
         return ""
-    name = style.method_info(baseline).label
+    name = method_info(baseline).label
     less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
     reaches = f"which reaches {in_percent(ratio)} of its {summary.headline}"
     return f"the teacher is {less} {name}, {reaches}"
@@ -334,9 +336,9 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
                 f"fresh head on the last item alone reaches {in_percent(ratio)} of the "
                 f"{summary.headline} of one behind all blocks."
             )
-    words, matters = order_words(summary)
+    said, matters = order_words(summary)
     if not matters:
-        yield words
+        yield said
     last = int(study.recipe.epochs)
     trained = [r.training for r in summary.run.records if r.method == TEACHER and r.training]
     if any(training.best_epoch == last for training in trained):
@@ -370,7 +372,7 @@ def _conditions(summary: Summary) -> Iterator[str]:
     elif (manifest.timing or {}).get("device", "cpu") == "cpu":
         yield "Times were measured on a CPU; on a GPU the savings can differ."
     compared = len(summary.seeds_compared)
-    seeds = style.plural(compared, "seed")
+    seeds = words.plural(compared, "seed")
     if 0 < compared < study.seeds:
         yield (
             f"{seeds} of {study.seeds} compared: the others are not finished for the teacher and "

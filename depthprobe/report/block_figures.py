@@ -10,9 +10,9 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from depthprobe.evaluation.statistics import Interval, mean_intervals
-from depthprobe.methods import METHODS
+from depthprobe.methods import METHODS, method_info
 from depthprobe.report import drawing
-from depthprobe.report.drawing import Look, figure, need, scaled, without_bar
+from depthprobe.report.drawing import MUTED, Look, figure, need, scaled, without_bar
 from depthprobe.report.numbers import (
     BLOCK,
     PARTS,
@@ -25,8 +25,8 @@ from depthprobe.report.numbers import (
     less_one,
 )
 from depthprobe.report.reliance import Span, block_scores, score_tables
-from depthprobe.report.style import MUTED, in_percent, method_info, significant
 from depthprobe.report.tables import ablation_table, records
+from depthprobe.words import in_percent, plain_percent, rounded, significant
 
 # --- one block at a time ---------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def skip_sensitivity(ax: Axes, summary: Summary, *, metric: str | None = None) -
         ax.yaxis.set_major_locator(FixedLocator(sorted(ticks)))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_ylim(low, high)
-        ax.set_ylabel(f"logarithmic beyond ±{LINEAR:g} %")
+        ax.set_ylabel(f"logarithmic beyond ±{rounded(LINEAR)} %")
     drawing.percent_axis(ax.yaxis, signed=True)
     ax.axhline(0, color=MUTED, linewidth=0.9)
     ax.grid(visible=False, axis="x")
@@ -183,7 +183,7 @@ def span_map(ax: Axes, summary: Summary, *, score: str = "damage") -> str:
         start, end = (max if alike else min)(wide, key=lambda span: wide[span])
         said = LEAST[score].format(significant(wide[start, end], 2))
         return f"Of spans of two blocks or more, blocks {start} to {end - 1} {said}."
-    margin = f"{100 * summary.margin:g} %"
+    margin = plain_percent(summary.margin)
     small = [span for span, loss in wide.items() if loss <= summary.margin]
     if small:
         start, end = max(small, key=lambda span: (span[1] - span[0], -wide[span]))

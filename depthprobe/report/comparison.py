@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from depthprobe import words
 from depthprobe.errors import BadInput
-from depthprobe.report import drawing, style
+from depthprobe.methods import method_info
+from depthprobe.report import drawing
 from depthprobe.report.answer import Answer, build_answer
 from depthprobe.report.figures import FIGURES, curves, kept_limits, kept_side_by_side
 from depthprobe.report.numbers import FULL, SASREC, Source, Summary, as_summary
-from depthprobe.report.page import environment, inline_svg, write_page
+from depthprobe.report.page import base_name, environment, inline_svg, write_page
 from depthprobe.report.tables import NOTHING, Column, Table, Values, make_table, plain, save_table
 from depthprobe.study import Protocol
 
@@ -90,16 +92,16 @@ def _named(summaries: Sequence[Summary]) -> list[Compared]:
 
 
 DIFFERENCES: dict[str, Callable[[Summary], str]] = {  # the protocol first
-    "margin": lambda s: style.plain_percent(s.margin),
+    "margin": lambda s: words.plain_percent(s.margin),
     "split": lambda s: _split(s.run.study.protocol),
     "seen items": lambda s: s.run.seen_items,
     "data": lambda s: f"{s.run.manifest.data.name} ({s.run.manifest.data.fingerprint[:8]})",
-    "backbone": lambda s: style.base_name(s.run.manifest.backbone.source),
+    "backbone": lambda s: base_name(s.run.manifest.backbone.source),
     "item embeddings": lambda s: s.run.manifest.item_table.source,
     "epochs": lambda s: str(s.run.study.recipe.epochs),
     "seeds": lambda s: str(len(s.seeds_compared)),
     "machine": lambda s: s.run.manifest.machine.name,
-    "version": lambda s: s.run.manifest.versions.get("depthprobe", style.NONE),
+    "version": lambda s: s.run.manifest.versions.get("depthprobe", words.NONE),
 }
 
 
@@ -122,7 +124,7 @@ def answers_table(compared: Sequence[Compared]) -> Table | None:
         ratios = [point.ratio.get((FULL, summary.headline)) for point in summary.of(SASREC)]
         rows.append({
             "run": name, "data": manifest.data.name,
-            "backbone": style.base_name(manifest.backbone.source), "verdict": answer.verdict,
+            "backbone": base_name(manifest.backbone.source), "verdict": answer.verdict,
             "depth": answer.depth, "blocks": answer.blocks, "method": answer.method,
             "margin": answer.margin, "parameters": answer.parameters,
             "kept": answer.kept or NOTHING, "inference": answer.inference or NOTHING,
@@ -138,11 +140,11 @@ def answers_table(compared: Sequence[Compared]) -> Table | None:
     columns: list[Column] = [
         ("run", lambda row: f"{row['run']}\n{row['data']}, {row['backbone']}", plain),
         ("sufficient depth", depth, plain),
-        ("reached by", "method", lambda method: style.method_info(method).label),
-        ("accuracy kept", "kept", style.in_percent),
-        ("parameters", "parameters", lambda share: style.percent(share, 0)),
-        ("to serve", "inference", style.times_faster), ("to train", "training", style.times_faster),
-        ("SASRec of teacher's", "sasrec", style.in_percent),
+        ("reached by", "method", lambda method: method_info(method).label),
+        ("accuracy kept", "kept", words.in_percent),
+        ("parameters", "parameters", lambda share: words.percent(share, 0)),
+        ("to serve", "inference", words.times_faster), ("to train", "training", words.times_faster),
+        ("SASRec of teacher's", "sasrec", words.in_percent),
         ("test users", "users", plain), ("seeds", "seeds", plain),
     ]  # fmt: skip
     return make_table("answers", rows, columns, words=3)

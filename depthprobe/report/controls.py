@@ -8,11 +8,12 @@ from matplotlib.ticker import MaxNLocator
 
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import Interval, ratio_interval
+from depthprobe.methods import method_info
 from depthprobe.report import drawing
-from depthprobe.report.drawing import Look, figure, need
+from depthprobe.report.drawing import MUTED, Look, figure, need
 from depthprobe.report.numbers import CHOICES, ORDER, SASREC, TEACHER, Source, Summary, as_summary
-from depthprobe.report.style import MUTED, accuracy, in_percent, method_info, percent, plain_percent
 from depthprobe.report.tables import Column, Table, Values, label, make_table, plain
+from depthprobe.words import accuracy, fixed, in_percent, percent, plain_percent
 
 RANDOM, REVERSED = "random", "-reversed"
 LOOKS = {  # of selections, by their names in the table
@@ -82,7 +83,7 @@ def selection_table(run: Source) -> Table | None:
         ("depth", "depth", plain), ("blocks chosen by", "selection", _selection),
         (as_summary(run).headline, "value", accuracy),
         ("random blocks, lowest to highest", "random", _spread),
-        ("better than", "beats", lambda share: percent(share, 0)), ("p", "p", "{:.2f}".format),
+        ("better than", "beats", lambda share: percent(share, 0)), ("p", "p", fixed),
     ]  # fmt: skip
     return make_table("selections", rows, columns, words=2, group="depth")
 

@@ -17,9 +17,10 @@ from depthprobe.data.statistics import length_bins, popularity, top_shares
 from depthprobe.data.storage import Sequences
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
-from depthprobe.report.drawing import figure_style, rendered
-from depthprobe.report.style import INK, MUTED, percent, round_count
+from depthprobe.methods import INK
+from depthprobe.report.drawing import MUTED, figure_style, rendered
 from depthprobe.study import Protocol
+from depthprobe.words import part_percent, round_count
 
 BARS, HELD_OUT = "#0069a8", "#c2500a"
 PANEL = (3.9, 3.3)  # inches
@@ -90,7 +91,7 @@ def _popularity(ax: Axes, taken: np.ndarray) -> None:
         axis.set_minor_formatter(NullFormatter())
     tenth = next(share for top, _, share in top_shares(taken) if top == 10)
     ax.text(
-        0.04, 0.06, f"the top 10 % of items\ntake {percent(tenth, 0)} of interactions",
+        0.04, 0.06, f"the top 10 % of items\ntake {part_percent(tenth)} of interactions",
         transform=ax.transAxes, color=MUTED,
     )  # fmt: skip
     ax.set_xlabel("rank of the item")

@@ -24,8 +24,10 @@ from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
 from depthprobe.methods import Method
 from depthprobe.report.numbers import Source, Summary, as_summary
+from depthprobe.words import rounded
 
 RC = Path(__file__).parent / "report.mplstyle"
+MUTED = "#5b636d"
 SIZE = (4.7, 3.7)  # inches; small, so that the text stays readable on a phone
 # without a date the same run gives the same bytes
 FORMATS: dict[str, dict[str, Any]] = {
@@ -219,8 +221,8 @@ def percent_axis(axis: Axis, *, signed: bool = False) -> None:
 
     def text(value: float, _: object) -> str:
         if not signed:
-            return f"{value:g} %"
-        return f"{value:+g} %".replace("-", "\u2212") if value else "0"
+            return f"{rounded(value)} %"
+        return f"{'+' * (value > 0)}{rounded(value)} %".replace("-", "\u2212") if value else "0"
 
     axis.set_major_formatter(FuncFormatter(text))
 

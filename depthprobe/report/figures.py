@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.methods import base_of, method_order
+from depthprobe.methods import INK, base_of, method_info, method_order
 from depthprobe.report import drawing
 from depthprobe.report.block_figures import (
     ablation_changes,
@@ -25,7 +25,7 @@ from depthprobe.report.block_figures import (
     span_map,
 )
 from depthprobe.report.controls import selections
-from depthprobe.report.drawing import FIGURES, Look, figure, need, scaled, without_bar
+from depthprobe.report.drawing import FIGURES, MUTED, Look, figure, need, scaled, without_bar
 from depthprobe.report.numbers import (
     FULL,
     POPULARITY,
@@ -35,18 +35,17 @@ from depthprobe.report.numbers import (
     as_summary,
     summarise,
 )
-from depthprobe.report.style import (
-    INK,
-    MUTED,
+from depthprobe.report.tables import timed
+from depthprobe.study import ranges
+from depthprobe.words import (
     in_percent,
-    method_info,
+    plain_percent,
     round_count,
+    rounded,
     significant,
     times,
     with_bounds,
 )
-from depthprobe.report.tables import timed
-from depthprobe.study import ranges
 
 __all__ = [
     "FIGURES",
@@ -140,7 +139,8 @@ def kept_vs_depth(
     offered = [(point, share) for point, share in every(drawn) if point.info.candidate]
     need(offered, summary, "a teacher and a shallower model")
     ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
-    label = f"margin: {100 * floor:g} %"
+    least = plain_percent(floor)
+    label = f"margin: {least}"
     ax.axhline(100 * floor, color=MUTED, linewidth=1.1, linestyle="--", label=label)
     _draw_curves(ax, summary, drawn, 100)
     ax.set_ylim(limits or kept_limits(summary, metric=metric))
@@ -158,7 +158,7 @@ def kept_vs_depth(
     )
     best, most = max(offered, key=lambda pair: pair[1].value)
     return (
-        f"Depths whose mean keeps {100 * floor:g} % of the teacher's {metric}: {within}. Depths "
+        f"Depths whose mean keeps {least} of the teacher's {metric}: {within}. Depths "
         f"for which this is shown with confidence: {shown}. Of the candidates, {best.name} keeps "
         f"the most: {in_percent(most)}.{without_bar(share for _, share in offered)}"
     )
@@ -364,7 +364,7 @@ def speed_vs_depth(ax: Axes, summary: Summary) -> str:
     low, high = drawing.limits(every_speed, blocks / first)
     ax.set_yscale("log")
     ax.set_ylim(min(0.85, 0.95 * low) if low > 0 else 0.5, 1.15 * high)
-    drawing.log_ticks(ax.yaxis, lambda value: f"{value:g}\u00d7")
+    drawing.log_ticks(ax.yaxis, lambda value: f"{rounded(value)}\u00d7")
     _depth_axis(ax, summary, depths)
     drawing.finish(ax, "Times faster than at full depth")
     return " ".join(said)

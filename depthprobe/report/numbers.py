@@ -25,13 +25,13 @@ from depthprobe.evaluation.statistics import (
     ratio_interval,
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
-from depthprobe.methods import Method, method_order
-from depthprobe.report.style import Array, method_info
+from depthprobe.methods import Method, method_info, method_order
 
 if TYPE_CHECKING:
     from depthprobe.runs.records import Record
     from depthprobe.runs.store import Run
 
+Array = NDArray[np.float64]
 FULL, SAMPLED = "full", "sampled-999"
 PARAMETERS = "parameters_"
 # What a round of each kind of time is made of; the parts of one round are added.

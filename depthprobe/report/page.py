@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from depthprobe import words
 from depthprobe.files import complete_file
 from depthprobe.methods import METHODS, base_of
-from depthprobe.report import style
 from depthprobe.report.answer import build_answer
 from depthprobe.report.controls import order_table, order_words, selection_table
 from depthprobe.report.drawing import FORMATS, NoData, save_figure
@@ -89,10 +89,16 @@ def environment() -> Environment:
     )  # fmt: skip
     made.globals["METHODS"] = METHODS
     made.filters |= {
-        "unbroken": _unbroken, "number": _number, "count": style.count, "duration": _duration,
-        "percent": style.plain_percent, "base_name": style.base_name,
+        "unbroken": _unbroken, "number": _number, "count": words.count, "duration": _duration,
+        "percent": words.plain_percent, "base_name": base_name,
     }  # fmt: skip
     return made
+
+
+def base_name(source: str) -> str:
+    """A backbone's name for a first look: of a folder the last part, of another source all."""
+    path = PurePath(source)
+    return path.name if path.is_absolute() else source
 
 
 def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]]]:
@@ -141,7 +147,7 @@ def _unbroken(text: str) -> str:
 def _number(value: object) -> str:
     """Numbers as a reader writes them."""
     if isinstance(value, float):
-        return style.significant(value)
+        return words.significant(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -11,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.trust import trust
-from depthprobe.methods import METHODS, names
-from depthprobe.report import style
+from depthprobe.methods import METHODS, method_info, names
 from depthprobe.report.numbers import (
     BLOCK,
     FULL,
@@ -26,6 +24,7 @@ from depthprobe.report.numbers import (
     span_of,
 )
 from depthprobe.report.tables import Column, Table, label, make_table, plain, records
+from depthprobe.words import fixed
 
 Span = tuple[int, int]  # [start, end)
 OF_PARTS = {  # scores of parts of blocks: which part, and what it is called
@@ -84,19 +83,15 @@ def reliance_table(run: Source) -> Table | None:
         row["group"] = row["candidate"], row["by"], row["seed"]
         row["score"] = re.sub(r"(?<=\w)-(?=\w)", " ", row["score"])
         for name in ("spearman", "kendall"):
-            low, value = row[f"{name}_low"], _two_digits(row[name])
-            row[name] = f"{value}\nat least {low:.2f}" if low > -1 else value
+            low, value = row[f"{name}_low"], fixed(row[name])
+            row[name] = f"{value}\nat least {fixed(low)}" if low > -1 else value
     columns: list[Column] = [
         ("candidates", "candidate", plain), ("damage by", "by", label),
         ("cheap score", "score", plain), ("seed", "seed", plain), ("number", "candidates", plain),
-        ("damage's reliability", "reliability", _two_digits), ("Spearman", "spearman", plain),
+        ("damage's reliability", "reliability", fixed), ("Spearman", "spearman", plain),
         ("Kendall", "kendall", plain),
     ]  # fmt: skip
     return make_table("reliance", rows, columns, words=3, group="group", frame=frame)
-
-
-def _two_digits(value: float) -> str:
-    return style.NONE if math.isnan(value) else f"{value:.2f}"
 
 
 def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
@@ -146,7 +141,7 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
             removed = trial["depth"], full["depth"]
             shallow.setdefault(trial["method"], {})[removed] = trial["trial"]
     read = {
-        f"{style.method_info(method).label} loss": {
+        f"{method_info(method).label} loss": {
             removed: -means[trial] for removed, trial in shallow[method].items()
         }
         for method in READERS

@@ -19,7 +19,7 @@ import pandas as pd
 from depthprobe.evaluation.slices import ALL, FEWEST
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
-from depthprobe.methods import method_order
+from depthprobe.methods import method_info, method_order
 from depthprobe.report.numbers import (
     FULL,
     PLAIN,
@@ -34,12 +34,11 @@ from depthprobe.report.numbers import (
     as_summary,
     less_one,
 )
-from depthprobe.report.style import (
+from depthprobe.words import (
     NONE,
     accuracy,
     count,
     in_percent,
-    method_info,
     percent,
     significant,
     times,

@@ -51,6 +51,7 @@ from depthprobe.runs.scheduler import (
 from depthprobe.runs.store import Run, open_run, write_tables
 from depthprobe.runs.timing import covers, measure
 from depthprobe.study import Study
+from depthprobe.words import rounded
 
 
 def run_sweep(
@@ -205,7 +206,7 @@ def _note(context: Context, task: Task) -> str:
     if training is not None and training.parts > 1:
         note += f", batches in {training.parts} parts"
     if training is not None and training.tried:
-        note += f", best learning rate {training.learning_rate:g}"
+        note += f", best learning rate {rounded(training.learning_rate or 0)}"
     if training is not None and training.reused:
         note += ", trained before"
     return note

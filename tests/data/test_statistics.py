@@ -67,12 +67,12 @@ def test_sequences_sorted_by_id_are_found(down: bool) -> None:
     goes = "falls" if down else "rises"
     rows = [sorted(row, reverse=down) for row in random_rows()]
     whole = "the order may be that of ids, not of time"
-    assert f"the item id {goes} in 100% of the steps, by chance in about half: {whole}" in said(
+    assert f"the item id {goes} in 100 % of the steps, by chance in about half: {whole}" in said(
         make(rows)
     )
     # ids that sort as texts do: 10 before 9
     rows = [sorted(row, key=str, reverse=down) for row in random_rows()]
-    assert f"the text of the item id {goes} in 100% of the steps" in said(make(rows))
+    assert f"the text of the item id {goes} in 100 % of the steps" in said(make(rows))
 
 
 def test_a_mixture_of_two_orders_is_found() -> None:
@@ -89,8 +89,8 @@ def test_day_level_times_are_found_and_their_ties_looked_at() -> None:
     rows = [sorted(row) for row in random_rows()]
     n = sum(map(len, rows))
     coarse = np.zeros(n, dtype=np.int64)
-    assert "100% of neighbours in a sequence have the same time" in said(make(rows, coarse))
-    within = "within equal times, the item id rises in 100% of the steps"
+    assert "100 % of neighbours in a sequence have the same time" in said(make(rows, coarse))
+    within = "within equal times, the item id rises in 100 % of the steps"
     assert within in said(make(rows, coarse))
     assert within in said(make(random_rows(), coarse, ties="item"))
     assert "their order is random, seed 0" in said(make(rows, coarse, ties="random"))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ import depthprobe.report
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.methods import METHODS
-from depthprobe.report.drawing import NoData, save_figure
+from depthprobe.report.drawing import NoData, figure_style, save_figure
 from depthprobe.report.figures import (
     FIGURES,
     accuracy_vs_cost,
@@ -208,3 +209,10 @@ def test_importing_figures_leaves_the_backend_alone() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_style_leaves_no_trace() -> None:
+    before = dict(matplotlib.rcParams)
+    with figure_style():
+        assert matplotlib.rcParams["svg.fonttype"] == "none"
+    assert dict(matplotlib.rcParams) == before

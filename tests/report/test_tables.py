@@ -14,10 +14,9 @@ import pandas as pd
 import pytest
 
 from depthprobe.evaluation.statistics import difference_interval
-from depthprobe.methods import method_order
+from depthprobe.methods import method_info, method_order
 from depthprobe.report.figures import curves
 from depthprobe.report.numbers import SAMPLED, Summary, summarise
-from depthprobe.report.style import method_info
 from depthprobe.report.tables import (
     ablation_table,
     all_tables,

@@ -222,7 +222,8 @@ def percent_axis(axis: Axis, *, signed: bool = False) -> None:
     def text(value: float, _: object) -> str:
         if not signed:
             return f"{rounded(value)} %"
-        return f"{'+' * (value > 0)}{rounded(value)} %".replace("-", "\u2212") if value else "0"
+        plus = "+" if value > 0 else ""
+        return f"{plus}{rounded(value)} %".replace("-", "\u2212") if value else "0"
 
     axis.set_major_formatter(FuncFormatter(text))
 

@@ -39,6 +39,7 @@ Weight = Annotated[float, Meta(ge=0, le=10**9)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 
 PROMPT = "Purchase history:"
+TITLE = "{title}"  # its place in a template
 # transformers' own; any other name would be that of a kernel, that is code, to fetch from a hub
 Quantization = Literal["none", "8bit", "4bit"]
 Attention = Literal[
@@ -204,6 +205,12 @@ class Backbone(Checked):
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: Width = 16  #: the rank of those updates.
     prompt: str = PROMPT  #: what the model reads before the items; may be empty.
+    #: an item of a history is one vector, its row of the item table through an adapter
+    #: (``items``, SLMRec's way), or the tokens of its title (``titles``). Items are scored by the
+    #: item table either way.
+    reads: Literal["items", "titles"] = "items"
+    title_tokens: Count = 16  #: with ``titles``: so many tokens of a title are read, at most.
+    title_template: str = "{title}\n"  #: with ``titles``: what an item's text is.
     #: what it reads after them, as SLMRec's response prompt; needs the objective ``last``.
     suffix: str = ""
     #: score by the dot product with the item table (``dot``, SLMRec), or by a linear map from the
@@ -220,6 +227,13 @@ class Backbone(Checked):
             raise BadInput("quantize", self.quantize, allowed)
         if self.trust_remote_code and not self.revision:
             raise BadInput("revision", None, "a pinned revision for remote code")
+        if self.title_template.count(TITLE) != 1:
+            raise BadInput("title_template", self.title_template, f"a text with {TITLE} in it once")
+
+    @property
+    def reads_titles(self) -> bool:
+        """Whether histories are read in words."""
+        return self.reads == "titles"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +262,8 @@ class Recipe(Checked):
     gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75  #: the calibration of ``gbce``, from 0 to 1.
     #: compute a batch in so many parts, which changes its memory and not its result.
     accumulation: Count = 1
+    #: histories in words: compute a batch in parts of at most so many tokens.
+    tokens: Count = 4096
     #: windows are sorted by length within so many batches, which saves padding; but then a step
     #: sees windows of one length, and short ones weigh more. 1 makes the batches random.
     pool: Count = 50

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -20,7 +21,7 @@ from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.metrics import TrainingPopularity, training_popularity
 from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_set, mean_ndcg
 from depthprobe.methods import Task, Trial
-from depthprobe.models.backbones import resolve_device
+from depthprobe.models.backbones import pretrained_tokenizer, resolve_device
 from depthprobe.models.build import (
     WEIGHTS,
     build_recommender,
@@ -28,8 +29,10 @@ from depthprobe.models.build import (
     learned_table,
     load_trained,
 )
+from depthprobe.models.item_tables import item_texts
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
+from depthprobe.models.words import READS, item_tokens
 from depthprobe.probing.replace import Replacement
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial
 from depthprobe.runs.records import (
@@ -235,8 +238,30 @@ class Context:
             seed=trial.seed,
             random_init=settings_of(self.study, trial.method).fresh,
             train_items=self.study.trains_items,
+            tokens=self.item_tokens,
         )
         return model.to(self.device)
+
+    @cached_property
+    def item_tokens(self) -> list[list[int]] | None:
+        """The tokens of items 1..I, where histories are read in words; None elsewhere."""
+        settings = self.study.backbone
+        if not settings.reads_titles:
+            return None
+        texts = item_texts(
+            self.sequences.item_ids.tolist(),
+            self.sequences.titles,
+            field=READS,
+            asked=settings.reads,
+        )
+        return item_tokens(settings, pretrained_tokenizer(settings), texts)
+
+    def text_lengths(self, histories: Iterable[np.ndarray]) -> list[int]:
+        """How many positions a recommender reads of each of these histories of item ids."""
+        if self.item_tokens is None:
+            return [len(history) for history in histories]
+        sizes = np.array([0, *map(len, self.item_tokens)])
+        return [int(sizes[history].sum()) for history in histories]
 
     def trained(self, trial: Trial) -> Recommender:
         """A trained recommender from disk, in eval mode."""

@@ -51,6 +51,7 @@ def fit(
     validate: Callable[[], float],
     seed: int,
     device: torch.device,
+    positions: Sequence[int] | None = None,
     track: Track = _ignore,
     checkpoint: Path | None = None,
     result: Path | None = None,
@@ -66,6 +67,8 @@ def fit(
         windows: one array of item ids a user, at least two items each.
         validate: the score to maximise, called after each epoch with the objective in eval mode;
             in every process, and the first one's score counts.
+        positions: that each window takes, where its items are texts; a batch is then computed in
+            parts of at most the recipe's ``tokens``.
         track: gets, in the first process, each epoch's loss and score, and the mean loss and the
             learning rate of every so many steps.
         checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds. It
@@ -107,7 +110,7 @@ def fit(
     monitor = LossMonitor(engine, progress, track if engine.rank == 0 else _ignore)
     with _compiled(engine.inner) if recipe.compile else nullcontext():
         while not progress.ended:
-            for _ in _train_epoch(engine, windows, progress, monitor, seed, own.is_due):
+            for _ in _train_epoch(engine, windows, progress, monitor, seed, own.is_due, positions):
                 save(own)
             engine.publish()
             objective.eval()
@@ -140,11 +143,12 @@ def _train_epoch(
     monitor: LossMonitor,
     seed: int,
     due: Callable[[], bool],
+    positions: Sequence[int] | None,
 ) -> Iterator[None]:
     """Take what is left of the epoch's steps; yields after those where a checkpoint is due."""
     recipe, fit = engine.recipe, progress.fit
     size = recipe.batch_size * engine.processes
-    lengths = [len(window) for window in windows]
+    lengths = positions or [len(window) for window in windows]
     batches = length_buckets(lengths, size, seed=seed, epoch=fit.epochs, pool=recipe.pool)
     total = recipe.epochs * len(batches)
     engine.called.train()
@@ -157,7 +161,12 @@ def _train_epoch(
             # dropout and negatives: other ones in each step and process
             torch.manual_seed(_random_number((seed, fit.steps, engine.rank)))
             try:
-                loss = _gradients(engine, windows, chosen, fit.parts)
+                parts = fit.parts
+                if positions is not None:  # padding included
+                    longest = max(positions[index] for index in chosen)
+                    needed = -(-len(chosen) * longest // (recipe.tokens * engine.processes))
+                    parts = max(parts, needed)
+                loss = _gradients(engine, windows, chosen, parts)
             except torch.OutOfMemoryError:
                 # of several processes one would go on alone
                 if engine.processes > 1 or fit.parts >= len(chosen):

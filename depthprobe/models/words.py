@@ -6,17 +6,19 @@ reads a user out after every item, as it does where an item is one vector.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from depthprobe.errors import BadInput
+from depthprobe.models.backbones import pretrained_tokenizer
+from depthprobe.models.item_tables import item_texts
 from depthprobe.study import TITLE, Backbone
 
-READS = "backbone.reads"
+FIELD = "backbone.reads"
 POSITIONS = 16_384  # of texts that are read at once, where no gradient is needed
 
 
@@ -68,13 +70,19 @@ class Words(nn.Module):
 
 
 def item_tokens(
-    settings: Backbone, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> list[list[int]]:
-    """Token ids of each item's text: its title, cut to ``title_tokens``, in the template.
+    settings: Backbone, item_ids: Sequence[str], titles: Sequence[str] | None
+) -> list[list[int]] | None:
+    """Token ids of the text of items 1..I; None where items are read as vectors.
+
+    An item's text is its title, cut to ``title_tokens``, in the template; or its raw id where it
+    has no title.
 
     Raises:
-        BadInput: for a text of which the tokenizer reads nothing.
+        BadInput: if there are no titles, or the tokenizer reads nothing of one.
     """
+    if settings.reads == "items":
+        return None
+    tokenizer = pretrained_tokenizer(settings)
     before, after = settings.title_template.split(TITLE)
 
     def read(text: str) -> list[int]:
@@ -84,9 +92,19 @@ def item_tokens(
     # what stands before a title is read with it: a blank there may be part of its first word
     longest, end = len(read(before)) + settings.title_tokens, read(after)
     found = []
-    for text in texts:
+    for text in item_texts(item_ids, titles, field=FIELD, asked=settings.reads):
         ids = read(before + " ".join(text.split()))[:longest] + end
         if not ids:
-            raise BadInput(READS, settings.reads, f"titles that can be read (in {text!r} nothing)")
+            raise BadInput(FIELD, settings.reads, f"titles that can be read (in {text!r} nothing)")
         found.append(ids)
     return found
+
+
+def look_alikes(tokens: Sequence[Sequence[int]]) -> list[str]:
+    """A warning where items have the tokens of another one: no history can tell them apart."""
+    counts = Counter(map(tuple, tokens))
+    alike = sum(count for count in counts.values() if count > 1)
+    if not alike:
+        return []
+    what = f"{alike:,} of {len(tokens):,} items read like another one"
+    return [f"{what}: titles that are the same, or the same as far as they are read"]

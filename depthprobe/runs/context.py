@@ -21,7 +21,7 @@ from depthprobe.data.storage import Sequences, load_data
 from depthprobe.evaluation.metrics import TrainingPopularity, training_popularity
 from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_set, mean_ndcg
 from depthprobe.methods import Task, Trial
-from depthprobe.models.backbones import pretrained_tokenizer, resolve_device
+from depthprobe.models.backbones import resolve_device
 from depthprobe.models.build import (
     WEIGHTS,
     build_recommender,
@@ -29,10 +29,9 @@ from depthprobe.models.build import (
     learned_table,
     load_trained,
 )
-from depthprobe.models.item_tables import item_texts
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.models.words import READS, item_tokens
+from depthprobe.models.words import item_tokens
 from depthprobe.probing.replace import Replacement
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial
 from depthprobe.runs.records import (
@@ -245,16 +244,8 @@ class Context:
     @cached_property
     def item_tokens(self) -> list[list[int]] | None:
         """The tokens of items 1..I, where histories are read in words; None elsewhere."""
-        settings = self.study.backbone
-        if not settings.reads_titles:
-            return None
-        texts = item_texts(
-            self.sequences.item_ids.tolist(),
-            self.sequences.titles,
-            field=READS,
-            asked=settings.reads,
-        )
-        return item_tokens(settings, pretrained_tokenizer(settings), texts)
+        ids, titles = self.sequences.item_ids.tolist(), self.sequences.titles
+        return item_tokens(self.study.backbone, ids, titles)
 
     def text_lengths(self, histories: Iterable[np.ndarray]) -> list[int]:
         """How many positions a recommender reads of each of these histories of item ids."""

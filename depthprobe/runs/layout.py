@@ -39,6 +39,7 @@ from depthprobe.models.backbones import (
 from depthprobe.models.blocks import find_decoder, token_embeddings
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import TEXT, item_texts, make_table, table_hash
+from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import CHECKPOINTS, LEARNED
 from depthprobe.runs.plan import SASREC, plan
 from depthprobe.runs.records import (
@@ -128,10 +129,13 @@ def read_inputs(
     _new_slices(merged, split, before)
     width = int(config.hidden_size) if dry else None
     table = _shared_table(working, split.sequences, folder, device, width)
+    titles = split.sequences.titles
+    tokens = item_tokens(backbone, split.sequences.item_ids.tolist(), titles)
     revision = backbone_revision(backbone)
     # of a run that is continued nothing may be left to do
     facts = _checked(backbone, revision, tasks) if before is None else before.backbone
     manifest = _new_manifest(merged, split, table, facts, device, command)
+    manifest.data.warnings += look_alikes(tokens or [])
     if before is not None:
         _check_same(folder, before, manifest, revision)
     return Inputs(

@@ -17,7 +17,7 @@ from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.export import load_recommender, write_recommender
 from depthprobe.models.recommender import Recommender
-from depthprobe.models.words import Words, item_tokens
+from depthprobe.models.words import Words, item_tokens, look_alikes
 from depthprobe.probing.passes import early_exit
 from depthprobe.study import Backbone, Recipe
 from depthprobe.training.objectives import NextItem, make_batch
@@ -152,13 +152,23 @@ def test_exported_and_read_again(
 def test_titles_are_cut_and_put_on_one_line() -> None:
     tokenizer = embedded_tokenizer()
     settings = Backbone(reads="titles", title_tokens=8, title_template="* {title}\n")
-    long, two_lines = item_tokens(settings, tokenizer, ["Heart " * 2000, "a\nb\t c"])
+    titles = ["Heart " * 2000, "a\nb\t c", "", "Heart " * 50]
+    tokens = item_tokens(settings, ["i1", "i2", "i3", "i4"], titles)
+    assert tokens is not None
     head, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("* ", "\n"))
-    assert len(long) == len(head) + 8 + len(end)
-    assert long[-len(end) :] == end
-    assert tokenizer.decode(two_lines) == "* a b c\n"
-    nothing = Backbone(reads="titles", title_template="{title}")
-    with pytest.raises(BadInput, match="titles that can be read"):
-        item_tokens(nothing, tokenizer, ["Heart", "  "])
+    assert len(tokens[0]) == len(head) + 8 + len(end)
+    assert tokens[0][-len(end) :] == end
+    assert [tokenizer.decode(each) for each in tokens[1:3]] == ["* a b c\n", "* i3\n"]
+    (warning,) = look_alikes(tokens)
+    assert warning.startswith("2 of 4 items read like another one")
+    assert not look_alikes(tokens[:3])
+
+
+def test_titles_that_cannot_be_read_are_refused() -> None:
+    bare = Backbone(reads="titles", title_template="{title}")
+    for ids, titles in ((["i1"], None), (["i1"], [""]), ([" "], ["x"][:0] + [" "])):
+        with pytest.raises(BadInput, match="backbone.reads"):
+            item_tokens(bare, ids, titles)
+    assert item_tokens(Backbone(), ["i1"], None) is None
     with pytest.raises(BadInput, match="title_template"):
         Backbone(title_template="title")

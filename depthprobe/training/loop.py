@@ -27,6 +27,8 @@ from depthprobe.training.tracking import Track
 
 logger = logging.getLogger(__name__)
 
+# a batch with more padding, as a share of its real positions and in positions, is computed in parts
+PADDING, FEW = 0.1, 256
 TOGETHER = 16  # steps whose losses are read together on a GPU, which stands still meanwhile
 TRACKED = 50  # steps whose mean loss is tracked together
 LOGGED = 10.0  # seconds between two log lines about steps, at least
@@ -161,11 +163,8 @@ def _train_epoch(
             # dropout and negatives: other ones in each step and process
             torch.manual_seed(_random_number((seed, fit.steps, engine.rank)))
             try:
-                parts = fit.parts
-                if positions is not None:  # padding included
-                    longest = max(positions[index] for index in chosen)
-                    needed = -(-len(chosen) * longest // (recipe.tokens * engine.processes))
-                    parts = max(parts, needed)
+                most = None if positions is None else recipe.tokens * engine.processes
+                parts = _parts_of(np.array([lengths[i] for i in chosen]), fit.parts, most)
                 loss = _gradients(engine, windows, chosen, parts)
             except torch.OutOfMemoryError:
                 # of several processes one would go on alone
@@ -188,6 +187,21 @@ def _train_epoch(
         engine.step()
         if write:
             yield
+
+
+def _parts_of(lengths: np.ndarray, least: int, most: int | None) -> int:
+    """In how many parts to compute a batch, (B,) lengths in ascending order.
+
+    As few as leave little padding, four times ``least`` at most; more where a part would have more
+    than ``most`` positions. They change what a step costs, and its result in the last bits alone.
+    """
+    for parts in (least, 2 * least, 4 * least):
+        computed = sum(len(part) * part[-1] for part in np.array_split(lengths, parts) if len(part))
+        if computed - lengths.sum() <= max(FEW, PADDING * lengths.sum()):
+            break
+    if most is not None:
+        parts = max(parts, -(-len(lengths) * int(lengths[-1]) // most))
+    return min(parts, len(lengths))
 
 
 def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,20 @@ def short(value: object, limit: int = 120) -> str:
 def visible(text: str, keep: str = "") -> str:
     """Text of others as a terminal may have it: its control characters are shown and not sent."""
     return CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """A command that a shell takes back, in one line; nothing in a word does anything."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    if not CONTROL.search(word):
+        return shlex.quote(word)
+    # bash's $'...' alone can write a line break in one line
+    plain = re.sub(r"[\\']", r"\\\g<0>", word)
+    written = CONTROL.sub(lambda c: "".join(rf"\x{byte:02x}" for byte in os.fsencode(c[0])), plain)
+    return f"$'{written}'"
 
 
 def one_line(text: object) -> str:

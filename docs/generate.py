@@ -30,7 +30,8 @@ COMMANDS = """\
 # Commands
 
 `depthprobe COMMAND --help` prints the same. `python -m depthprobe` is `depthprobe`. Exit codes:
-0 done, 1 some trials or checks failed, 2 input that can't be used, 130 interrupted.
+0 done, 1 some trials or checks failed or what was written could not be, 2 input that can't be used,
+130 interrupted. In a path `~` is the home folder; a name in it has at most 255 bytes, in UTF-8.
 """
 STUDY_FILE = """\
 # The study file

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
-from dataclasses import replace
+import typing
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from depthprobe.cost.table import Workload
 from depthprobe.errors import BadInput, closest, nearest
 from depthprobe.methods import METHODS
 from depthprobe.study import (
     Backbone,
+    Checked,
     Data,
     Recipe,
     Slurm,
@@ -361,3 +367,119 @@ def test_a_run_may_go_on_elsewhere_and_be_tracked_otherwise() -> None:
 def test_settings_of_jobs_and_trackers_are_checked(make: Any, named: str) -> None:
     with pytest.raises(BadInput, match=f"^{named}"):
         make()
+
+
+# --- numbers, by reflection over every setting ----------------------------------------------------
+
+
+def kinds(kind: type[Any] = Study) -> Iterator[type[Any]]:
+    """A dataclass of settings, and those inside it."""
+    yield kind
+    for hint in typing.get_type_hints(kind).values():
+        for each in (hint, *typing.get_args(hint)):
+            if is_dataclass(each):
+                yield from kinds(typing.cast("type[Any]", each))
+
+
+def numbers() -> list[tuple[type[Any], str]]:
+    """Every setting that is a number, or a list of them."""
+    found = {}
+    for kind in (*kinds(), Workload):
+        hints = typing.get_type_hints(kind)
+        for field in fields(kind):
+            words = str(hints[field.name])
+            if "int" in words.replace("Mapping", "") or "float" in words:
+                found[kind.__name__, field.name] = (kind, field.name)
+    return list(found.values())
+
+
+BEYOND = [10**10, 10**32, 10**400, -(10**10), -(10**400), math.inf, -math.inf, math.nan]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), numbers(), ids=lambda each: getattr(each, "__name__", each)
+)
+def test_every_number_has_bounds(kind: type[Any], name: str) -> None:
+    values: list[Any] = [*BEYOND, "1", "１", True, [10**400], [math.nan], [math.inf]]
+    wide = {"min_rating", "ties_seed", "clip"}  # a value, a seed, and in effect no clipping
+    for value in values[1:] if name in wide else values:
+        if value is True and "bool" in str(typing.get_type_hints(kind)[name]):
+            continue
+        with pytest.raises(BadInput, match=f"^{name}: expected ") as caught:
+            kind(**{name: value})
+        assert len(str(caught.value)) < 400
+
+
+def test_the_settings_are_found() -> None:
+    assert {"seeds", "lora_rank", "learning_rate", "top", "memory_gb", "resamples", "items"} <= {
+        name for _, name in numbers()
+    }
+    assert len(numbers()) > 40
+    assert all(issubclass(kind, Checked) for kind, _ in numbers())
+
+
+# --- files and names ------------------------------------------------------------------------------
+
+HOSTILE = {
+    "nested arrays": "a = " + "[" * 3000 + "]" * 3000,
+    "nested tables": "a = " + "{a=" * 3000 + "1" + "}" * 3000,
+    "a number of thousands of digits": "seeds = " + "9" * 5000,
+    "a key of many parts": ".".join("a" * 100_000) + " = 1",
+    "a key of many quoted parts": ".".join(["'a b'"] * 50_000) + " = 1",
+    "a table of many parts": "[" + ".".join("a" * 100_000) + "]",
+    "an inline key of many parts": "x = { " + " . ".join("a" * 100_000) + " = 1 }",
+    "a long word": "a" * 2_000_000,
+    "a key twice": "seeds = 1\nseeds = 2",
+    "a table twice": "[recipe]\n[recipe]",
+    "an unknown key": "'\x1b[31m' = 1".replace("\x1b", "\\u001b"),
+    "half a character": 'name = "\\ud800"',
+    "a table that inherits from a number": "recipe = 5\n[variants.x.recipe]\nepochs = 1",
+    "a table that inherits from text": 'elastic = "x"\n[variants.x.elastic]\nexits = 1',
+    "a variant that is a number": "variants.x = 3",
+    "variants that are a list": "variants = [1]",
+    "a long name of a variant": f"[variants.{'x' * 300}]",
+    "many variants": "".join(f"[variants.v{n}]\n" for n in range(2000)),
+    "depths without end": f"layers = '{','.join(['1-999999'] * 1000)}'",
+    "blocks without end": f"[variants.x]\nselect = '0-999999{',1000000' * 1000}'",
+    "a long text": f"[backbone]\nprompt = '{'a' * 10**6}'",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_one_line(tmp_path: Path, case: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        load_study(write(tmp_path, HOSTILE[case]))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 3000
+
+
+def test_files_of_other_editors_and_shells(tmp_path: Path) -> None:
+    file = tmp_path / "question.toml"
+    for content in (b"\xef\xbb\xbfseeds = 3\n", b"seeds = 3\r\n[recipe]\r\nepochs = 6\r\n"):
+        file.write_bytes(content)
+        assert load_study(file) == Study(name="question", seeds=3)
+    for content in (b"name = 'caf\xe9'", "seeds = 3".encode("utf-16")):
+        file.write_bytes(content)
+        with pytest.raises(BadInput, match="a readable TOML file"):
+            load_study(file)
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in (tmp_path / "pipe.toml", Path("/dev/zero"), tmp_path):
+        with pytest.raises(BadInput, match="it is no plain file"):
+            load_study(path)
+    reader, writer = os.pipe()  # as of sweep <(...)
+    os.write(writer, b"seeds = 3")
+    os.close(writer)
+    assert load_study(f"/dev/fd/{reader}").seeds == 3
+    os.close(reader)
+    with (tmp_path / "large.toml").open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(BadInput, match="more than 10,000,000 bytes"):
+        load_study(tmp_path / "large.toml")
+
+
+def test_a_prompt_may_hold_what_looks_like_keys(tmp_path: Path) -> None:
+    prompt = "a. b. c. " * 16 + "." * 100 + " 1.2.3.4"
+    assert load_study(write(tmp_path, f'[backbone]\nprompt = "{prompt}"')).backbone.prompt == prompt

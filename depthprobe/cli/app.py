@@ -44,7 +44,6 @@ DISK_FAULTS = {ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EIO, ESTALE}
 PATH_FAULTS = {ENAMETOOLONG, ELOOP, ENOTDIR, EISDIR, ENXIO, EILSEQ}
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 NO_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
-UNREAD = 141  # who read the output has gone: a shell's code for SIGPIPE
 # what a scheduler sends before it kills
 INTERRUPTS = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -120,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _quiet_libraries(debug: bool) -> None:
     """Configure logging, and keep other libraries off the terminal."""
+    for name in ("COLUMNS", "LINES"):  # rich would take other digits for numbers, and fail
+        if not re.fullmatch("[0-9]{1,4}", os.environ.get(name, "80")):
+            del os.environ[name]
     # the tokenizers' threads and a forked worker don't mix, and their warning breaks the progress
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = logging.StreamHandler()
@@ -146,8 +148,8 @@ def _run(arguments: list[str], debug: bool) -> int:
             arguments, prog_name="depthprobe", standalone_mode=False, obj=tuple(arguments)
         )
         sys.stdout.flush()
-    except BrokenPipeError:
-        return UNREAD
+    except BrokenPipeError:  # who read the output has gone
+        return FAILED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from depthprobe.cli.options import (
     whole,
 )
 from depthprobe.cli.terminal import Display, echo, show_progress, show_table
-from depthprobe.errors import BadInput, check_writable, one_line, one_of
+from depthprobe.errors import BadInput, check_writable, one_line, one_of, shell_line
 from depthprobe.methods import METHODS, Method, method_of, method_order
 from depthprobe.study import Study
 
@@ -104,7 +103,7 @@ def sweep(
         echo(f"--epochs is of the recommenders; {own}", sys.stderr)
     if dry:
         return dry_run(chosen, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
-    command = shlex.join(["depthprobe", *context.obj])  # as typed
+    command = shell_line(["depthprobe", *context.obj])  # as typed
     how: dict[str, Any] = {"jobs": jobs, "retry_failed": retry_failed, "command": command}
     with show_progress(sys.stderr, folder) as progress:
         if executor == SLURM:
@@ -164,12 +163,13 @@ def _run_on_cluster(
     number = array_id(submitted)
     # printed: of messages a terminal shows the latest alone
     line = f"submitted {jobs} {'job' if jobs == 1 else 'jobs'} ({number}), sharing {folder}"
-    echo(f"{line}; depthprobe status {folder} says how far they are", sys.stderr)
+    status = shell_line(["depthprobe", "status", str(folder)])
+    echo(f"{line}; {status} says how far they are", sys.stderr)
     progress.message(f"what they print is in {folder / JOBS}")
     try:
         failures = follow(submitted, progress)
     except KeyboardInterrupt:
-        line = f"no longer waiting; the jobs go on (depthprobe status {folder}; scancel {number})"
+        line = f"no longer waiting; the jobs go on ({status}; scancel {number})"
         echo(line, sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     for name, reason in failures.items():

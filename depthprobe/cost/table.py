@@ -38,7 +38,7 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import make_trainable
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
-from depthprobe.study import Backbone, Checked, Count, CountOrNone, Weight, parse_layers
+from depthprobe.study import Backbone, Checked, Count, CountOrNone, parse_layers
 
 MEASURED = ("train", "encode", "score", "latency")
 CHUNK = 2**28  # bytes of scores at a time
@@ -57,12 +57,12 @@ class Workload(Checked):
 
     batch: Count = 128
     length: Count = 30
-    items: Annotated[int, Meta(ge=TOP)] = 10_000
+    items: Annotated[int, Meta(ge=TOP, le=10**9)] = 10_000
     width: Count = 64
     prompt: CountOrNone = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tuning: Literal["full", "lora", "frozen"] = "full"
-    seconds: Weight = 20.0
+    seconds: Annotated[float, Meta(ge=0, le=86_400)] = 20.0
 
 
 def cost_table(
@@ -97,7 +97,7 @@ def cost_table(
         BadInput: for a backbone that is not there, depths that it doesn't have, or a price or
             workload that can't be used.
     """
-    if price is not None and not 0 < price < float("inf"):
+    if price is not None and not 0 < price <= 1e9:
         raise BadInput("price", price, "what an hour of the device costs, a number above 0")
     workload, place = workload or Workload(), resolve_device(device)
     config = backbone_config(backbone, revision=revision)

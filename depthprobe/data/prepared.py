@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -59,6 +60,7 @@ def prepare_data(
         BadInput: if the source is missing, empty or not a log, if the rules leave nothing, or if
             the output can't be written.
     """
+    source = os.path.expanduser(source)
     target = None if output is None else Path(output)
     if target is not None:
         check_output(target, overwrite=overwrite)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from depthprobe.models.blocks import find_blocks, refusal
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.models.words import Words
 from depthprobe.study import Backbone, SasRecSettings
 
 WEIGHTS = "trained.safetensors"
@@ -31,17 +30,15 @@ def build_recommender(
     seed: int,
     random_init: bool = False,
     train_items: bool = False,
-    tokens: Sequence[Sequence[int]] | None = None,
 ) -> Recommender:
     """A recommender before its training: backbone loaded, cut, made trainable; fresh adapters.
 
-    ``items`` is the item table, (I + 1, d_item); the seed initialises what is fresh; ``tokens`` are
-    those of items 1..I, where histories are read in words.
+    ``items`` is the item table, (I + 1, d_item); the seed initialises what is fresh.
     """
     backbone = pretrained(settings, random_init=seed if random_init else None)
     if kept is not None:
         keep_blocks(backbone, kept)
-    return around(backbone, settings, items, seed=seed, train_items=train_items, tokens=tokens)
+    return around(backbone, settings, items, seed=seed, train_items=train_items)
 
 
 def build_sasrec(settings: SasRecSettings, *, items: int, longest: int) -> SASRec:
@@ -63,20 +60,12 @@ def around(
     *,
     seed: int,
     train_items: bool = False,
-    tokens: Sequence[Sequence[int]] | None = None,
 ) -> Recommender:
     """A recommender around a backbone, whose blocks it uses in place; fresh adapters."""
     place, (prompt, suffix) = backbone.device, prompt_and_suffix(settings)
     torch.manual_seed(seed)  # the adapters are drawn from the global generator
     with torch.device(place):  # quantised weights are on the GPU from the start
-        model = Recommender(
-            backbone,
-            items.to(place),
-            prompt,
-            suffix=suffix,
-            head=settings.head,
-            words=None if tokens is None else Words(tokens),
-        )
+        model = Recommender(backbone, items.to(place), prompt, suffix=suffix, head=settings.head)
     make_trainable(model, settings)
     model.items.requires_grad_(train_items)
     model.checkpoint_blocks(settings.checkpointing)
@@ -101,9 +90,7 @@ def prompt_and_suffix(settings: Backbone) -> tuple[list[int], list[int]]:
     if settings.prompt or settings.suffix:
         tokenizer = pretrained_tokenizer(settings)
         if settings.prompt:
-            # titles begin on a line of their own
-            text = settings.prompt.rstrip("\n") + "\n" if settings.reads_titles else settings.prompt
-            prompt, start = tokenizer(text)["input_ids"], tokenizer.bos_token_id
+            prompt, start = tokenizer(settings.prompt)["input_ids"], tokenizer.bos_token_id
             # some tokenizers have a start token and leave it to the caller
             prompt = prompt if start in (None, *prompt[:1]) else [start, *prompt]
         if settings.suffix:

@@ -61,7 +61,7 @@ def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
     ``NAME.ids.txt`` beside ``NAME.npy`` says the raw id of each row, one a line; rows of other
     items are left out. Without it there is a row an item, in the order of ``item_ids``.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     values = _open(file)
     rows = _rows(file, len(values), list(map(str, item_ids)))
     table = torch.zeros(len(rows) + 1, values.shape[1])
@@ -75,12 +75,10 @@ def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
     return table
 
 
-def item_texts(
-    item_ids: Sequence[str], titles: Sequence[str] | None, *, field: str = FIELD, asked: str = TEXT
-) -> list[str]:
+def item_texts(item_ids: Sequence[str], titles: Sequence[str] | None) -> list[str]:
     """What stands for each item: its title, or its raw id where it has none."""
     if titles is None or not any(titles):
-        raise BadInput(field, asked, "a log with item titles (data.items names a file with them)")
+        raise BadInput(FIELD, TEXT, "a log with item titles (data.items names a file with them)")
     return [title or str(raw) for raw, title in zip(item_ids, titles, strict=True)]
 
 

@@ -82,12 +82,11 @@ def similarities(
         pass
     blocks, orders = find_blocks(model.backbone), _part_orders(model)
     sample, totals = _Sample(users, cka_users), [np.zeros(1)] * 4
-    batches = eval_set.batches(device=device, size=batch_size, model=model)
-    prompt = shared_prompt(model)
+    prompt, batches = shared_prompt(model), eval_set.batches(device=device, size=batch_size)
     with tap_blocks(model.backbone) as tap, record_calls(blocks) as calls:
         for chosen, histories, lengths in batches:
             with batches.retry():
-                tap.positions = places = model.last_place(histories, lengths)
+                tap.positions = places = model.last_place(lengths)
                 model.encode(histories, lengths, *prompt)
                 states = torch.stack([join_streams(state) for state in tap.states])  # (L+1, B, D)
                 sample.put(chosen, states)

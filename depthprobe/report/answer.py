@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from depthprobe import words
+from depthprobe.errors import shell_line
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import Needed, RetainedAccuracy, Sufficiency
 from depthprobe.methods import method_info
@@ -171,7 +171,7 @@ def _export(summary: Summary, point: Point) -> str:
     if point.info.exportable is None:
         return ""
     which = [str(summary.run.path), _best_trial(summary, point)]
-    return f"depthprobe export {shlex.join(which)} DIR"
+    return f"depthprobe export {shell_line(which)} DIR"
 
 
 def _dearer(baseline: Point, point: Point) -> str:

@@ -114,7 +114,7 @@ def submit(
         folder / JOBS, cluster=cluster, slurm_max_num_timeout=REQUEUES, slurm_python=python
     )
     executor.update_parameters(
-        name=re.sub(r"[^\w.-]+", "-", sweep.study.name)[:64],
+        name=re.sub(r"[^\w.-]+", "-", sweep.study.name, flags=re.ASCII)[:64],
         timeout_min=settings.minutes,
         gpus_per_node=settings.gpus or None,  # some clusters refuse to be asked for none
         cpus_per_task=settings.cpus,

@@ -39,7 +39,6 @@ from depthprobe.models.backbones import (
 from depthprobe.models.blocks import find_decoder, token_embeddings
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import TEXT, item_texts, make_table, table_hash
-from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import CHECKPOINTS, LEARNED
 from depthprobe.runs.plan import SASREC, plan
 from depthprobe.runs.records import (
@@ -62,7 +61,7 @@ from depthprobe.runs.records import (
     write_manifest,
 )
 from depthprobe.runs.tables import own_slices, slice_columns, write_slices
-from depthprobe.study import Backbone, Study, differences, load_study, study_to_toml
+from depthprobe.study import Backbone, Study, differences, load_study, settings_of, study_to_toml
 from depthprobe.training.tracking import check_trackers
 
 NEGATIVE_SEED = 999
@@ -126,16 +125,14 @@ def read_inputs(
     tasks = plan(replace(study, seeds=merged.seeds), int(config.num_hidden_layers))
     # refuses a log in which no user can be tested
     split = make_split(_read_log(merged, folder), merged.protocol)
+    _check_sizes(study, split.sequences.n_items, int(config.hidden_size))
     _new_slices(merged, split, before)
     width = int(config.hidden_size) if dry else None
     table = _shared_table(working, split.sequences, folder, device, width)
-    titles = split.sequences.titles
-    tokens = item_tokens(backbone, split.sequences.item_ids.tolist(), titles)
     revision = backbone_revision(backbone)
     # of a run that is continued nothing may be left to do
     facts = _checked(backbone, revision, tasks) if before is None else before.backbone
     manifest = _new_manifest(merged, split, table, facts, device, command)
-    manifest.data.warnings += look_alikes(tokens or [])
     if before is not None:
         _check_same(folder, before, manifest, revision)
     return Inputs(
@@ -148,6 +145,27 @@ def read_inputs(
         config=config,
         table=table,
     )
+
+
+def _check_sizes(study: Study, items: int, width: int) -> None:
+    """Refuse sizes that say nothing of this log and backbone, and weights that no memory holds."""
+    if study.backbone.tuning == "lora" and study.backbone.lora_rank > width:
+        allowed = f"at most the width of the backbone, {width:,}"
+        raise BadInput("backbone.lora_rank", study.backbone.lora_rank, allowed)
+    for name in study.methods:
+        chosen = settings_of(study, name)
+        if chosen.method.settings == "distillation" and chosen.distillation.top > items:
+            allowed = f"at most the {items:,} items of the log, or 0 for all"
+            raise BadInput("distillation.top", chosen.distillation.top, allowed)
+    sasrec, memory = study.sasrec, psutil.virtual_memory().total
+    rows = items + study.data.max_history + 6 * sasrec.blocks * sasrec.width  # blocks: 6 matrices
+    for field, value, weights in (
+        ("sasrec.width", sasrec.width, rows * sasrec.width if SASREC in study.methods else 0),
+        ("item_width", study.item_width, items * study.item_width * (study.item_table == LEARNED)),
+    ):
+        if 16 * weights > memory:  # gradients and AdamW's two moments beside the weights
+            held = f"{16 * weights / 1e9:,.0f} GB, there are {memory / 1e9:,.0f}"
+            raise BadInput(field, value, f"what fits the memory (it takes {held})")
 
 
 def _checked(settings: Backbone, revision: str, tasks: Sequence[Task]) -> BackboneFacts:

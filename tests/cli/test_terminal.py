@@ -1,15 +1,29 @@
-"""Progress: plain lines in a file, a bar on a terminal, nothing read as markup."""
+"""Progress: plain lines in a file, a bar on a terminal, nothing read as markup or obeyed."""
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
-from depthprobe.cli.terminal import SHOWN, show_progress, show_table
+from depthprobe import cli
+from depthprobe.cli.terminal import (
+    SHOWN,
+    VisibleLines,
+    echo,
+    say,
+    show_facts,
+    show_progress,
+    show_table,
+)
 from depthprobe.runs.processes import Progress
+
+HOSTILE = "\x1b[2Ja\x07b\x9bc\u202ed\x7f"
+HARMLESS = r"\x1b[2Ja\x07b\x9bc\u202ed\x7f"
 
 
 class Terminal(io.StringIO):
@@ -83,3 +97,51 @@ def test_words_stand_left_and_numbers_right(capsys: pytest.CaptureFixture[str]) 
     *_, first, second = capsys.readouterr().out.splitlines()
     assert second.index("popularity") == first.index("full")
     assert second.index("1,200") + 4 == first.index("1")
+
+
+def test_what_others_wrote_is_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    echo(HOSTILE)
+    say(HOSTILE)
+    show_facts({"name": HOSTILE})
+    show_table([HARMLESS, ""], [[HOSTILE, 1], [f"{HOSTILE}\nfailed: all", 2]], title=HOSTILE)
+    record = logging.LogRecord("depthprobe", logging.INFO, "", 0, HOSTILE, (), None)
+    echo(VisibleLines("%(message)s").format(record))
+    text = capsys.readouterr().out
+    assert text.count(HARMLESS) == 8
+    assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e", "\x7f"}
+    assert "\nfailed" not in text
+
+
+def test_a_sweep_shows_what_others_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    for stream in (io.StringIO(), Terminal()):
+        with show_progress(stream) as progress:
+            progress.message(HOSTILE)
+            progress.done(f"full-{HOSTILE}", "failed", 1.0, f"{HOSTILE}\n{HOSTILE}" + "x" * 5000)
+            logging.getLogger(SHOWN).info(HOSTILE)
+        text = stream.getvalue()
+        assert text.count(HARMLESS) >= 4
+        assert not set(text) & {"\x07", "\x9b", "\u202e", "\x7f"}
+        assert "\x1b[2Ja" not in text
+        assert len(text) < 5000
+
+
+def test_a_sweep_goes_on_when_nobody_reads_of_it() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with show_progress(Gone()) as progress:
+        play(progress)
+    assert progress.ended == 2
+
+
+def test_commands_print_through_one_module() -> None:
+    for file in Path(str(cli.__file__)).parent.glob("*.py"):
+        calls = [
+            node.func.id
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]
+        assert file.name == "terminal.py" or "print" not in calls, file

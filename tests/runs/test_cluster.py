@@ -174,6 +174,30 @@ def test_slurm_is_asked_for_what_the_study_says(
     assert submission._timeout_countdown == cluster.REQUEUES
 
 
+@pytest.mark.parametrize(
+    "name", ["a\ntouch PWNED\n#", "a'; touch PWNED #", "$(touch PWNED)", "é\r\x1b"]
+)
+def test_a_name_becomes_no_command(sweep: SharedSweep, slurm: Path, name: str) -> None:
+    submit(replace(sweep, study=replace(sweep.study, name=name)))
+    script = (slurm / "submitted").read_text()
+    assert not re.search("^ *touch", script, re.MULTILINE)
+    (asked,) = re.findall("--job-name=(.*)", script)
+    assert re.fullmatch(r"[\w.-]+", asked)
+    assert "-P -u -m submitit" in script
+    assert "PYTHONSAFEPATH=1" in (slurm / "environment").read_text()
+
+
+def test_a_folder_or_setting_that_ends_a_line_is_refused(
+    sweep: SharedSweep, slurm: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match="output: .* a folder without line breaks"):
+        submit(replace(sweep, folder=str(tmp_path / "a\ntouch PWNED")))
+    for name in ("partition", "account"):
+        with pytest.raises(BadInput, match=f"{name}: expected "):
+            Slurm(**{name: "gpu\ntouch PWNED"})
+    assert not (slurm / "submitted").exists()
+
+
 def test_earlier_failures_are_forgotten_when_the_jobs_are_submitted(
     sweep: SharedSweep, slurm: Path
 ) -> None:

@@ -16,7 +16,13 @@ import torch
 
 from depthprobe.cli.app import main
 from depthprobe.errors import BadInput
-from depthprobe.runs.processes import FirstProcessError, ProcessGroup, join_processes
+from depthprobe.runs.processes import (
+    LAUNCHER,
+    FirstProcessError,
+    ProcessGroup,
+    join_processes,
+    launched,
+)
 from depthprobe.runs.store import open_run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Study, study_to_toml
@@ -53,6 +59,27 @@ def test_one_process_is_a_team() -> None:
     assert join_processes("cpu") == ProcessGroup(rank=0, processes=1)
     ProcessGroup().wait()
     assert ProcessGroup().from_first(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("text", ["", " ", "1"])
+def test_an_empty_variable_of_a_launcher_is_none(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    for name in LAUNCHER:
+        monkeypatch.setenv(name, text)
+    assert not launched()
+    assert join_processes("cpu") == ProcessGroup()
+    assert all(os.environ.get(name, "1") == "1" for name in LAUNCHER)  # accelerate reads them, too
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+@pytest.mark.parametrize("text", ["two", "1.0", "１", "1_0", "9" * 5000, "0x2"])
+def test_a_variable_of_a_launcher_that_is_no_number(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(BadInput, match=f"^{name}: expected a whole number"):
+        join_processes("cpu")
 
 
 class Unsendable(RuntimeError):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +166,27 @@ def test_an_error_is_described_with_our_line_that_raised_it() -> None:
         r"BadInput: a\.b: expected one of 3, got 2 \(at errors\.py, line \d+\)",
         describe(caught.value),
     )
+
+
+def look(task: Task) -> Outcome:
+    """What a worker imports, and how it takes Ctrl-C."""
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    return Outcome(task, f"{socket.__file__} {blocked} {sys.path[0]}", 0.0)
+
+
+def test_workers_import_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("socket", "selectors", "pickle"):
+        text = f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})\n"
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("/a/folder/of/the/parent")
+    resource_tracker._resource_tracker._stop()  # it is started anew, from this folder
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    options = {"jobs": 1, "prepare": prepare, "arguments": (str(tmp_path),)}
+    (outcome,) = run_in_processes(queue_of(OTHERS[0]), look, **options)
+    assert outcome.error == f"{socket.__file__} True /a/folder/of/the/parent"
+    assert not (tmp_path / "imported").exists()
+    assert "PYTHONSAFEPATH" not in os.environ
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import html
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -50,7 +51,7 @@ def with_titles(log: Log, source: Path, *, items: str | Path | None, columns: Co
     """
     if items is None and log.titles:
         return log
-    path = companion(source) if items is None else Path(items)
+    path = companion(source) if items is None else Path(items).expanduser()
     if path is None:
         if columns.title is not None:
             allowed = "a column of the log, or of a file with the items' titles (neither has it)"
@@ -90,6 +91,7 @@ def read_attribute(
         BadInput: naming the ``field``, where :func:`read_values` does or there is no such file.
     """
     place, _, column = setting.rpartition(":")
+    place = os.path.expanduser(place)
     if not (column and Path(place).is_file()):
         written = "FILE:COLUMN, such as items.csv:brand"
         raise BadInput(field, setting, f"{written} (there is no file {place or setting})")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +20,9 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import ENDPOINT as HUB_ENDPOINT
-from safetensors import SafetensorError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -31,29 +36,35 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.import_utils import (
     is_bitsandbytes_available,
     is_flash_attn_2_available,
     is_flash_attn_3_available,
 )
 
-from depthprobe.errors import BadInput, one_of
+from depthprobe.errors import BadInput, one_of, short
 from depthprobe.models.blocks import find_blocks
 from depthprobe.study import ATTENTIONS, QUANTIZATIONS, Backbone
 
 Source = str | os.PathLike[str]
 EMBEDDED = "embedded"
+ADAPTER = "an adapter is beside its weights: merge it into them, or take it out of the folder"
 ALLOWED = f'"{EMBEDDED}", a folder with config.json and safetensors weights, or a hub model id'
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-# what the libraries raise for a source that can't be used; a missing package is an ImportError
-FAILURES = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
-    SafetensorError,
-)  # fmt: skip
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HASH = "sha256:"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SAFE = ".safetensors"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+# what decides a model's numbers beside its configuration and weights, or goes into an export
+BESIDE = (
+    *TOKENIZER_FILES, SAFE_WEIGHTS_INDEX_NAME, "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "generation_config.json", "*.py",
+)  # fmt: skip
+ADAPTER_FILE = "adapter_config.json"
+MOST_BLOCKS = 10_000
+DEPTHS = re.compile(r"(layers?|blocks)$")  # names of fields that say how many there are
 # Recomputed by the model: old checkpoints stored them.
 HARMLESS = re.compile(
     r"(^|\.)(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|attn\.bias|attention\.bias)$"
@@ -134,14 +145,15 @@ def quantization(quantize: str | None) -> BitsAndBytesConfig | None:
 
 
 def is_folder(source: Source) -> bool:
-    """Whether this names a place on disk rather than the embedded backbone or a hub model."""
+    """Whether this names a place on disk: what exists, and what can be no id of the hub."""
     text = os.fspath(source)
-    return text != EMBEDDED and (
-        not isinstance(source, str)
-        or text.startswith((".", "~", os.sep))
-        or text.count(os.sep) > 1
-        or os.path.exists(text)
-    )
+    if text == EMBEDDED or (isinstance(source, str) and not os.path.exists(text)):
+        try:
+            validate_repo_id(text)
+        except HFValidationError:
+            return True
+        return False
+    return True
 
 
 def offline(source: Source) -> bool:
@@ -168,7 +180,7 @@ def resolve_revision(source: Source, revision: str | None = None) -> str | None:
         return revision
     # the cache keeps files by commit; what the configuration object knows of it depends on the
     # version of transformers
-    with _one_line("found", source):
+    with one_line("found", source):
         file = hf_hub_download(
             os.fspath(source),
             "config.json",
@@ -179,14 +191,18 @@ def resolve_revision(source: Source, revision: str | None = None) -> str | None:
 
 
 @contextmanager
-def _one_line(what: str, source: Source) -> Iterator[None]:
+def one_line(what: str, source: Source) -> Iterator[None]:
     """Turn a library's error into one line: ``what`` could not be done with the source."""
     try:
         yield
-    except FAILURES as error:
-        if isinstance(error, BadInput):
-            raise
+    except BadInput:
+        raise
+    except Exception as error:  # each family checks its configuration in its own ways
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "no such folder; of the hub's models it is none that was downloaded before"
+        elif isinstance(error, KeyError | IndexError):
+            reason = f"{type(error).__name__}: {reason}"
         allowed = f"cannot be {what} ({reason}): {ALLOWED}"
         raise BadInput("backbone", str(source), allowed, fault=True) from error
 
@@ -305,7 +321,7 @@ def load_backbone(
     packed = quantization(quantize)
     if embedded:
         model: Any = embedded_backbone(random_init or 0)
-        with _one_line(f"run with attention {chosen}", EMBEDDED):
+        with one_line(f"run with attention {chosen}", EMBEDDED):
             if chosen is not None:
                 model.set_attn_implementation(chosen)
         ready: PreTrainedModel = model if kind == "auto" else model.to(dtype=kind)
@@ -322,7 +338,7 @@ def load_backbone(
     if random_init is not None:
         options["trust_remote_code"] = trust_remote_code
         options["dtype"] = config.dtype or torch.float32 if kind == "auto" else kind
-        with _one_line("built", path_or_id):
+        with one_line("built", path_or_id):
             return _fresh(lambda: _auto.from_config(config, **options), random_init)
     quantized = bool(getattr(config, "quantization_config", None))
     if packed is not None and quantized:
@@ -331,9 +347,10 @@ def load_backbone(
         options["device_map"] = "meta"
     elif packed is not None:  # all of them on the GPU that ``cuda`` means here
         options |= {"quantization_config": packed, "device_map": {"": torch.cuda.current_device()}}
-    check_weights(path_or_id)
-    options |= _origin(path_or_id, commit, trust_remote_code)
-    with _one_line("loaded", path_or_id):
+    origin = _origin(path_or_id, commit, trust_remote_code)
+    files = weight_files(path_or_id, config, commit)
+    options |= origin
+    with one_line("loaded", path_or_id):
         model, loaded = _auto.from_pretrained(
             _location(path_or_id),
             config=config,
@@ -341,7 +358,14 @@ def load_backbone(
             output_loading_info=True,
             **options,
         )
+    if getattr(model, "peft_config", None):
+        raise BadInput("backbone", str(path_or_id), ADAPTER, fault=True)
     _check_loaded(path_or_id, loaded)
+    with one_line("loaded", path_or_id):
+        stored = model.state_dict().items() if weights else _stored(files)
+        if (name := not_finite(stored)) is not None:
+            allowed = f"its weight {name} holds NaN or infinity: the checkpoint is damaged"
+            raise BadInput("backbone", str(path_or_id), allowed, fault=True)
     if packed is not None:
         # A recommender holds the base model alone; without the marks there, LoRA would treat packed
         # bytes as weights.
@@ -365,11 +389,27 @@ def _check_loaded(source: Source, loaded: dict[str, Any]) -> None:
             raise BadInput("backbone", str(source), f"{allowed} its configuration", fault=True)
 
 
-def check_weights(source: Source) -> None:
-    """Refuse a folder without safetensors weights."""
+def weight_files(source: Source, config: PreTrainedConfig, commit: str | None = None) -> list[Path]:
+    """The files of weights that are read: safetensors of the source's own folder alone.
+
+    Of a hub id there are none before they are downloaded; those that its index names are checked.
+    """
+    named = getattr(config, "transformers_weights", None)
+    single, index = named or SAFE_WEIGHTS_NAME, named or SAFE_WEIGHTS_INDEX_NAME
+    if not is_folder(source):
+        try:
+            file = hf_hub_download(
+                os.fspath(source), index, revision=commit, local_files_only=offline(source)
+            )
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return []
+        _shards(source, Path(file))
+        return []
     folder = Path(_location(source))
-    if not is_folder(source) or any(folder.glob("*.safetensors")):
-        return
+    if single.endswith(SAFE) and (folder / single).is_file():
+        return [folder / single]
+    if (folder / index).is_file():
+        return _shards(source, folder / index)
     allowed = f"no weights (*.safetensors) in it: {ALLOWED}"
     pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLED]
     if pickled:
@@ -378,6 +418,37 @@ def check_weights(source: Source) -> None:
             " convert them with save_pretrained to safetensors"
         )
     raise BadInput("backbone", str(source), allowed, fault=True)
+
+
+def _shards(source: Source, index: Path) -> list[Path]:
+    """The files that an index names."""
+    with one_line("loaded", source):
+        names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        for name in names:
+            place = Path(name)
+            if place.suffix != SAFE or place.is_absolute() or ".." in place.parts:
+                allowed = f"{index.name} names {name!r}: expected safetensors files of its folder"
+                raise BadInput("backbone", str(source), allowed, fault=True)
+    return [index.parent / name for name in sorted(names)]
+
+
+def _stored(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of some files, one after the other."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                yield name, file.get_tensor(name)
+
+
+def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first weight that holds NaN or infinity, if one does."""
+    for name, weight in weights:
+        if weight.is_floating_point() and weight.numel() and not HARMLESS.search(name):
+            # one pass without a copy; types of 8 bits have no order in torch
+            ends = (weight if weight.element_size() > 1 else weight.float()).aminmax()
+            if not all(math.isfinite(end) for end in ends):
+                return name
+    return None
 
 
 def backbone_config(
@@ -392,21 +463,39 @@ def backbone_config(
     origin = _origin(path_or_id, revision, trust_remote_code)
     if is_folder(path_or_id):
         path = _existing(path_or_id)
+        adapter = (path / ADAPTER_FILE).is_file()
         if not (path.is_file() or (path / "config.json").is_file()):
-            adapter = (path / "adapter_config.json").is_file()
             hint = " (it holds an adapter: merge it into its base first)" if adapter else ""
             raise BadInput(
                 "backbone", str(path_or_id), f"no config.json in it{hint}: {ALLOWED}", fault=True
             )
-    with _one_line("found", path_or_id):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(_location(path_or_id), **origin)
-    for written in _attentions(config):
-        if written not in ATTENTIONS:
+        if adapter:
+            raise BadInput("backbone", str(path_or_id), ADAPTER, fault=True)
+    with one_line("found", path_or_id):
+        location = _location(path_or_id)
+        written, _ = PreTrainedConfig.get_config_dict(location, **origin)
+        _check_depth(path_or_id, written)  # some classes make lists of that length
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, **origin)
+        text = config.get_text_config(decoder=True)
+        _check_depth(path_or_id, {"num_hidden_layers": getattr(text, "num_hidden_layers", 0)})
+    for attention in _attentions(config):
+        if attention not in ATTENTIONS:
             allowed = (
-                f"a configuration without attention {written!r} (a kernel to download and run)"
+                f"a configuration without attention {attention!r} (a kernel to download and run)"
             )
             raise BadInput("backbone", str(path_or_id), allowed)
     return config
+
+
+def _check_depth(source: Source, config: dict[str, Any]) -> None:
+    """Refuse a configuration whose number of blocks is none, or beyond reason."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(source, value)
+        deep = type(value) is int and value > MOST_BLOCKS and DEPTHS.search(name)
+        if deep or (name == "num_hidden_layers" and (type(value) is not int or value < 1)):
+            allowed = f"{name} is {short(value)}: expected a whole number from 1 to {MOST_BLOCKS:,}"
+            raise BadInput("backbone", str(source), allowed, fault=True)
 
 
 def _existing(source: Source) -> Path:
@@ -440,7 +529,7 @@ def load_tokenizer(
                 "backbone", str(path_or_id), "no tokenizer in it (tokenizer.json)", fault=True
             )
     origin = _origin(path_or_id, revision, trust_remote_code)
-    with _one_line("given a tokenizer", path_or_id):
+    with one_line("given a tokenizer", path_or_id):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _location(path_or_id), **origin
         )
@@ -490,33 +579,69 @@ def _which(settings: Backbone) -> dict[str, Any]:
 
 
 def backbone_revision(settings: Backbone) -> str:
-    """Which weights exactly: the hub's commit, or ``sha256:`` of configuration and weights."""
-    if settings.source != EMBEDDED and not is_folder(settings.source):
-        return str(resolve_revision(settings.source, settings.revision))
-    digest = hashlib.sha256()
+    """Which backbone exactly: the hub's commit, or ``sha256:`` of what decides its numbers.
+
+    The first part is of configuration and weights; of a folder the second one is of all else that
+    is read, such as the tokenizer's files.
+    """
     if settings.source == EMBEDDED:
-        model = embedded_backbone()
+        digest, model = hashlib.sha256(), embedded_backbone()
         digest.update(model.config.to_json_string().encode())
         for name, weight in sorted(model.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy())
-    else:
-        folder = Path(_location(settings.source))
-        for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(4 * 2**20):
-                    digest.update(chunk)
-    return f"{HASH}{digest.hexdigest()[:16]}"
+        return f"{HASH}{digest.hexdigest()[:16]}"
+    if not is_folder(settings.source):
+        return str(resolve_revision(settings.source, settings.revision))
+    folder = Path(_location(settings.source))
+    weights = weight_files(settings.source, pretrained_config(settings))
+    beside = {path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()}
+    parts = [_digest(_versions(files)) for files in ([folder / "config.json", *weights], beside)]
+    return f"{HASH}{'-'.join(parts)}"
 
 
-def pinned(settings: Backbone, recorded: str | None) -> Backbone:
-    """The settings with the recorded commit in place of a branch or tag, which may move.
+def is_same(recorded: str | None, revision: str) -> bool:
+    """Whether a recorded revision is this one; early runs recorded its first part, or none."""
+    return recorded is None or revision.startswith(recorded)
 
-    The record is :func:`backbone_revision` when the run began; None and hashes change nothing.
+
+def _versions(files: Iterable[Path]) -> tuple[tuple[Path, int, int, int], ...]:
+    """Files with what changes when they do."""
+    states = ((path, path.stat()) for path in sorted(files))
+    return tuple((path, each.st_ino, each.st_size, each.st_mtime_ns) for path, each in states)
+
+
+@lru_cache(maxsize=8)
+def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    """A hash of the names and contents of files; read once, while they stay as they are."""
+    digest = hashlib.sha256()
+    for path, *_ in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(4 * 2**20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def pinned(settings: Backbone, recorded: str | None, source: str | None = None) -> Backbone:
+    """The settings with what a run recorded when it began, whatever the names mean now.
+
+    Args:
+        settings: of the study.
+        recorded: the :func:`backbone_revision`: a commit takes the place of a branch or tag, which
+            may move; None changes nothing.
+        source: as :func:`describe` recorded it: where a relative path led to from the folder in
+            which the run began.
     """
-    unchanged = recorded is None or recorded.startswith(HASH)
-    return settings if unchanged else replace(settings, revision=recorded)
+    if recorded is None or settings.source == EMBEDDED:
+        return settings
+    if not recorded.startswith(HASH):
+        return replace(settings, revision=recorded)
+    if source is not None and Path(source).exists():
+        return replace(settings, source=source)
+    # it was a folder, so no id of the hub is meant
+    own = settings.source
+    return settings if is_folder(own) else replace(settings, source=os.path.join(".", own))
 
 
 def pinned_now(settings: Backbone) -> Backbone:
@@ -527,8 +652,9 @@ def pinned_now(settings: Backbone) -> Backbone:
 def describe(model: PreTrainedModel, source: str, revision: str) -> dict[str, Any]:
     """What a run records of its backbone."""
     text_config = model.config.get_text_config(decoder=True)
+    on_disk = source != EMBEDDED and is_folder(source)
     return {
-        "source": source,
+        "source": str(Path(_location(source)).absolute()) if on_disk else source,
         "revision": revision,
         "blocks": int(text_config.num_hidden_layers),
         "width": int(text_config.hidden_size),

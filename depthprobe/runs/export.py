@@ -61,16 +61,17 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
     recorded = run.manifest.backbone
-    study = replace(run.study, backbone=pinned(run.study.backbone, recorded.revision))
+    backbone = pinned(run.study.backbone, recorded.revision, recorded.source)
+    study = replace(run.study, backbone=backbone)
     context = Context(run.path, study)
     what = Trial(trial, record.method, record.kept, record.seed, recorded.blocks)
-    model, backbone = _rebuild(context, what)
+    model, whole = _rebuild(context, what)
     sequences = context.sequences
     with complete_folder(target) as temporary:
         write_recommender(
             temporary,
             model,
-            backbone,
+            whole,
             item_ids=[str(raw) for raw in sequences.item_ids],
             titles=None if sequences.titles is None else [str(t) for t in sequences.titles],
             max_history=study.data.max_history,

@@ -30,6 +30,7 @@ from depthprobe.methods import Task, method_of, method_order
 from depthprobe.models.backbones import (
     backbone_revision,
     describe,
+    is_same,
     pinned,
     pinned_now,
     pretrained,
@@ -118,8 +119,10 @@ def read_inputs(
     if study.cache is not None:
         check_writable("cache", Path(study.cache).expanduser())
     merged, before = continued(folder, study), manifest_before(folder)
-    recorded = None if before is None else before.backbone.revision
-    backbone = pinned_now(pinned(merged.backbone, recorded))
+    backbone = merged.backbone
+    if before is not None:
+        backbone = pinned(backbone, before.backbone.revision, before.backbone.source)
+    backbone = pinned_now(backbone)
     working = replace(merged, backbone=backbone)
     config = pretrained_config(backbone).get_text_config(decoder=True)
     tasks = plan(replace(study, seeds=merged.seeds), int(config.num_hidden_layers))
@@ -209,7 +212,7 @@ def _check_same(folder: Path, before: Manifest, manifest: Manifest, revision: st
     """Refuse to mix records of other data, weights or embeddings under the same names."""
     for name, was, now in (
         ("data", before.data.fingerprint, manifest.data.fingerprint),
-        ("backbone", before.backbone.revision, revision),
+        ("backbone", is_same(before.backbone.revision, revision), True),
         ("item table", before.item_table.sha256, manifest.item_table.sha256),
     ):
         if was != now:

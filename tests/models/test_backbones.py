@@ -25,6 +25,7 @@ from depthprobe.models.backbones import (
     embedded_config,
     embedded_tokenizer,
     is_folder,
+    is_same,
     load_backbone,
     load_tokenizer,
     pinned,
@@ -138,6 +139,7 @@ def test_missing_folder_and_files(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BadInput, match="holds an adapter"):
         load_backbone(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(BadInput, match="JSON"):
         backbone_config(tmp_path)
@@ -223,8 +225,8 @@ def test_what_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not is_folder("gpt2")
     assert not is_folder("org/model")
-    assert is_folder("a/b/c")
-    assert is_folder("./gpt2")
+    for path in ("a/b/c", "./gpt2", "../gpt2", "~/gpt2", "/gpt2", "my model", "gpt2/", "C:\\gpt2"):
+        assert is_folder(path), path
     assert is_folder(Path("gpt2"))
     Path("org/model").mkdir(parents=True)
     assert is_folder("org/model")
@@ -415,18 +417,158 @@ def test_pinned_settings_outlive_a_branch(hub):
         pretrained(settings)
 
 
-def test_folders_have_no_commit_but_a_hash(hub):
-    folder = hub / "snapshots" / OLD
-    settings = Backbone(source=str(folder))
+def test_folders_have_no_commit_but_a_hash(saved):
+    settings = Backbone(source=str(saved))
     assert pinned_now(settings) == settings
     digest = hashlib.sha256()
     for name in ("config.json", "model.safetensors"):
-        digest.update(name.encode() + (folder / name).read_bytes())
-    expected = f"sha256:{digest.hexdigest()[:16]}"
-    assert backbone_revision(settings) == expected
-    assert pinned(settings, expected) == settings
-    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    assert backbone_revision(settings) != expected
+        digest.update(name.encode() + (saved / name).read_bytes())
+    before, own = backbone_revision(settings), f"sha256:{digest.hexdigest()[:16]}"
+    assert is_same(own, before)  # what runs of an earlier version recorded
+    assert is_same(None, before)
+    assert pinned(settings, before) == settings
+    (saved / "README.md").write_text("nothing that a number depends on")
+    assert backbone_revision(settings) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "merges.txt",
+        "special_tokens_map.json", "added_tokens.json", "vocab.txt", "spiece.model",
+        "chat_template.jinja", "generation_config.json", "modeling_own.py",
+    ],
+)  # fmt: skip
+def test_every_file_that_is_read_is_in_the_hash(saved, name):
+    settings, file = Backbone(source=str(saved)), saved / name
+    before = backbone_revision(settings)
+    old = file.read_bytes() if file.exists() else b""
+    file.write_bytes(old + b" ")
+    assert not is_same(before, backbone_revision(settings))
+    if old:
+        file.write_bytes(old)
+        assert is_same(before, backbone_revision(settings))
+
+
+def shard(folder, *, named=lambda name: name):
+    """Two files and their index, under the names that the index is to give them."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, index = sorted(weights), {}
+    for place, part in enumerate((names[::2], names[1::2])):
+        file = f"part-{place}.safetensors"
+        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, named(file))
+    content = json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(content)
+
+
+def test_shards_are_loaded_and_hashed_with_their_index(saved):
+    whole, settings = load_backbone(saved), Backbone(source=str(saved))
+    shard(saved)
+    assert torch.equal(weight(load_backbone(saved)), weight(whole))
+    before = backbone_revision(settings)
+    for name in ("part-1.safetensors", "model.safetensors.index.json"):
+        old = (saved / name).read_bytes()
+        (saved / name).write_bytes(old + b" ")
+        assert not is_same(before, backbone_revision(settings)), name
+        (saved / name).write_bytes(old)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda name: "pytorch_model.bin",
+        lambda name: f"../outside/{name}",
+        lambda name: f"/{name}",
+        lambda name: 3,
+    ],
+    ids=["pickled", "above", "absolute", "no name"],
+)
+def test_an_index_names_safetensors_of_its_folder_alone(saved, named):
+    outside = saved.parent / "outside"
+    shutil.copytree(saved, outside)
+    shard(outside)
+    shard(saved, named=named)
+    torch.save({}, saved / "pytorch_model.bin")
+    for load in (load_backbone, lambda path: backbone_revision(Backbone(source=str(path)))):
+        with pytest.raises(BadInput, match="backbone: .*"):
+            load(saved)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, whole, value, dtype):
+    name = "model.layers.4.self_attn.k_norm.weight"
+
+    def damage(weights):
+        weights[name] = weights[name].to(dtype)
+        weights[name][-1] = value
+
+    edit_weights(saved, damage)
+    with pytest.raises(BadInput, match=f"{name} holds NaN or infinity"):
+        load_backbone(saved, weights=whole)
+
+
+def test_numbers_that_a_type_can_not_hold_are_named(saved):
+    edit_weights(saved, lambda weights: weights["model.norm.weight"].fill_(1e6))
+    load_backbone(saved)
+    with pytest.raises(BadInput, match="model.norm.weight holds NaN or infinity"):
+        load_backbone(saved, dtype="float16")
+
+
+def test_an_adapter_beside_the_weights_is_never_taken_in(saved):
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(load_backbone(saved), LoraConfig(target_modules=["q_proj"]))
+    wrapped.save_pretrained(saved)
+    for load in (load_backbone, backbone_config):
+        with pytest.raises(BadInput, match="an adapter is beside its weights"):
+            load(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": None},
+        {"num_hidden_layers": "six"},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": 6.5},
+        {"num_hidden_layers": True},
+        {"num_hidden_layers": 10**9},
+        {"text_config": {"n_layers": 10**9}},
+        {"num_attention_heads": 0},
+        {"hidden_act": "no-such-function"},
+        {"vocab_size": 10**30},
+        {"pad_token_id": 10**6},
+        {"dtype": "float99"},
+        {"rope_parameters": {"rope_type": "spiral"}},
+        {"layer_types": ["full_attention"]},
+    ],
+    ids=lambda changes: str(changes)[1:40],
+)
+def test_a_configuration_that_makes_no_model_is_one_line(saved, edit_config, changes):
+    edit_config(saved, **changes)
+    with pytest.raises(BadInput, match="backbone: ") as caught:
+        load_backbone(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_relative_folder_is_found_from_elsewhere(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    settings = Backbone(source="saved")
+    revision, model = backbone_revision(settings), pretrained(settings, weights=False)
+    source = describe(model, "saved", revision)["source"]
+    assert source == str(saved)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert backbone_revision(pinned(settings, revision, source)) == revision
+    # moved: the hub is not asked for what was a folder
+    for moved in (pinned(settings, revision, str(tmp_path / "gone")), pinned(settings, revision)):
+        with pytest.raises(BadInput, match="no such folder"):
+            pretrained(moved)
 
 
 def test_the_embedded_backbone_is_hashed_in_memory(tmp_path, monkeypatch):

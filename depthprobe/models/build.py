@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from depthprobe.models.backbones import pretrained, pretrained_tokenizer
-from depthprobe.models.blocks import find_blocks, refusal
+from depthprobe.errors import BadInput
+from depthprobe.models.backbones import not_finite, pretrained, pretrained_tokenizer
+from depthprobe.models.blocks import find_blocks, find_decoder, refusal, token_embeddings
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
+from depthprobe.models.tiny import ends_at_positions, positions_of
 from depthprobe.study import Backbone, SasRecSettings
 
 WEIGHTS = "trained.safetensors"
+
+logger = logging.getLogger(__name__)
 
 
 def build_recommender(
@@ -62,7 +68,7 @@ def around(
     train_items: bool = False,
 ) -> Recommender:
     """A recommender around a backbone, whose blocks it uses in place; fresh adapters."""
-    place, (prompt, suffix) = backbone.device, prompt_and_suffix(settings)
+    place, (prompt, suffix) = backbone.device, prompt_and_suffix(settings, backbone)
     torch.manual_seed(seed)  # the adapters are drawn from the global generator
     with torch.device(place):  # quantised weights are on the GPU from the start
         model = Recommender(backbone, items.to(place), prompt, suffix=suffix, head=settings.head)
@@ -83,8 +89,14 @@ def learned_table(items: int, width: int, *, seed: int) -> Tensor:
     return table
 
 
-def prompt_and_suffix(settings: Backbone) -> tuple[list[int], list[int]]:
-    """Token ids of the texts around the items; the prompt begins with the start token, if any."""
+def prompt_and_suffix(
+    settings: Backbone, backbone: PreTrainedModel | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of the texts around the items; the prompt begins with the start token, if any.
+
+    Raises:
+        BadInput: if no tokenizer can be used, or a token has no embedding in the backbone.
+    """
     prompt: list[int] = []
     suffix: list[int] = []
     if settings.prompt or settings.suffix:
@@ -95,7 +107,33 @@ def prompt_and_suffix(settings: Backbone) -> tuple[list[int], list[int]]:
             prompt = prompt if start in (None, *prompt[:1]) else [start, *prompt]
         if settings.suffix:
             suffix = tokenizer(settings.suffix, add_special_tokens=False)["input_ids"]
+    rows = math.inf if backbone is None else len(token_embeddings(find_decoder(backbone)).weight)
+    for field, tokens in (("prompt", prompt), ("suffix", suffix)):
+        if (highest := max(tokens, default=0)) >= rows:
+            allowed = f"text of the {rows:,} tokens that the backbone has embeddings of"
+            raise BadInput(field, getattr(settings, field), f"{allowed} (token {highest} is in it)")
     return prompt, suffix
+
+
+def check_lengths(settings: Backbone, config: PreTrainedConfig, longest: int) -> list[str]:
+    """Warnings of a backbone that is to read the texts and so many items.
+
+    Raises:
+        BadInput: if it has too few positions, and can't go on behind the last one; or if the texts
+            can't be read.
+    """
+    texts = sum(map(len, prompt_and_suffix(settings)))
+    most = positions_of(config)
+    if most is None or texts + longest <= most:
+        return []
+    found = f"{texts} tokens of text and up to {longest} items are more than the {most} positions"
+    if ends_at_positions(config):
+        fewer = f", or data.max_history = {most - texts}" if most > texts else ""
+        allowed = f"{found} that it has: take a shorter prompt or suffix{fewer}"
+        raise BadInput("backbone", settings.source, allowed, fault=True)
+    warning = f"{found} of the backbone: it was not trained on texts of that length"
+    logger.warning("%s", warning)
+    return [warning]
 
 
 def make_trainable(model: Recommender, settings: Backbone) -> None:
@@ -155,11 +193,20 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Read what ``save_trained`` wrote."""
-    try:
+    with intact(folder / WEIGHTS):
         trained = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): delete its trial") from error
-    fill({n: p for n, p in model.named_parameters() if p.requires_grad}, trained, folder / WEIGHTS)
+        fill({n: p for n, p in model.named_parameters() if p.requires_grad}, trained)
+
+
+@contextmanager
+def intact(file: Path) -> Iterator[None]:
+    """Name a file of a run that can't be read, or holds other weights than it should."""
+    try:
+        yield
+    except Exception as error:  # safetensors has several
+        reason = str(error).partition("\n")[0]
+        allowed = f"it is absent or damaged ({reason}): delete its trial"
+        raise BadInput("weights", str(file), allowed, fault=True) from error
 
 
 def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
@@ -168,11 +215,13 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
 
 
 @torch.no_grad()
-def fill(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor], file: Path) -> None:
-    """Copy stored values into weights; ValueError where a name or a shape differs."""
+def fill(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Copy stored values into weights; ValueError where a name or a shape differs, or at NaN."""
     odd = sorted(stored.keys() ^ weights.keys())
     odd += [n for n in stored.keys() & weights.keys() if stored[n].shape != weights[n].shape]
     if odd:
-        raise ValueError(f"{file} does not fit the model: {', '.join(odd[:3])}")
+        raise ValueError(f"it does not fit the model: {', '.join(odd[:3])}")
+    if (name := not_finite(stored.items())) is not None:
+        raise ValueError(f"{name} holds NaN or infinity")
     for name, weight in weights.items():
         weight.copy_(stored[name])

@@ -23,6 +23,7 @@ from depthprobe.errors import BadInput
 from depthprobe.models.backbones import load_backbone, resolve_device
 from depthprobe.models.build import fill, save_weights
 from depthprobe.models.recommender import Recommender, best_columns
+from depthprobe.models.tiny import ends_at_positions, positions_of
 
 PARTS, CARD = "recommender.safetensors", "recommender.json"
 BATCH = 256  # users encoded at once
@@ -196,8 +197,6 @@ def load_recommender(
     try:
         card = msgspec.json.decode((path / CARD).read_bytes(), type=Card)
         parts = load_file(path / PARTS)
-        if not all(torch.isfinite(part).all() for part in parts.values()):
-            raise ValueError(f"{PARTS} holds numbers that are not finite")
         items = parts.pop(ITEMS)
         if items.ndim != 2 or len(items) != len(card.item_ids) + 1:
             rows = f"{tuple(items.shape)} for {len(card.item_ids)} items"
@@ -208,7 +207,12 @@ def load_recommender(
         model = Recommender(backbone, items, card.prompt, suffix=card.suffix, head=card.head)
         if max([0, *card.prompt, *card.suffix]) >= model.token_embeddings.num_embeddings:
             raise ValueError(f"{CARD} has a token beyond those of the backbone")
-        fill(_own_weights(model), parts, path / PARTS)
+        fill(_own_weights(model) | {ITEMS: model.items.weight}, parts | {ITEMS: items})
+        longest = card.max_history
+        config, texts = backbone.config, len(card.prompt) + len(card.suffix)
+        most = positions_of(config)
+        if most is not None and texts + longest > most and ends_at_positions(config):
+            longest = most - texts  # no user of the evaluation had more items
     except BadInput:
         raise
     except Exception as error:  # of several libraries
@@ -216,9 +220,7 @@ def load_recommender(
         allowed = f"a complete export (damaged: {reason.partition(chr(10))[0]})"
         raise BadInput("recommender", str(folder), allowed) from None
     model.to(place).eval()
-    return ExportedRecommender(
-        model, card.item_ids, card.titles, card.max_history, card.filter_seen
-    )
+    return ExportedRecommender(model, card.item_ids, card.titles, longest, card.filter_seen)
 
 
 def _own_weights(model: Recommender) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import pretrained, pretrained_tokenizer
+from depthprobe.models.blocks import find_decoder, token_embeddings
+from depthprobe.models.tiny import positions_of
 from depthprobe.study import Backbone
 
 FIELD, TEXT = "item_table", "text"
@@ -95,12 +97,18 @@ def embed_titles(
     changes its state. A text is cut to 64 tokens; those of like length go together in a batch.
     """
     start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    longest = LONGEST_TITLE - len(start)
+    most = positions_of(backbone.config)
+    longest = min(LONGEST_TITLE, most or LONGEST_TITLE) - len(start)
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in texts]
     if [] in tokens:
         unread = texts[tokens.index([])]
         raise BadInput(FIELD, TEXT, f"titles that the tokenizer can read (in {unread!r} it can't)")
     decoder, device = backbone.base_model, backbone.device
+    rows = len(token_embeddings(find_decoder(backbone)).weight)
+    if (highest := max(map(max, tokens))) >= rows:
+        text = next(text for text, own in zip(texts, tokens, strict=True) if highest in own)
+        allowed = f"titles of the backbone's {rows:,} tokens (in {text!r} is token {highest})"
+        raise BadInput(FIELD, TEXT, allowed)
     width = backbone.config.get_text_config(decoder=True).hidden_size
     table = torch.zeros(len(texts) + 1, width)
     order = sorted(range(len(texts)), key=lambda place: len(tokens[place]))

@@ -80,6 +80,31 @@ def tiny_model(config: PreTrainedConfig, *, depth: int = DEPTH) -> PreTrainedMod
     raise ValueError(f"no small copy can be built and run on text: {reason}") from failure
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a configuration speaks of; None if of none."""
+    text = config.get_text_config(decoder=True)
+    named = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((most for most in named if type(most) is int and most > 0), None)
+
+
+def ends_at_positions(config: PreTrainedConfig) -> bool:
+    """Whether a model can't compute behind its last position, as with a table of learned ones.
+
+    Tried on a tiny copy; where none can be built, it is taken to be able.
+    """
+    try:
+        model = tiny_model(config)
+    except ValueError:
+        return False
+    tokens = torch.ones(1, (positions_of(model.config) or 0) + TOKENS, dtype=torch.long)
+    try:
+        with torch.inference_mode():
+            model(tokens, use_cache=False)
+    except Exception:  # an index out of range, or shapes that do not fit
+        return True
+    return False
+
+
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
         trusted = brings_code(config)

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from depthprobe.evaluation.ranks import EvalSet, shared_prompt
 from depthprobe.models.blocks import find_blocks
+from depthprobe.models.build import intact
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable, find_projection
 from depthprobe.models.taps import removed_after, tap_blocks
@@ -200,5 +201,5 @@ def save_replacement(replacement: Replacement, folder: Path) -> None:
 
 def load_replacement(folder: Path) -> Replacement:
     """Read what :func:`save_replacement` wrote."""
-    with safe_open(folder / FILE, framework="numpy") as file:
+    with intact(folder / FILE), safe_open(folder / FILE, framework="numpy") as file:
         return Replacement(map=file.get_tensor(MAP), **json.loads(file.metadata()["of"]))

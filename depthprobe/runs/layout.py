@@ -35,9 +35,10 @@ from depthprobe.models.backbones import (
     pinned_now,
     pretrained,
     pretrained_config,
+    pretrained_tokenizer,
     resolve_device,
 )
-from depthprobe.models.blocks import find_decoder, token_embeddings
+from depthprobe.models.build import check_lengths, prompt_and_suffix
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import TEXT, item_texts, make_table, table_hash
 from depthprobe.runs.context import CHECKPOINTS, LEARNED
@@ -136,6 +137,10 @@ def read_inputs(
     # of a run that is continued nothing may be left to do
     facts = _checked(backbone, revision, tasks) if before is None else before.backbone
     manifest = _new_manifest(merged, split, table, facts, device, command)
+    if any(method_of(name).role != "baseline" for name in merged.methods):
+        lengths = np.diff(split.sequences.offsets)
+        longest = max(1, min(merged.data.max_history, int(lengths.max()) - 1))
+        manifest.data.warnings += check_lengths(backbone, config, longest)
     if before is not None:
         _check_same(folder, before, manifest, revision)
     return Inputs(
@@ -175,7 +180,7 @@ def _checked(settings: Backbone, revision: str, tasks: Sequence[Task]) -> Backbo
     """Facts of a backbone that has its weights and can be cut; none of them is read."""
     model = pretrained(settings, weights=False)
     facts = BackboneFacts(**describe(model, settings.source, revision))
-    token_embeddings(find_decoder(model))  # refuses a decoder without any
+    prompt_and_suffix(settings, model)  # refuses texts that it can't read, a decoder without tokens
     trained = [task.trials[-1] for task in tasks if method_of(task.method).trains]
     cut = [trial for trial in trained if trial.depth < trial.blocks]
     if cut:  # what probes cuts nothing
@@ -245,6 +250,7 @@ def _shared_table(
         return torch.from_numpy(np.load(written))
     ids, titles = sequences.item_ids.tolist(), sequences.titles
     if study.item_table == TEXT and width is not None:
+        pretrained_tokenizer(study.backbone)  # refused where there is none
         return torch.empty(len(item_texts(ids, titles)) + 1, width, device="meta")
     return make_table(study.item_table, study.backbone, ids, titles, device=device)
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from depthprobe.models.backbones import embedded_backbone
-from depthprobe.models.build import WEIGHTS, around, build_recommender, load_trained, save_trained
+from depthprobe.errors import BadInput
+from depthprobe.models.backbones import (
+    embedded_backbone,
+    embedded_tokenizer,
+    pretrained,
+    pretrained_config,
+)
+from depthprobe.models.build import (
+    WEIGHTS,
+    around,
+    build_recommender,
+    check_lengths,
+    load_trained,
+    prompt_and_suffix,
+    save_trained,
+)
+from depthprobe.models.families import family_config
+from depthprobe.models.tiny import ends_at_positions, tiny_model
 from depthprobe.study import Backbone
 
 
@@ -35,11 +54,94 @@ def test_a_seed_decides_the_adapters_and_a_random_backbone_alone():
     assert not torch.equal(inside[0], inside[2])
 
 
-def test_weights_that_were_damaged_are_named(tmp_path: Path) -> None:
+def nothing(file: Path) -> None:
+    file.unlink()
+
+
+def half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:20])
+
+
+def rewrite(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(file: Path) -> None:
+        weights = load_file(file)
+        change(weights)
+        save_file(weights, file)
+
+    return edit
+
+
+DAMAGE = {
+    "gone": nothing,
+    "cut short": half,
+    "noise": lambda file: file.write_bytes(bytes(range(256)) * 20),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "NaN": rewrite(lambda weights: weights["weight"].fill_(torch.nan)),
+    "infinity": rewrite(lambda weights: weights["bias"].fill_(torch.inf)),
+    # a copy that does not look would broadcast it
+    "another shape": rewrite(lambda weights: weights.update(bias=torch.ones(1))),
+    "missing": rewrite(lambda weights: weights.pop("bias")),
+    "unexpected": rewrite(lambda weights: weights.update(more=torch.ones(1))),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_weights_that_were_damaged_are_named(tmp_path: Path, case: str) -> None:
     model = torch.nn.Linear(2, 2)
     save_trained(model, tmp_path)
     load_trained(model, tmp_path)
-    file = tmp_path / WEIGHTS
-    file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged .* delete its trial"):
+    DAMAGE[case](tmp_path / WEIGHTS)
+    with pytest.raises(BadInput, match=f"{WEIGHTS}.*delete its trial") as caught:
         load_trained(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert torch.isfinite(model.weight).all()
+
+
+# --- texts: tokens without an embedding, more of them than positions ---
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Backbones of 16 positions with the embedded tokenizer: of a table, and of any number."""
+    folders = {}
+    for family in ("gpt2", "llama"):
+        config = family_config(family, max_position_embeddings=16, vocab_size=259)
+        folder = tmp_path_factory.mktemp(family)
+        tiny_model(config, depth=2).float().save_pretrained(folder)
+        embedded_tokenizer().save_pretrained(folder)
+        folders[family] = str(folder)
+    return folders
+
+
+@pytest.mark.parametrize("field", ["prompt", "suffix"])
+def test_a_token_without_an_embedding_is_refused(short: dict[str, str], field: str) -> None:
+    texts = {"prompt": "", "suffix": ""} | {field: "\u00e9"}
+    settings = Backbone(source=short["llama"], **texts)
+    for whole in (True, False):
+        with pytest.raises(BadInput, match=f"{field}: .*128 tokens that the backbone has"):
+            prompt_and_suffix(settings, pretrained(settings, weights=whole))
+
+
+def test_texts_and_items_need_positions(short: dict[str, str], caplog: Any) -> None:
+    for family, source in short.items():
+        settings = Backbone(source=source, prompt="1234567890", suffix="12")
+        config = pretrained_config(settings)
+        assert check_lengths(settings, config, 3) == []  # 16 in all, with the start token
+        if family == "gpt2":
+            with pytest.raises(BadInput, match="16 positions.*data.max_history = 3"):
+                check_lengths(settings, config, 4)
+        else:
+            (warning,) = check_lengths(settings, config, 4)
+            assert "16 positions of the backbone" in warning
+            assert warning in caplog.text
+    settings = Backbone(source=short["gpt2"], prompt="1234567890" * 2)
+    with pytest.raises(BadInput, match="a shorter prompt or suffix$"):
+        check_lengths(settings, pretrained_config(settings), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [("gpt2", True), ("opt", True), ("gptj", True), ("llama", False), ("falcon", False)],
+)
+def test_which_families_end_at_their_positions(kind: str, ends: bool) -> None:
+    assert ends_at_positions(family_config(kind)) is ends

@@ -77,7 +77,8 @@ def prepare_data(
     else:
         from depthprobe.data.readers.formats import read_log  # pyarrow is slow to import
 
-        log = read_log(source, format=format, items=items, columns=columns)
+        ratings = cleaning is not None and cleaning.min_rating is not None
+        log = read_log(source, format=format, items=items, columns=columns, ratings=ratings)
         sequences = order_log(log, name=name, cleaning=cleaning, ties=ties, ties_seed=ties_seed)
     if target is None:
         return sequences

@@ -111,6 +111,7 @@ def test_show_counts_and_draws(cli: Cli, log: Path) -> None:
     assert ["50 %", "█" * 18 + "▍", "76.5 %", "4"] in table  # 4 + 4 + 3 + 2 of 17
     assert max(map(len, outcome.out.partition("warning: ")[0].splitlines())) <= 80
     assert [line for line in outcome.out.splitlines() if line.startswith("warning: ")] == [
+        "warning: all times are before 1973: if they count no seconds, only their order holds",
         "warning: 4 of 7 items have no title",
         "warning: 2 of 5 users train only: fewer than 3 interactions",
         "warning: 2 of 3 test targets (67 %) are items that no training interaction holds: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,14 +32,18 @@ SPELLINGS = {
     what: [standing.split() for standing in text.split("|")] for what, text in _SPELLINGS.items()
 }
 REQUIRED = ("user", "item")
+Wanted = Collection[str]
+WANTED: Wanted = tuple(SPELLINGS)
 # beside one of these, `title` is the review's and not the item's (Amazon 2023)
 _OF_A_REVIEW = {"text", "reviewtext", "reviewbody", "summary", "helpfulvote"}
 
 _TYPE = re.compile(r":(token|token_seq|float|float_seq)$")  # of RecBole's headers
 
 
-def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dict[str, int]:
-    """Places in ``names`` of ``user``, ``item`` and, where there, ``time``, ``rating``, ``title``.
+def find_columns(
+    names: Sequence[str], columns: Columns, *, source: Path, wanted: Wanted = WANTED
+) -> dict[str, int]:
+    """Places in ``names`` of what is ``wanted``, where it is there; a log needs users and items.
 
     Columns that ``columns`` names are taken, the others guessed from :data:`SPELLINGS`. Refused is
     a name that isn't there or is there twice, a header without user or item, two columns that are
@@ -57,7 +61,7 @@ def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dic
                 f"data.columns.{what}", name, f"{source} has it more than once", fault=True
             )
         places[what] = place
-    for what in [what for what in SPELLINGS if what not in columns.given()]:
+    for what in [what for what in wanted if what not in columns.given()]:
         place = guess_column(names, what, source=source)
         if place is None and what in REQUIRED:
             allowed = (
@@ -75,7 +79,7 @@ def find_columns(names: Sequence[str], columns: Columns, *, source: Path) -> dic
             raise BadInput(
                 FIELD, source, f"{allowed}; say --{other}-column and --{what}-column", fault=True
             )
-    return places
+    return {what: place for what, place in places.items() if what in wanted}
 
 
 def guess_column(names: Sequence[str], what: str, *, source: Path) -> int | None:

@@ -1,7 +1,7 @@
 """Raw logs: which files are meant, what format they have, and reading them.
 
-A format is one function, ``read(path, columns) -> Log``, and one entry in :data:`FORMATS`. A reader
-raises BadInput, which names the file, the line or the row, and what was expected there.
+A format is one function, ``read(path, columns, wanted) -> Log``, and one entry in :data:`FORMATS`.
+A reader raises BadInput, which names the file, the line or the row, and what was expected there.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import numpy as np
 
 from depthprobe.data.log import Ids, Log, encode_ids, id_notes
 from depthprobe.data.public import SETS, fetch, is_public
-from depthprobe.data.readers.columns import listed, refuse_columns
+from depthprobe.data.readers.columns import WANTED, Wanted, listed, refuse_columns
 from depthprobe.data.readers.lines import is_sequences, read_json, read_sequences
 from depthprobe.data.readers.streams import FIELD, OTHERS, fits, head, plain_name
 from depthprobe.data.readers.tables import (
-    MOVIELENS,
-    RECBOLE,
+    TYPE,
+    is_movielens,
     is_table,
-    layout_of,
     read_csv,
     read_parquet,
 )
@@ -41,12 +40,12 @@ EMBEDDED = "embedded"
 class Format:
     """A format that a log may have; ``fits`` tells it by a file's first characters."""
 
-    read: Callable[[Path, Columns], Log]
+    read: Callable[[Path, Columns, Wanted], Log]
     fits: Callable[[str], object]
     help: str
 
 
-def read_embedded(source: Path, columns: Columns) -> Log:
+def read_embedded(source: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
     """Make the embedded log; there is nothing to read."""
     if str(source) != EMBEDDED:
         raise BadInput("data.format", EMBEDDED, f"another one for {source} (this one has no file)")
@@ -64,11 +63,11 @@ FORMATS: dict[str, Format] = {
         "Parquet, a file or a folder of part files, an interaction a row",
     ),
     "recbole": Format(
-        partial(read_csv, layouts=RECBOLE), partial(layout_of, layouts=RECBOLE),
+        read_csv, re.compile(rf"\s*([^\t\n]+:{TYPE}\t)*[^\t\n]+:{TYPE}\r?(\n|$)").match,
         "RecBole's X.inter with X.item",
     ),
     "movielens": Format(
-        partial(read_csv, layouts=MOVIELENS), partial(layout_of, layouts=MOVIELENS),
+        partial(read_csv, layouts=True), is_movielens,
         "MovieLens: u.data with u.item, ratings.dat or ratings.csv with movies",
     ),
     "json": Format(
@@ -76,7 +75,8 @@ FORMATS: dict[str, Format] = {
         "JSON lines, an interaction a line, such as Amazon's reviews with meta_X",
     ),
     "csv": Format(
-        read_csv, is_table, "CSV and its kin (comma, tab, semicolon, pipe), an interaction a row"
+        read_csv, is_table,
+        "CSV and its kin (comma, tab, semicolon, pipe, blanks), an interaction a row",
     ),
     "sequences": Format(
         read_sequences, is_sequences, "user item item ..., a user a line, with items.tsv"
@@ -90,6 +90,7 @@ def read_log(
     format: str | None = None,
     items: str | Path | None = None,
     columns: Columns | None = None,
+    ratings: bool = True,
 ) -> Log:
     """Read ``"embedded"``, a file, what a folder holds, or a public set by its name.
 
@@ -98,8 +99,10 @@ def read_log(
         format: a name in :data:`FORMATS`; by default the content tells.
         items: a file with the items' titles; by default looked for beside the log.
         columns: which columns hold what, where the guesses are not meant.
+        ratings: whether they are needed; else they may be missing or anything.
     """
     columns = columns or Columns()
+    wanted = [what for what in WANTED if ratings or what != "rating"]
     if format is not None and format not in FORMATS:
         raise BadInput("data.format", format, nearest(format, FORMATS))
     if str(source) == EMBEDDED or format == EMBEDDED:
@@ -107,7 +110,7 @@ def read_log(
         return with_titles(log, Path(source), items=items, columns=columns)
     path = _located(source)
     paths = logs_in(path) if path.is_dir() else [path]
-    logs = [FORMATS[format or recognise(one)].read(one, columns) for one in paths]
+    logs = [FORMATS[format or recognise(one)].read(one, columns, wanted) for one in paths]
     log = logs[0] if len(logs) == 1 else join_parts(logs, folder=path)
     notes = [*log.notes, *id_notes(log.users, "user"), *id_notes(log.items, "item")]
     log = replace(log, notes=tuple(notes))

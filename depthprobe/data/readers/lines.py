@@ -6,7 +6,7 @@ import codecs
 import io
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,16 @@ import pyarrow as pa
 
 from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.readers.arrow import log_of
-from depthprobe.data.readers.columns import REQUIRED, find_columns, refuse_columns
-from depthprobe.data.readers.streams import BLOCK, FIELD, filled_lines, open_bytes, stem
+from depthprobe.data.readers.columns import REQUIRED, WANTED, Wanted, find_columns, refuse_columns
+from depthprobe.data.readers.streams import (
+    BLOCK,
+    FIELD,
+    filled_lines,
+    head,
+    open_bytes,
+    stem,
+    words,
+)
 from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
 
@@ -26,13 +34,17 @@ INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 ARROW = {str: pa.string(), INT64: pa.int64(), float: pa.float64()}
 SAMPLE = 1000  # lines that tell the columns of JSON lines
 JSON_LINES = "expected JSON lines, one object a line"
-SEQUENCES = "a log has one user a line: 'user item item ...', ids without blanks, oldest item first"
+SEQUENCES = "a log has one user a line: 'user item item ...', oldest item first"
+# half of a surrogate pair, as an emoji that was cut in two leaves it; whole pairs are let alone
+_HALF = re.compile(
+    rb"(?<!\\)((?:\\\\)*)(?:(\\u[dD][89abAB]..\\u[dD][c-fC-F]..)|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
 
 # what ids don't hold, and prose, JSON, CSV, XML and markdown do
 _FOREIGN = re.compile(r"[{}\[\]()<>\"'`,;\x00-\x08\x0a-\x1f\x7f]")
 
 
-def read_json(path: Path, columns: Columns) -> Log:
+def read_json(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
     """Read the wanted columns of JSON lines, such as Amazon's reviews; ignore what else is there.
 
     The first lines tell the columns and whether each holds texts or numbers.
@@ -41,18 +53,19 @@ def read_json(path: Path, columns: Columns) -> Log:
     if not sample:
         raise BadInput(FIELD, path, f"it is empty; {JSON_LINES}", fault=True)
     names = list(dict.fromkeys(name for one in sample for name in one))
-    wanted = {what: names[at] for what, at in find_columns(names, columns, source=path).items()}
-    kinds = {what: _kind(what, [one.get(name) for one in sample]) for what, name in wanted.items()}
+    places = find_columns(names, columns, source=path, wanted=wanted)
+    keys = {what: names[at] for what, at in places.items()}
+    kinds = {what: _kind(what, [one.get(name) for one in sample]) for what, name in keys.items()}
     # msgspec decodes and checks these keys alone: most of a review is its text
     fields = [(what, kind | None, None) for what, kind in kinds.items()]
-    row = msgspec.defstruct("Row", fields, rename=wanted)
+    row = msgspec.defstruct("Row", fields, rename=keys)
     decode = msgspec.json.Decoder(row).decode_lines
-    chunks: dict[str, list[Any]] = {what: [] for what in wanted}
+    chunks: dict[str, list[Any]] = {what: [] for what in keys}
     with open_bytes(path) as stream:
         lines = io.BufferedReader(stream)
         while block := b"".join(lines.readlines(BLOCK)):  # much faster than line by line
             try:
-                rows = decode(block.removeprefix(codecs.BOM_UTF8))
+                rows = _whole(decode, block.removeprefix(codecs.BOM_UTF8))
             except (msgspec.DecodeError, RecursionError):
                 deque(_objects(path, row), maxlen=0)  # raises for the line at fault
                 raise
@@ -71,10 +84,18 @@ def _objects(path: Path, kind: Any) -> Iterator[Any]:
     decode = msgspec.json.Decoder(kind).decode
     for number, line in filled_lines(path):
         try:
-            yield decode(line)
+            yield _whole(decode, line.encode())
         except (msgspec.DecodeError, RecursionError) as error:
             fault = f"line {number} is {short(line.strip(), 40)} ({error})"
             raise BadInput(FIELD, path, f"{fault}; {JSON_LINES}", fault=True) from error
+
+
+def _whole(decode: Callable[[bytes], Any], raw: bytes) -> Any:
+    """What JSON holds, half a surrogate pair read as U+FFFD: msgspec takes none."""
+    try:
+        return decode(raw)
+    except msgspec.DecodeError:
+        return decode(_HALF.sub(lambda m: m[0] if m[2] else m[1] + rb"\ufffd", raw))
 
 
 def _kind(what: str, values: list[Any]) -> Any:
@@ -96,33 +117,40 @@ def is_sequences(start: str) -> bool:
     return len(words) > 1 and 2 * digits >= len(words) and not _FOREIGN.search(first)
 
 
-def read_sequences(path: Path, columns: Columns) -> Log:
+def read_sequences(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
     """Read ``user item item ...``, one user a line, oldest item first.
 
-    Refused, with its line, is a user without an item or with a second line, and what no id holds.
+    Lines are split at tabs alone where one of the first has two or more. Refused, with its line, is
+    a user without an item or with a second line, and what no id holds.
     """
     refuse_columns(columns, f"{path}: a sequence file has no columns")
+    tabs = any(line.strip().count("\t") > 1 for line in head(path).split("\n"))
     users: dict[str, int] = {}  # the line of each
     lengths: list[int] = []
 
     def items() -> Iterator[str]:
         for number, line in filled_lines(path):
-            user, *own = line.split()
+            user, *own = words(line, tabs=tabs)
             earlier = users.setdefault(user, number)
-            fault = None
+            fault, expected = None, SEQUENCES
             if foreign := _FOREIGN.search(line.rstrip("\r\n")):
                 fault = f"has {foreign.group()!r}"
             elif not own:
                 fault = f"has a single word, {short(user, 40)}"
+            elif "" in own:
+                fault = "has two tabs with no item between"
             elif earlier != number:
                 fault = f"is user {short(user, 40)} again, after line {earlier}"
+                expected += "; --format csv has an interaction a line"
             if fault:
-                raise BadInput(FIELD, path, f"line {number} {fault}; {SEQUENCES}", fault=True)
+                raise BadInput(FIELD, path, f"line {number} {fault}; {expected}", fault=True)
             lengths.append(len(own))
             yield from own
 
     encoded = encode_ids(items())
     if not users:
         raise BadInput(FIELD, path, f"the file is empty; {SEQUENCES}", fault=True)
+    blanks = next((name for name in encoded.names if " " in name), None)
+    notes = () if blanks is None else (f"lines are split at tabs: {short(blanks, 40)} is one item",)
     codes = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    return Log(users=Ids(codes, list(users)), items=encoded, name=stem(path))
+    return Log(Ids(codes, list(users)), encoded, name=stem(path), notes=notes)

@@ -1,7 +1,9 @@
 """Files by name, and their content as streams; what is cut off, damaged or no text is refused.
 
 Compression is recognised by a file's first bytes, never by its name. pyarrow undoes it: it reads
-several gzip members as one stream, and an end before the last member's own end is an error.
+several gzip members as one stream, and an end before the last member's own end is an error. Texts
+are in UTF-8, or in UTF-16 with a byte order mark; comments, ``# such``, before the first line are
+left out.
 """
 
 from __future__ import annotations
@@ -19,36 +21,74 @@ from depthprobe.errors import BadInput
 FIELD = "data.source"
 START = 2**16  # bytes at a file's start that tell its format
 BLOCK = 2**22  # bytes that are read at once; no row or line is longer
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-COMPRESSED = re.compile(r"\.(gz|zst|zstd)$", re.IGNORECASE)
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+ARCHIVES = {b"PK\x03\x04": "zip", b"\xfd7zX": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
+COMPRESSED = re.compile(r"\.(gz|zst|zstd|bz2)$", re.IGNORECASE)
 # names that tell nothing of a log: its folder's name is taken
 GENERIC = {
     *("data", "dataset", "events", "interactions", "log", "logs", "ratings", "reviews"),
     *("sequences", "test", "train", "u"),
 }
+_COMMENTS = re.compile(rb"(\xef\xbb\xbf)?([#%]+([ \t][^\n]*)?\r?\n)*")
 # names of what lies beside a log: titles, users, notes, what is hidden
 OTHERS = ("items.*", "movies.*", "users.*", "meta_*", "readme*", "license*", "_*", ".*")
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[Any]:
-    """A file's bytes, decompressed, as a binary stream with ``read(size)``.
+    """A file's bytes, decompressed, as a binary stream with ``read(size)``; a text in UTF-8.
 
     Raises:
         BadInput: if the file can't be opened or, anywhere in the block, can't be read on.
     """
     import pyarrow as pa
 
+    kind, start = _start(path)
+    try:
+        with pa.input_stream(str(path), compression=kind) as stream:
+            if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+                yield pa.transcoding_input_stream(stream, "utf-16", "utf-8")
+                return
+            if comments := _COMMENTS.match(start):
+                stream.read(comments.end())
+            yield stream
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        if not error.encoding.startswith("utf-16"):
+            raise
+        raise BadInput(FIELD, path, f"a whole text in UTF-16 ({error.reason})") from error
+
+
+def first_line(path: Path) -> int:
+    """The number of the line that :func:`open_bytes` begins with."""
+    comments = _COMMENTS.match(_start(path)[1])
+    return 1 + (comments[0].count(b"\n") if comments else 0)
+
+
+def _start(path: Path) -> tuple[str | None, bytes]:
+    """How a file is compressed, and its first bytes without that."""
+    import pyarrow as pa
+
+    if path.exists() and not path.is_file():  # a pipe might be waited for, and is read only once
+        raise BadInput(FIELD, path, "a file that can be read (a folder, pipe or device is none)")
     try:
         with path.open("rb") as raw:
             start = raw.read(4)
+        if start in ARCHIVES:
+            fault = f"it is a {ARCHIVES[start]} archive, or a spreadsheet"
+            raise BadInput(FIELD, path, f"{fault}; unpack it, or save it as CSV", fault=True)
         kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
         with pa.input_stream(str(path), compression=kind) as stream:
-            yield stream
+            return kind, stream.read(START)
     except OSError as error:
-        # the decompressor's errors have no strerror
-        fault = error.strerror or "its compressed data are cut off or damaged; copy it anew"
-        raise BadInput(FIELD, path, f"a file that can be read ({fault})") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> BadInput:
+    # the decompressor's errors have no strerror
+    fault = error.strerror or "its compressed data are cut off or damaged; copy it anew"
+    return BadInput(FIELD, path, f"a file that can be read ({fault})")
 
 
 def head(path: Path) -> str:
@@ -60,14 +100,14 @@ def head(path: Path) -> str:
 
 
 @contextmanager
-def open_lines(path: Path, *, newline: str = "\n") -> Iterator[TextIO]:
+def open_lines(path: Path, *, newline: str = "\n", errors: str = "strict") -> Iterator[TextIO]:
     """A UTF-8 text, to be read line by line: what is held of a long log stays small."""
     try:
         with open_bytes(path) as stream:
-            yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline, errors=errors)
     except UnicodeDecodeError as error:
         with open_bytes(path) as stream:
-            lines = enumerate(io.BufferedReader(stream), 1)
+            lines = enumerate(io.BufferedReader(stream), first_line(path))
             line = next(n for n, raw in lines if raw.decode(errors="ignore").encode() != raw)
         allowed = f"line {line} is not UTF-8; expected a text file in UTF-8"
         raise BadInput(FIELD, path, allowed, fault=True) from error
@@ -75,8 +115,21 @@ def open_lines(path: Path, *, newline: str = "\n") -> Iterator[TextIO]:
 
 def filled_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, each with its number."""
-    with open_lines(path) as lines:
-        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    with open_lines(path) as text:
+        lines = enumerate(text, first_line(path))
+        yield from ((number, line) for number, line in lines if line.strip())
+
+
+def words(line: str, *, tabs: bool) -> list[str]:
+    r"""A user's items, behind the user: split at tabs if ids may hold blanks, else at blanks too.
+
+    >>> words("ann lee\tThe Wire\tLost\n", tabs=True), words("ann lee\ti1 i2", tabs=False)
+    (['ann lee', 'The Wire', 'Lost'], ['ann lee', 'i1', 'i2'])
+    """
+    user, tab, rest = line.strip().partition("\t")
+    if tabs:
+        return [word.strip() for word in line.strip().split("\t")]
+    return [user.strip(), *rest.split()] if tab else line.split()
 
 
 def stem(path: Path) -> str:

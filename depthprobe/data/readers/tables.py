@@ -7,7 +7,8 @@ import io
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
@@ -23,6 +25,8 @@ from depthprobe.data.readers.arrow import Where, log_of, row_number
 from depthprobe.data.readers.columns import (
     REQUIRED,
     SPELLINGS,
+    WANTED,
+    Wanted,
     find_columns,
     guess_column,
     listed,
@@ -34,6 +38,7 @@ from depthprobe.data.readers.streams import (
     FIELD,
     OTHERS,
     filled_lines,
+    first_line,
     fits,
     head,
     open_bytes,
@@ -43,125 +48,189 @@ from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
+BLANK = " "  # any number of blanks and tabs, where none of the others is a delimiter
+csv.field_size_limit(BLOCK)  # characters of a cell; Python's own limit is that of a short review
 
 Pick = Callable[[list[str]], dict[str, int]]  # of a header, the places by what they hold
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a delimited text is written: what it starts with, its delimiter, quotes, columns.
-
-    Without a ``delimiter`` the content tells it. Where not ``quoted``, quotes are text. ``columns``
-    are numbers, of a text without a header.
-    """
+    """A text without a header: what it starts with, its delimiter, the numbers of its columns."""
 
     start: str
-    delimiter: str | None = None
-    quoted: bool = True
-    columns: Columns | None = None
+    delimiter: str
+    columns: Columns
 
 
-ANY = Layout("")
 TYPE = "(token|float)(_seq)?"  # of a column in RecBole's headers (recbole.io/atomic_files)
-RECBOLE = (Layout(rf"([^\t\n]+:{TYPE}\t)*[^\t\n]+:{TYPE}\r?(\n|$)", "\t", quoted=False),)
-MOVIELENS = (  # u.data, ratings.dat, ratings.csv; blank columns lie between the colons
+MOVIELENS = (  # u.data, ratings.dat; blank columns lie between the colons
     Layout(
-        r"\d+\t\d+\t[1-5]\t\d{9,10}\r?(\n|$)", "\t", quoted=False,
-        columns=Columns(user="1", item="2", rating="3", time="4"),
+        r"\d+\t\d+\t[1-5]\t\d{9,10}\r?(\n|$)", "\t",
+        Columns(user="1", item="2", rating="3", time="4"),
     ),
     Layout(
-        r"[^:\s]+::[^:\s]+::\d+(\.\d+)?::\d+\r?(\n|$)", ":", quoted=False,
-        columns=Columns(user="1", item="3", rating="5", time="7"),
+        r"[^:\s]+::[^:\s]+::\d+(\.\d+)?::\d+\r?(\n|$)", ":",
+        Columns(user="1", item="3", rating="5", time="7"),
     ),
-    Layout(r"userId,movieId,rating,timestamp\s", ","),
 )  # fmt: skip
+# a cell with a digit, as ids and numbers have and few names of columns; and one that is a time
+_VALUE, _TIME = re.compile(r".*[0-9].*"), re.compile(r"[0-9]{8,}(\.[0-9]*)?|[0-9]{4}-[0-9]{2}-.*")
+_NUMBER = re.compile(r"[0-9.:TZ+\- ]*[0-9][0-9.:TZ+\- ]*")  # or a date or a time
+_QUOTED, _ANY_QUOTE = r'^"(?:[^"]|"")*"$', r'^"'
 
 
-def layout_of(start: str, layouts: tuple[Layout, ...]) -> Layout | None:
-    """The one of the layouts that a text with this start has."""
-    return next((one for one in layouts if re.match(one.start, start.lstrip())), None)
+def layout_of(start: str) -> Layout | None:
+    """MovieLens's layout that a text with this start has."""
+    return next((one for one in MOVIELENS if re.match(one.start, start.lstrip())), None)
 
 
-def read_csv(path: Path, columns: Columns, layouts: tuple[Layout, ...] = ()) -> Log:
-    """Read delimited text with a header, or without one and with columns given by number."""
-    start = head(path)
-    layout = layout_of(start, layouts) or ANY
-    if layout.columns is not None:
-        refuse_columns(columns, f"{path}: it has no header, its columns are known by their places")
-        columns = layout.columns
+def is_movielens(start: str) -> bool:
+    """Whether a text is one of MovieLens's, with a header or without one."""
+    return start.lstrip().startswith("userId,movieId,rating,timestamp") or bool(layout_of(start))
+
+
+def read_csv(
+    path: Path, columns: Columns, wanted: Wanted = WANTED, *, layouts: bool = False
+) -> Log:
+    """Read delimited text with a header, or without one and with columns given by number.
+
+    Where a header is missing and nothing was said, two columns are the user's and the item's, and a
+    third one the time's if it can be nothing else.
+    """
+    start, notes = head(path), []
     if "_list:token_seq" in start.lstrip().partition("\n")[0]:
         expected = "expected an interaction a row, with one item_id:token"
         raise BadInput(FIELD, path, f"each of its rows has a list of items; {expected}", fault=True)
+    layout = layout_of(start) if layouts else None
+    delimiter, _, first = first_row(path, None if layout is None else layout.delimiter)
+    known = [guess_column(first, what, source=path) is not None for what in REQUIRED]
     # Numbers name the columns of a text without a header, whatever its first row holds: numbers
     # there may be ids, and a row taken for a header would be lost. With a 0 among them they are
     # names, as pandas gives them.
     named = columns.given().values()
     numbered = bool(named) and all(name.isdecimal() and int(name) > 0 for name in named)
+    if layout is not None:
+        refuse_columns(columns, f"{path}: it has no header, its columns are known by their places")
+        columns, numbered = layout.columns, True
+    elif numbered and all(known):
+        fault = f"its first line is a header ({listed(first)})"
+        raise BadInput(FIELD, path, f"{fault}; name the columns as it does", fault=True)
+    elif (
+        not (named or any(known))
+        and all(map(_VALUE.fullmatch, first))
+        and (len(first) == 2 or (len(first) == 3 and _TIME.fullmatch(first[2])))
+    ):
+        numbered = True
+        columns = Columns(user="1", item="2", time="3" if len(first) == 3 else None)
+        notes = [f"no header: the columns are read as {', '.join(columns.given())}"]
 
-    def pick(first: list[str]) -> dict[str, int]:
-        if numbered:
-            if all(guess_column(first, what, source=path) is not None for what in REQUIRED):
-                fault = f"its first line is a header ({listed(first)})"
-                raise BadInput(FIELD, path, f"{fault}; name the columns as it does", fault=True)
-            first = [str(at) for at in range(1, len(first) + 1)]
-        return find_columns(first, columns, source=path)
+    def pick(names: list[str]) -> dict[str, int]:
+        names = [str(at) for at in range(1, len(names) + 1)] if numbered else names
+        return find_columns(names, columns, source=path, wanted=wanted)
 
-    table, where = csv_table(path, pick, layout, header=not numbered)
-    return log_of(table, source=path, where=where)
+    table, where = csv_table(path, pick, delimiter, header=not numbered)
+    log = log_of(table, source=path, where=where)
+    return replace(log, notes=(*log.notes, *notes))
 
 
-def csv_table(
-    path: Path, pick: Pick, layout: Layout = ANY, *, header: bool = True
-) -> tuple[pa.Table, Where]:
-    """The columns that ``pick`` chooses by the first row, and what to call a row.
-
-    Rows of different lengths and a quote that isn't closed are refused with their line.
-    """
+def first_row(path: Path, delimiter: str | None = None) -> tuple[str, int, list[str]]:
+    """The delimiter, how many lines there are to the end of the first row, and its cells."""
     start = head(path)
     if not start.strip():
         raise BadInput(FIELD, path, "a table with a header and rows (it is empty)")
-    if "\ufffd" in start:  # no UTF-8: refused with its line
-        deque(filled_lines(path), maxlen=0)
-    delimiter = layout.delimiter or _delimiter(start, source=path)
-    first_rows = enumerate(_csv_rows(io.StringIO(start, newline=""), delimiter, layout.quoted), 1)
-    skipped, first = next((at, row) for at, row in first_rows if row)
-    places = pick([cell.strip() for cell in first])
+    delimiter = delimiter or _delimiter(start, source=path)
+    rows = _csv_rows(io.StringIO(start, newline=""), delimiter)
+    first = next(row for row in rows if row)
+    return delimiter, rows.line_num, [cell.strip() for cell in first]
+
+
+def csv_table(
+    path: Path, pick: Pick, delimiter: str | None = None, *, header: bool = True
+) -> tuple[pa.Table, Where]:
+    """The columns that ``pick`` chooses by the first row, and what to call a row.
+
+    What quotes mean is decided once a file. Where all lines have as many columns without minding
+    quotes, each line is a row; quotes that cells begin and end with are taken off, others are text
+    between tabs and refused elsewhere. Else a cell in quotes may hold delimiters and line breaks.
+    Rows of different lengths and a quote that isn't closed are refused with their line.
+    """
+    delimiter, skipped, first = first_row(path, delimiter)
+    skipped = skipped if header else 0
+    places = pick(first)
     # Arrow is fast, and names no lines: a slow pass over the records finds those of a fault
-    rows = partial(records, path, delimiter, quoted=layout.quoted, skip=header)
+    rows = partial(records, path, delimiter, skip=header)
+    read = partial(_arrow, path, delimiter, places, len(first), skipped)
+
+    def where(row: int, *, quoted: bool) -> str:
+        record = next(islice(rows(quoted=quoted), row, None), None)
+        return f"line {record[0]}" if record else row_number(row)
+
+    strict = False
+    with suppress(pa.ArrowInvalid):
+        table = read(quoted=False)
+        clean = _without_quotes(table)
+        if clean is not None or delimiter == "\t":
+            return clean or table, partial(where, quoted=False)
+        strict = True
+    try:
+        table = read(quoted=True)
+    except pa.ArrowInvalid as error:
+        deque(rows(quoted=True), maxlen=0)
+        deque(filled_lines(path), maxlen=0)  # is it UTF-8?
+        fault = f"it can't be read as a table ({' '.join(str(error).split())[:120]})"
+        raise BadInput(FIELD, path, fault, fault=True) from error
+    with open_bytes(path) as stream:
+        ends = sum(block.count(b"\n") for block in iter(partial(stream.read, BLOCK), b""))
+    if strict or len(table) + skipped < ends:
+        # some records are over several lines, and Arrow takes a quote never closed for another
+        deque(rows(quoted=True), maxlen=0)
+    return table, partial(where, quoted=True)
+
+
+def _arrow(
+    path: Path, delimiter: str, places: dict[str, int], width: int, skipped: int, *, quoted: bool
+) -> pa.Table:
     ids = pa.dictionary(pa.int32(), pa.string())
     kinds = {str(at): ids if what in REQUIRED else pa.string() for what, at in places.items()}
-    skipped = skipped if header else 0
     read = pa.csv.ReadOptions(
-        column_names=[str(place) for place in range(len(first))],  # the header's may be repeated
+        column_names=[str(place) for place in range(width)],  # the header's may be repeated
         skip_rows_after_names=skipped,
         block_size=BLOCK,
     )
     parse = pa.csv.ParseOptions(
-        delimiter=delimiter,
-        quote_char='"' if layout.quoted else False,
-        newlines_in_values=layout.quoted,
+        delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
     )
     convert = pa.csv.ConvertOptions(include_columns=list(kinds), column_types=kinds)
-    try:
-        with open_bytes(path) as stream:
-            table = pa.csv.read_csv(stream, read, parse, convert)
-    except pa.ArrowInvalid as error:
-        deque(rows(), maxlen=0)
-        text = " ".join(str(error).split())
-        raise BadInput(
-            FIELD, path, f"it can't be read as a table ({text[:120]})", fault=True
-        ) from error
     with open_bytes(path) as stream:
-        ends = sum(block.count(b"\n") for block in iter(partial(stream.read, BLOCK), b""))
-    if layout.quoted and len(table) + skipped < ends:
-        # some records are over several lines, and Arrow takes a quote never closed for another
-        deque(rows(), maxlen=0)
+        if delimiter == BLANK:
+            lines = re.sub(rb"[ \t]+", b" ", stream.read())
+            stream = pa.BufferReader(re.sub(rb"(?m)^ | (?=\r?$)", b"", lines))
+        table = pa.csv.read_csv(stream, read, parse, convert)
+    return pa.table({what: table[str(place)] for what, place in places.items()})
 
-    def where(row: int) -> str:
-        record = next(islice(rows(), row, None), None)
-        return f"line {record[0]}" if record else row_number(row)
 
-    return pa.table({what: table[str(place)] for what, place in places.items()}), where
+def _without_quotes(table: pa.Table) -> pa.Table | None:
+    """The columns with the quotes around cells taken off; None where those of some are not so."""
+    columns = {}
+    for what in table.column_names:
+        column = table[what]
+        if is_dictionary := pa.types.is_dictionary(column.type):
+            column = column.unify_dictionaries().combine_chunks()
+        cells = column.dictionary if is_dictionary else column
+        begins = pc.match_substring_regex(cells, _ANY_QUOTE)
+        if pc.any(begins).as_py():
+            if not pc.all(pc.equal(begins, pc.match_substring_regex(cells, _QUOTED))).as_py():
+                return None
+            inner = pc.replace_substring(pc.utf8_slice_codeunits(cells, 1, -1), '""', '"')
+            cells = pc.if_else(begins, inner, cells)
+            if is_dictionary:  # two cells may be the same without their quotes
+                cells = cells.dictionary_encode()
+                codes = cells.indices.take(column.indices)
+                cells = pa.DictionaryArray.from_arrays(codes, cells.dictionary)
+            column = cells
+        columns[what] = column
+    return pa.table(columns)
 
 
 def records(
@@ -169,50 +238,72 @@ def records(
 ) -> Iterator[tuple[int, list[str]]]:
     """The records that are not blank, each with the number of its first line, after a header.
 
-    Refuses a record with another number of columns than the first one has, and a quote that isn't
-    closed.
+    Refuses a record with another number of columns than the first one has, a quote that isn't
+    closed, and one that is closed lines later, if such a line is a row by itself.
     """
-    with open_lines(path, newline="") as text:
-        rows = _csv_rows(text, delimiter, quoted, strict=True)
-        line, width = 1, 0
+    with open_lines(path, newline="", errors="replace") as text:
+        seen: list[str] = []  # the lines of the record
+        lines = (seen.append(line) or line for line in text)  # type: ignore[func-returns-value]
+        rows = _csv_rows(lines, delimiter, quoted, strict=True)
+        at, width, like = first_line(path), 0, list[re.Pattern[str] | None]()
         try:
             for row in rows:
                 width = width or len(row)
                 if row and len(row) != width:
                     expected = f"{width} columns, as the first line has"
                     raise BadInput(
-                        FIELD, path, f"line {line} has {len(row)}; expected {expected}", fault=True
+                        FIELD, path, f"line {at} has {len(row)}; expected {expected}", fault=True
                     )
                 if row and not skip:
-                    yield line, row
+                    if not like:
+                        like = [
+                            next((one for one in (_NUMBER, _VALUE) if one.fullmatch(cell)), None)
+                            for cell in row
+                        ]
+                    alone = [n for n, line in enumerate(seen, at) if _alike(line, like, delimiter)]
+                    if len(seen) > 1 and len(alone) > 1 and alone[0] == at:
+                        fault = f"a quote of line {at} goes on in line {alone[1]}"
+                        raise BadInput(
+                            FIELD, path, f"{fault}, which is a row by itself", fault=True
+                        )
+                    yield at, row
                 skip = skip and not row
-                line = rows.line_num + 1
+                at += len(seen)
+                seen.clear()
         except csv.Error as error:
-            allowed = f"in the row of line {line} a quote isn't closed, or not at a column's end"
+            allowed = f"in the row of line {at} a quote isn't closed, or not at a column's end"
             raise BadInput(FIELD, path, f"{allowed} ({error})", fault=True) from error
+
+
+def _alike(line: str, like: list[re.Pattern[str] | None], delimiter: str) -> bool:
+    """Whether a line by itself has numbers and digits where a row has them, and these are a few."""
+    cells = [cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)]
+    if len(cells) != len(like) or len(like) - like.count(None) < 2:
+        return False
+    return all(one is None or one.fullmatch(cell) for one, cell in zip(like, cells, strict=True))
 
 
 def is_table(start: str) -> bool:
     """Whether some delimiter splits the lines alike.
 
-    Users' sequences may lie between tabs too, and be of one length. A table has a header or, in
-    its first column, an id again: a sequence file has each user once.
+    Users' sequences may lie between tabs or blanks too, and be of one length. A table has a header
+    or, in its first column, an id again: a sequence file has each user once.
     """
     known = [{simple(one) for line in SPELLINGS[what] for one in line} for what in REQUIRED]
     for delimiter, (alike, rows) in _splits(start).items():
         if all({simple(name) for name in rows[0]} & names for names in known):
             return True
-        if alike > 0.9 and (delimiter != "\t" or len({row[0] for row in rows}) < len(rows)):
+        sure = delimiter in DELIMITERS and delimiter != "\t"
+        if alike > 0.9 and (sure or len({row[0] for row in rows}) < len(rows)):
             return True
     return False
 
 
-def read_parquet(path: Path, columns: Columns) -> Log:
+def read_parquet(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
     """Read a Parquet file, or a folder's part files in the order of their names as one table."""
     parts = _part_files(path) if path.is_dir() else [path]
-    tables = [
-        parquet_table(part, partial(find_columns, columns=columns, source=part)) for part in parts
-    ]
+    pick = partial(find_columns, columns=columns, wanted=wanted)
+    tables = [parquet_table(part, partial(pick, source=part)) for part in parts]
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -248,15 +339,17 @@ def parquet_table(path: Path, pick: Pick) -> pa.Table:
 
 def _csv_rows(text: Any, delimiter: str, quoted: bool = True, *, strict: bool = False) -> Any:
     quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    if delimiter == BLANK:
+        text = (" ".join(line.split()) for line in text)
     return csv.reader(text, delimiter=delimiter, quoting=quoting, strict=strict)
 
 
 def _splits(start: str) -> dict[str, tuple[float, list[list[str]]]]:
     """The rows by each delimiter that the first one has, and the share that are as long as it."""
-    found = {}
-    for delimiter in DELIMITERS:
+    found: dict[str, tuple[float, list[list[str]]]] = {}
+    for delimiter in (*DELIMITERS, BLANK):
         rows = [row for row in _csv_rows(io.StringIO(start, newline=""), delimiter) if row]
-        if rows and len(rows[0]) > 1:
+        if rows and len(rows[0]) > 1 and not (found and delimiter == BLANK):
             found[delimiter] = (sum(len(row) == len(rows[0]) for row in rows) / len(rows), rows)
     return found
 

@@ -24,7 +24,7 @@ from depthprobe.data.log import Log
 from depthprobe.data.readers.arrow import Column, row_number, to_ids
 from depthprobe.data.readers.columns import guess_column, listed, missing, place_of, simple
 from depthprobe.data.readers.streams import COMPRESSED, filled_lines, head, open_bytes
-from depthprobe.data.readers.tables import ANY, Layout, csv_table, parquet_table
+from depthprobe.data.readers.tables import csv_table, parquet_table
 from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
 
@@ -37,6 +37,7 @@ COMPANIONS = (
 LONGEST_LABEL = 40  # characters of an attribute
 
 _ASIN = re.compile(r"""['"](?:parent_)?asin['"]: ?['"](\w+)['"]""")
+_HALF = re.compile("[\ud800-\udfff]")
 _BARE = re.compile(r"\S+?(::)|\d+(\|)")  # movies.dat, u.item
 
 What = Literal["user", "item"]
@@ -141,7 +142,8 @@ def read_values(
         pairs = _table_pairs(path, what, value, pick)
     values: dict[str, str] = {}
     for raw, text in pairs:
-        own, found = raw.strip(), " ".join(text.split())
+        # half a surrogate pair, as JSON may hold, is no text
+        own, found = raw.strip(), " ".join(_HALF.sub("\ufffd", text).split())
         if found and own in wanted and (other := values.setdefault(own, found)) != found:
             fault = f"{what} {short(own, 40)} has both {short(other, 40)} and {short(found, 40)}"
             raise BadInput(FIELD, path, f"{fault}; expected one value", fault=True)
@@ -187,7 +189,7 @@ def _bare_pairs(path: Path, delimiter: str) -> Pairs:
 
 
 def _table_pairs(path: Path, what: What, value: str | None, pick: Pick) -> Pairs:
-    """A table's with a header; where it is split at tabs, its quotes are plain text."""
+    """A table's with a header."""
 
     def places(names: list[str]) -> dict[str, int]:
         key, found = pick(tuple(names))
@@ -202,8 +204,7 @@ def _table_pairs(path: Path, what: What, value: str | None, pick: Pick) -> Pairs
     if start.startswith("PAR1"):
         table = parquet_table(path, places)
     else:
-        tabs = "\t" in start.lstrip("\n").partition("\n")[0]
-        table, where = csv_table(path, places, Layout("", "\t", quoted=False) if tabs else ANY)
+        table, where = csv_table(path, places)
     ids = to_ids(Column(table[what], what, path, where or row_number))
     for code, text in zip(ids.codes.tolist(), table["value"].to_pylist(), strict=True):
         if text is not None:

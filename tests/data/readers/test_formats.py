@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -242,7 +243,10 @@ def test_refuses_what_is_missing(source: str, fault: str) -> None:
         ("a.gz", b"\x1f\x8b no gzip", "damaged"),
         ("a.npy", b"\x93NUMPY\x01\x00", "its format isn't recognised, it starts with"),
         ("a", "\n", "its format isn't recognised, it is empty"),
-        ("a.csv", FORMS["csv"].encode("utf-16"), "its format isn't recognised"),
+        ("a.csv", FORMS["csv"].encode("utf-16-le"), "its format isn't recognised"),
+        ("a.csv", FORMS["csv"].encode("utf-16")[:-1], "a whole text in UTF-16"),
+        ("a.csv", b"PK\x03\x04 and so on", "it is a zip archive, or a spreadsheet; unpack it"),
+        ("a.csv", lzma.compress(FORMS["csv"].encode()), "it is a xz archive"),
     ],
 )
 def test_refuses_what_is_no_log(

@@ -141,10 +141,10 @@ def test_columns_by_number(tmp_path: Path) -> None:
         (HEADER + "a,b,1,1\na,b,1,soon\n", "line 3 has the time 'soon'"),
         (HEADER + "a,b\x00,1,1\n", "line 2 has the item 'b"),
         (HEADER.encode() + b"a,b\xff,1,1\n", "line 2 is not UTF-8"),
-        (HEADER.encode("utf-16"), "line 1 is not UTF-8"),
         ('user,item,x\na,b,"c\n\nd"\na,,e\n', "line 5 has no item"),
-        ('user,item,x\na,b,"c\na,b,d\n', "in the row of line 2 a quote isn't closed"),
-        ('user,item,x\na,b,c\na,b,"c\na,b,"d\n', "in the row of line 3 a quote isn't closed"),
+        ('user,item,title\na,b,"c\na,b,d\n', "in the row of line 2 a quote isn't closed"),
+        ('user,item,x\na,b,"c, d"\na,b,"c\na,b,d\n', "in the row of line 3 a quote isn't closed"),
+        ('user,item,x\na,"b"c,d\n', "in the row of line 2 a quote isn't closed, or not at"),
         ('user,item,x\na,"b\nc",d\n', "line 2 has the item 'b\\nc'; expected"),
     ],
 )
@@ -155,7 +155,138 @@ def test_refused_csv(tmp_path: Path, text: str | bytes, fault: str) -> None:
 def test_a_quote_that_swallows_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("depthprobe.data.readers.tables.BLOCK", 1000)
     text = 'user,item,x\na,b,"c\n' + "a,b,d\n" * 30000
+    assert len(read(tmp_path, text)) == 30001
+    text += 'a,b,"c, d"\n'
     assert "in the row of line 2 a quote isn't closed" in refusal(tmp_path, text)
+
+
+STRAY = ["Plain", '"Opening only', "No quotes", 'Closing only"', '"Both"', 'In "the" middle', '"']
+
+
+@given(st.lists(st.sampled_from(STRAY), min_size=1), st.sampled_from(list(DELIMITERS)))
+def test_stray_quotes_cost_no_row(
+    tmp_path_factory: pytest.TempPathFactory, titles: list[str], delimiter: str
+) -> None:
+    rows = [(f"u{n % 3}", f"i{n}", 10**9 + n) for n in range(len(titles))]
+    lines = [["user", "item", "time", "x"]]
+    lines += [[u, i, str(t), x] for (u, i, t), x in zip(rows, titles, strict=True)]
+    path = write(
+        tmp_path_factory.mktemp("quotes"), "".join(delimiter.join(row) + "\n" for row in lines)
+    )
+    assert rows_of(read_csv(path, Columns())) == rows
+
+
+@pytest.mark.parametrize("delimiter", ",;|\t")
+@pytest.mark.parametrize("quoted", ["user", "item"])
+def test_a_quote_that_swallows_rows_is_named(tmp_path: Path, delimiter: str, quoted: str) -> None:
+    def line(*cells: str) -> str:
+        return delimiter.join(cells) + "\n"
+
+    text = line("user", "item", "time", "x")
+    text += line("u1", "i1", "1600000000", f'"Lion{delimiter} The"')
+    text += line("u2", "i2", "1600000001", "'fine'")
+    text += line("u1", "i3", "1600000002", '"Opening only')
+    text += line("u2", "i4", "1600000003", "None")
+    text += line("u1", "i5", "1600000004", 'Closing only"')
+    assert "a quote of line 4 goes on in line 5, which is a row by itself" in refusal(
+        tmp_path, text
+    )
+    # prose in quotes may be over several lines, with delimiters and numbers in it
+    prose = f'"good{delimiter} 5 of 5{delimiter} all 3{delimiter} fine\nand 2{delimiter} or 3"'
+    text = line("x", "user", "item", "time") + line("-", "u1", "i1", "1600000000")
+    text += line(prose, "u2", "i2", "1600000001") * 3
+    assert len(read(tmp_path, text)) == 4
+
+
+@pytest.mark.parametrize("break_", ["", "\n"])
+def test_a_cell_of_any_length(tmp_path: Path, break_: str) -> None:
+    long = "word, " * 40_000
+    text = "user,item,x\n" + f'a,b,"fine{break_}"\n' * 3 + f'a,c,"{long}"\n'
+    assert read(tmp_path, text) == [("a", "b")] * 3 + [("a", "c")]
+
+
+def test_quotes_around_ids(tmp_path: Path) -> None:
+    text = 'user,item\n"a",b\na,"b"\n"a","b ""c"""\n"","b"\n'
+    assert "line 5 has no user" in refusal(tmp_path, text)
+    assert read(tmp_path, text[: text.rindex('""')]) == [("a", "b"), ("a", "b"), ("a", 'b "c"')]
+
+
+PAIRS = [("u1", "i1"), ("u1", "i2"), ("u2", "i1"), ("u2", "i3")]
+
+
+@pytest.mark.parametrize("between", [" ", "   ", "\t", " \t ", ",", ";"])
+@pytest.mark.parametrize("around", ["", "  "])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_pairs_without_a_header(tmp_path: Path, between: str, around: str, end: str) -> None:
+    if around and not between.isspace():
+        around = ""
+    for time in (None, 1_600_000_000):
+        rows = PAIRS if time is None else [(*pair, time + n) for n, pair in enumerate(PAIRS)]
+        text = "".join(around + between.join(map(str, row)) + around + end for row in rows)
+        log = read_log(write(tmp_path, text, "pairs.txt"))
+        read = [tuple(v.strip() if isinstance(v, str) else v for v in r) for r in rows_of(log)]
+        assert read == rows
+        assert "no header: the columns are read as user, item" in log.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [("1 2 5", "its columns are 1, 2, 5"), ("1 2 5 1600000000", "say --user-column and --item")],
+)
+def test_columns_that_may_be_anything_are_to_be_named(tmp_path: Path, row: str, fault: str) -> None:
+    path = write(tmp_path, f"{row}\n{row}\n")
+    with pytest.raises(BadInput, match=fault):
+        read_log(path)
+    assert len(read_log(path, columns=Columns(user="1", item="2", rating="3"))) == 2
+
+
+def test_pairs_of_different_lengths_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "1 2\n" * 40 + "1 2 3\n1 2\n")
+    with pytest.raises(BadInput, match="line 41 has 3; expected 2 columns"):
+        read_log(path)
+    header = write(tmp_path, "user  item   time\nann bob 1600000000\nann cy 1600000001\n")
+    assert rows_of(read_log(header)) == [("ann", "bob", 1600000000), ("ann", "cy", 1600000001)]
+
+
+@pytest.mark.parametrize("comments", ["# made 2024-05-01\n", "#\n# a, b\r\n", "% sym\n% 1 2\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_comments_before_the_first_line(tmp_path: Path, comments: str, start: str) -> None:
+    lines = comments.count("\n")
+    for text in (HEADER + "a1,b1,1,1\na1,b2,1,1\n", "1 2\n1 3\n", "u1 i1 i2\nu2 i1 i3\n"):
+        path = write(tmp_path, start + comments + text)
+        log = read_log(path)
+        assert len(log) == (4 if text.startswith("u1") else 2)
+    text = start + comments + HEADER + "a1,b1,1,1\na1,,1,1\n"
+    assert f"line {lines + 3} has no item" in refusal(tmp_path, text)
+    text = start + comments + HEADER + "a1,b1,1,1\na1,1\n"
+    assert f"line {lines + 3} has 2; expected 4 columns" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    text = "user,item,title\né,日本,Café\né,😀,x\n"
+    log = read_csv(write(tmp_path, text.encode(encoding)), Columns())
+    assert rows_of(log) == [("é", "日本"), ("é", "😀")]
+    assert log.titles["日本"] == "Café"
+
+
+def test_what_nobody_wants_may_be_in_any_encoding(tmp_path: Path) -> None:
+    text = "user,item,review\na,b,Café\na,c,x\n"
+    assert read(tmp_path, text.encode("iso-8859-1")) == [("a", "b"), ("a", "c")]
+    assert "line 2 is not UTF-8" in refusal(tmp_path, text.replace("c,", "é,").encode("cp1252"))
+
+
+@pytest.mark.parametrize("text", ["", "-", "good"])
+def test_ratings_that_no_rule_needs(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, f"user,item,rating,stars\na,b,4,1\na,c,{text},1\n")
+    assert read_log(path, ratings=False).ratings is None
+    with pytest.raises(BadInput, match="line 3 has .*rating"):
+        read_log(path)
+    twice = write(tmp_path, "user,item,rating,overall\na,b,4,4\n")
+    assert len(read_log(twice, ratings=False)) == 1
+    named = write(tmp_path, "user,item\na,b\n")
+    with pytest.raises(BadInput, match=r"data\.columns\.rating"):
+        read_log(named, columns=Columns(rating="stars"), ratings=False)
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,8 @@ def no_trials(request: Request) -> Groups:
 
 
 def first_seed(request: Request) -> Groups:
-    """One task that leaves a table, of the first seed's teacher alone."""
-    return [] if request.seed else [()]
+    """One task that leaves a table, of the first seed's teacher alone; none of one block."""
+    return [] if request.seed or request.blocks == 1 else [()]
 
 
 def prefixes(first: int, last: int, request: Request) -> Groups:

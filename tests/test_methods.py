@@ -14,6 +14,7 @@ from depthprobe.errors import BadInput
 from depthprobe.methods import (
     METHODS,
     Method,
+    Request,
     _load_others,
     full_depth,
     method_info,
@@ -251,6 +252,15 @@ def test_methods_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 STYLES = {name: method for name, method in METHODS.items() if not method.table}
+
+
+def test_every_method_plans_trials_of_a_backbone_of_one_block() -> None:
+    """Or none: there is nothing to choose, and nothing to leave out."""
+    for name, method in METHODS.items():
+        groups = method.trials(Request(name, 0, 1, (1,), "prefix", None, Study()))
+        kept = {trial.kept for group in groups for trial in group if trial.blocks}
+        assert kept <= {(), (0,)}
+    assert not METHODS["random-blocks"].trials(Request("", 0, 1, (1,), "prefix", None, Study()))
 
 
 def test_methods_differ_in_marker_and_colour() -> None:

@@ -181,12 +181,13 @@ def settled_frame(settling: Settling, users: np.ndarray) -> pd.DataFrame:
     """
     ranks = settling.ranks
     final, best = ranks[:, -1], ranks.min(axis=1)
+    settled = (ranks >= final[:, None] - 1) & (ranks <= final[:, None] + 1)  # inf - inf is nan
     return pd.DataFrame(
         {
             "user": users,
             "top_settled": settling.top_settled,
             "set_settled": settling.set_settled,
-            "rank_settled": (np.abs(ranks - final[:, None]) <= 1).argmax(axis=1).astype(np.int16),
+            "rank_settled": settled.argmax(axis=1).astype(np.int16),
             "best_depth": ranks.argmin(axis=1).astype(np.int16),
             "final_rank": final,
             "best_rank": best,

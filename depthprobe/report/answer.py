@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from depthprobe import words
 from depthprobe.errors import shell_line
+from depthprobe.evaluation.slices import FEWEST
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import Needed, RetainedAccuracy, Sufficiency
 from depthprobe.methods import method_info
@@ -117,11 +116,14 @@ def _uncompared(summary: Summary) -> Answer:
     elif summary.teacher is None:
         verdict = "no teacher"
         missing = "no trial of the teacher is finished, so nothing can be compared with it."
-    elif not any(p.depth and p.method != TEACHER for p in summary.points):
+    elif not any(0 < p.depth < summary.blocks for p in summary.points):
         verdict, missing = "no depth tried", "no depth below the teacher's was tried."
     elif not any(p.info.candidate for p in summary.points):
         verdict = "probes only"
         missing = "no shallower model was trained, and probes alone show no depth to ship."
+    elif (own := summary.teacher.value(summary.headline)) and not own.value:
+        verdict = "no hit"
+        missing = f"the teacher hits no target: nothing is a share of its {summary.headline}."
     else:
         verdict = "no comparison"
         missing = "no finished trial below full depth can be compared with the teacher."
@@ -240,16 +242,12 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
         return said
     if sufficiency.seeds == 1:
         return "Its interval is over users alone: how much trainings differ is not known."
-    return (
-        f"The margin is {margin}: {picked}it is only sure to keep "
-        f"{_below(row.lower, 1 - summary.margin)}."
-    )
+    sure = f"only sure to keep {_below(row.lower, 1 - summary.margin)}"
+    return f"The margin is {margin}: {picked}it is {sure if row.lower > 0 else 'sure of nothing'}."
 
 
 def _below(share: float, floor: float) -> str:
     """A share in so many digits that it can be told from the floor that it misses."""
-    if not np.isfinite(share):
-        return "nothing"
     for digits in (1, 2, 3):
         if float(f"{100 * share:.{digits}f}") < 100 * floor:
             break
@@ -298,7 +296,7 @@ def _tiles(
 
 def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
     """Sentences, the weightiest first; `chosen` is the point that the answer names."""
-    found = [*_controls(summary, chosen), *_conditions(summary)]
+    found = [*_data(summary), *_controls(summary, chosen), *_conditions(summary)]
     if summary.left_out:
         names = ", ".join(point.name for point in summary.left_out)
         found.append(f"Not compared with the teacher, for want of a common seed: {names}.")
@@ -317,6 +315,20 @@ def doubt(summary: Summary, baseline: str) -> str:
     less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
     reaches = f"which reaches {in_percent(ratio)} of its {summary.headline}"
     return f"the teacher is {less} {name}, {reaches}"
+
+
+def _data(summary: Summary) -> Iterator[str]:
+    """What the log leaves open."""
+    run, teacher = summary.run, summary.teacher
+    yield from (f"Data: {warning.rstrip('.')}." for warning in run.manifest.data.warnings)
+    if run.study.data.source == "embedded":
+        yield "The log is the generated default: the numbers say nothing about another log."
+    if teacher is not None and teacher.users:
+        values = summary.ranks.values(FULL, summary.headline, [teacher.trials])[0]  # (S, U)
+        hits = int(values.any(axis=0).sum())
+        if 0 < hits < FEWEST:
+            users = words.plural(hits, "user")
+            yield f"The teacher hits the targets of {users} alone: intervals are rough."
 
 
 def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
@@ -360,13 +372,15 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
 
 
 def _conditions(summary: Summary) -> Iterator[str]:
-    """What the data, the machine and the number of seeds leave open."""
+    """What the machine, the learning rate and the number of seeds leave open."""
     study, manifest = summary.run.study, summary.run.manifest
-    if study.data.source == "embedded":
-        yield "The log is the generated default: the numbers say nothing about another log."
     if study.backbone.source == "embedded":
         yield "The backbone is the small embedded one with random weights: pretraining has no part."
-    yield from (f"Data: {warning.rstrip('.')}." for warning in manifest.data.warnings)
+    if len(study.recipe.rates) == 1 and any(p.info.trains for p in summary.points):
+        yield (
+            f"The learning rate was not tuned ({words.rounded(*study.recipe.rates)} for all): with "
+            "another one, depths and random weights may compare otherwise."
+        )
     if not any(point.speed for point in summary.points):
         yield "No times were compared: what a shallower model saves in time is not shown."
     elif (manifest.timing or {}).get("device", "cpu") == "cpu":

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from depthprobe.evaluation.statistics import Interval, mean_intervals
 from depthprobe.methods import METHODS, method_info
@@ -99,7 +99,7 @@ def block_influence(ax: Axes, summary: Summary) -> str:
     On a log scale; with several teachers the mean over them, bars from the lowest to the highest.
     """
     whole = block_scores(summary, "block-influence")
-    need(len(whole), summary, STATES)
+    need((whole["value"] > 0).any(), summary, STATES)  # a block that turns nothing has no logarithm
     drawn = {"block": ("the block", BLOCK), "attention": ("its attention", PARTS["attention"]),
              "mlp": ("its MLP", PARTS["mlp"])}  # fmt: skip
     for index, (part, (label, method)) in enumerate(drawn.items()):
@@ -161,14 +161,15 @@ def span_map(ax: Axes, summary: Summary, *, score: str = "damage") -> str:
     grid = np.full((size, size), np.nan)
     for (start, end), value in cells.items():
         grid[start, end - 1] = 100 * value if damage else value
-    low, high = (float(np.nanmin(grid)), 1.0) if alike else (0.0, float(np.nanmax(grid)))
+    # states that hardly turn are pale all over: their differences are noise of the arithmetic
+    low, high = (min(np.nanmin(grid), 0.999), 1) if alike else (0, max(np.nanmax(grid), 0.001))
     ax.grid(visible=False)
     # a mesh and no picture: sharp on paper at any size
     mesh = ax.pcolormesh(
         np.arange(size), np.arange(size), np.ma.masked_invalid(np.clip(grid, low, None)),
         cmap=PALE.reversed() if alike else PALE, shading="nearest", edgecolors="white",
         # one early block may cost all: the root keeps the others apart
-        norm=PowerNorm(0.5 if damage else 1, vmin=low, vmax=max(high, low + 1e-9)), linewidth=0.3,
+        norm=PowerNorm(0.5 if damage else 1, vmin=low, vmax=high), linewidth=0.3,
     )  # fmt: skip
     ax.set_aspect("equal")
     ax.invert_yaxis()
@@ -176,7 +177,8 @@ def span_map(ax: Axes, summary: Summary, *, score: str = "damage") -> str:
     drawing.block_axis(ax.xaxis, "last block, b", 13)
     drawing.block_axis(ax.yaxis, "first block, a", 13)
     ax.set_title(TITLES[score].format(summary.headline))
-    bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.85, format="%g %%" if damage else "%g")
+    ticks = FuncFormatter(lambda value, _: rounded(value) + " %" * damage)
+    bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.85, format=ticks)
     bar.outline.set_visible(False)
 
     if not damage:
@@ -205,7 +207,8 @@ def span_cells(summary: Summary, score: str) -> dict[Span, float]:
         spans = _left_out(summary).items()
         changes = {span: point.change(summary.headline) for span, point in spans}
         return {span: -change.value for span, change in changes.items() if change is not None}
-    means = block_scores(summary, score).groupby(["start", "end"])["value"].mean()
+    # CKA is not defined where the states of all users are the same
+    means = block_scores(summary, score).groupby(["start", "end"])["value"].mean().dropna()
     return {(row["start"], row["end"]): row["value"] for row in records(means.reset_index())}
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from depthprobe import words
-from depthprobe.errors import BadInput
+from depthprobe.errors import BadInput, check_writable
 from depthprobe.methods import method_info
 from depthprobe.report import drawing
 from depthprobe.report.answer import Answer, build_answer
 from depthprobe.report.figures import FIGURES, curves, kept_limits, kept_side_by_side
 from depthprobe.report.numbers import FULL, SASREC, Source, Summary, as_summary
-from depthprobe.report.page import base_name, environment, inline_svg, write_page
+from depthprobe.report.page import base_name, environment, folder_of, inline_svg, write_page
 from depthprobe.report.tables import NOTHING, Column, Table, Values, make_table, plain, save_table
 from depthprobe.study import Protocol
 
@@ -48,11 +48,14 @@ def build_comparison(runs: Sequence[Source], output: str | Path | None = None) -
         raise BadInput("run", without or compared[0].name, allowed)
     paths = [one.summary.run.path for one in compared]
     target = Path(default_output(paths) if output is None else output)
-    folder, limits = target.parent / target.stem, kept_limits(*(one.summary for one in drawn))
-    if table := answers_table(compared):
-        save_table(table, folder)
-    panels = kept_side_by_side([one.summary for one in drawn])
-    drawing.save_figure(panels[0], folder / "kept_side_by_side")
+    check_writable("output", target.parent)
+    folder, limits = folder_of(target), kept_limits(*(one.summary for one in drawn))
+    table = answers_table(compared)
+    if folder:
+        if table:
+            save_table(table, folder)
+        panels = kept_side_by_side([one.summary for one in drawn])
+        drawing.save_figure(panels[0], folder / "kept_side_by_side")
     figures = []
     for place, one in enumerate(drawn):  # a panel a run, all on one scale
         ax, caption = FIGURES["kept_vs_depth"].drawn(one.summary, limits=limits, title=one.name)
@@ -64,7 +67,7 @@ def build_comparison(runs: Sequence[Source], output: str | Path | None = None) -
         runs=compared, reports=[_report(path, target) for path in paths], differences=differing,
         shown=[one for one in compared if one.answer.verdict == "shown"],
         question=[word for word in QUESTION if word in differing], figures=figures,
-        table_of_answers=table, folder=folder.name,
+        table_of_answers=table, folder=folder,
         command="depthprobe report " + " ".join(map(str, paths)),
     )  # fmt: skip
     return write_page(page, target)

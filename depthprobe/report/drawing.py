@@ -240,7 +240,7 @@ def finish(ax: Axes, title: str, *, columns: int = 1) -> None:
     ax.set_title(title)
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     if columns > 1:
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": columns}
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": min(columns, 3)}
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
         ax.legend(handles, map(short, labels), **place, handletextpad=0.5, handlelength=1.8)

@@ -11,15 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from depthprobe import words
+from depthprobe.errors import check_writable
 from depthprobe.files import complete_file
 from depthprobe.methods import METHODS, base_of
 from depthprobe.report.answer import build_answer
 from depthprobe.report.controls import order_table, order_words, selection_table
-from depthprobe.report.drawing import FORMATS, NoData, save_figure
+from depthprobe.report.drawing import FORMATS, NoData, rendered, save_figure
 from depthprobe.report.figures import FIGURES
 from depthprobe.report.numbers import Source, Summary, as_summary
 from depthprobe.report.reliance import reliance_table
-from depthprobe.report.tables import all_tables, save_table
+from depthprobe.report.tables import Table, all_tables, save_table
 
 # In the order of reading: id, title, tables. A section without a figure or table is left out.
 SECTIONS = (
@@ -38,21 +39,23 @@ SECTIONS = (
 
 
 def build_report(run: Source, output: str | Path | None = None) -> Path:
-    """Write a run's report: the page, RUN/figures/ (SVG, PNG, PDF) and RUN/tables/.
+    """Write a run's report: the page, and its figures/ (SVG, PNG, PDF) and tables/.
 
-    Returns the path of the page: ``output``, or RUN/report.html.
+    These are in the run's folder; of an ``output`` elsewhere in :func:`folder_of`. Returns the path
+    of the page: ``output``, or RUN/report.html.
 
     Raises:
-        BadInput: if the path is no run.
+        BadInput: if the path is no run, or the page can't be written.
     """
     summary = as_summary(run)
-    folder, tables = summary.run.path, all_tables(summary)
-    for make in (reliance_table, order_table, selection_table):
-        if table := make(summary):
-            tables[table.name] = table
-    for table in tables.values():
-        save_table(table, folder / "tables")
-    figures = _figures(summary, folder / "figures")
+    target = summary.run.path / "report.html" if output is None else Path(output)
+    folder = summary.run.path if output is None else folder_of(target)
+    check_writable("output", target.parent)
+    tables = tables_of(summary)
+    if folder is not None:
+        for table in tables.values():
+            save_table(table, folder / "tables")
+    figures = _figures(summary, folder / "figures" if folder else None)
     sections = [
         (name, title)
         for name, title, needed in SECTIONS
@@ -60,10 +63,23 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
     ]
     page = environment().get_template("report.html.j2").render(
         summary=summary, answer=build_answer(summary), sections=sections, figures=figures,
-        tables=tables, order=order_words(summary)[0],
+        tables=tables, order=order_words(summary)[0], folder=folder, own=output is None,
         methods={base_of(point.method) for point in summary.points},
     )  # fmt: skip
-    return write_page(page, Path(output) if output is not None else folder / "report.html")
+    return write_page(page, target)
+
+
+def folder_of(target: Path) -> Path | None:
+    """Where the figures and tables of a page are: beside it; None beside what is no file."""
+    if target.exists() and not target.is_file():
+        return None  # a device, or a pipe
+    return target.with_suffix("") if target.suffix else target.with_name(f"{target.name}-files")
+
+
+def tables_of(summary: Summary) -> dict[str, Table]:
+    """The tables of a page that the run has data for, by name."""
+    others = (make(summary) for make in (reliance_table, order_table, selection_table))
+    return all_tables(summary) | {table.name: table for table in others if table is not None}
 
 
 def report_words(run: Source, output: str | Path | None = None) -> str:
@@ -90,7 +106,7 @@ def environment() -> Environment:
     made.globals["METHODS"] = METHODS
     made.filters |= {
         "unbroken": _unbroken, "number": _number, "count": words.count, "duration": _duration,
-        "percent": words.plain_percent, "base_name": base_name,
+        "percent": words.plain_percent, "rounded": words.rounded, "base_name": base_name,
     }  # fmt: skip
     return made
 
@@ -101,17 +117,19 @@ def base_name(source: str) -> str:
     return path.name if path.is_absolute() else source
 
 
-def _figures(summary: Summary, folder: Path) -> dict[str, list[Mapping[str, Any]]]:
+def _figures(summary: Summary, folder: Path | None) -> dict[str, list[Mapping[str, Any]]]:
     """Draw and save what there is data for; by section, the SVG and its caption."""
     sections: dict[str, list[Mapping[str, Any]]] = {}
     for name, entry in FIGURES.items():
         try:
             ax, caption = entry.drawn(summary)
         except NoData:
-            for suffix in FORMATS:  # an older report of this run may have left them
-                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+            if folder is not None:  # an older report of this run may have left them
+                for suffix in FORMATS:
+                    (folder / f"{name}.{suffix}").unlink(missing_ok=True)
             continue
-        picture = inline_svg(save_figure(ax, folder / name), name, label=caption)
+        svg = save_figure(ax, folder / name) if folder else rendered(ax, "svg").decode()
+        picture = inline_svg(svg, name, label=caption)
         sections.setdefault(entry.section, []).append({"svg": picture, "caption": caption})
     return sections
 

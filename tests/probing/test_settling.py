@@ -85,20 +85,21 @@ def test_planted_ranks_in_a_frame() -> None:
             [5, 8, 5.5, 4.5],  # near, away, near
             [3, 9, 9, 3],  # draws level only: no overthinking
             [7, 7, 6, 6.5],  # half a place is a place
+            [np.inf] * 4,  # a target that is never served
         ],
         dtype=np.float32,
     )
-    found = Settling(ranks, np.arange(6, dtype=np.int16), np.zeros(6, np.int16))
-    frame = settled_frame(found, np.arange(10, 16))
+    found = Settling(ranks, np.arange(7, dtype=np.int16), np.zeros(7, np.int16))
+    frame = settled_frame(found, np.arange(10, 17))
     assert {name: values.tolist() for name, values in frame.items()} == {
-        "user": [10, 11, 12, 13, 14, 15],
-        "top_settled": [0, 1, 2, 3, 4, 5],
-        "set_settled": [0] * 6,
-        "rank_settled": [3, 3, 0, 0, 0, 0],
-        "best_depth": [3, 1, 0, 3, 0, 2],
-        "final_rank": [1, 6, 2, 4.5, 3, 6.5],
-        "best_rank": [1, 1, 2, 4.5, 3, 6],
-        "overthinking": [False, True, False, False, False, True],
+        "user": [10, 11, 12, 13, 14, 15, 16],
+        "top_settled": [0, 1, 2, 3, 4, 5, 6],
+        "set_settled": [0] * 7,
+        "rank_settled": [3, 3, 0, 0, 0, 0, 0],
+        "best_depth": [3, 1, 0, 3, 0, 2, 0],
+        "final_rank": [1, 6, 2, 4.5, 3, 6.5, np.inf],
+        "best_rank": [1, 1, 2, 4.5, 3, 6, np.inf],
+        "overthinking": [False, True, False, False, False, True, False],
     }
 
 

@@ -284,6 +284,12 @@ def make() -> Callable[..., FakeRun]:
 
 
 @pytest.fixture(scope="session")
+def add_more() -> Callable[[FakeRun], FakeRun]:
+    """Adds slices, lists and the tables of probes to a run."""
+    return lambda run: add_probes(add_slices(run))
+
+
+@pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     """The whole made-up run, a failed trial in it; tests only read it."""
     folder = tmp_path_factory.mktemp("run")

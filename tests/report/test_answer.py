@@ -14,6 +14,7 @@ from depthprobe.evaluation.sufficiency import Needed
 from depthprobe.report.answer import build_answer
 from depthprobe.report.numbers import Summary, summarise
 from depthprobe.runs.records import Validation
+from depthprobe.study import override
 
 Make = Callable[..., Any]
 
@@ -168,7 +169,13 @@ def test_few_seeds_failures_and_warnings_are_said(
 
 def test_controls_that_weaken_the_answer_are_said(make: Make, tmp_path: Path) -> None:
     text = said(make, tmp_path, users=300, gain=lambda m, _: 0.8 if m == "sasrec" else 0.0)
-    assert text.startswith("The teacher is less accurate than SASRec")
+    # what the log leaves open comes before all else, the controls before the conditions
+    data, control, rate = (
+        text.index(words)
+        for words in ("Data: no times", "The teacher is less accurate than SASRec", "The learning")
+    )
+    assert data < control < rate
+    assert "was not tuned (0.001 for all)" in text
     text = said(make, tmp_path, users=300, gain=lambda m, _: 0.7 if m == "random-init" else 0.0)
     assert "Pretraining is not shown to help" in text
     text = said(make, tmp_path, methods={"full", "finetune"})
@@ -178,6 +185,19 @@ def test_controls_that_weaken_the_answer_are_said(make: Make, tmp_path: Path) ->
         run = {"users": 300, "methods": {"full", "finetune", "readout"}}
         text = said(make, tmp_path, **run, gain=lambda _, d, gain=gain: 0.0 if d else gain)
         assert ("not shown that blocks add" in text) == bool(gain)
+
+
+def test_a_grid_of_learning_rates_is_no_caveat(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=100)
+    run.study = override(run.study, **{"recipe.learning_rate": [1e-3, 3e-3]})
+    assert not any("learning rate" in text for text in build_answer(run).caveats)
+
+
+def test_few_hits_are_counted(make: Make, tmp_path: Path) -> None:
+    assert "intervals are rough" not in said(make, tmp_path)
+    assert re.search(r"hits the targets of \d users alone: intervals are rough", said(
+        make, tmp_path, users=12
+    ))  # fmt: skip
 
 
 def test_a_teacher_no_better_than_popularity_answers_nothing(make: Make, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from depthprobe.errors import BadInput
 from depthprobe.report.comparison import build_comparison
 from depthprobe.report.figures import FIGURES
-from depthprobe.report.page import build_report, inline_svg
+from depthprobe.report.page import build_report, folder_of, inline_svg
 from depthprobe.runs.records import Machine
 from depthprobe.study import override
 
@@ -218,9 +219,19 @@ def test_the_page_is_written_where_output_says(make: Make, tmp_path: Path) -> No
     run = make(tmp_path / "run", users=60, seeds=1, methods={"full", "skip"}, timing=False)
     target = tmp_path / "elsewhere" / "page.html"
     assert build_report(run, target) == target
-    assert not (tmp_path / "run" / "report.html").exists()
-    assert (tmp_path / "run" / "figures" / "skip_sensitivity.svg").exists()
-    assert [path.name for path in target.parent.iterdir()] == ["page.html"]  # nothing temporary
+    # the run's own folder may be one that can only be read; and nothing temporary stays
+    assert not (tmp_path / "run").exists()
+    assert sorted(path.name for path in target.parent.iterdir()) == ["page", "page.html"]
+    assert (target.parent / "page" / "figures" / "skip_sensitivity.svg").exists()
+    assert (target.parent / "page" / "tables" / "trials.csv").exists()
+    assert "The folder page/ beside this page holds" in target.read_text()
+
+
+def test_the_files_of_a_page_are_never_where_the_page_is(tmp_path: Path) -> None:
+    assert folder_of(tmp_path / "a.html") == tmp_path / "a"
+    assert folder_of(tmp_path / "a") == tmp_path / "a-files"
+    os.mkfifo(tmp_path / "pipe")  # as /dev/stdout: there is no beside
+    assert folder_of(tmp_path / "pipe") is None
 
 
 def test_inline_svg_takes_its_own_ids() -> None:

@@ -462,7 +462,7 @@ def _slices(labels: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
     yield ALL, np.ones(len(labels), bool)
     for family in labels.columns.drop("user"):
         values = labels[family]
-        for name in values.cat.categories.intersection(values):
+        for name in values.cat.remove_unused_categories().cat.categories:
             yield f"{family}:{name}", (values == name).to_numpy(bool)
 
 

@@ -36,7 +36,17 @@ DATA, NEGATIVES, TIMING, ITEM_TABLE = "data", "negatives.npy", "timing.json", "i
 # --- the manifest: what all trials of a run share ------------------------------------------------
 
 
-class Dataset(Struct):
+class Facts(Struct):
+    """What a table of the manifest holds, by attribute; or by key, as in the JSON file."""
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a key."""
+        if key not in self.__struct_fields__:
+            raise KeyError(key)
+        return getattr(self, key)
+
+
+class Dataset(Facts):
     """The log that a run was begun with."""
 
     name: str
@@ -50,7 +60,7 @@ class Dataset(Struct):
     split: dict[str, Any] = {}
 
 
-class BackboneFacts(Struct):
+class BackboneFacts(Facts):
     """The backbone that a run was begun with; ``revision`` is a commit or a hash."""
 
     source: str
@@ -62,7 +72,7 @@ class BackboneFacts(Struct):
     dtype: str = ""
 
 
-class ItemTable(Struct):
+class ItemTable(Facts):
     """Where the item embeddings come from; the hash is of a table that all seeds share."""
 
     source: str
@@ -71,7 +81,7 @@ class ItemTable(Struct):
     sha256: str | None = None
 
 
-class Machine(Struct):
+class Machine(Facts):
     """What a run was begun on."""
 
     device: str = ""
@@ -87,21 +97,21 @@ class Machine(Struct):
         return self.gpu or self.cpu or self.device
 
 
-class Git(Struct):
+class Git(Facts):
     """The code's checkout."""
 
     commit: str | None = None
     dirty: bool = False
 
 
-class Sampled(Struct):
+class Sampled(Facts):
     """How the negatives of sampled ranking were drawn."""
 
     negatives: str
     seed: int
 
 
-class Manifest(Struct, kw_only=True):
+class Manifest(Facts, kw_only=True):
     """What all trials of a run share, and where it comes from.
 
     Attributes:

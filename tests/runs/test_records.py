@@ -63,6 +63,14 @@ def test_a_damaged_record_is_none(damage: dict[str, object], tmp_path: Path) -> 
     assert state_of([tmp_path / "trials" / "a"]) == "left"
 
 
+def test_a_manifest_is_read_by_attribute_or_as_its_file(small_run: Run) -> None:
+    manifest = small_run.manifest
+    assert manifest["data"]["warnings"] is manifest.data.warnings
+    assert manifest["machine"]["device"] == manifest.machine.device
+    with pytest.raises(KeyError, match="cost"):
+        manifest["cost"]
+
+
 def test_a_manifest_of_another_format_is_refused(small_run: Run, tmp_path: Path) -> None:
     manifest: Manifest = small_run.manifest
     write_manifest(tmp_path, manifest)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 
 import depthprobe
 
 # Python puts the current folder first: a file there would be taken for a module. It stays where
 # the package itself comes from it.
-if not sys.flags.safe_path and not depthprobe.__path__[0].startswith(f"{sys.path[0]}/"):
-    del sys.path[0]
+with suppress(OSError):
+    if sys.path[0] == os.getcwd() != os.path.dirname(depthprobe.__path__[0]):
+        del sys.path[0]
 
 from depthprobe.cli import main  # noqa: E402
 

@@ -101,7 +101,11 @@ def one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def check_writable(field: str, path: Path) -> None:
     """Refuse a folder that could not be made: below a file, or without the permission."""
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    try:
+        place = path.absolute()
+    except FileNotFoundError:
+        raise BadInput(field, path, "an absolute path (the current folder is gone)") from None
+    existing = next(p for p in (place, *place.parents) if p.exists())
     if not existing.is_dir():
         raise BadInput(field, path, f"a folder ({existing} is a file)")
     if not os.access(existing, os.W_OK):

@@ -31,7 +31,7 @@ T = TypeVar("T")
 # every number has both bounds: a run can only be read again, and end, with what they allow
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 CountOrNone = Annotated[int, Meta(ge=0, le=1_000_000)]
-Many = Annotated[int, Meta(ge=1, le=10**9)]  # interactions, which nothing is made for
+Many = Annotated[int, Meta(ge=1, le=10**9)]  # of which nothing is made
 Few = Annotated[int, Meta(ge=1, le=1000)]  # blocks, and parts of a model or of a step
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 # a line of a job's script would end, and the rest be a command
@@ -239,7 +239,7 @@ class Recipe(Checked):
     weight_decay: Weight = 0.01  #: of AdamW.
     warmup: Share = 0.1  #: the share of the steps in which the learning rate rises.
     clip: Annotated[float, Meta(gt=0, le=1e12)] = 1.0  #: the norm at which gradients are clipped.
-    patience: Count = 3  #: stop after so many epochs without a better validation NDCG@10.
+    patience: Many = 3  #: stop after so many epochs without a better validation NDCG@10.
     #: ask for the next item at ``every`` position of a history, or at its ``last`` alone (one
     #: target a user, SLMRec's).
     objective: Literal["every", "last"] = "every"
@@ -281,7 +281,7 @@ class SasRecRecipe(Recipe):
 
     epochs: Count = 24
     learning_rate: Rate | tuple[Rate, ...] = 2e-3
-    patience: Count = 5
+    patience: Many = 5
     accumulation: Count = 4
     pool: Count = 1
 
@@ -413,7 +413,7 @@ class Protocol(Checked):
     user_slices: tuple[str, ...] = ()
     #: groups by the item that is asked for, each ``FILE:COLUMN`` of a table of items.
     item_slices: tuple[str, ...] = ()
-    validation_users: Count = 4096  #: so many at most choose the best epoch.
+    validation_users: Many = 4096  #: so many at most choose the best epoch.
     #: the relative loss of ``metric`` that is acceptable.
     margin: Annotated[float, Meta(gt=0, lt=1)] = 0.01
     #: the confidence of the verdict and of all intervals.

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprobe.errors import LONGEST, BadInput, one_line, shell_line, short, visible
+from depthprobe.errors import (
+    LONGEST,
+    BadInput,
+    check_writable,
+    one_line,
+    shell_line,
+    short,
+    visible,
+)
 
 CHARACTERS = st.characters()  # halves of characters included
 
@@ -57,6 +66,16 @@ def test_any_value_can_be_named() -> None:
         assert str(BadInput("key", value, "something else")).startswith("key: ")
     while deep:  # taken apart: to delete it whole would need as deep a stack
         deep = deep.pop()  # type: ignore[assignment]
+
+
+def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(BadInput, match="the current folder is gone"):
+        check_writable("output", Path("run"))
+    check_writable("output", tmp_path / "run")
 
 
 WORDS = ["", "a b", "a'b", "$(id)", "a\nid\n#", "\x1b'\\n`id`", "caf\udce9", "\u2028é", "-x=a"]

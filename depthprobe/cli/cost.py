@@ -59,7 +59,7 @@ def cost(
     if output is not None:
         if output.is_dir() or output.suffix not in FORMATS:
             raise BadInput("output", output, f"a file that ends in {' or '.join(FORMATS)}")
-        check_writable("output", output.absolute().parent)
+        check_writable("output", output.parent)
     import sys
 
     from depthprobe.cost.table import Workload, cost_table

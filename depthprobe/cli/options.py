@@ -216,4 +216,4 @@ def check_output_file(path: Path | None) -> None:
         return
     if path.is_dir():
         raise BadInput("output", path, "a file, not a folder")
-    check_writable("output", path.absolute().parent)
+    check_writable("output", path.parent)

@@ -20,7 +20,7 @@ from depthprobe.cli.options import (
     takes_flags,
     whole,
 )
-from depthprobe.cli.terminal import Display, echo, show_progress, show_table
+from depthprobe.cli.terminal import Display, echo, open_streams, show_progress, show_table
 from depthprobe.errors import BadInput, check_writable, one_line, one_of, shell_line
 from depthprobe.methods import METHODS, Method, method_of, method_order
 from depthprobe.study import Study
@@ -144,6 +144,7 @@ def restrict(study: Study, phase: str, *, strict: bool) -> Study:
 
 def job_progress() -> Display:
     """What a job of a cluster prints."""
+    open_streams()
     return Display(sys.stdout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,13 @@ def check_families(
     context: Any = multiprocessing.get_context(PREFERRED if PREFERRED in kinds else "spawn")
     context.set_forkserver_preload([__name__])
     chosen = families() if names is None else names
-    with context.Pool(jobs, initializer=_quiet, maxtasksperchild=1) as pool:
+    # Ctrl-C reaches every process of a terminal; blocked, which is inherited, it ends this alone
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        started = context.Pool(jobs, initializer=_quiet, maxtasksperchild=1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with started as pool:
         waiting = [pool.apply_async(check_family, (name,)) for name in chosen]
         for name, answer in zip(chosen, waiting, strict=True):
             try:

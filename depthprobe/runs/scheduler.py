@@ -302,9 +302,6 @@ class _Worker(SpawnProcess):
 
     def start(self) -> None:
         """Start it with the signal blocked, which it inherits: it is ignored only later."""
-        if not hasattr(signal, "pthread_sigmask"):
-            super().start()
-            return
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             super().start()

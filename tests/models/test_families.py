@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def test_a_family_that_takes_its_process_down(target, monkeypatch):
     (family,) = check_families(["llama"], timeout=2)
     assert not family.can_be_cut
     assert family.reason == "blocks: took more than 2 s, or its process died"
+
+
+def _mask(name):
+    return support._failed(name, f"{signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())}")
+
+
+def test_ctrl_c_ends_the_command_alone(monkeypatch):
+    monkeypatch.setattr(support, "check_family", _mask)
+    monkeypatch.setattr(support, "PREFERRED", "fork")
+    (family,) = check_families(["llama"])
+    assert family.reason == "blocks: True"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_configuration_that_does_not_build():

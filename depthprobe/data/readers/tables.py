@@ -109,7 +109,7 @@ def read_csv(
     # there may be ids, and a row taken for a header would be lost. With a 0 among them they are
     # names, as pandas gives them.
     named = columns.given().values()
-    numbered = bool(named) and all(name.isdecimal() and int(name) > 0 for name in named)
+    numbered = bool(named) and all(re.fullmatch("[1-9][0-9]{0,5}", name) for name in named)
     if layout is not None:
         refuse_columns(columns, f"{path}: it has no header, its columns are known by their places")
         columns, numbered = layout.columns, True

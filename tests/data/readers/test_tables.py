@@ -121,6 +121,9 @@ def test_columns_by_number(tmp_path: Path) -> None:
     assert "name the columns as it does" in refusal(tmp_path, HEADER + "a,b,1,1\n", **named)
     # a first row that counts is a row: user 1 took item 2
     assert read(tmp_path, "1,2\na,b\n", user="1", item="2") == [("1", "2"), ("a", "b")]
+    # more digits than a table has columns, and those of other scripts, are a name
+    for name in ("9" * 5000, "１"):
+        assert "data.columns.item" in refusal(tmp_path, HEADER + "a,b,1,1\n", item=name)
     # with a 0 they are names, of a header as pandas writes it
     assert read(tmp_path, "0,1,2\na,b,c\n", user="0", item="2") == [("a", "c")]
 

@@ -41,6 +41,7 @@ Weight = Annotated[float, Meta(ge=0, le=10**9)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 
 PROMPT = "Purchase history:"
+TITLE = "{title}"  # its place in a template
 # transformers' own; any other name would be that of a kernel, that is code, to fetch from a hub
 Quantization = Literal["none", "8bit", "4bit"]
 Attention = Literal[
@@ -208,6 +209,12 @@ class Backbone(Checked):
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: Width = 16  #: the rank of those updates.
     prompt: str = PROMPT  #: what the model reads before the items; may be empty.
+    #: an item of a history is one vector, its row of the item table through an adapter
+    #: (``items``, SLMRec's way), or the tokens of its title (``titles``). Items are scored by the
+    #: item table either way.
+    reads: Literal["items", "titles"] = "items"
+    title_tokens: Count = 16  #: with ``titles``: so many tokens of a title are read, at most.
+    title_template: str = "{title}\n"  #: with ``titles``: what an item's text is.
     #: what it reads after them, as SLMRec's response prompt; needs the objective ``last``.
     suffix: str = ""
     #: score by the dot product with the item table (``dot``, SLMRec), or by a linear map from the
@@ -224,6 +231,13 @@ class Backbone(Checked):
             raise BadInput("quantize", self.quantize, allowed)
         if self.trust_remote_code and not self.revision:
             raise BadInput("revision", None, "a pinned revision for remote code")
+        if self.title_template.count(TITLE) != 1:
+            raise BadInput("title_template", self.title_template, f"a text with {TITLE} in it once")
+
+    @property
+    def reads_titles(self) -> bool:
+        """Whether histories are read in words."""
+        return self.reads == "titles"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +266,11 @@ class Recipe(Checked):
     gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75  #: the calibration of ``gbce``, from 0 to 1.
     #: compute a batch in so many parts, which changes its memory and not its result.
     accumulation: Count = 1
-    #: windows are sorted by length within so many batches, which saves padding; but then a step
-    #: sees windows of one length, and short ones weigh more. 1 makes the batches random.
-    pool: Count = 50
+    #: histories in words: compute a batch in parts of at most so many tokens.
+    tokens: Count = 4096
+    #: 1 makes the batches random. Of more, windows are sorted by length within so many batches:
+    #: there is less padding, but a step sees windows of one length, and the model is worse for it.
+    pool: Count = 1
     #: what the training computes in, beside weights that stay in their own.
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False  #: use ``torch.compile``.
@@ -277,13 +293,11 @@ class Recipe(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SasRecRecipe(Recipe):
-    """SASRec's own defaults: random batches, computed in parts of about the same length."""
+    """SASRec's own defaults: it trains longer, and faster."""
 
     epochs: Count = 24
     learning_rate: Rate | tuple[Rate, ...] = 2e-3
     patience: Many = 5
-    accumulation: Count = 4
-    pool: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import PER_BLOCK_WEIGHTS
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import paused_taps
+from depthprobe.models.words import Words
 
 BACKWARD = 2  # times the forward pass: a gradient for the input and one for the weights
 FEW = 5  # a range of so many lengths is counted one by one
@@ -63,7 +64,7 @@ Known = MutableMapping[int, Products]  # counts of models of the same shapes, by
 def flops_per_user(
     model: Recommender, length: int, *, depth: int | None = None, known: Known | None = None
 ) -> int:
-    """FLOPs of encoding one user with so many items and scoring the catalogue; see below."""
+    """FLOPs of encoding one user with so many positions and scoring the catalogue; see below."""
     encoding = encode_flops(model, np.array([length]), depth=depth, known=known)
     return encoding + score_flops(model, 1)
 
@@ -71,7 +72,9 @@ def flops_per_user(
 def encode_flops(
     model: Recommender, lengths: Any, *, depth: int | None = None, known: Known | None = None
 ) -> int:
-    """FLOPs of encoding users with so many items each, (E,), into one vector a user.
+    """FLOPs of encoding users with so many positions each, (E,), into one vector a user.
+
+    A position is an item, or a token where histories are read in words.
 
     The model may be on the meta device, and is neither run nor changed.
 
@@ -102,7 +105,7 @@ def epoch_flops(
     """FLOPs of an epoch, forward and backward, as if every weight got a gradient.
 
     Args:
-        lengths: items that are read of each training window, (windows,).
+        lengths: positions that are read of each training window, (windows,).
         scored: for how many vectors the loss scores the catalogue.
         known: as for :func:`encode_flops`.
     """
@@ -184,6 +187,8 @@ def _copied(model: Recommender, *, on_shapes: bool) -> Recommender:
                 if isinstance(tensor, Tensor) and id(tensor) not in memo:
                     memo[id(tensor)] = _stand_in(tensor, on_shapes=on_shapes)
     twin: Recommender = copy.deepcopy(model, memo).eval()
+    if twin.words is not None:  # as many items of one token as there are positions
+        twin.words = Words([[0]])
     for name, module in list(twin.named_modules()):
         if isinstance(module, nn.Linear) and _is_packed(module):
             inner, outer, dtype = module.in_features, module.out_features, twin.backbone.dtype

@@ -225,7 +225,9 @@ def encode_actions(
                 prompt = [model.eval().prepare_prompt()]
         encode = partial(_encode, model, prompt, histories, lengths)
         # other models are no measure of how long a block takes
-        work = model.depth * histories.numel() if isinstance(model, Recommender) else 0
+        work = 0
+        if isinstance(model, Recommender):
+            work = model.depth * len(histories) * max(model.positions([*histories.cpu().numpy()]))
         actions[f"encode:{name}"] = Action(encode, work)
         if isinstance(model, Recommender):
             # one user is slower for each unit of work, and would make all else look slow

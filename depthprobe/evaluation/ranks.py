@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.data.splits import Part, Split
 from depthprobe.evaluation.metrics import LISTS, TOP
-from depthprobe.models.recommender import best_columns
+from depthprobe.models.recommender import Recommender, best_columns
+from depthprobe.models.words import POSITIONS
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -248,8 +249,19 @@ class Batches(Generic[T]):
     halves, and all later ones are as small. So the work must not add to a total before its end.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, make: Callable[[np.ndarray], T]) -> None:
-        """Cut ``lengths`` into batches of ``size``; ``make`` turns indices (B,) into a batch."""
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        size: int,
+        make: Callable[[np.ndarray], T],
+        *,
+        positions: int | None = None,
+    ) -> None:
+        """Cut ``lengths`` into batches of ``size``; ``make`` turns indices (B,) into a batch.
+
+        A batch, its padding included, is as long as ``positions`` at most.
+        """
+        self._lengths, self._positions = np.asarray(lengths), positions
         self._waiting = deque(length_buckets(lengths, size))
         self._size, self._make = size, make
         self._chosen, self._failed = np.empty(0, np.int64), False
@@ -257,8 +269,11 @@ class Batches(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         while self._waiting:
             chosen = self._chosen = self._waiting.popleft()
-            if len(chosen) > self._size:
-                parts = np.split(chosen, range(self._size, len(chosen), self._size))
+            size = self._size
+            if self._positions is not None:
+                size = max(1, min(size, self._positions // max(1, self._lengths[chosen].max())))
+            if len(chosen) > size:
+                parts = np.split(chosen, range(size, len(chosen), size))
                 self._waiting.extendleft(reversed(parts))
                 continue
             self._failed = False
@@ -322,9 +337,15 @@ class EvalSet:
         lengths = torch.tensor([len(history) for history in own])
         return UserBatch(chosen, torch.from_numpy(pad(own)).to(device), lengths.to(device))
 
-    def batches(self, *, device: torch.device, size: int = BATCH) -> Batches[UserBatch]:
-        """All users in batches of like length."""
-        return Batches(self.lengths, size, partial(self.batch, device=device))
+    def batches(
+        self, *, device: torch.device, size: int = BATCH, model: Encoder | None = None
+    ) -> Batches[UserBatch]:
+        """All users in batches of like length, as long as the model reads them."""
+        make = partial(self.batch, device=device)
+        if getattr(model, "words", None) is None:
+            return Batches(self.lengths, size, make)
+        lengths = cast("Recommender", model).positions(self.histories)
+        return Batches(lengths, size, make, positions=POSITIONS)
 
     def rank(
         self, chosen: np.ndarray, vectors: Tensor, items: Tensor, *, top: int | None = None
@@ -397,7 +418,7 @@ def evaluate(model: Encoder, eval_set: EvalSet, *, device: torch.device) -> Rank
     """
     models: list[Ranks] = []
     prompt = shared_prompt(model)
-    items, batches = model.item_matrix(), eval_set.batches(device=device)
+    items, batches = model.item_matrix(), eval_set.batches(device=device, model=model)
     for chosen, histories, lengths in batches:
         with batches.retry():
             vectors = model.encode(histories, lengths, *prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.models.tiny import ends_at_positions, positions_of
+from depthprobe.models.words import Words
 from depthprobe.study import Backbone, SasRecSettings
 
 WEIGHTS = "trained.safetensors"
@@ -36,15 +37,17 @@ def build_recommender(
     seed: int,
     random_init: bool = False,
     train_items: bool = False,
+    tokens: Sequence[Sequence[int]] | None = None,
 ) -> Recommender:
     """A recommender before its training: backbone loaded, cut, made trainable; fresh adapters.
 
-    ``items`` is the item table, (I + 1, d_item); the seed initialises what is fresh.
+    ``items`` is the item table, (I + 1, d_item); the seed initialises what is fresh; ``tokens`` are
+    those of items 1..I, where histories are read in words.
     """
     backbone = pretrained(settings, random_init=seed if random_init else None)
     if kept is not None:
         keep_blocks(backbone, kept)
-    return around(backbone, settings, items, seed=seed, train_items=train_items)
+    return around(backbone, settings, items, seed=seed, train_items=train_items, tokens=tokens)
 
 
 def build_sasrec(settings: SasRecSettings, *, items: int, longest: int) -> SASRec:
@@ -66,12 +69,20 @@ def around(
     *,
     seed: int,
     train_items: bool = False,
+    tokens: Sequence[Sequence[int]] | None = None,
 ) -> Recommender:
     """A recommender around a backbone, whose blocks it uses in place; fresh adapters."""
     place, (prompt, suffix) = backbone.device, prompt_and_suffix(settings, backbone)
     torch.manual_seed(seed)  # the adapters are drawn from the global generator
     with torch.device(place):  # quantised weights are on the GPU from the start
-        model = Recommender(backbone, items.to(place), prompt, suffix=suffix, head=settings.head)
+        model = Recommender(
+            backbone,
+            items.to(place),
+            prompt,
+            suffix=suffix,
+            head=settings.head,
+            words=None if tokens is None else Words(tokens),
+        )
     make_trainable(model, settings)
     model.items.requires_grad_(train_items)
     model.checkpoint_blocks(settings.checkpointing)
@@ -102,7 +113,9 @@ def prompt_and_suffix(
     if settings.prompt or settings.suffix:
         tokenizer = pretrained_tokenizer(settings)
         if settings.prompt:
-            prompt, start = tokenizer(settings.prompt)["input_ids"], tokenizer.bos_token_id
+            # titles begin on a line of their own
+            text = settings.prompt.rstrip("\n") + "\n" if settings.reads_titles else settings.prompt
+            prompt, start = tokenizer(text)["input_ids"], tokenizer.bos_token_id
             # some tokenizers have a start token and leave it to the caller
             prompt = prompt if start in (None, *prompt[:1]) else [start, *prompt]
         if settings.suffix:
@@ -116,7 +129,7 @@ def prompt_and_suffix(
 
 
 def check_lengths(settings: Backbone, config: PreTrainedConfig, longest: int) -> list[str]:
-    """Warnings of a backbone that is to read the texts and so many items.
+    """Warnings of a backbone that is to read the texts and histories of so many positions.
 
     Raises:
         BadInput: if it has too few positions, and can't go on behind the last one; or if the texts
@@ -126,9 +139,13 @@ def check_lengths(settings: Backbone, config: PreTrainedConfig, longest: int) ->
     most = positions_of(config)
     if most is None or texts + longest <= most:
         return []
-    found = f"{texts} tokens of text and up to {longest} items are more than the {most} positions"
+    found = f"{texts} tokens and histories of up to {longest} positions are more than the {most}"
     if ends_at_positions(config):
-        fewer = f", or data.max_history = {most - texts}" if most > texts else ""
+        fewer = ""
+        if settings.reads_titles:
+            fewer = ", a smaller data.max_history or fewer title_tokens"
+        elif most > texts:
+            fewer = f", or data.max_history = {most - texts}"
         allowed = f"{found} that it has: take a shorter prompt or suffix{fewer}"
         raise BadInput("backbone", settings.source, allowed, fault=True)
     warning = f"{found} of the backbone: it was not trained on texts of that length"

@@ -300,7 +300,7 @@ def recommender(model: PreTrainedModel, ids: Tensor) -> str:
             tried = Recommender(variant, items, PROMPT).to(model.dtype).eval()
         # prompt and items of every user as one sequence of embeddings, (B, P + T, D)
         tokens = tried.token_embeddings(tried.prompt).expand(len(ids), -1, -1)
-        rows = torch.cat([tokens, tried.input_adapter(tried.items(histories))], dim=1)
+        rows = torch.cat([tokens, tried.embed(histories)], dim=1)
         with torch.no_grad():
             filler = torch.full_like(histories, no_token(tried.backbone))
             beside = torch.cat([tried.prompt.expand(len(ids), -1), filler], dim=1)

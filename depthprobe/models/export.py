@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from depthprobe.models.backbones import load_backbone, resolve_device
 from depthprobe.models.build import fill, save_weights
 from depthprobe.models.recommender import Recommender, best_columns
 from depthprobe.models.tiny import ends_at_positions, positions_of
+from depthprobe.models.words import POSITIONS, Words
 
 PARTS, CARD = "recommender.safetensors", "recommender.json"
 BATCH = 256  # users encoded at once
@@ -42,6 +44,7 @@ class Card(msgspec.Struct, kw_only=True):
     prompt: list[Annotated[int, msgspec.Meta(ge=0)]]
     suffix: list[Annotated[int, msgspec.Meta(ge=0)]] = []
     head: Literal["dot", "linear"] = "dot"
+    tokens: list[list[Annotated[int, msgspec.Meta(ge=0)]]] | None = None
     max_history: Annotated[int, msgspec.Meta(ge=1)]
     filter_seen: bool
     attention: Attention = "auto"
@@ -51,6 +54,8 @@ class Card(msgspec.Struct, kw_only=True):
     def __post_init__(self) -> None:
         if len(set(self.item_ids)) < len(self.item_ids):
             raise ValueError("an item id twice")
+        if self.tokens is not None and list(map(bool, self.tokens)) != [True] * len(self.item_ids):
+            raise ValueError(f"tokens that are not some for each of {len(self.item_ids)} items")
         if self.titles is not None and len(self.titles) != len(self.item_ids):
             raise ValueError(f"{len(self.titles)} titles of {len(self.item_ids)} items")
 
@@ -96,12 +101,15 @@ class ExportedRecommender:
             raise BadInput("top", top, f"a whole number from 1 to {len(self.item_ids)}")
         known = [self._numbered(history) for history in histories]
         prompt, titles = self.model.prepare_prompt(), self.titles or [""] * len(self.item_ids)
+        # users of like length together: less padding is computed
+        sizes = self.model.positions([history[-self.max_history :] for history in known])
+        order = sorted(range(len(known)), key=sizes.__getitem__)
         answers: list[list[Recommendation]] = [[] for _ in known]
         at_once = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))  # users scored at once
-        # users of like length together: less padding is computed
-        order = sorted(range(len(known)), key=lambda place: len(known[place]))
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
+        while order:
+            # the longest first; of histories in words fewer at a time
+            room = BATCH if self.model.words is None else max(1, POSITIONS // sizes[order[-1]])
+            batch, order = order[-min(room, BATCH) :], order[: -min(room, BATCH)]
             vectors = self.model.encode(*self._padded([known[p] for p in batch]), prompt)  # (B, d)
             for first in range(0, len(batch), at_once):
                 places = batch[first : first + at_once]
@@ -167,6 +175,7 @@ def write_recommender(
         prompt=model.prompt.tolist(),
         suffix=model.suffix.tolist(),
         head="dot" if model.head is None else "linear",
+        tokens=None if model.words is None else model.words.listed(),
         max_history=max_history,
         filter_seen=filter_seen,
         attention=ATTENTIONS.get(attention, "auto"),
@@ -204,15 +213,19 @@ def load_recommender(
         backbone = load_backbone(
             path, attention=card.attention, trust_remote_code=trust_remote_code
         )
-        model = Recommender(backbone, items, card.prompt, suffix=card.suffix, head=card.head)
-        if max([0, *card.prompt, *card.suffix]) >= model.token_embeddings.num_embeddings:
+        words = None if card.tokens is None else Words(card.tokens)
+        model = Recommender(
+            backbone, items, card.prompt, suffix=card.suffix, head=card.head, words=words
+        )
+        read = [*card.prompt, *card.suffix, *chain.from_iterable(card.tokens or [])]
+        if max([0, *read]) >= model.token_embeddings.num_embeddings:
             raise ValueError(f"{CARD} has a token beyond those of the backbone")
         fill(_own_weights(model) | {ITEMS: model.items.weight}, parts | {ITEMS: items})
         longest = card.max_history
         config, texts = backbone.config, len(card.prompt) + len(card.suffix)
         most = positions_of(config)
-        if most is not None and texts + longest > most and ends_at_positions(config):
-            longest = most - texts  # no user of the evaluation had more items
+        if words is None and most is not None and ends_at_positions(config):
+            longest = min(longest, most - texts)  # no user of the evaluation had more items
     except BadInput:
         raise
     except Exception as error:  # of several libraries

@@ -77,10 +77,12 @@ def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
     return table
 
 
-def item_texts(item_ids: Sequence[str], titles: Sequence[str] | None) -> list[str]:
+def item_texts(
+    item_ids: Sequence[str], titles: Sequence[str] | None, *, field: str = FIELD, asked: str = TEXT
+) -> list[str]:
     """What stands for each item: its title, or its raw id where it has none."""
     if titles is None or not any(titles):
-        raise BadInput(FIELD, TEXT, "a log with item titles (data.items names a file with them)")
+        raise BadInput(field, asked, "a log with item titles (data.items names a file with them)")
     return [title or str(raw) for raw, title in zip(item_ids, titles, strict=True)]
 
 

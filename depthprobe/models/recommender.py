@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from depthprobe.models.prompt import (
     shared_prompt,
     take_over,
 )
+from depthprobe.models.words import Words
 
 
 def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -94,8 +95,9 @@ class Popularity(nn.Module):
 #
 # SLMRec's model: item embedding -> input adapter -> blocks -> output adapter -> dot product with
 # the item table; or E4SRec's: a linear map from the last state to the items. It reads the next item
-# out at *every* position of a history, so one pass trains all its targets; or, after a suffix of
-# tokens, once a user, which is the layout of both papers.
+# out after *every* item of a history, so one pass trains all its targets; or, after a suffix of
+# tokens, once a user, which is the layout of both papers. An item is one position; or, where
+# histories are read in words, as many as its title has tokens.
 
 
 class Recommender(nn.Module):
@@ -116,6 +118,7 @@ class Recommender(nn.Module):
         *,
         suffix: Sequence[int] = (),
         head: Literal["dot", "linear"] = "dot",
+        words: Words | None = None,
     ) -> None:
         """Wrap a backbone; the adapters are initialised from torch's global generator.
 
@@ -126,11 +129,15 @@ class Recommender(nn.Module):
             suffix: token ids after the last item; with any, users are read out once, after them.
             head: scores by the dot product with the item table, through an adapter, or by a linear
                 map from the state to the items, (I + 1, D).
+            words: the tokens of each item, where histories are read in words.
         """
         super().__init__()
         self.backbone = find_decoder(backbone)
         self.items = nn.Embedding.from_pretrained(items.clone(), freeze=True, padding_idx=0)
-        self.input_adapter = nn.Linear(items.shape[1], self.token_embeddings.weight.shape[1])
+        self.words = words
+        self.input_adapter: nn.Linear | None = None  # words are in the backbone's width
+        if words is None:
+            self.input_adapter = nn.Linear(items.shape[1], self.token_embeddings.weight.shape[1])
         width = _output_width(backbone)
         self.output_adapter = nn.Linear(width, items.shape[1]) if head == "dot" else None
         self.head = nn.Linear(width, len(items), bias=False) if head == "linear" else None
@@ -145,19 +152,20 @@ class Recommender(nn.Module):
         self.cache_argument = cache_argument(self.backbone)
         #: whether training computes the blocks again in the backward pass, to save memory
         self.checkpointing = False
-        self._match_scale()
+        if self.input_adapter is not None:
+            self._match_scale(self.input_adapter)
 
     @torch.no_grad()
-    def _match_scale(self) -> None:
+    def _match_scale(self, adapter: nn.Linear) -> None:
         """Let adapted items start as large as the token embeddings the blocks were trained on."""
         tokens = self.token_embeddings.weight
-        self.input_adapter.bias.zero_()
-        adapted = self.input_adapter(self.items.weight[1:])
-        self.input_adapter.weight.mul_(tokens.float().std() / adapted.std().clamp_min(1e-8))
+        adapter.bias.zero_()
+        adapted = adapter(self.items.weight[1:])
+        adapter.weight.mul_(tokens.float().std() / adapted.std().clamp_min(1e-8))
 
     @property
     def token_embeddings(self) -> nn.Embedding:
-        """The backbone's input embeddings; only the prompt reads them."""
+        """The backbone's input embeddings, of prompt, suffix and words."""
         return token_embeddings(self.backbone)
 
     @property
@@ -205,9 +213,27 @@ class Recommender(nn.Module):
         vectors: Tensor = states if self.output_adapter is None else self.output_adapter(states)
         return vectors
 
-    def last_place(self, lengths: Tensor) -> Tensor:
-        """Where, in a block's output, users with so many items are read out, (B,) -> (B,)."""
-        return lengths - 1 + self.lead + len(self.suffix)
+    def last_place(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        """Where, in a block's output, users are read out: (B, T) and (B,) -> (B,)."""
+        return self._text_lengths(histories, lengths) - 1 + self.lead + len(self.suffix)
+
+    def _text_lengths(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        """How many positions the items of each history have, (B, T) and (B,) -> (B,)."""
+        if self.words is None:
+            return lengths
+        return self.words.ends(histories).gather(1, lengths[:, None] - 1)[:, 0] + 1
+
+    def after_items(self, states: Tensor, histories: Tensor) -> Tensor:
+        """Of a block's output (B, lead + S, D), the states after each item, (B, T, D)."""
+        own = states[:, self.lead :]
+        if self.words is None:
+            return own
+        ends = self.words.ends(histories)  # (B, T)
+        return own.gather(1, ends[..., None].expand(-1, -1, own.shape[-1]))
+
+    def positions(self, histories: Iterable[np.ndarray]) -> list[int]:
+        """How many positions these histories of item ids take, without prompt and suffix."""
+        return [len(h) for h in histories] if self.words is None else self.words.lengths(histories)
 
     def prepare_prompt(self) -> Cache | None:
         """The prompt's keys and values at the present weights; None where none are shared."""
@@ -216,17 +242,26 @@ class Recommender(nn.Module):
         with self._saving():
             return shared_prompt(self.backbone, self.prompt, first=self.first)
 
+    def embed(self, histories: Tensor) -> Tensor:
+        """Items in the backbone's width: one vector or some tokens each, (B, T) -> (B, S, D)."""
+        if self.input_adapter is None:
+            vectors: Tensor = self.token_embeddings(self._item_ids(histories))
+        else:
+            vectors = self.input_adapter(self.items(histories))
+        return vectors
+
     def inputs(
         self, histories: Tensor, lengths: Tensor | None, prompt: Cache | None
     ) -> dict[str, Any]:
         """Arguments of the backbone for histories (B, T); ``prompt`` is what has already run."""
-        # items in the backbone's width; the suffix goes behind the last item of each user
-        embeddings = self.input_adapter(self.items(histories))  # (B, T, D)
+        embeddings = self.embed(histories)  # (B, S, D)
+        # the suffix goes behind the last item of each user
         if len(self.suffix):
             if lengths is None:
                 raise ValueError("a recommender with a suffix reads users out once, after it")
             tokens = self.token_embeddings(self.suffix).to(embeddings.dtype)
-            embeddings = _insert(embeddings, tokens, lengths)  # (B, T+S, D)
+            ends = self._text_lengths(histories, lengths)
+            embeddings = _insert(embeddings, tokens, ends)  # (B, T+S, D)
         # a prompt that can't be shared stands before the items of every user
         if self.lead:
             tokens = self.token_embeddings(self.prompt).expand(len(histories), -1, -1)
@@ -246,12 +281,20 @@ class Recommender(nn.Module):
 
     def _token_ids(self, histories: Tensor, lengths: Tensor | None) -> Tensor:
         """Which token stands at each position of a pass, (B, lead + T + S)."""
-        ids = torch.full_like(histories, no_token(self.backbone))
+        ids = self._item_ids(histories)
         if len(self.suffix) and lengths is not None:
-            ids = _insert(ids[..., None], self.suffix[:, None], lengths)[..., 0]
+            ends = self._text_lengths(histories, lengths)
+            ids = _insert(ids[..., None], self.suffix[:, None], ends)[..., 0]
         if self.lead:
             ids = torch.cat([self.prompt.expand(len(ids), -1), ids], dim=1)
         return ids
+
+    def _item_ids(self, histories: Tensor) -> Tensor:
+        """The tokens of the items; of items that are vectors, what stands for no token."""
+        if self.words is None:
+            return torch.full_like(histories, no_token(self.backbone))
+        text: Tensor = self.words(histories)
+        return text
 
     def forward(
         self,
@@ -261,7 +304,7 @@ class Recommender(nn.Module):
         *,
         states: bool = False,
     ) -> Tensor:
-        """User vectors at every position, (B, T, d); after the last one where lengths say, (B, d).
+        """User vectors after every item, (B, T, d); after the last one where lengths say, (B, d).
 
         Args:
             histories: (B, T) item ids, right-padded with 0.
@@ -273,13 +316,12 @@ class Recommender(nn.Module):
         prompt = prompt or self.prepare_prompt()
         with self._saving():
             out = self.backbone(**self.inputs(histories, lengths, prompt))
-        last: Tensor = out.last_hidden_state.to(self.input_adapter.weight.dtype)
+        last: Tensor = out.last_hidden_state.to(self.item_matrix().dtype)
         if states:
             return last
-        places = (
-            last[:, self.lead :] if lengths is None else states_at(last, self.last_place(lengths))
-        )
-        return self.read_out(places)
+        if lengths is None:
+            return self.read_out(self.after_items(last, histories))
+        return self.read_out(states_at(last, self.last_place(histories, lengths)))
 
     encode = forward  # with lengths: user vectors after the last item and the suffix, (B, d)
 

@@ -31,8 +31,8 @@ class CausalEncoder(Encoder, Protocol):
 
     backbone: PreTrainedModel
 
-    def last_place(self, lengths: Tensor) -> Tensor:
-        """Where, in a block's output, users with so many items are read out, (B,) -> (B,)."""
+    def last_place(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        """Where, in a block's output, users are read out: (B, T) items and (B,) -> (B,)."""
         return lengths - 1
 
     def read_out(self, states: Tensor) -> Tensor:
@@ -68,11 +68,11 @@ def passes(
     """
     check_readable(model.backbone)
     prompt, checked = shared_prompt(model), False
-    batches = eval_set.batches(device=device, size=batch_size)
+    batches = eval_set.batches(device=device, size=batch_size, model=model)
     with tap_blocks(model.backbone) as tap:
         for chosen, histories, lengths in batches:
             with batches.retry():
-                tap.positions = model.last_place(lengths)
+                tap.positions = model.last_place(histories, lengths)
                 vectors = model.encode(histories, lengths, *prompt)
                 states = torch.stack([join_streams(state) for state in tap.states])
                 if not checked:

@@ -90,13 +90,14 @@ def fit_replacements(
     projections = {start: find_projection(model.backbone, start - 1) for start in starts}
     hooks = [each.register_forward_hook(keep(start)) for start, each in projections.items()]
     first = int(getattr(model, "lead", 0))  # behind a prompt that is repeated in each row
-    prompt, batches = shared_prompt(model), eval_set.batches(device=device, size=batch_size)
+    batches = eval_set.batches(device=device, size=batch_size, model=model)
+    prompt = shared_prompt(model)
     total: Sums = {}
     with tap_blocks(model.backbone) as tap, removed_after(hooks):
         for _, histories, lengths in batches:
             with batches.retry():
                 model.encode(histories, lengths, *prompt)
-                last = model.last_place(lengths)
+                last = model.last_place(histories, lengths)
                 for key, value in _normal_equations(
                     spans, tap.states, written, first, last
                 ).items():

@@ -82,11 +82,12 @@ def similarities(
         pass
     blocks, orders = find_blocks(model.backbone), _part_orders(model)
     sample, totals = _Sample(users, cka_users), [np.zeros(1)] * 4
-    prompt, batches = shared_prompt(model), eval_set.batches(device=device, size=batch_size)
+    batches = eval_set.batches(device=device, size=batch_size, model=model)
+    prompt = shared_prompt(model)
     with tap_blocks(model.backbone) as tap, record_calls(blocks) as calls:
         for chosen, histories, lengths in batches:
             with batches.retry():
-                tap.positions = places = model.last_place(lengths)
+                tap.positions = places = model.last_place(histories, lengths)
                 model.encode(histories, lengths, *prompt)
                 states = torch.stack([join_streams(state) for state in tap.states])  # (L+1, B, D)
                 sample.put(chosen, states)

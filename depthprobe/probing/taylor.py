@@ -39,7 +39,7 @@ def taylor_importance(
     _check_weights(model, blocks)
     weights = list(dict.fromkeys(blocks.parameters()))
     total: dict[Tensor, Tensor] = {}
-    batches = eval_set.batches(device=device, size=batch_size)
+    batches = eval_set.batches(device=device, size=batch_size, model=model)
     # the caller may be in inference mode, whose tensors remember no gradient
     with torch.inference_mode(False), torch.enable_grad(), _requiring_gradients(weights):
         table = model.item_matrix().detach()[1:]  # (I, d)

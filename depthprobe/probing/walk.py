@@ -144,14 +144,15 @@ def walk(
                 follow(node, path, calls, recorded)
                 # all alike, since some blocks ask the cache's first layer for its length
                 caches[place] = sharing_cache(recorded, [node.step.block] * len(blocks))
-        batches = eval_set.batches(device=device, size=batch_size)
+        batches = eval_set.batches(device=device, size=batch_size, model=model)
         for chosen, histories, lengths in batches:
             with batches.retry():
                 # No block runs in this encoding. It makes the embeddings and shows what each block
                 # is called with (mask, positions, cache), to call it so on other states.
                 with standing_in(every), record_calls(blocks) as calls:
                     model.encode(histories, lengths, *prompt)
-                rows, last = torch.arange(len(lengths), device=device), model.last_place(lengths)
+                rows = torch.arange(len(lengths), device=device)
+                last = model.last_place(histories, lengths)
                 path, ends = [calls.states[0]], [torch.empty(0)] * len(routes)
                 for node, cache in zip(nodes, caches, strict=True):
                     state = follow(node, path, calls, cache)

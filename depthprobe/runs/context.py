@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -30,6 +31,7 @@ from depthprobe.models.build import (
 )
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
+from depthprobe.models.words import item_tokens
 from depthprobe.probing.replace import Replacement
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial
 from depthprobe.runs.records import (
@@ -235,8 +237,22 @@ class Context:
             seed=trial.seed,
             random_init=settings_of(self.study, trial.method).fresh,
             train_items=self.study.trains_items,
+            tokens=self.item_tokens,
         )
         return model.to(self.device)
+
+    @cached_property
+    def item_tokens(self) -> list[list[int]] | None:
+        """The tokens of items 1..I, where histories are read in words; None elsewhere."""
+        ids, titles = self.sequences.item_ids.tolist(), self.sequences.titles
+        return item_tokens(self.study.backbone, ids, titles)
+
+    def text_lengths(self, histories: Iterable[np.ndarray]) -> list[int]:
+        """How many positions a recommender reads of each of these histories of item ids."""
+        if self.item_tokens is None:
+            return [len(history) for history in histories]
+        sizes = np.array([0, *map(len, self.item_tokens)])
+        return [int(sizes[history].sum()) for history in histories]
 
     def trained(self, trial: Trial) -> Recommender:
         """A trained recommender from disk, in eval mode."""

@@ -81,7 +81,7 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
         try:
             pretrained_tokenizer(study.backbone).save_pretrained(temporary)
         except BadInput:  # there is none: so nothing was read with it
-            if study.backbone.prompt or study.backbone.suffix:
+            if study.backbone.prompt or study.backbone.suffix or study.backbone.reads_titles:
                 raise
         (temporary / "README.md").write_text(model_card(run, record), encoding="utf-8")
     return target
@@ -112,6 +112,7 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
         context.item_table(trial.seed),
         seed=trial.seed,
         train_items=context.study.trains_items,
+        tokens=context.item_tokens,
     )
     load_trained(model, weights)
     merge_lora(model)

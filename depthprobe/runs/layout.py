@@ -41,6 +41,7 @@ from depthprobe.models.backbones import (
 from depthprobe.models.build import check_lengths, prompt_and_suffix
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import TEXT, item_texts, make_table, table_hash
+from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import CHECKPOINTS, LEARNED
 from depthprobe.runs.plan import SASREC, plan
 from depthprobe.runs.records import (
@@ -133,13 +134,15 @@ def read_inputs(
     _new_slices(merged, split, before)
     width = int(config.hidden_size) if dry else None
     table = _shared_table(working, split.sequences, folder, device, width)
+    titles = split.sequences.titles
+    tokens = item_tokens(backbone, split.sequences.item_ids.tolist(), titles)
     revision = backbone_revision(backbone)
     # of a run that is continued nothing may be left to do
     facts = _checked(backbone, revision, tasks) if before is None else before.backbone
     manifest = _new_manifest(merged, split, table, facts, device, command)
+    manifest.data.warnings += look_alikes(tokens or [])
     if any(method_of(name).role != "baseline" for name in merged.methods):
-        lengths = np.diff(split.sequences.offsets)
-        longest = max(1, min(merged.data.max_history, int(lengths.max()) - 1))
+        longest = _longest_text(split.sequences, merged.data.max_history, tokens)
         manifest.data.warnings += check_lengths(backbone, config, longest)
     if before is not None:
         _check_same(folder, before, manifest, revision)
@@ -174,6 +177,17 @@ def _check_sizes(study: Study, items: int, width: int) -> None:
         if 16 * weights > memory:  # gradients and AdamW's two moments beside the weights
             held = f"{16 * weights / 1e9:,.0f} GB, there are {memory / 1e9:,.0f}"
             raise BadInput(field, value, f"what fits the memory (it takes {held})")
+
+
+def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]] | None) -> int:
+    """Positions of the longest history that is read, of all its items but a target."""
+    if tokens is None:
+        return max(1, min(max_history, int(np.diff(sequences.offsets).max()) - 1))
+    sizes = np.array([0, *map(len, tokens)])
+    texts = (sizes[sequences.history(user)] for user in range(sequences.n_users))
+    # any items of a user in a row, since a split may end them anywhere
+    window = np.ones(max_history, dtype=np.int64)
+    return max(int(np.convolve(text, window).max()) for text in texts)
 
 
 def _checked(settings: Backbone, revision: str, tasks: Sequence[Task]) -> BackboneFacts:

@@ -44,13 +44,18 @@ def measure(
     if depths := _depths(study, blocks, all_depths=all_depths):
         random_init = study.backbone.quantize == "none"
         full = build_recommender(
-            study.backbone, items, seed=0, random_init=random_init, train_items=study.trains_items
+            study.backbone,
+            items,
+            seed=0,
+            random_init=random_init,
+            train_items=study.trains_items,
+            tokens=context.item_tokens,
         ).to(device)
         models = {depth: rig.cut_copy(full, depth) for depth in depths}
         items = full.item_matrix().detach()
     timing = rig.measure(
         lambda size: _actions(context, blocks, models, items.to(device), size),
-        batch=study.recipe.batch_size,
+        batch=_windows_a_step(context),
         seconds=cost.seconds if seconds is None else seconds,
         warmup=cost.warmup,
         rounds=cost.rounds,
@@ -76,6 +81,14 @@ def measure(
         "left_out": list(timing.left_out),
         "peak_bytes": timing.peak.get("reserved", timing.peak.get("rss")),
     }
+
+
+def _windows_a_step(context: Context) -> int:
+    """The batch size; of histories in words as many as have the tokens of one part."""
+    recipe = context.study.recipe
+    sizes = context.text_lengths(context.training.histories)
+    room = recipe.tokens // int(np.median(sizes)) if context.item_tokens else recipe.batch_size
+    return min(recipe.batch_size, max(1, room))
 
 
 def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
@@ -154,7 +167,8 @@ def _actions(
     optimizer = rig.optimizer_of(*steps.values()) if steps else None
     for name, objective in steps.items():
         passes = 3 if name.startswith("train") else 4
-        work = passes * trials[name].depth * batch.inputs.numel()
+        longest = max(context.text_lengths([context.windows[index] for index in batch.chosen]))
+        work = passes * trials[name].depth * len(batch.chosen) * longest
         actions[name] = Action(_step(objective, batch, optimizer), work)
     return actions
 
@@ -195,13 +209,14 @@ class _Read:
 def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
     """A batch of real test users of about the mean length, (B, T) and (B,)."""
     size = min(size, context.study.cost.batch_size)
-    batch = context.test.batch(_middle(context.test.lengths, size), context.device)
+    lengths = context.text_lengths(context.test.histories)
+    batch = context.test.batch(_middle(lengths, size), context.device)
     return batch.histories, batch.lengths
 
 
 def _typical_batch(context: Context, size: int, recipe: Recipe) -> Batch:
     """Training windows of about the mean length."""
-    chosen = _middle([len(window) for window in context.windows], size)
+    chosen = _middle(context.text_lengths(context.windows), size)
     return make_batch(context.windows, chosen, context.device, recipe.objective)
 
 

@@ -202,6 +202,9 @@ def train(
         if record is None or record.training is None or not record.training.learning_rate:
             raise ValueError(f"{first.id} has no learning rate for {trial.id}")
         rates = (record.training.learning_rate,)
+    # of histories in words the model says how long they are
+    readers = [m for m in objective.modules() if isinstance(m, Recommender) and m.words is not None]
+    positions = readers[0].positions(context.windows) if readers else None
     several, best = len(rates) > 1, Fit()
     begun = best_weights = _copied(objective) if several else {}
     tried: dict[str, float | None] = {}
@@ -219,6 +222,7 @@ def train(
                     validate=validate,
                     seed=trial.seed,
                     device=context.device,
+                    positions=positions,
                     track=track,
                     checkpoint=context.checkpoint(trial, rate if several else None),
                     result=result,
@@ -306,7 +310,7 @@ def models_in(study: Study, method: str, blocks: int) -> int:
 def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
     """FLOPs of an epoch of a trial's training; of distillation without its teacher's."""
     settings = settings_of(context.study, trial.method)
-    lengths = np.array([len(window) - 1 for window in context.windows])
+    lengths = model.positions(context.training.histories)
     positions = int(count_targets(context.windows, settings.recipe.objective).sum())
     scored: float = positions
     if settings.method.settings == "elastic":
@@ -324,7 +328,7 @@ def _flops(
     context: Context, trial: Trial, model: Recommender, *, depth: int | None = None
 ) -> int | None:
     """FLOPs of a user with the median history of the test."""
-    length = int(np.median([len(history) for history in context.test.histories]))
+    length = int(np.median(model.positions(context.test.histories)))
     known = context.products[trial.kept]
     return _counted(lambda: flops_per_user(model, length, depth=depth, known=known))
 

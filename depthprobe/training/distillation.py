@@ -183,7 +183,7 @@ class Distiller(nn.Module):
 
     def _supervise(self, states: list[Tensor], items: Tensor, batch: Batch) -> Tensor:
         """L_ms: each inner group predicts the last item of each window, as in the paper."""
-        places = self.student.last_place(batch.lengths)
+        places = self.student.last_place(batch.inputs, batch.lengths)
         vectors = [
             adapter(states_at(state, places).float())  # (B, d)
             for adapter, state in zip(self.adapters, states, strict=True)

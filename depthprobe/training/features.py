@@ -21,6 +21,7 @@ from depthprobe.evaluation.ranks import Batches
 from depthprobe.files import reserve
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
+from depthprobe.models.words import POSITIONS
 from depthprobe.training.objectives import (
     Batch,
     Objective,
@@ -145,9 +146,12 @@ def _write(
 ) -> bool:
     """Whether all states fit the dtype; then the outputs are in the files."""
     starts, files = _starts(windows, spec), dict[str, np.ndarray]()
-    lengths = [len(window) - 1 for window in windows]
+    lengths = teacher.positions([window[:-1] for window in windows])
     batches = Batches(
-        lengths, batch_size, lambda chosen: make_batch(windows, chosen, device, spec.objective)
+        lengths,
+        batch_size,
+        lambda chosen: make_batch(windows, chosen, device, spec.objective),
+        positions=None if teacher.words is None else POSITIONS,
     )
     for batch in batches:
         with batches.retry():

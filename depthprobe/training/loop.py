@@ -27,6 +27,8 @@ from depthprobe.training.tracking import Track
 
 logger = logging.getLogger(__name__)
 
+# a batch with more padding, as a share of its real positions and in positions, is computed in parts
+PADDING, FEW = 0.1, 256
 TOGETHER = 16  # steps whose losses are read together on a GPU, which stands still meanwhile
 TRACKED = 50  # steps whose mean loss is tracked together
 LOGGED = 10.0  # seconds between two log lines about steps, at least
@@ -51,6 +53,7 @@ def fit(
     validate: Callable[[], float],
     seed: int,
     device: torch.device,
+    positions: Sequence[int] | None = None,
     track: Track = _ignore,
     checkpoint: Path | None = None,
     result: Path | None = None,
@@ -66,6 +69,8 @@ def fit(
         windows: one array of item ids a user, at least two items each.
         validate: the score to maximise, called after each epoch with the objective in eval mode;
             in every process, and the first one's score counts.
+        positions: that each window takes, where its items are texts; a batch is then computed in
+            parts of at most the recipe's ``tokens``.
         track: gets, in the first process, each epoch's loss and score, and the mean loss and the
             learning rate of every so many steps.
         checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds. It
@@ -107,7 +112,7 @@ def fit(
     monitor = LossMonitor(engine, progress, track if engine.rank == 0 else _ignore)
     with _compiled(engine.inner) if recipe.compile else nullcontext():
         while not progress.ended:
-            for _ in _train_epoch(engine, windows, progress, monitor, seed, own.is_due):
+            for _ in _train_epoch(engine, windows, progress, monitor, seed, own.is_due, positions):
                 save(own)
             engine.publish()
             objective.eval()
@@ -140,11 +145,12 @@ def _train_epoch(
     monitor: LossMonitor,
     seed: int,
     due: Callable[[], bool],
+    positions: Sequence[int] | None,
 ) -> Iterator[None]:
     """Take what is left of the epoch's steps; yields after those where a checkpoint is due."""
     recipe, fit = engine.recipe, progress.fit
     size = recipe.batch_size * engine.processes
-    lengths = [len(window) for window in windows]
+    lengths = positions or [len(window) for window in windows]
     batches = length_buckets(lengths, size, seed=seed, epoch=fit.epochs, pool=recipe.pool)
     total = recipe.epochs * len(batches)
     engine.called.train()
@@ -157,7 +163,9 @@ def _train_epoch(
             # dropout and negatives: other ones in each step and process
             torch.manual_seed(_random_number((seed, fit.steps, engine.rank)))
             try:
-                loss = _gradients(engine, windows, chosen, fit.parts)
+                most = None if positions is None else recipe.tokens * engine.processes
+                parts = _parts_of(np.array([lengths[i] for i in chosen]), fit.parts, most)
+                loss = _gradients(engine, windows, chosen, parts)
             except torch.OutOfMemoryError:
                 # of several processes one would go on alone
                 if engine.processes > 1 or fit.parts >= len(chosen):
@@ -179,6 +187,21 @@ def _train_epoch(
         engine.step()
         if write:
             yield
+
+
+def _parts_of(lengths: np.ndarray, least: int, most: int | None) -> int:
+    """In how many parts to compute a batch, (B,) lengths in ascending order.
+
+    As few as leave little padding, four times ``least`` at most; more where a part would have more
+    than ``most`` positions. They change what a step costs, and its result in the last bits alone.
+    """
+    for parts in (least, 2 * least, 4 * least):
+        computed = sum(len(part) * part[-1] for part in np.array_split(lengths, parts) if len(part))
+        if computed - lengths.sum() <= max(FEW, PADDING * lengths.sum()):
+            break
+    if most is not None:
+        parts = max(parts, -(-len(lengths) * int(lengths[-1]) // most))
+    return min(parts, len(lengths))
 
 
 def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int) -> Tensor:

@@ -102,8 +102,8 @@ def at_rows(states: Tensor, rows: Tensor) -> Tensor:
 def target_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
     """A block's output (B, P, D), prompt and all, at the batch's target positions, (N, D)."""
     if batch.objective == "last":
-        return states_at(states, model.last_place(batch.lengths))
-    return at_rows(states[:, model.lead :], batch.rows)
+        return states_at(states, model.last_place(batch.inputs, batch.lengths))
+    return at_rows(model.after_items(states, batch.inputs), batch.rows)
 
 
 def at_targets(vectors: Tensor, batch: Batch) -> Tensor:

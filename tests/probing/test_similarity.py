@@ -214,7 +214,7 @@ def states_of(model: Recommender, eval_set: EvalSet, without_mlp: int | None = N
     ((_, histories, lengths),) = eval_set.batches(device=CPU)
     with skip_blocks(model.backbone, skipped, part="mlp"), tap_blocks(model.backbone) as tap:
         prompt = model.prepare_prompt()
-        tap.positions = model.last_place(lengths)
+        tap.positions = model.last_place(histories, lengths)
         model.encode(histories, lengths, prompt)
         return torch.stack(tap.states).double()
 

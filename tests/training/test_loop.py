@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
 from depthprobe.training import loop
-from depthprobe.training.loop import DivergedError, Fit, _cosine
+from depthprobe.training.loop import DivergedError, Fit, _cosine, _parts_of
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 
 CPU = torch.device("cpu")
@@ -46,6 +48,29 @@ def test_a_pool_of_one_mixes_lengths_in_a_step(train: Train, make_sasrec: MakeSa
         train(objective, recipe)
         spread[pool] = np.mean([float(lengths.max() - lengths.min()) for lengths in seen])
     assert spread[1] > 2 * spread[50]
+
+
+@given(
+    lengths=st.lists(st.integers(2, 600), min_size=1, max_size=40).map(sorted),
+    least=st.integers(1, 3),
+    most=st.one_of(st.none(), st.integers(600, 5000)),
+)
+def test_a_batch_is_computed_in_few_parts_with_little_padding(
+    lengths: list[int], least: int, most: int | None
+) -> None:
+    def computed(parts: int) -> list[int]:
+        return [len(part) * part[-1] for part in np.array_split(lengths, parts) if len(part)]
+
+    parts = _parts_of(np.array(lengths), least, most)
+    assert 1 <= parts <= len(lengths)
+    if most is not None:  # one window may be longer than a part should be
+        assert max(computed(parts)) <= most + lengths[-1]
+        assert parts == len(lengths) or parts * most >= len(lengths) * lengths[-1]
+        return
+    assert parts in {min(n * least, len(lengths)) for n in (1, 2, 4)}
+    if min(least, len(lengths)) < parts < min(4 * least, len(lengths)):
+        few = max(256, 0.1 * sum(lengths))
+        assert sum(computed(parts)) - sum(lengths) <= few < sum(computed(least)) - sum(lengths)
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_validation_draws(

@@ -1,0 +1,75 @@
+"""A study whose histories are read in words: every method runs, and what is exported is served."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import depthprobe as dp
+from depthprobe.errors import BadInput
+from depthprobe.runs.export import export_trial
+from depthprobe.runs.sweep import run_sweep
+from depthprobe.study import METHODS, Recipe, Study
+
+
+@pytest.fixture(scope="module")
+def in_words(study: Study) -> Study:
+    return replace(
+        study,
+        methods=tuple(METHODS),
+        variants={},
+        seeds=1,
+        layers="2",
+        backbone=replace(study.backbone, reads="titles", title_tokens=6),
+        recipe=Recipe(epochs=1, batch_size=32, tokens=600),
+    )
+
+
+def lines() -> list[list[str]]:
+    """A user, and items that count up, in 40 of a catalogue."""
+    starts = np.random.default_rng(5).integers(40, size=50)
+    return [[f"u{n:02d}", *(f"i{(s + k) % 40}" for k in range(9))] for n, s in enumerate(starts)]
+
+
+def write_log(folder: Path) -> Path:
+    """The lines as a table, and the titles of its items, of one to six words, beside it."""
+    rows = [f"{user},{item},{time}" for user, *own in lines() for time, item in enumerate(own)]
+    titles = [f"i{n},{' '.join(['Night'] * (n % 6) + [f'Song {n}'])}" for n in range(40)]
+    (folder / "items.csv").write_text("\n".join(["item,title", *titles, ""]))
+    (folder / "log.csv").write_text("\n".join(["user,item,timestamp", *rows, ""]))
+    return folder / "log.csv"
+
+
+def test_every_method_reads_words_and_serves_what_it_measured(
+    in_words: Study, tmp_path: Path
+) -> None:
+    log = write_log(tmp_path)
+    data = replace(in_words.data, source=str(log), items=str(tmp_path / "items.csv"))
+    run = run_sweep(replace(in_words, data=data), tmp_path / "run", jobs=0)
+    assert not run.failed
+    assert set(run.trials["method"]) | {"similarity"} <= {*METHODS}
+    # words take more than one position each, and the parts of a batch as many as allowed
+    items = run.record("finetune-d02-s0").costs
+    assert items is not None
+    assert items.parameters["adapters"] > 0
+    for trial in ("full-d03-s0", "finetune-d02-s0"):
+        export_trial(run.path, trial, tmp_path / trial)
+        model = dp.load_recommender(tmp_path / trial)
+        listed = model.recommend([items[:-1] for _, *items in lines()], top=10)
+        hits = [
+            next((1 / np.log2(n + 2) for n, each in enumerate(own) if each.item == line[-1]), 0)
+            for own, line in zip(listed, lines(), strict=True)
+        ]
+        table = run.metrics.query("split == 'test' and protocol == 'full' and slice == 'all'")
+        measured = table[table["trial"] == trial].set_index("metric")["value"]["NDCG@10"]
+        assert np.mean(hits) == pytest.approx(measured, abs=1e-9)
+
+
+def test_a_log_without_titles_is_refused(in_words: Study, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="backbone.reads") as refused:
+        run_sweep(in_words, tmp_path / "run", jobs=0)
+    assert "titles" in str(refused.value)
+    assert not (tmp_path / "run").exists()

@@ -53,7 +53,7 @@ ATTENTIONS, QUANTIZATIONS = typing.get_args(Attention), typing.get_args(Quantiza
 SELECTIONS = ("prefix", "ends", "interval", "angular", "greedy", "random")
 NAMED_SELECTIONS = ("ends", "interval", "angular", "greedy")  # that may follow a method's colon
 TEACHER_SELECTIONS = ("angular", "greedy")  # that the trained teacher decides
-ITEM_TABLES = ("sasrec", "text", "learned")
+ITEM_TABLES = re.compile(r"sasrec|learned|text(:[1-9][0-9]{0,3})?(:last)?|.*\.npy", re.DOTALL)
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
 # settings and tables that change no trial's numbers: a run may be continued with others
 NOT_DECIDING = frozenset(
@@ -537,8 +537,9 @@ class Study(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.item_table not in ITEM_TABLES and not self.item_table.endswith(".npy"):
-            raise BadInput("item_table", self.item_table, "sasrec, text, learned, or a .npy file")
+        if not ITEM_TABLES.fullmatch(self.item_table):
+            allowed = "sasrec, learned, a .npy file, text, or text:K (titles read by K blocks)"
+            raise BadInput("item_table", self.item_table, allowed)
         _check_methods(self.methods, self.variants)
         parse_layers(self.layers, None)
         recipes = {"recipe": self.recipe} | {
@@ -555,6 +556,11 @@ class Study(Checked):
                 kept = tuple(n for n in self.methods if not settings_of(self, n).fresh)
                 object.__setattr__(self, "methods", kept)
             self._check_quantized()
+
+    @property
+    def embeds_titles(self) -> bool:
+        """Whether the item table is made from titles, by the backbone."""
+        return self.item_table.partition(":")[0] == "text"
 
     @property
     def trains_items(self) -> bool:

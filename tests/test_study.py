@@ -97,6 +97,7 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ('[backbone]\nhead = "tree"', ["backbone.head", "'tree'", "dot, linear"]),
         ('[backbone]\nsuffix = "=>"', ["backbone.suffix", "recipe.objective = last"]),
         ('item_table = "random"', ["item_table", "'random'", "learned"]),
+        ('item_table = "text:0"', ["item_table", "'text:0'", "text:K"]),
         ("item_width = 0", ["item_width", "0", "at least 1"]),
         ("[backbone]\ntrust_remote_code = true", ["backbone.revision", "pinned"]),
         ('[protocol]\nmetric = "NDCG@0"', ["protocol.metric", "'NDCG@0'", "HR@K or NDCG@K"]),

@@ -127,7 +127,7 @@ SWEEP = {
     "budget": Flag("budget", "steps|compute", "What all trainings have the same of."),
     "cache": Flag("cache", "DIR", "Take equal trainings of other runs from there, leave new ones."),
     "tuning": Flag("backbone.tuning", "full|lora|frozen", "What of the blocks is trained."),
-    "item_embeddings": Flag("item_table", "FILE.npy|text|learned|sasrec", "The item table."),
+    "item_embeddings": Flag("item_table", "FILE.npy|text[:K]|learned|sasrec", "The item table."),
     **SPLIT,
     **VERDICT,
     "name": Flag("name", "NAME", "The study's name."),

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import pretrained, pretrained_tokenizer
-from depthprobe.models.blocks import find_decoder, token_embeddings
+from depthprobe.models.blocks import find_blocks, find_decoder, token_embeddings
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.tiny import positions_of
 from depthprobe.study import Backbone
 
@@ -41,20 +42,28 @@ def make_table(
     *,
     device: torch.device,
 ) -> Tensor:
-    """The balanced item table of a ``.npy`` file, or of ``"text"``, (I + 1, d) on the CPU.
+    """The balanced item table of a ``.npy`` file, or of texts, (I + 1, d) on the CPU.
 
     Raw ids and titles are of items 1..I, a title empty where unknown. The backbone that the
-    settings describe reads the titles, on the device.
+    settings describe reads the titles, on the device: with ``text:K`` its first K blocks alone,
+    with ``text:last`` or ``text:K:last`` up to the last token and not the mean of all.
     """
-    if source != TEXT:
+    if source.endswith(".npy"):
         return balanced(read_embeddings(source, item_ids), source)
+    _, *chosen = source.split(":")
     texts = item_texts(item_ids, titles)
     tokenizer = pretrained_tokenizer(settings)
     backbone = pretrained(settings)
+    if depth := next((int(each) for each in chosen if each.isdigit()), None):
+        blocks = len(find_blocks(backbone))
+        if depth > blocks:
+            raise BadInput(FIELD, source, f"at most {blocks} blocks, those of the backbone")
+        keep_blocks(backbone, range(depth))
     if settings.quantize == "none":  # else it is on the device, and packed weights should not move
         backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
     logger.info("embedding the titles of %s items", f"{len(texts):,}")  # can take minutes
-    return balanced(embed_titles(backbone, tokenizer, texts), source)
+    table = embed_titles(backbone, tokenizer, texts, last="last" in chosen)
+    return balanced(table, source)
 
 
 def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
@@ -91,9 +100,12 @@ def embed_titles(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
+    last: bool = False,
     batch: int = 64,
 ) -> Tensor:
     """Mean of the backbone's last normed states over each title's tokens, (I + 1, D) float32.
+
+    With ``last`` the state at the last of them.
 
     The start token, where the tokenizer has one, is read before the title but not pooled: no title
     changes its state. A text is cut to 64 tokens; those of like length go together in a batch.
@@ -125,7 +137,8 @@ def embed_titles(
             states = decoder(
                 input_ids=padded.to(device), attention_mask=seen.long().to(device), use_cache=False
             ).last_hidden_state  # (B, T, D)
-            pooled = (seen & (places >= len(start))).to(device)
+            first = lengths[:, None] - 1 if last else len(start)
+            pooled = (seen & (places >= first)).to(device)
             total = (states.float() * pooled[:, :, None]).sum(dim=1)
             table[torch.tensor(chosen) + 1] = (total / pooled.sum(dim=1, keepdim=True)).cpu()
     return table

@@ -40,7 +40,7 @@ from depthprobe.models.backbones import (
 )
 from depthprobe.models.build import check_lengths, prompt_and_suffix
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.item_tables import TEXT, item_texts, make_table, table_hash
+from depthprobe.models.item_tables import item_texts, make_table, table_hash
 from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import CHECKPOINTS, LEARNED
 from depthprobe.runs.plan import SASREC, plan
@@ -260,10 +260,10 @@ def _shared_table(
     if study.item_table in {SASREC, LEARNED}:
         return None
     written = folder / SHARED / ITEM_TABLE
-    if study.item_table == TEXT and written.is_file():
+    if study.embeds_titles and written.is_file():
         return torch.from_numpy(np.load(written))
     ids, titles = sequences.item_ids.tolist(), sequences.titles
-    if study.item_table == TEXT and width is not None:
+    if study.embeds_titles and width is not None:
         pretrained_tokenizer(study.backbone)  # refused where there is none
         return torch.empty(len(item_texts(ids, titles)) + 1, width, device="meta")
     return make_table(study.item_table, study.backbone, ids, titles, device=device)

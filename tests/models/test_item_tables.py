@@ -22,6 +22,7 @@ from depthprobe.models.item_tables import (
     table_hash,
 )
 from depthprobe.models.recommender import Recommender
+from depthprobe.models.taps import tap_blocks
 from depthprobe.study import Backbone
 
 IDS = ["i1", "i2", "i10"]
@@ -125,6 +126,27 @@ def test_a_title_is_embedded_as_if_it_were_alone(
             states = model.base_model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
         expected = states[1:].mean(dim=0).float()
         torch.testing.assert_close(table[number], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_titles_are_read_by_some_blocks_alone(last: bool) -> None:
+    """Oracle: the state after block 2 of one title at a time, through the final norm."""
+    backbone, tokenizer, titles = embedded_backbone(), embedded_tokenizer(), ["Glow", "Red Sun"]
+    source = "text:2:last" if last else "text:2"
+    made = make_table(source, Backbone(), ["i1", "i2"], titles, device=torch.device("cpu"))
+    expected = torch.zeros(3, made.shape[1])
+    for number, title in enumerate(titles, start=1):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(title)["input_ids"]]])
+        with torch.no_grad(), tap_blocks(backbone) as tap:
+            backbone.base_model(input_ids=ids)
+            states = backbone.base_model.norm(tap.states[2])[0, 1:]
+        expected[number] = states[-1] if last else states.mean(dim=0)
+    torch.testing.assert_close(made, balanced(expected, source), rtol=1e-5, atol=1e-5)
+
+
+def test_more_blocks_than_there_are_cannot_read_titles() -> None:
+    with pytest.raises(BadInput, match="item_table: expected at most [0-9]+ blocks.*text:99"):
+        make_table("text:99", Backbone(), ["i1"], ["Glow"], device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5, 100])

@@ -137,8 +137,8 @@ def embed_titles(
             states = decoder(
                 input_ids=padded.to(device), attention_mask=seen.long().to(device), use_cache=False
             ).last_hidden_state  # (B, T, D)
-            first = lengths[:, None] - 1 if last else len(start)
-            pooled = (seen & (places >= first)).to(device)
+            begins = lengths - 1 if last else torch.full_like(lengths, len(start))  # (B,)
+            pooled = (seen & (places >= begins[:, None])).to(device)
             total = (states.float() * pooled[:, :, None]).sum(dim=1)
             table[torch.tensor(chosen) + 1] = (total / pooled.sum(dim=1, keepdim=True)).cpu()
     return table

@@ -563,6 +563,11 @@ class Study(Checked):
         return self.item_table.partition(":")[0] == "text"
 
     @property
+    def title_blocks(self) -> int | None:
+        """How many blocks read the titles of an item table of texts; None for all."""
+        return next((int(part) for part in self.item_table.split(":") if part.isdigit()), None)
+
+    @property
     def trains_items(self) -> bool:
         """Whether the item table is trained with the recommender."""
         return self.train_items or self.item_table == "learned"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import pretrained, pretrained_tokenizer
-from depthprobe.models.blocks import find_blocks, find_decoder, token_embeddings
+from depthprobe.models.blocks import find_decoder, token_embeddings
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.tiny import positions_of
 from depthprobe.study import Backbone
@@ -54,11 +54,8 @@ def make_table(
     texts = item_texts(item_ids, titles)
     tokenizer = pretrained_tokenizer(settings)
     backbone = pretrained(settings)
-    if depth := next((int(each) for each in chosen if each.isdigit()), None):
-        blocks = len(find_blocks(backbone))
-        if depth > blocks:
-            raise BadInput(FIELD, source, f"at most {blocks} blocks, those of the backbone")
-        keep_blocks(backbone, range(depth))
+    for depth in filter(str.isdigit, chosen):
+        keep_blocks(backbone, range(int(depth)))
     if settings.quantize == "none":  # else it is on the device, and packed weights should not move
         backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
     logger.info("embedding the titles of %s items", f"{len(texts):,}")  # can take minutes

@@ -130,7 +130,7 @@ def read_inputs(
     tasks = plan(replace(study, seeds=merged.seeds), int(config.num_hidden_layers))
     # refuses a log in which no user can be tested
     split = make_split(_read_log(merged, folder), merged.protocol)
-    _check_sizes(study, split.sequences.n_items, int(config.hidden_size))
+    _check_sizes(study, split.sequences.n_items, config)
     _new_slices(merged, split, before)
     width = int(config.hidden_size) if dry else None
     table = _shared_table(working, split.sequences, folder, device, width)
@@ -158,8 +158,12 @@ def read_inputs(
     )
 
 
-def _check_sizes(study: Study, items: int, width: int) -> None:
+def _check_sizes(study: Study, items: int, config: PreTrainedConfig) -> None:
     """Refuse sizes that say nothing of this log and backbone, and weights that no memory holds."""
+    width, blocks = int(config.hidden_size), int(config.num_hidden_layers)
+    if study.embeds_titles and (study.title_blocks or 0) > blocks:
+        allowed = f"at most {blocks} blocks, those of the backbone"
+        raise BadInput("item_table", study.item_table, allowed)
     if study.backbone.tuning == "lora" and study.backbone.lora_rank > width:
         allowed = f"at most the width of the backbone, {width:,}"
         raise BadInput("backbone.lora_rank", study.backbone.lora_rank, allowed)

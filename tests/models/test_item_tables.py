@@ -144,11 +144,6 @@ def test_titles_are_read_by_some_blocks_alone(last: bool) -> None:
     torch.testing.assert_close(made, balanced(expected, source), rtol=1e-5, atol=1e-5)
 
 
-def test_more_blocks_than_there_are_cannot_read_titles() -> None:
-    with pytest.raises(BadInput, match="item_table: expected at most [0-9]+ blocks.*text:99"):
-        make_table("text:99", Backbone(), ["i1"], ["Glow"], device=torch.device("cpu"))
-
-
 @pytest.mark.parametrize("batch", [1, 3, 5, 100])
 def test_the_batch_does_not_matter(batch: int) -> None:
     backbone, tokenizer = embedded_backbone(), embedded_tokenizer()

@@ -11,6 +11,7 @@ import pytest
 import depthprobe as dp
 from depthprobe.errors import BadInput
 from depthprobe.runs.export import export_trial
+from depthprobe.runs.layout import read_inputs
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import METHODS, Recipe, Study
 
@@ -73,3 +74,14 @@ def test_a_log_without_titles_is_refused(in_words: Study, tmp_path: Path) -> Non
         run_sweep(in_words, tmp_path / "run", jobs=0)
     assert "titles" in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_titles_are_read_by_as_many_blocks_as_there_are(in_words: Study, tmp_path: Path) -> None:
+    data = replace(in_words.data, source=str(write_log(tmp_path)))
+    most = replace(in_words, data=data, item_table="text:4")
+    for dry in (True, False):
+        with pytest.raises(BadInput, match="item_table: expected at most 3 blocks.*text:4"):
+            read_inputs(most, tmp_path / "run", dry=dry)
+    inputs = read_inputs(replace(most, item_table="text:3:last"), tmp_path / "run")
+    assert inputs.table is not None
+    assert inputs.table.shape == (41, inputs.config.hidden_size)

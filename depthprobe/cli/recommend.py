@@ -15,7 +15,8 @@ import typer
 
 from depthprobe.cli.options import check_output_file, option, path, whole
 from depthprobe.cli.terminal import echo
-from depthprobe.errors import BadInput, visible
+from depthprobe.data.readers.streams import split_words
+from depthprobe.errors import BadInput, short, visible
 from depthprobe.files import complete_file
 from depthprobe.words import plural
 
@@ -94,18 +95,28 @@ def _opened(output: Path | None) -> Iterator[TextIO]:
         yield stream
 
 
-def read_histories(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """Line number, user and items of each ``user item item ...`` line; empty lines are skipped."""
+def read_histories(
+    file: BinaryIO, path: Path, model: ExportedRecommender
+) -> Iterator[tuple[int, str, list[str]]]:
+    """Line number, user and items of each ``user item item ...`` line; empty lines are skipped.
+
+    Where ids of the catalogue hold blanks, tabs alone split a line.
+    """
+    blank = next((item for item in model.item_ids if len(item.split()) > 1), None)
     file.seek(0)
-    for number, line in enumerate(file, start=1):
+    for number, raw in enumerate(file, start=1):
         try:
-            words = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
             raise BadInput("history", f"{path}, line {number}", "UTF-8 text") from None
-        if len(words) == 1:
-            raise BadInput("history", f"{path}, line {number}", "a user and at least one item")
-        if words:
-            yield number, words[0], words[1:]
+        user, *items = split_words(line, tabs=blank is not None) or [""]
+        if user and (not items or "" in items):
+            allowed = "a user and at least one item"
+            if blank is not None:
+                allowed += f", with one tab between: ids hold blanks, as {short(blank, 40)} does"
+            raise BadInput("history", f"{path}, line {number}", allowed)
+        if items:
+            yield number, user, items
 
 
 def count_unknown(
@@ -118,7 +129,7 @@ def count_unknown(
     """
     items = users = 0
     number = None
-    for number, _, history in read_histories(file, path):
+    for number, _, history in read_histories(file, path, model):
         unknown = [item for item in history if item not in model.numbers]
         if unknown and not allowed:
             where = f"in the catalogue, in {path}, line {number}"
@@ -135,7 +146,7 @@ def recommendations(
     file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int
 ) -> Iterator[str]:
     """The lines of each user, in the order of the file; unknown items are left out."""
-    lines = read_histories(file, path)
+    lines = read_histories(file, path, model)
     while part := list(islice(lines, USERS)):
         known = [(user, [i for i in items if i in model.numbers]) for _, user, items in part]
         users = [(user, items) for user, items in known if items]

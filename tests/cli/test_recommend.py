@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,3 +200,48 @@ def test_a_file_that_is_no_history(
 def test_an_id_can_not_end_its_column() -> None:
     (line,) = command._rows("u", [("an\tid\n", None, -0.25)]).splitlines()
     assert line.split("\t") == ["u", "1", "an id ", "-0.2500", ""]
+
+
+@pytest.fixture(scope="module")
+def with_blanks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, whose items are called otherwise: two words of one id are ids themselves."""
+    path = tmp_path_factory.mktemp("blanks") / "model"
+    shutil.copytree(folder, path)
+    card = json.loads((path / "recommender.json").read_text())
+    card["item_ids"][:3] = ["The Wire", "The", "Wire"]
+    (path / "recommender.json").write_text(json.dumps(card))
+    return path
+
+
+def test_ids_with_blanks_are_split_at_tabs(cli: Cli, with_blanks: Path, tmp_path: Path) -> None:
+    history = tmp_path / "users.txt"
+    history.write_text("ann lee\tThe Wire\ti5\n\nbob\t The Wire\r\n", encoding="utf-8")
+    outcome = cli("recommend", with_blanks, "--history", history, "--top", str(ITEMS))
+    assert outcome.code == 0
+    rows = [line.split("\t") for line in outcome.out.splitlines()[1:]]
+    assert {row[0] for row in rows} == {"ann lee", "bob"}
+    items = [row[2] for row in rows if row[0] == "ann lee"]
+    assert sorted(items) == sorted(set(["The", "Wire", *IDS[3:]]) - {"i5"})
+
+
+@pytest.mark.parametrize("line", ["bob The Wire", "bob", "bob\tThe Wire\t\ti5"])
+def test_a_line_without_tabs_is_refused_where_ids_hold_blanks(
+    cli: Cli, with_blanks: Path, tmp_path: Path, line: str
+) -> None:
+    history = tmp_path / "users.txt"
+    history.write_text(f"ann\tThe Wire\n{line}\n", encoding="utf-8")
+    outcome = cli("recommend", with_blanks, "--history", history)
+    assert (outcome.code, outcome.out) == (2, "")
+    for word in ("line 2", "with one tab between", "as 'The Wire' does"):
+        assert word in outcome.err
+
+
+@pytest.mark.parametrize("line", ["ann i1 i2", "ann\ti1\ti2", "ann \t i1  i2 ", "ann\ti1 i2"])
+def test_other_ids_are_split_at_any_blanks(
+    cli: Cli, folder: Path, tmp_path: Path, line: str
+) -> None:
+    history = tmp_path / "users.txt"
+    history.write_text(f"{line}\n", encoding="utf-8")
+    outcome = cli("recommend", folder, "--history", history, "--top", "1")
+    (answer,) = load_recommender(folder).recommend([["i1", "i2"]], top=1)
+    assert outcome.out.splitlines()[1].split("\t")[:3] == ["ann", "1", answer[0].item]

@@ -24,8 +24,8 @@ from depthprobe.data.readers.streams import (
     filled_lines,
     head,
     open_bytes,
+    split_words,
     stem,
-    words,
 )
 from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
@@ -130,7 +130,7 @@ def read_sequences(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log
 
     def items() -> Iterator[str]:
         for number, line in filled_lines(path):
-            user, *own = words(line, tabs=tabs)
+            user, *own = split_words(line, tabs=tabs)
             earlier = users.setdefault(user, number)
             fault, expected = None, SEQUENCES
             if foreign := _FOREIGN.search(line.rstrip("\r\n")):

@@ -120,11 +120,13 @@ def filled_lines(path: Path) -> Iterator[tuple[int, str]]:
         yield from ((number, line) for number, line in lines if line.strip())
 
 
-def words(line: str, *, tabs: bool) -> list[str]:
+def split_words(line: str, *, tabs: bool) -> list[str]:
     r"""A user's items, behind the user: split at tabs if ids may hold blanks, else at blanks too.
 
-    >>> words("ann lee\tThe Wire\tLost\n", tabs=True), words("ann lee\ti1 i2", tabs=False)
-    (['ann lee', 'The Wire', 'Lost'], ['ann lee', 'i1', 'i2'])
+    >>> split_words("ann lee\tThe Wire\tLost\n", tabs=True)
+    ['ann lee', 'The Wire', 'Lost']
+    >>> split_words("ann lee\ti1 i2", tabs=False)
+    ['ann lee', 'i1', 'i2']
     """
     user, tab, rest = line.strip().partition("\t")
     if tabs:

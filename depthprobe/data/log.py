@@ -9,7 +9,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from depthprobe.errors import BadInput
+from depthprobe.errors import BadInput, short
 
 PARTS = ("training", "validation", "test")
 LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
@@ -112,6 +112,9 @@ def id_notes(ids: Ids, what: str) -> list[str]:
             why = f"all {len(large):,} {what} ids above {2**bits:,} are exact as {kind.__name__}"
             notes.append(f"{why}: if they were written as such, several {what}s are one")
             break
+    if lost := [name for name in names if "\ufffd" in name]:
+        which = f"{len(lost):,} {what} ids hold \ufffd, such as {short(lost[0], 40)}"
+        notes.append(f"{which}: what it stands for was lost, and several may be one")
     for code, name in enumerate(names):
         if name.lower() in _MISSING:
             rows = int((ids.codes == code).sum())

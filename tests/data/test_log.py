@@ -44,3 +44,8 @@ def test_ids_that_stand_for_missing_ones(name: str) -> None:
     assert notes("a", name, name) == [
         f"2 interactions are of the item {name!r}: is the id missing?"
     ]
+
+
+def test_ids_with_characters_that_could_not_be_read() -> None:
+    (note,) = notes("Caf\ufffd", "b")
+    assert note.startswith("1 item ids hold \ufffd, such as 'Caf\ufffd'")

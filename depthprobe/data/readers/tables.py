@@ -184,7 +184,7 @@ def csv_table(
         ends = sum(block.count(b"\n") for block in iter(partial(stream.read, BLOCK), b""))
     if strict or len(table) + skipped < ends:
         # some records are over several lines, and Arrow takes a quote never closed for another
-        deque(rows(quoted=True), maxlen=0)
+        deque(rows(quoted=True, alone=strict), maxlen=0)
     return table, partial(where, quoted=True)
 
 
@@ -234,12 +234,13 @@ def _without_quotes(table: pa.Table) -> pa.Table | None:
 
 
 def records(
-    path: Path, delimiter: str, *, quoted: bool, skip: bool = True
+    path: Path, delimiter: str, *, quoted: bool, skip: bool = True, alone: bool = False
 ) -> Iterator[tuple[int, list[str]]]:
     """The records that are not blank, each with the number of its first line, after a header.
 
     Refuses a record with another number of columns than the first one has, a quote that isn't
-    closed, and one that is closed lines later, if such a line is a row by itself.
+    closed, and one that is closed lines later, if such a line is a row by itself; all are where
+    ``alone``.
     """
     with open_lines(path, newline="", errors="replace") as text:
         seen: list[str] = []  # the lines of the record
@@ -260,9 +261,11 @@ def records(
                             next((one for one in (_NUMBER, _VALUE) if one.fullmatch(cell)), None)
                             for cell in row
                         ]
-                    alone = [n for n, line in enumerate(seen, at) if _alike(line, like, delimiter)]
-                    if len(seen) > 1 and len(alone) > 1 and alone[0] == at:
-                        fault = f"a quote of line {at} goes on in line {alone[1]}"
+                    own = [
+                        n for n, one in enumerate(seen, at) if alone or _alike(one, like, delimiter)
+                    ]
+                    if len(own) > 1 and own[0] == at:
+                        fault = f"a quote of line {at} goes on in line {own[1]}"
                         raise BadInput(
                             FIELD, path, f"{fault}, which is a row by itself", fault=True
                         )

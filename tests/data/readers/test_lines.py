@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from depthprobe.data.log import Ids, Log
+from depthprobe.data.readers.formats import read_log
 from depthprobe.data.readers.lines import is_sequences, read_json, read_sequences
 from depthprobe.errors import BadInput
 from depthprobe.study import Columns
@@ -211,3 +213,40 @@ def test_sequences_are_recognised_by_the_first_line() -> None:
     assert not is_sequences("")
     assert not is_sequences("u1\nu2 i1\n")
     assert not is_sequences("1 2, 3\n")
+
+
+HALVES = [r"\ud83d", r"\uDE00", r"\ud83d\ud83d", r"\ud83dx\ude00", r"\\\ud83d"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("key", ["review", "title"])
+def test_half_a_surrogate_pair_is_no_reason_to_refuse(tmp_path: Path, half: str, key: str) -> None:
+    rows = [{"user": "a", "item": f"i{n}", key: f"t{n}"} for n in range(3)]
+    text = lines(*rows).replace('"t1"', f'"t1 {half} \\ud83d\\ude00 \\\\ud83d"')
+    log = read_json(write(tmp_path, text), Columns())
+    assert raw(log.items) == ["i0", "i1", "i2"]
+    if key == "title":
+        whole = json.loads(f'"t1 {half} 😀 \\\\ud83d"')
+        assert log.titles["i1"] == re.sub("[\ud800-\udfff]", "\ufffd", whole)
+
+
+def test_ids_that_could_not_be_read_are_told(tmp_path: Path) -> None:
+    text = lines({"user": "a", "item": "Caf"}, {"user": "a", "item": "b"}).replace(
+        "Caf", r"Caf\ud83d"
+    )
+    log = read_log(write(tmp_path, text))
+    assert raw(log.items) == ["Caf\ufffd", "b"]
+    assert "1 item ids hold" in log.notes[-1]
+
+
+def test_sequences_whose_ids_hold_blanks(tmp_path: Path) -> None:
+    path = write(tmp_path, "ann\tThe Wire\tLost 1\nbob lee\tLost 1\n")
+    log = read_sequences(path, Columns())
+    assert raw(log.items) == ["The Wire", "Lost 1", "Lost 1"]
+    assert log.users.names == ["ann", "bob lee"]
+    assert "split at tabs: 'The Wire' is one item" in log.notes[0]
+    mixed = read_sequences(write(tmp_path, "u1\ti1 i2\nu2 \t i1\nu3 i1  i2\n"), Columns())
+    assert (raw(mixed.items), mixed.notes) == (["i1", "i2", "i1", "i1", "i2"], ())
+    for line, fault in (("bob Lost 1", "a single word"), ("bob\t\tLost 1", "no item between")):
+        with pytest.raises(BadInput, match=f"line 2 has .*{fault}"):
+            read_sequences(write(tmp_path, f"ann\tThe Wire\tLost 1\n{line}\n"), Columns())

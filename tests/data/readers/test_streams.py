@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,3 +108,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 )
 def test_stem(path: str, name: str) -> None:
     assert stem(Path(path)) == name
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.csv")
+    for path in (tmp_path / "log.csv", Path("/dev/zero")):
+        with pytest.raises(BadInput, match=r"a file that can be read \(a folder, pipe or device"):
+            head(path)

@@ -66,6 +66,33 @@ def test_each_form_gives_the_same_titles(tmp_path: Path, form: str, compress: ty
     assert titles(path, wanted={"B2", "other"}) == {"B2": TITLES["B2"]}
 
 
+@pytest.mark.parametrize("half", [r"\ud83d", r"\ude00", r"x\uD83D\ud83d"])
+@pytest.mark.parametrize("form", ["json", "literal", "table"])
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, half: str, form: str) -> None:
+    text = f'"title": "Soap {half} blue"'
+    line = {"json": f'{{"asin": "B1", {text}}}\n', "literal": f"{{'asin': 'B1', {text}}}\n"}
+    path = write(tmp_path, line.get(form, "id\ttitle\nB1\tSoap \ufffd blue\n"))
+    found = titles(path)["B1"]
+    assert found.encode().startswith(b"Soap ")
+    assert found.endswith("\ufffd blue")
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ",", ";"])
+def test_quotes_are_read_as_in_a_log(tmp_path: Path, delimiter: str) -> None:
+    def table(*rows: tuple[str, str]) -> Path:
+        lines = [("item_id", "title"), *rows]
+        return write(tmp_path, "".join(delimiter.join(row) + "\n" for row in lines))
+
+    whole = table(("1", '"Both"'), ("2", 'In "the" middle'))
+    assert titles(whole) == {"1": "Both", "2": 'In "the" middle'}
+    stray = table(("1", '"Opening only'), ("2", "x"), ("3", 'Closing only"'))
+    if delimiter == "\t":
+        assert titles(stray) == {"1": '"Opening only', "2": "x", "3": 'Closing only"'}
+    else:  # a comma may lie between quotes, so that they say where a column ends
+        with pytest.raises(BadInput, match="quote"):
+            titles(stray)
+
+
 def test_u_item(tmp_path: Path) -> None:
     path = write(tmp_path, "1|Amélie (2001)|01-Jan-2001||x|0\n2||||\n".encode("iso-8859-1"))
     assert titles(path) == {"1": "Amélie (2001)"}

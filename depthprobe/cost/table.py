@@ -38,6 +38,7 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import make_trainable
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
+from depthprobe.models.tiny import ends_at_positions, positions_of
 from depthprobe.study import Backbone, Checked, Count, CountOrNone, parse_layers
 
 MEASURED = ("train", "encode", "score", "latency")
@@ -102,16 +103,18 @@ def cost_table(
     workload, place = workload or Workload(), resolve_device(device)
     config = backbone_config(backbone, revision=revision)
     text = config.get_text_config(decoder=True)
-    most = getattr(text, "max_position_embeddings", None)
-    if most is not None and 0 < most < workload.prompt + workload.length:
+    most = positions_of(config)
+    long = most is not None and most < workload.prompt + workload.length
+    if long and ends_at_positions(config):
         allowed = f"at most {most} positions with the {workload.prompt} slots of the prompt"
         raise BadInput("length", workload.length, allowed)
     blocks = int(text.num_hidden_layers)
     depths = sorted({*parse_layers(layers, blocks), blocks})
     try:
         rows = _sizes(config, depths, workload)
-    except ValueError as error:
-        reason = error.allowed if isinstance(error, BadInput) else str(error).partition("\n")[0]
+    except Exception as error:  # a configuration may hold what makes no model
+        found = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = error.allowed if isinstance(error, BadInput) else found
         raise BadInput("backbone", backbone, f"a decoder that can be cut ({reason})") from error
     here = machine(place)  # before it is busy with this
     timing, peaks, obstacle = None, {}, "no time was given to it" if not workload.seconds else None

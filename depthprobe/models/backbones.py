@@ -198,7 +198,8 @@ def one_line(what: str, source: Source) -> Iterator[None]:
     except BadInput:
         raise
     except Exception as error:  # each family checks its configuration in its own ways
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first, *more = [*str(error).strip().splitlines(), type(error).__name__]
+        reason = f"{first} {more[0].strip()}" if first.endswith(":") else first
         if isinstance(error, LocalEntryNotFoundError):
             reason = "no such folder; of the hub's models it is none that was downloaded before"
         elif isinstance(error, KeyError | IndexError):

@@ -13,7 +13,8 @@ import copy
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -55,6 +56,9 @@ TRAILING_BLOCKS = ("num_kv_shared_layers",)
 RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp"})
 
 INDEX_ATTRIBUTE = re.compile(r"(layer|block)_?(idx|index|id|number)$")
+# Adapters of PEFT that stand before the blocks, and what the values of others begin with.
+BEFORE_THE_BLOCKS = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING"})
+INITIAL_VALUES = frozenset({"init_lora_weights", "init_weights"})
 # Weights outside the blocks that hold a chunk for each of them (Gemma 3n and 4).
 PER_BLOCK_WEIGHTS = re.compile(r"(^|\.)(embed_tokens_per_layer|per_layer_model_projection)(\.|$)")
 
@@ -84,9 +88,10 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
         raise BadInput("kept", list(chosen), allowed)
     if len(chosen) == len(blocks):
         return model
-    _refuse_unsafe(model, inner, name, chosen)
+    _refuse_unsafe(inner, name, chosen)
     new_config = cut_config(inner.config, chosen)
     changes = _compare_reload(inner, new_config, chosen)
+    _compare_adapters(model, inner, new_config, chosen)
 
     # from here on nothing is refused: the list, indices in the blocks, settings and weights outside
     parent, _, attribute = name.rpartition(".")
@@ -209,9 +214,7 @@ def _changed_fields(
     return changes
 
 
-def _refuse_unsafe(
-    model: nn.Module, inner: PreTrainedModel, name: str, chosen: tuple[int, ...]
-) -> None:
+def _refuse_unsafe(inner: PreTrainedModel, name: str, chosen: tuple[int, ...]) -> None:
     """Refuse what no comparison of configurations can find."""
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
     inside = re.compile(rf"(^|\.){re.escape(name)}\.\d+\.")
@@ -221,10 +224,6 @@ def _refuse_unsafe(
         raise _no_cut(inner, "its blocks share weights with each other")
     if getattr(inner.config, "rescale_every", 0):
         raise _no_cut(inner, "it rescales its weights by their block's index")
-    adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, "layers_to_transform", None) is not None for adapter in adapters):
-        reason = "an adapter with layers_to_transform is around it: cut first, adapt afterwards"
-        raise _no_cut(inner, reason)
     kinds = getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or []
     attentive = [kind not in RECURRENT for kind in kinds]
     if any(attentive) and not any(attentive[old] for old in chosen):
@@ -311,11 +310,59 @@ def _compare_reload(
     return changes
 
 
+def _compare_adapters(
+    model: nn.Module, inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
+) -> None:
+    """Refuse a cut after which PEFT would put other adapters on the blocks than there are.
+
+    Whatever may name a block by its number (patterns of ranks and scales, modules to leave out or
+    to save, ...) is found by its effect.
+    """
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    adapters = next((each for each in found if isinstance(each, dict)), {})
+    injected = {k: v for k, v in adapters.items() if v.peft_type not in BEFORE_THE_BLOCKS}
+    if not injected:
+        return
+    around = "an adapter is around it that knows its blocks by their numbers: cut first, adapt then"
+    try:
+        before = _adapted(_skeleton(inner, inner.config, reloaded=False, whole=True), injected)
+        after = _adapted(_skeleton(inner, new_config, reloaded=True, whole=True), injected)
+    except BadInput:
+        raise
+    except Exception as error:  # such as a prefix for each block
+        reason = f"{around} ({str(error).partition(chr(10))[0]})"
+        raise _no_cut(inner, reason, chosen) from error
+    for new, old in enumerate(chosen):
+        for path, attribute, was, becomes in _differences(before[old], after[new]):
+            if not INDEX_ATTRIBUTE.search(attribute):  # those were compared with the plain model
+                setting = f"{path} {attribute} = {becomes!r}, not {was!r}"
+                reason = f"{around} (reloaded, block {old} would be block {new} with {setting})"
+                raise _no_cut(inner, reason, chosen)
+
+
+def _adapted(skeleton: PreTrainedModel, adapters: Mapping[str, Any]) -> nn.ModuleList:
+    """The blocks of a model without memory, with adapters on them."""
+    from peft import inject_adapter_in_model  # imported late: it takes as long as all the rest
+
+    for name, adapter in adapters.items():
+        if adapter.peft_type == "ADALORA" and adapter.rank_pattern:
+            raise ValueError("rank_pattern of AdaLoRA")
+        own = copy.deepcopy(adapter)  # PEFT fills in what it finds
+        for initial in INITIAL_VALUES & vars(own).keys():
+            setattr(own, initial, False)  # without memory they can't be computed
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            inject_adapter_in_model(own, skeleton, name)
+    return find_blocks(skeleton)
+
+
 def _skeleton(
-    inner: PreTrainedModel, config: PreTrainedConfig, *, reloaded: bool
+    inner: PreTrainedModel, config: PreTrainedConfig, *, reloaded: bool, whole: bool = False
 ) -> PreTrainedModel:
-    """The base model that a configuration describes, maybe once read back; it holds no memory."""
-    kind: Any = type(inner.base_model)
+    """The base model that a configuration describes, maybe once read back; it holds no memory.
+
+    With ``whole`` the model as it is, head and all: the names of its modules begin there.
+    """
+    kind: Any = type(inner if whole else inner.base_model)
     saved = copy.deepcopy(config)
     try:
         if reloaded:
@@ -352,8 +399,10 @@ def _same(one: object, other: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):  # such as which shared module a block's index stands for
-        return all(isinstance(item, int) for pair in value.items() for item in pair)
+    if isinstance(value, dict):  # which shared module an index stands for, an adapter's scale
+        return all(isinstance(each, int | str) for each in value) and all(
+            isinstance(each, int | float) for each in value.values()
+        )
     return isinstance(value, int | float | str | None)
 
 

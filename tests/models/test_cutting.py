@@ -10,7 +10,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import LlamaForCausalLM as Llama
 
@@ -138,12 +145,58 @@ def test_under_peft(make_model, ids, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 3
 
 
-def test_layers_to_transform_is_refused(make_model, ids):
-    lora = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[4, 5])
-    model = get_peft_model(make_model("llama"), lora)
-    with pytest.raises(ValueError, match="layers_to_transform"):
-        keep_blocks(model, (0, 2))
+LORA = {"r": 2, "target_modules": ["q_proj", "up_proj"]}
+NUMBERED = {
+    "layers_to_transform": LoraConfig(**LORA, layers_to_transform=[4]),
+    "layers_pattern": LoraConfig(**LORA, layers_to_transform=[2, 3], layers_pattern="layers"),
+    "rank_pattern": LoraConfig(**LORA, rank_pattern={r"layers\.4\.self_attn\.q_proj": 5}),
+    "alpha_pattern": LoraConfig(**LORA, alpha_pattern={r"layers\.4\.self_attn\.q_proj": 5}),
+    "exclude_modules": LoraConfig(**LORA, exclude_modules=r".*layers\.[01]\..*"),
+    "targets by path": LoraConfig(target_modules=["layers.2.mlp.up_proj", "layers.3.mlp.up_proj"]),
+    "targets by pattern": LoraConfig(target_modules=r".*layers\.[24]\.mlp\.up_proj"),
+    "modules_to_save": LoraConfig(**LORA, modules_to_save=["layers.2.mlp"]),
+    "IA3": IA3Config(target_modules=r".*layers\.[0-2]\..*(k|down)_proj", feedforward_modules=[]),
+    "a prefix for each block": PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERED)
+def test_adapters_that_number_the_blocks_are_refused(case, make_model):
+    model = get_peft_model(make_model("llama").float(), copy.deepcopy(NUMBERED[case]))
+    with pytest.raises(BadInput, match="an adapter is around it that knows its blocks"):
+        keep_blocks(model, (2, 4))
     assert len(find_blocks(model)) == 6
+
+
+ALIKE = {
+    "plain": LoraConfig(**LORA),
+    "DoRA": LoraConfig(**LORA, use_dora=True, use_rslora=True),
+    "a pattern of no block": LoraConfig(**LORA, rank_pattern={"q_proj": 5}, bias="all"),
+    "the first blocks": LoraConfig(**LORA, layers_to_transform=[0, 1]),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "a prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_adapters_that_come_back_as_they_were(case, make_model, ids, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(make_model("llama").float(), copy.deepcopy(ALIKE[case])).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name or "ia3" in name:
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+    expected = logits(keep_blocks(model, (0, 1, 4)), ids)
+    model.save_pretrained(tmp_path)
+    base = keep_blocks(make_model("llama").float(), (0, 1, 4))
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(logits(again, ids), expected)
+
+
+def test_initial_values_of_an_adapter_are_not_computed_for_the_comparison(make_model):
+    lora = LoraConfig(**LORA, init_lora_weights="pissa")
+    model = keep_blocks(get_peft_model(make_model("llama").float(), lora), (1, 4))
+    assert len(find_blocks(model)) == 2
 
 
 def test_all_blocks_kept_changes_nothing(make_model):

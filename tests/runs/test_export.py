@@ -292,9 +292,7 @@ def test_names_from_outside_stay_inside_their_quotes(small_run: Run) -> None:
     plain = model_card(small_run, record)
     card = model_card(hostile(small_run), record)
     front, body = front_and_body(card)
-    assert set(front) == {"library_name", "license", "license_name", "base_model", "tags"}
-    assert "\n" not in front["base_model"]
-    assert len(front["base_model"]) <= 120
+    assert set(front) == {"library_name", "license", "license_name", "tags"}  # no id of the hub
     assert len(body.splitlines()) == len(front_and_body(plain)[1].splitlines())
     assert re.findall(r"^#+ .*$", body, re.M) == re.findall(r"^#+ .*$", plain, re.M)
     # what stands outside inline code, by CommonMark's rule: as many backticks close as have opened

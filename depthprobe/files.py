@@ -9,17 +9,20 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 TEMPORARY = ".tmp-"
+OWNER = re.compile(rf"{re.escape(TEMPORARY)}(?P<host>[A-Za-z0-9]{{12,32}})-(?P<process>\d+)-")
 ABANDONED = 7 * 86_400  # seconds since the last write, after which nobody is still writing
 
 
@@ -41,34 +44,53 @@ HOST = _machine()
 
 
 @contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` when the block ends well, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_prefix(), suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+def complete_file(path: Path, *, parents: bool = True) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` when the block ends well, and vanishes otherwise.
+
+    What is no plain file, such as a link, a pipe or ``/dev/null``, stays: it is written through.
+
+    Args:
+        parents: make all folders above it, not the last one alone.
+    """
+    path.parent.mkdir(parents=parents, exist_ok=True)
+    through = path.is_symlink() or (path.exists() and not path.is_file())
+    place = Path(tempfile.gettempdir()) if through else path.parent
+    temporary = place / f"{_prefix()}{uuid.uuid4().hex[:8]}{path.suffix}"
+    temporary.touch(exist_ok=False)  # under the user's umask, as every file that a user makes
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         with _full_disk_named():
             yield temporary
         with temporary.open("rb+") as file:
+            if through:
+                with path.open("wb") as target:
+                    shutil.copyfileobj(file, target)
+                return
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``path`` when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def complete_folder(path: Path, *, parents: bool = True) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``path``, a folder, when the block ends well.
+
+    Where a link stands, what it leads to is replaced.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    path.parent.mkdir(parents=parents, exist_ok=True)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     with temporary_folder(path.parent) as temporary:
         new, old = temporary / "new", temporary / "old"
         new.mkdir()  # under the user's umask, unlike the temporary folder itself
+        mode = stat.S_IMODE(new.stat().st_mode)
         with _full_disk_named():
             yield new
         for file in new.rglob("*"):  # safetensors' own are its owner's alone: no server could read
-            file.chmod(0o755 if file.is_dir() else 0o644)
+            file.chmod(mode if file.is_dir() else mode & 0o666)
         if path.exists():
             path.rename(old)
         try:
@@ -91,13 +113,21 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def _full_disk_named() -> Iterator[None]:
-    """Name the full disk: numpy says only how much of an array could be written."""
+    """Name the full disk: numpy says only how much of an array could be written.
+
+    Libraries in Rust and C++ say in words what the system said.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno is None and str(error).endswith(" written"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number is None and isinstance(error, OSError) and str(error).endswith(" written"):
+            number = errno.ENOSPC
+        elif number is None and (said := re.search(r"\bos error (\d+)\)", str(error))):
+            number = int(said[1])
+        else:
+            raise
+        raise OSError(number, os.strerror(number)) from error
 
 
 def reserve(path: Path) -> None:
@@ -121,6 +151,24 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def digest_of(path: Path) -> str:
+    """A sha256 of a file's content, 32 digits; read once, as long as the file stays as it is.
+
+    Raises:
+        OSError: if it can't be read, or is no plain file: a pipe would be waited for, for ever.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    return _digest(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, *state: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left half-written in a folder.
 
@@ -128,16 +176,16 @@ def remove_leftovers(folder: Path) -> None:
     can't be seen from here: what it wrote goes when nobody has written to it for a week.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
-        host, _, rest = path.name.removeprefix(TEMPORARY).partition("-")
-        number = rest.partition("-")[0]
-        if host == HOST and number.isdigit():
-            alive = psutil.pid_exists(int(number))
+        if (owner := OWNER.match(path.name)) is None:
+            continue  # no name of ours
+        if owner["host"] == HOST:
+            alive = psutil.pid_exists(int(owner["process"]))
         else:
             latest = 0.0
             for each in (path, *path.rglob("*")):
                 with suppress(OSError):
-                    latest = max(latest, each.stat().st_mtime)
-            alive = bool(rest) and time.time() - latest < ABANDONED
+                    latest = max(latest, each.lstat().st_mtime)
+            alive = time.time() - latest < ABANDONED
         if not alive:
             shutil.rmtree(path, ignore_errors=True)  # another sweep may delete it at the same time
             with suppress(OSError):

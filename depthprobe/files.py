@@ -22,7 +22,6 @@ from typing import Any
 import psutil
 
 TEMPORARY = ".tmp-"
-OWNER = re.compile(rf"{re.escape(TEMPORARY)}(?P<host>[A-Za-z0-9]{{12,32}})-(?P<process>\d+)-")
 ABANDONED = 7 * 86_400  # seconds since the last write, after which nobody is still writing
 
 
@@ -50,9 +49,10 @@ def complete_file(path: Path, *, parents: bool = True) -> Iterator[Path]:
     What is no plain file, such as a link, a pipe or ``/dev/null``, stays: it is written through.
 
     Args:
-        parents: make all folders above it, not the last one alone.
+        parents: make the folders above it, rather than fail where they are gone.
     """
-    path.parent.mkdir(parents=parents, exist_ok=True)
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     through = path.is_symlink() or (path.exists() and not path.is_file())
     place = Path(tempfile.gettempdir()) if through else path.parent
     temporary = place / f"{_prefix()}{uuid.uuid4().hex[:8]}{path.suffix}"
@@ -80,7 +80,8 @@ def complete_folder(path: Path, *, parents: bool = True) -> Iterator[Path]:
     Where a link stands, what it leads to is replaced.
     """
     path = path.resolve() if path.is_symlink() else path
-    path.parent.mkdir(parents=parents, exist_ok=True)
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     with temporary_folder(path.parent) as temporary:
@@ -176,16 +177,16 @@ def remove_leftovers(folder: Path) -> None:
     can't be seen from here: what it wrote goes when nobody has written to it for a week.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
-        if (owner := OWNER.match(path.name)) is None:
-            continue  # no name of ours
-        if owner["host"] == HOST:
-            alive = psutil.pid_exists(int(owner["process"]))
+        host, _, rest = path.name.removeprefix(TEMPORARY).partition("-")
+        number = rest.partition("-")[0]
+        if host == HOST and number.isdigit():
+            alive = psutil.pid_exists(int(number))
         else:
             latest = 0.0
             for each in (path, *path.rglob("*")):
                 with suppress(OSError):
                     latest = max(latest, each.lstat().st_mtime)
-            alive = time.time() - latest < ABANDONED
+            alive = bool(rest) and time.time() - latest < ABANDONED
         if not alive:
             shutil.rmtree(path, ignore_errors=True)  # another sweep may delete it at the same time
             with suppress(OSError):

@@ -587,8 +587,7 @@ class Study(Checked):
 
     def digest(self) -> str:
         """Hash of everything that decides the numbers of a trial."""
-        text = json.dumps(_deciding(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return study_digest(study_to_dict(self))
 
 
 # --- what a method's name stands for ---------------------------------------------------------
@@ -758,7 +757,13 @@ def study_to_toml(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _deciding(study: Study) -> dict[str, Any]:
+def study_digest(content: Mapping[str, Any]) -> str:
+    """Hash of what decides the numbers in a study's plain values, as its file has them."""
+    text = json.dumps(_deciding(content), sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _deciding(content: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide the numbers, by their whole keys."""
     found: dict[str, Any] = {}
 
@@ -772,7 +777,7 @@ def _deciding(study: Study) -> dict[str, Any]:
             else:
                 found[key] = value
 
-    collect(asdict(study), "")
+    collect(content, "")
     return found
 
 
@@ -781,7 +786,7 @@ def differences(old: Study, new: Study) -> list[str]:
 
     A variant that one of them alone has is no difference: it changes no trial of the other.
     """
-    before, after = _deciding(old), _deciding(new)
+    before, after = _deciding(asdict(old)), _deciding(asdict(new))
     return [
         f"{key}: {short(before.get(key))} -> {short(after.get(key))}"
         for key in before | after

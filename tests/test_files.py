@@ -144,7 +144,7 @@ def test_a_link_to_a_folder_stays_and_a_file_is_no_folder(tmp_path: Path) -> Non
 def test_a_folder_that_is_gone_is_not_made_again(complete: Any, tmp_path: Path) -> None:
     with complete(tmp_path / "deep" / "below" / "a"):
         pass
-    with pytest.raises(FileNotFoundError), complete(tmp_path / "x" / "y" / "a", parents=False):
+    with pytest.raises(FileNotFoundError), complete(tmp_path / "x" / "a", parents=False):
         raise AssertionError
     assert not (tmp_path / "x").exists()
 
@@ -170,7 +170,7 @@ def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
     (tmp_path / f".tmp-{HOST}-{ended.pid}-abc").mkdir()
     (tmp_path / f".tmp-{HOST}-{ended.pid}-abc" / "x").touch()
     (tmp_path / f".tmp-{HOST}-{ended.pid}-d.json").touch()
-    living = {f".tmp-{HOST}-{os.getpid()}-a", ".tmp-notes", ".tmp-my-1-notes", "kept"}
+    living = {f".tmp-{HOST}-{os.getpid()}-a", ".tmp-otherhost-1-a", "kept"}
     for name in living:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)

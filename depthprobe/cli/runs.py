@@ -76,12 +76,16 @@ def status(run: Run) -> None:
             [each.task, one_line(each.line), f"{each.seconds:.0f} s ago"] for each in state.working
         ]
         show_table(header, lines, words=header[:2])
+    for task, _ in state.damaged:
+        echo(f"not readable: {task}")
     for task, reason in state.failed:
         echo(one_line(f"failed: {task}: {reason}"), sys.stderr)
     if state.failed:
         echo("--retry-failed tries them again")
     if state.total("left") and not state.working:
         echo("nobody works on it; the same sweep continues it")
+    if state.damaged:  # all has been shown, but for that
+        raise state.damaged[0][1]
 
 
 def export(

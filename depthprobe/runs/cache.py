@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -23,7 +22,7 @@ from depthprobe.methods import Trial
 from depthprobe.runs.context import Context
 from depthprobe.runs.processes import launched_processes
 from depthprobe.study import Recipe, settings_of
-from depthprobe.training.checkpoint import FORMAT, identity, windows_digest
+from depthprobe.training.checkpoint import FORMAT, identity, tensors_digest, windows_digest
 from depthprobe.training.features import FeatureSpec
 
 RESULTS, FEATURES = "trainings", "features"
@@ -42,6 +41,7 @@ def result_file(
     """
     if context.cache is None:
         return None
+    context.cache.mkdir(parents=True, exist_ok=True)
     study, settings = context.study, settings_of(context.study, trial.method)
     own, windows, processes = settings.method.settings, context.windows, launched_processes()
     follows = own == "distillation"
@@ -53,7 +53,7 @@ def result_file(
         "training": identity(
             objective, windows, recipe=recipe, seed=trial.seed, processes=processes
         ),
-        "weights": weights_digest(objective),
+        "weights": tensors_digest(objective.state_dict()),
         "configs": [
             {key: value for key, value in each.to_dict().items() if key not in NOT_DECIDING}
             for each in configs.values()
@@ -96,16 +96,6 @@ def share_folder(source: Path, target: Path) -> None:
 
     with complete_folder(target) as temporary:
         shutil.copytree(source, temporary, copy_function=place, dirs_exist_ok=True)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Hash of all weights and buffers of a model, frozen ones too, by name, type and shape."""
-    hashed = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        hashed.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())
-        flat = weight.detach().cpu().contiguous().reshape(-1)
-        hashed.update(flat.view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
 
 
 def eval_set_digest(eval_set: EvalSet) -> str:

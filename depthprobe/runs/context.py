@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from depthprobe.cost.flops import Products
 from depthprobe.data.splits import Part, Split, make_split
 from depthprobe.data.storage import Sequences, load_data
+from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import TrainingPopularity, training_popularity
 from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_set, mean_ndcg
+from depthprobe.files import digest_of
 from depthprobe.methods import Task, Trial
-from depthprobe.models.backbones import resolve_device
+from depthprobe.models.backbones import backbone_revision, is_same, pinned, resolve_device
 from depthprobe.models.build import (
     WEIGHTS,
     build_recommender,
     build_sasrec,
     learned_table,
     load_trained,
+    prompt_and_suffix,
 )
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
@@ -35,21 +38,30 @@ from depthprobe.models.words import item_tokens
 from depthprobe.probing.replace import Replacement
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial
 from depthprobe.runs.records import (
+    AGAIN,
+    CHECKPOINTS,
     DATA,
     FULL,
     ITEM_TABLE,
+    MANIFEST,
     MODEL,
     NEGATIVES,
     SHARED,
     TRIALS,
+    BackboneFacts,
+    Manifest,
+    intact,
     outputs_of,
+    read_manifest,
+    read_record,
+    shared_file,
 )
-from depthprobe.study import Study, settings_of
+from depthprobe.study import Backbone, Study, settings_of
 from depthprobe.training.checkpoint import Fit
 from depthprobe.training.tracking import Track, tracked
 
 LEARNED = "learned"  # an item table that is random at first
-CHECKPOINTS, TRACKING = "checkpoints", "tracking"
+TRACKING = "tracking"
 
 
 @dataclass(frozen=True)
@@ -100,9 +112,27 @@ class Context:
         """The folder of what runs share, if the study names one."""
         return None if self.study.cache is None else Path(self.study.cache).expanduser()
 
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """The manifest of the run as it was begun; None before it is laid out."""
+        return read_manifest(self.folder) if (self.folder / MANIFEST).is_file() else None
+
     def trial_folder(self, trial: Trial) -> Path:
         """The folder of a trial, complete or absent."""
         return self.folder / TRIALS / trial.id
+
+    def model_folder(self, trial: Trial) -> Path:
+        """The folder of a trial's weights, which are as they were written.
+
+        Raises:
+            BadInput: if they are not.
+        """
+        folder = self.trial_folder(trial)
+        record = read_record(folder) if (folder / MODEL).is_dir() else None
+        for name, digest in record.files.items() if record else ():
+            if name.startswith(f"{MODEL}/"):
+                intact(folder / name, digest, AGAIN)
+        return folder / MODEL
 
     def outputs(self, task: Task) -> list[Path]:
         """The folders that a task leaves, each complete or absent."""
@@ -131,7 +161,7 @@ class Context:
     @cached_property
     def sequences(self) -> Sequences:
         """The prepared log."""
-        return load_data(self.shared / DATA)
+        return load_data(shared_file(self.folder, self.manifest, DATA))
 
     @cached_property
     def split(self) -> Split:
@@ -167,8 +197,10 @@ class Context:
 
         Each user's best items are listed too.
         """
-        path = self.shared / NEGATIVES
-        negatives = np.load(path, mmap_mode="r") if path.exists() else None
+        negatives = None
+        if (self.shared / NEGATIVES).exists():
+            path = shared_file(self.folder, self.manifest, NEGATIVES)
+            negatives = np.load(path, mmap_mode="r")
         return replace(self.eval_set("test", negatives), lists=True)
 
     @cached_property
@@ -205,7 +237,7 @@ class Context:
     def sasrec(self, seed: int) -> SASRec:
         """The trained baseline, in eval mode."""
         model = self.new_sasrec(seed)
-        load_trained(model, self.trial_folder(full_trial(SASREC, seed, 0)) / MODEL)
+        load_trained(model, self.model_folder(full_trial(SASREC, seed, 0)))
         return model.eval()
 
     @property
@@ -226,12 +258,18 @@ class Context:
     @cached_property
     def _shared_table(self) -> Tensor:
         """The table that does not depend on the seed."""
-        return torch.from_numpy(np.load(self.shared / ITEM_TABLE))
+        return torch.from_numpy(np.load(shared_file(self.folder, self.manifest, ITEM_TABLE)))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The settings of the backbone, whose files are those that the run began with."""
+        own = self.study.backbone
+        return own if self.manifest is None else same_backbone(own, self.manifest.backbone)
 
     def new_recommender(self, trial: Trial) -> Recommender:
         """A recommender with the trial's blocks before its training."""
         model = build_recommender(
-            self.study.backbone,
+            self.backbone,
             self.item_table(trial.seed),
             kept=trial.kept,
             seed=trial.seed,
@@ -245,7 +283,11 @@ class Context:
     def item_tokens(self) -> list[list[int]] | None:
         """The tokens of items 1..I, where histories are read in words; None elsewhere."""
         ids, titles = self.sequences.item_ids.tolist(), self.sequences.titles
-        return item_tokens(self.study.backbone, ids, titles)
+        tokens = item_tokens(self.backbone, ids, titles)
+        known = None if self.manifest is None else self.manifest.backbone.words
+        if known not in {None, words_digest(tokens)}:
+            raise _changed(self.study.backbone, "what its tokenizer makes of the titles")
+        return tokens
 
     def text_lengths(self, histories: Iterable[np.ndarray]) -> list[int]:
         """How many positions a recommender reads of each of these histories of item ids."""
@@ -257,7 +299,7 @@ class Context:
     def trained(self, trial: Trial) -> Recommender:
         """A trained recommender from disk, in eval mode."""
         model = self.new_recommender(trial)
-        load_trained(model, self.trial_folder(trial) / MODEL)
+        load_trained(model, self.model_folder(trial))
         return model.eval()
 
     @lru_cache(maxsize=1)  # noqa: B019
@@ -265,9 +307,37 @@ class Context:
         """The trained teacher; the latest one stays in memory, since many tasks read it."""
         return self.trained(full_trial(TEACHER, seed, blocks))
 
-    @lru_cache(maxsize=8)  # noqa: B019
     def teacher_digest(self, seed: int, blocks: int) -> str:
         """Twelve digits of a hash of the teacher's weights: what is made from them goes by it."""
-        weights = self.trial_folder(full_trial(TEACHER, seed, blocks)) / MODEL / WEIGHTS
-        with weights.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        return digest_of(self.model_folder(full_trial(TEACHER, seed, blocks)) / WEIGHTS)[:12]
+
+
+def same_backbone(settings: Backbone, facts: BackboneFacts) -> Backbone:
+    """The settings of a run's backbone, which is as it was when the run began.
+
+    Raises:
+        BadInput: if its files, or the tokens around the items, have changed.
+    """
+    settings, changed = pinned(settings, facts.revision, facts.source), ""
+    if not is_same(facts.revision, now := backbone_revision(settings)):
+        changed = "weights, configuration or tokenizer"
+    elif facts.prompt is not None and _tokens(settings, now) != facts.prompt:
+        changed = "what its tokenizer makes of the prompt"
+    if changed:
+        raise _changed(settings, changed)
+    return settings
+
+
+def words_digest(tokens: list[list[int]] | None) -> str | None:
+    """A hash of the tokens of all items."""
+    return None if tokens is None else hashlib.sha256(repr(tokens).encode()).hexdigest()[:32]
+
+
+def _changed(settings: Backbone, what: str) -> BadInput:
+    allowed = f"the backbone has changed since this run began ({what}): begin another run"
+    return BadInput("backbone", settings.source, allowed, fault=True)
+
+
+@lru_cache(maxsize=8)
+def _tokens(settings: Backbone, revision: str) -> list[list[int]]:
+    return [*map(list, prompt_and_suffix(settings))]

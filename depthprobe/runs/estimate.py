@@ -7,7 +7,6 @@ the jobs of a sweep, which are then dealt out to workers as the scheduler does.
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,11 @@ from depthprobe.cost.timing import machine
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.methods import RANKED, Sizes, Task, method_of, method_order
 from depthprobe.runs.context import LEARNED, Context
-from depthprobe.runs.layout import Inputs, available_cores, jobs_at_once, read_inputs
+from depthprobe.runs.layout import Inputs, jobs_at_once, read_inputs, threads_of
 from depthprobe.runs.plan import full_trial
 from depthprobe.runs.probing import REMOVAL
 from depthprobe.runs.records import DATA, ITEM_TABLE, NEGATIVES, TIMING, is_done, state_of
-from depthprobe.runs.timing import covers, measure
+from depthprobe.runs.timing import covers, measure, read_timing
 from depthprobe.runs.training import FEATURES, models_in, spec_of
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 
@@ -100,14 +99,14 @@ def preview(
     waiting = without_lost(left, failed)
     doable = {task.id for task in waiting}
     there = _there(context, tasks)
-    workers = 1 if processes > 1 or (apart and jobs is None) else jobs
-    workers = max(1, jobs_at_once(workers, device, len(waiting)))
+    asked = 1 if processes > 1 or (apart and jobs is None) else jobs
+    workers = max(1, jobs_at_once(asked, device, len(waiting)))
     plan = Preview(
         inputs=inputs,
         folder=folder,
         device=device,
         workers=workers,
-        threads=max(1, available_cores() // (1 if apart else workers)),
+        threads=threads_of(1 if apart else jobs_at_once(asked, device, len(tasks))),
         processes=processes,
         apart=apart,
         # of several GPUs each has its share of the workers
@@ -140,7 +139,7 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
     study, device, blocks = context.study, context.device, plan.inputs.blocks
     path, measured = context.shared / TIMING, {}
     if path.exists():
-        measured = json.loads(path.read_text(encoding="utf-8"))
+        measured = read_timing(path)
     timed = bool(measured) and measured["conditions"]["device"] == device.type
     timed = timed and covers(measured, context, blocks)
     sizes = Sizes(

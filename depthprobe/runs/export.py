@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -19,7 +18,6 @@ from depthprobe.methods import Trial, method_of
 from depthprobe.models.backbones import (
     EMBEDDED,
     is_folder,
-    pinned,
     pretrained,
     pretrained_tokenizer,
 )
@@ -30,7 +28,7 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import TEACHER, full_trial, plan
-from depthprobe.runs.records import FULL, MODEL, Git, Record
+from depthprobe.runs.records import FULL, Git, Record
 from depthprobe.runs.store import Run, open_run
 from depthprobe.study import ranges, settings_of
 
@@ -60,11 +58,10 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
         raise BadInput("trial", trial, refused)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
-    recorded = run.manifest.backbone
-    backbone = pinned(run.study.backbone, recorded.revision, recorded.source)
-    study = replace(run.study, backbone=backbone)
+    study = run.study
     context = Context(run.path, study)
-    what = Trial(trial, record.method, record.kept, record.seed, recorded.blocks)
+    settings = context.backbone
+    what = Trial(trial, record.method, record.kept, record.seed, run.manifest.backbone.blocks)
     model, whole = _rebuild(context, what)
     sequences = context.sequences
     with complete_folder(target) as temporary:
@@ -79,7 +76,7 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
             attention=study.backbone.attention,
         )
         try:
-            pretrained_tokenizer(study.backbone).save_pretrained(temporary)
+            pretrained_tokenizer(settings).save_pretrained(temporary)
         except BadInput:  # there is none: so nothing was read with it
             if study.backbone.prompt or study.backbone.suffix or study.backbone.reads_titles:
                 raise
@@ -89,15 +86,15 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
 
 def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedModel]:
     """The trial's recommender, and the causal language model whose blocks it uses."""
-    settings, method = context.study.backbone, method_of(trial.method)
-    own = context.trial_folder(trial) / MODEL
+    settings, method = context.backbone, method_of(trial.method)
+    own = context.model_folder(trial)
     source = full_trial(TEACHER, trial.seed, trial.blocks)
     if method.exportable == "own":
         # trials of one training share the weights of its deepest one
         tasks = plan(context.study, trial.blocks)
         deepest = next(task.trials[-1] for task in tasks if trial.id in task.names)
         source = trial if deepest.id == trial.id else deepest
-    weights = context.trial_folder(source) / MODEL
+    weights = context.model_folder(source)
     for needed in {weights, own} if method.exportable == "folded" else {weights}:
         if not needed.is_dir():
             allowed = f"a trial whose model is still in the run's folder ({needed} is not)"

@@ -25,13 +25,11 @@ from depthprobe.data.splits import Split, make_split
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.errors import BadInput, check_writable
-from depthprobe.files import complete_file, remove_leftovers
+from depthprobe.files import complete_file, digest_of, remove_leftovers
 from depthprobe.methods import Task, method_of, method_order
 from depthprobe.models.backbones import (
     backbone_revision,
     describe,
-    is_same,
-    pinned,
     pinned_now,
     pretrained,
     pretrained_config,
@@ -42,17 +40,16 @@ from depthprobe.models.build import check_lengths, prompt_and_suffix
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
 from depthprobe.models.words import item_tokens, look_alikes
-from depthprobe.runs.context import CHECKPOINTS, LEARNED
+from depthprobe.runs.context import LEARNED, same_backbone, words_digest
 from depthprobe.runs.plan import SASREC, plan
 from depthprobe.runs.records import (
     DATA,
     ITEM_TABLE,
     MANIFEST,
     NEGATIVES,
-    PROBES,
+    PLACES,
     SHARED,
     STUDY,
-    TRIALS,
     BackboneFacts,
     Dataset,
     Git,
@@ -61,16 +58,16 @@ from depthprobe.runs.records import (
     Manifest,
     Sampled,
     read_manifest,
+    shared_file,
     write_manifest,
 )
-from depthprobe.runs.tables import own_slices, slice_columns, write_slices
+from depthprobe.runs.store import open_run
+from depthprobe.runs.tables import SLICES, own_slices, slice_columns, write_slices
 from depthprobe.study import Backbone, Study, differences, load_study, settings_of, study_to_toml
 from depthprobe.training.tracking import check_trackers
 
 NEGATIVE_SEED = 999
 TOO_SMALL = "sampled ranking is left out: some user has fewer than 999 items left to draw from"
-# where an interrupted process may leave something half-written
-PLACES = (".", TRIALS, PROBES, CHECKPOINTS, SHARED, "tables", "figures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +117,14 @@ def read_inputs(
     check_trackers(study.tracking.to)
     if study.cache is not None:
         check_writable("cache", Path(study.cache).expanduser())
-    merged, before = continued(folder, study), manifest_before(folder)
-    backbone = merged.backbone
+    before = manifest_before(folder)
     if before is not None:
-        backbone = pinned(backbone, before.backbone.revision, before.backbone.source)
-    backbone = pinned_now(backbone)
+        open_run(folder).check()
+    merged = continued(folder, study)
+    if before is None:
+        backbone = pinned_now(merged.backbone)
+    else:
+        backbone = same_backbone(merged.backbone, before.backbone)
     working = replace(merged, backbone=backbone)
     config = pretrained_config(backbone).get_text_config(decoder=True)
     tasks = plan(replace(study, seeds=merged.seeds), int(config.num_hidden_layers))
@@ -136,16 +136,18 @@ def read_inputs(
     table = _shared_table(working, split.sequences, folder, device, width)
     titles = split.sequences.titles
     tokens = item_tokens(backbone, split.sequences.item_ids.tolist(), titles)
-    revision = backbone_revision(backbone)
-    # of a run that is continued nothing may be left to do
-    facts = _checked(backbone, revision, tasks) if before is None else before.backbone
+    if before is None:
+        facts = _checked(backbone, tasks)
+        facts.words = words_digest(tokens)
+    else:  # nothing may be left to do
+        facts = before.backbone
     manifest = _new_manifest(merged, split, table, facts, device, command)
     manifest.data.warnings += look_alikes(tokens or [])
     if any(method_of(name).role != "baseline" for name in merged.methods):
         longest = _longest_text(split.sequences, merged.data.max_history, tokens)
         manifest.data.warnings += check_lengths(backbone, config, longest)
     if before is not None:
-        _check_same(folder, before, manifest, revision)
+        _check_same(folder, before, manifest)
     return Inputs(
         study=merged,
         working=working,
@@ -194,11 +196,12 @@ def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]
     return max(int(np.convolve(text, window).max()) for text in texts)
 
 
-def _checked(settings: Backbone, revision: str, tasks: Sequence[Task]) -> BackboneFacts:
+def _checked(settings: Backbone, tasks: Sequence[Task]) -> BackboneFacts:
     """Facts of a backbone that has its weights and can be cut; none of them is read."""
     model = pretrained(settings, weights=False)
-    facts = BackboneFacts(**describe(model, settings.source, revision))
-    prompt_and_suffix(settings, model)  # refuses texts that it can't read, a decoder without tokens
+    facts = BackboneFacts(**describe(model, settings.source, backbone_revision(settings)))
+    # refuses texts that it can't read, and a decoder without tokens
+    facts.prompt = [*map(list, prompt_and_suffix(settings, model))]
     trained = [task.trials[-1] for task in tasks if method_of(task.method).trains]
     cut = [trial for trial in trained if trial.depth < trial.blocks]
     if cut:  # what probes cuts nothing
@@ -228,14 +231,13 @@ def continued(folder: Path, study: Study) -> Study:
 
 def manifest_before(folder: Path) -> Manifest | None:
     """The manifest of the run that is continued; None where a run begins."""
-    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    return read_manifest(folder) if os.path.lexists(folder / MANIFEST) else None
 
 
-def _check_same(folder: Path, before: Manifest, manifest: Manifest, revision: str) -> None:
-    """Refuse to mix records of other data, weights or embeddings under the same names."""
+def _check_same(folder: Path, before: Manifest, manifest: Manifest) -> None:
+    """Refuse to mix records of other data or embeddings under the same names."""
     for name, was, now in (
         ("data", before.data.fingerprint, manifest.data.fingerprint),
-        ("backbone", is_same(before.backbone.revision, revision), True),
         ("item table", before.item_table.sha256, manifest.item_table.sha256),
     ):
         if was != now:
@@ -253,7 +255,7 @@ def _read_log(study: Study, folder: Path) -> Sequences:
     """The log that the run was begun with, or the source, read but not yet written."""
     prepared = folder / SHARED / DATA
     if study.data.source == "embedded" and (prepared / DATA_MANIFEST).is_file():
-        return load_data(prepared)
+        return load_data(shared_file(folder, manifest_before(folder), DATA))
     return read_data(study.data)
 
 
@@ -263,9 +265,9 @@ def _shared_table(
     """The item table that all trials share; of one to compute the shape alone, given its width."""
     if study.item_table in {SASREC, LEARNED}:
         return None
-    written = folder / SHARED / ITEM_TABLE
-    if study.embeds_titles and written.is_file():
-        return torch.from_numpy(np.load(written))
+    written, before = folder / SHARED / ITEM_TABLE, manifest_before(folder)
+    if study.embeds_titles and before is not None and written.is_file():
+        return torch.from_numpy(np.load(shared_file(folder, before, ITEM_TABLE)))
     ids, titles = sequences.item_ids.tolist(), sequences.titles
     if study.embeds_titles and width is not None:
         pretrained_tokenizer(study.backbone)  # refused where there is none
@@ -290,7 +292,7 @@ def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
     study = continued(folder, given)
     slices = _new_slices(study, split, before)
     if before is not None:
-        for name in ("created", "wall_seconds", "timing", "backbone"):
+        for name in ("created", "wall_seconds", "timing", "backbone", "studies", "files"):
             setattr(manifest, name, getattr(before, name))
         # the commands that do the run again: those so far, and this one if it adds methods or seeds
         had, now = (
@@ -304,7 +306,7 @@ def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder)
     drawn = None
-    if study.protocol.sampled and not (shared / NEGATIVES).exists():
+    if study.protocol.sampled and (before is None or not (shared / NEGATIVES).exists()):
         popular = study.protocol.negatives == "popularity"
         pool = split.sequences.items[split.trained] if popular else None
         # (E, 999); None where some user has too few items left
@@ -313,18 +315,35 @@ def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
         manifest.sampled = Sampled(study.protocol.negatives, NEGATIVE_SEED)
     elif study.protocol.sampled:
         manifest.data.warnings.append(TOO_SMALL)
-    with complete_file(folder / STUDY) as temporary:
-        temporary.write_text(study_to_toml(study), encoding="utf-8")
-    write_manifest(folder, manifest)
-    if not (shared / DATA / DATA_MANIFEST).is_file():
+    if before is None:  # before all else: it says what the folder is
+        _write_study(folder, study)
+    files = manifest.files
+    if before is None or not (shared / DATA / DATA_MANIFEST).is_file():
         write_data(split.sequences, shared / DATA)
+        # which in turn has those of the arrays
+        files[f"{SHARED}/{DATA}/{DATA_MANIFEST}"] = digest_of(shared / DATA / DATA_MANIFEST)
     for name, array in ((ITEM_TABLE, None if table is None else table.numpy()), (NEGATIVES, drawn)):
-        if array is not None and not (shared / name).exists():
+        if array is not None and (before is None or not (shared / name).exists()):
             with complete_file(shared / name) as temporary:
                 np.save(temporary, array)
+            files[f"{SHARED}/{name}"] = digest_of(shared / name)
     if slices is not None:
         write_slices(slices, shared)
+        files.pop(f"{SHARED}/{SLICES}", None)
+        if (shared / SLICES).is_file():
+            files[f"{SHARED}/{SLICES}"] = digest_of(shared / SLICES)
+    manifest.study_hash = study.digest()
+    if before is None or before.studies:  # else some records may be of a study that nobody knows
+        manifest.studies = sorted({*manifest.studies, manifest.study_hash})
+    # the manifest first: who reads both at this moment finds the old study and the new one in it
+    write_manifest(folder, manifest)
+    _write_study(folder, study)
     return slices is not None
+
+
+def _write_study(folder: Path, study: Study) -> None:
+    with complete_file(folder / STUDY) as temporary:
+        temporary.write_text(study_to_toml(study), encoding="utf-8")
 
 
 def tidy(folder: Path) -> None:
@@ -403,6 +422,15 @@ def jobs_at_once(jobs: int | None, device: torch.device, tasks: int) -> int:
         cpu = device.type == "cpu"
         jobs = min(available_cores(), MOST_JOBS) if cpu else max(1, torch.cuda.device_count())
     return min(jobs, tasks)
+
+
+def threads_of(workers: int) -> int:
+    """Threads of each of so many processes: its share of the cores, or what OMP_NUM_THREADS says.
+
+    Without workers those of this process.
+    """
+    own = torch.get_num_threads()
+    return own if workers == 0 else max(1, min(own, available_cores() // workers))
 
 
 def _git_state() -> Git | None:

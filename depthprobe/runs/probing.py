@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -14,7 +13,7 @@ from filelock import FileLock
 
 from depthprobe.cost.size import count_parameters, parameters_by_block
 from depthprobe.evaluation.ranks import evaluate, mean_ndcg
-from depthprobe.files import temporary_folder, write_json
+from depthprobe.files import temporary_folder
 from depthprobe.methods import Kept, Task, Trial
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import merge_lora
@@ -38,7 +37,7 @@ from depthprobe.probing.walk import (
 )
 from depthprobe.runs.context import Context, Result, Scores
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial
-from depthprobe.runs.records import is_done
+from depthprobe.runs.records import ALONE, is_done, read_sealed, typed, write_sealed
 from depthprobe.study import parse_layers
 
 REMOVAL = "removal"  # how the name of a greedy removal's file begins
@@ -219,10 +218,10 @@ def removal(context: Context, seed: int, blocks: int) -> Removal:
     with FileLock(path.with_name(f".{path.stem}.lock")):
         if not path.exists():
             teacher = context.teacher(seed, blocks)
-            write_json(path, asdict(greedy(teacher, context.validation, device=context.device)))
-    content = json.loads(path.read_text(encoding="utf-8"))
-    lists = {name: tuple(content[name]) for name in ("removed", "scores")}
-    return Removal(**lists, evaluated=content["evaluated"])
+            write_sealed(path, asdict(greedy(teacher, context.validation, device=context.device)))
+    content = read_sealed(path, ALONE)
+    content.pop("digest", None)
+    return typed(content, Removal, path, ALONE)
 
 
 @lru_cache(maxsize=1)  # `replace`, screened spans and selected blocks ask for the same

@@ -1,36 +1,57 @@
 """What a run's folder holds, typed once: the only reader and writer of records and manifest.
 
+Every file that a number depends on has a digest, which is checked where the file is read: records
+and other JSON files end with their own, a record names those of the files beside it, the manifest
+those of what all trials share. What was written before there were digests is not checked.
+
 Importing this imports no torch.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import pandas as pd
-from msgspec import Struct
+from msgspec import Meta, Struct
+from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import metrics_from_ranks
-from depthprobe.files import complete_folder, write_json
+from depthprobe.files import complete_file, complete_folder, digest_of
 from depthprobe.methods import Task, Trial
 
 Status = Literal["done", "failed"]
 FULL = "full"  # the protocol that ranks the whole catalogue
 SCHEMA = 1  # of records and manifest; raise it when the meaning of a key changes
 STUDY, MANIFEST, TABLES = "study.toml", "manifest.json", ("trials.parquet", "metrics.parquet")
-TRIALS, PROBES, SHARED, LOGS = "trials", "probes", "shared", "logs"
+TRIALS, PROBES, SHARED, LOGS, LOCKS = "trials", "probes", "shared", "logs", ".locks"
+CHECKPOINTS = "checkpoints"
+PLACES = (".", TRIALS, PROBES, CHECKPOINTS, SHARED, "tables", "figures")
 # in the folder of a trial or of a probe's table
 RECORD, MODEL = "record.json", "model"
 USERS, ITEMS, SCORES = "users.parquet", "items.parquet", "scores.parquet"
 # in the folder of what all trials share
 DATA, NEGATIVES, TIMING, ITEM_TABLE = "data", "negatives.npy", "timing.json", "item-table.npy"
+# how to get rid of a file that is not as it was written
+AGAIN = "delete its folder, and the same sweep makes it anew"
+ALONE = "delete it, and the same sweep makes it anew"
+NEVER = "bring back the file as it was, or begin anew in another folder"
+SEAL = b',\n "digest": "'  # how the last line of a JSON file begins
+
+T = TypeVar("T")
+Origins = Mapping[str, Sequence[str | None]]
+Blocks = Annotated[int, Meta(ge=1, le=10_000)]
 
 
 # --- the manifest: what all trials of a run share ------------------------------------------------
@@ -61,15 +82,21 @@ class Dataset(Facts):
 
 
 class BackboneFacts(Facts):
-    """The backbone that a run was begun with; ``revision`` is a commit or a hash."""
+    """The backbone that a run was begun with; ``revision`` is a commit or a hash.
+
+    ``prompt`` has the ids of the tokens before and after the items, ``words`` a hash of those of
+    the items, where histories are read in words.
+    """
 
     source: str
     revision: str | None
-    blocks: int
+    blocks: Blocks
     width: int
     family: str
     parameters: int
     dtype: str = ""
+    prompt: list[list[int]] | None = None
+    words: str | None = None
 
 
 class ItemTable(Facts):
@@ -115,12 +142,15 @@ class Manifest(Facts, kw_only=True):
     """What all trials of a run share, and where it comes from.
 
     Attributes:
+        studies: hashes of the study, as it was begun and with the variants that were added.
         slices: the columns by which the test's users are sliced, of users and of items.
         timing: the conditions under which every depth was timed.
+        files: digests of what all trials share, and of the table of metrics.
     """
 
     schema: int = SCHEMA
     study_hash: str
+    studies: list[str] = []
     created: str
     command: str | None = None
     data: Dataset
@@ -133,6 +163,8 @@ class Manifest(Facts, kw_only=True):
     wall_seconds: float = 0.0
     backbone: BackboneFacts
     sampled: Sampled | None = None
+    files: dict[str, str] = {}
+    digest: str | None = None
 
 
 # --- records: one trial, or one table of a probe -------------------------------------------------
@@ -174,6 +206,7 @@ class TrainingCosts(Struct):
     parts: int = 1  # that a batch was computed in
     reused: bool = False  # from the cache
     resumed_at: list[int] = []  # steps
+    threads: list[int] = []  # when begun, and each time when resumed
     best_epoch: int = 0
     losses: list[float] = []
     validation: list[float] = []
@@ -204,6 +237,8 @@ class Record(Struct, kw_only=True):
     Attributes:
         metrics: by split, protocol and name.
         seconds: that a table took.
+        files: digests of the files beside the record.
+        digest: of the record itself.
     """
 
     schema: int = SCHEMA
@@ -220,6 +255,8 @@ class Record(Struct, kw_only=True):
     validation: Validation | None = None
     costs: Costs | None = None
     seconds: float | None = None
+    files: dict[str, str] = {}
+    digest: str | None = None
 
     @property
     def done(self) -> bool:
@@ -248,10 +285,11 @@ def write_trial(
     ``users`` has the rank of each test user's target, ``items`` how many users' best items hold an
     item; ``save`` writes the trial's model, if it has one, into a folder that it makes.
     """
-    with complete_folder(folder) as temporary:
+    with _new_folder(folder) as temporary:
         users.to_parquet(temporary / USERS, index=False)
         items.to_parquet(temporary / ITEMS, index=False)
         save(temporary / MODEL)
+        record.files = digests_in(temporary)
         _write(temporary / RECORD, record)
 
 
@@ -259,9 +297,11 @@ def write_scores(
     folder: Path, task: Task, frame: pd.DataFrame, *, provenance: Provenance, seconds: float
 ) -> None:
     """Write a task's table and its record, complete or not at all."""
-    with complete_folder(folder) as temporary:
+    with _new_folder(folder) as temporary:
         frame.to_parquet(temporary / SCORES, index=False)
-        _write(temporary / RECORD, record_of(task, provenance, seconds=round(seconds, 3)))
+        record = record_of(task, provenance, seconds=round(seconds, 3))
+        record.files = digests_in(temporary)
+        _write(temporary / RECORD, record)
 
 
 def write_failure(folders: list[Path], task: Task, error: str, provenance: Provenance) -> None:
@@ -271,8 +311,16 @@ def write_failure(folders: list[Path], task: Task, error: str, provenance: Prove
         if not is_done(folder):
             reason = " ".join(error.split())
             record = record_of(trial, provenance, status="failed", error=reason)
-            with complete_folder(folder) as temporary:
+            with _new_folder(folder) as temporary:
                 _write(temporary / RECORD, record)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder in a run; the run itself, where it was moved or deleted, is not made again."""
+    folder.parent.mkdir(exist_ok=True)
+    with complete_folder(folder, parents=False) as temporary:
+        yield temporary
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -282,7 +330,26 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _write(path: Path, content: Struct) -> None:
     # numpy's floats become Python's; through json, since msgspec writes a NaN as null
-    write_json(path, msgspec.to_builtins(content, enc_hook=lambda value: value.item()))
+    values = msgspec.to_builtins(content, enc_hook=lambda value: value.item())
+    del values["digest"]
+    write_sealed(path, values)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Strict JSON (a NaN is an error), atomically; the last key is a digest of all before it."""
+    body = json.dumps(content, indent=1, allow_nan=False).encode().removesuffix(b"\n}")
+    with complete_file(path, parents=False) as temporary:
+        temporary.write_bytes(_sealed(body))
+
+
+def digests_in(folder: Path) -> dict[str, str]:
+    """Digests of all files of a folder, by their paths in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): digest_of(path) for path in files}
+
+
+def _sealed(body: bytes) -> bytes:
+    return b'%b%b%b"\n}\n' % (body, SEAL, hashlib.sha256(body).hexdigest()[:32].encode())
 
 
 def record_of(
@@ -304,35 +371,176 @@ def record_of(
 # --- reading -------------------------------------------------------------------------------------
 
 
+def damaged(path: Path, why: object, remedy: str, kind: type[BadInput] = BadInput) -> BadInput:
+    """What is said of a file that is not as it was written."""
+    text = str(path)
+    shown = text if len(text) <= 110 else f"...{text[-107:]}"  # its end says which it is
+    reason = " ".join(str(why).split())[:100]
+    return kind("run", shown, f"a readable {path.name}, as the sweep wrote it ({reason}; {remedy})")
+
+
+class CutShort(BadInput):
+    """A file that holds no JSON, as a disk may leave it: nothing of it can be used."""
+
+
+def intact(path: Path, digest: str | None, remedy: str) -> Path:
+    """The path of a file, whose digest is the one that was written down, if one was.
+
+    Raises:
+        BadInput: if it is another file, or none; ``remedy`` says what to do.
+    """
+    try:
+        is_plain = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise _odd(error, path, remedy) from None
+    if not is_plain:  # of a pipe nothing would ever come
+        raise damaged(path, "it is no plain file", remedy)
+    if digest is not None and digest_of(path) != digest:
+        raise damaged(path, "it was changed", remedy)
+    return path
+
+
+def _odd(error: OSError, path: Path, remedy: str) -> OSError | BadInput:
+    """What is raised for a file that can't be opened: a disk's fault, or another thing there."""
+    others = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
+    return damaged(path, error.strerror, remedy) if error.errno in others else error
+
+
+def read_sealed(path: str | Path, remedy: str, schema: int | None = None) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote, with its digest.
+
+    Args:
+        schema: the version of the format.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CutShort: if it holds no JSON.
+        BadInput: if it is not as it was written, or of another version.
+    """
+    try:
+        # a run may have ten thousand of these: a Path would take longer than the decoding
+        with open(path, "rb", opener=_unblocked) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is no plain file")
+            text = file.read()
+        content = msgspec.json.decode(text, type=dict[str, Any])
+        if schema is not None and (found := content.get("schema", schema)) != schema:
+            allowed = f"a file of format {schema} (this one has format {found}: read it with"
+            raise BadInput("run", str(path), f"{allowed} the version of depthprobe that wrote it)")
+        if content.get("digest") is not None and text != _sealed(text.rpartition(SEAL)[0]):
+            raise ValueError("it was changed")
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise
+        raise _odd(error, Path(path), remedy) from None
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise damaged(Path(path), error, remedy, CutShort) from None
+    except ValueError as error:
+        if isinstance(error, BadInput):
+            raise
+        raise damaged(Path(path), error, remedy) from None
+    return content
+
+
+def _unblocked(path: str, flags: int) -> int:
+    """Open what may be a pipe; the wait for one that writes would last for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a run.
 
     Raises:
         BadInput: if it can't be read, or another version of the format wrote it.
     """
-    try:
-        content = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, Any])
-        if content.get("schema") == SCHEMA:
-            return msgspec.convert(content, Manifest)
-    except msgspec.MsgspecError as error:
-        raise BadInput("run", str(folder), f"readable {MANIFEST} ({error})") from None
-    allowed = f"a run of format {SCHEMA} (this one has format {content.get('schema')}: read it with"
-    raise BadInput("run", str(folder), f"{allowed} the version of depthprobe that wrote it)")
+    path = folder / MANIFEST
+    return typed(read_sealed(path, NEVER, SCHEMA), Manifest, path, NEVER)
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record in a trial's folder; None if it is absent or damaged, so that it is made anew.
+    """The record in a trial's folder; None if it is absent, or done without its table.
 
-    One that is done without its table is damaged, and so is one of another version.
+    Raises:
+        BadInput: if it is damaged, another trial's, or one of another version.
     """
+    path = os.path.join(folder, RECORD)
     try:
-        # a run may have ten thousand of these: a Path would take longer than the decoding
-        with open(os.path.join(folder, RECORD), "rb") as file:
-            record = msgspec.json.decode(file.read(), type=Record)
-    except (OSError, msgspec.MsgspecError):
+        content = read_sealed(path, AGAIN, SCHEMA)
+    except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise damaged(folder, "it is no folder", "move it out of the run") from None
+    record = typed(content, Record, path, AGAIN)
+    name = os.path.basename(folder)
+    if record.id != name:
+        raise damaged(folder, f"the record in it is of {record.id}", "move it out of the run")
     has_table = any(os.path.exists(os.path.join(folder, name)) for name in (USERS, SCORES))
-    return record if record.schema == SCHEMA and (has_table or not record.done) else None
+    return record if has_table or not record.done else None
+
+
+def origins_of(manifest: Manifest) -> Origins:
+    """What the records of a run may come from, by the keys of their provenance.
+
+    Of runs of earlier versions it is not known which studies they were begun and continued with.
+    """
+    data, backbone = [manifest.data.fingerprint], [manifest.backbone.revision]
+    return {"study": [*manifest.studies], "data": data, "backbone": backbone}
+
+
+def check_origin(folder: Path, origins: Origins) -> Record | None:
+    """The record in a trial's folder, if it has one.
+
+    Raises:
+        BadInput: if it can't be used, or is of another study, log or backbone.
+    """
+    record = read_record(folder)
+    if record is not None and record.provenance is not None:
+        for what, known in origins.items():
+            if known and getattr(record.provenance, what) not in known:
+                raise damaged(folder / RECORD, f"its {what} is not that of the run", AGAIN)
+    return record
+
+
+def shared_file(run: Path, manifest: Manifest | None, name: str) -> Path:
+    """The place of what all trials of a run share, a file or a folder, which is intact.
+
+    Raises:
+        BadInput: if it is not as it was written.
+    """
+    place = f"{SHARED}/{name}"
+    for each, digest in manifest.files.items() if manifest else ():
+        if each == place or each.startswith(f"{place}/"):
+            intact(run / each, digest, ALONE)
+    return run / place
+
+
+def typed(content: dict[str, Any], kind: type[T], path: str | Path, remedy: str) -> T:
+    """What a JSON file of a run holds; ``BadInput`` where it does not fit."""
+    try:
+        return msgspec.convert(content, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise damaged(Path(path), error, remedy) from None
+
+
+def read_table(path: Path, digest: str | None) -> pd.DataFrame:
+    """A table that a trial or a probe left.
+
+    Raises:
+        BadInput: if it can't be read, or is not as it was written.
+    """
+    with _named(intact(path, digest, AGAIN)):
+        return pd.read_parquet(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn what a library says of a file that is none of its kind into one line with its name."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault, not the file's
+        raise damaged(path, error, AGAIN) from error
 
 
 def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -341,8 +549,8 @@ def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.n
     Raises:
         BadInput: if they can't be read, or don't give the metrics of the trial's record.
     """
-    path, ranked = folder / USERS, {}
-    try:
+    path, ranked = intact(folder / USERS, record.files.get(USERS), AGAIN), {}
+    with _named(path):
         # pandas would take five times as long, and a run may have ten thousand of these
         with ParquetFile(path, read_dictionary=["protocol"]) as file:
             table = file.read(use_threads=False).combine_chunks()
@@ -355,22 +563,32 @@ def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.n
             now = metrics_from_ranks(ranked[protocol][1])
             if any(abs(recorded.get(name, value) - value) > 1e-9 for name, value in now.items()):
                 raise ValueError("other metrics than the record's")
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's fault, not the file's
-        allowed = (
-            "the file that the sweep wrote (delete its folder, and the same sweep makes it anew)"
-        )
-        raise BadInput("run", str(path), allowed) from error
     return ranked
 
 
 def folders_of(place: Path) -> list[Path]:
-    """What is in a folder of trials or probes, by name; nothing of one that is not there."""
+    """The folders of trials or probes, by name; nothing of a place that is not there."""
     try:
-        return [place / name for name in sorted(os.listdir(place))]
+        with os.scandir(place) as entries:
+            return [place / name for name in sorted(each.name for each in entries if each.is_dir())]
     except FileNotFoundError:
         return []
+
+
+def check_places(run: Path) -> None:
+    """Refuse what would lead what a sweep writes out of the run's folder, or hold it up for ever.
+
+    Raises:
+        BadInput: for a link, a pipe or a device among the files and folders of the run.
+    """
+    for place in (*PLACES, LOGS, LOCKS):
+        with suppress(FileNotFoundError), os.scandir(run / place) as entries:
+            for each in entries:
+                is_own = each.is_file(follow_symlinks=False) or (
+                    place != LOGS and each.is_dir(follow_symlinks=False)
+                )
+                if not is_own and os.path.lexists(each.path):  # no other sweep's, that is gone now
+                    raise damaged(Path(each.path), "it is no plain file", "move it out of the run")
 
 
 def outputs_of(run: Path, task: Task) -> list[Path]:
@@ -389,8 +607,15 @@ def is_done(folder: Path) -> bool:
 
 
 def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
-    """Where a task is, by the folders that it leaves: ``failed`` if one of them says so."""
-    states = [record.status if (record := read_record(each)) else "left" for each in folders]
+    """Where a task is, by the folders that it leaves: ``failed`` if one of them says so.
+
+    What a record that was cut short says is made anew.
+    """
+    states = ["left"] * len(folders)
+    for place, each in enumerate(folders):
+        with suppress(CutShort):
+            record = read_record(each)
+            states[place] = "left" if record is None else record.status
     if all(status == "done" for status in states):
         return "done"
     return "failed" if "failed" in states else "left"
@@ -399,6 +624,5 @@ def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
 def forget_failures(folders: Iterable[Path]) -> None:
     """Delete the records of failures: what failed is tried again."""
     for folder in folders:
-        record = read_record(folder)
-        if record is not None and not record.done:
+        if state_of([folder]) == "failed":
             (folder / RECORD).unlink(missing_ok=True)

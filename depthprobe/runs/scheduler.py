@@ -23,11 +23,10 @@ from filelock import FileLock, Timeout
 
 from depthprobe.methods import Task
 from depthprobe.runs.processes import SAFE_PATH, ProcessGroup, Progress
-from depthprobe.runs.records import outputs_of, state_of
+from depthprobe.runs.records import LOCKS, outputs_of, state_of
 
 # --- locks: one sweep a task ----------------------------------------------------------------------
 
-LOCKS = ".locks"
 WHOLE_RUN = ".run"  # the lock of whoever lays a run out, times it or writes its tables
 
 State = Literal["ours", "theirs", "done", "failed"]
@@ -119,7 +118,7 @@ def _lock(folder: Path, name: str) -> FileLock:
 def _acquire(lock: FileLock, *, wait: bool = False) -> bool:
     """Take a lock, though another sweep that ends may remove its folder meanwhile."""
     while True:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).parent.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             try:
                 lock.acquire(timeout=-1 if wait else 0)

@@ -10,6 +10,7 @@ import math
 import time
 import tomllib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +25,13 @@ from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import load_data
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.slices import Family, families
-from depthprobe.files import complete_file
+from depthprobe.files import complete_file, digest_of
 from depthprobe.runs.plan import plan
 from depthprobe.runs.records import (
     DATA,
     LOGS,
     MANIFEST,
+    NEVER,
     PROBES,
     SCORES,
     SHARED,
@@ -37,18 +39,26 @@ from depthprobe.runs.records import (
     TABLES,
     TRIALS,
     Costs,
+    CutShort,
     Manifest,
     Record,
+    check_origin,
+    check_places,
+    damaged,
     folders_of,
+    intact,
+    origins_of,
     outputs_of,
     read_manifest,
-    read_record,
+    read_table,
     read_users,
+    shared_file,
     state_of,
+    write_manifest,
 )
 from depthprobe.runs.scheduler import held
-from depthprobe.runs.tables import metrics_table, read_slices
-from depthprobe.study import Study, ranges, study_from_dict
+from depthprobe.runs.tables import SLICES, metrics_table, read_slices
+from depthprobe.study import Study, ranges, study_digest, study_from_dict
 
 PARTS = ("blocks", "token_embeddings", "adapters", "item_table", "total", "trainable")
 
@@ -58,6 +68,7 @@ class Run:
 
     def __init__(self, path: Path, study: Study, manifest: Manifest) -> None:
         self.path, self.study, self.manifest = path, study, manifest
+        self._origins = origins_of(manifest)
 
     @property
     def seen_items(self) -> str:
@@ -67,8 +78,12 @@ class Run:
 
     @cached_property
     def records(self) -> list[Record]:
-        """All records, done and failed, in the order of their names; a damaged one is no record."""
-        return _records(self.path / TRIALS)
+        """All records, done and failed, in the order of their names.
+
+        Raises:
+            BadInput: if one is damaged, or is not this run's.
+        """
+        return self._read(TRIALS)
 
     def record(self, trial: str) -> Record:
         """The record of one trial.
@@ -84,7 +99,23 @@ class Run:
     @cached_property
     def _probes(self) -> list[Record]:
         """The records of the tables of probes."""
-        return _records(self.path / PROBES)
+        return self._read(PROBES)
+
+    def _read(self, kind: str) -> list[Record]:
+        read = [check_origin(each, self._origins) for each in folders_of(self.path / kind)]
+        return [record for record in read if record is not None]
+
+    def check(self) -> None:
+        """Refuse, before anything is written, a run whose folder is not as sweeps left it.
+
+        Raises:
+            BadInput: for a record that is damaged or another run's, and for links out of it.
+        """
+        check_places(self.path)
+        for kind in (TRIALS, PROBES):
+            for each in folders_of(self.path / kind):
+                with suppress(CutShort):  # a sweep makes it anew
+                    check_origin(each, self._origins)
 
     @property
     def _done(self) -> list[Record]:
@@ -101,7 +132,9 @@ class Run:
         Empty where the run has no such table.
         """
         frames = [
-            pd.read_parquet(self.path / PROBES / record.id / SCORES).assign(seed=record.seed)
+            read_table(self.path / PROBES / record.id / SCORES, record.files.get(SCORES)).assign(
+                seed=record.seed
+            )
             for record in self._probes
             if record.method == method and record.done
         ]
@@ -134,9 +167,10 @@ class Run:
 
     def written_metrics(self) -> pd.DataFrame | None:
         """The table on disk, if it is of the records and slices as they are now, and readable."""
+        path = self.path / TABLES[1]
         try:
-            table = pd.read_parquet(self.path / TABLES[1])
-        except (OSError, ValueError):
+            table = read_table(path, self.manifest.files.get(path.name))
+        except (OSError, BadInput):
             return None
         # versions before this one did not write down what a table is made from
         return table if table.attrs.get("records", self._digest) == self._digest else None
@@ -178,27 +212,34 @@ class Run:
     def _cuts(self) -> tuple[np.ndarray, list[Family]]:
         """The test's users, ascending, and the ways to slice them."""
         prepared = self.path / SHARED / DATA
-        if not (prepared / DATA_MANIFEST).is_file():
+        if not (prepared / DATA_MANIFEST).exists():
             return np.empty(0, np.int64), []
-        split = make_split(load_data(prepared), self.study.protocol)
-        return split.test.users, families(split, read_slices(self.path / SHARED))
+        split = make_split(load_data(self._shared(DATA)), self.study.protocol)
+        return split.test.users, families(split, read_slices(self._shared(SLICES).parent))
+
+    def _shared(self, name: str) -> Path:
+        return shared_file(self.path, self.manifest, name)
 
 
 def open_run(path: str | Path) -> Run:
     """Open the folder of a run.
 
     Raises:
-        BadInput: if it is not one, or one that another version of the format wrote.
+        BadInput: if it is not one, if another version of the format wrote it, or if its study is
+            not the one that it was begun with.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file() or not (folder / STUDY).is_file():
         allowed = f"a folder that sweep wrote ({MANIFEST} and {STUDY} in it)"
         raise BadInput("run", str(path), allowed)
+    manifest, file = read_manifest(folder), intact(folder / STUDY, None, NEVER)
     try:
-        content = tomllib.loads((folder / STUDY).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput("run", str(path), f"readable {STUDY} ({error})") from None
-    return Run(folder, study_from_dict(content), read_manifest(folder))
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, error, NEVER) from None
+    if manifest.studies and study_digest(content) not in manifest.studies:
+        raise damaged(file, "another study than it was", NEVER)
+    return Run(folder, study_from_dict(content), manifest)
 
 
 def write_tables(run: Run) -> None:
@@ -207,13 +248,12 @@ def write_tables(run: Run) -> None:
     metrics.attrs["records"] = run._digest
     # the metrics last: they say what both are made from
     for name, frame in zip(TABLES, (run.trials, metrics), strict=True):
-        with complete_file(run.path / name) as temporary:
+        with complete_file(run.path / name, parents=False) as temporary:
             frame.to_parquet(temporary, index=False)
     run.__dict__.pop("metrics", None)
-
-
-def _records(place: Path) -> list[Record]:
-    return [record for record in map(read_record, folders_of(place)) if record is not None]
+    run.manifest = read_manifest(run.path)
+    run.manifest.files[TABLES[1]] = digest_of(run.path / TABLES[1])
+    write_manifest(run.path, run.manifest)
 
 
 def _trial_row(record: Record) -> dict[str, Any]:
@@ -260,14 +300,15 @@ class Status:
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     working: list[Working] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)  # task, reason
+    damaged: list[tuple[str, Exception]] = field(default_factory=list)  # what can't be read
 
     def total(self, state: str) -> int:
-        """How many tasks are ``done``, ``failed``, ``working`` or ``left``."""
+        """How many tasks are ``done``, ``failed``, ``working``, ``left`` or ``damaged``."""
         return sum(count[state] for count in self.counts.values())
 
 
 def status_of(folder: Path) -> Status:
-    """The state of every task that a run's study asks for.
+    """The state of every task that a run's study asks for; a bad record spoils that of its task.
 
     Raises:
         BadInput: if the folder is no run, or one that has not been laid out yet.
@@ -278,13 +319,17 @@ def status_of(folder: Path) -> Status:
     status, at_work = Status(), {each.task: each for each in working(folder)}
     for task in plan(run.study, run.manifest.backbone.blocks):
         outputs = outputs_of(folder, task)
-        state: str = state_of(outputs)
-        if state != "done" and task.id in at_work:
+        try:
+            state: str = state_of(outputs)
+            records = [check_origin(path, run._origins) for path in outputs]
+        except (BadInput, OSError) as error:
+            state, records = "damaged", []
+            status.damaged.append((task.id, error))
+        if state in {"failed", "left"} and task.id in at_work:
             state = "working"
             status.working.append(at_work[task.id])
         elif state == "failed":
-            errors = (record.error for path in outputs if (record := read_record(path)))
-            reason = next(filter(None, errors), "")
+            reason = next((each.error for each in records if each and each.error), "")
             status.failed.append((task.id, " ".join(reason.split())))
         status.counts.setdefault(task.method, Counter())[state] += 1
     return status
@@ -296,11 +341,12 @@ def working(folder: Path) -> list[Working]:
     for name in held(folder):
         log = folder / LOGS / f"{name}.log"
         try:
+            intact(log, None, "")
             with log.open("rb") as file:
                 file.seek(max(0, log.stat().st_size - TAIL))
                 lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
             age = time.time() - log.stat().st_mtime
-        except OSError:
+        except (OSError, BadInput):
             lines, age = [], 0.0
         found.append(Working(name, _without_time(lines[-1]) if lines else "", max(0.0, age)))
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pickle  # noqa: S403 - to see whether a method can be sent to a worker
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,21 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.errors import BadInput
-from depthprobe.files import write_json
 from depthprobe.methods import BUILT_IN, METHODS, Method, Task
 from depthprobe.runs import worker
 from depthprobe.runs.context import Context
 from depthprobe.runs.layout import (
-    available_cores,
     jobs_at_once,
     lay_out,
     manifest_before,
     read_inputs,
+    threads_of,
     tidy,
 )
 from depthprobe.runs.processes import ProcessGroup, Progress, join_processes
 from depthprobe.runs.records import (
     FULL,
+    MANIFEST,
     TABLES,
     TIMING,
     Manifest,
@@ -39,6 +39,7 @@ from depthprobe.runs.records import (
     state_of,
     write_failure,
     write_manifest,
+    write_sealed,
 )
 from depthprobe.runs.scheduler import (
     Claims,
@@ -49,7 +50,7 @@ from depthprobe.runs.scheduler import (
     whole_run,
 )
 from depthprobe.runs.store import Run, open_run, write_tables
-from depthprobe.runs.timing import covers, measure
+from depthprobe.runs.timing import covers, measure, read_timing
 from depthprobe.study import Study
 from depthprobe.words import rounded
 
@@ -85,7 +86,8 @@ def run_sweep(
 
     Raises:
         BadInput: before anything is written, if the data, the backbone, the item table, the
-            depths or a tracker can't be used, or the folder holds another study.
+            depths or a tracker can't be used, or the folder holds another study or is damaged;
+            later, if it is moved.
     """
     group = join_processes(study.device)
     progress = (progress if group.writes else None) or Progress()
@@ -101,6 +103,8 @@ def run_sweep(
     group.wait()  # all have read the folder as it was
 
     def begin() -> tuple[bool, list[Task], set[str], set[str]] | None:
+        if before is None:
+            folder.mkdir(parents=True, exist_ok=True)
         with whole_run(folder, progress):
             if before is None and manifest_before(folder) is not None:
                 return None
@@ -126,24 +130,40 @@ def run_sweep(
     claims = Claims(folder, group)
     queue = Queue(waiting, claims, done=done, failed=failed)
     workers = 0 if group.processes > 1 else jobs_at_once(jobs, context.device, len(waiting))
-    origin = _provenance(manifest, context.device, max(1, available_cores() // max(1, workers)))
-    try:
-        for ready in _ready(queue, context, origin, workers, group):
-            outcome = worker.work(ready) if isinstance(ready, Task) else ready
-            group.from_first(partial(_report, outcome, context, origin, progress))
-            queue.end(outcome)
-    finally:
-        claims.leave_all()
-    if not group.writes:
-        return open_run(folder)
-    up_to_date = (folder / TABLES[0]).is_file() and open_run(folder).written_metrics() is not None
-    if waiting or resliced or not up_to_date:
-        with whole_run(folder, progress):
-            tidy(folder)
-            write_tables(open_run(folder))
-            _update_manifest(context, time.perf_counter() - began)
+    # by all tasks, not by those that are left: threads decide the last bits of a training
+    planned = jobs_at_once(jobs, context.device, len(inputs.tasks)) if workers else 0
+    origin = _provenance(manifest, context.device, threads_of(planned))
+    with _in_place(folder):
+        try:
+            for ready in _ready(queue, context, origin, workers, group):
+                outcome = worker.work(ready) if isinstance(ready, Task) else ready
+                group.from_first(partial(_report, outcome, context, origin, progress))
+                queue.end(outcome)
+        finally:
+            claims.leave_all()
+        if not group.writes:
+            return open_run(folder)
+        has_tables = (folder / TABLES[0]).is_file()
+        up_to_date = has_tables and open_run(folder).written_metrics() is not None
+        if waiting or resliced or not up_to_date:
+            with whole_run(folder, progress):
+                tidy(folder)
+                write_tables(open_run(folder))
+                _update_manifest(context, time.perf_counter() - began)
     clear(folder)
     return open_run(folder)
+
+
+@contextmanager
+def _in_place(folder: Path) -> Iterator[None]:
+    """Say that the run's folder is gone, where that is why nothing can be written."""
+    try:
+        yield
+    except OSError as error:
+        if (folder / MANIFEST).is_file():
+            raise
+        allowed = "it was moved or deleted meanwhile: the same sweep goes on where it is now"
+        raise BadInput("output", str(folder), allowed, fault=True) from error
 
 
 def _names(tasks: Iterable[Task]) -> set[str]:
@@ -153,9 +173,9 @@ def _names(tasks: Iterable[Task]) -> set[str]:
 def _measure_once(context: Context, blocks: int, progress: Progress) -> None:
     path = context.shared / TIMING
     # a sweep of the baselines alone has left no depth's times to one that goes on with more
-    if not path.exists() or not covers(json.loads(path.read_text()), context, blocks):
+    if not path.exists() or not covers(read_timing(path), context, blocks):
         progress.message("timing every depth, alone on the machine")
-        write_json(path, measure(context, blocks))
+        write_sealed(path, measure(context, blocks))
         progress.message("every depth is timed")
 
 
@@ -215,7 +235,7 @@ def _note(context: Context, task: Task) -> str:
 def _update_manifest(context: Context, seconds: float) -> None:
     """The times that this sweep adds; others may have changed the rest since."""
     manifest, timing = read_manifest(context.folder), context.shared / TIMING
-    manifest.timing = json.loads(timing.read_text())["conditions"] if timing.exists() else None
+    manifest.timing = read_timing(timing)["conditions"] if timing.exists() else None
     manifest.wall_seconds = round(manifest.wall_seconds + seconds, 1)
     write_manifest(context.folder, manifest)
 

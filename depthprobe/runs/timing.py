@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from depthprobe.models.build import build_recommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import TEACHER, plan, trial_of
+from depthprobe.runs.records import ALONE, read_sealed, typed
 from depthprobe.runs.training import objective_of, spec_of
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.features import OnlineTeacher, Teacher, TeacherOutputs
@@ -44,7 +47,7 @@ def measure(
     if depths := _depths(study, blocks, all_depths=all_depths):
         random_init = study.backbone.quantize == "none"
         full = build_recommender(
-            study.backbone,
+            context.backbone,
             items,
             seed=0,
             random_init=random_init,
@@ -89,6 +92,25 @@ def _windows_a_step(context: Context) -> int:
     sizes = context.text_lengths(context.training.histories)
     room = recipe.tokens // int(np.median(sizes)) if context.item_tokens else recipe.batch_size
     return min(recipe.batch_size, max(1, room))
+
+
+class Timing(msgspec.Struct):
+    """What :func:`measure` returns, as it is kept."""
+
+    conditions: dict[str, Any]
+    seconds: dict[str, list[float]]
+    left_out: list[str] = []
+    peak_bytes: float | None = None
+
+
+def read_timing(path: Path) -> dict[str, Any]:
+    """The times that a run has measured.
+
+    Raises:
+        BadInput: if the file is not as it was written.
+    """
+    content = read_sealed(path, ALONE)
+    return msgspec.to_builtins(typed(content, Timing, path, ALONE))  # type: ignore[no-any-return]
 
 
 def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:

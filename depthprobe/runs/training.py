@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 from depthprobe.cost.flops import UncountableError, epoch_flops, flops_per_user
 from depthprobe.cost.size import count_parameters
+from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate, mean_ndcg
-from depthprobe.files import complete_folder, write_json
+from depthprobe.files import complete_folder
 from depthprobe.methods import Task, Trial, method_of
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Popularity, Recommender
@@ -30,7 +30,15 @@ from depthprobe.runs.cache import digest, features_folder, result_file, share_fo
 from depthprobe.runs.context import Context, Result
 from depthprobe.runs.plan import TEACHER, at_first_seed, full_trial, plan
 from depthprobe.runs.probing import angular_distances, outside, part_of, removal
-from depthprobe.runs.records import FULL, read_record
+from depthprobe.runs.records import (
+    AGAIN,
+    FULL,
+    digests_in,
+    intact,
+    read_record,
+    read_sealed,
+    write_sealed,
+)
 from depthprobe.study import (
     TEACHER_SELECTIONS,
     Recipe,
@@ -360,7 +368,7 @@ def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
     if settings.distillation.features == "online":
         return OnlineTeacher(context.teacher(trial.seed, trial.blocks), spec), 0.0
     folder = _features(context, trial, spec)
-    seconds = json.loads((folder / SECONDS).read_text(encoding="utf-8"))["seconds"]
+    seconds = read_sealed(folder / SECONDS, AGAIN)["seconds"]
     return CachedTeacher(folder, context.windows, spec), float(seconds)
 
 
@@ -375,26 +383,41 @@ def _features(context: Context, trial: Trial, spec: FeatureSpec) -> Path:
     stem = f"{FEATURES}-s{trial.seed}-{together.objective}-"
     folder = context.shared / f"{stem}{teacher}-{digest(asdict(together))[:12]}"
     with FileLock(context.shared / f".{stem}lock"):
-        if folder.exists():
+        if _whole(folder):
             return folder
         for other in context.shared.glob(f"{stem}*"):
             if not other.name.startswith(f"{stem}{teacher}-"):
                 shutil.rmtree(other)
         kept = features_folder(context, teacher, together)
-        if kept is not None and kept.is_dir():
+        if kept is not None and _whole(kept):
             logger.info("teacher features of seed %d: from the cache", trial.seed)
             share_folder(kept, folder)
             return folder
         logger.info("teacher features of seed %d: computed for all students", trial.seed)
         model, windows = context.teacher(trial.seed, trial.blocks), context.windows
         began = time.perf_counter()
-        with complete_folder(folder) as temporary:
+        with complete_folder(folder, parents=False) as temporary:
             write_features(model, windows, together, folder=temporary, device=context.device)
-            write_json(temporary / SECONDS, {"seconds": time.perf_counter() - began})
+            seconds = time.perf_counter() - began
+            own = {"seconds": seconds, "files": digests_in(temporary)}
+            write_sealed(temporary / SECONDS, own)
         if kept is not None:
             with suppress(OSError):  # other runs' gain is no reason to end this trial
                 share_folder(folder, kept)
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder has the features that were written into it."""
+    try:
+        for name, digest in read_sealed(folder / SECONDS, AGAIN).get("files", {}).items():
+            intact(folder / name, digest, AGAIN)
+    except FileNotFoundError:
+        return False
+    except BadInput as error:
+        logger.warning("%s", error)
+        return False
+    return True
 
 
 def _of_all_students(context: Context, trial: Trial, spec: FeatureSpec) -> FeatureSpec:

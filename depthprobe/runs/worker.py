@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -46,7 +45,7 @@ from depthprobe.runs.records import (
     write_trial,
 )
 from depthprobe.runs.scheduler import Outcome, describe
-from depthprobe.runs.timing import timing_of
+from depthprobe.runs.timing import read_timing, timing_of
 from depthprobe.study import Study
 from depthprobe.training.loop import DivergedError
 
@@ -169,7 +168,7 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     lists = result.ranks.get(LISTS, np.zeros((0, 0), np.int32))
     counts = exposure(lists, len(popularity.popularity))  # (I,)
     metrics[FULL] |= list_metrics(counts, popularity)
-    timing = timing_of(trial, json.loads((context.shared / TIMING).read_text()), context.study)
+    timing = timing_of(trial, read_timing(context.shared / TIMING), context.study)
     costs = Costs(
         parameters=result.parameters,
         flops_user=result.flops,

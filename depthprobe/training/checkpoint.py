@@ -11,11 +11,13 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ class Fit:
     parts: int = field(default=1, compare=False)  # that a batch is computed in
     reused: bool = field(default=False, compare=False)  # the result of an equal training before
     resumed_at: list[int] = field(default_factory=list, compare=False)  # steps
+    threads: list[int] = field(default_factory=list, compare=False)  # when begun, when resumed
     learning_rate: float = 0.0
     tried: dict[str, float | None] = field(default_factory=dict)  # best score by learning rate
     tuning_seconds: float = field(default=0.0, compare=False)  # of the rates that were not chosen
@@ -94,6 +97,8 @@ class Checkpoint:
         """Write all that the rest of the training needs; every process must call it."""
         if self.path is None:
             return
+        if self.path.exists() and not self.path.is_file():
+            raise FileExistsError(f"{self.path} is no plain file")
         began = time.perf_counter()
         tensors = {f"best {name}": value for name, value in best.items()}
         if not progress.ended:  # then the best weights are enough
@@ -102,7 +107,9 @@ class Checkpoint:
             # a copy where memory is shared, which safetensors refuses
             own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             header = {"format": FORMAT, "origin": self.origin, "progress": asdict(progress)}
-            with complete_file(self.path) as temporary:
+            header["digest"] = _digest(header, own)
+            self.path.parent.mkdir(exist_ok=True)  # the run itself is not made again
+            with complete_file(self.path, parents=False) as temporary:
                 save_file(own, temporary, metadata={"depthprobe": json.dumps(header)})
         self._last = time.perf_counter()
         self._took = self._last - began
@@ -119,6 +126,8 @@ class Checkpoint:
         """The content of the file; None where there is none, ``ValueError`` if it doesn't fit."""
         if self.path is None or not self.path.exists():
             return None
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is no plain file")
         try:
             with safe_open(self.path, framework="pt") as file:
                 header = json.loads(file.metadata()["depthprobe"])
@@ -127,6 +136,9 @@ class Checkpoint:
             raise ValueError(f"{self.path} is no checkpoint of a training ({error})") from error
         if header.get("format") != FORMAT:
             raise ValueError(f"{self.path}: format {header.get('format')!r}, expected {FORMAT!r}")
+        digest = header.pop("digest", None)  # earlier versions wrote none
+        if digest is not None and digest != _digest(header, tensors):
+            raise ValueError(f"{self.path} was changed after it was written: delete it")
         before, now = header["origin"], self.origin
         if changed := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
             listed = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
@@ -156,6 +168,21 @@ def identity(
         "windows": windows_digest(windows),
         "weights": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
     }
+
+
+def _digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    text = json.dumps(header, sort_keys=True)
+    return hashlib.sha256(f"{text} {tensors_digest(tensors)}".encode()).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of tensors by name, type and shape."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        hashed.update(flat.view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def windows_digest(windows: list[np.ndarray]) -> str:

@@ -103,6 +103,8 @@ def fit(
     elif saved is not None:
         done.resumed_at.append(done.steps)
         logger.info("resumed at step %d", done.steps)
+    if reused is None:
+        done.threads.append(torch.get_num_threads())
     before = done.seconds
 
     def save(file: Checkpoint) -> None:

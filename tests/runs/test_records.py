@@ -45,22 +45,28 @@ def test_a_number_that_is_none_is_refused(small_run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "says"),
     [
-        {"kept": "all"},
-        {"seed": None},
-        {"status": "maybe"},
-        {"schema": 2},
-        {"costs": {"training": {}}},
+        ({"kept": "all"}, "kept"),
+        ({"seed": None}, "seed"),
+        ({"status": "maybe"}, "status"),
+        ({"costs": {"training": {}}}, "epochs"),
+        ({"schema": 2}, "this one has format 2"),
+        ({"id": "b"}, "the record in it is of b"),
     ],
 )
-def test_a_damaged_record_is_none(damage: dict[str, object], tmp_path: Path) -> None:
+def test_a_record_of_an_earlier_version_is_checked_by_its_types(
+    damage: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "trials" / "a"
+    assert read_record(folder) is None
     record = msgspec.to_builtins(Record(id="a", method="full", seed=0, status="failed"))
-    write_json(tmp_path / "trials" / "a" / "record.json", record)
-    assert state_of([tmp_path / "trials" / "a"]) == "failed"
-    write_json(tmp_path / "trials" / "a" / "record.json", record | damage)
-    assert read_record(tmp_path / "trials" / "a") is None
-    assert state_of([tmp_path / "trials" / "a"]) == "left"
+    del record["files"], record["digest"]
+    write_json(folder / "record.json", record)
+    assert state_of([folder]) == "failed"
+    write_json(folder / "record.json", record | damage)
+    with pytest.raises(BadInput, match=says):
+        read_record(folder)
 
 
 def test_a_manifest_is_read_by_attribute_or_as_its_file(small_run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -100,6 +101,9 @@ def test_features_are_made_once_a_seed_and_belong_to_one_teacher(
     ]
     copy = shutil.copytree(small_run.path, tmp_path / "copy")
     shutil.copytree(copy / "trials/full-d03-s1", copy / "trials/full-d03-s0", dirs_exist_ok=True)
+    record = copy / "trials/full-d03-s0/record.json"
+    other = json.loads(record.read_text()) | {"id": "full-d03-s0", "digest": None}
+    record.write_text(json.dumps(other))
     student = trial_of("distill", (0, 1), 0, 3)
     teacher_for(Context(copy, small_run.study), student)
     (after,) = copy.glob(f"shared/{FEATURES}-s0-*")

@@ -132,7 +132,7 @@ def _estimate(plan: Preview, guess: Estimate) -> dict[str, str]:
         busy = f" other work was running ({guess.busy:.1f} processes a core): times are too long;"
         source = (
             "a measurement of some seconds just now, on a model of this shape with random weights;"
-            f"{busy if guess.busy > BUSY else ''} depths between by a straight line"
+            f"{busy if guess.busy > BUSY else ''} other depths by a straight line"
         )
     like = "; each job is taken to have a machine like this one" if plan.apart else ""
     return rows | {"from": source + like, "counted": COUNTED}

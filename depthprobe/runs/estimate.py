@@ -278,9 +278,14 @@ class Units:
             # as many times a plain step as at the depths that were timed
             ratios = [seconds / self.of("train", each) for each, seconds in timed.items()]
             return self.of("train", depth) * (float(np.mean(ratios)) if ratios else 1.0)
-        depths = [0, *sorted(timed)]  # each block between two of them adds the same
+        if not timed:
+            return math.nan
+        # each block between two of them adds the same, and each behind the last as much as there
+        depths = [0, *sorted(timed)]
         values = [timed.get(each, 0.0) for each in depths]
-        return float(np.interp(int(depth), depths, values, right=math.nan))
+        slope = (values[-1] - values[-2]) / (depths[-1] - depths[-2])
+        further = max(0, int(depth) - depths[-1]) * max(0.0, slope)
+        return float(np.interp(int(depth), depths, values)) + further
 
 
 def units_of(measured: dict[str, Any]) -> Units:

@@ -171,7 +171,7 @@ def _run(arguments: list[str], debug: bool) -> int:
             return _fail("a path holds a NUL character", BAD_INPUT)
         # numpy's, torch's on a CPU, torch's on a GPU
         if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-            return _fail(f"not enough memory ({str(error).partition(chr(10))[0]})", FAILED)
+            return _fail(f"not enough memory: {str(error).partition(chr(10))[0]}", FAILED)
         hint = "" if debug else " (run again with --debug)"
         return _fail(f"internal: {type(error).__name__}: {error}{hint}", FAILED)
     if code == INTERRUPTED:

@@ -199,7 +199,7 @@ def _study_name(data: str | None, backbone: str | None) -> str:
 
 def default_output(study: Study) -> Path:
     """The folder of a run that has not been named: ``runs/<study's name>``."""
-    name = re.sub(r"[^\w.-]+|^\.+", "-", study.name).strip("-").encode()[:200]
+    name = re.sub(r"[^\w.-]+|^\.+", "-", study.name).strip("-.").encode()[:200]
     return Path("runs", name.decode(errors="ignore") or "study")
 
 

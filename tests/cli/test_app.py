@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from depthprobe.runs import store
 
 
 def shell(folder: Path, line: str, **environment: str) -> tuple[int, str]:
@@ -71,3 +76,38 @@ def test_no_module_of_the_current_folder_is_imported(tmp_path: Path) -> None:
     for name in ("typer", "socket", "signal", "logging", "rich"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(77)\n", encoding="utf-8")
     assert shell(tmp_path, "$DP --version")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (BrokenPipeError(), 1, ""),
+        (MemoryError(), 1, "error: not enough memory"),
+        (
+            RuntimeError("[enforce fail] can't allocate memory\nmore"),
+            1,
+            "error: not enough memory: [",
+        ),
+        (OSError(errno.ENAMETOOLONG, "", "x" * 5000), 2, "error: File name too long: 'xxx"),
+        (NotADirectoryError(errno.ENOTDIR, "", "file/x"), 2, "error: Not a directory: 'file/x'"),
+        (ValueError("embedded null byte"), 2, "error: a path holds a NUL"),
+        (KeyError("\x1b[31m" + "x" * 5000), 1, r"error: internal: KeyError: '\x1b[31mxxx"),
+    ],
+)
+def test_a_fault_of_the_machine_is_one_line(
+    cli: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    words: str,
+) -> None:
+    def fail(run: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "status_of", fail)
+    outcome = cli("status", "run")
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err.startswith(words)
+    assert outcome.err.count("\n") == bool(words)
+    assert len(outcome.err) <= 1001
+    assert "\x1b" not in outcome.err

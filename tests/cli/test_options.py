@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
-from depthprobe.cli.options import FLAGS, default_output, make_study
+from depthprobe.cli import data
+from depthprobe.cli.app import app
+from depthprobe.cli.options import FLAGS, default_output, make_study, number, path, share, whole
 from depthprobe.cli.sweep import PHASES, restrict
 from depthprobe.errors import BadInput
 from depthprobe.methods import METHODS, names
@@ -137,3 +142,51 @@ def test_a_sweep_takes_a_split() -> None:
     assert study.protocol.split_at == ("2014-03-01", "2014-05-01")
     with pytest.raises(BadInput, match="protocol.split_at: expected none without --split temporal"):
         make_study(split_at="0.8,0.9")
+
+
+def test_every_path_and_number_is_read_by_a_rule_of_ours() -> None:
+    found = set()
+    for command in (*app.registered_commands, *data.app.registered_commands):
+        assert command.callback is not None
+        for each in inspect.signature(command.callback, eval_str=True).parameters.values():
+            if not hasattr(each.annotation, "__metadata__"):  # typer's own context
+                continue
+            hint, parser = str(each.annotation.__origin__), each.annotation.__metadata__[0].parser
+            assert ("Path" in hint) == (parser is path), each
+            assert not re.search(r"\b(int|float)\b", hint) or parser in {whole, number, share}, each
+            found.add(parser)
+    assert {path, whole, number, share} <= found
+
+
+@pytest.mark.parametrize("text", ["", "x" * 256, "é" * 128, "a/" * 2100, "a\0b", "caf\udce9"])
+def test_a_path_that_no_file_can_have(text: str) -> None:
+    with pytest.raises(
+        typer.BadParameter, match="is not a path of names of 1 to 255 bytes"
+    ) as caught:
+        path(text)
+    assert len(str(caught.value)) < 250
+
+
+def test_a_path_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for text, expected in (("~/run", "/home/me/run"), ("~no-such-user/x", "~no-such-user/x")):
+        assert path(text) == Path(expected)
+    for text in ("x" * 255, "日本/Фильм 😀", ".", "a\nb"):
+        assert path(text) == Path(text)
+
+
+@pytest.mark.parametrize("text", ["１", "٣", "1_000", "9" * 5000, "", "1e", "0x1", "²", "one"])
+def test_digits_are_those_of_ascii(text: str) -> None:
+    for parser in (whole, number, share):
+        if parser is not whole and text.isascii() and text.isdigit():
+            continue  # a float, though infinite: the setting's bounds refuse it
+        with pytest.raises(typer.BadParameter, match="is not a "):
+            parser(text)
+    assert (whole("-3"), number("1e-3"), share("5%")) == (-3, 0.001, 0.05)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "日" * 300, "../..", "a\n/b", "~", ""])
+def test_the_folder_of_any_name_can_be_made(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / default_output(Study(name=name))
+    folder.mkdir(parents=True)
+    assert folder.resolve().parent == (tmp_path / "runs").resolve()

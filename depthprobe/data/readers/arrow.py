@@ -63,7 +63,10 @@ class Column:
         if pa.types.is_dictionary(self.values.type):
             column = replace(self, values=self.values.cast(self.values.type.value_type))
         if column.is_text:
-            texts = pc.utf8_trim_whitespace(column.values.cast(pa.large_string()))
+            try:
+                texts = pc.utf8_trim_whitespace(column.values.cast(pa.large_string()))
+            except pa.ArrowInvalid as error:
+                raise self.wrong_type("numbers, or texts in UTF-8") from error
             column = replace(column, values=texts)
             column.check(pc.equal(texts, "").fill_null(True), "one in every row")
         column.check(column.values.is_null(nan_is_null=True), "one in every row")
@@ -74,7 +77,10 @@ class Column:
         row = int(np.argmax(wrong))
         if not len(wrong) or not bool(wrong[row]):
             return
-        value = self.values[row].as_py()
+        try:
+            value = self.values[row].as_py()
+        except (OverflowError, ValueError):  # a time that Python's own can't hold
+            value = f"{self.values[row].value} ({self.values.type})"
         shown = short(value if isinstance(value, str | int | float) else str(value), 40)
         blank = value is None or value != value or not str(value).strip()  # NaN is not itself
         fault = f"has no {self.what}" if blank else f"has the {self.what} {shown}"

@@ -298,6 +298,8 @@ def test_dates_out_of_range_are_alike_in_every_form(day: dt.date) -> None:
         ([1_600_000_000, 5, 1_600_000_000_000], None, "row 1 has seconds, row 3 has milliseconds"),
         ([1e21], None, "row 1 has the time 1e+21; expected"),
         ([True], None, "the time column has the type bool"),
+        ([b"\xff"], pa.binary(), "the time column has the type binary"),
+        ([2**62], pa.timestamp("ms"), "row 1 has the time '4611686018427387904 (timestamp[ms])'"),
         ([[1]], None, "the time column has the type list"),
     ],
 )

@@ -116,6 +116,9 @@ def _uncompared(summary: Summary) -> Answer:
     elif summary.teacher is None:
         verdict = "no teacher"
         missing = "no trial of the teacher is finished, so nothing can be compared with it."
+        for trial in summary.failed.to_dict("records"):
+            if trial["method"] == TEACHER:
+                missing = f"the teacher failed, with {str(trial['error'])[:160]}."
     elif not any(0 < p.depth < summary.blocks for p in summary.points):
         verdict, missing = "no depth tried", "no depth below the teacher's was tried."
     elif not any(p.info.candidate for p in summary.points):
@@ -123,7 +126,7 @@ def _uncompared(summary: Summary) -> Answer:
         missing = "no shallower model was trained, and probes alone show no depth to ship."
     elif (own := summary.teacher.value(summary.headline)) and not own.value:
         verdict = "no hit"
-        missing = f"the teacher hits no target: nothing is a share of its {summary.headline}."
+        missing = f"the teacher hits no target, so its {summary.headline} has no share to keep."
     else:
         verdict = "no comparison"
         missing = "no finished trial below full depth can be compared with the teacher."
@@ -297,7 +300,7 @@ def _tiles(
 def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
     """Sentences, the weightiest first; `chosen` is the point that the answer names."""
     found = [*_data(summary), *_controls(summary, chosen), *_conditions(summary)]
-    if summary.left_out:
+    if summary.left_out and summary.teacher is not None:
         names = ", ".join(point.name for point in summary.left_out)
         found.append(f"Not compared with the teacher, for want of a common seed: {names}.")
     if failed := len(summary.failed):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -25,7 +27,7 @@ from depthprobe.report.numbers import (
     less_one,
 )
 from depthprobe.report.reliance import Span, block_scores, score_tables
-from depthprobe.report.tables import ablation_table, records
+from depthprobe.report.tables import ablation_table
 from depthprobe.words import in_percent, plain_percent, rounded, significant
 
 # --- one block at a time ---------------------------------------------------------------------
@@ -208,8 +210,9 @@ def span_cells(summary: Summary, score: str) -> dict[Span, float]:
         changes = {span: point.change(summary.headline) for span, point in spans}
         return {span: -change.value for span, change in changes.items() if change is not None}
     # CKA is not defined where the states of all users are the same
-    means = block_scores(summary, score).groupby(["start", "end"])["value"].mean().dropna()
-    return {(row["start"], row["end"]): row["value"] for row in records(means.reset_index())}
+    means = block_scores(summary, score).groupby(["start", "end"])["value"].mean()
+    found: dict[Any, float] = means.dropna().to_dict()
+    return found
 
 
 def _left_out(summary: Summary) -> dict[Span, Point]:

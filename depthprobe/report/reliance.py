@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from depthprobe.report.numbers import (
     as_summary,
     span_of,
 )
-from depthprobe.report.tables import Column, Table, label, make_table, plain, records
+from depthprobe.report.tables import Column, Table, label, make_table, plain
 from depthprobe.words import fixed
 
 Span = tuple[int, int]  # [start, end)
@@ -78,7 +78,7 @@ def reliance_table(run: Source) -> Table | None:
     if not frames:
         return None
     frame = pd.concat(frames, ignore_index=True)
-    rows = records(frame)
+    rows: list[Any] = frame.to_dict("records")
     for row in rows:
         row["group"] = row["candidate"], row["by"], row["seed"]
         row["score"] = re.sub(r"(?<=\w)-(?=\w)", " ", row["score"])
@@ -98,7 +98,7 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
     """Blocks, spans of blocks, parts of blocks, and depths."""
     scores, ranks, trials = _scores(summary, seed), summary.ranks, summary.run.trials
     own = trials[(trials["status"] == "done") & (trials["seed"] == seed)]
-    done = [trial for trial in records(own) if ranks.has([trial["trial"]])]
+    done = [trial for trial in own.to_dict("records") if ranks.has([trial["trial"]])]
     means = {
         trial["trial"]: float(ranks.values(FULL, summary.headline, [[trial["trial"]]])[0].mean())
         for trial in done
@@ -157,7 +157,7 @@ def _scores(summary: Summary, seed: int) -> dict[str, dict[Span, float]]:
     """The run's scores by name and span, each turned so that more means more important."""
     found: dict[str, dict[Span, float]] = {}
     scores = block_scores(summary)
-    for row in records(scores[(scores["seed"] == seed) & (scores["score"] != "norm")]):
+    for row in scores[(scores["seed"] == seed) & (scores["score"] != "norm")].to_dict("records"):
         name, value = row["score"].replace("taylor", "Taylor"), row["value"]
         if name == "cka":
             name, value = "1 - CKA", 1 - value

@@ -110,11 +110,6 @@ def make_frame(rows: Sequence[Values]) -> pd.DataFrame:
     return pd.DataFrame(spread)
 
 
-def records(frame: pd.DataFrame) -> list[Values]:
-    """The rows of a frame, by column."""
-    return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
-
-
 def plain(value: Any) -> str:
     """A text; a whole number."""
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -130,9 +125,8 @@ def label(method: str) -> str:
 
 def save_table(table: Table, folder: Path) -> None:
     """Write FOLDER/NAME.csv with every digit, .md and .tex (booktabs) rounded as on the page."""
-    texts = {
-        "csv": table.frame.to_csv(index=False), "md": to_markdown(table), "tex": to_latex(table)
-    }  # fmt: skip
+    known = table.frame.replace([math.inf, -math.inf], math.nan)  # empty where nothing is known
+    texts = {"csv": known.to_csv(index=False), "md": to_markdown(table), "tex": to_latex(table)}
     for suffix, text in texts.items():
         with complete_file(folder / f"{table.name}.{suffix}") as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -246,11 +240,11 @@ def depth_table(run: Source, *, protocol: str = FULL) -> Table | None:
 def trial_table(run: Source) -> Table | None:
     """Every trial by itself with its own interval over users; failed ones with their error."""
     summary = as_summary(run)
-    metrics, rows = summary.run.metrics, records(summary.run.trials)
+    metrics, rows = summary.run.metrics, list[Any](summary.run.trials.to_dict("records"))
     measured: dict[tuple[str, str], Interval] = {}
     if len(metrics):
         of_test = (metrics["split"] == "test") & (metrics["slice"] == ALL)
-        for row in records(metrics[of_test & (metrics["protocol"] == FULL)]):
+        for row in metrics[of_test & (metrics["protocol"] == FULL)].to_dict("records"):
             value = Interval(row["value"], row["ci_low"], row["ci_high"])
             measured[row["trial"], row["metric"]] = value
     rows.sort(key=lambda row: (method_order(row["method"]), row["depth"], row["trial"]))

@@ -259,3 +259,12 @@ def test_lists_are_means_over_seeds(run: Any, summary: Summary) -> None:
     cells = {row[0]: row[2] for row in table.rows}
     assert " %\n[" in cells["teacher"]
     assert cells["popularity"].endswith(" %")  # one seed
+
+
+def test_what_is_known_without_an_end_is_empty_in_a_file(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=1, seeds=1, methods={"full", "finetune"})
+    table = depth_table(run)
+    assert table is not None
+    assert np.isinf(table.frame["NDCG@10 high"]).any()  # of one user
+    save_table(table, tmp_path)
+    assert ",inf" not in (tmp_path / "methods.csv").read_text()

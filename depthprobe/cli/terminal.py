@@ -11,11 +11,13 @@ import logging
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from depthprobe.errors import one_line, visible
 from depthprobe.runs.processes import Progress
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 200  # columns where there is no terminal: wide enough to cut nothing
 WIDEST = 100  # columns of a line of words
 SHOWN = "depthprobe.cost.timing"  # whose log lines are messages, too
+SILENCE = 10.0  # seconds without a line, after which one says what is being worked on
 
 
 def open_streams() -> None:
@@ -155,6 +158,7 @@ class Display(Progress, logging.Handler):
     def __init__(self, stream: TextIO, bar: Bar | None = None) -> None:
         super().__init__(logging.INFO)
         self.stream, self.bar, self.total, self.ended = stream, bar, 0, 0
+        self.doing, self.last = "loading", time.monotonic()
         if bar is not None:
             self.task = bar.add_task("loading", total=None)
 
@@ -167,10 +171,22 @@ class Display(Progress, logging.Handler):
 
     def message(self, text: str) -> None:
         """What is being done right now: beside the bar, or a line."""
+        self.doing = one_line(text)
         if self.bar is not None:
             self.bar.update(self.task, description=one_line(text))
         else:
             self._print(one_line(text))
+
+    def break_silence(self, folder: Path) -> None:
+        """Print what is being worked on in a run, if the last line is some seconds old."""
+        if time.monotonic() - self.last < SILENCE:
+            return
+        doing = self.doing
+        if self.total:  # before, the sweep may still be importing what tells it
+            from depthprobe.runs.store import working
+
+            doing = "; ".join(f"{each.task} {one_line(each.line)}" for each in working(folder))
+        self._print(f"at work: {doing or 'waiting for another sweep of this run'}")
 
     def emit(self, record: logging.LogRecord) -> None:
         """A log line."""
@@ -187,6 +203,7 @@ class Display(Progress, logging.Handler):
             self._print(f"[{self.ended}/{self.total}] {line}")
 
     def _print(self, text: str, *, style: str | None = None) -> None:
+        self.last = time.monotonic()
         if self.bar is None:
             with suppress(OSError):  # the trials go on when nobody reads of them any more
                 echo(f"{datetime.now():%H:%M:%S} {text}", self.stream)
@@ -198,7 +215,8 @@ class Display(Progress, logging.Handler):
 def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Display]:
     """Progress on ``stream`` for as long as the block runs.
 
-    On a terminal also what is worked on in the run's ``folder``, step by step.
+    Also what is worked on in the run's ``folder``: step by step on a terminal, elsewhere a line
+    after each ten seconds of silence.
     """
     live = stream.isatty() and os.environ.get("TERM") != "dumb"
     logger = logging.getLogger(SHOWN)
@@ -207,9 +225,21 @@ def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Displa
         logger.addHandler(display)
         logger.setLevel(logging.INFO)
         logger.propagate = False  # the terminal would show the same line twice
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(SILENCE / 10):
+                display.break_silence(cast("Path", folder))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        if folder is not None and not live:
+            watcher.start()
         try:
             yield display
         finally:
+            over.set()
+            if watcher.ident is not None:
+                watcher.join()
             logger.propagate = True
             logger.removeHandler(display)
 

@@ -6,11 +6,13 @@ import ast
 import io
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from depthprobe import cli
+from depthprobe.cli import terminal
 from depthprobe.cli.terminal import (
     SHOWN,
     VisibleLines,
@@ -20,7 +22,9 @@ from depthprobe.cli.terminal import (
     show_progress,
     show_table,
 )
+from depthprobe.runs import store
 from depthprobe.runs.processes import Progress
+from depthprobe.runs.store import Working
 
 HOSTILE = "\x1b[2Ja\x07b\x9bc\u202ed\x7f"
 HARMLESS = r"\x1b[2Ja\x07b\x9bc\u202ed\x7f"
@@ -55,6 +59,32 @@ def test_plain_lines_are_stamped_and_counted() -> None:
         "[2/2] skip-5-s0  failed  0.0 s  ValueError: [/red] second line",
         "timing depth 3",
     ]
+
+
+def test_a_pipe_is_told_what_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(terminal, "SILENCE", 0.01)
+    at_work = [Working("full-s0", "step 3/9  loss\x1b[2J", 1.0)]
+    monkeypatch.setattr(store, "working", lambda folder: at_work if folder == tmp_path else [])
+    stream = io.StringIO()
+
+    def wait_for(line: str) -> None:
+        until = time.monotonic() + 60  # else it never comes
+        while line not in stream.getvalue():
+            assert time.monotonic() < until, line
+            time.sleep(0.001)
+
+    with show_progress(stream, tmp_path) as progress:
+        progress.message("timing every depth")
+        wait_for(" at work: timing every depth\n")
+        progress.plan(["full-s0"])
+        wait_for(r" at work: full-s0 step 3/9 loss\x1b[2J" + "\n")
+        at_work.clear()
+        wait_for(" at work: waiting for another sweep of this run\n")
+    before = stream.getvalue()
+    monkeypatch.setattr(terminal, "SILENCE", 1000.0)
+    with show_progress(stream, tmp_path) as progress:
+        progress.break_silence(tmp_path)
+    assert stream.getvalue() == before
 
 
 def test_a_terminal_gets_a_bar_and_a_line_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.recommender import Recommender
@@ -110,6 +111,29 @@ def _stored(weight: Tensor) -> list[Tensor]:
         held += [getattr(state, name, None) for name in ("absmax", "code", "offset")]
         state = getattr(state, "state2", None)
     return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+
+LIBRARIES = 0.6e9  # bytes of a process that has done nothing yet
+
+
+def training_memory(
+    config: PreTrainedConfig,
+    parameters: int,
+    *,
+    positions: int,
+    trained: bool,
+    checkpointing: bool,
+) -> float:
+    """Bytes of a process that trains all blocks of a decoder in float32, about.
+
+    Weights, where they are trained gradients and AdamW's two moments, and what each block keeps of
+    so many positions for the backward pass: some six states in its width, and three in its MLP's.
+    """
+    width = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * width)
+    kept = width if checkpointing else 6 * width + 3 * inner
+    states = positions * int(config.num_hidden_layers) * kept
+    return LIBRARIES + 4.0 * ((4 if trained else 1) * parameters + states)
 
 
 def free_memory(device: torch.device) -> int:

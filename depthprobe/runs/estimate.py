@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,13 +101,14 @@ def preview(
     doable = {task.id for task in waiting}
     there = _there(context, tasks)
     asked = 1 if processes > 1 or (apart and jobs is None) else jobs
-    workers = max(1, jobs_at_once(asked, device, len(waiting)))
+    at_once = partial(jobs_at_once, asked, device, memory=inputs.job_memory)
+    workers = max(1, at_once(len(waiting)))
     plan = Preview(
         inputs=inputs,
         folder=folder,
         device=device,
         workers=workers,
-        threads=threads_of(1 if apart else jobs_at_once(asked, device, len(tasks))),
+        threads=threads_of(1 if apart else at_once(len(tasks))),
         processes=processes,
         apart=apart,
         # of several GPUs each has its share of the workers

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from depthprobe.cost.size import training_memory
 from depthprobe.cost.timing import processor_name
 from depthprobe.data.batches import negatives
 from depthprobe.data.prepared import read_data
@@ -96,6 +97,25 @@ class Inputs:
     def blocks(self) -> int:
         """Of the full backbone."""
         return int(self.config.num_hidden_layers)
+
+    @property
+    def job_memory(self) -> float:
+        """Bytes that a training of all blocks takes, about; 0 if no method has a backbone."""
+        study, facts = self.working, self.manifest.backbone
+        if all(method_of(name).role == "baseline" for name in study.methods):
+            return 0.0
+        recipe, settings = study.recipe, study.backbone
+        longest = min(study.data.max_history, int(np.diff(self.split.sequences.offsets).mean()))
+        positions = -(-recipe.batch_size // recipe.accumulation) * longest
+        if settings.reads_titles:
+            positions = recipe.tokens
+        return training_memory(
+            self.config,
+            facts.parameters,
+            positions=positions,
+            trained=settings.tuning == "full",
+            checkpointing=settings.checkpointing,
+        )
 
 
 def read_inputs(
@@ -395,6 +415,7 @@ def _new_manifest(
 
 # --- where numbers come from: machine, versions, git ---------------------------------------------
 
+FOR_JOBS = 0.75  # of the machine's memory
 MOST_JOBS = 4  # by default on a CPU: each job holds its own copy of the model
 PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")
 
@@ -416,11 +437,17 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def jobs_at_once(jobs: int | None, device: torch.device, tasks: int) -> int:
-    """How many of so many tasks run at the same time; 0: in this process."""
+def jobs_at_once(jobs: int | None, device: torch.device, tasks: int, *, memory: float) -> int:
+    """How many of so many tasks run at the same time; 0: in this process.
+
+    By default as many as have a core each, and on a CPU ``memory`` bytes each. The machine's whole
+    memory counts, not what is free of it just now: the number decides the threads of a training.
+    """
     if jobs is None:
         cpu = device.type == "cpu"
         jobs = min(available_cores(), MOST_JOBS) if cpu else max(1, torch.cuda.device_count())
+        if cpu and memory:
+            jobs = max(1, min(jobs, int(FOR_JOBS * psutil.virtual_memory().total / memory)))
     return min(jobs, tasks)
 
 

@@ -129,9 +129,10 @@ def run_sweep(
         progress.message(f"{len(failed)} failed before; --retry-failed runs them again")
     claims = Claims(folder, group)
     queue = Queue(waiting, claims, done=done, failed=failed)
-    workers = 0 if group.processes > 1 else jobs_at_once(jobs, context.device, len(waiting))
+    at_once = partial(jobs_at_once, jobs, context.device, memory=inputs.job_memory)
+    workers = 0 if group.processes > 1 else at_once(len(waiting))
     # by all tasks, not by those that are left: threads decide the last bits of a training
-    planned = jobs_at_once(jobs, context.device, len(inputs.tasks)) if workers else 0
+    planned = at_once(len(inputs.tasks)) if workers else 0
     origin = _provenance(manifest, context.device, threads_of(planned))
     with _in_place(folder):
         try:

@@ -14,12 +14,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.cost.size import (
+    LIBRARIES,
     PARTS,
     count_bytes,
     count_parameters,
     free_memory,
     parameters_by_block,
     peak_memory,
+    training_memory,
 )
 from depthprobe.models.build import make_trainable
 from depthprobe.models.families import family_config
@@ -178,3 +180,12 @@ def test_a_gpus_memory_is_allocated_and_reserved() -> None:
         torch.ones(MEMORY // 4, device="cuda").sum()
     assert set(found) == {"allocated", "reserved"}
     assert MEMORY <= found["allocated"] <= found["reserved"]
+
+
+def test_the_memory_of_a_training_by_hand(llama_config: Callable[..., Any]) -> None:
+    config = llama_config(hidden_size=16, intermediate_size=24, num_hidden_layers=4)
+    given = {"positions": 100, "trained": True, "checkpointing": False}
+    # 4 bytes: 1,000 weights, gradients and two moments; 100 positions x 4 blocks x (96 + 72)
+    assert training_memory(config, 1000, **given) - LIBRARIES == 4 * (4000 + 67_200)
+    frozen = training_memory(config, 1000, **given | {"trained": False, "checkpointing": True})
+    assert frozen - LIBRARIES == 4 * (1000 + 100 * 4 * 16)

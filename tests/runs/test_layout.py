@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from depthprobe.errors import BadInput
 from depthprobe.methods import METHODS
+from depthprobe.runs import layout
 from depthprobe.runs.layout import read_inputs
 from depthprobe.study import Study, override
 
@@ -29,3 +32,29 @@ def test_sizes_beyond_the_log_the_backbone_or_the_memory(
     with pytest.raises(BadInput, match=words):
         read_inputs(override(plain, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("jobs", "memory", "tasks", "expected"),
+    [
+        (None, 0, 9, 4),  # no backbone: a core each, at most four
+        (None, 1e9, 9, 4),
+        (None, 5e9, 9, 3),  # 18 of 24 GB
+        (None, 90e9, 9, 1),
+        (None, 1e9, 2, 2),
+        (3, 90e9, 9, 3),  # who asks for them gets them
+        (0, 1e9, 9, 0),
+    ],
+)
+def test_jobs_follow_from_cores_and_memory(
+    jobs: int | None,
+    memory: float,
+    tasks: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layout, "available_cores", lambda: 8)
+    has = SimpleNamespace(total=24e9)
+    monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: has)
+    cpu = torch.device("cpu")
+    assert layout.jobs_at_once(jobs, cpu, tasks, memory=memory) == expected

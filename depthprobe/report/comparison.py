@@ -18,7 +18,8 @@ from depthprobe.report.page import base_name, environment, folder_of, inline_svg
 from depthprobe.report.tables import NOTHING, Column, Table, Values, make_table, plain, save_table
 from depthprobe.study import Protocol
 
-QUESTION = ("margin", "split", "seen items")  # with another of these, the question is another
+# with another of these, the question is another
+QUESTION = ("metric", "margin", "confidence", "split", "seen items")
 
 
 class Compared(NamedTuple):
@@ -95,7 +96,9 @@ def _named(summaries: Sequence[Summary]) -> list[Compared]:
 
 
 DIFFERENCES: dict[str, Callable[[Summary], str]] = {  # the protocol first
+    "metric": lambda s: s.headline,
     "margin": lambda s: words.plain_percent(s.margin),
+    "confidence": lambda s: words.plain_percent(s.level),
     "split": lambda s: _split(s.run.study.protocol),
     "seen items": lambda s: s.run.seen_items,
     "data": lambda s: f"{s.run.manifest.data.name} ({s.run.manifest.data.fingerprint[:8]})",

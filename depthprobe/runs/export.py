@@ -31,6 +31,7 @@ from depthprobe.runs.plan import TEACHER, full_trial, plan
 from depthprobe.runs.records import FULL, Git, Record
 from depthprobe.runs.store import Run, open_run
 from depthprobe.study import ranges, settings_of
+from depthprobe.words import plain_percent
 
 
 def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
@@ -209,11 +210,12 @@ def _accuracy(run: Run, record: Record) -> str:
     for name in chosen["protocol"].unique():
         others = f"the target among {name.removeprefix('sampled-')} others {drawn}"
         lines[0] += f" Protocol `{name}` ranks {'the whole catalogue' if name == FULL else others}."
-    lines += ["", "| metric | protocol | value | 95 % interval over users | users |"]
+    level = plain_percent(protocol.level)
+    lines += ["", f"| metric | protocol | value | {level} interval over users | users |"]
     lines += ["|---|---|---:|---|---:|"]
     for _, row in chosen.iterrows():
         low, high = row["ci_low"], row["ci_high"]
-        interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
+        interval = f"{low:.4f} to {high:.4f}" if math.isfinite(high - low) else ""
         cells = row["metric"], row["protocol"], f"{row['value']:.4f}", interval, row["users"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -165,5 +165,7 @@ def test_every_world_has_a_page_in_words(
     for table in tables.values():
         pieces += [*to_markdown(table).splitlines(), *to_latex(table).splitlines()]
     assert len(pieces) > 40
+    of_times = 1 + (summary.level == 0.95) * 100  # whose intervals have a level of their own
+    assert len(re.findall(r"95.% int", text)) <= of_times
     for piece in (*answer.lines, *answer.caveats, *pieces):
         assert not WRONG.search(piece), piece

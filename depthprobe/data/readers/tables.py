@@ -8,7 +8,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,35 +54,24 @@ csv.field_size_limit(BLOCK)  # characters of a cell; Python's own limit is that 
 Pick = Callable[[list[str]], dict[str, int]]  # of a header, the places by what they hold
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A text without a header: what it starts with, its delimiter, the numbers of its columns."""
-
-    start: str
-    delimiter: str
-    columns: Columns
-
-
 TYPE = "(token|float)(_seq)?"  # of a column in RecBole's headers (recbole.io/atomic_files)
-MOVIELENS = (  # u.data, ratings.dat; blank columns lie between the colons
-    Layout(
-        r"\d+\t\d+\t[1-5]\t\d{9,10}\r?(\n|$)", "\t",
-        Columns(user="1", item="2", rating="3", time="4"),
-    ),
-    Layout(
-        r"[^:\s]+::[^:\s]+::\d+(\.\d+)?::\d+\r?(\n|$)", ":",
-        Columns(user="1", item="3", rating="5", time="7"),
-    ),
-)  # fmt: skip
+# what u.data and ratings.dat start with, their delimiter and columns; blank ones between colons
+MOVIELENS = {
+    r"\s*\d+\t\d+\t[1-5]\t\d{9,10}\r?(\n|$)": ("\t", "1 2 4 3"),
+    r"\s*[^:\s]+::[^:\s]+::\d+(\.\d+)?::\d+\r?(\n|$)": (":", "1 3 7 5"),
+}
 # a cell with a digit, as ids and numbers have and few names of columns; and one that is a time
 _VALUE, _TIME = re.compile(r".*[0-9].*"), re.compile(r"[0-9]{8,}(\.[0-9]*)?|[0-9]{4}-[0-9]{2}-.*")
 _NUMBER = re.compile(r"[0-9.:TZ+\- ]*[0-9][0-9.:TZ+\- ]*")  # or a date or a time
 _QUOTED, _ANY_QUOTE = r'^"(?:[^"]|"")*"$', r'^"'
 
 
-def layout_of(start: str) -> Layout | None:
-    """MovieLens's layout that a text with this start has."""
-    return next((one for one in MOVIELENS if re.match(one.start, start.lstrip())), None)
+def layout_of(start: str) -> tuple[str, Columns] | None:
+    """The delimiter and the columns of the file of MovieLens, without a header, that starts so."""
+    for form, (delimiter, numbers) in MOVIELENS.items():
+        if re.match(form, start):
+            return delimiter, Columns(**dict(zip(SPELLINGS, numbers.split(), strict=False)))
+    return None
 
 
 def is_movielens(start: str) -> bool:
@@ -103,16 +92,16 @@ def read_csv(
         expected = "expected an interaction a row, with one item_id:token"
         raise BadInput(FIELD, path, f"each of its rows has a list of items; {expected}", fault=True)
     layout = layout_of(start) if layouts else None
-    delimiter, _, first = first_row(path, None if layout is None else layout.delimiter)
+    delimiter, _, first = first_row(path, layout[0] if layout else None)
     known = [guess_column(first, what, source=path) is not None for what in REQUIRED]
     # Numbers name the columns of a text without a header, whatever its first row holds: numbers
     # there may be ids, and a row taken for a header would be lost. With a 0 among them they are
     # names, as pandas gives them.
     named = columns.given().values()
     numbered = bool(named) and all(re.fullmatch("[1-9][0-9]{0,5}", name) for name in named)
-    if layout is not None:
+    if layout:
         refuse_columns(columns, f"{path}: it has no header, its columns are known by their places")
-        columns, numbered = layout.columns, True
+        columns, numbered = layout[1], True
     elif numbered and all(known):
         fault = f"its first line is a header ({listed(first)})"
         raise BadInput(FIELD, path, f"{fault}; name the columns as it does", fault=True)
@@ -249,26 +238,21 @@ def records(
         at, width, like = first_line(path), 0, list[re.Pattern[str] | None]()
         try:
             for row in rows:
-                width = width or len(row)
+                width, fault = width or len(row), None
                 if row and len(row) != width:
                     expected = f"{width} columns, as the first line has"
-                    raise BadInput(
-                        FIELD, path, f"line {at} has {len(row)}; expected {expected}", fault=True
-                    )
-                if row and not skip:
-                    if not like:
-                        like = [
-                            next((one for one in (_NUMBER, _VALUE) if one.fullmatch(cell)), None)
-                            for cell in row
-                        ]
+                    fault = f"line {at} has {len(row)}; expected {expected}"
+                elif row and not skip:
+                    kinds = (_NUMBER, _VALUE)
+                    like = like or [next((k for k in kinds if k.fullmatch(c)), None) for c in row]
                     own = [
                         n for n, one in enumerate(seen, at) if alone or _alike(one, like, delimiter)
                     ]
                     if len(own) > 1 and own[0] == at:
-                        fault = f"a quote of line {at} goes on in line {own[1]}"
-                        raise BadInput(
-                            FIELD, path, f"{fault}, which is a row by itself", fault=True
-                        )
+                        fault = f"a quote of line {at} goes on in line {own[1]}, a row by itself"
+                if fault:
+                    raise BadInput(FIELD, path, fault, fault=True)
+                if row and not skip:
                     yield at, row
                 skip = skip and not row
                 at += len(seen)

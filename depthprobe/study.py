@@ -32,7 +32,7 @@ T = TypeVar("T")
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 CountOrNone = Annotated[int, Meta(ge=0, le=1_000_000)]
 Many = Annotated[int, Meta(ge=1, le=10**9)]  # of which nothing is made
-Few = Annotated[int, Meta(ge=1, le=1000)]  # blocks, and parts of a model or of a step
+Few = Annotated[int, Meta(ge=1, le=1000)]  # seeds, blocks, parts of a step
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 # a line of a job's script would end, and the rest be a command
 Printable = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z")]
@@ -505,7 +505,7 @@ class Study(Checked):
     #: what is compared.
     methods: tuple[str, ...] = DEFAULT_METHODS
     #: every training is repeated with seeds 0 to N - 1.
-    seeds: Annotated[int, Meta(ge=1, le=10_000)] = 2
+    seeds: Few = 2
     #: every model is trained for the same ``steps``, or with the same ``compute``: a shallower one
     #: then for more epochs, in the ratio of their FLOPs, and ``elastic`` with that of all depths
     #: together.

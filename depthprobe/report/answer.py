@@ -346,9 +346,10 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
     if 0 in heads and (full := heads.get(summary.blocks)):
         ratio = summary.against(heads[0], full)
         if ratio is not None and ratio.high >= 1 - summary.margin:
+            read = "token" if study.backbone.reads_titles else "item"
             yield (
                 f"It is not shown that blocks add more than {plain_percent(summary.margin)}: a "
-                f"fresh head on the last item alone reaches {in_percent(ratio)} of the "
+                f"fresh head on the last {read} alone reaches {in_percent(ratio)} of the "
                 f"{summary.headline} of one behind all blocks."
             )
     said, matters = order_words(summary)

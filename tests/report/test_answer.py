@@ -185,6 +185,11 @@ def test_controls_that_weaken_the_answer_are_said(make: Make, tmp_path: Path) ->
         run = {"users": 300, "methods": {"full", "finetune", "readout"}}
         text = said(make, tmp_path, **run, gain=lambda _, d, gain=gain: 0.0 if d else gain)
         assert ("not shown that blocks add" in text) == bool(gain)
+    run = make(tmp_path / "words", **run, gain=lambda _, d: 0.0 if d else 1.1)
+    for reads, read in (("items", "item"), ("titles", "token")):
+        run.study = override(run.study, **{"backbone.reads": reads})
+        text = " ".join(build_answer(run).caveats)
+        assert f"a fresh head on the last {read} alone reaches" in text
 
 
 def test_a_grid_of_learning_rates_is_no_caveat(make: Make, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class Sequences:
     the results should know. ``cleaning`` is what each step of the cleaning left. ``fingerprint``
     is a sha256 of arrays, ids and titles, the same on every machine.
 
-    Ids and titles are read when first asked for: opening a log takes milliseconds.
+    Ids and titles are read when first asked for: opening a log only holds its arrays against their
+    digests, which takes a tenth of a second at 10 M interactions.
     """
 
     name: str

@@ -70,6 +70,14 @@ def token_embeddings(decoder: PreTrainedModel) -> nn.Embedding:
         raise refusal(decoder, "it has no token embeddings of its own") from None
 
 
+def check_tokens(field: str, value: object, tokens: Iterable[int], model: PreTrainedModel) -> None:
+    """Refuse a text, the value of a field, with a token that a model has no embedding of."""
+    rows, highest = len(token_embeddings(find_decoder(model)).weight), max(tokens, default=0)
+    if highest >= rows:
+        allowed = f"text of the {rows:,} tokens that the backbone has embeddings of"
+        raise BadInput(field, value, f"{allowed} (its tokenizer makes token {highest} of it)")
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model wants its token ids, also when accelerate keeps its weights elsewhere."""
     embeddings: Any = model.get_input_embeddings()

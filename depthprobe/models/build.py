@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import not_finite, pretrained, pretrained_tokenizer
-from depthprobe.models.blocks import find_blocks, find_decoder, refusal, token_embeddings
+from depthprobe.models.blocks import check_tokens, find_blocks, refusal
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
@@ -120,11 +119,9 @@ def prompt_and_suffix(
             prompt = prompt if start in (None, *prompt[:1]) else [start, *prompt]
         if settings.suffix:
             suffix = tokenizer(settings.suffix, add_special_tokens=False)["input_ids"]
-    rows = math.inf if backbone is None else len(token_embeddings(find_decoder(backbone)).weight)
-    for field, tokens in (("prompt", prompt), ("suffix", suffix)):
-        if (highest := max(tokens, default=0)) >= rows:
-            allowed = f"text of the {rows:,} tokens that the backbone has embeddings of"
-            raise BadInput(field, getattr(settings, field), f"{allowed} (token {highest} is in it)")
+    if backbone is not None:
+        check_tokens("prompt", settings.prompt, prompt, backbone)
+        check_tokens("suffix", settings.suffix, suffix, backbone)
     return prompt, suffix
 
 

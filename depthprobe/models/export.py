@@ -224,8 +224,9 @@ def load_recommender(
         longest = card.max_history
         config, texts = backbone.config, len(card.prompt) + len(card.suffix)
         most = positions_of(config)
-        if words is None and most is not None and ends_at_positions(config):
-            longest = min(longest, most - texts)  # no user of the evaluation had more items
+        room = longest if words is not None or most is None else most - texts
+        if room < longest and ends_at_positions(config):
+            longest = room  # no user of the evaluation had more items
     except BadInput:
         raise
     except Exception as error:  # of several libraries

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import pretrained, pretrained_tokenizer
-from depthprobe.models.blocks import find_decoder, token_embeddings
+from depthprobe.models.blocks import check_tokens
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.tiny import positions_of
 from depthprobe.study import Backbone
@@ -115,11 +116,7 @@ def embed_titles(
         unread = texts[tokens.index([])]
         raise BadInput(FIELD, TEXT, f"titles that the tokenizer can read (in {unread!r} it can't)")
     decoder, device = backbone.base_model, backbone.device
-    rows = len(token_embeddings(find_decoder(backbone)).weight)
-    if (highest := max(map(max, tokens))) >= rows:
-        text = next(text for text, own in zip(texts, tokens, strict=True) if highest in own)
-        allowed = f"titles of the backbone's {rows:,} tokens (in {text!r} is token {highest})"
-        raise BadInput(FIELD, TEXT, allowed)
+    check_tokens(FIELD, TEXT, chain.from_iterable(tokens), backbone)
     width = backbone.config.get_text_config(decoder=True).hidden_size
     table = torch.zeros(len(texts) + 1, width)
     order = sorted(range(len(texts)), key=lambda place: len(tokens[place]))

@@ -9,6 +9,7 @@ import subprocess  # noqa: S404 - asks git for its commit, with fixed arguments
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from depthprobe.models.backbones import (
     pretrained_tokenizer,
     resolve_device,
 )
+from depthprobe.models.blocks import check_tokens
 from depthprobe.models.build import check_lengths, prompt_and_suffix
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
@@ -157,14 +159,14 @@ def read_inputs(
     titles = split.sequences.titles
     tokens = item_tokens(backbone, split.sequences.item_ids.tolist(), titles)
     if before is None:
-        facts = _checked(backbone, tasks)
+        facts = _checked(backbone, tasks, tokens or [])
         facts.words = words_digest(tokens)
     else:  # nothing may be left to do
         facts = before.backbone
     manifest = _new_manifest(merged, split, table, facts, device, command)
     manifest.data.warnings += look_alikes(tokens or [])
     if any(method_of(name).role != "baseline" for name in merged.methods):
-        longest = _longest_text(split.sequences, merged.data.max_history, tokens)
+        longest = _longest_text(split.sequences, merged.data.max_history, tokens or [])
         manifest.data.warnings += check_lengths(backbone, config, longest)
     if before is not None:
         _check_same(folder, before, manifest)
@@ -205,9 +207,9 @@ def _check_sizes(study: Study, items: int, config: PreTrainedConfig) -> None:
             raise BadInput(field, value, f"what fits the memory (it takes {held})")
 
 
-def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]] | None) -> int:
+def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]]) -> int:
     """Positions of the longest history that is read, of all its items but a target."""
-    if tokens is None:
+    if not tokens:  # an item is one position
         return max(1, min(max_history, int(np.diff(sequences.offsets).max()) - 1))
     sizes = np.array([0, *map(len, tokens)])
     texts = (sizes[sequences.history(user)] for user in range(sequences.n_users))
@@ -216,10 +218,13 @@ def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]
     return max(int(np.convolve(text, window).max()) for text in texts)
 
 
-def _checked(settings: Backbone, tasks: Sequence[Task]) -> BackboneFacts:
+def _checked(
+    settings: Backbone, tasks: Sequence[Task], tokens: Sequence[Sequence[int]]
+) -> BackboneFacts:
     """Facts of a backbone that has its weights and can be cut; none of them is read."""
     model = pretrained(settings, weights=False)
     facts = BackboneFacts(**describe(model, settings.source, backbone_revision(settings)))
+    check_tokens("backbone.reads", settings.reads, chain.from_iterable(tokens), model)
     # refuses texts that it can't read, and a decoder without tokens
     facts.prompt = [*map(list, prompt_and_suffix(settings, model))]
     trained = [task.trials[-1] for task in tasks if method_of(task.method).trains]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import embedded_backbone, embedded_tokenizer
+from depthprobe.models.families import family_config
 from depthprobe.models.item_tables import (
     LONGEST_TITLE,
     balanced,
@@ -23,6 +24,7 @@ from depthprobe.models.item_tables import (
 )
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
+from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 
 IDS = ["i1", "i2", "i10"]
@@ -228,3 +230,18 @@ def test_the_hash_is_of_shape_and_values() -> None:
     changed = table.clone()
     changed[3, 5] = changed[3, 5] + 1e-3
     assert len({table_hash(t) for t in (table, changed, table.reshape(6, 4))}) == 3
+
+
+def test_a_title_with_a_token_beyond_the_embeddings_is_refused() -> None:
+    tokenizer = embedded_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(BadInput, match="item_table: .*tokens that the backbone has embeddings of"):
+        embed_titles(embedded_backbone(), tokenizer, ["plain", "a <new> title"])
+
+
+def test_titles_are_as_long_as_the_positions_allow() -> None:
+    config = family_config("gpt2", max_position_embeddings=16)
+    model = tiny_model(config, depth=1).float()
+    tokenizer = embedded_tokenizer()
+    long, cut = (embed_titles(model, tokenizer, ["x" * n, "y"]) for n in (40, 15))
+    torch.testing.assert_close(long, cut)

@@ -157,6 +157,32 @@ def test_a_damaged_result_is_as_good_as_none(
     assert run(sasrec(), None, result=path, killed=1) == expected
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda w: w * 0.5, lambda w: w * float("nan"), lambda w: w.flatten()[:1].clone()],
+    ids=["halved", "NaN", "one number"],
+)
+def test_weights_that_were_changed_are_never_used(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    run: Run,
+    sasrec: Callable[[], SASRec],
+    path: Path,
+    assert_same: AssertSame,
+) -> None:
+    first, again = sasrec(), sasrec()
+    expected = run(first, None, result=path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        weights = {name: change(file.get_tensor(name)) for name in list(file.keys())}
+    save_file(weights, path, metadata=header)
+    with pytest.raises(ValueError, match="was changed"):
+        run(sasrec(), path)
+    done = run(again, None, result=path)
+    assert not done.reused
+    assert done == expected
+    assert_same(again, first)
+
+
 def test_a_short_training_writes_nothing(
     run: Run, sasrec: Callable[[], SASRec], path: Path
 ) -> None:

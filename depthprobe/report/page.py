@@ -21,6 +21,7 @@ from depthprobe.report.figures import FIGURES
 from depthprobe.report.numbers import Source, Summary, as_summary
 from depthprobe.report.reliance import reliance_table
 from depthprobe.report.tables import Table, all_tables, save_table
+from depthprobe.runs.records import check_places
 
 # In the order of reading: id, title, tables. A section without a figure or table is left out.
 SECTIONS = (
@@ -45,12 +46,14 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
     of the page: ``output``, or RUN/report.html.
 
     Raises:
-        BadInput: if the path is no run, or the page can't be written.
+        BadInput: if the path is no run, the page can't be written, or links lead out of the run.
     """
     summary = as_summary(run)
     target = summary.run.path / "report.html" if output is None else Path(output)
     folder = summary.run.path if output is None else folder_of(target)
     check_writable("output", target.parent)
+    if output is None:
+        check_places(summary.run.path)
     tables = tables_of(summary)
     if folder is not None:
         for table in tables.values():

@@ -10,17 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 import pytest
 
+from depthprobe.cli.runs import status
 from depthprobe.errors import BadInput
-from depthprobe.runs.context import Context
-from depthprobe.runs.plan import full_trial
+from depthprobe.report.page import build_report
+from depthprobe.runs import layout
+from depthprobe.runs.context import Context, same_backbone
+from depthprobe.runs.layout import threads_of
+from depthprobe.runs.plan import full_trial, trial_of
 from depthprobe.runs.probing import removal
+from depthprobe.runs.processes import Progress
 from depthprobe.runs.records import read_users
 from depthprobe.runs.store import Run, open_run, status_of
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.timing import read_timing
+from depthprobe.runs.training import SECONDS, teacher_for
+from depthprobe.study import Study
 
 Reader = Callable[[Path], object]
 TRIAL = "trials/full-d03-s0"
@@ -221,4 +229,78 @@ def test_what_leads_out_of_the_run_is_refused_by_who_writes(
     path.symlink_to(tmp_path / "outside") if kind == "link" else os.mkfifo(path)
     with pytest.raises(BadInput, match="it is no plain file"):
         run_sweep(open_run(copy).study, copy, jobs=0)
+    with pytest.raises(BadInput, match="no plain file|no folder"):
+        build_report(copy)
     assert [each.name for each in (tmp_path / "outside").iterdir()] == [".tmp-notes"]
+
+
+def test_status_shows_all_and_then_the_record_that_is_damaged(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGES["noise"](copy / TRIAL / "record.json")
+    with pytest.raises(BadInput, match=r"record\.json"):
+        status(copy)
+    shown = capsys.readouterr().out
+    assert "finetune" in shown
+    assert "not readable: full-d03-s0" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"revision": "sha256:0000000000000000-0000000000000000"}, "weights"),
+        ({"prompt": [[1, 2, 3], []]}, "prompt"),
+    ],
+)
+def test_a_backbone_that_has_changed_is_refused_by_who_loads_it(
+    small_run: Run, change: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, facts = small_run.study.backbone, small_run.manifest.backbone
+    assert same_backbone(settings, facts) == settings
+    other = msgspec.structs.replace(facts, **change)
+    with pytest.raises(BadInput, match=f"has changed since this run began.*{says}"):
+        same_backbone(settings, other)
+    context = Context(small_run.path, small_run.study)
+    context.manifest = msgspec.structs.replace(small_run.manifest, backbone=other)
+    with pytest.raises(BadInput, match="has changed"):
+        context.new_recommender(full_trial("full", 0, 3))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_features_that_were_changed_are_made_anew(copy: Path, small_run: Run, damage: str) -> None:
+    (folder,) = copy.glob("shared/features-s0-*")
+    file = next(path for path in sorted(folder.iterdir()) if path.suffix == ".npy")
+    before = file.read_bytes()
+    DAMAGES[damage](file)
+    teacher_for(Context(copy, small_run.study), trial_of("distill", (0, 1), 0, 3))
+    assert file.read_bytes() == before
+    assert json.loads((folder / SECONDS).read_text())["files"].keys() >= {file.name}
+
+
+class Moves(Progress):
+    """Moves the run's folder when its first trial is done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def done(self, trial: str, status: str, seconds: float, note: str) -> None:
+        if self.folder.exists():
+            self.folder.rename(self.folder.with_name("moved"))
+
+
+def test_a_run_that_is_moved_under_a_sweep_leaves_no_ghost(tiny: Study, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(BadInput, match="it was moved or deleted meanwhile"):
+        run_sweep(tiny, folder, jobs=0, progress=Moves(folder))
+    assert not folder.exists()
+    again = run_sweep(tiny, tmp_path / "moved", jobs=0)
+    assert [record.done for record in again.records] == [True, True]
+
+
+def test_threads_are_a_share_of_the_cores_and_no_more_than_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layout, "available_cores", lambda: 8)
+    for asked, workers, expected in ((8, 0, 8), (8, 2, 4), (8, 16, 1), (1, 2, 1), (3, 0, 3)):
+        monkeypatch.setattr(layout.torch, "get_num_threads", lambda asked=asked: asked)
+        assert threads_of(workers) == expected

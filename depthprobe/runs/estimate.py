@@ -22,7 +22,7 @@ from depthprobe.cost.timing import machine
 from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.methods import RANKED, Sizes, Task, method_of, method_order
 from depthprobe.runs.context import LEARNED, Context
-from depthprobe.runs.layout import Inputs, jobs_at_once, read_inputs, threads_of
+from depthprobe.runs.layout import Inputs, available_cores, jobs_at_once, read_inputs, threads_of
 from depthprobe.runs.plan import full_trial
 from depthprobe.runs.probing import REMOVAL
 from depthprobe.runs.records import DATA, ITEM_TABLE, NEGATIVES, TIMING, is_done, state_of
@@ -108,7 +108,7 @@ def preview(
         folder=folder,
         device=device,
         workers=workers,
-        threads=threads_of(1 if apart else at_once(len(tasks))),
+        threads=threads_of(1 if apart else at_once(len(tasks)), available_cores()),
         processes=processes,
         apart=apart,
         # of several GPUs each has its share of the workers

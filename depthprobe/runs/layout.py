@@ -456,13 +456,13 @@ def jobs_at_once(jobs: int | None, device: torch.device, tasks: int, *, memory: 
     return min(jobs, tasks)
 
 
-def threads_of(workers: int) -> int:
+def threads_of(workers: int, cores: int) -> int:
     """Threads of each of so many processes: its share of the cores, or what OMP_NUM_THREADS says.
 
     Without workers those of this process.
     """
     own = torch.get_num_threads()
-    return own if workers == 0 else max(1, min(own, available_cores() // workers))
+    return own if workers == 0 else max(1, min(own, cores // workers))
 
 
 def _git_state() -> Git | None:

@@ -18,6 +18,7 @@ from depthprobe.methods import BUILT_IN, METHODS, Method, Task
 from depthprobe.runs import worker
 from depthprobe.runs.context import Context
 from depthprobe.runs.layout import (
+    available_cores,
     jobs_at_once,
     lay_out,
     manifest_before,
@@ -133,7 +134,7 @@ def run_sweep(
     workers = 0 if group.processes > 1 else at_once(len(waiting))
     # by all tasks, not by those that are left: threads decide the last bits of a training
     planned = at_once(len(inputs.tasks)) if workers else 0
-    origin = _provenance(manifest, context.device, threads_of(planned))
+    origin = _provenance(manifest, context.device, threads_of(planned, available_cores()))
     with _in_place(folder):
         try:
             for ready in _ready(queue, context, origin, workers, group):

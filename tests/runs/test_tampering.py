@@ -300,7 +300,6 @@ def test_a_run_that_is_moved_under_a_sweep_leaves_no_ghost(tiny: Study, tmp_path
 def test_threads_are_a_share_of_the_cores_and_no_more_than_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layout, "available_cores", lambda: 8)
     for asked, workers, expected in ((8, 0, 8), (8, 2, 4), (8, 16, 1), (1, 2, 1), (3, 0, 3)):
         monkeypatch.setattr(layout.torch, "get_num_threads", lambda asked=asked: asked)
-        assert threads_of(workers) == expected
+        assert threads_of(workers, 8) == expected

@@ -95,8 +95,9 @@ def test_a_run_that_is_half_done(cli: Cli, study: list[object], tmp_path: Path) 
     command = ["sweep", *study, "--methods", "popularity,sasrec,full"]
     assert cli(*command).code == 0
     path = tmp_path / "run" / "trials" / "full-d02-s0" / "record.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(record | {"status": "failed", "error": "it"}), encoding="utf-8")
+    written = path.read_bytes()
+    failed = {"status": "failed", "error": "it", "digest": None}
+    path.write_text(json.dumps(json.loads(written) | failed), encoding="utf-8")
     before = contents(tmp_path)
 
     command[-1] = "popularity,sasrec,full,skip,finetune"
@@ -122,7 +123,7 @@ def test_a_run_that_is_half_done(cli: Cli, study: list[object], tmp_path: Path) 
     assert "full-d02-s0 > skip-s0" in plain(outcome.out)
     assert contents(tmp_path) == before
 
-    path.write_text(json.dumps(record), encoding="utf-8")
+    path.write_bytes(written)
     command[-1] = "sasrec,full"
     assert "Nothing is left to do." in cli(*command, "--dry-run").out
 

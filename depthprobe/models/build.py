@@ -136,7 +136,7 @@ def check_lengths(settings: Backbone, config: PreTrainedConfig, longest: int) ->
     most = positions_of(config)
     if most is None or texts + longest <= most:
         return []
-    found = f"{texts} tokens and histories of up to {longest} positions are more than the {most}"
+    found = f"{texts} tokens and histories of up to {longest} are more than the {most} positions"
     if ends_at_positions(config):
         fewer = ""
         if settings.reads_titles:

@@ -128,11 +128,11 @@ def test_texts_and_items_need_positions(short: dict[str, str], caplog: Any) -> N
         config = pretrained_config(settings)
         assert check_lengths(settings, config, 3) == []  # 16 in all, with the start token
         if family == "gpt2":
-            with pytest.raises(BadInput, match="16 that it has.*data.max_history = 3"):
+            with pytest.raises(BadInput, match="16 positions that it has.*data.max_history = 3"):
                 check_lengths(settings, config, 4)
         else:
             (warning,) = check_lengths(settings, config, 4)
-            assert "16 of the backbone" in warning
+            assert "16 positions of the backbone" in warning
             assert warning in caplog.text
     settings = Backbone(source=short["gpt2"], prompt="1234567890" * 2)
     with pytest.raises(BadInput, match="a shorter prompt or suffix$"):

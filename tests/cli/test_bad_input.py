@@ -39,7 +39,7 @@ CASES = {
     "unknown tuning": (["sweep", "--tuning", "qlora"], ["tuning", "'qlora'", "full, lora, frozen"]),
     "unknown item table": (
         ["sweep", "--item-embeddings", "titles"],
-        ["--item-embeddings", "'titles'", "sasrec, text, learned, or a .npy file"],
+        ["--item-embeddings", "'titles'", "sasrec, learned, a .npy file, text, or text:K"],
     ),
     "missing item table": (
         ["sweep", "--item-embeddings", "nowhere.npy"],

@@ -158,7 +158,7 @@ class Display(Progress, logging.Handler):
     def __init__(self, stream: TextIO, bar: Bar | None = None) -> None:
         super().__init__(logging.INFO)
         self.stream, self.bar, self.total, self.ended = stream, bar, 0, 0
-        self.doing, self.last = "loading", time.monotonic()
+        self.doing, self.last = "", time.monotonic()
         if bar is not None:
             self.task = bar.add_task("loading", total=None)
 
@@ -179,7 +179,8 @@ class Display(Progress, logging.Handler):
 
     def break_silence(self, folder: Path) -> None:
         """Print what is being worked on in a run, if the last line is some seconds old."""
-        if time.monotonic() - self.last < SILENCE:
+        # before the first message what was asked for may still be refused, in one line
+        if not self.doing or time.monotonic() - self.last < SILENCE:
             return
         doing = self.doing
         if self.total:  # before, the sweep may still be importing what tells it

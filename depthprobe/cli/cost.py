@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from depthprobe.cli.options import check_revision, number, option, path, whole
 from depthprobe.cli.terminal import cell, echo, scaled, show_progress, show_table
 from depthprobe.errors import BadInput, check_writable
+from depthprobe.formatting import rounded
 from depthprobe.study import Study, override
-from depthprobe.words import rounded
 
 if TYPE_CHECKING:
     import pandas as pd

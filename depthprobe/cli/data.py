@@ -11,8 +11,8 @@ import typer
 from depthprobe.cli.options import LOG, SPLIT, apply_flags, option, path, takes_flags
 from depthprobe.cli.terminal import bar, cell, echo, say, show_facts, show_table
 from depthprobe.errors import BadInput, check_writable, one_line
+from depthprobe.formatting import part_percent
 from depthprobe.study import Protocol, Study
-from depthprobe.words import part_percent
 
 if TYPE_CHECKING:
     import numpy as np

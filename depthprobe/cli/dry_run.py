@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from depthprobe.cli.cost import BUSY, TUNINGS
 from depthprobe.cli.terminal import cell, echo, say, scaled, show_facts, show_progress, show_table
-from depthprobe.words import plural
+from depthprobe.formatting import plural
 
 if TYPE_CHECKING:
     from depthprobe.runs.estimate import Estimate, Preview, Span

@@ -18,7 +18,7 @@ from depthprobe.cli.terminal import echo
 from depthprobe.data.readers.streams import split_words
 from depthprobe.errors import BadInput, short, visible
 from depthprobe.files import complete_file
-from depthprobe.words import plural
+from depthprobe.formatting import plural
 
 if TYPE_CHECKING:
     from depthprobe.models.export import ExportedRecommender

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from depthprobe.errors import one_line, visible
+from depthprobe.formatting import fixed, rounded
 from depthprobe.runs.processes import Progress
-from depthprobe.words import fixed, rounded
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

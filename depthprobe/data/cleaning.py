@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthprobe.errors import BadInput
+from depthprobe.formatting import rounded
 from depthprobe.study import Cleaning
-from depthprobe.words import rounded
 
 Keep = np.ndarray  # (N,) bool
 

@@ -17,8 +17,8 @@ import numpy as np
 from depthprobe.data.statistics import as_date
 from depthprobe.data.storage import Sequences
 from depthprobe.errors import BadInput
+from depthprobe.formatting import part_percent
 from depthprobe.study import Protocol
-from depthprobe.words import part_percent
 
 MANY_REPEATS = 0.01  # a share of the test targets above which seen items stay in the ranking
 

@@ -7,7 +7,7 @@ import datetime
 import numpy as np
 
 from depthprobe.data.storage import Sequences
-from depthprobe.words import part_percent, rounded
+from depthprobe.formatting import part_percent, rounded
 
 TOP = (1, 5, 10, 25, 50)  # per cent of the items
 NO_TIMES = "no times: order is the file's"

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from depthprobe import words
+from depthprobe import formatting
 from depthprobe.errors import shell_line
 from depthprobe.evaluation.slices import FEWEST
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import Needed, RetainedAccuracy, Sufficiency
+from depthprobe.formatting import in_percent, percent, plain_percent, with_bounds
 from depthprobe.methods import method_info
 from depthprobe.report.controls import order_words
 from depthprobe.report.numbers import (
@@ -24,7 +25,6 @@ from depthprobe.report.numbers import (
     Summary,
     as_summary,
 )
-from depthprobe.words import in_percent, percent, plain_percent, with_bounds
 
 FEW_SEEDS = 5
 SHOWN, BETTER_BASELINE, WEAK = "shown", "SASRec is better", "weak teacher"
@@ -144,9 +144,11 @@ def _uncompared(summary: Summary) -> Answer:
     tiles = []
     for point, value in reached:
         size = point.cost("parameters")
-        note = f"{words.count(size)} parameters" if size else ""
+        note = f"{formatting.count(size)} parameters" if size else ""
         label = f"{name}, {point.info.label}"
-        tiles.append(Tile(label, words.accuracy(value.value), words.bounds(value, 4), note))
+        tiles.append(
+            Tile(label, formatting.accuracy(value.value), formatting.bounds(value, 4), note)
+        )
     users = max((point.users for point in summary.points), default=0)
     found = caveats(summary, None)
     return Answer(verdict, lines, tuple(tiles), found, summary.margin, summary.blocks, users)
@@ -261,7 +263,7 @@ def _saves(point: Point, share: float | None) -> str:
     said = "" if share is None else f"It has {percent(share, 0)} of the parameters."
     for kind, verb in (("inference", "serve"), ("training", "train")):
         if kind in point.speed:
-            said += f" It is {words.times_faster(point.speed[kind])} to {verb}."
+            said += f" It is {formatting.times_faster(point.speed[kind])} to {verb}."
     return said
 
 
@@ -274,22 +276,24 @@ def _tiles(
     ratio: Interval | None,
 ) -> tuple[Tile, ...]:
     both, name = (point, teacher), summary.headline
-    own, theirs = (words.accuracy(p.accuracy[FULL, name].value) for p in both)
+    own, theirs = (formatting.accuracy(p.accuracy[FULL, name].value) for p in both)
     note = f"{name} {own}, teacher {theirs}"
-    tiles = [Tile("accuracy kept", percent(kept.value), words.bounds(kept, 1, scale=100), note)]
+    tiles = [
+        Tile("accuracy kept", percent(kept.value), formatting.bounds(kept, 1, scale=100), note)
+    ]
     if share is not None:
-        own, theirs = (words.count(p.cost("parameters")) for p in both)
+        own, theirs = (formatting.count(p.cost("parameters")) for p in both)
         tiles.append(Tile("parameters", percent(share, 0), "exact", f"{own}, teacher {theirs}"))
     if "inference" in point.speed:
-        value, _, ends = words.times_faster(point.speed["inference"]).partition(" [")
-        own, theirs = (words.significant(p.time["inference"].value) for p in both)
+        value, _, ends = formatting.times_faster(point.speed["inference"]).partition(" [")
+        own, theirs = (formatting.significant(p.time["inference"].value) for p in both)
         note = f"{own} ms, teacher {theirs} ms"
         tiles.append(Tile("inference time", value, ends and f"[{ends}", note))
     if ratio is not None:
         baseline = summary.of(SASREC)[0]
-        note = f"SASRec {words.accuracy(baseline.accuracy[FULL, name].value)}"
-        note += f", {words.count(baseline.cost('parameters'))} parameters"
-        ends = words.bounds(ratio, 1, scale=100)
+        note = f"SASRec {formatting.accuracy(baseline.accuracy[FULL, name].value)}"
+        note += f", {formatting.count(baseline.cost('parameters'))} parameters"
+        ends = formatting.bounds(ratio, 1, scale=100)
         tiles.append(Tile("against SASRec", percent(ratio.value), ends, note))
     return tuple(tiles)
 
@@ -330,7 +334,7 @@ def _data(summary: Summary) -> Iterator[str]:
         values = summary.ranks.values(FULL, summary.headline, [teacher.trials])[0]  # (S, U)
         hits = int(values.any(axis=0).sum())
         if 0 < hits < FEWEST:
-            users = words.plural(hits, "user")
+            users = formatting.plural(hits, "user")
             yield f"The teacher hits the targets of {users} alone: intervals are rough."
 
 
@@ -381,16 +385,17 @@ def _conditions(summary: Summary) -> Iterator[str]:
     if study.backbone.source == "embedded":
         yield "The backbone is the small embedded one with random weights: pretraining has no part."
     if len(study.recipe.rates) == 1 and any(p.info.trains for p in summary.points):
+        rate = formatting.rounded(*study.recipe.rates)
         yield (
-            f"The learning rate was not tuned ({words.rounded(*study.recipe.rates)} for all): with "
-            "another one, depths and random weights may compare otherwise."
+            f"The learning rate was not tuned ({rate} for all): with another one, depths "
+            "and random weights may compare otherwise."
         )
     if not any(point.speed for point in summary.points):
         yield "No times were compared: what a shallower model saves in time is not shown."
     elif (manifest.timing or {}).get("device", "cpu") == "cpu":
         yield "Times were measured on a CPU; on a GPU the savings can differ."
     compared = len(summary.seeds_compared)
-    seeds = words.plural(compared, "seed")
+    seeds = formatting.plural(compared, "seed")
     if 0 < compared < study.seeds:
         yield (
             f"{seeds} of {study.seeds} compared: the others are not finished for the teacher and "

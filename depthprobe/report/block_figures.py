@@ -12,6 +12,7 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from depthprobe.evaluation.statistics import Interval, mean_intervals
+from depthprobe.formatting import in_percent, plain_percent, rounded, significant
 from depthprobe.methods import METHODS, method_info
 from depthprobe.report import drawing
 from depthprobe.report.drawing import MUTED, Look, figure, need, scaled, without_bar
@@ -28,7 +29,6 @@ from depthprobe.report.numbers import (
 )
 from depthprobe.report.reliance import Span, block_scores, score_tables
 from depthprobe.report.tables import ablation_table
-from depthprobe.words import in_percent, plain_percent, rounded, significant
 
 # --- one block at a time ---------------------------------------------------------------------
 

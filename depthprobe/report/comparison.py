@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from depthprobe import words
+from depthprobe import formatting
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.methods import method_info
 from depthprobe.report import drawing
@@ -97,8 +97,8 @@ def _named(summaries: Sequence[Summary]) -> list[Compared]:
 
 DIFFERENCES: dict[str, Callable[[Summary], str]] = {  # the protocol first
     "metric": lambda s: s.headline,
-    "margin": lambda s: words.plain_percent(s.margin),
-    "confidence": lambda s: words.plain_percent(s.level),
+    "margin": lambda s: formatting.plain_percent(s.margin),
+    "confidence": lambda s: formatting.plain_percent(s.level),
     "split": lambda s: _split(s.run.study.protocol),
     "seen items": lambda s: s.run.seen_items,
     "data": lambda s: f"{s.run.manifest.data.name} ({s.run.manifest.data.fingerprint[:8]})",
@@ -107,7 +107,7 @@ DIFFERENCES: dict[str, Callable[[Summary], str]] = {  # the protocol first
     "epochs": lambda s: str(s.run.study.recipe.epochs),
     "seeds": lambda s: str(len(s.seeds_compared)),
     "machine": lambda s: s.run.manifest.machine.name,
-    "version": lambda s: s.run.manifest.versions.get("depthprobe", words.NONE),
+    "version": lambda s: s.run.manifest.versions.get("depthprobe", formatting.NONE),
 }
 
 
@@ -147,10 +147,11 @@ def answers_table(compared: Sequence[Compared]) -> Table | None:
         ("run", lambda row: f"{row['run']}\n{row['data']}, {row['backbone']}", plain),
         ("sufficient depth", depth, plain),
         ("reached by", "method", lambda method: method_info(method).label),
-        ("accuracy kept", "kept", words.in_percent),
-        ("parameters", "parameters", lambda share: words.percent(share, 0)),
-        ("to serve", "inference", words.times_faster), ("to train", "training", words.times_faster),
-        ("SASRec of teacher's", "sasrec", words.in_percent),
+        ("accuracy kept", "kept", formatting.in_percent),
+        ("parameters", "parameters", lambda share: formatting.percent(share, 0)),
+        ("to serve", "inference", formatting.times_faster),
+        ("to train", "training", formatting.times_faster),
+        ("SASRec of teacher's", "sasrec", formatting.in_percent),
         ("test users", "users", plain), ("seeds", "seeds", plain),
     ]  # fmt: skip
     return make_table("answers", rows, columns, words=3)

@@ -8,12 +8,12 @@ from matplotlib.ticker import MaxNLocator
 
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import Interval, ratio_interval
+from depthprobe.formatting import accuracy, fixed, in_percent, percent, plain_percent
 from depthprobe.methods import method_info
 from depthprobe.report import drawing
 from depthprobe.report.drawing import MUTED, Look, figure, need
 from depthprobe.report.numbers import CHOICES, ORDER, SASREC, TEACHER, Source, Summary, as_summary
 from depthprobe.report.tables import Column, Table, Values, label, make_table, plain
-from depthprobe.words import accuracy, fixed, in_percent, percent, plain_percent
 
 RANDOM, REVERSED = "random", "-reversed"
 LOOKS = {  # of selections, by their names in the table

@@ -17,10 +17,10 @@ from depthprobe.data.statistics import length_bins, popularity, top_shares
 from depthprobe.data.storage import Sequences
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_file
+from depthprobe.formatting import part_percent, round_count
 from depthprobe.methods import INK
 from depthprobe.report.drawing import MUTED, figure_style, rendered
 from depthprobe.study import Protocol
-from depthprobe.words import part_percent, round_count
 
 BARS, HELD_OUT = "#0069a8", "#c2500a"
 PANEL = (3.9, 3.3)  # inches

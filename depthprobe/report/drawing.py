@@ -22,9 +22,9 @@ from numpy.typing import ArrayLike, NDArray
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
+from depthprobe.formatting import rounded
 from depthprobe.methods import Method
 from depthprobe.report.numbers import Source, Summary, as_summary
-from depthprobe.words import rounded
 
 RC = Path(__file__).parent / "report.mplstyle"
 MUTED = "#5b636d"

@@ -15,6 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.evaluation.statistics import Interval
+from depthprobe.formatting import (
+    in_percent,
+    plain_percent,
+    round_count,
+    rounded,
+    significant,
+    times,
+    with_bounds,
+)
 from depthprobe.methods import INK, base_of, method_info, method_order
 from depthprobe.report import drawing
 from depthprobe.report.block_figures import (
@@ -37,15 +46,6 @@ from depthprobe.report.numbers import (
 )
 from depthprobe.report.tables import timed
 from depthprobe.study import ranges
-from depthprobe.words import (
-    in_percent,
-    plain_percent,
-    round_count,
-    rounded,
-    significant,
-    times,
-    with_bounds,
-)
 
 __all__ = [
     "FIGURES",

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from depthprobe import words
+from depthprobe import formatting
 from depthprobe.errors import check_writable
 from depthprobe.files import complete_file
 from depthprobe.methods import METHODS, base_of
@@ -108,8 +108,8 @@ def environment() -> Environment:
     )  # fmt: skip
     made.globals["METHODS"] = METHODS
     made.filters |= {
-        "unbroken": _unbroken, "number": _number, "count": words.count, "duration": _duration,
-        "percent": words.plain_percent, "rounded": words.rounded, "base_name": base_name,
+        "unbroken": _unbroken, "number": _number, "count": formatting.count, "duration": _duration,
+        "percent": formatting.plain_percent, "rounded": formatting.rounded, "base_name": base_name,
     }  # fmt: skip
     return made
 
@@ -168,7 +168,7 @@ def _unbroken(text: str) -> str:
 def _number(value: object) -> str:
     """Numbers as a reader writes them."""
     if isinstance(value, float):
-        return words.significant(value)
+        return formatting.significant(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

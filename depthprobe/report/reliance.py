@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.trust import trust
+from depthprobe.formatting import fixed
 from depthprobe.methods import METHODS, method_info, names
 from depthprobe.report.numbers import (
     BLOCK,
@@ -24,7 +25,6 @@ from depthprobe.report.numbers import (
     span_of,
 )
 from depthprobe.report.tables import Column, Table, label, make_table, plain
-from depthprobe.words import fixed
 
 Span = tuple[int, int]  # [start, end)
 OF_PARTS = {  # scores of parts of blocks: which part, and what it is called

@@ -19,6 +19,16 @@ import pandas as pd
 from depthprobe.evaluation.slices import ALL, FEWEST
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.files import complete_file
+from depthprobe.formatting import (
+    NONE,
+    accuracy,
+    count,
+    in_percent,
+    percent,
+    significant,
+    times,
+    with_bounds,
+)
 from depthprobe.methods import method_info, method_order
 from depthprobe.report.numbers import (
     FULL,
@@ -33,16 +43,6 @@ from depthprobe.report.numbers import (
     Summary,
     as_summary,
     less_one,
-)
-from depthprobe.words import (
-    NONE,
-    accuracy,
-    count,
-    in_percent,
-    percent,
-    significant,
-    times,
-    with_bounds,
 )
 
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")

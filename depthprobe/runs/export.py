@@ -15,6 +15,7 @@ from depthprobe.errors import BadInput
 from depthprobe.evaluation.metrics import METRICS
 from depthprobe.evaluation.slices import ALL
 from depthprobe.files import complete_folder
+from depthprobe.formatting import plain_percent
 from depthprobe.methods import Trial, method_of
 from depthprobe.models.backbones import (
     EMBEDDED,
@@ -31,7 +32,6 @@ from depthprobe.runs.plan import TEACHER, full_trial, plan
 from depthprobe.runs.records import FULL, Git, Record
 from depthprobe.runs.store import Run, open_run
 from depthprobe.study import ranges, settings_of
-from depthprobe.words import plain_percent
 
 
 def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:

@@ -14,6 +14,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.errors import BadInput
+from depthprobe.formatting import rounded
 from depthprobe.methods import BUILT_IN, METHODS, Method, Task
 from depthprobe.runs import worker
 from depthprobe.runs.context import Context
@@ -53,7 +54,6 @@ from depthprobe.runs.scheduler import (
 from depthprobe.runs.store import Run, open_run, write_tables
 from depthprobe.runs.timing import covers, measure, read_timing
 from depthprobe.study import Study
-from depthprobe.words import rounded
 
 
 def run_sweep(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.words import (
+from depthprobe.formatting import (
     accuracy,
     bounds,
     count,

@@ -167,7 +167,7 @@ def test_a_variant_that_selects_is_none_of_elastic() -> None:
         ("[variants.a]\nselect = '3,1'", ["select", "in their order"]),
         ("[variants.a]\nlayers = 'two'", ["layers", "'two'"]),
         ("[distillation]\nnorm_form = 'l1'", ["norm_form", "distance"]),
-        ("[distillation]\ntemperature = 0", ["temperature", "above 0"]),
+        ("[distillation]\ntemperature = 0", ["temperature", "at least 0.001"]),
         ("[distillation]\nce=0\ncosine=0\nnorm=0\nsupervision=0", ["distillation.ce", "above 0"]),
         ("[elastic]\ndropout = 1", ["elastic.dropout", "below 1"]),
         ("[heal]\nshare = 0", ["heal.share", "above 0"]),

@@ -90,12 +90,13 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 def ends_at_positions(config: PreTrainedConfig) -> bool:
     """Whether a model can't compute behind its last position, as with a table of learned ones.
 
-    Tried on a tiny copy; where none can be built, it is taken to be able.
+    Tried on a tiny copy. Where none can be built, it is taken to be able, unless it has fewer
+    positions than a copy is tried with.
     """
     try:
         model = tiny_model(config)
     except ValueError:
-        return False
+        return (positions_of(config) or TOKENS) < TOKENS
     tokens = torch.ones(1, (positions_of(model.config) or 0) + TOKENS, dtype=torch.long)
     try:
         with torch.inference_mode():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from depthprobe.formatting import plain_percent
 from depthprobe.methods import Trial, method_of
 from depthprobe.models.backbones import (
     EMBEDDED,
+    is_folder,
     pretrained,
     pretrained_tokenizer,
 )
@@ -170,8 +170,7 @@ def model_card(run: Run, record: Record) -> str:
     Whatever comes from data or models is shortened and quoted: a name can't break the page.
     """
     backbone = run.manifest.backbone
-    # folders are recorded by their whole paths; earlier versions took what the study said
-    local = backbone.source.startswith((os.sep, ".", "~")) or os.path.exists(backbone.source)
+    local = is_folder(backbone.source)
     # the folders above a folder are nobody else's business
     source = _code((Path(backbone.source).name if local else "") or backbone.source)
     on_hub = backbone.source != EMBEDDED and not local

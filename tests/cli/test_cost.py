@@ -69,7 +69,6 @@ def test_nothing_is_made_up_where_nothing_is_measured(cli: Cli, backbone: Path) 
         (["--items", "3"], ["items", "3", "at least 10"]),
         (["--dtype", "int4"], ["dtype", "'int4'", "bfloat16"]),
         (["--tuning", "some"], ["tuning", "'some'", "lora"]),
-        (["--length", "65"], ["length", "65", "at most 64 positions"]),
         (["--output", "costs.txt"], ["output", "'costs.txt'", ".csv or .json"]),
         (["--revision", "v1"], ["revision", "'v1'"]),
     ],

@@ -61,13 +61,16 @@ def recommend(
         raise BadInput("top", top, allowed)
     with rereadable(history) as file:
         # all items are checked before anything is printed
-        items, users = count_unknown(file, history, model, allowed=skip_unknown)
+        items, users, few = count_left(file, history, model, top=top, unknown=skip_unknown)
         with _opened(output) as stream:
             stream.write(HEADER)
             stream.writelines(recommendations(file, history, model, top=top))
     if items:
         counts = f"{plural(items, 'item')} outside the catalogue, {plural(users, 'user')}"
         echo(f"left out: {counts} with no other", sys.stderr)
+    if few:
+        others = "the rest of the catalogue is in their histories"
+        echo(f"{plural(few, 'user')} with fewer than {plural(top, 'item')}: {others}", sys.stderr)
 
 
 @contextmanager
@@ -119,27 +122,31 @@ def read_histories(
             yield number, user, items
 
 
-def count_unknown(
-    file: BinaryIO, path: Path, model: ExportedRecommender, *, allowed: bool
-) -> tuple[int, int]:
-    """How many items the catalogue does not hold, and how many users have no other.
+def count_left(
+    file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int, unknown: bool
+) -> tuple[int, int, int]:
+    """How many items are not in the catalogue, users without another, and users of few others.
+
+    The last have fewer than ``top`` items left that they have not had, where those are left out.
 
     Raises:
-        BadInput: for the first of them, unless they are allowed; for a file without a user.
+        BadInput: for the first unknown item, unless they are allowed; for a file without a user.
     """
-    items = users = 0
+    items = users = few = 0
     number = None
     for number, _, history in read_histories(file, path, model):
-        unknown = [item for item in history if item not in model.numbers]
-        if unknown and not allowed:
+        strange = [item for item in history if item not in model.numbers]
+        if strange and not unknown:
             where = f"in the catalogue, in {path}, line {number}"
             known = f"an item of the {len(model.item_ids):,} {where}"
-            raise BadInput("history", unknown[0], f"{known} (--skip-unknown leaves such items out)")
-        items += len(unknown)
-        users += len(unknown) == len(history)
+            raise BadInput("history", strange[0], f"{known} (--skip-unknown leaves such items out)")
+        items += len(strange)
+        users += len(strange) == len(history)
+        had = len(set(history).difference(strange))
+        few += model.filter_seen and had > len(model.item_ids) - top and had > 0
     if number is None:
         raise BadInput("history", path, "at least one line: user item item ...")
-    return items, users
+    return items, users, few
 
 
 def recommendations(

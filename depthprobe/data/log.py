@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -14,8 +15,12 @@ from depthprobe.errors import BadInput, short
 PARTS = ("training", "validation", "test")
 LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
 _DIGITS = re.compile(r"[0-9]+")
-_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,4})?")
-_MISSING = {"nan", "none", "null", "na", "<na>", "n/a", "nat", "nil", "undefined"}
+# a power of ten has a point or a sign, as programs write them: 1e5 and 713752e1 are hexadecimal
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*([eE][+-]?[0-9]{1,4})?|[eE][+-][0-9]{1,4})?")
+_MISSING = {
+    *("nan", "none", "null", "na", "<na>", "n/a", "#n/a", "nat", "nil", "undefined", "\\n"),
+    *("?", "-", "(null)", "(not set)", "unknown", "anonymous"),
+}
 _CHANCE = 20  # ids that a narrower number holds by chance: one in a million, where half do
 
 
@@ -112,6 +117,14 @@ def id_notes(ids: Ids, what: str) -> list[str]:
             why = f"all {len(large):,} {what} ids above {2**bits:,} are exact as {kind.__name__}"
             notes.append(f"{why}: if they were written as such, several {what}s are one")
             break
+    plain, alike = dict[str, str](), []
+    for name in names if any(not name.isascii() for name in names) else ():
+        first = plain.setdefault(_plain(name), name)
+        if first != name:
+            alike.append(f"{ascii(first[:40])} and {ascii(name[:40])}")
+    if alike:
+        which = f"{len(alike):,} {what} ids look like another one, such as {alike[0]}"
+        notes.append(f"{which}: each spelling is counted as one {what}")
     if lost := [name for name in names if "\ufffd" in name]:
         which = f"{len(lost):,} {what} ids hold \ufffd, such as {short(lost[0], 40)}"
         notes.append(f"{which}: what it stands for was lost, and several may be one")
@@ -120,6 +133,16 @@ def id_notes(ids: Ids, what: str) -> list[str]:
             rows = int((ids.codes == code).sum())
             notes.append(f"{rows:,} interactions are of the {what} {name!r}: is the id missing?")
     return notes
+
+
+def _plain(name: str) -> str:
+    """An id as it looks: characters composed and of usual width, without what isn't shown."""
+    if name.isascii():
+        return name
+    shown = (
+        one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf"
+    )
+    return "".join(shown).strip()
 
 
 def used_only(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:

@@ -13,6 +13,7 @@ TOP = (1, 5, 10, 25, 50)  # per cent of the items
 NO_TIMES = "no times: order is the file's"
 MANY_TIES = 0.05  # above this share of equal neighbours, times are too coarse to order a sequence
 SORTED, PARTLY = 0.9, 0.6  # shares of steps to a higher id; about half of them are by chance
+PADDING = {"0", "-1", "pad", "<pad>", "[pad]"}  # as items
 LEVELS = {
     "min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0,
 }  # fmt: skip
@@ -96,7 +97,7 @@ def order_warnings(
     :func:`tied_neighbours`, or None for a log without times; ``ties`` tells how they were ordered.
     """
     rows = _rows_before_another(offsets)
-    warnings, where = [NO_TIMES], ""
+    warnings, where = [NO_TIMES, *_padding(rows, items, ids)], ""
     if tied is not None:
         share = _share(tied)
         if share <= MANY_TIES:
@@ -124,6 +125,20 @@ def order_warnings(
             f"{where}the {what} {goes} in {part_percent(share)} of the steps, by chance in about "
             f"half: {order} {verb} that of ids, not of time"
         )
+    return warnings
+
+
+def _padding(rows: np.ndarray, items: np.ndarray, ids: list[str]) -> list[str]:
+    """What tells of an item that fills histories up to one length, mostly beside itself."""
+    warnings = []
+    for number in [number for number, one in enumerate(ids, 1) if one.lower() in PADDING]:
+        all_of_it = items == number
+        twice = int((all_of_it[rows] & all_of_it[rows + 1]).sum())
+        if 2 * twice >= int(all_of_it.sum()):
+            warnings.append(
+                f"the item {ids[number - 1]} follows itself {twice:,} times: if it fills histories "
+                "up to one length, take it out"
+            )
     return warnings
 
 

@@ -95,7 +95,7 @@ class ExportedRecommender:
 
         Raises:
             BadInput: for an empty history, an item that the catalogue doesn't hold, or a ``top``
-                that is not between 1 and the number of items.
+                that is not between 1 and the number of items; for a score that is no number.
         """
         if not 1 <= top <= len(self.item_ids):
             raise BadInput("top", top, f"a whole number from 1 to {len(self.item_ids)}")
@@ -144,6 +144,9 @@ class ExportedRecommender:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Items 1..I and scores, the best ``top`` of each user; excluded ones have -inf."""
         scores = vectors @ self.model.item_matrix().T  # (B, I + 1)
+        if scores.isnan().any():
+            allowed = "weights that give numbers as scores (they overflow, or are damaged)"
+            raise BadInput("recommender", "NaN", allowed)
         scores[:, 0] = -torch.inf
         if self.filter_seen:
             for row, history in enumerate(histories):

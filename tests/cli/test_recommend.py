@@ -132,6 +132,19 @@ def test_unknown_items_are_left_out_and_counted(cli: Cli, folder: Path, tmp_path
     assert cli("recommend", folder, "--history", history, "--skip-unknown").err == ""
 
 
+def test_users_who_have_had_nearly_all_are_told(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    history = tmp_path / "users.txt"
+    history.write_text(f"all {' '.join(IDS)}\nmost {' '.join(IDS[2:])}\nb i1 i1\n")
+    outcome = cli("recommend", folder, "--history", history, "--top", "3")
+    assert [line.split("\t")[0] for line in outcome.out.splitlines()[1:]] == ["most"] * 2 + [
+        "b"
+    ] * 3
+    rest = "the rest of the catalogue is in their histories"
+    assert outcome.err == f"2 users with fewer than 3 items: {rest}\n"
+    outcome = cli("recommend", folder, "--history", history, "--top", "2")
+    assert outcome.err == f"1 user with fewer than 2 items: {rest}\n"
+
+
 def test_nobody_with_a_known_item(cli: Cli, folder: Path, tmp_path: Path) -> None:
     history = tmp_path / "users.txt"
     history.write_text("b x y\n", encoding="utf-8")

@@ -75,6 +75,17 @@ def test_sequences_sorted_by_id_are_found(down: bool) -> None:
     assert f"the text of the item id {goes} in 100 % of the steps" in said(make(rows))
 
 
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_padding_is_found(at_the_end: bool) -> None:
+    rows = [[0] * (12 - len(row)) + [item + 1 for item in row] for row in random_rows()]
+    rows = [row[::-1] if at_the_end else row for row in rows]
+    assert "the item 0 follows itself" in said(make(rows))
+    # an item like any other, taken twice in a row by somebody
+    once = [[0, *(item + 1 for item in row)] for row in random_rows()]
+    assert make([[0, *once[0]], *once[1:]]).warnings == (NO_TIMES,)
+    assert "follows itself" not in said(make([[7, 7, 7, item] for item in range(60)]))
+
+
 def test_a_mixture_of_two_orders_is_found() -> None:
     # a run of four is sorted, then comes another, as where times are those of a form
     rows = [sorted(row[:4]) + sorted(row[4:8]) for row in random_rows() if len(row) >= 8]

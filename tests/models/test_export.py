@@ -112,6 +112,14 @@ def test_scores_never_exceed_their_memory(folder: Path, monkeypatch: pytest.Monk
     assert sizes == [3, 3, 3, 1]
 
 
+def test_scores_that_overflow_are_no_answer(damaged: Path) -> None:
+    parts = load_file(damaged / PARTS)
+    large = {name: 3e38 * part.sign() for name, part in parts.items()}  # finite, sums are not
+    save_file(large, damaged / PARTS)
+    with pytest.raises(BadInput, match="recommender: .*scores .*they overflow"):
+        load_recommender(damaged).recommend([["i1"]])
+
+
 def test_ties_across_the_last_place_are_in_the_order_of_the_catalogue(write: Write) -> None:
     folder = write(filter_seen=True)
     parts = load_file(folder / PARTS)

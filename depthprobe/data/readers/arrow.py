@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ COMPACT = {digits: "%Y%m%d%H%M%S"[: digits - 2] for digits in (4, 6, 8, 10, 12, 
 COMPACT[17] = "%Y%m%d%H%M%S%f"
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_LIST = re.compile(r"\[.*\]|\(.*,.*\)|[0-9]+([\s,|]+[0-9]+)+")  # of items, in a cell
+SAMPLE = 1000  # ids that are looked at
 _LOCAL = r":\d\d(\.\d+)?$"
 _TIME = (
     "a number, or an ISO date or time such as 2024-05-31T18:30:00Z, in the range of 1970 to 2199"
@@ -138,7 +141,21 @@ def to_ids(column: Column) -> Ids:
     texts = encoded.dictionary.cast(pa.large_string())
     unusable = pc.match_substring_regex(texts, r"^\s*$|[\r\n\x00]").to_numpy(zero_copy_only=False)
     column.check(unusable[codes], "one in every row, without a line break or a NUL")
-    return Ids(codes, texts.to_numpy(zero_copy_only=False).tolist())
+    names: list[str] = texts.to_numpy(zero_copy_only=False).tolist()
+    if column.what == "item":
+        _refuse_lists(column, names[:SAMPLE])
+    return Ids(codes, names)
+
+
+def _refuse_lists(column: Column, names: list[str]) -> None:
+    """Refuse ids most of which are lists: in brackets, or numbers of which some have more."""
+    lists = [name for name in names if _LIST.fullmatch(name.strip())]
+    sizes = {len(re.split(r"[\s,|]+", name.strip())) for name in lists}
+    if 2 * len(lists) > len(names) and (len(sizes) > 1 or lists[0].lstrip()[0] in "[("):
+        fault = (
+            f"most of its items are lists, such as {short(lists[0], 40)}; expected one a row, or "
+        )
+        raise BadInput(FIELD, column.source, f"{fault}lines of 'user item item ...'", fault=True)
 
 
 def to_numbers(column: Column) -> np.ndarray:

@@ -32,6 +32,7 @@ SPELLINGS = {
     what: [standing.split() for standing in text.split("|")] for what, text in _SPELLINGS.items()
 }
 REQUIRED = ("user", "item")
+LABELS = {"label", "click", "isclick", "clicked"}  # 0 in these is no interaction
 Wanted = Collection[str]
 WANTED: Wanted = tuple(SPELLINGS)
 # beside one of these, `title` is the review's and not the item's (Amazon 2023)
@@ -80,6 +81,16 @@ def find_columns(
                 FIELD, source, f"{allowed}; say --{other}-column and --{what}-column", fault=True
             )
     return {what: place for what, place in places.items() if what in wanted}
+
+
+def label_notes(names: Sequence[str], columns: Columns) -> list[str]:
+    """What tells of columns that may say which rows are interactions, unless they are named."""
+    plain = {untyped(name) for name in names if simple(name) in LABELS}
+    return [
+        f"the column {name} is not read: if its 0 marks what is no interaction, say "
+        f"--rating-column {name} --min-rating 1"
+        for name in sorted(plain - {untyped(name) for name in columns.given().values()})
+    ]
 
 
 def guess_column(names: Sequence[str], what: str, *, source: Path) -> int | None:

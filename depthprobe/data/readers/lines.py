@@ -7,6 +7,7 @@ import io
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,14 @@ import pyarrow as pa
 
 from depthprobe.data.log import Ids, Log, encode_ids
 from depthprobe.data.readers.arrow import log_of
-from depthprobe.data.readers.columns import REQUIRED, WANTED, Wanted, find_columns, refuse_columns
+from depthprobe.data.readers.columns import (
+    REQUIRED,
+    WANTED,
+    Wanted,
+    find_columns,
+    label_notes,
+    refuse_columns,
+)
 from depthprobe.data.readers.streams import (
     BLOCK,
     FIELD,
@@ -76,7 +84,8 @@ def read_json(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
         return f"line {next(islice(filled_lines(path), at, None))[0]}"
 
     table = pa.table({what: pa.chunked_array(parts) for what, parts in chunks.items()})
-    return log_of(table, source=path, where=where)
+    log = log_of(table, source=path, where=where)
+    return replace(log, notes=(*log.notes, *label_notes(names, columns)))
 
 
 def _objects(path: Path, kind: Any) -> Iterator[Any]:

@@ -2,8 +2,8 @@
 
 Compression is recognised by a file's first bytes, never by its name. pyarrow undoes it: it reads
 several gzip members as one stream, and an end before the last member's own end is an error. Texts
-are in UTF-8, or in UTF-16 with a byte order mark; comments, ``# such``, before the first line are
-left out.
+are in UTF-8, or in UTF-16 with a byte order mark; before the first line, comments, ``# such``, and
+Excel's ``sep=;`` are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ GENERIC = {
     *("data", "dataset", "events", "interactions", "log", "logs", "ratings", "reviews"),
     *("sequences", "test", "train", "u"),
 }
-_COMMENTS = re.compile(rb"(\xef\xbb\xbf)?([#%]+([ \t][^\n]*)?\r?\n)*")
+_COMMENTS = re.compile(
+    rb"(\xef\xbb\xbf)?(\"?[sS][eE][pP]=[^\n]\"?\r?\n)?([#%]+([ \t][^\n]*)?\r?\n)*"
+)
 # names of what lies beside a log: titles, users, notes, what is hidden
 OTHERS = ("items.*", "movies.*", "users.*", "meta_*", "readme*", "license*", "_*", ".*")
 

@@ -29,6 +29,7 @@ from depthprobe.data.readers.columns import (
     Wanted,
     find_columns,
     guess_column,
+    label_notes,
     listed,
     refuse_columns,
     simple,
@@ -120,7 +121,23 @@ def read_csv(
 
     table, where = csv_table(path, pick, delimiter, header=not numbered)
     log = log_of(table, source=path, where=where)
+    if not numbered:
+        _refuse_header_again(log, first, pick(first), where, source=path)
+        notes += label_notes(first, columns)
     return replace(log, notes=(*log.notes, *notes))
+
+
+def _refuse_header_again(
+    log: Log, first: list[str], places: dict[str, int], where: Where, *, source: Path
+) -> None:
+    """Refuse the first row that holds the columns' names, as files joined to one have it."""
+    again = np.ones(len(log), dtype=bool)
+    for what, ids in (("user", log.users), ("item", log.items)):
+        forms = {first[places[what]], "\ufeff" + first[places[what]]}
+        again &= np.isin(ids.codes, [code for code, one in enumerate(ids.names) if one in forms])
+    if again.any():
+        fault = f"{where(int(again.argmax()))} is the header again; expected it once, at the start"
+        raise BadInput(FIELD, source, fault, fault=True)
 
 
 def first_row(path: Path, delimiter: str | None = None) -> tuple[str, int, list[str]]:
@@ -303,7 +320,9 @@ def read_parquet(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
         within = row_number(row - int(starts[part]))
         return f"{within} of {parts[part].name}" if len(parts) > 1 else within
 
-    return log_of(table, source=path, where=where)
+    log = log_of(table, source=path, where=where)
+    with pa.parquet.ParquetFile(parts[0]) as file:
+        return replace(log, notes=(*log.notes, *label_notes(file.schema_arrow.names, columns)))
 
 
 def parquet_table(path: Path, pick: Pick) -> pa.Table:

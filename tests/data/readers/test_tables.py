@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,81 @@ def test_comments_before_the_first_line(tmp_path: Path, comments: str, start: st
     assert f"line {lines + 3} has no item" in refusal(tmp_path, text)
     text = start + comments + HEADER + "a1,b1,1,1\na1,1\n"
     assert f"line {lines + 3} has 2; expected 4 columns" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "|", "\t"])
+@pytest.mark.parametrize("line", ["sep={}\n", '"SEP={}"\r\n', "\ufeffsep={}\n"])
+def test_the_line_that_tells_excel_of_the_delimiter(
+    tmp_path: Path, line: str, delimiter: str
+) -> None:
+    text = line.format(delimiter) + "user,item\na,b\na,c\n".replace(",", delimiter)
+    assert rows_of(read_log(write(tmp_path, text))) == [("a", "b"), ("a", "c")]
+    assert "line 5 has no item" in refusal(tmp_path, f"{text}a{delimiter}\n")
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    "header", ["user_id,item_id\n", "item,user,x\n", "user:token\titem:token\n"]
+)
+def test_a_header_that_stands_again_is_no_row(tmp_path: Path, header: str, start: str) -> None:
+    row = header.replace("user", "a").replace("item", "b")
+    text = start + header + row + start + header + row
+    with pytest.raises(BadInput, match="line 3 is the header again"):
+        read_log(write(tmp_path, text))
+    # a user or an item alone may be called so
+    rows = header.replace("user", "a") + header.replace("item", "b")
+    assert len(read_log(write(tmp_path, header + rows))) == 2
+
+
+@pytest.mark.parametrize("name", ["label", "is_click", "label:float"])
+@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
+def test_labels_that_are_not_read_are_told(tmp_path: Path, name: str, form: str) -> None:
+    rows = [{"user": "a", "item": item, name: float(label)} for item, label in ("b1", "c0", "d1")]
+    if form == "parquet":
+        path = tmp_path / "log.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif form == "json":
+        path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        cells = [list(rows[0]), *(map(str, row.values()) for row in rows)]
+        path = write(tmp_path, "".join(",".join(row) + "\n" for row in cells))
+    plain = name.partition(":")[0]
+    note = f"the column {plain} is not read: if its 0 marks what is no interaction"
+    assert note in read_log(path).notes[-1]
+    log = read_log(path, columns=Columns(rating=plain))
+    assert log.notes == ()
+    assert log.ratings is not None
+    assert log.ratings.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        ["[1, 2]", "[3]"],
+        ["(1, 2)", "(3, 4)"],
+        ["['x' 'y']", "[]"],
+        ["1 2 3", "4 5"],
+        ["1|2", "1|2|3"],
+    ],
+)
+def test_items_that_are_lists_are_refused(tmp_path: Path, lists: list[str]) -> None:
+    text = "user\titem\n" + "".join(f"u{n}\t{one}\n" for n, one in enumerate(lists))
+    assert f"most of its items are lists, such as {lists[0]!r}" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["[REC]", "Alien", "Up"],
+        ["12 34", "12 35"],
+        ["The Beatles", "U2"],
+        ["40.7,-73.9"],
+        ["a b", "c"],
+    ],
+)
+def test_items_that_only_look_like_lists(tmp_path: Path, ids: list[str]) -> None:
+    text = "user\titem\n" + "".join(f"u\t{one}\n" for one in ids)
+    assert [row[1] for row in rows_of(read_csv(write(tmp_path, text), Columns()))] == ids
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -63,6 +63,7 @@ BESIDE = (
     "added_tokens.json", "chat_template*", "generation_config.json", "*.py",
 )  # fmt: skip
 ADAPTER_FILE = "adapter_config.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_BLOCKS = 10_000
 DEPTHS = re.compile(r"(layers?|blocks)$")  # names of fields that say how many there are
 # Recomputed by the model: old checkpoints stored them.
@@ -204,8 +205,19 @@ def one_line(what: str, source: Source) -> Iterator[None]:
             reason = "no such folder; of the hub's models it is none that was downloaded before"
         elif isinstance(error, KeyError | IndexError):
             reason = f"{type(error).__name__}: {reason}"
+        if pointer := _pointer(source):
+            reason = f"{pointer} is a pointer of Git LFS and not the file: git lfs pull"
         allowed = f"cannot be {what} ({reason}): {ALLOWED}"
         raise BadInput("backbone", str(source), allowed, fault=True) from error
+
+
+def _pointer(source: Source) -> str | None:
+    """The name of a file of a folder in whose place a clone without Git LFS has a pointer."""
+    folder = Path(_location(source))
+    patterns = ("*.json", f"*{SAFE}", *BESIDE) if is_folder(source) else ()
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    small = (file for file in files if file.is_file() and file.stat().st_size < 1024)
+    return next((file.name for file in small if file.read_bytes().startswith(LFS_POINTER)), None)
 
 
 def _location(source: Source) -> str:
@@ -349,7 +361,7 @@ def load_backbone(
     elif packed is not None:  # all of them on the GPU that ``cuda`` means here
         options |= {"quantization_config": packed, "device_map": {"": torch.cuda.current_device()}}
     origin = _origin(path_or_id, commit, trust_remote_code)
-    files = weight_files(path_or_id, config, commit)
+    weight_files(path_or_id, config, commit)  # checks them before they are read
     options |= origin
     with one_line("loaded", path_or_id):
         model, loaded = _auto.from_pretrained(
@@ -363,6 +375,8 @@ def load_backbone(
         raise BadInput("backbone", str(path_or_id), ADAPTER, fault=True)
     _check_loaded(path_or_id, loaded)
     with one_line("loaded", path_or_id):
+        files = weight_files(path_or_id, config, commit)  # the hub's are here by now
+        _check_once(path_or_id, files)
         stored = model.state_dict().items() if weights else _stored(files)
         if (name := not_finite(stored)) is not None:
             allowed = f"its weight {name} holds NaN or infinity: the checkpoint is damaged"
@@ -393,7 +407,7 @@ def _check_loaded(source: Source, loaded: dict[str, Any]) -> None:
 def weight_files(source: Source, config: PreTrainedConfig, commit: str | None = None) -> list[Path]:
     """The files of weights that are read: safetensors of the source's own folder alone.
 
-    Of a hub id there are none before they are downloaded; those that its index names are checked.
+    Of a hub id there are those that its index names and that are downloaded.
     """
     named = getattr(config, "transformers_weights", None)
     single, index = named or SAFE_WEIGHTS_NAME, named or SAFE_WEIGHTS_INDEX_NAME
@@ -404,8 +418,7 @@ def weight_files(source: Source, config: PreTrainedConfig, commit: str | None = 
             )
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return []
-        _shards(source, Path(file))
-        return []
+        return [path for path in _shards(source, Path(file)) if path.is_file()]
     folder = Path(_location(source))
     if single.endswith(SAFE) and (folder / single).is_file():
         return [folder / single]
@@ -431,6 +444,18 @@ def _shards(source: Source, index: Path) -> list[Path]:
                 allowed = f"{index.name} names {name!r}: expected safetensors files of its folder"
                 raise BadInput("backbone", str(source), allowed, fault=True)
     return [index.parent / name for name in sorted(names)]
+
+
+def _check_once(source: Source, files: Iterable[Path]) -> None:
+    """Refuse a weight in two files: transformers takes the last one, whatever the index says."""
+    holders: dict[str, str] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                first = holders.setdefault(name, path.name)
+                if first != path.name and not HARMLESS.search(name):
+                    allowed = f"{first} and {path.name} both hold its weight {name}: which is meant"
+                    raise BadInput("backbone", str(source), f"{allowed} is not clear", fault=True)
 
 
 def _stored(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:

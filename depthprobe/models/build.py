@@ -19,7 +19,7 @@ from depthprobe.models.blocks import check_tokens, find_blocks, refusal
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.models.tiny import ends_at_positions, positions_of
+from depthprobe.models.tiny import ends_at_positions, positions_of, steady_positions
 from depthprobe.models.words import Words
 from depthprobe.study import Backbone, SasRecSettings
 
@@ -115,6 +115,11 @@ def prompt_and_suffix(
             # titles begin on a line of their own
             text = settings.prompt.rstrip("\n") + "\n" if settings.reads_titles else settings.prompt
             prompt, start = tokenizer(text)["input_ids"], tokenizer.bos_token_id
+            # the end token that some put behind a text would stand before the items
+            alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ends = range(len(prompt), len(alone) - 1, -1)
+            found = (end for end in ends if prompt[end - len(alone) : end] == alone)
+            prompt = prompt[: next(found, None)]
             # some tokenizers have a start token and leave it to the caller
             prompt = prompt if start in (None, *prompt[:1]) else [start, *prompt]
         if settings.suffix:
@@ -133,17 +138,21 @@ def check_lengths(settings: Backbone, config: PreTrainedConfig, longest: int) ->
             can't be read.
     """
     texts = sum(map(len, prompt_and_suffix(settings)))
-    most = positions_of(config)
+    steady = steady_positions(config)
+    most = steady or positions_of(config)
     if most is None or texts + longest <= most:
         return []
     found = f"{texts} tokens and histories of up to {longest} are more than the {most} positions"
-    if ends_at_positions(config):
+    if steady is not None or ends_at_positions(config):
         fewer = ""
         if settings.reads_titles:
             fewer = ", a smaller data.max_history or fewer title_tokens"
         elif most > texts:
             fewer = f", or data.max_history = {most - texts}"
-        allowed = f"{found} that it has: take a shorter prompt or suffix{fewer}"
+        which = "that it has"
+        if steady is not None:  # see steady_positions
+            which = "up to which its rotary table is the same for all users"
+        allowed = f"{found} {which}: take a shorter prompt or suffix{fewer}"
         raise BadInput("backbone", settings.source, allowed, fault=True)
     warning = f"{found} of the backbone: it was not trained on texts of that length"
     logger.warning("%s", warning)

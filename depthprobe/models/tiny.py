@@ -87,6 +87,23 @@ def positions_of(config: PreTrainedConfig) -> int | None:
     return next((most for most in named if type(most) is int and most > 0), None)
 
 
+def steady_positions(config: PreTrainedConfig) -> int | None:
+    """Up to how many positions a state depends on its own text alone; None if up to any number.
+
+    Rotary tables of two kinds are computed anew for a longer pass: behind that many positions all
+    users of a batch get the table of its longest, and a cached prompt keeps that of a short one.
+    """
+    text = config.get_text_config(decoder=True)
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
+        kind = str(rope.get("rope_type"))
+        if kind == "longrope":
+            return int(rope["original_max_position_embeddings"])
+        if "dynamic" in kind:
+            return positions_of(config)
+    return None
+
+
 def ends_at_positions(config: PreTrainedConfig) -> bool:
     """Whether a model can't compute behind its last position, as with a table of learned ones.
 

@@ -123,8 +123,10 @@ def submit(
         slurm_account=settings.account,
         slurm_setup=list(settings.setup) or None,
     )
-    # an interactive job's own variables would get into these; sbatch's are the user's wishes
-    kept = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
+    # an interactive job's own variables would get into these; sbatch's are the user's wishes, and
+    # without the place of its configuration, where that is an unusual one, it finds no cluster
+    wishes = ("SBATCH_", "SLURM_CONF")
+    kept = {name: value for name, value in os.environ.items() if name.startswith(wishes)}
     tools = submitit.helpers
     try:
         with tools.clean_env(), tools.environment_variables(**kept, **SAFE_PATH):

@@ -497,6 +497,32 @@ def test_an_index_names_safetensors_of_its_folder_alone(saved, named):
 
 
 @pytest.mark.parametrize("whole", [True, False])
+def test_a_weight_in_two_shards_is_refused(saved, whole):
+    shard(saved)
+    file = saved / "part-1.safetensors"
+    weights = load_file(file)
+    stale = next(iter(load_file(saved / "part-0.safetensors")))
+    harmless = {"model.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(weights | harmless, file, metadata={"format": "pt"})
+    save_file(load_file(saved / "part-0.safetensors") | harmless, saved / "part-0.safetensors")
+    load_backbone(saved, weights=whole)
+    again = load_file(saved / "part-0.safetensors")[stale] + 1
+    save_file(weights | {stale: again}, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=f"part-0.* and part-1.* both hold its weight {stale}"):
+        load_backbone(saved, weights=whole)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_clone_without_lfs_is_told(saved, name):
+    embedded_tokenizer().save_pretrained(saved)
+    (saved / "unread.bin").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    load_backbone(saved), load_tokenizer(saved)
+    (saved / name).write_text((saved / "unread.bin").read_text())
+    with pytest.raises(BadInput, match=f"{name} is a pointer of Git LFS .*: git lfs pull"):
+        load_backbone(saved), load_tokenizer(saved)
+
+
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_that_are_not_finite_are_refused_by_name(saved, whole, value, dtype):

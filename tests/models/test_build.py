@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import (
@@ -113,6 +115,19 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
+@pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>", "$A <pad>", "<s> $A", "$A"])
+def test_a_prompt_does_not_end_the_text(tmp_path: Path, template: str) -> None:
+    tokenizer = embedded_tokenizer()
+    pieces = [("<pad>", 0), ("<s>", 1), ("</s>", 2)]
+    put: Any = TemplateProcessing(single=template, special_tokens=pieces)
+    tokenizer.backend_tokenizer.post_processor = put
+    tokenizer.save_pretrained(tmp_path)
+    letters = [ord("a") - 33 + 3, ord("b") - 33 + 3]  # behind the special tokens
+    assert prompt_and_suffix(Backbone(source=str(tmp_path), prompt="ab"))[0] == [1, *letters]
+    own = prompt_and_suffix(Backbone(source=str(tmp_path), prompt="ab</s>"))[0]
+    assert own == [1, *letters, 2]  # somebody wants it there
+
+
 @pytest.mark.parametrize("field", ["prompt", "suffix"])
 def test_a_token_without_an_embedding_is_refused(short: dict[str, str], field: str) -> None:
     texts = {"prompt": "", "suffix": ""} | {field: "\u00e9"}
@@ -137,6 +152,47 @@ def test_texts_and_items_need_positions(short: dict[str, str], caplog: Any) -> N
     settings = Backbone(source=short["gpt2"], prompt="1234567890" * 2)
     with pytest.raises(BadInput, match="a shorter prompt or suffix$"):
         check_lengths(settings, pretrained_config(settings), 1)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, 16), (LONGROPE, 64)],
+)
+def test_a_user_does_not_depend_on_the_others_of_a_batch(
+    llama_config: Callable[..., LlamaConfig], tmp_path: Path, rope: dict[str, Any], positions: int
+) -> None:
+    config = llama_config(
+        hidden_size=16,
+        num_attention_heads=2,
+        vocab_size=259,
+        rope_parameters=rope,
+        max_position_embeddings=positions,
+    )
+    config.save_pretrained(tmp_path)
+    embedded_tokenizer().save_pretrained(tmp_path)
+    settings = Backbone(source=str(tmp_path), prompt="123456789")  # 10 with the start token
+    assert check_lengths(settings, config, 6) == []
+    with pytest.raises(BadInput, match="16 positions .* same for all users: .*max_history = 6"):
+        check_lengths(settings, config, 7)
+    # why: the shorter of two users, alone and beside one of 6 or 7 items
+    items = torch.randn(10, 3)
+    model = build_recommender(settings, items, kept=None, seed=0, random_init=True).eval()
+    for longest, same in ((6, True), (7, False)):
+        pair = torch.ones(2, longest, dtype=torch.long)
+        pair[0, 2:] = 0
+        with torch.no_grad():
+            alone = model.encode(pair[:1, :2], torch.tensor([2]))
+            beside = model.encode(pair, torch.tensor([2, longest]))[:1]
+        assert torch.allclose(alone, beside, rtol=0, atol=1e-6) is same
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_slurm_is_asked_for_what_the_study_says(
     )
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
     monkeypatch.setenv("SBATCH_QOS", "high")
+    monkeypatch.setenv("SLURM_CONF", "/cluster/slurm.conf")
     study = replace(sweep.study, slurm=settings)
     jobs = submit(replace(sweep, study=study), jobs=3)
     assert [job.job_id for job in jobs] == ["31_0", "31_1", "31_2"]
@@ -164,6 +165,7 @@ def test_slurm_is_asked_for_what_the_study_says(
     assert lines.index(settings.setup[1]) == lines.index(settings.setup[0]) + 1
     environment = (slurm / "environment").read_text()
     assert "SBATCH_QOS=high" in environment
+    assert "SLURM_CONF=/cluster/slurm.conf" in environment
     assert "SLURM_MEM_PER_CPU" not in environment
     assert os.environ["SLURM_MEM_PER_CPU"] == "100"
     # the jobs lay the run out: the folder has to pass for a new one until then

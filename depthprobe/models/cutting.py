@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from depthprobe.errors import BadInput
 from depthprobe.models.blocks import (
@@ -92,6 +93,7 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
     new_config = cut_config(inner.config, chosen)
     changes = _compare_reload(inner, new_config, chosen)
     _compare_adapters(model, inner, new_config, chosen)
+    _renumber_quantized(inner, new_config, chosen)
 
     # from here on nothing is refused: the list, indices in the blocks, settings and weights outside
     parent, _, attribute = name.rpartition(".")
@@ -212,6 +214,52 @@ def _changed_fields(
         dense = [new for new, old in enumerate(kept) if old in explicit or (old + 1) % step]
         changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     return changes
+
+
+def _renumber_quantized(
+    inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
+) -> None:
+    """Renumber the blocks that a quantised checkpoint's settings name, as what is left as it was.
+
+    A pattern whose answer depends on the number of a block is refused.
+    """
+    blocks = find_blocks(inner)
+    path = next(path for path, module in inner.named_modules() if module is blocks)
+    named = re.compile(rf"((?:.+\.)?{re.escape(path.rpartition('.')[2])})\.(\d+)(\..+)?")
+    inside = {name for block in blocks for name, _ in block.named_modules() if name}
+    position = {old: str(new) for new, old in enumerate(chosen)}
+
+    def answers(pattern: re.Pattern[str], name: str) -> set[bool]:
+        return {bool(pattern.match(f"{path}.{index}.{name}")) for index in range(len(blocks))}
+
+    def renumbered(value: Any) -> Any:
+        if isinstance(value, dict):
+            pairs = ((renumbered(key), renumbered(each)) for key, each in value.items())
+            return {key: each for key, each in pairs if key is not None}
+        if isinstance(value, list | tuple | set):
+            names = [renumbered(each) for each in value]
+            return type(value)(
+                new for new, old in zip(names, value, strict=True) if new is not None or old is None
+            )
+        if not isinstance(value, str):
+            if isinstance(value, QuantizationConfigMixin) or hasattr(value, "model_fields_set"):
+                vars(value).update({k: renumbered(each) for k, each in vars(value).items()})
+            return value
+        found = named.fullmatch(value)
+        if found and f".{path}".endswith(f".{found[1]}"):
+            new = position.get(int(found[2]))
+            return None if new is None else f"{found[1]}.{new}{found[3] or ''}"
+        try:
+            pattern = re.compile(re.sub("^(re|[+-]):", "", value))
+        except re.error:
+            return value
+        if any(len(answers(pattern, name)) > 1 for name in inside):
+            raise _no_cut(inner, f"its quantization_config names blocks by {value!r}", chosen)
+        return value
+
+    settings = getattr(new_config, "quantization_config", None)
+    if settings is not None:
+        new_config.quantization_config = renumbered(settings)
 
 
 def _refuse_unsafe(inner: PreTrainedModel, name: str, chosen: tuple[int, ...]) -> None:

@@ -18,7 +18,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers import LlamaForCausalLM as Llama
 
 from depthprobe.errors import BadInput
@@ -191,6 +191,61 @@ def test_adapters_that_come_back_as_they_were(case, make_model, ids, tmp_path):
     base = keep_blocks(make_model("llama").float(), (0, 1, 4))
     again = PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(logits(again, ids), expected)
+
+
+QUANTIZED = {  # settings, and what a cut to blocks 0 and 2 makes of them
+    "llm_int8_skip_modules": (
+        ["lm_head", "model.layers.1.mlp", "model.layers.2.mlp", "layers.2.self_attn.q_proj"],
+        ["lm_head", "model.layers.1.mlp", "layers.1.self_attn.q_proj"],
+    ),
+    "modules_to_not_convert": (
+        ["model.layers.2", "vision.layers.2.up", None],
+        ["model.layers.1", "vision.layers.2.up", None],
+    ),
+    "config_groups": (
+        {"group_0": {"targets": ["Linear"], "ignore": ["model.layers.2.mlp.up_proj"], "bits": 4}},
+        {"group_0": {"targets": ["Linear"], "ignore": ["model.layers.1.mlp.up_proj"], "bits": 4}},
+    ),
+    "layer_quant_config": ({"model.layers.1": 4, "model.layers.2": 8}, {"model.layers.1": 8}),
+    "ignore": (
+        ["re:.*lm_head", r"re:.*layers\.\d+\.self_attn.*", "*.mlp"],
+        ["re:.*lm_head", r"re:.*layers\.\d+\.self_attn.*", "*.mlp"],
+    ),
+}
+
+
+@pytest.mark.parametrize("field", QUANTIZED)
+@pytest.mark.parametrize("kind", [dict, BitsAndBytesConfig])
+def test_what_quantisation_names_moves_with_its_block(field, kind, make_model):
+    model, (before, after) = make_model("llama"), QUANTIZED[field]
+    settings = kind()
+    if kind is dict:
+        settings[field] = before
+    else:
+        vars(settings)[field] = before
+    model.config.quantization_config = settings
+    old = model.config
+    keep_blocks(model, [0, 2])
+    new = model.config.quantization_config
+    assert (new if kind is dict else vars(new))[field] == after
+    assert (settings if kind is dict else vars(settings))[field] == before
+    assert old.quantization_config is settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ignore": [r"re:.*layers\.(0|1)\..*"]},
+        {"dynamic": {r"-:model\.layers\.2\..*": {}}},
+        {"modules_to_not_convert": ["model.layers.[12].mlp"]},
+    ],
+)
+def test_patterns_that_tell_blocks_apart_are_refused(settings, make_model):
+    model = make_model("llama")
+    model.config.quantization_config, depth = settings, len(find_blocks(model))
+    with pytest.raises(BadInput, match=r"cut to blocks \[0, 2\]: its quantization_config names"):
+        keep_blocks(model, [0, 2])
+    assert len(find_blocks(model)) == depth
 
 
 def test_initial_values_of_an_adapter_are_not_computed_for_the_comparison(make_model):

@@ -142,8 +142,9 @@ def temporal(sequences: Sequences, protocol: Protocol) -> Split:
     train_stop, test_begin = (_first_from(sequences, begin) for begin in begins)
     held_out, cold = _parts(sequences, train_stop, test_begin)
     if not (len(held_out[0].users) and len(held_out[1].users)):
+        first, last = as_date(sequences.times.min()), as_date(sequences.times.max())
         allowed = "points between which, and after which, known users go on"
-        raise BadInput("protocol.split_at", points, allowed)
+        raise BadInput("protocol.split_at", points, f"{allowed} (the log: {first} to {last})")
     warnings = []
     if cold[1]:
         warnings = [f"{cold[1]:,} users begin after the test does: cold, not evaluated"]
@@ -167,9 +168,11 @@ def given(sequences: Sequences, _: Protocol | None = None) -> Split:
     starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
     train_stop, test_begin = (np.asarray(sequences.given[:, part]) for part in (0, 1))
     held_out, cold = _parts(sequences, train_stop, test_begin)
-    for part, what in zip(held_out, ("validation", "test"), strict=True):
+    for part, what, new in zip(held_out, ("validation", "test"), cold, strict=True):
         if not len(part.users):
             allowed = f"a user with a history and a {what} item"
+            if new:
+                allowed += f" (its {new:,} users are in no file before: are ids spelled alike?)"
             raise BadInput("data.source", sequences.name, allowed)
     warnings = []
     if further := int(np.maximum(stops - test_begin - 1, 0).sum()):
@@ -269,10 +272,10 @@ def _tied(sequences: Sequences, test: HeldOut) -> int:
 def _moment(times: np.ndarray, text: str) -> float:
     """Seconds since 1970 of a date (UTC), or of a quantile of the interactions."""
     try:
-        share = float(text)
+        share = float(text if text.isascii() and "_" not in text else "none")
     except ValueError:
         try:
-            moment = datetime.datetime.fromisoformat(text)
+            moment = datetime.datetime.fromisoformat(text.encode("ascii").decode())
         except ValueError:
             allowed = "a date as 2014-03-01, or a quantile as 0.9"
             raise BadInput("protocol.split_at", text, allowed) from None

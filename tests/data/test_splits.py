@@ -194,6 +194,14 @@ def test_given_keeps_the_parts_apart() -> None:
     assert "1 users train on interactions later than their test" in warnings
 
 
+def test_parts_whose_users_are_all_others() -> None:
+    sequences = make(
+        [[1, 2, 3], [1, 2], [3], [4]], parts=np.array([0, 0, 1, 0, 1, 2, 2], dtype=np.int8)
+    )
+    with pytest.raises(BadInput, match="test item .its 2 users are in no file before"):
+        make_split(sequences, Protocol(split="given"))
+
+
 PROTOCOLS = [
     Protocol(),
     Protocol(split="temporal", split_at=("0.5", "0.75")),
@@ -243,7 +251,9 @@ def test_users_too_short_to_split() -> None:
         (("0.5", "0.5"), "validation before test"),
         (("yesterday", "0.8"), "expected a date as .*, got 'yesterday'"),
         (("0.5", "1.5"), "between 0 and 1"),
-        (("2030-01-01", "2031-01-01"), "known users go on"),
+        (("٠.٥", "0.8"), "expected a date as .*, got '٠.٥'"),
+        (("0.5_0", "0.8"), "expected a date as .*, got '0.5_0'"),
+        (("2030-01-01", "2031-01-01"), r"known users go on \(the log: 1970-01-\d\d to 1970-"),
         (("1960-01-01", "1970-01-15"), "known users go on"),
     ],
 )

@@ -162,6 +162,9 @@ def logs_in(folder: Path) -> list[Path]:
 
     Three paths are in the order of :data:`depthprobe.data.log.PARTS`.
     """
+    if deeper := next(folder.glob("*=*/**/*.parquet"), None):  # as partitions are written
+        fault = f"it has files in subfolders, such as {short(str(deeper.relative_to(folder)), 60)}"
+        raise BadInput(FIELD, folder, f"{fault}; write them to one folder", fault=True)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     logs = [path for path in files if plain_name(path).endswith(ENDINGS) and not fits(path, OTHERS)]
     forms = (TRAINING, VALIDATION, TEST)

@@ -110,7 +110,7 @@ def _whole(decode: Callable[[bytes], Any], raw: bytes) -> Any:
 def _kind(what: str, values: list[Any]) -> Any:
     """The type of a column, by the first value that is not null."""
     first = next((value for value in values if value is not None), "")
-    if isinstance(first, str):
+    if not isinstance(first, int | float):  # of lists and objects the error names the line
         return str
     return INT64 if what in REQUIRED and isinstance(first, int) else float
 

@@ -146,6 +146,8 @@ def test_folders(tmp_path: Path, kind: str) -> None:
         ({"a.csv": "", "b.csv": ""}, "it has several logs, a.csv, b.csv; expected one log"),
         ({"a.parquet": "", "b.csv": ""}, "it has several logs, a.parquet, b.csv"),
         ({"train.csv": "", "test.csv": ""}, "it has train.csv, test.csv"),
+        ({"day=1/a.parquet": ""}, "in subfolders, such as 'day=1/a.parquet'; write them to one"),
+        ({"a.parquet": "", "y=1/m=2/b.parquet": ""}, "in subfolders, such as 'y=1/m=2/b.parquet'"),
         (
             dict.fromkeys(("train.csv", "valid.csv", "dev.csv", "test.csv"), ""),
             "it has train.csv, dev.csv, valid.csv, test.csv",
@@ -158,6 +160,7 @@ def test_folders(tmp_path: Path, kind: str) -> None:
 )
 def test_refuses_folders(tmp_path: Path, files: dict[str, str], fault: str) -> None:
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name, text)
     with pytest.raises(BadInput, match=fault) as caught:
         read_log(tmp_path)

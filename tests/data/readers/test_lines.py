@@ -130,6 +130,7 @@ GOOD = {"user": "a", "item": "b", "time": 1}
         (lines(GOOD, GOOD | {"user": 7}), "(Expected `str | null`, got `int` - at `$.user`)"),
         (lines(GOOD, GOOD | {"time": "soon"}), "(Expected `float | null`, got `str` - at `$.time`"),
         (lines(GOOD | {"user": {"id": 1}}), "got `object` - at `$.user`"),
+        (lines(GOOD | {"item": ["b"]}), "(Expected `str | null`, got `array` - at `$.item`)"),
         (lines(GOOD | {"item": 1.5}), "line 1 has the item 1.5; expected texts"),
         (lines(GOOD | {"item": 1}, GOOD | {"item": 1.5}), "got `float` - at `$.item`"),
         (lines(GOOD | {"item": 1}, GOOD | {"item": 2**70}), "line 2 is"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -15,12 +16,13 @@ from depthprobe.data.cleaning import clean
 from depthprobe.data.log import Ids, Log, number_ids, used_only
 from depthprobe.data.statistics import order_warnings, statistics, tied_neighbours
 from depthprobe.data.storage import MANIFEST, Sequences, check_output, load_data, write_data
-from depthprobe.errors import BadInput
+from depthprobe.errors import BadInput, short
 from depthprobe.study import Cleaning, Columns, Data
 
 Ties = Literal["random", "file", "item"]
 
 LONGEST_TITLE = 256  # characters
+FEW_SHARED = 0.01  # share of items whose title another one has, up to which nothing is said
 
 
 def prepare_data(
@@ -151,6 +153,13 @@ def order_log(
         titles = [stripped.get(item, "")[:LONGEST_TITLE] for item in item_ids]
         if untitled := titles.count(""):
             warnings.append(f"{untitled:,} of {len(item_ids):,} items have no title")
+        common = [(title, n) for title, n in Counter(filter(None, titles)).most_common() if n > 1]
+        shared = sum(n for _, n in common)
+        if shared > FEW_SHARED * len(item_ids):
+            warnings.append(
+                f"{shared:,} of {len(item_ids):,} items share their title with another, such as "
+                f"{short(common[0][0], 40)}: by their titles these are one item"
+            )
     table = {"item_id": item_ids} | ({} if titles is None else {"title": titles})
     return Sequences(
         name=name or log.name,

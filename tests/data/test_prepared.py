@@ -75,6 +75,17 @@ def test_by_time_and_stable() -> None:
     assert sequences.statistics["mean_length"] == 3.5
 
 
+@pytest.mark.parametrize("same", [0, 2, 3])
+def test_titles_of_several_items_are_told(same: int) -> None:
+    names = [str(item) for item in range(200)]
+    titles = {name: f"Title {max(int(name), same - 1)}" for name in names[:-2]}  # two have none
+    items = encode_ids(names * 2)
+    users = encode_ids(["a"] * 200 + ["b"] * 200)
+    said = [one for one in order_log(Log(users, items, titles=titles)).warnings if "share" in one]
+    told = f"{same} of 200 items share their title with another, such as 'Title {same - 1}': by"
+    assert [one.startswith(told) for one in said] == [True] * (same > 2)  # more than 1 %
+
+
 def test_agrees_with_sorted_on_random_logs() -> None:
     draw = np.random.default_rng(3)
     columns = draw.integers([40, 60, 25], size=(2000, 3))

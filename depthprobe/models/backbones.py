@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -79,6 +80,8 @@ BLOCKS, WIDTH, HEADS, INTERMEDIATE, POSITIONS = 12, 32, 2, 88, 512
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 
 _auto: Any = AutoModelForCausalLM  # untyped in transformers
+
+logger = logging.getLogger(__name__)
 
 
 # How a backbone computes.
@@ -373,10 +376,11 @@ def load_backbone(
         )
     if getattr(model, "peft_config", None):
         raise BadInput("backbone", str(path_or_id), ADAPTER, fault=True)
+    _tie_missing_head(path_or_id, model, loaded)
     _check_loaded(path_or_id, loaded)
     with one_line("loaded", path_or_id):
         files = weight_files(path_or_id, config, commit)  # the hub's are here by now
-        _check_once(path_or_id, files)
+        _check_files(path_or_id, files, model, whole_numbers=quantized)
         stored = model.state_dict().items() if weights else _stored(files)
         if (name := not_finite(stored)) is not None:
             allowed = f"its weight {name} holds NaN or infinity: the checkpoint is damaged"
@@ -388,6 +392,21 @@ def load_backbone(
             if hasattr(model, name):
                 setattr(model.base_model, name, getattr(model, name))
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _tie_missing_head(source: Source, model: PreTrainedModel, loaded: dict[str, Any]) -> None:
+    """Tie a head that alone is missing to the embeddings, for no recommender reads it.
+
+    Checkpoints of embedding models have none, and some say all the same that theirs is not tied.
+    """
+    head = model.get_output_embeddings()
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if names and {*loaded["missing_keys"]} == names and getattr(head, "bias", None) is None:
+        model.config.tie_word_embeddings = True
+        model.tie_weights(recompute_mapping=True)
+        if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+            loaded["missing_keys"] = ()
+            logger.warning("%s: no language-model head in it: the embeddings stand for it", source)
 
 
 def _check_loaded(source: Source, loaded: dict[str, Any]) -> None:
@@ -446,12 +465,25 @@ def _shards(source: Source, index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(names)]
 
 
-def _check_once(source: Source, files: Iterable[Path]) -> None:
-    """Refuse a weight in two files: transformers takes the last one, whatever the index says."""
+def _check_files(
+    source: Source, files: Iterable[Path], model: PreTrainedModel, *, whole_numbers: bool
+) -> None:
+    """Refuse a weight in two files, of which transformers takes the last whatever the index says.
+
+    And one of ``whole_numbers`` where none is expected: it would be read as if it had no scale.
+    """
     holders: dict[str, str] = {}
+    prefix = f"{model.base_model_prefix}."
+    weights = {n.removeprefix(prefix) for n, p in model.named_parameters() if p.is_floating_point()}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
+                kind = file.get_slice(name).get_dtype()
+                plain = whole_numbers or not kind.startswith(("I", "U", "BOOL"))
+                if not plain and name.removeprefix(prefix) in weights:
+                    allowed = f"its weight {name} is of whole numbers ({kind}), as if it were"
+                    allowed += " quantised, but its configuration has no quantization_config"
+                    raise BadInput("backbone", str(source), allowed, fault=True)
                 first = holders.setdefault(name, path.name)
                 if first != path.name and not HARMLESS.search(name):
                     allowed = f"{first} and {path.name} both hold its weight {name}: which is meant"

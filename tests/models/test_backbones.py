@@ -497,6 +497,42 @@ def test_an_index_names_safetensors_of_its_folder_alone(saved, named):
 
 
 @pytest.mark.parametrize("whole", [True, False])
+def test_a_head_that_alone_is_missing_is_tied(saved, caplog, tmp_path, whole):
+    """As in checkpoints of embedding models, with or without the prefix of the base model."""
+    full = load_backbone(saved)
+    assert not full.config.tie_word_embeddings
+    weights = full.model.state_dict()
+    for prefix in ("model.", ""):
+        named = {prefix + name: value for name, value in weights.items()}
+        save_file(named, saved / "model.safetensors", metadata={"format": "pt"})
+        model = load_backbone(saved, weights=whole)
+        assert "no language-model head in it" in caplog.text
+        caplog.clear()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    if whole:
+        assert all(torch.equal(value, weights[n]) for n, value in model.model.state_dict().items())
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(weight(load_backbone(tmp_path / "again")), weight(model))
+        assert not caplog.text
+    del named["layers.2.mlp.up_proj.weight"]
+    save_file(named, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="2 of its weights are missing"):
+        load_backbone(saved, weights=whole)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int32])
+def test_a_weight_of_whole_numbers_is_refused(saved, whole, kind):
+    file, name = saved / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(file) | {"model.rotary_emb.inv_freq": torch.arange(4)}
+    save_file(weights, file, metadata={"format": "pt"})
+    load_backbone(saved, weights=whole)
+    save_file(weights | {name: (100 * weights[name]).to(kind)}, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=f"weight {name} is of whole numbers .*quantization_config"):
+        load_backbone(saved, weights=whole)
+
+
+@pytest.mark.parametrize("whole", [True, False])
 def test_a_weight_in_two_shards_is_refused(saved, whole):
     shard(saved)
     file = saved / "part-1.safetensors"

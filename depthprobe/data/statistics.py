@@ -100,12 +100,14 @@ def order_warnings(
     warnings, where = [NO_TIMES, *_padding(rows, items, ids)], ""
     if tied is not None:
         share = _share(tied)
-        if share <= MANY_TIES:
-            return []
         rows, where = rows[tied], "within equal times, "  # the others are ordered by time
+        copies = _copies(rows, items)
+        if share <= MANY_TIES:
+            return copies
         warnings = [
+            *copies,
             f"{part_percent(share)} of neighbours in a sequence have the same time "
-            f"(as day-level times do): their order is {ties}"
+            f"(as day-level times do): their order is {ties}",
         ]
     by_text = np.empty(len(ids) + 1, dtype=np.int64)
     by_text[np.argsort(ids, kind="stable") + 1] = np.arange(len(ids))
@@ -126,6 +128,21 @@ def order_warnings(
             f"half: {order} {verb} that of ids, not of time"
         )
     return warnings
+
+
+def _copies(rows: np.ndarray, items: np.ndarray) -> list[str]:
+    """What tells of interactions that are others again; ``rows`` have the time of the next one."""
+    follows = np.zeros(len(items), dtype=bool)
+    follows[rows + 1] = True
+    tied = follows.copy()
+    tied[rows] = True
+    places = np.flatnonzero(tied)
+    moment = np.cumsum(~follows[places])  # which of the users' times each place has
+    pairs = moment * (int(items.max(initial=0)) + 1) + items[places]
+    pairs.sort()
+    copies = int((np.diff(pairs) == 0).sum())
+    what = "interactions repeat another one of the same user, item and time"
+    return [f"{copies:,} {what}"] if copies else []
 
 
 def _padding(rows: np.ndarray, items: np.ndarray, ids: list[str]) -> list[str]:

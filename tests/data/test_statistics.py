@@ -113,6 +113,18 @@ def test_day_level_times_are_found_and_their_ties_looked_at() -> None:
     assert make(rows, few).warnings == ()
 
 
+def test_copies_are_counted() -> None:
+    rows = random_rows()
+    rows[3] = [7, 8, 7, 9, 7, 8]  # all at one time: three are copies
+    rows[4] = [5, 5, 6, 6]  # at four times: none
+    times = np.arange(sum(map(len, rows)))
+    start = sum(map(len, rows[:3]))
+    times[start : start + 6] = start
+    told = "3 interactions repeat another one of the same user, item and time"
+    assert make(rows, times, ties="random").warnings == (told,)
+    assert told.replace("3", "5") in said(make(rows[3:5], np.zeros(10)))
+
+
 def test_times_below_a_second_are_no_ties() -> None:
     rows = random_rows()
     n = sum(map(len, rows))

@@ -51,6 +51,9 @@ _HALF = re.compile(
 # what ids don't hold, and prose, JSON, CSV, XML and markdown do
 _FOREIGN = re.compile(r"[{}\[\]()<>\"'`,;\x00-\x08\x0a-\x1f\x7f]")
 
+# an item with a weight, as in LibSVM's files, or with a time behind
+_PAIR = re.compile(r"[0-9]+:-?[0-9]+(\.[0-9]+)?|.+[:@]1[0-9]{9}(\.[0-9]+)?")
+
 
 def read_json(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
     """Read the wanted columns of JSON lines, such as Amazon's reviews; ignore what else is there.
@@ -160,6 +163,9 @@ def read_sequences(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log
     if not users:
         raise BadInput(FIELD, path, f"the file is empty; {SEQUENCES}", fault=True)
     blanks = next((name for name in encoded.names if " " in name), None)
-    notes = () if blanks is None else (f"lines are split at tabs: {short(blanks, 40)} is one item",)
+    notes = [] if blanks is None else [f"lines are split at tabs: {short(blanks, 40)} is one item"]
+    pairs = [name for name in encoded.names[:SAMPLE] if _PAIR.fullmatch(name)]
+    if 2 * len(pairs) > len(encoded.names[:SAMPLE]):
+        notes.append(f"items such as {pairs[0]} look like an item and a value: all of it is the id")
     codes = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    return Log(Ids(codes, list(users)), encoded, name=stem(path), notes=notes)
+    return Log(Ids(codes, list(users)), encoded, name=stem(path), notes=tuple(notes))

@@ -251,3 +251,18 @@ def test_sequences_whose_ids_hold_blanks(tmp_path: Path) -> None:
     for line, fault in (("bob Lost 1", "a single word"), ("bob\t\tLost 1", "no item between")):
         with pytest.raises(BadInput, match=f"line 2 has .*{fault}"):
             read_sequences(write(tmp_path, f"ann\tThe Wire\tLost 1\n{line}\n"), Columns())
+
+
+@pytest.mark.parametrize("item", ["{}:1", "{}:0.5", "i{}:1600000000", "i{}@1600000000.5"])
+def test_items_that_look_like_pairs_are_told(tmp_path: Path, item: str) -> None:
+    names = [item.format(n) for n in range(4)]
+    log = read_sequences(write(tmp_path, f"u1 {' '.join(names)}\n"), Columns())
+    assert raw(log.items) == names
+    (note,) = log.notes
+    assert note.startswith(f"items such as {names[0]} look like an item and a value")
+
+
+@pytest.mark.parametrize("item", ["movie:{}", "isbn:97801234567{}", "{}", "a{}:b", "{}-1"])
+def test_ids_with_a_colon_are_ids(tmp_path: Path, item: str) -> None:
+    names = " ".join(item.format(n) for n in range(10, 14))
+    assert read_sequences(write(tmp_path, f"u1 {names}\n"), Columns()).notes == ()

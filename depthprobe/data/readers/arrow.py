@@ -29,8 +29,9 @@ EARLY, LAST = (
 COMPACT = {digits: "%Y%m%d%H%M%S"[: digits - 2] for digits in (4, 6, 8, 10, 12, 14)}
 COMPACT[17] = "%Y%m%d%H%M%S%f"
 
+DAY, NO_ZONE = 86_400, "times without a zone are read as UTC"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-_LIST = re.compile(r"\[.*\]|\(.*,.*\)|[0-9]+([\s,|]+[0-9]+)+")  # of items, in a cell
+_LIST = re.compile(r"\[.*\]|\([^,]*,.*\)|[0-9]+([\s,|]+[0-9]+)+")  # of items, in a cell
 SAMPLE = 1000  # ids that are looked at
 _LOCAL = r":\d\d(\.\d+)?$"
 _TIME = (
@@ -191,7 +192,7 @@ def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
         # `2024-05-31 18:30:00 UTC`, as BigQuery writes it
         texts = pc.replace_substring_regex(values, r"\s*(UTC|GMT|z)$", "Z")
         if pc.any(pc.match_substring_regex(texts, _LOCAL)).as_py():
-            notes = ["times without a zone are read as UTC"]
+            notes = [NO_ZONE]
         stamps = pd.to_datetime(texts.to_pandas(), format="ISO8601", utc=True, errors="coerce")
     elif pa.types.is_date(values.type):
         values = values.cast(pa.date32()).cast(pa.timestamp("s"))
@@ -206,6 +207,8 @@ def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
     if pa.types.is_timestamp(values.type):  # one with a zone is held in UTC
         factor = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
         numbers = values.cast(pa.int64()).to_numpy()
+        if not notes and values.type.tz is None and (numbers % (DAY * factor)).any():
+            notes = [NO_ZONE]
     else:
         units = np.searchsorted(BOUNDS, numbers)  # (N,): places in UNITS
         if (units != units[0]).any():

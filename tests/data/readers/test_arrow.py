@@ -205,6 +205,18 @@ def test_zones_are_noted_where_there_are_none() -> None:
     assert notes("2024-05-31 12:00:00Z") == notes("2024-05-31") == ()
 
 
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("zone", [None, "UTC"])
+def test_timestamps_without_a_zone_are_noted_as_texts_are(unit: str, zone: str | None) -> None:
+    def notes(*moments: dt.datetime) -> tuple[str, ...]:
+        values = pa.chunked_array([pa.array(moments, pa.timestamp(unit, zone))])
+        return to_seconds(Column(values, "time", SOURCE))[1]
+
+    midnight = NOON.replace(hour=0)
+    assert notes(midnight, NOON) == (() if zone else ("times without a zone are read as UTC",))
+    assert notes(midnight) == ()
+
+
 # days and moments, and how one writes them as a number
 MOMENTS = st.datetimes(dt.datetime(1971, 1, 1), dt.datetime(2199, 12, 31))
 WRITTEN = {"%Y": "year", "%Y%m": "month", "%Y%m%d": "day", "%Y%m%d%H": "hour"}

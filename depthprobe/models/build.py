@@ -14,7 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import not_finite, pretrained, pretrained_tokenizer
+from depthprobe.models.backbones import (
+    QUANTIZED_MARKS,
+    not_finite,
+    pretrained,
+    pretrained_tokenizer,
+)
 from depthprobe.models.blocks import check_tokens, find_blocks, refusal
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
@@ -179,17 +184,29 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
             lora_dropout=0.05,
             target_modules=_mlp_projections(backbone),
         )
-        inject_adapter_in_model(lora, backbone)
+        # In the blocks alone: of a model that it knows, PEFT would adapt other weights than asked,
+        # or none. What packed weights are it looks up where it is.
+        blocks = find_blocks(backbone)
+        for name in QUANTIZED_MARKS:
+            if hasattr(backbone, name):
+                setattr(blocks, name, getattr(backbone, name))
+        inject_adapter_in_model(lora, blocks)
 
 
 def _mlp_projections(backbone: PreTrainedModel) -> list[str]:
-    """Paths of the linear maps of the blocks outside attention (gate, up and down in Llama)."""
+    """Paths in the blocks of their linear maps outside attention (gate, up and down in Llama).
+
+    Of a state-space mixer the first alone: kernels take the others' weights without calling them,
+    and an adapter there would do nothing.
+    """
     blocks = find_blocks(backbone)
-    prefix = next(name for name, module in backbone.named_modules() if module is blocks)
+    mixers = {name for name, module in blocks.named_modules() if hasattr(module, "A_log")}
+    linear = [name for name, m in blocks.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     paths = [
-        f"{prefix}.{name}"
-        for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and "att" not in name.lower()
+        name
+        for name in linear
+        if "att" not in name.lower()
+        and (name.rpartition(".")[0] not in mixers or ".in_proj" in name)
     ]
     if not paths:
         raise refusal(backbone, "no linear map outside attention to put LoRA on; use tuning = full")
@@ -206,6 +223,8 @@ def merge_lora(model: nn.Module) -> None:
         layer.merge(safe_merge=True)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+    for module in model.modules():
+        vars(module).pop("peft_config", None)
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:

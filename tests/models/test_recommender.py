@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from transformers import PreTrainedModel
 
 from depthprobe.models.backbones import embedded_tokenizer
@@ -20,8 +21,10 @@ from depthprobe.models.build import (
     prompt_and_suffix,
     save_trained,
 )
+from depthprobe.models.families import family_config
 from depthprobe.models.recommender import Recommender, best_columns
 from depthprobe.models.taps import tap_blocks
+from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 
 PROMPT = (3, 1, 4, 1, 5)
@@ -109,6 +112,31 @@ def test_merged_lora_is_a_plain_model(make_model: Callable[..., PreTrainedModel]
         merge_lora(model)
         torch.testing.assert_close(model(HISTORIES), before, rtol=1e-9, atol=1e-10)
     assert set(model.backbone.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    "kind", ["mamba", "mamba2", "falcon_h1", "jamba", "bamba", "qwen3_next", "deepseek_v3"]
+)
+def test_lora_acts_wherever_it_sits(kind: str) -> None:
+    """PEFT knows these families: it refuses some maps, and of mixtures adapts others than asked."""
+    model = Recommender(tiny_model(family_config(kind), depth=2).float(), torch.randn(9, 6), PROMPT)
+    plain = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    make_trainable(model, Backbone(tuning="lora", lora_rank=2))
+    model.eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.05)
+    before = model(HISTORIES)
+    before.square().sum().backward()
+    adapters = {n: w.grad for n, w in model.named_parameters() if "lora_" in n}
+    assert adapters
+    assert {name.partition(".lora_")[0] for name in adapters} <= plain
+    for name, gradient in adapters.items():
+        assert gradient is not None, name
+        assert gradient.abs().any(), name
+    merge_lora(model)
+    torch.testing.assert_close(model(HISTORIES), before, rtol=1e-4, atol=1e-5)
+    assert not any(hasattr(part, "peft_config") for part in model.modules())
 
 
 def test_prompt_begins_once_with_the_start_token() -> None:

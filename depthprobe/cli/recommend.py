@@ -15,10 +15,11 @@ import typer
 
 from depthprobe.cli.options import check_output_file, option, path, whole
 from depthprobe.cli.terminal import echo
-from depthprobe.data.readers.streams import split_words
+from depthprobe.data.readers.streams import head, split_words
 from depthprobe.errors import BadInput, short, visible
 from depthprobe.files import complete_file
 from depthprobe.formatting import plural
+from depthprobe.study import Data
 
 if TYPE_CHECKING:
     from depthprobe.models.export import ExportedRecommender
@@ -33,7 +34,8 @@ def recommend(
         Path, typer.Argument(metavar="DIR", help="A folder that export wrote.", parser=path)
     ],
     history: Annotated[
-        Path, option("FILE", "A line a user: user item item ..., oldest first.", parser=path)
+        Path,
+        option("FILE", "A line a user: user item item ..., oldest first; or a log.", parser=path),
     ],
     top: Annotated[int, option("K", "How many items a user.", parser=whole)] = 10,
     device: Annotated[str, option("auto|cpu|cuda|mps", "Where to compute.")] = "auto",
@@ -100,11 +102,19 @@ def _opened(output: Path | None) -> Iterator[TextIO]:
 
 def read_histories(
     file: BinaryIO, path: Path, model: ExportedRecommender
-) -> Iterator[tuple[int, str, list[str]]]:
-    """Line number, user and items of each ``user item item ...`` line; empty lines are skipped.
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Place, user and items of each ``user item item ...`` line; empty lines are skipped.
 
-    Where ids of the catalogue hold blanks, tabs alone split a line.
+    Where ids of the catalogue hold blanks, tabs alone split a line. A table whose header names the
+    columns is read as a log is, each user's items in the order of time.
     """
+    if path.is_file() and is_log(path):
+        from depthprobe.data.prepared import read_data
+
+        log = read_data(Data(source=str(path), ties="file"))
+        for number, user in enumerate(log.user_ids.tolist()):
+            yield f"user {short(user, 40)}", user, log.item_ids[log.history(number) - 1].tolist()
+        return
     blank = next((item for item in model.item_ids if len(item.split()) > 1), None)
     file.seek(0)
     for number, raw in enumerate(file, start=1):
@@ -119,7 +129,15 @@ def read_histories(
                 allowed += f", with one tab between: ids hold blanks, as {short(blank, 40)} does"
             raise BadInput("history", f"{path}, line {number}", allowed)
         if items:
-            yield number, user, items
+            yield f"line {number}", user, items
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is a table that says which of its columns are users and items."""
+    from depthprobe.data.readers.tables import names_columns  # pyarrow is slow to import
+
+    start = head(path)
+    return start.startswith("PAR1") or names_columns(start)
 
 
 def count_left(
@@ -133,18 +151,18 @@ def count_left(
         BadInput: for the first unknown item, unless they are allowed; for a file without a user.
     """
     items = users = few = 0
-    number = None
-    for number, _, history in read_histories(file, path, model):
+    place = None
+    for place, _, history in read_histories(file, path, model):
         strange = [item for item in history if item not in model.numbers]
         if strange and not unknown:
-            where = f"in the catalogue, in {path}, line {number}"
+            where = f"in the catalogue, in {path}, {place}"
             known = f"an item of the {len(model.item_ids):,} {where}"
             raise BadInput("history", strange[0], f"{known} (--skip-unknown leaves such items out)")
         items += len(strange)
         users += len(strange) == len(history)
         had = len(set(history).difference(strange))
         few += model.filter_seen and had > len(model.item_ids) - top and had > 0
-    if number is None:
+    if place is None:
         raise BadInput("history", path, "at least one line: user item item ...")
     return items, users, few
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -258,3 +259,23 @@ def test_other_ids_are_split_at_any_blanks(
     outcome = cli("recommend", folder, "--history", history, "--top", "1")
     (answer,) = load_recommender(folder).recommend([["i1", "i2"]], top=1)
     assert outcome.out.splitlines()[1].split("\t")[:3] == ["ann", "1", answer[0].item]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_that_names_its_columns_is_read_as_a_log(
+    cli: Cli, with_blanks: Path, tmp_path: Path, suffix: str
+) -> None:
+    rows = [("i5", "ann lee", 3), ("The Wire", "ann lee", 1), ("Wire", "bob", 2), ("i6", "bob", 1)]
+    table = pd.DataFrame(rows, columns=["item_id", "user_id", "timestamp"])
+    log, lines = tmp_path / f"log.{suffix}", tmp_path / "users.txt"
+    table.to_csv(log, index=False) if suffix == "csv" else table.to_parquet(log)
+    lines.write_text("ann lee\tThe Wire\ti5\nbob\ti6\tWire\n")
+    answers = [cli("recommend", with_blanks, "--history", file) for file in (log, lines)]
+    assert answers[0].code == 0
+    assert answers[0].out == answers[1].out
+    table.loc[3, "item_id"] = "The Sopranos"
+    table.to_csv(tmp_path / "other.csv", index=False)
+    outcome = cli("recommend", with_blanks, "--history", tmp_path / "other.csv")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "user 'bob'" in outcome.err
+    assert "'The Sopranos'" in outcome.err

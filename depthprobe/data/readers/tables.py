@@ -287,16 +287,22 @@ def _alike(line: str, like: list[re.Pattern[str] | None], delimiter: str) -> boo
     return all(one is None or one.fullmatch(cell) for one, cell in zip(like, cells, strict=True))
 
 
+def names_columns(start: str) -> bool:
+    """Whether the first line is a header that names the column of users and that of items."""
+    known = [{simple(one) for line in SPELLINGS[what] for one in line} for what in REQUIRED]
+    headers = [{simple(name) for name in rows[0]} for _, rows in _splits(start).values()]
+    return any(all(header & names for names in known) for header in headers)
+
+
 def is_table(start: str) -> bool:
     """Whether some delimiter splits the lines alike.
 
     Users' sequences may lie between tabs or blanks too, and be of one length. A table has a header
     or, in its first column, an id again: a sequence file has each user once.
     """
-    known = [{simple(one) for line in SPELLINGS[what] for one in line} for what in REQUIRED]
+    if names_columns(start):
+        return True
     for delimiter, (alike, rows) in _splits(start).items():
-        if all({simple(name) for name in rows[0]} & names for names in known):
-            return True
         sure = delimiter in DELIMITERS and delimiter != "\t"
         if alike > 0.9 and (sure or len({row[0] for row in rows}) < len(rows)):
             return True

@@ -384,6 +384,8 @@ def load_backbone(
         stored = model.state_dict().items() if weights else _stored(files)
         if (name := not_finite(stored)) is not None:
             allowed = f"its weight {name} holds NaN or infinity: the checkpoint is damaged"
+            if kind == torch.float16:
+                allowed += ", or has weights beyond the range of float16 (bfloat16 has float32's)"
             raise BadInput("backbone", str(path_or_id), allowed, fault=True)
     if packed is not None:
         # A recommender holds the base model alone; without the marks there, LoRA would treat packed

@@ -520,6 +520,15 @@ def test_a_head_that_alone_is_missing_is_tied(saved, caplog, tmp_path, whole):
         load_backbone(saved, weights=whole)
 
 
+def test_weights_beyond_a_dtype_are_told_from_damage(saved):
+    file, name = saved / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(file)
+    save_file(weights | {name: weights[name] * 1e7}, file, metadata={"format": "pt"})
+    load_backbone(saved, dtype="bfloat16")
+    with pytest.raises(BadInput, match=f"{name} holds NaN or infinity: .* the range of float16"):
+        load_backbone(saved, dtype="float16")
+
+
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int32])
 def test_a_weight_of_whole_numbers_is_refused(saved, whole, kind):

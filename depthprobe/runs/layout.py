@@ -420,7 +420,7 @@ def _new_manifest(
 
 # --- where numbers come from: machine, versions, git ---------------------------------------------
 
-FOR_JOBS = 0.75  # of the machine's memory
+FOR_JOBS = 0.6  # of the machine's memory: the sweep itself and other work need some
 MOST_JOBS = 4  # by default on a CPU: each job holds its own copy of the model
 PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")
 

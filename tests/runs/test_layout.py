@@ -39,7 +39,7 @@ def test_sizes_beyond_the_log_the_backbone_or_the_memory(
     [
         (None, 0, 9, 4),  # no backbone: a core each, at most four
         (None, 1e9, 9, 4),
-        (None, 5e9, 9, 3),  # 18 of 24 GB
+        (None, 5e9, 9, 2),  # 14.4 of 24 GB
         (None, 90e9, 9, 1),
         (None, 1e9, 2, 2),
         (3, 90e9, 9, 3),  # who asks for them gets them

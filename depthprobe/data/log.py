@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
+from typing import TypeVar
 
 import numpy as np
 
 from depthprobe.errors import BadInput, short
 
+T = TypeVar("T")
 PARTS = ("training", "validation", "test")
 LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
 _DIGITS = re.compile(r"[0-9]+")
@@ -97,14 +99,12 @@ def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
 def id_notes(ids: Ids, what: str) -> list[str]:
     """What tells that ids of a ``what`` were missing, or went through numbers and may be fewer."""
     names = [name.strip() for name in ids.names]
-    notes, numbers, spelled = [], dict[Decimal, str](), []
-    for name in filter(_NUMBER.fullmatch, names):
-        first = numbers.setdefault(Decimal(name), name)
-        if first != name:
-            spelled.append(f"{first} and {name}")
+    notes = []
+    numbers, spelled = _alike(filter(_NUMBER.fullmatch, names), Decimal)
     if spelled:
         which = f"{len(spelled):,} {what} ids spell a number that another one spells too"
-        notes.append(f"{which}, such as {spelled[0]}: each spelling is counted as one {what}")
+        pair = " and ".join(spelled[0])
+        notes.append(f"{which}, such as {pair}: each spelling is counted as one {what}")
     if powers := [name for name in numbers.values() if "e" in name.lower()]:
         rounded = f"{len(powers):,} {what} ids are written with a power of ten, such as {powers[0]}"
         notes.append(f"{rounded}: if they were rounded, several {what}s are one")
@@ -117,13 +117,10 @@ def id_notes(ids: Ids, what: str) -> list[str]:
             why = f"all {len(large):,} {what} ids above {2**bits:,} are exact as {kind.__name__}"
             notes.append(f"{why}: if they were written as such, several {what}s are one")
             break
-    plain, alike = dict[str, str](), []
-    for name in names if any(not name.isascii() for name in names) else ():
-        first = plain.setdefault(_plain(name), name)
-        if first != name:
-            alike.append(f"{ascii(first[:40])} and {ascii(name[:40])}")
+    _, alike = _alike(() if all(map(str.isascii, names)) else names, _plain)
     if alike:
-        which = f"{len(alike):,} {what} ids look like another one, such as {alike[0]}"
+        pair = " and ".join(ascii(name[:40]) for name in alike[0])
+        which = f"{len(alike):,} {what} ids look like another one, such as {pair}"
         notes.append(f"{which}: each spelling is counted as one {what}")
     if lost := [name for name in names if "\ufffd" in name]:
         which = f"{len(lost):,} {what} ids hold \ufffd, such as {short(lost[0], 40)}"
@@ -133,6 +130,13 @@ def id_notes(ids: Ids, what: str) -> list[str]:
             rows = int((ids.codes == code).sum())
             notes.append(f"{rows:,} interactions are of the {what} {name!r}: is the id missing?")
     return notes
+
+
+def _alike(names: Iterable[str], key: Callable[[str], T]) -> tuple[dict[T, str], list[list[str]]]:
+    """The first name of each key, and what has the key of another one, after that one."""
+    firsts: dict[T, str] = {}
+    pairs = [[firsts.setdefault(key(name), name), name] for name in names]
+    return firsts, [[first, name] for first, name in pairs if first != name]
 
 
 def _plain(name: str) -> str:

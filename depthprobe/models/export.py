@@ -108,8 +108,10 @@ class ExportedRecommender:
         at_once = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))  # users scored at once
         while order:
             # the longest first; of histories in words fewer at a time
-            room = BATCH if self.model.words is None else max(1, POSITIONS // sizes[order[-1]])
-            batch, order = order[-min(room, BATCH) :], order[: -min(room, BATCH)]
+            room = BATCH
+            if self.model.words is not None:
+                room = max(1, min(BATCH, POSITIONS // sizes[order[-1]]))
+            batch, order = order[-room:], order[:-room]
             vectors = self.model.encode(*self._padded([known[p] for p in batch]), prompt)  # (B, d)
             for first in range(0, len(batch), at_once):
                 places = batch[first : first + at_once]

@@ -34,7 +34,7 @@ from depthprobe.models.build import (
 )
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.models.words import item_tokens
+from depthprobe.models.words import Words, item_tokens
 from depthprobe.probing.replace import Replacement
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial
 from depthprobe.runs.records import (
@@ -293,8 +293,7 @@ class Context:
         """How many positions a recommender reads of each of these histories of item ids."""
         if self.item_tokens is None:
             return [len(history) for history in histories]
-        sizes = np.array([0, *map(len, self.item_tokens)])
-        return [int(sizes[history].sum()) for history in histories]
+        return Words(self.item_tokens).lengths(histories)
 
     def trained(self, trial: Trial) -> Recommender:
         """A trained recommender from disk, in eval mode."""

@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | notebooks | docs | clean. Needs Python 3.11 or newer and the package index, nothing else.
+# make demo | smollm2 | test | test-all | lint | notebooks | docs | clean. Needs Python 3.11 or newer and the package index, nothing else.
 SHELL := /bin/sh
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -12,10 +12,12 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	>/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test test-all lint notebooks docs page-check clean
+.PHONY: help demo smollm2 test test-all lint notebooks docs page-check clean
 
 help:
 	@echo "make demo   install and run the embedded study; prints the path of its report"
+	@echo "make smollm2   fetch a language model of 135 million parameters and sweep ml-100k with it,"
+	@echo "            or a log of yours: DATA=path/to/log"
 	@echo "make test   install and run the tests, without the slow ones (ARGS='-k name' selects)"
 	@echo "make test-all   all tests: every family, every notebook, long runs"
 	@echo "make lint   ruff, mypy --strict, the direction of imports"
@@ -26,6 +28,11 @@ help:
 
 demo: $(VENV)/.runtime
 	$(BIN)/depthprobe sweep $(ARGS)
+
+DATA ?= ml-100k
+smollm2: $(VENV)/.runtime
+	test -d build/smollm2 || $(BIN)/python analyses/real_llm/smollm2.py build/smollm2
+	$(BIN)/depthprobe sweep analyses/real_llm/quick.toml --data $(DATA) $(ARGS)
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)

@@ -164,6 +164,7 @@ class Cleaning(Checked):
     #: drop users and items with fewer interactions, again and again until none is left (k-core); 1
     #: drops nothing.
     core: Many = 1
+    users: Many | None = None  #: keep so many users, drawn at random: a larger log, tried out.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +205,13 @@ class Backbone(Checked):
     #: store the weights of the blocks in fewer bits; on a GPU, with bitsandbytes, and with
     #: ``tuning`` ``lora`` or ``frozen`` alone.
     quantize: Quantization = "none"
-    #: train every weight of the blocks (``full``), low-rank updates of the MLP projections
-    #: (``lora``, as SLMRec does), or the adapters alone (``frozen``).
+    #: train every weight of the blocks (``full``), low-rank updates of some of their linear maps
+    #: (``lora``), or the adapters alone (``frozen``).
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: Width = 16  #: the rank of those updates.
+    #: what they update: ``mlp`` (SLMRec's way), ``attention``, ``all``, or maps by name, as
+    #: ``q_proj`` or ``mlp.up_proj``.
+    lora_targets: tuple[str, ...] = ("mlp",)
     prompt: str = PROMPT  #: what the model reads before the items; may be empty.
     #: an item of a history is one vector, its row of the item table through an adapter
     #: (``items``, SLMRec's way), or the tokens of its title (``titles``). Items are scored by the
@@ -229,6 +233,8 @@ class Backbone(Checked):
         if self.quantize != "none" and self.tuning == "full":
             allowed = "tuning = lora or frozen beside it (quantised weights can't be trained)"
             raise BadInput("quantize", self.quantize, allowed)
+        if not self.lora_targets or "" in self.lora_targets:
+            raise BadInput("lora_targets", self.lora_targets, "mlp, attention, all, or names")
         if self.trust_remote_code and not self.revision:
             raise BadInput("revision", None, "a pinned revision for remote code")
         if self.title_template.count(TITLE) != 1:

@@ -17,13 +17,16 @@ ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "analyses").glob("*/*.toml"))
 READMES = sorted((ROOT / "analyses").glob("*/README.md"))
 REPORTS = ROOT / "reports"
+BLOCKS = {"plaintext": 12, "smollm2": 30}  # of the backbones that the studies name
 TEXT = {".html", ".csv", ".md", ".toml"}
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_a_study_can_be_planned(file: Path) -> None:
     study = load_study(file)
-    tasks = plan(study, 12 if "plaintext" in study.backbone.source else 5)
+    source = study.backbone.source
+    blocks = next((n for part, n in BLOCKS.items() if part in source), 5)
+    tasks = plan(study, blocks)
     planned = {trial.method for task in tasks for trial in task.trials}
     assert all(method_of(name).table for name in set(study.methods) - planned)
 

@@ -73,6 +73,8 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ('[backbone]\ndtype = "int8"', ["backbone.dtype", "'int8'", "auto, float32, bfloat16"]),
         ('[backbone]\nattention = "a/b"', ["backbone.attention", "'a/b'", "eager, sdpa"]),
         ('[backbone]\nquantize = "2bit"', ["backbone.quantize", "'2bit'", "none, 8bit, 4bit"]),
+        ("[backbone]\nlora_targets = []", ["backbone.lora_targets", "()", "attention"]),
+        ('[backbone]\nlora_targets = "all"', ["backbone.lora_targets", "'all'", "a list"]),
         ('[backbone]\nquantize = "4bit"', ["backbone.quantize", "lora or frozen", "trained"]),
         (
             'device = "cpu"\n[backbone]\nquantize = "8bit"\ntuning = "lora"',

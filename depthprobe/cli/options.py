@@ -103,6 +103,7 @@ LOG = {  # how a log is read and cleaned
     ),
     "latest": Flag("data.cleaning.latest", "N", "Keep so many of each user's.", int),
     "core": Flag("data.cleaning.core", "K", "Keep users and items with K or more (k-core).", int),
+    "users": Flag("data.cleaning.users", "N", "Keep so many users, drawn at random.", int),
 }
 SPLIT = {
     "split": Flag("protocol.split", "leave-one-out|temporal|given", "What trains, what tests."),

@@ -1,4 +1,4 @@
-"""Which interactions stay: minimum rating, repeats, the latest of each user, k-core.
+"""Which interactions stay: minimum rating, repeats, each user's latest, k-core, some users.
 
 Works on interactions that are sorted by user and, within a user, by time. Every step is counted.
 """
@@ -61,6 +61,8 @@ def clean(
         step(f"latest {rules.latest} of a user", newest(users[keep], rules.latest))
     if rules.core > 1:
         step(f"{rules.core}-core", k_core(users[keep], items[keep], rules.core))
+    if rules.users is not None:
+        step(f"{rules.users:,} users at most", some(users[keep], rules.users))
     return keep, tuple(steps)
 
 
@@ -97,6 +99,12 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> Keep:
     keep = np.zeros(len(users), dtype=bool)
     keep[rows] = True
     return keep
+
+
+def some(users: np.ndarray, count: int) -> Keep:
+    """The interactions of so many users, drawn at random: fewer of them are some of more."""
+    drawn = np.random.default_rng(0).permutation(np.unique(users))[:count]
+    return np.isin(users, drawn)
 
 
 def _count(name: str, keep: Keep, users: np.ndarray, items: np.ndarray) -> Step:

@@ -20,7 +20,7 @@ from depthprobe.models.backbones import (
     pretrained,
     pretrained_tokenizer,
 )
-from depthprobe.models.blocks import check_tokens, find_blocks, refusal
+from depthprobe.models.blocks import check_tokens, find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
@@ -182,7 +182,7 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
             r=settings.lora_rank,
             lora_alpha=settings.lora_rank,
             lora_dropout=0.05,
-            target_modules=_mlp_projections(backbone),
+            target_modules=lora_maps(backbone, settings.lora_targets),
         )
         # In the blocks alone: of a model that it knows, PEFT would adapt other weights than asked,
         # or none. What packed weights are it looks up where it is.
@@ -193,24 +193,43 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
         inject_adapter_in_model(lora, blocks)
 
 
-def _mlp_projections(backbone: PreTrainedModel) -> list[str]:
-    """Paths in the blocks of their linear maps outside attention (gate, up and down in Llama).
+def lora_maps(backbone: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Paths in the blocks of the linear maps that targets name: those that LoRA adapts.
 
-    Of a state-space mixer the first alone: kernels take the others' weights without calling them,
-    and an adapter there would do nothing.
+    Args:
+        targets: ``attention``, ``mlp`` (all maps outside attention), ``all``, or the last parts of
+            a map's path in its block, as ``q_proj`` or ``mlp.up_proj``.
+
+    Raises:
+        BadInput: for the first target that names no map.
     """
     blocks = find_blocks(backbone)
     mixers = {name for name, module in blocks.named_modules() if hasattr(module, "A_log")}
-    linear = [name for name, m in blocks.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    # Of a state-space mixer the first alone: kernels take the others' weights without calling them,
+    # and an adapter there would do nothing.
     paths = [
         name
-        for name in linear
-        if "att" not in name.lower()
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
         and (name.rpartition(".")[0] not in mixers or ".in_proj" in name)
     ]
-    if not paths:
-        raise refusal(backbone, "no linear map outside attention to put LoRA on; use tuning = full")
-    return paths
+    named = {
+        "all": paths,
+        "mlp": [path for path in paths if "att" not in path.lower()],
+        "attention": [path for path in paths if "att" in path.lower()],
+    }
+    chosen: set[str] = set()
+    for target in targets:
+        inside = (f".{path.partition('.')[2]}" for path in paths)  # without the block's number
+        ends = [p for p, part in zip(paths, inside, strict=True) if part.endswith(f".{target}")]
+        found = named.get(target, ends)
+        if not found:
+            groups = [name for name, group in named.items() if group]
+            known = [*groups, *dict.fromkeys(path.rpartition(".")[2] for path in paths)]
+            allowed = f"some of {', '.join(known)}" if known else "tuning = full (no map to adapt)"
+            raise BadInput("backbone.lora_targets", target, allowed)
+        chosen.update(found)
+    return [path for path in paths if path in chosen]
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from depthprobe.models.backbones import (
     resolve_device,
 )
 from depthprobe.models.blocks import check_tokens
-from depthprobe.models.build import check_lengths, prompt_and_suffix
+from depthprobe.models.build import check_lengths, lora_maps, prompt_and_suffix
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
 from depthprobe.models.words import item_tokens, look_alikes
@@ -225,6 +225,8 @@ def _checked(
     model = pretrained(settings, weights=False)
     facts = BackboneFacts(**describe(model, settings.source, backbone_revision(settings)))
     check_tokens("backbone.reads", settings.reads, chain.from_iterable(tokens), model)
+    if settings.tuning == "lora":
+        lora_maps(model, settings.lora_targets)  # refuses names of no map
     # refuses texts that it can't read, and a decoder without tokens
     facts.prompt = [*map(list, prompt_and_suffix(settings, model))]
     trained = [task.trials[-1] for task in tasks if method_of(task.method).trains]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprobe.data.cleaning import Step, clean, k_core, newest, once
+from depthprobe.data.cleaning import Step, clean, k_core, newest, once, some
 from depthprobe.errors import BadInput
 from depthprobe.study import Cleaning
 
@@ -72,11 +72,22 @@ def test_newest_is_a_slice(pairs: list[tuple[int, int]], count: int) -> None:
     assert np.flatnonzero(newest(users, count)).tolist() == sorted(expected)
 
 
+@given(PAIRS, st.integers(1, 9))
+def test_some_users_stay_whole_and_more_hold_fewer(
+    pairs: list[tuple[int, int]], count: int
+) -> None:
+    users, _ = columns(pairs)
+    kept = set(users[some(users, count)].tolist())
+    assert len(kept) == min(count, len(set(users.tolist())))
+    assert some(users, count).tolist() == [user in kept for user in users.tolist()]
+    assert kept <= set(users[some(users, count + 1)].tolist())
+
+
 def test_steps_are_counted_in_order() -> None:
     users = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
     items = np.array([0, 1, 1, 2, 0, 1, 3, 0, 1, 2])
     ratings = np.array([5, 5, 4, 1, 3, 4, 3, 5, 3, 2.9])
-    rules = Cleaning(min_rating=3, repeats="last", latest=2, core=2)
+    rules = Cleaning(min_rating=3, repeats="last", latest=2, core=2, users=1)
     keep, steps = clean(users, items, ratings, rules)
     assert steps == (
         Step("as read", 10, 3, 4),
@@ -84,8 +95,9 @@ def test_steps_are_counted_in_order() -> None:
         Step("last of a repeat", 7, 3, 3),  # u0: 0 1
         Step("latest 2 of a user", 6, 3, 3),  # u1: 1 3
         Step("2-core", 4, 2, 2),  # 3 goes, then u1
+        Step("1 users at most", 2, 1, 2),
     )
-    assert np.flatnonzero(keep).tolist() == [0, 2, 7, 8]
+    assert np.flatnonzero(keep).tolist() in ([0, 2], [7, 8])
     assert clean(users, items, ratings, Cleaning())[1] == (Step("as read", 10, 3, 4),)
 
 

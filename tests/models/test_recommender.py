@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
+from depthprobe.errors import BadInput
 from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.build import (
     learned_table,
@@ -78,11 +79,49 @@ def test_what_is_trained(tuning: str, make_model: Callable[..., PreTrainedModel]
         assert any("self_attn" in name for name in inside)
 
 
+ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("mlp",), MLP),
+        (("attention",), ATTENTION),
+        (("all",), ATTENTION | MLP),
+        (("q_proj", "mlp.up_proj"), {"self_attn.q_proj", "mlp.up_proj"}),
+        (("attention", "down_proj", "q_proj"), ATTENTION | {"mlp.down_proj"}),
+    ],
+)
+def test_lora_trains_what_is_named(
+    targets: tuple[str, ...], expected: set[str], make_model: Callable[..., PreTrainedModel]
+) -> None:
+    model = build(make_model("llama"))
+    make_trainable(model, Backbone(tuning="lora", lora_targets=targets))
+    trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+    depth = model.backbone.config.num_hidden_layers
+    assert trained == {
+        f"layers.{block}.{path}.lora_{side}.default.weight"
+        for block in range(depth)
+        for path in expected
+        for side in "AB"
+    }
+
+
+@pytest.mark.parametrize("target", ["c_attn", "proj", "0.mlp.up_proj", "layers", "q_proj."])
+def test_lora_on_no_map_is_refused(target: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    model = build(make_model("llama"))
+    with pytest.raises(BadInput, match=r"lora_targets: expected some of .*q_proj.*, got ") as told:
+        make_trainable(model, Backbone(tuning="lora", lora_targets=("all", target)))
+    assert told.value.value == target
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
 def test_trained_weights_survive_the_disk(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     for tuning in ("full", "lora"):
-        settings = Backbone(tuning=tuning)  # type: ignore[arg-type]
+        settings = Backbone(tuning=tuning, lora_targets=("mlp", "q_proj"))  # type: ignore[arg-type]
         model, other = build(make_model("llama")).float(), build(make_model("llama")).float()
         for each in (model, other):
             make_trainable(each, settings)
@@ -99,10 +138,14 @@ def test_trained_weights_survive_the_disk(
             load_trained(build(make_model("gpt2")), tmp_path / tuning)
 
 
-def test_merged_lora_is_a_plain_model(make_model: Callable[..., PreTrainedModel]) -> None:
-    model = build(make_model("llama"))
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("target", ["mlp", "attention", "all"])
+def test_merged_lora_is_a_plain_model(
+    name: str, target: str, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    model = build(make_model(name))
     keys = set(model.backbone.state_dict())
-    make_trainable(model, Backbone(tuning="lora"))
+    make_trainable(model, Backbone(tuning="lora", lora_targets=(target,)))
     model.double().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -119,9 +162,10 @@ def test_merged_lora_is_a_plain_model(make_model: Callable[..., PreTrainedModel]
 )
 def test_lora_acts_wherever_it_sits(kind: str) -> None:
     """PEFT knows these families: it refuses some maps, and of mixtures adapts others than asked."""
+    settings = Backbone(tuning="lora", lora_rank=2, lora_targets=("all",))
     model = Recommender(tiny_model(family_config(kind), depth=2).float(), torch.randn(9, 6), PROMPT)
     plain = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    make_trainable(model, Backbone(tuning="lora", lora_rank=2))
+    make_trainable(model, settings)
     model.eval()
     for name, weight in model.named_parameters():
         if "lora_B" in name:

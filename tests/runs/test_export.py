@@ -32,7 +32,10 @@ PROBED = ("full", "early-exit", "skip", "finetune")
 LAST = Recipe(epochs=2, batch_size=16, learning_rate=0.01, objective="last")
 # what differs from the small study
 RUNS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
-    "lora": ({"methods": (*PROBED, "replace", "heal")}, {"tuning": "lora", "lora_rank": 4}),
+    "lora": (
+        {"methods": (*PROBED, "replace", "heal")},
+        {"tuning": "lora", "lora_rank": 4, "lora_targets": ("mlp", "v_proj")},
+    ),
     "bfloat16": ({"methods": (*PROBED, "replace", "distill", "elastic")}, {"dtype": "bfloat16"}),
     "frozen": (
         {"methods": ("full", "finetune")},
@@ -130,6 +133,7 @@ def test_ranks_of_the_export_are_the_trials(
         source = dp.load_backbone(run.study.backbone.source).model.layers[record.kept[0]]
         exported = model.model.layers[0]
         assert torch.equal(exported.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
+        assert not torch.equal(exported.self_attn.v_proj.weight, source.self_attn.v_proj.weight)
         assert not torch.equal(exported.mlp.up_proj.weight, source.mlp.up_proj.weight)
     names = {path.name for path in folder.iterdir()}
     assert {"README.md", "recommender.json", "recommender.safetensors"} <= names

@@ -21,6 +21,10 @@ from depthprobe.study import Study, override
     ("changes", "words"),
     [
         ({"backbone.tuning": "lora", "backbone.lora_rank": 60_000}, "backbone.lora_rank: .* width"),
+        (
+            {"backbone.tuning": "lora", "backbone.lora_targets": ["query"]},
+            "backbone.lora_targets: expected some of all, mlp, attention, q_proj, .*, got 'query'",
+        ),
         ({"distillation.top": 10**6}, "distillation.top: .* items of the log, or 0 for all"),
         ({"sasrec.width": 65_536, "sasrec.blocks": 1000}, "sasrec.width: .* fits the memory"),
     ],

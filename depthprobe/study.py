@@ -277,8 +277,9 @@ class Recipe(Checked):
     #: 1 makes the batches random. Of more, windows are sorted by length within so many batches:
     #: there is less padding, but a step sees windows of one length, and the model is worse for it.
     pool: Count = 1
-    #: what the training computes in, beside weights that stay in their own.
-    precision: Literal["float32", "bfloat16"] = "float32"
+    #: what the training computes in, beside weights that stay in their own; ``auto`` is bfloat16
+    #: for a backbone of 20 million parameters or more on a device that has it in hardware.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False  #: use ``torch.compile``.
 
     def __post_init__(self) -> None:
@@ -562,6 +563,20 @@ class Study(Checked):
                 kept = tuple(n for n in self.methods if not settings_of(self, n).fresh)
                 object.__setattr__(self, "methods", kept)
             self._check_quantized()
+
+    def with_precision(self, precision: Literal["float32", "bfloat16"]) -> Study:
+        """The study with what ``auto`` stands for here; ``auto`` of SASRec is float32."""
+
+        def resolved(recipe: Recipe) -> Recipe:
+            return replace(recipe, precision=precision) if recipe.precision == "auto" else recipe
+
+        variants = {
+            name: variant
+            if variant.recipe is None
+            else replace(variant, recipe=resolved(variant.recipe))
+            for name, variant in self.variants.items()
+        }
+        return replace(self, recipe=resolved(self.recipe), variants=variants)
 
     @property
     def embeds_titles(self) -> bool:

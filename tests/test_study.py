@@ -26,6 +26,7 @@ from depthprobe.study import (
     Slurm,
     Study,
     Tracking,
+    Variant,
     demo_study,
     differences,
     load_study,
@@ -486,3 +487,17 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_prompt_may_hold_what_looks_like_keys(tmp_path: Path) -> None:
     prompt = "a. b. c. " * 16 + "." * 100 + " 1.2.3.4"
     assert load_study(write(tmp_path, f'[backbone]\nprompt = "{prompt}"')).backbone.prompt == prompt
+
+
+def test_auto_precision_is_resolved_for_recommenders_alone() -> None:
+    variants = {
+        "plain": Variant(),
+        "auto": Variant(recipe=Recipe(epochs=2)),
+        "fixed": Variant(recipe=Recipe(precision="float32")),
+    }
+    study = Study(variants=variants).with_precision("bfloat16")
+    assert study.recipe.precision == "bfloat16"
+    assert study.sasrec.recipe.precision == "auto"
+    assert study.variants["auto"].recipe == Recipe(epochs=2, precision="bfloat16")
+    assert study.variants["fixed"].recipe == Recipe(precision="float32")
+    assert study.variants["plain"].recipe is None

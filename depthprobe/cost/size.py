@@ -143,6 +143,13 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // 2
 
 
+def release_memory() -> None:
+    """Give memory that is free again back to the system: glibc keeps gigabytes of a model."""
+    gc.collect()
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
     """Bytes at the worst moment of the block that it wraps, in the yielded dict when that ends.
@@ -160,8 +167,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
         peak["allocated"] = float(torch.cuda.max_memory_allocated(device))
         peak["reserved"] = float(torch.cuda.max_memory_reserved(device))
         return
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, which would hide the peak
+    release_memory()  # what was kept would hide the peak
     process, done = psutil.Process(), threading.Event()
 
     def look() -> None:

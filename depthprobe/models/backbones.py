@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -66,6 +66,7 @@ BESIDE = (
 ADAPTER_FILE = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_BLOCKS = 10_000
+LARGE = 20_000_000  # parameters from which on bfloat16 is the faster one, see analyses/real_llm
 DEPTHS = re.compile(r"(layers?|blocks)$")  # names of fields that say how many there are
 # Recomputed by the model: old checkpoints stored them.
 HARMLESS = re.compile(
@@ -96,6 +97,20 @@ def resolve_device(name: str) -> torch.device:
         here = ", ".join(kind for kind in has if has[kind])
         raise BadInput("device", name, f"auto or one of those on this machine: {here}")
     return torch.device(name)
+
+
+def precision_on(device: torch.device, parameters: int) -> Literal["float32", "bfloat16"]:
+    """What ``precision = "auto"`` is on a device, for a backbone of so many parameters.
+
+    By what the hardware has, and not by a measurement: two runs on one machine must agree.
+    """
+    has = False
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        has = bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+    elif device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has and parameters >= LARGE else "float32"
 
 
 def _resolve_dtype(dtype: str | torch.dtype) -> Any:

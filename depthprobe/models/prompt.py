@@ -20,6 +20,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -201,6 +203,28 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
     again = partial(checkpoint, use_reentrant=False)
     with standing_in([(block, partial(again, block.forward)) for block in find_blocks(model)]):
         yield
+
+
+class ExactAttention(TorchFunctionMode):
+    """Within it, attention computes in float32 where autocast would make it bfloat16.
+
+    A CPU's kernels take up to three times as long for bfloat16, the backward pass above all.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # as torch calls it
+        """Call the function, attention in float32."""
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        wide = [each.float() if _is_half(each) else each for each in args]
+        named = {name: v.float() if _is_half(v) else v for name, v in (kwargs or {}).items()}
+        with torch.autocast("cpu", enabled=False):
+            return func(*wide, **named).to(args[0].dtype)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
 
 
 def take_over(model: PreTrainedModel) -> bool:

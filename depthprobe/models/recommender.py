@@ -20,6 +20,7 @@ from depthprobe.models.blocks import (
     token_embeddings,
 )
 from depthprobe.models.prompt import (
+    ExactAttention,
     cache_argument,
     can_share_prompt,
     checkpointed_blocks,
@@ -193,15 +194,17 @@ class Recommender(nn.Module):
         """
         self.checkpointing = on
 
-    def _saving(self) -> AbstractContextManager[None]:
+    def _running(self) -> AbstractContextManager[Any]:
         """The context in which the backbone runs."""
+        exact = self.backbone.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        own = ExactAttention() if exact else nullcontext()
         if not self.backbone.training:
-            return nullcontext()
+            return own
         if take_over(self.backbone):
             self.checkpointing = True
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpointed_blocks(self.backbone)
-        return nullcontext()
+            return checkpointed_blocks(self.backbone)  # the second run would not be in another
+        return own
 
     def item_matrix(self) -> Tensor:
         """What user vectors are scored against, (I + 1, d); row 0 is padding."""
@@ -239,7 +242,7 @@ class Recommender(nn.Module):
         """The prompt's keys and values at the present weights; None where none are shared."""
         if not len(self.prompt) or self.lead:
             return None
-        with self._saving():
+        with self._running():
             return shared_prompt(self.backbone, self.prompt, first=self.first)
 
     def embed(self, histories: Tensor) -> Tensor:
@@ -314,7 +317,7 @@ class Recommender(nn.Module):
                 (B, lead + T + S, D), with S positions for the suffix.
         """
         prompt = prompt or self.prepare_prompt()
-        with self._saving():
+        with self._running():
             out = self.backbone(**self.inputs(histories, lengths, prompt))
         last: Tensor = out.last_hidden_state.to(self.item_matrix().dtype)
         if states:

@@ -33,6 +33,7 @@ from depthprobe.models.backbones import (
     backbone_revision,
     describe,
     pinned_now,
+    precision_on,
     pretrained,
     pretrained_config,
     pretrained_tokenizer,
@@ -79,7 +80,8 @@ class Inputs:
 
     Attributes:
         study: with the methods and variants that the run has already.
-        working: the same, but for the commit that the backbone's branch or tag stands for.
+        working: the same, but for the commit that the backbone's branch or tag stands for, and the
+            precision that ``auto`` is.
         before: the manifest of the run that is continued; None where a run begins.
         manifest: of a run that would begin with this.
         config: of the backbone's decoder.
@@ -161,8 +163,10 @@ def read_inputs(
     if before is None:
         facts = _checked(backbone, tasks, tokens or [])
         facts.words = words_digest(tokens)
+        facts.precision = precision_on(device, facts.parameters)
     else:  # nothing may be left to do
         facts = before.backbone
+    working = working.with_precision(facts.precision)
     manifest = _new_manifest(merged, split, table, facts, device, command)
     manifest.data.warnings += look_alikes(tokens or [])
     if any(method_of(name).role != "baseline" for name in merged.methods):

@@ -84,8 +84,9 @@ class Dataset(Facts):
 class BackboneFacts(Facts):
     """The backbone that a run was begun with; ``revision`` is a commit or a hash.
 
-    ``prompt`` has the ids of the tokens before and after the items, ``words`` a hash of those of
-    the items, where histories are read in words.
+    ``precision`` is what ``recipe.precision = "auto"`` stands for. ``prompt`` has the ids of the
+    tokens before and after the items, ``words`` a hash of those of the items, where histories are
+    read in words.
     """
 
     source: str
@@ -95,6 +96,7 @@ class BackboneFacts(Facts):
     family: str
     parameters: int
     dtype: str = ""
+    precision: Literal["float32", "bfloat16"] = "float32"
     prompt: list[list[int]] | None = None
     words: str | None = None
 

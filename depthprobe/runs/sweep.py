@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from depthprobe.cost.size import release_memory
 from depthprobe.errors import BadInput
 from depthprobe.formatting import rounded
 from depthprobe.methods import BUILT_IN, METHODS, Method, Task
@@ -178,6 +179,7 @@ def _measure_once(context: Context, blocks: int, progress: Progress) -> None:
     if not path.exists() or not covers(read_timing(path), context, blocks):
         progress.message("timing every depth, alone on the machine")
         write_sealed(path, measure(context, blocks))
+        release_memory()
         progress.message("every depth is timed")
 
 

@@ -47,7 +47,7 @@ from depthprobe.study import (
     parse_layers,
     settings_of,
 )
-from depthprobe.training.checkpoint import Fit
+from depthprobe.training.checkpoint import Fit, put_aside
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.features import (
     CachedTeacher,
@@ -56,7 +56,7 @@ from depthprobe.training.features import (
     Teacher,
     write_features,
 )
-from depthprobe.training.loop import DivergedError, fit
+from depthprobe.training.loop import DivergedError, fit, trained
 from depthprobe.training.objectives import ElasticObjective, NextItem, count_targets
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,8 @@ def train(
     readers = [m for m in objective.modules() if isinstance(m, Recommender) and m.words is not None]
     positions = readers[0].positions(context.windows) if readers else None
     several, best = len(rates) > 1, Fit()
-    begun = best_weights = _copied(objective) if several else {}
+    aside = context.checkpoint(trial).parent
+    begun = best_weights = put_aside(trained(objective), aside) if several else {}
     tried: dict[str, float | None] = {}
     seconds = 0.0
     for rate in rates:
@@ -244,17 +245,11 @@ def train(
         done.learning_rate, tried[f"{rate:g}"] = rate, done.best_score
         seconds += done.seconds
         if not best.steps or done.best_score > best.best_score:
-            best, best_weights = done, _copied(objective) if several else {}
+            best, best_weights = done, put_aside(trained(objective), aside) if several else {}
     _restore(objective, best_weights)
     if several:
         best.tried, best.tuning_seconds = tried, seconds - best.seconds
     return best
-
-
-def _copied(objective: nn.Module) -> dict[str, Tensor]:
-    """The trained weights, on the host: a GPU has better use for its memory."""
-    named = objective.named_parameters()
-    return {name: p.detach().to("cpu", copy=True) for name, p in named if p.requires_grad}
 
 
 @torch.no_grad()

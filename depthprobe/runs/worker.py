@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from depthprobe.cost.size import release_memory
 from depthprobe.evaluation.metrics import LISTS, exposure, list_metrics, metrics_from_ranks
 from depthprobe.methods import METHODS, Method, Task, method_of, register
 from depthprobe.models.build import save_trained
@@ -126,6 +127,7 @@ def work(task: Task) -> Outcome:
                 raise
             return Outcome(task, describe(error), 0.0)  # in words: not every error can be pickled
         seconds = time.perf_counter() - began
+        release_memory()
         logger.info("done in %.1f s", seconds)
         return Outcome(task, None, seconds)
 

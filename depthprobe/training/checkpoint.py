@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -149,6 +150,31 @@ class Checkpoint:
         names = {name.removeprefix("best "): name for name in tensors if name.startswith("best ")}
         best = {short: tensors.pop(name) for short, name in names.items()}
         return SavedState(Progress(Fit(**stored.pop("fit")), **stored), best, tensors)
+
+
+def put_aside(weights: Mapping[str, Tensor], folder: Path | None) -> dict[str, Tensor]:
+    """Copies of weights as they are now, on disk: they are read again once, or never.
+
+    The file has no name and is gone with the tensors. Without a folder they are in memory.
+    """
+    if folder is None:
+        return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+    folder.mkdir(exist_ok=True)  # the run itself is not made again
+    starts = {}
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for name, weight in weights.items():
+            starts[name] = file.seek(
+                -(-file.tell() // 8) * 8
+            )  # where numbers of any type may begin
+            flat = weight.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+        file.flush()
+        # copied when written to: torch has no tensors that can't be
+        stored = torch.from_numpy(np.memmap(file, np.uint8, "c"))
+    return {
+        name: stored[starts[name] :][: weight.nbytes].view(weight.dtype).view(weight.shape)
+        for name, weight in weights.items()
+    }
 
 
 def identity(

@@ -106,9 +106,9 @@ class Engine:
         optimizer = SGD([p for p in self.inner.parameters() if p.requires_grad])
         self.called, _ = self.accelerator.prepare(self.inner, optimizer)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """A forward pass inside computes in the recipe's precision."""
-        half = self.recipe.precision == "bfloat16"
+    def autocast(self, *, enabled: bool = True) -> AbstractContextManager[None]:
+        """A forward pass inside computes in the recipe's precision; not enabled, as it is."""
+        half = enabled and self.recipe.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def total(self, values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from depthprobe.data.batches import length_buckets
 from depthprobe.study import Recipe
-from depthprobe.training.checkpoint import Checkpoint, Fit, Progress, identity
+from depthprobe.training.checkpoint import Checkpoint, Fit, Progress, identity, put_aside
 from depthprobe.training.distributed import Engine
 from depthprobe.training.objectives import count_targets, make_batch
 from depthprobe.training.tracking import Track
@@ -118,15 +118,18 @@ def fit(
                 save(own)
             engine.publish()
             objective.eval()
-            with torch.compiler.set_stance("force_eager"):  # lengths of all kinds, once an epoch
+            # lengths of all kinds, once an epoch: compiling for them does not pay
+            with torch.compiler.set_stance("force_eager"), engine.autocast():
                 score = engine.agree(validate())
             progress.end_epoch(score)
             monitor.log_epoch()
-            if done.best_epoch == done.epochs:  # on the host: a GPU has better use for its memory
-                best = {name: p.to("cpu", copy=True) for name, p in _trained(objective).items()}
+            if done.best_epoch == done.epochs:
+                best = put_aside(
+                    trained(objective), None if checkpoint is None else checkpoint.parent
+                )
             waited = done.epochs - done.best_epoch
             progress.ended = done.epochs == recipe.epochs or waited >= recipe.patience
-    weights = _trained(objective)
+    weights = trained(objective)
     for name, value in best.items():
         weights[name].copy_(value)
     objective.eval()
@@ -222,14 +225,15 @@ def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int)
     pieces = np.array_split(own, min(parts, len(own)))
     # the same in all processes and parts of a step: they know its windows
     losses, draw = [], _random_number(chosen.tolist())
-    for place, part in enumerate(pieces, start=1):
-        batch = make_batch(windows, part, engine.device, objective, draw=draw)
-        fraction = weight * batch.count / total
-        with engine.no_sync() if place < len(pieces) else nullcontext():
-            with engine.autocast():
+    with engine.autocast():  # of all parts together: it casts each weight once
+        for place, part in enumerate(pieces, start=1):
+            batch = make_batch(windows, part, engine.device, objective, draw=draw)
+            fraction = weight * batch.count / total
+            with engine.no_sync() if place < len(pieces) else nullcontext():
                 loss = engine.called(batch)
-            (loss * (fraction * engine.processes)).backward()
-        losses.append(loss.detach() * fraction)
+                with engine.autocast(enabled=False):
+                    (loss * (fraction * engine.processes)).backward()
+            losses.append(loss.detach() * fraction)
     return torch.stack(losses).sum()
 
 
@@ -322,7 +326,7 @@ def _compiled(objective: nn.Module) -> Iterator[None]:
         torch.compiler.reset()  # its limit of recompilations holds for all trainings of a process
 
 
-def _trained(objective: nn.Module) -> dict[str, Tensor]:
+def trained(objective: nn.Module) -> dict[str, Tensor]:
     """The values of the trained weights by name; they share the weights' memory."""
     return {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
 

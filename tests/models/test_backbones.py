@@ -221,6 +221,23 @@ def test_bad_dtype():
         load_backbone("embedded", dtype="int8")
 
 
+@pytest.mark.parametrize(
+    ("has", "parameters", "expected"),
+    [
+        ({"avx512_bf16": True}, 10**8, "bfloat16"),
+        ({"amx_bf16": True}, 10**8, "bfloat16"),
+        ({"bf16": True}, 10**8, "bfloat16"),  # ARM
+        ({"avx512_bf16": True}, 10**6, "float32"),
+        ({"avx512_bf16": False, "avx2": True}, 10**8, "float32"),
+        ({}, 10**8, "float32"),
+    ],
+)
+def test_precision_follows_from_the_hardware_and_the_size(monkeypatch, has, parameters, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert module.precision_on(torch.device("cpu"), parameters) == expected
+    assert module.precision_on(torch.device("mps"), parameters) == "float32"
+
+
 def test_what_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not is_folder("gpt2")

@@ -11,13 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, RobertaConfig
 
 from depthprobe.models.blocks import find_blocks, find_decoder, no_token, per_layer
 from depthprobe.models.build import make_trainable
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.families import family_config
-from depthprobe.models.prompt import checkpointed_blocks
+from depthprobe.models.prompt import ExactAttention, checkpointed_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import tap_blocks
 from depthprobe.models.tiny import tiny_model
@@ -445,3 +446,35 @@ def test_cut() -> None:
 def test_other_decoders_are_told_nothing() -> None:
     decoder = find_decoder(tiny_model(family_config("llama"), depth=2))
     assert per_layer(decoder, torch.zeros(1, 1, dtype=torch.long)) == {}
+
+
+def test_exact_attention_computes_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 9, 16).bfloat16() for _ in range(3))
+    attend = nn.functional.scaled_dot_product_attention
+    exact = attend(query.float(), key.float(), value.float(), is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = attend(query, key, value, is_causal=True)
+        with ExactAttention():
+            found = attend(query, key, value=value, is_causal=True)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
+    assert not torch.equal(plain, found)
+
+
+def test_a_recommender_attends_in_float32_under_autocast(make_model: MAKE) -> None:
+    model, seen = build(make_model("llama"), suffix=()).float(), []
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is nn.functional.scaled_dot_product_attention:
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    for half in (True, False):
+        with Look(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model(HISTORIES)
+    assert len(seen) > 2
+    assert set(seen) == {torch.float32}

@@ -62,3 +62,18 @@ def test_jobs_follow_from_cores_and_memory(
     monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: has)
     cpu = torch.device("cpu")
     assert layout.jobs_at_once(jobs, cpu, tasks, memory=memory) == expected
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = override(study, **{"recipe.precision": "auto", "recipe.epochs": 1})
+    monkeypatch.setattr(layout, "precision_on", lambda device, parameters: "bfloat16")
+    inputs = read_inputs(asked, tmp_path / "run")
+    assert inputs.working.recipe.precision == "bfloat16"
+    assert inputs.study.recipe.precision == "auto"
+    layout.lay_out(tmp_path / "run", asked, inputs)
+    monkeypatch.setattr(layout, "precision_on", lambda device, parameters: "float32")  # elsewhere
+    again = read_inputs(asked, tmp_path / "run")
+    assert again.manifest.backbone.precision == "bfloat16"
+    assert again.working.recipe.precision == "bfloat16"

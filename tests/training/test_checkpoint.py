@@ -242,3 +242,21 @@ def test_scores_that_are_no_number_survive(
     with pytest.raises(SystemExit):
         run(sasrec(), path, killed=12, **score)
     assert np.isnan(run(sasrec(), path, **score).scores).tolist() == [True, True]
+
+
+def test_weights_put_aside_stay_as_they_were(tmp_path: Path) -> None:
+    weights = {
+        "odd": torch.randn(3, 5).bfloat16(),
+        "scalar": torch.randn(()),
+        "view": torch.randn(4, 6).T,
+        "double": torch.randn(7, dtype=torch.float64),
+    }
+    before = {name: weight.clone() for name, weight in weights.items()}
+    kept = [checkpoints.put_aside(weights, folder) for folder in (None, tmp_path / "aside")]
+    for weight in weights.values():
+        weight.zero_()
+    for own in kept:
+        assert {name: own[name].dtype for name in own} == {n: w.dtype for n, w in before.items()}
+        for name, weight in before.items():
+            assert torch.equal(own[name], weight)
+    assert not any((tmp_path / "aside").iterdir())  # no file is left if the process is killed

@@ -19,6 +19,7 @@ from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
 from depthprobe.training import loop
+from depthprobe.training.distributed import Engine
 from depthprobe.training.loop import DivergedError, Fit, _cosine, _parts_of
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 
@@ -261,6 +262,57 @@ def test_the_model_computes_in_bfloat16_and_is_as_it_was_after(
         train(objective, Recipe(epochs=1, batch_size=8, precision=precision))
         assert set(vars(objective)) == before  # no mark stays behind
     assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 4
+
+
+def test_weights_are_cast_once_for_all_parts_of_a_step(
+    make_recommender: Callable[..., Recommender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = [np.arange(1, length) for length in (4, 6, 6, 9, 11)]
+    model = make_recommender(blocks=2).train()
+    model.backbone.layers.requires_grad_(True)
+    objective = NextItem(model, recipe := Recipe(precision="bfloat16"))
+    engine, chosen = Engine(objective, recipe, CPU), np.arange(5)
+    casts: list[int] = []
+    monkeypatch.setattr(
+        torch,
+        "clear_autocast_cache",
+        lambda before=torch.clear_autocast_cache: casts.append(1) or before(),
+    )
+    loss = loop._gradients(engine, windows, chosen, 3)
+    assert len(casts) == 1
+    together = {name: p.grad.clone() for name, p in engine.weights.items()}
+    engine.zero_grad()
+    total, apart = sum(map(len, windows)) - 5, 0.0
+    for part in np.array_split(chosen, 3):
+        batch = make_batch(windows, part, CPU, "every")
+        with engine.autocast():
+            share = objective(batch) * (batch.count / total)
+        share.backward()
+        apart += share.item()
+    assert float(loss) == pytest.approx(apart, rel=1e-6)
+    for name, p in engine.weights.items():
+        assert torch.equal(p.grad, together[name])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_validation_computes_as_the_training_does(precision: str, make_sasrec: MakeSasrec) -> None:
+    found = []
+
+    def validate() -> float:
+        found.append(torch.is_autocast_enabled("cpu"))
+        return 0.0
+
+    recipe = Recipe(epochs=2, batch_size=8, precision=precision)
+    windows = [np.array([1, 2, 3]) for _ in range(8)]
+    loop.fit(
+        NextItem(make_sasrec(), recipe),
+        windows,
+        recipe=recipe,
+        validate=validate,
+        seed=0,
+        device=CPU,
+    )
+    assert found == [precision == "bfloat16"] * 2
 
 
 class Slope(nn.Module):

@@ -57,12 +57,14 @@ class Side:
     model: Recommender
 
 
-def recommender(backbone: nn.Module, depth: int) -> Recommender:
+def recommender(
+    backbone: nn.Module, depth: int, *, suffix: Sequence[int] = range(5, 5 + SUFFIX)
+) -> Recommender:
     """The first blocks, with low-rank updates of their MLPs, between prompt and response slots."""
     own = cut_copy(backbone, depth)
     with torch.device(backbone.device):
         table = torch.randn(CATALOGUE + 1, D_ITEM)
-        model = Recommender(own, table, range(3, 3 + PROMPT), suffix=range(5, 5 + SUFFIX))
+        model = Recommender(own, table, range(3, 3 + PROMPT), suffix=suffix)
         make_trainable(model, Backbone(tuning="lora", lora_rank=RANK))
     return model
 

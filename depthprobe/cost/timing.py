@@ -144,10 +144,10 @@ def _rounds(
             left_out.append(name)
             logger.warning("timing: %s left out, a call would take about %.0f s", name, expected)
             continue
-        took = _seconds(action.call, device)
+        took = seconds_of(action.call, device)
         if action.work:
             if took < 1:  # a first call may load libraries: the second says more
-                took = _seconds(action.call, device)
+                took = seconds_of(action.call, device)
             pace = min(pace, took / action.work)
         times[name] = [took]
         reported = _report(f"first round, {name}", began, reported)
@@ -158,7 +158,7 @@ def _rounds(
     skipped = warmup if more == warmup + rounds - 1 else min(warmup, more // 4 + (more > 0))
     for done in range(max(0, more)):
         for name in times:
-            times[name].append(_seconds(actions[name].call, device))
+            times[name].append(seconds_of(actions[name].call, device))
         reported = _report(f"round {done + 2} of {more + 1}", began, reported)
         if time.perf_counter() - began > budget and done + 2 > skipped:
             break
@@ -176,7 +176,7 @@ def _report(what: str, began: float, reported: float) -> float:
     return now
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Duration of one call, all of its work on the device included."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
+from transformers import Cache, PreTrainedModel, cache_utils
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from depthprobe.errors import BadInput, one_of
 from depthprobe.models.blocks import (
@@ -23,6 +23,8 @@ from depthprobe.models.blocks import (
 from depthprobe.models.parts import Branch, Part, few_tokens, find_sublayers
 from depthprobe.models.taps import Plan, input_state, paused_taps, standing_in
 
+# Layers that store nothing: a class of its own, which transformers has from 5.23 on.
+_DummyLayer: Any = getattr(cache_utils, "DummyLayer", ())
 # Class of a block -> how many values its forward returns beside the state; None: only the state.
 _extra_outputs: dict[type[nn.Module], int | None] = {}
 
@@ -150,7 +152,7 @@ def _keep_length(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, stat
     if cache is None:
         return
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
-    if isinstance(layer, DummyLayer):
+    if isinstance(layer, _DummyLayer):
         return
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         if getattr(layer, "depthprobe_skipped", False) or any(layer.has_previous_state.values()):

@@ -147,9 +147,14 @@ def no_trials(request: Request) -> Groups:
     return [()]
 
 
+def once(request: Request) -> Groups:
+    """One task that leaves a table, of the first seed alone."""
+    return [] if request.seed else [()]
+
+
 def first_seed(request: Request) -> Groups:
     """One task that leaves a table, of the first seed's teacher alone; none of one block."""
-    return [] if request.seed or request.blocks == 1 else [()]
+    return [] if request.blocks == 1 else once(request)
 
 
 def prefixes(first: int, last: int, request: Request) -> Groups:
@@ -317,6 +322,11 @@ def validation_passes(passes: int, task: Task, sizes: Sizes, most: int = 10**9) 
     return Work({task.blocks: passes * min(most, sizes.validation)})
 
 
+def scores_titles(users: int, task: Task, sizes: Sizes) -> Work:
+    """100 titles scored for some test users, which takes as long as some 50 histories of items."""
+    return Work({task.blocks: 50 * min(users, sizes.test)})
+
+
 # --- defaults of a method that is registered without them ------------------------------------
 
 
@@ -348,7 +358,10 @@ class Method:
     trials: Callable[[Request], Groups] = usual_trials
     work: Callable[[Task, Sizes], Work] = usual_work  #: what a task takes, for the estimate.
     needs: tuple[str, ...] = ()  #: methods whose trial of the same seed must be done before.
+    #: methods whose trial of the same seed must be done before, where the study has them.
+    after: tuple[str, ...] = ()
     table: bool = False  #: it leaves a table of scores in place of trials.
+    titles: bool = False  #: it reads the titles of the items.
     #: its trials are told apart by the blocks they remove, not by their depth.
     by_block: bool = False
     candidate: bool = False  #: it may be the answer: a sufficient depth.
@@ -413,7 +426,7 @@ def register(method: Method) -> Method:
     """
     if method.name in BUILT_IN:
         raise BadInput("method", method.name, "a name that none of depthprobe's methods has")
-    for need in method.needs:
+    for need in (*method.needs, *method.after):
         method_of(need)
     METHODS[method.name] = method
     return method
@@ -575,7 +588,7 @@ for _method in (
         run="runs.probing:settle_users", trials=no_trials, work=reads_every_depth,
     ),
     Method(
-        name="shuffled", label="histories shuffled", role="probe", needs=("sasrec", "full"),
+        name="shuffled", label="histories shuffled", role="probe", needs=TEACHER, after=SASREC,
         table=True, default=True,
         summary="what the trained models lose when they read each history in a random order",
         run="runs.probing:shuffle_histories", trials=no_trials, work=reads_again, colour="#8a5a78",
@@ -586,6 +599,13 @@ for _method in (
         table=True,
         summary="whether blocks chosen by a score are better than as many random ones",
         run="runs.probing:draw_blocks", trials=first_seed, work=walks_at_random, colour="#7d7d52",
+    ),
+    Method(
+        name="prompt-only", label="prompt only", role="probe", after=("sasrec", "full"),
+        table=True, titles=True,
+        summary="the untouched backbone ranks 100 candidates by how likely their titles are",
+        run="runs.probing:ask_untouched", trials=once, work=partial(scores_titles, 200),
+        reference="arXiv 2104.08315",
     ),
     Method(
         name="finetune", label="fine-tuned", role="trained", needs=SASREC, candidate=True,

@@ -97,8 +97,10 @@ def plan_branches(block: nn.Module, index: int, branches: Iterable[Branch]) -> P
     ]
 
 
-def after_blocks(model: nn.Module, state: Tensor) -> Tensor:
+def after_blocks(model: nn.Module, state: Tensor, *, head: bool = False) -> Tensor:
     """What the base model does after its last block (final norm, projection) on a given state.
+
+    With ``head`` the whole model, up to the logits of its own language-model head.
 
     With the states of ``tap_blocks`` this is the early read-out: ``after_blocks(model, states[k])``
     equals the last hidden state of the model cut to its first ``k`` blocks, bit for bit. Holds for
@@ -112,7 +114,8 @@ def after_blocks(model: nn.Module, state: Tensor) -> Tensor:
     with paused_taps(), skip_blocks(inner, range(len(blocks))):
         extra = _count_extra_outputs(inner, len(blocks) - 1)
         vars(blocks[-1])["forward"] = lambda *_, **__: _as_output(state, extra)
-        result: Tensor = find_decoder(inner)(input_ids=ids, use_cache=False)[0]
+        last = inner if head else find_decoder(inner)
+        result: Tensor = last(input_ids=ids, use_cache=False)[0]
     return result
 
 

@@ -1,21 +1,39 @@
-"""Controls of what a run finds: histories in a random order, and blocks drawn at random."""
+"""Controls of what a run finds: shuffled histories, the untouched backbone, blocks at random."""
 
 from __future__ import annotations
+
+import math
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import Interval, ratio_interval
-from depthprobe.formatting import accuracy, fixed, in_percent, percent, plain_percent
+from depthprobe.evaluation.statistics import Interval, mean_interval, ratio_interval
+from depthprobe.formatting import accuracy, fixed, in_percent, percent, plain_percent, with_bounds
 from depthprobe.methods import method_info
 from depthprobe.report import drawing
 from depthprobe.report.drawing import MUTED, Look, figure, need
-from depthprobe.report.numbers import CHOICES, ORDER, SASREC, TEACHER, Source, Summary, as_summary
+from depthprobe.report.numbers import (
+    CHOICES,
+    ORDER,
+    SASREC,
+    TEACHER,
+    UNTOUCHED,
+    Source,
+    Summary,
+    as_summary,
+)
 from depthprobe.report.tables import Column, Table, Values, label, make_table, plain
 
 RANDOM, REVERSED = "random", "-reversed"
+SAMPLED_METRICS = ("HR@1", "HR@10", "NDCG@10")
+BY = {  # what the untouched backbone ranks by, as the table writes it
+    "likelihood": "title likelihood",
+    "normalised": "title likelihood, less that without a history",
+    "chance": "chance",
+}
 LOOKS = {  # of selections, by their names in the table
     "prefix": Look("first blocks", "#1b1f24", "D"),
     "skip": Look("skip", "#0069a8", "s"),
@@ -74,6 +92,34 @@ def order_words(summary: Summary) -> tuple[str, bool]:
         f"{costs}. It is not shown that the order of items is worth more than "
         f"{plain_percent(summary.margin)}, so this log cannot tell depths apart."
     ), False
+
+
+def untouched_table(run: Source) -> Table | None:
+    """The untouched backbone by depth, and others, on 100 candidates a user: sampled metrics."""
+    rows = _untouched(as_summary(run))
+    most = rows[0]["candidates"] if rows else 0
+    return make_table("prompt_only_sampled", rows, [
+        (f"sampled, {most} candidates", "by", lambda name: BY.get(name) or label(name)),
+        ("depth", lambda row: row["depth"] or None, plain),
+        *((name, name, partial(with_bounds, digits=3)) for name in SAMPLED_METRICS),
+    ], group="by")  # fmt: skip
+
+
+def _untouched(summary: Summary) -> list[Values]:
+    frame, rows = summary.run.scores(UNTOUCHED), []
+    if frame.empty:
+        return []
+    most = int(frame["candidates"].iloc[0])
+    for (by, depth), own in frame.groupby(["by", "depth"], sort=False):
+        row = {"by": by, "depth": depth, "candidates": most, "users": len(own)}
+        for name in SAMPLED_METRICS:
+            values = per_user_metric(own["rank"], name)
+            row[name] = mean_interval(values, level=summary.level)
+        rows.append(row)
+    places = np.arange(1.0, most + 1)
+    means = {name: float(per_user_metric(places, name).mean()) for name in SAMPLED_METRICS}
+    chance = {name: Interval(value, math.nan, math.nan) for name, value in means.items()}
+    return [*rows, {**rows[0], "by": "chance", "depth": 0} | chance]
 
 
 def selection_table(run: Source) -> Table | None:

@@ -48,6 +48,7 @@ BLOCK, SPAN, PARTS = "skip", "span", {"attention": "drop-attention", "mlp": "dro
 READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
 STATES, SETTLING = "similarity", "settling"  # whose tables figures of blocks and users need
 ORDER, CHOICES = "shuffled", "random-blocks"  # controls that leave a table
+UNTOUCHED = "prompt-only"  # a floor that leaves one
 
 
 @dataclass(frozen=True)

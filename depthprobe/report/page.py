@@ -15,7 +15,7 @@ from depthprobe.errors import check_writable
 from depthprobe.files import complete_file
 from depthprobe.methods import METHODS, base_of
 from depthprobe.report.answer import build_answer
-from depthprobe.report.controls import order_table, order_words, selection_table
+from depthprobe.report.controls import order_table, order_words, selection_table, untouched_table
 from depthprobe.report.drawing import FORMATS, NoData, rendered, save_figure
 from depthprobe.report.figures import FIGURES
 from depthprobe.report.numbers import Source, Summary, as_summary
@@ -25,7 +25,7 @@ from depthprobe.runs.records import check_places
 
 # In the order of reading: id, title, tables. A section without a figure or table is left out.
 SECTIONS = (
-    ("depth", "Accuracy against depth", ("order",)),
+    ("depth", "Accuracy against depth", ("order", "prompt_only_sampled")),
     ("pareto", "Accuracy against cost", ()),
     ("blocks", "Block by block", ("left_out", "selections")),
     ("maps", "Spans of blocks", ()),
@@ -81,7 +81,8 @@ def folder_of(target: Path) -> Path | None:
 
 def tables_of(summary: Summary) -> dict[str, Table]:
     """The tables of a page that the run has data for, by name."""
-    others = (make(summary) for make in (reliance_table, order_table, selection_table))
+    makers = (reliance_table, order_table, untouched_table, selection_table)
+    others = (make(summary) for make in makers)
     return all_tables(summary) | {table.name: table for table in others if table is not None}
 
 

@@ -158,8 +158,11 @@ def read_inputs(
     _new_slices(merged, split, before)
     width = int(config.hidden_size) if dry else None
     table = _shared_table(working, split.sequences, folder, device, width)
-    titles = split.sequences.titles
-    tokens = item_tokens(backbone, split.sequences.item_ids.tolist(), titles)
+    ids, titles = split.sequences.item_ids.tolist(), split.sequences.titles
+    tokens = item_tokens(backbone, ids, titles)
+    for name in study.methods:
+        if method_of(name).titles:  # refused where there are none
+            item_texts(ids, titles, field="methods", asked=name)
     if before is None:
         facts = _checked(backbone, tasks, tokens or [])
         facts.words = words_digest(tokens)

@@ -32,7 +32,8 @@ def plan(study: Study, blocks: int) -> list[Task]:
         tuned = trains and len(settings.recipe.rates) > 1
         # without a training there is nothing that a seed could change
         for seed in range(1 if method.role == "baseline" and not method.settings else study.seeds):
-            needs = tuple(full_trial(need, seed, blocks).id for need in _needs(study, name))
+            before = (*_needs(study, name), *(other for other in method.after if other in wanted))
+            needs = tuple(full_trial(need, seed, blocks).id for need in before)
             request = Request(
                 name=name,
                 seed=seed,
@@ -73,6 +74,5 @@ def _needs(study: Study, name: str) -> tuple[str, ...]:
     method = method_of(name)
     if method.trains and settings_of(study, name).needs_teacher:
         return (TEACHER,)
-    # SASRec is not required when the item table comes from elsewhere; a table waits for it
-    sasrec = study.item_table == SASREC or (method.table and SASREC in study.methods)
-    return tuple(n for n in method.needs if n != SASREC or sasrec)
+    # SASRec is not required when the item table comes from elsewhere
+    return tuple(n for n in method.needs if n != SASREC or study.item_table == SASREC)

@@ -254,6 +254,7 @@ def add_probes(run: FakeRun) -> FakeRun:
         "settling": pd.concat(frames, ignore_index=True),
         "shuffled": shuffled(0.4),
         "random-blocks": chosen_blocks(),
+        "prompt-only": untouched(),
     }
     return run
 
@@ -266,6 +267,15 @@ def shuffled(share: float) -> pd.DataFrame:
         own = {f"shuffled-{draw}": np.where(users < lost * 100, 100.0, ranks) for draw in (1, 2)}
         found = {"method": method, "depth": depth, "user": users, "rank": ranks}
         frames += [pd.DataFrame(found | own | {"seed": seed}) for seed in (0, 1)]
+    return pd.concat(frames, ignore_index=True)
+
+
+def untouched() -> pd.DataFrame:
+    """An untouched backbone by both scores, and popularity, on 100 candidates of forty users."""
+    users, frames = np.arange(40), []
+    for by, depth, hits in (("likelihood", 4, 10), ("normalised", 4, 20), ("popularity", 0, 8)):
+        own = {"by": by, "depth": depth, "candidates": 100, "user": users, "seed": 0}
+        frames.append(pd.DataFrame(own | {"rank": np.where(users < hits, 1.0, 50.0)}))
     return pd.concat(frames, ignore_index=True)
 
 

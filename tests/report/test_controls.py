@@ -10,7 +10,13 @@ import pytest
 from matplotlib.axes import Axes
 
 from depthprobe.report.answer import caveats
-from depthprobe.report.controls import order_table, order_words, selection_table, selections
+from depthprobe.report.controls import (
+    order_table,
+    order_words,
+    selection_table,
+    selections,
+    untouched_table,
+)
 from depthprobe.report.drawing import FIGURES
 from depthprobe.report.numbers import Summary
 
@@ -58,3 +64,20 @@ def test_chosen_blocks_stand_beside_random_ones(summary: Summary) -> None:
     _, caption = FIGURES["selections"].drawn(summary)
     assert caption.startswith("Of 1 selections, 1 is better than random blocks")
     assert caption.endswith("one test at a time: greedy 4.")
+
+
+def test_the_untouched_backbone_is_labelled_as_sampled(summary: Summary) -> None:
+    table = untouched_table(summary)
+    assert table is not None
+    assert table.name.endswith("sampled")
+    assert table.columns == ("sampled, 100 candidates", "depth", "HR@1", "HR@10", "NDCG@10")
+    names = [(row[0], row[1]) for row in table.rows]
+    without = "title likelihood, less that without a history"
+    assert names[:2] == [("title likelihood", "4"), (without, "4")]
+    assert names[2:] == [("popularity", "–"), ("chance", "–")]
+    assert table.rows[1][3] == "0.500\n[0.338, 0.662]"  # 0.5 -+ 2.0227 * sqrt(0.25 / 39)
+    assert table.rows[3][2:] == ("0.010", "0.100", "0.045")
+    assert table.frame["HR@1"].tolist() == pytest.approx([0.25, 0.5, 0.2, 0.01])
+    run: Any = summary.run
+    empty = replace(run, probes=run.probes | {"prompt-only": pd.DataFrame()})
+    assert untouched_table(replace(summary, run=empty)) is None

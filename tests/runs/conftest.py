@@ -1,4 +1,4 @@
-"""One small run, made once: sixty users, a three-block backbone, every method, some variants."""
+"""One small run, made once: sixty users, three blocks, methods without titles, some variants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def study(small_inputs: Path) -> Study:
     return Study(
         name="small",
         layers="1,2",
-        methods=(*METHODS, "finetune:angular", "heal:greedy", "distill:logits", "distill:top"),
+        methods=(
+            *(name for name, method in METHODS.items() if not method.titles),
+            *("finetune:angular", "heal:greedy", "distill:logits", "distill:top"),
+        ),
         variants={
             "logits": Variant(
                 distillation=Distillation(cosine=0, norm=0, supervision=0, logits=1, init="teacher")
@@ -54,7 +57,7 @@ def study(small_inputs: Path) -> Study:
 
 @pytest.fixture(scope="session")
 def small_run(study: Study, shared_folder: Callable[..., Path]) -> Iterator[Run]:
-    """Every method, run once for all workers; tests only read it."""
+    """All of its methods, run once for all workers; tests only read it."""
     folder = shared_folder(
         "small-run", lambda folder: run_sweep(study, folder, jobs=0, command="test")
     )

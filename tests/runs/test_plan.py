@@ -72,6 +72,7 @@ def test_probes_cover_every_depth_and_every_block_whatever_layers_says() -> None
     assert removed["interval"] == [(1, 3), (2,), (3,)]
     assert depths["drop-mlp"] == [4] * 4  # the block stays
     assert not depths["similarity"] + depths["taylor"] + depths["settling"]
+    assert not depths["prompt-only"]
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 12])
@@ -159,3 +160,16 @@ def test_screened_spans_are_named_by_length_and_place() -> None:
         "span-d01-n1-s0",
         "span-d01-n2-s0",
     ]
+
+
+def test_a_table_waits_for_what_the_study_has() -> None:
+    def needs(*methods: str, item_table: str = "learned") -> tuple[str, ...]:
+        tasks = plan(Study(methods=methods, item_table=item_table, seeds=2), 4)
+        (own,) = [task.needs for task in tasks if task.method == "prompt-only"]  # of one seed
+        return own
+
+    assert needs("prompt-only") == needs("prompt-only", item_table="sasrec") == ()
+    assert needs("prompt-only", "sasrec") == ("sasrec-s0",)
+    assert needs("prompt-only", "skip") == ("full-d04-s0",)  # skip needs it
+    (shuffled,) = plan(Study(methods=("shuffled",), item_table="learned", seeds=1), 4)[1:]
+    assert shuffled.needs == ("full-d04-s0",)

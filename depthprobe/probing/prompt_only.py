@@ -1,0 +1,163 @@
+"""The prompt-only ranker: an untouched language model scores titles by how likely they are.
+
+What pretraining alone knows, the floor of every trained recommender: no adapter, no training, the
+model's own head. A title has two scores after the prompt and a user's history in words: its
+log-probability; and that less its log-probability after the prompt alone, for a title that is
+likely anyway says nothing of the user (Holtzman et al., arXiv 2104.08315, who call the rivalry of
+likely texts surface form competition).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from depthprobe.data.batches import length_buckets, pad
+from depthprobe.errors import BadInput
+from depthprobe.evaluation.ranks import EvalSet, rank_targets
+from depthprobe.models.blocks import find_decoder, input_device, refusal
+from depthprobe.models.parts import check_readable, join_streams, split_streams
+from depthprobe.models.prompt import cache_argument, can_share_prompt, first_position, shared_prompt
+from depthprobe.models.skipping import after_blocks
+from depthprobe.models.taps import tap_blocks
+from depthprobe.models.tiny import positions_of, steady_positions
+
+logger = logging.getLogger(__name__)
+
+SCORES = ("likelihood", "normalised")
+BATCH = 32  # titles at once, of like length
+LOGITS = 2**24  # numbers over the vocabulary at once: 64 MiB
+
+
+def rank_by_title(
+    model: PreTrainedModel,
+    eval_set: EvalSet,
+    tokens: Sequence[Sequence[int]],
+    *,
+    prompt: Sequence[int],
+    suffix: Sequence[int] = (),
+    depths: Sequence[int],
+) -> dict[str, np.ndarray]:
+    """Ranks of each user's target among its negatives by :data:`SCORES`, each (D, E).
+
+    A history is cut to the latest items that leave room for a title in the model's positions.
+
+    Args:
+        model: a causal language model with its head, in evaluation mode.
+        eval_set: with negatives (E, n).
+        tokens: of the text of items 1..I.
+        prompt: tokens before the history.
+        suffix: tokens between the history and a title.
+        depths: so many blocks are run, D of them.
+
+    Raises:
+        BadInput: if nothing stands before a first title, if the positions hold none, or if what the
+            model remembers of a history can't be shared by its candidates.
+    """
+    if eval_set.negatives is None:
+        raise ValueError("expected an eval set with negatives")
+    if not (prompt or suffix):
+        raise BadInput("backbone.prompt", "", "a text: the first word of a title follows it")
+    check_readable(model)
+    if not can_share_prompt(decoder := find_decoder(model)):
+        raise refusal(model, "what it remembers of a history can't be shared by candidates")
+    # items with the same text tie, so each text is scored once
+    texts = list(dict.fromkeys(map(tuple, tokens)))
+    place = {text: index for index, text in enumerate(texts)}
+    text_of = np.array([-1, *(place[tuple(text)] for text in tokens)])  # (I + 1,)
+    candidates = text_of[np.column_stack([eval_set.targets, eval_set.negatives])]  # (E, 1 + n)
+    used = np.unique(candidates)
+    chosen = [texts[index] for index in used]
+    around = len(prompt) + len(suffix)
+    most = steady_positions(model.config) or positions_of(model.config)
+    room = np.inf
+    if most is not None:
+        room = most - first_position(decoder) - around - max(map(len, chosen))
+    if room < 0:
+        allowed = f"a shorter prompt or fewer title_tokens: it has {most} positions"
+        raise BadInput("backbone", type(model).__name__, allowed, fault=True)
+
+    alone = np.zeros((len(depths), len(texts)))
+    alone[:, used] = log_likelihoods(model, [*prompt, *suffix], chosen, depths)
+    sizes = np.array([0, *map(len, tokens)])
+    ranks = {name: np.empty((len(depths), len(candidates))) for name in SCORES}
+    for user, own in enumerate(candidates):
+        if user % 10 == 0:
+            logger.info("user %d of %d", user + 1, len(candidates))
+        history = eval_set.histories[user]
+        fits = sizes[history][::-1].cumsum() <= room
+        read = [tokens[item - 1] for item in history[len(history) - int(fits.sum()) :]]
+        different, column = np.unique(own, return_inverse=True)
+        given = log_likelihoods(
+            model,
+            [*prompt, *chain.from_iterable(read), *suffix],
+            [texts[index] for index in different],
+            depths,
+        )
+        for name, scores in zip(SCORES, (given, given - alone[:, different]), strict=True):
+            target = np.full(len(depths), 0)
+            ranks[name][:, user] = rank_targets(scores[:, column], target).numpy()
+    for values in ranks.values():
+        values[:, eval_set.misses] = np.inf
+    return ranks
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: PreTrainedModel,
+    before: Sequence[int],
+    texts: Sequence[Sequence[int]],
+    depths: Sequence[int],
+) -> np.ndarray:
+    """Log-probability of each text after the tokens ``before``, at each depth: float64 (D, C).
+
+    The sum over the text's tokens. What stands before is run once, and its keys and values are
+    shared by all texts; the states after each depth go through the final norm and the head.
+    """
+    decoder, device = find_decoder(model), input_device(model)
+    first, cache = first_position(decoder), cache_argument(decoder)
+    found = torch.zeros(len(depths), len(texts), dtype=torch.float64)
+    with tap_blocks(decoder) as tap:
+        prompt = torch.tensor(before, device=device)
+        shared = shared_prompt(decoder, prompt, first=first)
+        # the first token of every text follows the same state
+        starts = torch.tensor([[text[0] for text in texts]], device=device)  # (1, C)
+        for row, depth in zip(found, depths, strict=True):
+            state = join_streams(tap.states[depth][..., -1, :])  # (1, D)
+            row += _log_probabilities(model, state, starts)[0]
+        longer = np.array([index for index, text in enumerate(texts) if len(text) > 1])
+        for batch in length_buckets([len(texts[index]) for index in longer], BATCH):
+            chosen = longer[batch]
+            ids = torch.from_numpy(pad([np.array(texts[index]) for index in chosen])).to(device)
+            lengths = torch.tensor([len(texts[index]) for index in chosen], device=device)
+            places = torch.arange(ids.shape[1] - 1, device=device)
+            decoder(
+                input_ids=ids[:, :-1],  # nothing follows the last token
+                position_ids=(first + len(before) + places)[None],
+                **{cache: shared},
+                use_cache=False,
+            )
+            asked = places < lengths[:, None] - 1  # (B, T)
+            targets, rows = ids[:, 1:][asked], asked.nonzero()[:, 0].cpu()
+            for row, depth in zip(found, depths, strict=True):
+                states = tap.states[depth].flatten(-3, -2)[..., asked.flatten(), :]
+                values = _log_probabilities(model, join_streams(states), targets[:, None])[:, 0]
+                row.index_add_(0, torch.from_numpy(chosen)[rows], values)
+    return found.numpy()
+
+
+def _log_probabilities(model: PreTrainedModel, states: Tensor, tokens: Tensor) -> Tensor:
+    """Of K tokens each after states of blocks, (N, D) and (N, K) -> float64 (N, K) on the CPU."""
+    most = max(1, LOGITS // int(model.config.get_text_config(decoder=True).vocab_size))
+    found = []
+    for some, asked in zip(states.split(most), tokens.split(most), strict=True):
+        logits = after_blocks(model, split_streams(model, some), head=True)[:, 0]  # (N, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        found.append(logits.gather(1, asked) - logits.logsumexp(dim=1, keepdim=True))
+    return torch.cat(found).cpu().double()

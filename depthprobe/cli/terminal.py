@@ -180,7 +180,8 @@ class Display(Progress, logging.Handler):
     def break_silence(self, folder: Path) -> None:
         """Print what is being worked on in a run, if the last line is some seconds old."""
         # before the first message what was asked for may still be refused, in one line
-        if not self.doing or time.monotonic() - self.last < SILENCE:
+        begun = self.doing or self.total
+        if not begun or time.monotonic() - self.last < SILENCE:
             return
         doing = self.doing
         if self.total:  # before, the sweep may still be importing what tells it

@@ -61,7 +61,10 @@ def test_plain_lines_are_stamped_and_counted() -> None:
     ]
 
 
-def test_a_pipe_is_told_what_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_pipe_is_told_what_goes_on(
+    continued: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(terminal, "SILENCE", 0.01)
     at_work = [Working("full-s0", "step 3/9  loss\x1b[2J", 1.0)]
     monkeypatch.setattr(store, "working", lambda folder: at_work if folder == tmp_path else [])
@@ -74,8 +77,9 @@ def test_a_pipe_is_told_what_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             time.sleep(0.001)
 
     with show_progress(stream, tmp_path) as progress:
-        progress.message("timing every depth")
-        wait_for(" at work: timing every depth\n")
+        if not continued:  # else the depths are timed already
+            progress.message("timing every depth")
+            wait_for(" at work: timing every depth\n")
         progress.plan(["full-s0"])
         wait_for(r" at work: full-s0 step 3/9 loss\x1b[2J" + "\n")
         at_work.clear()

@@ -16,8 +16,8 @@ DEVICE=cuda JOBS=${JOBS:-8} GRID=(--seconds 200) SWEEP=()
 if [[ ${1:-} == --rehearse ]]; then
   KIT=$(mktemp -d) TOTAL=${TOTAL:-100}
   trap 'rm -rf "$KIT"' EXIT
-  DEVICE=cpu JOBS=1 SWEEP=(--epochs 1 --methods "full,early-exit,finetune" --layers "1,2")
-  GRID=(--config analyses/cost_curve/small --depths "1,2,4" --seconds 30 --longest 0.3)
+  DEVICE=cpu JOBS=1 SWEEP=(--epochs 1 --methods "full,early-exit,finetune" --layers 1)
+  GRID=(--config analyses/cost_curve/small --depths "1,4" --seconds 30 --longest 0.3)
   export OMP_NUM_THREADS=1
 else
   KIT=${1:-build/kit} TOTAL=${TOTAL:-510}

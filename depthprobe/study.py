@@ -277,8 +277,8 @@ class Recipe(Checked):
     #: 1 makes the batches random. Of more, windows are sorted by length within so many batches:
     #: there is less padding, but a step sees windows of one length, and the model is worse for it.
     pool: Count = 1
-    #: what the training computes in, beside weights that stay in their own; ``auto`` is bfloat16
-    #: for a backbone of 20 million parameters or more on a device that has it in hardware.
+    #: what the blocks compute in, beside weights that stay in their own; ``auto`` is bfloat16 for a
+    #: backbone of 20 million parameters or more on a device that has it in hardware.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False  #: use ``torch.compile``.
 

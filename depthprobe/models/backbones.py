@@ -25,6 +25,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -111,6 +112,26 @@ def precision_on(device: torch.device, parameters: int) -> Literal["float32", "b
     elif device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if has and parameters >= LARGE else "float32"
+
+
+def compute_in_bfloat16(backbone: nn.Module) -> None:
+    """Let every block compute in bfloat16 from now on, beside weights and states that keep theirs.
+
+    By hooks, so that whoever calls a block, or cuts or copies the model, computes the same.
+    """
+    entered: list[torch.autocast] = []  # of blocks that are running
+
+    def enter(block: nn.Module, _: Any) -> None:
+        context = torch.autocast(next(block.parameters()).device.type, torch.bfloat16)
+        context.__enter__()
+        entered.append(context)
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    for block in find_blocks(backbone):
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave, always_call=True)
 
 
 def _resolve_dtype(dtype: str | torch.dtype) -> Any:

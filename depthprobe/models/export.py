@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import load_backbone, resolve_device
+from depthprobe.models.backbones import compute_in_bfloat16, load_backbone, resolve_device
 from depthprobe.models.build import fill, save_weights
 from depthprobe.models.recommender import Recommender, best_columns
 from depthprobe.models.tiny import ends_at_positions, positions_of
@@ -48,6 +48,7 @@ class Card(msgspec.Struct, kw_only=True):
     max_history: Annotated[int, msgspec.Meta(ge=1)]
     filter_seen: bool
     attention: Attention = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     item_ids: Annotated[list[str], msgspec.Meta(min_length=1)]
     titles: list[str] | None
 
@@ -167,11 +168,12 @@ def write_recommender(
     max_history: int,
     filter_seen: bool,
     attention: str = "auto",
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Write a trained recommender; see the module for the layout.
 
     The backbone is the causal language model of the same depth, with the trained weights;
-    ``attention`` is how it was evaluated.
+    ``attention`` and ``precision`` are how it was evaluated.
     """
     backbone.save_pretrained(folder)
     save_weights({ITEMS: model.items.weight, **_own_weights(model)}, folder / PARTS)
@@ -184,6 +186,7 @@ def write_recommender(
         max_history=max_history,
         filter_seen=filter_seen,
         attention=ATTENTIONS.get(attention, "auto"),
+        precision=precision,
         item_ids=item_ids,
         titles=titles,
     )
@@ -218,6 +221,8 @@ def load_recommender(
         backbone = load_backbone(
             path, attention=card.attention, trust_remote_code=trust_remote_code
         )
+        if card.precision == "bfloat16":
+            compute_in_bfloat16(backbone)
         words = None if card.tokens is None else Words(card.tokens)
         model = Recommender(
             backbone, items, card.prompt, suffix=card.suffix, head=card.head, words=words

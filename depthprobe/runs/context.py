@@ -23,7 +23,13 @@ from depthprobe.evaluation.metrics import TrainingPopularity, training_popularit
 from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_set, mean_ndcg
 from depthprobe.files import digest_of
 from depthprobe.methods import Task, Trial
-from depthprobe.models.backbones import backbone_revision, is_same, pinned, resolve_device
+from depthprobe.models.backbones import (
+    backbone_revision,
+    compute_in_bfloat16,
+    is_same,
+    pinned,
+    resolve_device,
+)
 from depthprobe.models.build import (
     WEIGHTS,
     build_recommender,
@@ -268,15 +274,18 @@ class Context:
 
     def new_recommender(self, trial: Trial) -> Recommender:
         """A recommender with the trial's blocks before its training."""
+        settings = settings_of(self.study, trial.method)
         model = build_recommender(
             self.backbone,
             self.item_table(trial.seed),
             kept=trial.kept,
             seed=trial.seed,
-            random_init=settings_of(self.study, trial.method).fresh,
+            random_init=settings.fresh,
             train_items=self.study.trains_items,
             tokens=self.item_tokens,
         )
+        if settings.recipe.precision == "bfloat16":
+            compute_in_bfloat16(model.backbone)
         return model.to(self.device)
 
     @cached_property

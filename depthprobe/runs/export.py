@@ -59,7 +59,8 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
         raise BadInput("trial", trial, refused)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
-    study = run.study
+    study = run.study.with_precision(run.manifest.backbone.precision)
+    precision = settings_of(study, record.method).recipe.precision
     context = Context(run.path, study)
     settings = context.backbone
     what = Trial(trial, record.method, record.kept, record.seed, run.manifest.backbone.blocks)
@@ -75,6 +76,7 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
             max_history=study.data.max_history,
             filter_seen=context.split.filter_seen,
             attention=study.backbone.attention,
+            precision="bfloat16" if precision == "bfloat16" else "float32",
         )
         try:
             pretrained_tokenizer(settings).save_pretrained(temporary)

@@ -16,6 +16,7 @@ from depthprobe.cost import timing as rig
 from depthprobe.cost.timing import Action
 from depthprobe.data.batches import length_buckets
 from depthprobe.methods import Trial, method_of
+from depthprobe.models.backbones import compute_in_bfloat16
 from depthprobe.models.build import build_recommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.runs.context import Context
@@ -54,6 +55,8 @@ def measure(
             train_items=study.trains_items,
             tokens=context.item_tokens,
         ).to(device)
+        if study.recipe.precision == "bfloat16":
+            compute_in_bfloat16(full.backbone)
         models = {depth: rig.cut_copy(full, depth) for depth in depths}
         items = full.item_matrix().detach()
     timing = rig.measure(

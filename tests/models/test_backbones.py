@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import hashlib
 import json
 import shutil
@@ -34,7 +35,10 @@ from depthprobe.models.backbones import (
     resolve_revision,
 )
 from depthprobe.models.blocks import find_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.families import family_config
+from depthprobe.models.skipping import after_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 
@@ -236,6 +240,31 @@ def test_precision_follows_from_the_hardware_and_the_size(monkeypatch, has, para
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert module.precision_on(torch.device("cpu"), parameters) == expected
     assert module.precision_on(torch.device("mps"), parameters) == "float32"
+
+
+def test_blocks_in_bfloat16_stay_so_when_cut_copied_or_tapped(make_model):
+    model = make_model("llama").float().eval()
+    ids = torch.arange(12).view(2, 6) % 7
+    with torch.no_grad():
+        exact = model(input_ids=ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model.model(input_ids=ids).last_hidden_state
+        module.compute_in_bfloat16(model)
+        with tap_blocks(model) as tap:
+            found = model.model(input_ids=ids).last_hidden_state
+        states = tap.states
+        assert torch.equal(found, expected)
+        assert {state.dtype for state in states} == {torch.float32}
+        shallow = copy.deepcopy(model)
+        keep_blocks(shallow, [0])
+        one = shallow.model(input_ids=ids).last_hidden_state
+        assert torch.equal(one, after_blocks(model, states[1]))
+        for block in find_blocks(model):
+            block.forward = None  # it raises where it is called
+        with pytest.raises(TypeError):
+            model(input_ids=ids)
+    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.equal(exact, model.lm_head(expected))
 
 
 def test_what_is_a_folder(tmp_path, monkeypatch):

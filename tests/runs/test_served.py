@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
 import depthprobe as dp
 from depthprobe.runs.export import export_trial
@@ -34,7 +35,11 @@ def run_of(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     """``run_of(filter_seen, methods)``: a run on the log, made once."""
 
     @cache
-    def run(filter_seen: bool | Literal["auto"], methods: tuple[str, ...]) -> Run:
+    def run(
+        filter_seen: bool | Literal["auto"],
+        methods: tuple[str, ...],
+        precision: Literal["auto", "bfloat16"] = "auto",
+    ) -> Run:
         folder = tmp_path_factory.mktemp("served")
         log = folder / "log.txt"
         log.write_text("".join(" ".join(line) + "\n" for line in lines()), encoding="utf-8")
@@ -44,7 +49,7 @@ def run_of(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
             variants={},
             seeds=1,
             layers="2",
-            recipe=Recipe(epochs=2, batch_size=16, learning_rate=0.01),
+            recipe=Recipe(epochs=2, batch_size=16, learning_rate=0.01, precision=precision),
             data=replace(study.data, source=str(log)),
             protocol=Protocol(filter_seen=filter_seen, resamples=100),
         )
@@ -94,3 +99,16 @@ def test_where_targets_repeat_seen_items_stay_in(
     run = run_of("auto", ("full",))
     assert run.seen_items == "ranked too"
     compare(run, "full", tmp_path / "model")
+
+
+def test_served_equals_measured_in_bfloat16(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    methods = ("full", "early-exit", "skip", "finetune")
+    run = run_of("auto", methods, "bfloat16")
+    for method in methods:
+        compare(run, method, tmp_path / method)
+    model = dp.load_recommender(tmp_path / "full").model
+    seen = []
+    model.backbone.layers[0].mlp.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    model(torch.tensor([[1, 2]]))
+    assert seen == [torch.bfloat16] * len(seen)
+    assert seen

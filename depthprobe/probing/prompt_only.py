@@ -27,6 +27,7 @@ from depthprobe.models.prompt import cache_argument, can_share_prompt, first_pos
 from depthprobe.models.skipping import after_blocks
 from depthprobe.models.taps import tap_blocks
 from depthprobe.models.tiny import positions_of, steady_positions
+from depthprobe.probing.passes import TOLERANCE, exact
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +58,17 @@ def rank_by_title(
         depths: so many blocks are run, D of them.
 
     Raises:
-        BadInput: if nothing stands before a first title, if the positions hold none, or if what the
-            model remembers of a history can't be shared by its candidates.
+        BadInput: if nothing stands before a first title, if the positions hold none, or if the head
+            reads more than the last state.
     """
     if eval_set.negatives is None:
         raise ValueError("expected an eval set with negatives")
     if not (prompt or suffix):
         raise BadInput("backbone.prompt", "", "a text: the first word of a title follows it")
     check_readable(model)
-    if not can_share_prompt(decoder := find_decoder(model)):
-        raise refusal(model, "what it remembers of a history can't be shared by candidates")
+    _check_head(model, torch.tensor([[*prompt, *suffix]], device=input_device(model)))
+    decoder = find_decoder(model)
+    share = can_share_prompt(decoder)  # else each title is read with all that stands before it
     # items with the same text tie, so each text is scored once
     texts = list(dict.fromkeys(map(tuple, tokens)))
     place = {text: index for index, text in enumerate(texts)}
@@ -84,7 +86,7 @@ def rank_by_title(
         raise BadInput("backbone", type(model).__name__, allowed, fault=True)
 
     alone = np.zeros((len(depths), len(texts)))
-    alone[:, used] = log_likelihoods(model, [*prompt, *suffix], chosen, depths)
+    alone[:, used] = log_likelihoods(model, [*prompt, *suffix], chosen, depths, share=share)
     sizes = np.array([0, *map(len, tokens)])
     ranks = {name: np.empty((len(depths), len(candidates))) for name in SCORES}
     for user, own in enumerate(candidates):
@@ -99,6 +101,7 @@ def rank_by_title(
             [*prompt, *chain.from_iterable(read), *suffix],
             [texts[index] for index in different],
             depths,
+            share=share,
         )
         for name, scores in zip(SCORES, (given, given - alone[:, different]), strict=True):
             target = np.full(len(depths), 0)
@@ -114,18 +117,24 @@ def log_likelihoods(
     before: Sequence[int],
     texts: Sequence[Sequence[int]],
     depths: Sequence[int],
+    *,
+    share: bool = True,
 ) -> np.ndarray:
     """Log-probability of each text after the tokens ``before``, at each depth: float64 (D, C).
 
-    The sum over the text's tokens. What stands before is run once, and its keys and values are
-    shared by all texts; the states after each depth go through the final norm and the head.
+    The sum over the text's tokens. The states after each depth go through the final norm and the
+    head. What stands before is run once; with ``share`` all texts read its keys and values, else it
+    is run again before each.
     """
     decoder, device = find_decoder(model), input_device(model)
-    first, cache = first_position(decoder), cache_argument(decoder)
+    first, cache, lead = first_position(decoder), None, 0 if share else len(before)
     found = torch.zeros(len(depths), len(texts), dtype=torch.float64)
     with tap_blocks(decoder) as tap:
         prompt = torch.tensor(before, device=device)
-        shared = shared_prompt(decoder, prompt, first=first)
+        if share:
+            cache = shared_prompt(decoder, prompt, first=first)
+        else:
+            decoder(input_ids=prompt[None], use_cache=False)
         # the first token of every text follows the same state
         starts = torch.tensor([[text[0] for text in texts]], device=device)  # (1, C)
         for row, depth in zip(found, depths, strict=True):
@@ -136,20 +145,33 @@ def log_likelihoods(
             chosen = longer[batch]
             ids = torch.from_numpy(pad([np.array(texts[index]) for index in chosen])).to(device)
             lengths = torch.tensor([len(texts[index]) for index in chosen], device=device)
-            places = torch.arange(ids.shape[1] - 1, device=device)
+            again = prompt[len(before) - lead :].expand(len(ids), -1)  # (B, lead)
+            read = torch.cat([again, ids[:, :-1]], dim=1)  # nothing follows the last token
+            places = torch.arange(read.shape[1], device=device)
             decoder(
-                input_ids=ids[:, :-1],  # nothing follows the last token
-                position_ids=(first + len(before) + places)[None],
-                **{cache: shared},
+                input_ids=read,  # (B, lead + T)
+                position_ids=(first + len(before) - lead + places)[None],
+                **{cache_argument(decoder): cache},
                 use_cache=False,
             )
-            asked = places < lengths[:, None] - 1  # (B, T)
+            asked = places[: ids.shape[1] - 1] < lengths[:, None] - 1  # (B, T)
             targets, rows = ids[:, 1:][asked], asked.nonzero()[:, 0].cpu()
             for row, depth in zip(found, depths, strict=True):
-                states = tap.states[depth].flatten(-3, -2)[..., asked.flatten(), :]
+                states = tap.states[depth][..., lead:, :].flatten(-3, -2)[..., asked.flatten(), :]
                 values = _log_probabilities(model, join_streams(states), targets[:, None])[:, 0]
                 row.index_add_(0, torch.from_numpy(chosen)[rows], values)
     return found.numpy()
+
+
+@torch.inference_mode()
+def _check_head(model: PreTrainedModel, ids: Tensor) -> None:
+    """Refuse a head that makes other logits of the last state, where it alone is given."""
+    with tap_blocks(model) as tap:
+        logits = exact(model(input_ids=ids, use_cache=False).logits[0, -1:])  # (1, V)
+        last = join_streams(tap.states[-1][..., -1, :])
+    read = exact(after_blocks(model, split_streams(model, last), head=True)[:, 0])
+    if (read - logits).abs().max() > TOLERANCE.get(last.dtype, 3e-2) * logits.abs().max():
+        raise refusal(model, "its language-model head reads more than the last state")
 
 
 def _log_probabilities(model: PreTrainedModel, states: Tensor, tokens: Tensor) -> Tensor:

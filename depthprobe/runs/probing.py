@@ -52,8 +52,8 @@ SHUFFLED_USERS = 20_000  # enough to see what order is worth; each is ranked six
 TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
 
 CANDIDATES, CANDIDATE_SEED = 100, 99  # a user's target and 99 items that are drawn
-# SmolLM2 of 135 M parameters takes 6.5 s of a core a user at six depths in float32, and 3 s in
-# bfloat16 (ML-100K, AMD Zen 5): some minutes on two cores
+# SmolLM2 of 135 M parameters takes 6 s of a core a user at six depths in float32, 3 s in bfloat16
+# (ML-100K, AMD Zen 5): ten minutes, or five, on two cores
 PROMPT_USERS = 200
 
 

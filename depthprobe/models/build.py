@@ -54,8 +54,13 @@ def build_recommender(
     return around(backbone, settings, items, seed=seed, train_items=train_items, tokens=tokens)
 
 
-def build_sasrec(settings: SasRecSettings, *, items: int, longest: int) -> SASRec:
-    """SASRec before its training, by torch's present seed, for a catalogue of so many items."""
+def build_sasrec(
+    settings: SasRecSettings, *, items: int, longest: int, table: Tensor | None = None
+) -> SASRec:
+    """SASRec before its training, by torch's present seed, for a catalogue of so many items.
+
+    ``table`` is what it reads in place of own item embeddings, (I + 1, D).
+    """
     return SASRec(
         items,
         width=settings.width,
@@ -63,6 +68,7 @@ def build_sasrec(settings: SasRecSettings, *, items: int, longest: int) -> SASRe
         heads=settings.heads,
         drop=settings.dropout,
         longest=longest,
+        table=table,
     )
 
 

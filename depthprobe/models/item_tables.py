@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import pretrained, pretrained_tokenizer
-from depthprobe.models.blocks import check_tokens
+from depthprobe.models.blocks import check_tokens, find_blocks
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.parts import check_readable
+from depthprobe.models.skipping import after_blocks
+from depthprobe.models.taps import tap_blocks
 from depthprobe.models.tiny import positions_of
 from depthprobe.study import Backbone
 
@@ -52,16 +57,29 @@ def make_table(
     if source.endswith(".npy"):
         return balanced(read_embeddings(source, item_ids), source)
     _, *chosen = source.split(":")
-    texts = item_texts(item_ids, titles)
+    blocks = next((int(word) for word in chosen if word.isdigit()), None)
+    texts, last = item_texts(item_ids, titles), "last" in chosen
+    (table,) = read_titles(settings, texts, blocks=blocks, last=last, device=device)
+    return balanced(table, source)
+
+
+def read_titles(
+    settings: Backbone,
+    texts: Sequence[str],
+    *,
+    device: torch.device,
+    blocks: int | None = None,
+    **how: Any,
+) -> Tensor:
+    """:func:`embed_titles` by the backbone that the settings describe, or its first blocks."""
     tokenizer = pretrained_tokenizer(settings)
     backbone = pretrained(settings)
-    for depth in filter(str.isdigit, chosen):
-        keep_blocks(backbone, range(int(depth)))
+    if blocks is not None:
+        keep_blocks(backbone, range(blocks))
     if settings.quantize == "none":  # else it is on the device, and packed weights should not move
         backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
     logger.info("embedding the titles of %s items", f"{len(texts):,}")  # can take minutes
-    table = embed_titles(backbone, tokenizer, texts, last="last" in chosen)
-    return balanced(table, source)
+    return embed_titles(backbone, tokenizer, texts, **how)
 
 
 def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
@@ -98,12 +116,17 @@ def embed_titles(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
+    depths: Sequence[int] | None = None,
     last: bool = False,
     batch: int = 64,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Mean of the backbone's last normed states over each title's tokens, (I + 1, D) float32.
+    """Mean of the backbone's normed states over each title's tokens, (K, I + 1, D) float32.
 
-    With ``last`` the state at the last of them.
+    With ``last`` the state at the last of them. ``depths`` are so many blocks that have read the
+    titles, 0 for the token embeddings; by default all blocks alone. All come from one pass, and
+    each is what the backbone cut to as many blocks makes. ``out`` is where the tables go: K (I + 1)
+    D numbers; of a pass itself there are the states of one batch, at all depths.
 
     The start token, where the tokenizer has one, is read before the title but not pooled: no title
     changes its state. A text is cut to 64 tokens; those of like length go together in a batch.
@@ -117,8 +140,14 @@ def embed_titles(
         raise BadInput(FIELD, TEXT, f"titles that the tokenizer can read (in {unread!r} it can't)")
     decoder, device = backbone.base_model, backbone.device
     check_tokens(FIELD, TEXT, chain.from_iterable(tokens), backbone)
-    width = backbone.config.get_text_config(decoder=True).hidden_size
-    table = torch.zeros(len(texts) + 1, width)
+    blocks = len(find_blocks(backbone))
+    depths = [blocks] if depths is None else depths
+    inner = any(depth < blocks for depth in depths)
+    if inner:
+        check_readable(backbone)
+    if out is None:
+        width = backbone.config.get_text_config(decoder=True).hidden_size
+        out = torch.zeros(len(depths), len(texts) + 1, width)
     order = sorted(range(len(texts)), key=lambda place: len(tokens[place]))
     for first in range(0, len(order), batch):
         chosen = order[first : first + batch]
@@ -127,15 +156,22 @@ def embed_titles(
         seen = places < lengths[:, None]  # (B, T)
         padded = torch.zeros(seen.shape, dtype=torch.long)
         padded[seen] = torch.tensor([t for place in chosen for t in [*start, *tokens[place]]])
-        with torch.inference_mode():
-            states = decoder(
+        begins = lengths - 1 if last else torch.full_like(lengths, len(start))  # (B,)
+        pooled = (seen & (places >= begins[:, None])).to(device)
+        # states are kept of what is read out before the end alone
+        tapped = tap_blocks(backbone) if inner else nullcontext()
+        with torch.inference_mode(), tapped as tap:
+            final = decoder(
                 input_ids=padded.to(device), attention_mask=seen.long().to(device), use_cache=False
             ).last_hidden_state  # (B, T, D)
-            begins = lengths - 1 if last else torch.full_like(lengths, len(start))  # (B,)
-            pooled = (seen & (places >= begins[:, None])).to(device)
-            total = (states.float() * pooled[:, :, None]).sum(dim=1)
-            table[torch.tensor(chosen) + 1] = (total / pooled.sum(dim=1, keepdim=True)).cpu()
-    return table
+            for table, depth in zip(out, depths, strict=True):
+                states = final
+                if tap is not None and depth < blocks:
+                    # the final norm comes before the mean: it treats each token by itself
+                    states = after_blocks(backbone, tap.states[depth])
+                total = (states.float() * pooled[:, :, None]).sum(dim=1)
+                table[torch.tensor(chosen) + 1] = (total / pooled.sum(dim=1, keepdim=True)).cpu()
+    return out
 
 
 def balanced(table: Tensor, source: str) -> Tensor:

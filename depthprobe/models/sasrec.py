@@ -73,25 +73,45 @@ class SasRecBlock(nn.Module):
 
 
 class SASRec(nn.Module):
-    """Item and position embeddings, causal blocks, dot product with the same item table."""
+    """Item and position embeddings, causal blocks, dot product with the same item table.
+
+    With a ``table``, (I + 1, D), items are its frozen rows through a linear map that is trained.
+    """
 
     def __init__(
-        self, n_items: int, *, width: int, blocks: int, heads: int, drop: float, longest: int
+        self,
+        n_items: int,
+        *,
+        width: int,
+        blocks: int,
+        heads: int,
+        drop: float,
+        longest: int,
+        table: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.width = width
         self.items = nn.Embedding(n_items + 1, width, padding_idx=0)
+        self.adapter: nn.Module = nn.Identity()
         self.positions = nn.Embedding(longest, width)
         self.blocks = nn.ModuleList([SasRecBlock(width, heads, drop) for _ in range(blocks)])
         self.norm = nn.LayerNorm(width)
         self.drop = drop
-        for table in (self.items, self.positions):
-            nn.init.xavier_normal_(table.weight)
+        for own in (self.items, self.positions):
+            nn.init.xavier_normal_(own.weight)
         with torch.no_grad():
             self.items.weight[0] = 0
+        if table is not None:
+            # a bias would add the same to all scores of a user, and to all positions
+            self.adapter = nn.Linear(table.shape[1], width, bias=False)
+            # rows of length 1 begin as long as SASRec's own
+            nn.init.normal_(self.adapter.weight, std=math.sqrt(2 / (n_items + 1 + width)))
+            self.items = nn.Embedding.from_pretrained(table, freeze=True, padding_idx=0)
 
     def item_matrix(self) -> Tensor:
         """What user vectors are scored against, (I + 1, width); row 0 is padding."""
-        return self.items.weight
+        matrix: Tensor = self.adapter(self.items.weight)
+        return matrix
 
     def forward(self, histories: Tensor, lengths: Tensor | None = None) -> Tensor:
         """User vectors (B, T, width) at every position; (B, width) at the last if lengths say.
@@ -105,7 +125,7 @@ class SASRec(nn.Module):
         # positions count back from the window's end: its last item is always at the same one
         places = torch.arange(histories.shape[1], device=histories.device) + padding[:, None]
         places = places.clamp(max=self.positions.num_embeddings - 1)  # of right padding
-        x = self.items(histories) * self.items.embedding_dim**0.5 + self.positions(places)
+        x = self.adapter(self.items(histories)) * self.width**0.5 + self.positions(places)
         x = dropout(x, self.drop, self.training)
         for block in self.blocks:
             x = block(x, padding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import embedded_backbone, embedded_tokenizer
+from depthprobe.models.blocks import find_blocks
+from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.families import family_config
 from depthprobe.models.item_tables import (
     LONGEST_TITLE,
@@ -117,7 +120,7 @@ def test_a_title_is_embedded_as_if_it_were_alone(
     tokenizer = embedded_tokenizer()
     model = make_model(name).double()
     model.resize_token_embeddings(len(tokenizer))
-    table = embed_titles(model, tokenizer, TEXTS, batch=2)
+    (table,) = embed_titles(model, tokenizer, TEXTS, batch=2)
     assert table.dtype == torch.float32
     assert not table[0].any()
     for number, text in enumerate(TEXTS, start=1):
@@ -146,6 +149,34 @@ def test_titles_are_read_by_some_blocks_alone(last: bool) -> None:
     torch.testing.assert_close(made, balanced(expected, source), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "qwen3_moe"])
+@pytest.mark.parametrize("last", [False, True])
+def test_all_depths_come_from_one_pass(
+    name: str, last: bool, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    """Oracle: the backbone cut to each depth; at depth 0 its token embeddings, normed, in words."""
+    tokenizer = embedded_tokenizer()
+    model = make_model(name).double()
+    model.resize_token_embeddings(len(tokenizer))
+    blocks = len(find_blocks(model))
+    out = torch.full((blocks + 1, len(TEXTS) + 1, model.config.hidden_size), torch.nan)
+    out[:, 0] = 0
+    how = {"last": last, "batch": 2}
+    tables = embed_titles(model, tokenizer, TEXTS, depths=range(blocks + 1), out=out, **how)
+    assert tables is out
+    for depth in range(1, blocks + 1):
+        cut = keep_blocks(copy.deepcopy(model), range(depth))
+        (expected,) = embed_titles(cut, tokenizer, TEXTS, **how)
+        torch.testing.assert_close(tables[depth], expected, rtol=1e-6, atol=1e-6)
+    chosen = embed_titles(model, tokenizer, TEXTS, depths=[2, 0], **how)
+    torch.testing.assert_close(chosen, tables[[2, 0]])
+    if name == "llama":
+        ids = torch.tensor(tokenizer("a")["input_ids"])
+        with torch.no_grad():
+            read = model.base_model.norm(model.get_input_embeddings()(ids))[0]
+        torch.testing.assert_close(tables[0, 1], read.float())
+
+
 @pytest.mark.parametrize("batch", [1, 3, 5, 100])
 def test_the_batch_does_not_matter(batch: int) -> None:
     backbone, tokenizer = embedded_backbone(), embedded_tokenizer()
@@ -157,7 +188,7 @@ def test_the_batch_does_not_matter(batch: int) -> None:
 def test_a_tokenizer_without_a_start_token() -> None:
     backbone, tokenizer = embedded_backbone(), embedded_tokenizer()
     tokenizer.bos_token = None
-    found = embed_titles(backbone, tokenizer, ["ab"])[1]
+    found = embed_titles(backbone, tokenizer, ["ab"])[0, 1]
     with torch.no_grad():
         ids = torch.tensor([tokenizer("ab")["input_ids"]])
         states = backbone.base_model(input_ids=ids).last_hidden_state[0]

@@ -104,3 +104,24 @@ def test_popularity_scores_are_training_counts() -> None:
     model = Popularity(np.array([1, 3, 3, 3, 2, 2]), 4)
     vectors = model.encode(torch.tensor([[1], [2]]), torch.tensor([1, 1]))
     assert (vectors @ model.item_matrix().T).tolist() == [[0, 1, 2, 3, 0]] * 2
+
+
+def test_on_a_frozen_table_equals_one_that_has_its_rows_as_items() -> None:
+    """Oracle: the rows through the linear map, written into the embeddings of a plain one."""
+    torch.manual_seed(0)
+    table = torch.randn(10, 5).double()
+    table[0] = 0
+    sizes = {"width": 8, "blocks": 2, "heads": 2, "drop": 0.5, "longest": 6}
+    model = SASRec(9, table=table, **sizes).double().eval()  # type: ignore[arg-type]
+    other = make()
+    weights = {k: v for k, v in model.state_dict().items() if k != "adapter.weight"}
+    rows = table @ model.adapter.weight.T  # type: ignore[operator]
+    other.load_state_dict(weights | {"items.weight": rows})
+    histories, lengths = torch.tensor([[7, 2, 9], [4, 1, 0]]), torch.tensor([3, 2])
+    torch.testing.assert_close(model.item_matrix(), other.item_matrix())
+    torch.testing.assert_close(model.encode(histories, lengths), other.encode(histories, lengths))
+    (model.encode(histories, lengths) @ model.item_matrix().T).square().sum().backward()
+    trained = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert "adapter.weight" in trained
+    assert {name for name, _ in model.named_parameters()} - trained == {"items.weight"}
+    torch.testing.assert_close(model.items.weight, table)

@@ -81,7 +81,7 @@ def test_titles_through_the_backbone(titled: Study, tmp_path: Path) -> None:
     check_complete(run, tmp_path / "model", 16)
     source = titled.backbone.source
     texts = [*IDS[:2], *(f"Title of number {raw[1:]}" for raw in IDS[2:])]
-    expected = embed_titles(load_backbone(source), load_tokenizer(source), texts)
+    (expected,) = embed_titles(load_backbone(source), load_tokenizer(source), texts)
     found = np.load(run.path / TABLE)
     np.testing.assert_allclose(found, balanced(expected, "text").numpy(), rtol=0, atol=1e-5)
     records = [json.loads(p.read_text()) for p in run.path.glob("trials/*/record.json")]

@@ -163,6 +163,11 @@ def prefixes(first: int, last: int, request: Request) -> Groups:
     return [tuple(request.trial(range(depth)) for depth in depths)]
 
 
+def every_depth_once(request: Request) -> Groups:
+    """A trial a depth from 0 to all blocks, of the first seed alone: no seed changes them."""
+    return [] if request.seed else prefixes(0, 0, request)
+
+
 def each_run(shortest: int, longest: int, request: Request) -> Groups:
     """The teacher without each run of neighbouring blocks of some lengths; one block stays."""
     trials, every = [], range(request.blocks)
@@ -219,6 +224,11 @@ def selected_and_full(request: Request) -> Groups:
     return _by_depth(request, {*request.depths} | more)
 
 
+def selected_and_ends(request: Request) -> Groups:
+    """A trial a depth, and those of no block and of all."""
+    return _by_depth(request, {0, *request.depths, request.blocks})
+
+
 def chosen_blocks(select: str, depth: int, blocks: int, *, seed: int) -> Kept:
     """The blocks that a selection keeps; the first ones where it must ask the teacher.
 
@@ -261,7 +271,7 @@ def ranks_popularity(task: Task, sizes: Sizes) -> Work:
 
 def trains(task: Task, sizes: Sizes) -> Work:
     """A training at the depth of its deepest trial, each trial read out at each validation."""
-    depth: int | str = task.trials[-1].depth if task.trials[-1].blocks else "sasrec"
+    depth: int | str = task.trials[-1].depth if method_of(task.method).trains else "sasrec"
     read_outs = len(task.trials)
     read_outs += read_outs > 1  # all depths of one pass, and depth 0
     users = sizes.epochs * sizes.validation + sizes.test
@@ -298,6 +308,11 @@ def fits_every_depth(passes: int, task: Task, sizes: Sizes) -> Work:
     users = sizes.windows + sizes.validation + sizes.test
     score = (task.blocks + 1) * (FITTED_EPOCHS * epoch + RANKED * sizes.test)
     return Work({task.blocks: users}, score)
+
+
+def fits_titles(task: Task, sizes: Sizes) -> Work:
+    """Six regressions at every depth, more than the spread takes; not the pass over the titles."""
+    return Work(score=(task.blocks + 1) * (6 * sizes.validation + RANKED * sizes.test))
 
 
 def walks(task: Task, sizes: Sizes) -> Work:
@@ -364,6 +379,8 @@ class Method:
     titles: bool = False  #: it reads the titles of the items.
     #: its trials are told apart by the blocks they remove, not by their depth.
     by_block: bool = False
+    #: the backbone reads titles and no user: its depth is the one that these are read at.
+    items_only: bool = False
     candidate: bool = False  #: it may be the answer: a sufficient depth.
     #: its model can be written: its ``own`` weights, the ``teacher``'s, cut, or those with the
     #: trial's linear map ``folded`` into a block.
@@ -390,6 +407,11 @@ class Method:
     def trains(self) -> bool:
         """Whether it trains a model with blocks of the backbone."""
         return self.role in ("teacher", "trained", "control")
+
+    @property
+    def reads_users(self) -> bool:
+        """Whether the backbone reads the users' histories."""
+        return self.role != "baseline" and not self.items_only
 
     @property
     def takes_variants(self) -> bool:
@@ -606,6 +628,25 @@ for _method in (
         summary="the untouched backbone ranks 100 candidates by how likely their titles are",
         run="runs.probing:ask_untouched", trials=once, work=partial(scores_titles, 200),
         reference="arXiv 2104.08315",
+    ),
+    Method(
+        name="item-text", label="SASRec on titles", role="probe", titles=True, items_only=True,
+        settings="sasrec",
+        summary="SASRec on the items' titles, read by the untouched backbone up to each depth",
+        run="runs.titles:sasrec_on_titles", trials=selected_and_ends, work=trains,
+        colour="#1f7a8c", marker="8", line="-", reference="arXiv 2206.05941",
+    ),
+    Method(
+        name="item-text-linear", label="titles, linear", role="probe", titles=True, items_only=True,
+        summary="a linear read-out of the titles of a history, read up to each depth",
+        run="runs.titles:linear_readouts", trials=every_depth_once, work=fits_titles,
+        colour="#8c4a5f", marker=">", line="--",
+    ),
+    Method(
+        name="item-text-spread", label="titles, spread", role="probe", titles=True, items_only=True,
+        table=True,
+        summary="anisotropy and effective rank of the items' titles, read up to each depth",
+        run="runs.titles:spread_by_depth", trials=once, work=fits_titles,
     ),
     Method(
         name="finetune", label="fine-tuned", role="trained", needs=SASREC, candidate=True,

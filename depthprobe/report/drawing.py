@@ -171,6 +171,15 @@ def draw_series(
     )  # fmt: skip
 
 
+def draw_level(ax: Axes, value: Interval | None, look: Method) -> None:
+    """A line and a band across the figure, for what has no depth; nothing without a value."""
+    if value is not None:
+        low, high = limits([value])
+        ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
+        options: dict[str, Any] = {"linestyle": look.line, "linewidth": 1.1, "zorder": 2}
+        ax.axhline(value.value, color=look.colour, label=look.label, **options)
+
+
 def bars(intervals: Iterable[Interval]) -> NDArray[np.float64]:
     """Lengths below and above each value, (2, n), as matplotlib's error bars want them.
 

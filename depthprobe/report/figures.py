@@ -45,6 +45,7 @@ from depthprobe.report.numbers import (
     summarise,
 )
 from depthprobe.report.tables import timed
+from depthprobe.report.title_figures import accuracy_vs_title_depth, title_spread
 from depthprobe.study import ranges
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "ablation_changes",
     "accuracy_vs_cost",
     "accuracy_vs_depth",
+    "accuracy_vs_title_depth",
     "block_influence",
     "kept_side_by_side",
     "kept_vs_depth",
@@ -61,6 +63,7 @@ __all__ = [
     "span_map",
     "speed_vs_depth",
     "summarise",
+    "title_spread",
 ]
 
 Curves = dict[str, list[tuple[Point, Interval]]]  # by method, shallow to deep
@@ -83,7 +86,7 @@ def curves(summary: Summary, metric: str, *, kept: bool = False) -> Curves:
     found: Curves = {}
     for method in shown_methods(summary):
         info = method_info(method)
-        if info.role not in ("baseline", "teacher") and not info.by_block:
+        if info.role not in ("baseline", "teacher") and not (info.by_block or info.items_only):
             for point in summary.of(method):
                 value = (point.ratio if kept else point.accuracy).get((FULL, metric))
                 if value is not None:
@@ -207,14 +210,8 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
     drawn, teacher = curves(summary, metric), summary.teacher
     need(drawn, summary, "a method at some depth")
     for point in summary.points:
-        value, look = point.value(metric), point.info
-        if look.role in ("baseline", "teacher") and value is not None:
-            low, high = drawing.limits([value])
-            ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
-            ax.axhline(
-                value.value, color=look.colour, linestyle=look.line, linewidth=1.1, zorder=2,
-                label=look.label,
-            )  # fmt: skip
+        if point.info.role in ("baseline", "teacher"):
+            drawing.draw_level(ax, point.value(metric), point.info)
     _draw_curves(ax, summary, drawn)
     ax.set_ylim(bottom=0)
     drawing.finish(ax, f"{metric} against depth")

@@ -49,6 +49,7 @@ READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
 STATES, SETTLING = "similarity", "settling"  # whose tables figures of blocks and users need
 ORDER, CHOICES = "shuffled", "random-blocks"  # controls that leave a table
 UNTOUCHED = "prompt-only"  # a floor that leaves one
+TITLES, SPREAD = ("item-text", "item-text-linear"), "item-text-spread"  # of items, not of users
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ SECTIONS = (
     ("reliance", "How far cheap scores can be trusted", ("reliance",)),
     ("hurt", "Who loses", ("slices", "lists")),
     ("ablation", "Ways to a shallow model", ("ablation",)),
+    ("titles", "At which block to read titles", ()),
     ("cost", "What a depth costs", ("cost",)),
     ("methods", "All methods", ("methods", "methods_sampled")),
     ("trials", "All trials", ("trials",)),

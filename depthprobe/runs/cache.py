@@ -59,7 +59,7 @@ def result_file(
             for each in configs.values()
         ],
         "settings": asdict(getattr(settings, own, None) or getattr(study, own)) if own else None,
-        "backbone": None if settings.method.role == "baseline" else _backbone(context),
+        "backbone": _backbone(context) if settings.method.reads_users else None,
         "teacher": context.teacher_digest(trial.seed, trial.blocks) if follows else None,
         "validation": eval_set_digest(context.validation),
         "machine": _machine(context),

@@ -233,11 +233,12 @@ class Context:
 
     # --- models ---
 
-    def new_sasrec(self, seed: int) -> SASRec:
-        """SASRec before its training."""
+    def new_sasrec(self, seed: int, table: Tensor | None = None) -> SASRec:
+        """SASRec before its training; on a frozen item table, (I + 1, D), if one is given."""
         torch.manual_seed(seed)
         longest = self.study.data.max_history
-        model = build_sasrec(self.study.sasrec, items=self.sequences.n_items, longest=longest)
+        items = self.sequences.n_items
+        model = build_sasrec(self.study.sasrec, items=items, longest=longest, table=table)
         return model.to(self.device)
 
     def sasrec(self, seed: int) -> SASRec:

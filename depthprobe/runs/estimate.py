@@ -150,7 +150,7 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
         test=len(context.test.users),
         depths=parse_layers(study.layers, blocks),
     )
-    trained = any(method_of(task.method).role != "baseline" for task in plan.waiting)
+    trained = any(method_of(task.method).reads_users for task in plan.waiting)
     busy, alone = 0.0, 0.0
     if not timed:
         busy = float(machine(device)["busy"])

@@ -104,9 +104,9 @@ class Inputs:
 
     @property
     def job_memory(self) -> float:
-        """Bytes that a training of all blocks takes, about; 0 if no method has a backbone."""
+        """Bytes that a training of all blocks takes, about; 0 if the backbone reads no user."""
         study, facts = self.working, self.manifest.backbone
-        if all(method_of(name).role == "baseline" for name in study.methods):
+        if not any(method_of(name).reads_users for name in study.methods):
             return 0.0
         recipe, settings = study.recipe, study.backbone
         longest = min(study.data.max_history, int(np.diff(self.split.sequences.offsets).mean()))
@@ -159,10 +159,11 @@ def read_inputs(
     width = int(config.hidden_size) if dry else None
     table = _shared_table(working, split.sequences, folder, device, width)
     ids, titles = split.sequences.item_ids.tolist(), split.sequences.titles
-    tokens = item_tokens(backbone, ids, titles)
     for name in study.methods:
         if method_of(name).titles:  # refused where there are none
             item_texts(ids, titles, field="methods", asked=name)
+            pretrained_tokenizer(backbone)
+    tokens = item_tokens(backbone, ids, titles)
     if before is None:
         facts = _checked(backbone, tasks, tokens or [])
         facts.words = words_digest(tokens)
@@ -172,7 +173,7 @@ def read_inputs(
     working = working.with_precision(facts.precision)
     manifest = _new_manifest(merged, split, table, facts, device, command)
     manifest.data.warnings += look_alikes(tokens or [])
-    if any(method_of(name).role != "baseline" for name in merged.methods):
+    if any(method_of(name).reads_users for name in merged.methods):
         longest = _longest_text(split.sequences, merged.data.max_history, tokens or [])
         manifest.data.warnings += check_lengths(backbone, config, longest)
     if before is not None:

@@ -128,6 +128,8 @@ def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
 def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str, Any] | None:
     """The measured times that hold for a trial; None where its shape was not measured."""
     settings, seconds = settings_of(study, trial.method), measured["seconds"]
+    if settings.method.items_only:  # its depth is one of the item encoder, which serves nobody
+        return None
     sasrec = settings.method.settings == "sasrec"
     key = "sasrec" if sasrec else str(trial.depth)
     if f"encode:{key}" not in seconds:
@@ -143,13 +145,13 @@ def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str,
 
 def _times_sasrec(study: Study) -> bool:
     methods = [method_of(name) for name in study.methods]
-    needed = study.item_table == "sasrec" and any(each.role != "baseline" for each in methods)
+    needed = study.item_table == "sasrec" and any(each.reads_users for each in methods)
     return needed or any(each.settings == "sasrec" for each in methods)
 
 
 def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
-    """Depths to time; none where the study has baselines alone."""
-    if all(method_of(name).role == "baseline" for name in study.methods):
+    """Depths to time; none where the backbone reads no user."""
+    if not any(method_of(name).reads_users for name in study.methods):
         return []
     layers = [study.layers, *(settings_of(study, name).layers for name in study.methods)]
     asked = [parse_layers(each, blocks) for each in layers]

@@ -74,14 +74,18 @@ def popularity(context: Context, task: Task) -> Iterator[Result]:
     yield Result(task.trials[0], ranks, count_parameters(model))
 
 
-def sasrec(context: Context, task: Task) -> Iterator[Result]:
-    """The non-LLM baseline; its item embeddings are the recommenders' item table by default."""
+def sasrec(context: Context, task: Task, table: Tensor | None = None) -> Iterator[Result]:
+    """The non-LLM baseline; its item embeddings are the recommenders' item table by default.
+
+    On a frozen ``table`` nobody needs its weights: they are not kept.
+    """
     (trial,) = task.trials
-    model, recipe = context.new_sasrec(trial.seed), context.study.sasrec.recipe
+    model, recipe = context.new_sasrec(trial.seed, table), context.study.sasrec.recipe
     objective = objective_of(settings_of(context.study, trial.method), model, recipe)
     done = train(context, trial, objective, recipe, lambda: context.validate(model))
     ranks = evaluate(model, context.test, device=context.device)
-    yield Result(trial, ranks, count_parameters(model), fit=done, model=model)
+    kept = model if table is None else None
+    yield Result(trial, ranks, count_parameters(model), fit=done, model=kept)
 
 
 def fine_tune(context: Context, task: Task) -> Iterator[Result]:
@@ -378,13 +382,13 @@ def _features(context: Context, trial: Trial, spec: FeatureSpec) -> Path:
     stem = f"{FEATURES}-s{trial.seed}-{together.objective}-"
     folder = context.shared / f"{stem}{teacher}-{digest(asdict(together))[:12]}"
     with FileLock(context.shared / f".{stem}lock"):
-        if _whole(folder):
+        if is_whole(folder):
             return folder
         for other in context.shared.glob(f"{stem}*"):
             if not other.name.startswith(f"{stem}{teacher}-"):
                 shutil.rmtree(other)
         kept = features_folder(context, teacher, together)
-        if kept is not None and _whole(kept):
+        if kept is not None and is_whole(kept):
             logger.info("teacher features of seed %d: from the cache", trial.seed)
             share_folder(kept, folder)
             return folder
@@ -402,8 +406,8 @@ def _features(context: Context, trial: Trial, spec: FeatureSpec) -> Path:
     return folder
 
 
-def _whole(folder: Path) -> bool:
-    """Whether a folder has the features that were written into it."""
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has the files that were written into it."""
     try:
         for name, digest in read_sealed(folder / SECONDS, AGAIN).get("files", {}).items():
             intact(folder / name, digest, AGAIN)

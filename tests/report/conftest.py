@@ -23,7 +23,8 @@ BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
 # How strongly a method pulls the target up; about the logarithm of its rank.
 FLOOR, TOP = 0.35, 2.2
 PARTS = ("drop-attention", "drop-mlp")
-ONLY_ASKED = {*PARTS, "span", "readout"}  # made only where they are asked for by name
+TITLES = ("item-text", "item-text-linear")
+ONLY_ASKED = {*PARTS, "span", "readout", *TITLES}  # made only where they are asked for by name
 
 
 def strength(method: str, depth: int, removed: str) -> float:
@@ -32,6 +33,8 @@ def strength(method: str, depth: int, removed: str) -> float:
         return {"popularity": FLOOR, "sasrec": 1.9, "full": TOP}[method]
     if method == "readout":
         return 0.5 * TOP * (1 + depth / BLOCKS)
+    if method in TITLES:
+        return 1.6 - 0.005 * (depth - 4) ** 2 - 0.4 * (method == TITLES[1])
     if method == "early-exit":
         return FLOOR + (TOP - FLOOR) * (depth / BLOCKS) ** 1.6
     if method == "skip":
@@ -84,7 +87,8 @@ def planned() -> list[tuple[str, int, str, str]]:
             plan.append(("span", BLOCKS - (last - first + 1), kept, f"{first}-{last}"))
     for method, depths in {
         "early-exit": range(1, BLOCKS), "readout": (0, BLOCKS), "finetune": (1, 2, 4, 8),
-        "distill": (1, 2, 4), "random-init": (1, 2, 4, 12),
+        "distill": (1, 2, 4), "random-init": (1, 2, 4, 12), TITLES[0]: (0, 4, 12),
+        TITLES[1]: (0, 1, 4, 12),
     }.items():  # fmt: skip
         plan += [(method, d, span(0, d - 1), span(d, top)) for d in depths]
     return plan
@@ -249,7 +253,9 @@ def add_probes(run: FakeRun) -> FakeRun:
         own = {name: draw.integers(6, BLOCKS + 1, len(users)) for name in names}
         own |= {"user": users, "final_rank": final, "best_rank": best, "seed": seed}
         frames.append(pd.DataFrame(own | {"overthinking": final > best}))
+    spread = {"anisotropy": [0.4, 0.8, 0.9], "effective_rank": [70.1, 41.5, 28.5], "seed": 0}
     run.probes = {
+        "item-text-spread": pd.DataFrame({"depth": [0, 4, 12]} | spread),
         "similarity": pd.DataFrame(rows, columns=columns),
         "settling": pd.concat(frames, ignore_index=True),
         "shuffled": shuffled(0.4),

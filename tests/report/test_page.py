@@ -69,8 +69,8 @@ def pages(page: Page, run: Any, make: Make, tmp_path_factory: pytest.TempPathFac
 
 def test_every_section_figure_and_table_is_there(page: Page, run: Any) -> None:
     assert page.sections == [
-        *("depth", "pareto", "blocks", "maps", "reliance", "hurt", "ablation", "cost", "methods"),
-        *("trials", "measured"),
+        *("depth", "pareto", "blocks", "maps", "reliance", "hurt", "ablation", "titles", "cost"),
+        *("methods", "trials", "measured"),
     ]
     assert len(page.all("svg")) == len(FIGURES)
     assert {path.name for path in (run.path / "figures").iterdir()} == {

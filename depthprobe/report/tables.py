@@ -197,7 +197,7 @@ def _depth(row: Values) -> str | None:
     """The depth; below it which blocks are gone, where it is not the last ones."""
     if method_info(row["method"]).role == "baseline":
         return None
-    last = row["kept"] in ("0", f"0-{row['depth'] - 1}")
+    last = not row["depth"] or row["kept"] in ("0", f"0-{row['depth'] - 1}")
     blocks = re.fullmatch(r"\d+([-,]\d+)*", row["removed"])
     return f"{row['depth']}\nwithout {row['removed']}" if blocks and not last else str(row["depth"])
 

@@ -19,7 +19,7 @@ from depthprobe.report.figures import (
     title_spread,
 )
 from depthprobe.report.numbers import TITLES, Summary, summarise
-from depthprobe.report.tables import cost_table
+from depthprobe.report.tables import cost_table, depth_table
 
 METHODS = {"popularity", "sasrec", "full", "finetune", "early-exit"}
 
@@ -78,3 +78,10 @@ def test_answer_costs_and_curves_are_those_of_a_run_without_titles(
     assert one is not None
     assert other is not None
     assert one.rows == other.rows
+
+
+def test_a_table_writes_no_block_as_0_alone(summary: Summary) -> None:
+    table = depth_table(summary)
+    assert table is not None
+    rows = [row[1] for row in table.rows if row[0] == "SASRec on titles"]
+    assert rows == ["0", "4", "12"]

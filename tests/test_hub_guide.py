@@ -60,7 +60,8 @@ def test_the_study_of_the_page_runs(study: Study, tiny_llama: Path, tmp_path: Pa
     import depthprobe as dp
     from depthprobe.runs.export import export_trial
 
-    short = override(study, seeds=1, **{"recipe.epochs": 1, "sasrec.recipe.epochs": 1})
+    one = {"recipe.epochs": 1, "sasrec.recipe.epochs": 1, "recipe.learning_rate": 3e-4}
+    short = override(study, seeds=1, **one)
     run = dp.run_sweep(short, tmp_path / "run", jobs=0)
     assert run.failed == []
     assert set(run.trials["method"]) == set(study.methods)

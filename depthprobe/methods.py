@@ -637,7 +637,8 @@ for _method in (
         colour="#1f7a8c", marker="8", line="-", reference="arXiv 2206.05941",
     ),
     Method(
-        name="item-text-linear", label="titles, linear", role="probe", titles=True, items_only=True,
+        name="item-text-linear", label="linear on titles", role="probe", titles=True,
+        items_only=True,
         summary="a linear read-out of the titles of a history, read up to each depth",
         run="runs.titles:linear_readouts", trials=every_depth_once, work=fits_titles,
         colour="#8c4a5f", marker=">", line="--",

@@ -35,7 +35,8 @@ def accuracy_vs_title_depth(ax: Axes, summary: Summary, *, metric: str | None = 
         most, best = max(zip(values, points, strict=True), key=lambda pair: pair[0].value)
         last = points[-1]
         said.append(
-            f"{look.label}: of {len(points)} depths {best.depth} is the best, {with_bounds(most)}"
+            f"{look.label[0].upper()}{look.label[1:]}: of {len(points)} depths {best.depth} is the "
+            f"best, {with_bounds(most)}"
         )
         ratio = summary.against(best, last) if metric == summary.headline else None
         if ratio is not None and best is not last:
@@ -49,6 +50,13 @@ def accuracy_vs_title_depth(ax: Axes, summary: Summary, *, metric: str | None = 
     drawing.block_axis(ax.xaxis, AXIS, 12)
     drawing.finish(ax, f"{metric} by the block that titles are read at")
     return f"{'. '.join(said)}.{without_bar(drawn)}"
+
+
+MEANING = {
+    "anisotropy": "the mean cosine of two different items; near 1 all point the same way",
+    "effective_rank": "in how many directions items vary: the exponential of the entropy of their "
+    "covariance's eigenvalues",
+}
 
 
 @figure(
@@ -72,6 +80,7 @@ def title_spread(ax: Axes, summary: Summary, *, score: str = "anisotropy") -> st
     drawing.finish(ax, f"{name} of the titles' vectors")
     first, last, most = values[0], values[-1], int(values.argmax())
     return (
-        f"{name}: {significant(first)} without a block, {significant(last)} behind all of them, "
-        f"highest at depth {rounded(depths[most])} ({significant(values[most])})."
+        f"{name} ({MEANING[score]}): {significant(first)} without a block, {significant(last)} "
+        f"behind all of them, highest at depth {rounded(depths[most])} "
+        f"({significant(values[most])})."
     )

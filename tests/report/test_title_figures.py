@@ -27,7 +27,7 @@ METHODS = {"popularity", "sasrec", "full", "finetune", "early-exit"}
 def test_a_line_a_method_with_intervals_between_the_baselines(summary: Summary) -> None:
     ax = accuracy_vs_title_depth(summary)
     names = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    assert list(names) == ["popularity", "SASRec", "SASRec on titles", "titles, linear"]
+    assert list(names) == ["popularity", "SASRec", "SASRec on titles", "linear on titles"]
     for method, places in zip(TITLES, ([0, 4, 12], [0, 1, 4, 12]), strict=True):
         points = summary.of(method)
         line, _, (bars,) = names[points[0].info.label]
@@ -50,7 +50,7 @@ def test_the_caption_names_the_best_depth_against_the_deepest(summary: Summary) 
         in caption
     )
     assert f"{100 * ratio.value:.1f} % [" in caption.replace(",", "")
-    assert "of depth 12. titles, linear: of 4 depths 4 is" in caption
+    assert "of depth 12. Linear on titles: of 4 depths 4 is" in caption
 
 
 @pytest.mark.parametrize(

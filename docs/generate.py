@@ -55,6 +55,7 @@ GUIDES = {
     "distill": "shallow-models.md",
     "report": "report.md",
     "status": "sweep.md",
+    "compare": "compare.md",
     "cost": "cost.md",
     "export": "export.md",
     "recommend": "export.md",

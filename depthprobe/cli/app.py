@@ -32,7 +32,7 @@ import typer
 from typer.main import get_command
 
 import depthprobe
-from depthprobe.cli import check, cost, data, recommend, runs, sweep
+from depthprobe.cli import check, compare, cost, data, recommend, runs, sweep
 from depthprobe.cli.options import as_typed
 from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_streams
 from depthprobe.errors import BadInput, one_line, short
@@ -93,7 +93,7 @@ def _options(
 for _name, _phase in sweep.PHASES.items():
     app.command(_name, help=_phase.help, epilog=_phase.list_methods())(sweep.sweep)
 for _command in (
-    *(runs.report, runs.status, cost.cost, runs.export),
+    *(runs.report, runs.status, compare.compare, cost.cost, runs.export),
     *(recommend.recommend, check.check),
 ):
     app.command()(_command)

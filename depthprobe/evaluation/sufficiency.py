@@ -13,6 +13,8 @@ A candidate is *shown* to suffice by a test of non-inferiority, paired by user a
   candidate at all is wrongly shown.
 - Where few users tell a candidate from the reference, one more is counted who loses a usual hit.
 - One seed shows spreads: how much trainings differ is not known.
+
+:func:`compare` puts the same test to results that exist already, without a search for a depth.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from scipy.optimize import brentq
@@ -32,14 +34,17 @@ from depthprobe.evaluation.statistics import (
     Interval,
     Spread,
     as_arms,
+    difference_interval,
     ratio_interval,
     spread,
     standard_error,
 )
 from depthprobe.methods import METHODS, base_of
 
+Key = TypeVar("Key", bound=Hashable)
 Name = tuple[str, int]  # method and depth
 ODDS = (0.5, 0.8)
+Numbers = tuple[int | None, ...]  # one for each of the odds
 DIFFERING = 30  # users of whom a mean difference is about normal
 PLACES = (np.arange(32) + 0.5) / 32  # of a distribution
 MOST_USERS, MOST_SEEDS = 10**9, 100  # more is never
@@ -72,8 +77,8 @@ class Needed(NamedTuple):
 
     method: str
     depth: int
-    users: tuple[int | None, ...]
-    seeds: tuple[int | None, ...]
+    users: Numbers
+    seeds: Numbers
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def sufficient_depth(
     }
     tested = {name: arm for name, arm in zip(names, arms, strict=True) if stands_for[name] == name}
     trained = [name for name in tested if _is_trained(name[0])] or list(tested)
-    tests = _tests(tested, base, trained)
+    tests = _tests({name: (arm, base) for name, arm in tested.items()}, trained)
 
     depths = Counter(method for method, _ in tested)
     carried = dict.fromkeys(depths, 0.0)
@@ -179,6 +184,92 @@ def sufficient_depth(
     )
 
 
+# From the strongest: what a candidate can be shown to be.
+CLAIMS = ("superior", "equivalent", "non-inferior", "inferior")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against a reference, both as they are.
+
+    ``p_values`` are by claim, of :data:`CLAIMS`; a claim is shown where its own is at most
+    ``tested_at``. ``lower`` is the bound of the share at that level. ``users`` and ``seeds`` say
+    how many would decide whether the loss is within the margin, for even odds and for 80 %; empty
+    where it is decided, and ``seeds`` of fixed models.
+    """
+
+    difference: Interval
+    share: Interval
+    lower: float
+    tested_at: float
+    p_values: dict[str, float]
+    users: Numbers
+    seeds: Numbers
+
+    def shows(self, claim: str) -> bool:
+        """Whether a claim is shown."""
+        return self.p_values[claim] <= self.tested_at
+
+    @property
+    def verdict(self) -> str:
+        """The strongest claim that is shown, or ``undecided``."""
+        return next((claim for claim in CLAIMS if self.shows(claim)), "undecided")
+
+
+def compare(
+    candidates: Mapping[str, Any], reference: Any, *, margin: float = 0.01, level: float = 0.95
+) -> dict[str, Comparison]:
+    """Test candidates against a reference for each of :data:`CLAIMS`.
+
+    With theta the share that is kept, and 1 - level shared equally by the candidates:
+
+    - non-inferior: ``theta > 1 - margin``; inferior: ``theta < 1 - margin``; one-sided.
+    - equivalent: ``1 - margin < theta < 1 + margin``, two one-sided tests (Schuirmann 1987).
+    - superior: ``theta > 1``, with the p-value of a two-sided test.
+
+    One seed makes the models fixed: what is shown holds for them and such users, and says nothing
+    of other trainings.
+
+    Args:
+        candidates: per-user values of a metric, (S, U) or (U,), by name.
+        reference: of the same shape, users and seeds; its mean above 0.
+        margin: relative, from 0 and below 1.
+        level: confidence.
+    """
+    *arms, base = as_arms([*candidates.values(), reference])
+    if not base.mean() > 0:
+        raise ValueError(f"the reference's mean is {base.mean():g}, expected a number above 0")
+    pairs = dict(zip(candidates, arms, strict=True))
+    ahead = _tests({name: (x, base) for name, x in pairs.items()}, pairs, fixed=True)
+    # theta < t is 1 / theta > 1 / t: the same test with the roles exchanged
+    behind = _tests({name: (base, x) for name, x in pairs.items()}, pairs, fixed=True)
+    tested_at = (1 - level) / len(pairs)
+    found = {}
+    for name, x in pairs.items():
+        above, below = ahead[name], behind[name]
+        p_values = {
+            "superior": min(1.0, 2 * above.p_value(1)),
+            "equivalent": max(above.p_value(1 - margin), below.p_value(1 / (1 + margin))),
+            "non-inferior": above.p_value(1 - margin),
+            "inferior": below.p_value(1 / (1 - margin)),
+        }
+        users: Numbers = ()
+        seeds: Numbers = ()
+        if min(p_values["non-inferior"], p_values["inferior"]) > tested_at and base.shape[1] > 1:
+            gap = float(x.mean() - (1 - margin) * base.mean())
+            of = above.components(1 - margin)
+            if gap < 0:
+                gap, of = -gap / (1 - margin), below.components(1 / (1 - margin))
+            users, seeds = plan(
+                gap, of, users=base.shape[1], seeds=len(base), tested_at=tested_at
+            )  # fmt: skip
+        found[name] = Comparison(
+            difference_interval(x, base, level=level), ratio_interval(x, base, level=level),
+            above.lower(tested_at), tested_at, p_values, users, seeds if len(base) > 1 else (),
+        )  # fmt: skip
+    return found
+
+
 @dataclass(frozen=True)
 class _Test:
     """Is ``mean(x) / mean(r)`` above a share? The mean of ``D = x - share r`` against 0.
@@ -191,6 +282,7 @@ class _Test:
     others: np.ndarray  # the same, a mean over the trained candidates
     n_users: int
     n_seeds: int
+    fixed: bool  # of one seed: the question is about these very models, not about their trainings
 
     def spreads(self, share: float) -> tuple[Spread, Spread]:
         """The candidate's own spread of D, and that of the trained ones."""
@@ -214,8 +306,8 @@ class _Test:
         )
 
     def p_value(self, share: float) -> float:
-        """One-sided; 1 for one seed or one user."""
-        if min(self.n_seeds, self.n_users) == 1:
+        """One-sided; 1 for one user, and for one seed unless the models are fixed."""
+        if self.n_users == 1 or (self.n_seeds == 1 and not self.fixed):
             return 1.0
         own, others = self.spreads(share)
         of = own._replace(seeds=max(own.seeds, others.seeds - others.noise + own.noise))
@@ -237,19 +329,24 @@ class _Test:
 
 
 def _tests(
-    tested: Mapping[Name, np.ndarray], base: np.ndarray, trained: Sequence[Name]
-) -> dict[Name, _Test]:
-    parts = {name: np.zeros((3, 3)) for name in tested}  # of one user there is no spread
-    arms = {name: _with_a_loss(x, base) for name, x in tested.items()}
-    if base.shape[1] > 1:
-        of_base = spread(base, base)
-        parts = {
-            name: np.array([spread(x, x), spread(x, r), of_base if r is base else spread(r, r)])
-            for name, (x, r) in arms.items()
-        }
+    pairs: Mapping[Key, tuple[np.ndarray, np.ndarray]],
+    trained: Collection[Key],
+    *,
+    fixed: bool = False,
+) -> dict[Key, _Test]:
+    """The tests of pairs of a candidate and its reference."""
+    arms = {name: _with_a_loss(x, r) for name, (x, r) in pairs.items()}
+    parts = {  # of one user there is no spread
+        name: np.array([spread(x, x), spread(x, r), spread(r, r)])
+        if r.shape[1] > 1
+        else np.zeros((3, 3))
+        for name, (x, r) in arms.items()
+    }
     others = np.mean([parts[name] for name in trained] or [np.zeros((3, 3))], axis=0)
     return {
-        name: _Test((float(x.mean()), float(r.mean())), parts[name], others, *r.shape[::-1])
+        name: _Test(
+            (float(x.mean()), float(r.mean())), parts[name], others, r.shape[1], len(r), fixed
+        )
         for name, (x, r) in arms.items()
     }
 
@@ -262,7 +359,7 @@ def _with_a_loss(x: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if x.shape[1] == 1 or int((x != r).any(axis=0).sum()) >= DIFFERING:
         return x, r
-    lost = np.full((len(r), 1), r.sum() / np.count_nonzero(r))
+    lost = np.full((len(r), 1), r.sum() / max(1, np.count_nonzero(r)))
     return np.hstack([x, 0 * lost]), np.hstack([r, lost])
 
 
@@ -282,13 +379,10 @@ def power(gap: float, of: Components, *, users: int, seeds: int, tested_at: floa
     """
     noise = of.both / users
     s2, from_users = of.seed + noise, of.user / users + noise / seeds
-    drawn = np.maximum(1, chdtri(seeds - 1, PLACES) / (seeds - 1)) * s2
+    drawn = s2 if seeds == 1 else np.maximum(1, chdtri(seeds - 1, PLACES) / (seeds - 1)) * s2
     error, df = standard_error(Spread(from_users, drawn, noise), n_users=users, n_seeds=seeds)
     real = math.sqrt(from_users + of.seed / seeds) or math.ulp(0)
     return float(ndtr((gap - stdtrit(df, 1 - tested_at) * error) / real).mean())
-
-
-Numbers = tuple[int | None, ...]  # one for each of the odds
 
 
 def plan(

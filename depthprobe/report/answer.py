@@ -10,7 +10,7 @@ from depthprobe import formatting
 from depthprobe.errors import shell_line
 from depthprobe.evaluation.slices import FEWEST
 from depthprobe.evaluation.statistics import Interval
-from depthprobe.evaluation.sufficiency import Needed, RetainedAccuracy, Sufficiency
+from depthprobe.evaluation.sufficiency import Numbers, RetainedAccuracy, Sufficiency
 from depthprobe.formatting import in_percent, percent, plain_percent, with_bounds
 from depthprobe.methods import method_info
 from depthprobe.report.controls import order_words
@@ -200,7 +200,10 @@ def _advice(summary: Summary, sufficiency: Sufficiency) -> str:
             more = "The others are not finished for the teacher and every candidate."
         return f"Not decided: one seed never shows a depth. {more}"
     if sufficiency.needed is not None:
-        return f"Not decided: {_needed(sufficiency, sufficiency.needed)}."
+        words = needed_words(
+            *sufficiency.needed[2:], users=sufficiency.users, seeds=sufficiency.seeds
+        )
+        return f"Not decided: {words}."
     if all(other.kept.high < 1 - sufficiency.margin for other in sufficiency.rows):
         return f"Keep all blocks: no shallower model keeps {floor} of the teacher's accuracy."
     return (
@@ -209,14 +212,14 @@ def _advice(summary: Summary, sufficiency: Sufficiency) -> str:
     )
 
 
-def _needed(sufficiency: Sufficiency, needed: Needed) -> str:
+def needed_words(more_users: Numbers, more_seeds: Numbers, *, users: int, seeds: int) -> str:
     """How many users, or how many seeds, would decide; first for even odds, then for 80 %."""
     ways = []
     for noun, numbers, have in (
-        ("test users", needed.users, sufficiency.users),
-        ("seeds", needed.seeds, sufficiency.seeds),
+        ("test users", more_users, users),
+        ("seeds", more_seeds, seeds),
     ):
-        even, surely = (None if n is None else _rounded(n) for n in numbers)
+        even, surely = (None if n is None else _rounded(n) for n in numbers or (None, None))
         if even is not None:
             more = f", {surely} for 80 %" if surely else ""
             ways.append(f"about {even} {noun} ({have:,} now{more})")
@@ -243,7 +246,8 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
         )
         if (needed := sufficiency.needed) is not None:
             label = method_info(needed.method).label
-            said += f" Depth {needed.depth} ({label}) is undecided: {_needed(sufficiency, needed)}."
+            words = needed_words(*needed[2:], users=sufficiency.users, seeds=sufficiency.seeds)
+            said += f" Depth {needed.depth} ({label}) is undecided: {words}."
         return said
     if sufficiency.seeds == 1:
         return "Its interval is over users alone: how much trainings differ is not known."

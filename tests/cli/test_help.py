@@ -19,6 +19,8 @@ COMMANDS = {
     + ["--output", "--device", "--executor", "--jobs", "--item-embeddings", "--revision"],
     "report": ["RUN", "--output", "--margin", "--level", "--metric"],
     "status": ["RUN"],
+    "compare": ["A B...", "--targets", "--slices", "--common", "--margin", "--json", "--output"]
+    + ["--fail-unless"],
     "cost": ["--backbone", "--layers"],
     "export": ["RUN", "TRIAL", "DIR"],
     "recommend": ["DIR", "--history", "--top", "--device", "--skip-unknown", "--output"],

@@ -11,8 +11,10 @@ from scipy import stats
 
 from depthprobe.evaluation.statistics import ratio_interval
 from depthprobe.evaluation.sufficiency import (
+    CLAIMS,
     Components,
     Sufficiency,
+    compare,
     plan,
     power,
     sufficient_depth,
@@ -252,3 +254,93 @@ def test_few_hits_are_no_proof(hits: int) -> None:
         student = teacher * (draw.random(teacher.shape) > 1 / 90)
         shown += sufficient_depth({("a", 1): student}, teacher).depth is not None
     assert shown <= 9  # 5 % of 100, and two standard errors
+
+
+# Results that exist already: the same test, of four claims.
+
+
+@pytest.mark.parametrize("share", [0.94, 0.97, 0.99, 1.0, 1.03])
+def test_one_seed_is_paired_t_tests_over_users(share: float) -> None:
+    worlds, teacher = world({("b", 1): share}, users=300, noise=0.3, seeds=1)
+    x, r = worlds["b", 1][0], teacher[0]
+    found = compare({"b": x}, r, margin=0.03)["b"]
+    p = {
+        claim: stats.ttest_1samp(x - bound * r, 0, alternative=side).pvalue
+        for claim, bound, side in (
+            ("superior", 1, "greater"),
+            ("non-inferior", 0.97, "greater"),
+            ("not much better", 1.03, "less"),
+            ("inferior", 0.97, "less"),
+        )
+    }
+    p["superior"] = min(1, 2 * p["superior"])
+    p["equivalent"] = max(p["non-inferior"], p.pop("not much better"))
+    assert found.p_values == pytest.approx(p, abs=1e-12)
+    assert found.shows("superior") == (found.difference.low > 0)
+    assert found.seeds == ()
+    assert bool(found.users) == (found.verdict == "undecided")
+
+
+def test_several_seeds_and_candidates_are_tested_as_in_a_sweep() -> None:
+    keeps = {("a", 1): 0.99, ("b", 1): 1.0, ("c", 1): 0.9}
+    candidates, teacher = world(keeps, users=300, luck=0.01)
+    swept = sufficient_depth(candidates, teacher, margin=0.05)
+    found = compare({name: x for (name, _), x in candidates.items()}, teacher, margin=0.05)
+    for row in swept.rows:
+        one = found[row.method]
+        assert one.p_values["non-inferior"] == pytest.approx(row.p_value, abs=1e-12)
+        assert (one.share, one.lower, one.tested_at) == (row.kept, row.lower, row.tested_at)
+        assert one.shows("non-inferior") == row.shown
+
+
+def test_exchanged_roles_exchange_the_claims() -> None:
+    """B above 1 - m of A is A below 1 / (1 - m) of B."""
+    candidates, teacher = world({("b", 1): 0.955}, users=400, noise=0.5)
+    one = compare({"b": candidates["b", 1]}, teacher, margin=0.05)["b"].p_values
+    other = compare({"a": teacher}, candidates["b", 1], margin=1 / 0.95 - 1)["a"].p_values
+    assert other["equivalent"] == pytest.approx(one["non-inferior"], abs=1e-12)
+    assert 0.01 < one["non-inferior"] < 0.99
+
+
+def test_equal_results_of_few_users_show_nothing() -> None:
+    hits = np.zeros(200)
+    hits[:10] = 1
+    found = compare({"b": hits}, hits)["b"]
+    assert found.verdict == "undecided"
+    assert min(found.p_values.values()) > 0.05
+    assert found.users[0] is not None
+    many = np.tile(hits, 100)
+    assert compare({"b": many}, many, margin=0.02)["b"].verdict == "equivalent"
+    nothing = compare({"b": 0 * hits}, hits)["b"]  # no hit at all
+    assert nothing.verdict == "inferior"
+    alone = compare({"b": hits[:1]}, hits[:1])["b"]
+    assert set(alone.p_values.values()) == {1.0}
+
+
+def test_the_number_of_users_decides_that_often() -> None:
+    """With the numbers that are asked for, half and 80 % of such comparisons are decided."""
+    keeps = {("b", 1): 0.985}
+    candidates, teacher = world(keeps, users=400, noise=0.3, seeds=1, seed=4)
+    found = compare({"b": candidates["b", 1]}, teacher, margin=0.01)["b"]
+    assert found.verdict == "undecided"
+    share = found.share.value
+    for odds, users in zip((0.5, 0.8), found.users, strict=True):
+        assert users is not None
+        decided = 0
+        for seed in range(200):
+            again, base = world({("b", 1): share}, users=users, noise=0.3, seeds=1, seed=seed)
+            test = compare({"b": again["b", 1]}, base, margin=0.01)["b"]
+            decided += test.verdict != "undecided"
+        assert abs(decided / 200 - odds) < 0.12
+
+
+def test_a_claim_at_its_edge_is_shown_as_often_as_its_level_says() -> None:
+    edges = {"superior": 1.0, "equivalent": 1.05, "non-inferior": 0.95, "inferior": 0.95}
+    assert set(edges) == set(CLAIMS)
+    for claim, share in edges.items():
+        shown = 0
+        for seed in range(300):
+            candidates, teacher = world({("b", 1): share}, users=300, luck=0.01, seed=seed)
+            found = compare({"b": candidates["b", 1]}, teacher, margin=0.05)["b"]
+            shown += found.shows(claim)
+        assert shown / 300 < 0.09

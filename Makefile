@@ -72,7 +72,7 @@ $(BIN)/python:
 		"install one (Debian: python3 and python3-venv) or name it: make PYTHON=/path/to/python3"; \
 		exit 2; } >&2
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "error: PYTHON: '$(PYTHON)' is not usable; Python 3.11 or newer" >&2; exit 2; }
+		echo "error: PYTHON: expected Python 3.11 or newer, got '$(PYTHON)'" >&2; exit 2; }
 	"$(PYTHON)" -m venv --clear $(VENV)
 
 # the stamps are as new as the last installation, so that a second call installs nothing

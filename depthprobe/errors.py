@@ -30,7 +30,7 @@ class BadInput(ValueError):
         if fault:
             message = f"{short(value)}: {allowed}"
         elif value is None:
-            message = f"required: {allowed}"
+            message = f"required. Give {allowed}"
         else:
             message = f"expected {allowed}, got {short(value)}"
         super().__init__(f"{field}: {message}")
@@ -87,10 +87,11 @@ def closest(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What is allowed, and the known name that was probably meant."""
+    """What is allowed, and the known name that was probably meant: of many names that alone."""
     known = list(known)
     hint = "".join(f" (did you mean {each}?)" for each in closest(name, known, most=1, cutoff=0.6))
-    return f"one of {', '.join(known)}{hint}"
+    names = f"{len(known)} names" if hint and len(known) > 8 else ", ".join(known)
+    return f"one of {names}{hint}"
 
 
 def one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -160,11 +160,11 @@ class Cleaning(Checked):
     min_rating: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None
     #: of a user's interactions with the same item keep all, the first, or the last.
     repeats: Literal["keep", "first", "last"] = "keep"
-    latest: Many | None = None  #: keep so many of each user's.
+    latest: Many | None = None  #: keep each user's latest N.
     #: drop users and items with fewer interactions, again and again until none is left (k-core); 1
     #: drops nothing.
     core: Many = 1
-    users: Many | None = None  #: keep so many users, drawn at random: a larger log, tried out.
+    users: Many | None = None  #: keep N users, drawn at random: to try out a larger log.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,14 +174,14 @@ class Data(Checked):
     #: a log (file or folder), a prepared folder, the name of a public set, or ``embedded``; a path
     #: is relative to where the command runs.
     source: str = "embedded"
-    #: one of those that ``depthprobe data list`` names; left out, the content tells.
+    #: a format that ``depthprobe data list`` names; by default it is detected.
     format: str | None = None
-    #: a file with the items' titles; left out, it is looked for beside the log.
+    #: a file with the items' titles; by default it is looked for beside the log.
     items: str | None = None
-    #: so many of a user's latest items are read.
+    #: read at most this many of a user's latest items.
     max_history: Annotated[int, Meta(ge=1, le=100_000)] = 50
-    #: how interactions of a user at the same time are ordered, about which the log says nothing: at
-    #: ``random``, as in the ``file``, or by ``item`` id; a prepared folder has its order.
+    #: the order of a user's interactions at the same time: ``random``, as in the ``file``, or by
+    #: ``item`` id; a prepared folder keeps its order.
     ties: Literal["random", "file", "item"] = "random"
     ties_seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  #: of the random order.
     columns: Columns = Columns()  #: names of a table's columns.
@@ -197,9 +197,9 @@ class Backbone(Checked):
     revision: str | None = None  #: branch, tag or commit of an id; left out, the hub's ``main``.
     #: run Python code that comes with the model; only with a ``revision``.
     trust_remote_code: bool = False
-    #: of the weights; ``auto`` is the checkpoint's.
+    #: the precision of the weights; ``auto`` is the checkpoint's.
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    #: the implementation: ``auto`` (transformers' choice), ``eager``, ``sdpa``,
+    #: its attention code: ``auto`` (transformers' choice), ``eager``, ``sdpa``,
     #: ``flash_attention_2``, ``flash_attention_3`` or ``flex_attention``.
     attention: Attention = "auto"
     #: store the weights of the blocks in fewer bits; on a GPU, with bitsandbytes, and with
@@ -217,15 +217,16 @@ class Backbone(Checked):
     #: (``items``, SLMRec's way), or the tokens of its title (``titles``). Items are scored by the
     #: item table either way.
     reads: Literal["items", "titles"] = "items"
-    title_tokens: Count = 16  #: with ``titles``: so many tokens of a title are read, at most.
-    title_template: str = "{title}\n"  #: with ``titles``: what an item's text is.
-    #: what it reads after them, as SLMRec's response prompt; needs the objective ``last``.
+    title_tokens: Count = 16  #: with ``titles``: read at most this many tokens of a title.
+    title_template: str = "{title}\n"  #: with ``titles``: the text of an item.
+    #: what the model reads after the items, as SLMRec's response prompt; needs the objective
+    #: ``last``.
     suffix: str = ""
     #: score by the dot product with the item table (``dot``, SLMRec), or by a linear map from the
     #: last state to the items (``linear``, E4SRec).
     head: Literal["dot", "linear"] = "dot"
-    #: compute the blocks again in the backward pass in place of keeping their activations: less
-    #: memory, more time, the same numbers.
+    #: recompute the blocks' activations in the backward pass: less memory, more time, the same
+    #: numbers.
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -250,16 +251,16 @@ class Backbone(Checked):
 class Recipe(Checked):
     """How a model is trained: AdamW, cosine with warm-up, early stopping on validation NDCG@10."""
 
-    epochs: Count = 6  #: passes over the training data, at most.
+    epochs: Count = 6  #: maximum number of passes over the training data.
     #: users (windows of a history) a step.
     batch_size: Count = 128
-    #: at its highest; of a list, each is tried at seed 0, for every model alike, and the one with
+    #: the peak learning rate. Of a list, each is tried for every model at seed 0, and the one with
     #: the best validation NDCG@10 is used for all seeds.
     learning_rate: Rate | tuple[Rate, ...] = 1e-3
-    weight_decay: Weight = 0.01  #: of AdamW.
+    weight_decay: Weight = 0.01  #: AdamW's weight decay.
     warmup: Share = 0.1  #: the share of the steps in which the learning rate rises.
     clip: Annotated[float, Meta(gt=0, le=1e12)] = 1.0  #: the norm at which gradients are clipped.
-    patience: Many = 3  #: stop after so many epochs without a better validation NDCG@10.
+    patience: Many = 3  #: stop after this many epochs without a better validation NDCG@10.
     #: ask for the next item at ``every`` position of a history, or at its ``last`` alone (one
     #: target a user, SLMRec's).
     objective: Literal["every", "last"] = "every"
@@ -270,14 +271,14 @@ class Recipe(Checked):
     #: how many random items the sampled losses draw.
     negatives: Count = 256
     gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75  #: the calibration of ``gbce``, from 0 to 1.
-    #: compute a batch in so many parts, which changes its memory and not its result.
+    #: compute a batch in this many parts: less memory, the same result.
     accumulation: Count = 1
-    #: histories in words: compute a batch in parts of at most so many tokens.
+    #: histories in words: compute a batch in parts of at most this many tokens.
     tokens: Count = 4096
-    #: 1 makes the batches random. Of more, windows are sorted by length within so many batches:
-    #: there is less padding, but a step sees windows of one length, and the model is worse for it.
+    #: 1 makes the batches random. With more, windows are sorted by length within this many
+    #: batches: less padding, but a step sees windows of one length, and the model is worse.
     pool: Count = 1
-    #: what the blocks compute in, beside weights that stay in their own; ``auto`` is bfloat16 for a
+    #: what the blocks compute in; the weights keep their own precision. ``auto`` is bfloat16 for a
     #: backbone of 20 million parameters or more on a device that has it in hardware.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False  #: use ``torch.compile``.
@@ -311,12 +312,12 @@ class SasRecRecipe(Recipe):
 class SasRecSettings(Checked):
     """The non-LLM baseline, and where the item embeddings come from (Kang and McAuley, 2018)."""
 
-    #: of its states, and of the item table that it makes.
+    #: the width of its states and of its item table.
     width: Width = 64
-    blocks: Few = 2  #: how many it has.
-    #: of its attention; ``width`` must be a multiple.
+    blocks: Few = 2  #: its number of blocks.
+    #: its number of attention heads; must divide ``width``.
     heads: Width = 1
-    dropout: Share = 0.5  #: the share of states that are dropped in training.
+    dropout: Share = 0.5  #: the dropout of its states in training.
     recipe: SasRecRecipe = SasRecRecipe()  #: how it is trained.
 
     def __post_init__(self) -> None:
@@ -329,7 +330,7 @@ class SasRecSettings(Checked):
 class Heal(Checked):
     """How a cut teacher is trained further."""
 
-    share: Annotated[float, Meta(gt=0, le=1)] = 0.5  #: of the recipe's epochs.
+    share: Annotated[float, Meta(gt=0, le=1)] = 0.5  #: the share of the recipe's epochs.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,12 +340,12 @@ class Distillation(Checked):
     The first four are SLMRec's.
     """
 
-    #: into so many groups of blocks teacher and student are cut, to be compared at their ends.
+    #: cut teacher and student into this many groups of blocks; compare them where groups end.
     groups: Few = 4
     ce: Weight = 1.0  #: weight of the recipe's own loss.
     cosine: Weight = 1.0  #: weight of 1 - cos of the two states.
     norm: Weight = 0.1  #: weight of their distance.
-    #: weight of the loss of recommending from inner groups; asks no teacher.
+    #: weight of the loss of recommending from inner groups; needs no teacher.
     supervision: Weight = 0.1
     #: weight of the divergence from the teacher's distribution over the catalogue.
     logits: Weight = 0.0
@@ -354,13 +355,13 @@ class Distillation(Checked):
     #: compare states wherever the recipe asks for the next item (``asked``), or at the last item
     #: alone (``last``, SLMRec's).
     positions: Literal["asked", "last"] = "asked"
-    #: at which ``logits`` compares distributions.
+    #: the temperature of the distributions that ``logits`` compares.
     temperature: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
-    top: CountOrNone = 0  #: compare scores of the teacher's best items alone; 0 is all.
+    top: CountOrNone = 0  #: compare only the scores of the teacher's best N items; 0: all.
     #: the student begins as the pretrained ``backbone``, as the trained ``teacher``, or at
     #: ``random``.
     init: Literal["backbone", "teacher", "random"] = "backbone"
-    #: what the teacher says is computed once and kept on disk (``cached``), or again at every step
+    #: compute the teacher's outputs once and keep them on disk (``cached``), or at every step
     #: (``online``).
     features: Literal["cached", "online"] = "cached"
 
@@ -385,8 +386,8 @@ class Elastic(Checked):
     """
 
     dropout: Share = 0.1  #: the probability that the last block is left out of a step.
-    exits: Few = 1  #: so many shallower losses a step.
-    weight: Weight = 1.0  #: of their mean.
+    exits: Few = 1  #: the number of shallower losses in a step.
+    weight: Weight = 1.0  #: the weight of their mean.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,12 +435,12 @@ class Protocol(Checked):
     user_slices: tuple[str, ...] = ()
     #: groups by the item that is asked for, each ``FILE:COLUMN`` of a table of items.
     item_slices: tuple[str, ...] = ()
-    validation_users: Many = 4096  #: so many at most choose the best epoch.
-    #: the relative loss of ``metric`` that is acceptable.
+    validation_users: Many = 4096  #: choose the best epoch on at most this many.
+    #: the acceptable relative loss of ``metric``.
     margin: Annotated[float, Meta(gt=0, lt=1)] = 0.01
     #: the confidence of the verdict and of all intervals.
     level: Annotated[float, Meta(gt=0.5, lt=1)] = 0.95
-    #: what the verdict is about: any ``HR@K``, ``NDCG@K``, or ``MRR``; a training always stops by
+    #: the metric of the verdict: any ``HR@K``, ``NDCG@K``, or ``MRR``; a training always stops by
     #: validation NDCG@10.
     metric: str = "NDCG@10"
     #: draws of users for the rank correlations of cheap scores; all else has closed forms.
@@ -459,10 +460,10 @@ class Cost(Checked):
     """How time is measured: one batch of real users, rounds interleaved over the depths."""
 
     batch_size: Count = 128  #: users in the batch.
-    #: rounds before the first that counts, at most.
+    #: maximum number of rounds before timing begins.
     warmup: Annotated[int, Meta(ge=0, le=1_000_000)] = 3
-    rounds: Count = 15  #: that count, at most.
-    #: that all of it may take; one round is always taken.
+    rounds: Count = 15  #: maximum number of timed rounds.
+    #: maximum time for all of it; one round is always run.
     seconds: Annotated[float, Meta(gt=0, le=1_000_000)] = 60.0
 
 
@@ -470,27 +471,27 @@ class Cost(Checked):
 class Probing(Checked):
     """How much is probed."""
 
-    #: of each length, leave out so many runs of blocks alone, those between whose ends the angular
-    #: distance is smallest; 0 leaves out every run.
+    #: of each length, leave out only this many runs of blocks: those with the smallest angular
+    #: distance between their ends; 0 leaves out every run.
     spans: CountOrNone = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm(Checked):
-    """What each job of ``--executor slurm`` asks the cluster for; what is left out, it decides."""
+    """Resources each job on SLURM requests; unset fields use the cluster's defaults."""
 
-    partition: Printable | None = None  #: where the jobs run.
-    account: Printable | None = None  #: who pays.
-    minutes: Count = 720  #: a job's time limit: one that reaches it is queued again and goes on.
-    gpus: Annotated[int, Meta(ge=0, le=10_000)] = 1  #: of a job.
-    cpus: Count = 4  #: of a job.
-    memory_gb: Count = 32  #: of a job.
+    partition: Printable | None = None  #: the SLURM partition of the jobs.
+    account: Printable | None = None  #: the SLURM account to charge.
+    minutes: Count = 720  #: time limit; a job that reaches it is queued again and goes on.
+    gpus: Annotated[int, Meta(ge=0, le=10_000)] = 1  #: GPUs of a job.
+    cpus: Count = 4  #: CPU cores of a job.
+    memory_gb: Count = 32  #: memory of a job.
     setup: tuple[str, ...] = ()  #: lines of shell that a job runs first.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking(Checked):
-    """Where trainings are told to while they run."""
+    """Trackers that follow the trainings while they run."""
 
     #: names of accelerate's trackers: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``, ...
     to: tuple[str, ...] = ()
@@ -505,28 +506,28 @@ class Tracking(Checked):
 class Study(Checked):
     """One question: which depths of which backbone, on which log, by which methods."""
 
-    name: str = "study"  #: of the run's folder and in the report; the file's by default.
+    name: str = "study"  #: names the run's folder and the report; by default the file's.
     #: depths, that is how many blocks are kept: ``1,2,4``, ``1-12``, ``all``, or ``auto`` (1, 2, 4,
     #: 8, ...).
     layers: str = "auto"
-    #: what is compared.
+    #: the methods to compare.
     methods: tuple[str, ...] = DEFAULT_METHODS
     #: every training is repeated with seeds 0 to N - 1.
     seeds: Few = 2
-    #: every model is trained for the same ``steps``, or with the same ``compute``: a shallower one
-    #: then for more epochs, in the ratio of their FLOPs, and ``elastic`` with that of all depths
-    #: together.
+    #: what to hold constant: training ``steps``, or ``compute``. With the latter a shallower model
+    #: trains for more epochs, in the ratio of the FLOPs, and ``elastic`` gets the compute of all
+    #: depths together.
     budget: Literal["steps", "compute"] = "steps"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  #: where to compute.
-    #: a folder whose trainings several runs share: one that has been done before, equal in all that
-    #: decides it, is not done again.
+    #: share trainings between runs through this folder: a training that is there, with the same
+    #: settings, is not run again.
     cache: str | None = None
     #: where the item embeddings come from: ``sasrec`` (trained first), ``text`` (titles through the
     #: backbone), a ``.npy`` file with a row an item, or ``learned`` (random ones, trained with the
     #: recommender).
     item_table: str = "sasrec"
-    item_width: Width = 64  #: of a ``learned`` table.
-    train_items: bool = False  #: train another table, too.
+    item_width: Width = 64  #: the width of a ``learned`` table.
+    train_items: bool = False  #: also train a table that is not ``learned``.
     data: Data = Data()  #: the log.
     backbone: Backbone = Backbone()  #: the pretrained decoder.
     sasrec: SasRecSettings = SasRecSettings()  #: the baseline.
@@ -540,7 +541,7 @@ class Study(Checked):
     protocol: Protocol = Protocol()  #: how accuracy is measured.
     cost: Cost = Cost()  #: how time is measured.
     slurm: Slurm = Slurm()  #: the jobs of ``--executor slurm``.
-    tracking: Tracking = Tracking()  #: who is told.
+    tracking: Tracking = Tracking()  #: trackers to log to.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -679,7 +680,8 @@ def _check_methods(chosen: tuple[str, ...], variants: Mapping[str, Variant]) -> 
         known = (*(NAMED_SELECTIONS if method.selectable else ()), *variants)
         if name not in known:
             only = f"{method.name} alone (the study has no variants)"
-            raise BadInput("methods", full_name, nearest(name, known) if known else only)
+            allowed = f"{method.name}: and {nearest(name, known)}"
+            raise BadInput("methods", full_name, allowed if known else only)
         if not method.selectable and variants[name].select != "prefix":
             allowed = f"a variant without select ({method.name} has its own)"
             raise BadInput("methods", full_name, allowed)
@@ -840,7 +842,8 @@ def _build(kind: type[T], content: Any, key: str) -> T:
     values = dict(content)
     for name, value in content.items():
         if name not in hints:
-            raise BadInput(f"study key {prefix}{name}", value, nearest(name, hints))
+            allowed = f"a key of {f'[{key}]' if key else 'a study'}: {nearest(name, hints)}"
+            raise BadInput("study file", f"{prefix}{name}", allowed)
         table = next(filter(is_dataclass, (hints[name], *typing.get_args(hints[name]))), None)
         if table is not None and name != "variants":
             values[name] = _build(table, value, f"{prefix}{name}")  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ def _options(command: Any) -> list[str]:
 
 
 def _help(text: str) -> list[str]:
-    return [inspect.cleandoc(text), ""]
+    return [re.sub("^Example: (.*)", r"    \1", inspect.cleandoc(text)), ""]
 
 
 def _methods() -> list[str]:

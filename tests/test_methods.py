@@ -127,7 +127,7 @@ def test_who_needs_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("methods", "words"),
     [
-        (("heal:end",), "did you mean ends"),
+        (("heal:end",), "heal: and one of ends.*did you mean ends"),
         (("distill:kl",), "one of ends"),
         (("skip:ends",), "with finetune"),
         (("finetune:prefix",), "one of ends"),

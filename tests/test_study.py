@@ -307,7 +307,7 @@ def test_layers_are_sorted_depths_in_range_or_refused(text: str, blocks: int) ->
 def test_bad_input_says_what_was_expected_and_what_came() -> None:
     assert str(BadInput("layers", "x", "depths")) == "layers: expected depths, got 'x'"
     assert str(BadInput("data", Path("x"), "it is empty", fault=True)) == "data: 'x': it is empty"
-    assert str(BadInput("--backbone", None, "a folder")) == "--backbone: required: a folder"
+    assert str(BadInput("--backbone", None, "a folder")) == "--backbone: required. Give a folder"
 
 
 @pytest.mark.parametrize("fault", [True, False])

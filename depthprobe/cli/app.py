@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -35,7 +36,7 @@ import depthprobe
 from depthprobe.cli import check, compare, cost, data, recommend, runs, sweep
 from depthprobe.cli.options import as_typed
 from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_streams
-from depthprobe.errors import BadInput, one_line, short
+from depthprobe.errors import BadInput, closest, one_line, short
 from depthprobe.runs.processes import SAFE_PATH, FirstProcessError, launched
 
 # a disk that is full, read-only, somebody else's or gone is no fault of the program
@@ -47,18 +48,45 @@ NO_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
 # what a scheduler sends before it kills
 INTERRUPTS = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
-# options of other tools, and ours
+# options of other tools, and ours: of several the first that the command has
 SYNONYMS = {
-    **{
-        "--model": "--backbone",
-        "--dataset": "--data",
-        "--depth": "--layers",
-        "--depths": "--layers",
-    },
-    **{"--method": "--methods", "--seed": "--seeds", "--out": "--output", "--gpu": "--device cuda"},
-    "--lr": "recipe.learning_rate in a study file",
-    "--learning-rate": "recipe.learning_rate in a study file",
-    "--batch-size": "recipe.batch_size in a study file",
+    option: ours.split(", ")
+    for options, ours in {
+        "--model --model-name --model-path --checkpoint": "--backbone",
+        "--dataset --input --log": "--data, --history",
+        "--depth --depths --num-layers --n-layers": "--layers",
+        "--out --out-dir --output-dir --save -o": "--output",
+        "--gpu --cuda": "--device cuda",
+        "--lora": "--tuning lora",
+        "--workers --num-workers --n-jobs -j": "--jobs",
+        "--topk --top-k -k": "--top",
+        "--confidence --alpha": "--level",
+        "--verbose -v": "--debug",
+        "--force": "--overwrite",
+        "--batch-size --batch": "--batch, recipe.batch_size in a study file",
+        "--max-length --max-len": "--length, data.max_history in a study file",
+        "--lr --learning-rate": "recipe.learning_rate in a study file",
+        "--precision --dtype --bf16 --fp16": "--dtype, recipe.precision in a study file",
+        "--config --study -c": "the file's name alone: depthprobe sweep STUDY.toml",
+        "--resume --continue": "the same command again: it continues a sweep",
+    }.items()
+    for option in options.split()
+}
+EXAMPLES = {
+    "sweep": "sweep --data log.csv --backbone model/ --layers 1,2,4",
+    "train": "train --methods full,finetune --layers 1,2,4",
+    "probe": "probe --data log.csv --backbone model/",
+    "distill": "distill --data log.csv --backbone model/ --layers 2",
+    "report": "report runs/demo --margin 2%",
+    "status": "status runs/demo",
+    "cost": "cost --backbone model/ --layers 1-12",
+    "compare": "compare full.csv small.csv --margin 2%",
+    "export": "export runs/demo finetune-d02-s0 small/",
+    "recommend": "recommend small/ --history histories.txt --top 10",
+    "check": "check --backbone model/",
+    "prepare": "data prepare log.csv prepared/ --core 5",
+    "show": "data show log.csv",
+    "list": "data list",
 }
 # the base of every usage error; typer carries its own copy of click, so it has no stable home
 UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -68,7 +96,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="How many layers does an LLM-based recommender need, and what do fewer save?"
-    " `depthprobe sweep` alone runs the demo.",
+    "\n\nRun the demo: depthprobe sweep",
 )
 
 
@@ -84,7 +112,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Print tracebacks and log lines; may stand anywhere.")
+        bool, typer.Option("--debug", help="Print tracebacks and log lines. Works anywhere.")
     ] = False,
 ) -> None:
     """Options before any command; ``main`` takes ``--debug`` out of the arguments."""
@@ -98,6 +126,11 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(data.app, name="data")
+for _info in (*app.registered_commands, *data.app.registered_commands):
+    _text = _info.help or inspect.getdoc(_info.callback) or ""
+    _name = _info.name or getattr(_info.callback, "__name__", "")
+    _info.short_help = _text.partition("\n\n")[0]
+    _info.help = f"Example: depthprobe {EXAMPLES[_name]}\n\n{_text}"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -166,7 +199,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             place = f": {error.filename}" if error.filename else ""
             reason = f"{os.strerror(error.errno or 0)}{place}"
-            return _fail(f"{reason}; once that is mended, the same command goes on", FAILED)
+            return _fail(f"{reason}; fix that, then run the same command to continue", FAILED)
         if isinstance(error, OSError) and error.errno in PATH_FAULTS:
             return _fail(f"{os.strerror(error.errno or 0)}: {short(error.filename)}", BAD_INPUT)
         if isinstance(error, ValueError) and str(error).startswith("embedded null"):
@@ -183,13 +216,29 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def _usage(error: Exception) -> str:
     text: str = error.format_message()  # type: ignore[attr-defined]
-    if ours := SYNONYMS.get(getattr(error, "option_name", "")):
-        return f"{text.split(' (')[0].rstrip('.')}; use {ours}"
-    context = getattr(error, "ctx", None)
-    if context is None:
+    text, invalid = re.subn("^Invalid value for '(.*?)': ", r"\1: ", text)
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if invalid or context is None:
         return text
+    if text.startswith("Missing") and parameter is not None:
+        name = next((word for word in parameter.opts if word[0] == "-"), parameter.metavar)
+        return f"{name}: required. {parameter.help}"
     known = getattr(context.command, "commands", None)
     allowed = f"one of {', '.join(known)}" if known else f"see {context.command_path} --help"
+    if option := getattr(error, "option_name", None):
+        text = f"No such option: {option}"
+        has = [word for each in context.command.params for word in each.opts]
+        ours = [
+            each for each in SYNONYMS.get(option, ()) if each[0] != "-" or each.split()[0] in has
+        ]
+        if ours:
+            return f"{text}; use {ours[0]}"
+        if close := closest(option, has, cutoff=0.7):
+            allowed = f"did you mean {' or '.join(close)}?"
+    elif (match := re.match("No such command '([^']*)'", text)) and known:
+        text = match[0]
+        if close := closest(match[1], known, cutoff=0.6):
+            allowed = f"did you mean {' or '.join(close)}?"
     return f"{text.rstrip('.?')}; {allowed}"
 
 

@@ -17,25 +17,26 @@ from depthprobe.files import complete_file
 
 def check(
     backbone: Annotated[
-        str | None, option("B", "A folder (config.json is enough), an id, or embedded.")
+        str | None, option("B", "A folder (config.json is enough), a Hugging Face id, or embedded.")
     ] = None,
     revision: Annotated[str | None, option("REV", "The revision of a Hugging Face id.")] = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option(
-            "--trust-remote-code", help="Run the model's own code; an id's needs --revision."
+            "--trust-remote-code",
+            help="Run the model's own code. From the Hub it needs --revision.",
         ),
     ] = False,
     every: Annotated[
-        bool, typer.Option("--all", help="Every decoder family of transformers, in minutes.")
+        bool, typer.Option("--all", help="Check every decoder family of transformers (minutes).")
     ] = False,
     output: Annotated[Path, option("FILE", "Where --all writes its table.", parser=path)] = Path(
         "architectures.md"
     ),
 ) -> int:
-    """Self-test: can this architecture be cut safely?
+    """Test whether an architecture can be cut safely.
 
-    Needs no weights. The exit code is 1 if not, or if it can't be a recommender's backbone.
+    Needs no weights. Exits with 1 if it can't be cut, or can't be a recommender's backbone.
     """
     if every and backbone is None:
         return _check_all(output)

@@ -27,29 +27,40 @@ Row = dict[str, Any]
 
 
 def cost(
-    backbone: Annotated[str, option("B", "A folder (config.json is enough), an id, or embedded.")],
+    backbone: Annotated[
+        str, option("B", "A folder (config.json is enough), a Hugging Face id, or embedded.")
+    ],
     layers: Annotated[str, option("DEPTHS", "Depths: 1,2,4 or 1-12 or all or auto.")] = "auto",
     device: Annotated[str, option("auto|cpu|cuda|mps", "Where to measure.")] = "auto",
     revision: Annotated[str | None, option("REV", "The revision of a Hugging Face id.")] = None,
     price: Annotated[
-        float | None, option("P", "Of an hour of the device, any currency.", parser=number)
+        float | None, option("P", "Price of an hour of the device.", parser=number)
     ] = None,
-    batch: Annotated[int | None, option("N", "Users in a batch (128).", parser=whole)] = None,
-    length: Annotated[int | None, option("N", "Items in a history (30).", parser=whole)] = None,
-    items: Annotated[int | None, option("N", "Items in all (10,000).", parser=whole)] = None,
-    prompt: Annotated[int | None, option("N", "Slots before the items (0).", parser=whole)] = None,
-    dtype: Annotated[
-        str | None, option("auto|float32|bfloat16|float16", "Of the backbone.")
+    batch: Annotated[
+        int | None, option("N", "Users in a batch [default: 128].", parser=whole)
     ] = None,
-    tuning: Annotated[str | None, option("full|lora|frozen", "What of it a step trains.")] = None,
+    length: Annotated[
+        int | None, option("N", "Items in a history [default: 30].", parser=whole)
+    ] = None,
+    items: Annotated[
+        int | None, option("N", "Items in the catalogue [default: 10,000].", parser=whole)
+    ] = None,
+    prompt: Annotated[
+        int | None, option("N", "Prompt slots before the items [default: 0].", parser=whole)
+    ] = None,
+    dtype: Annotated[str | None, option("auto|float32|bfloat16|float16", "The backbone's.")] = None,
+    tuning: Annotated[
+        str | None, option("full|lora|frozen", "Which weights a training step updates.")
+    ] = None,
     seconds: Annotated[
-        float | None, option("S", "To measure for (20); 0: nothing.", parser=number)
+        float | None,
+        option("S", "Seconds to measure for [default: 20]; 0: don't measure.", parser=number),
     ] = None,
     output: Annotated[
-        Path | None, option("FILE", "All numbers: FILE.csv, or FILE.json.", parser=path)
+        Path | None, option("FILE", "Write all numbers to FILE.csv or FILE.json.", parser=path)
     ] = None,
 ) -> None:
-    """Parameters, FLOPs, time, memory by depth.
+    """Estimate parameters, FLOPs, time and memory by depth.
 
     A configuration is enough: no weights are downloaded. What fits this machine is measured, with
     random weights.

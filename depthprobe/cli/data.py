@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".svg", ".pdf")
 
-app = typer.Typer(help="Readers, filters, statistics of a dataset.", rich_markup_mode=None)
+app = typer.Typer(help="Read, clean and describe a log.", rich_markup_mode=None)
 
 Source = Annotated[
     str,
@@ -45,7 +45,7 @@ def prepare(
     ] = False,
     **flags: Any,
 ) -> None:
-    """Sort a log into sequences, clean it, write it as a memory-mapped folder."""
+    """Sort and clean a log, and write it as a prepared folder."""
     study = apply_flags(Study(), data=source, **flags)
 
     from depthprobe.data.prepared import read_data
@@ -60,11 +60,11 @@ def prepare(
 def show(
     source: Source,
     figure: Annotated[
-        Path | None, option("FILE", "Draw it as well: .png, .svg or .pdf.", parser=path)
+        Path | None, option("FILE", "Also draw it: .png, .svg or .pdf.", parser=path)
     ] = None,
     **flags: Any,
 ) -> None:
-    """The shape of a log, and what to know before trusting it."""
+    """Describe a log, and warn of what may mislead."""
     study = apply_flags(Study(), data=source, **flags)
     if figure is not None:
         if figure.suffix.lower() not in PICTURES or figure.is_dir():
@@ -84,7 +84,7 @@ def show(
 
 @app.command("list")
 def list_logs() -> None:
-    """The formats that a log may have, and the public sets that are fetched by name."""
+    """List the formats of logs, and the public sets by name."""
     from depthprobe.data.public import SETS, cache_folder
     from depthprobe.data.readers.formats import FORMATS
 

@@ -30,7 +30,7 @@ def _parser(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:
         try:
             return kind(text) if isinstance(text, str) else text  # a default is one already
         except ValueError:  # typer's own message would not show what was written
-            raise typer.BadParameter(f"{short(text)} is not a {what}") from None
+            raise typer.BadParameter(f"expected a {what}, got {short(text)}") from None
 
     return parse
 
@@ -86,54 +86,64 @@ class Flag:
         return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=hint)
 
 
-COLUMN = "Its name, or its number from 1 [default: guessed]."
+COLUMN = "The column's name, or its number from 1 [default: guessed]."
 LOG = {  # how a log is read and cleaned
-    "format": Flag("data.format", "F", "One of data list [default: by the content]."),
-    "items": Flag("data.items", "FILE", "The items' titles [default: beside the log]."),
+    "format": Flag("data.format", "F", "The log's format, see data list [default: detected]."),
+    "items": Flag("data.items", "FILE", "A file of item titles [default: beside the log]."),
     "user_column": Flag("data.columns.user", "C", COLUMN),
     "item_column": Flag("data.columns.item", "C", COLUMN),
     "time_column": Flag("data.columns.time", "C", COLUMN),
     "rating_column": Flag("data.columns.rating", "C", COLUMN),
     "title_column": Flag("data.columns.title", "C", COLUMN),
-    "ties": Flag("data.ties", "random|file|item", "Order at equal times [default: random]."),
-    "ties_seed": Flag("data.ties_seed", "N", "Seed of the random one [default: 0].", int),
-    "min_rating": Flag("data.cleaning.min_rating", "X", "Drop lower ratings.", float),
+    "ties": Flag("data.ties", "random|file|item", "Order of equal times [default: random]."),
+    "ties_seed": Flag("data.ties_seed", "N", "Seed of that random order [default: 0].", int),
+    "min_rating": Flag("data.cleaning.min_rating", "X", "Drop interactions rated lower.", float),
     "repeats": Flag(
-        "data.cleaning.repeats", "keep|first|last", "Of the same item [default: keep]."
+        "data.cleaning.repeats",
+        "keep|first|last",
+        "Of an item's repeats keep all, the first or the last [default: keep].",
     ),
-    "latest": Flag("data.cleaning.latest", "N", "Keep so many of each user's.", int),
-    "core": Flag("data.cleaning.core", "K", "Keep users and items with K or more (k-core).", int),
-    "users": Flag("data.cleaning.users", "N", "Keep so many users, drawn at random.", int),
+    "latest": Flag("data.cleaning.latest", "N", "Keep each user's latest N.", int),
+    "core": Flag("data.cleaning.core", "K", "Keep users and items with at least K (k-core).", int),
+    "users": Flag("data.cleaning.users", "N", "Keep N users, drawn at random.", int),
 }
 SPLIT = {
-    "split": Flag("protocol.split", "leave-one-out|temporal|given", "What trains, what tests."),
+    "split": Flag("protocol.split", "leave-one-out|temporal|given", "How to split the log."),
     "split_at": Flag("protocol.split_at", "V,T", "Where validation and test begin.", tuple),
 }
 VERDICT = {  # what is made of a run's ranks, whenever it is asked
-    "margin": Flag(
-        "protocol.margin", "M", "The loss that is acceptable: 2% or 0.02.", float, share
-    ),
+    "margin": Flag("protocol.margin", "M", "The acceptable loss: 2% or 0.02.", float, share),
     "level": Flag("protocol.level", "P", "The confidence of intervals: 95% or 0.95.", float, share),
-    "metric": Flag("protocol.metric", "HR@K|NDCG@K|MRR", "What the verdict is about."),
+    "metric": Flag("protocol.metric", "HR@K|NDCG@K|MRR", "The metric of the verdict."),
 }
 SWEEP = {
     "data": Flag("data.source", "D", "A log, a prepared folder, a public set, or embedded."),
-    "backbone": Flag("backbone.source", "B", "A folder, a Hugging Face id, or embedded."),
+    "backbone": Flag(
+        "backbone.source", "B", "A folder with config.json, a Hugging Face id, or embedded."
+    ),
     "revision": Flag("backbone.revision", "REV", "The branch, tag or commit of a Hugging Face id."),
     "layers": Flag("layers", "DEPTHS", "Depths: 1,2,4 or 1-12 or all or auto."),
-    "methods": Flag("methods", "NAMES", "Of those below; also heal:ends and the like.", tuple),
-    "seeds": Flag("seeds", "N", "How many seeds; a run with fewer gets the others.", int),
-    "epochs": Flag("recipe.epochs", "N", "At most so many; SASRec keeps its own.", int),
+    "methods": Flag(
+        "methods", "NAMES", "Methods from the list below, or variants such as heal:ends.", tuple
+    ),
+    "seeds": Flag("seeds", "N", "Number of seeds. An earlier run gets the missing ones.", int),
+    "epochs": Flag("recipe.epochs", "N", "Maximum number of epochs. SASRec keeps its own.", int),
     "device": Flag("device", "auto|cpu|cuda|mps", "Where to compute."),
-    "budget": Flag("budget", "steps|compute", "What all trainings have the same of."),
-    "cache": Flag("cache", "DIR", "Take equal trainings of other runs from there, leave new ones."),
-    "tuning": Flag("backbone.tuning", "full|lora|frozen", "What of the blocks is trained."),
-    "item_embeddings": Flag("item_table", "FILE.npy|text[:K]|learned|sasrec", "The item table."),
+    "budget": Flag("budget", "steps|compute", "What to hold constant: training steps or compute."),
+    "cache": Flag("cache", "DIR", "Share trainings between runs through this folder."),
+    "tuning": Flag("backbone.tuning", "full|lora|frozen", "Which weights of the blocks to train."),
+    "item_embeddings": Flag(
+        "item_table", "FILE.npy|text[:K]|learned|sasrec", "Where the item embeddings come from."
+    ),
     **SPLIT,
     **VERDICT,
     "name": Flag("name", "NAME", "The study's name."),
 }
 FLAGS = LOG | SWEEP
+WORDS = {  # arguments, as the help names them
+    **{"data.source": "D", "study": "STUDY.toml", "run": "RUN", "trial": "TRIAL"},
+    **dict.fromkeys(("recommender", "folder", "dir", "output"), "DIR"),
+}
 
 
 def as_typed(error: BadInput, arguments: Sequence[str]) -> BadInput:
@@ -141,7 +151,10 @@ def as_typed(error: BadInput, arguments: Sequence[str]) -> BadInput:
     names = {flag.setting: name for name, flag in FLAGS.items()}
     flag = f"--{names.get(error.field, error.field).replace('_', '-')}"
     typed = {word.partition("=")[0] for word in arguments}
-    return error.renamed(flag) if flag in typed else error
+    if flag in typed:
+        return error.renamed(flag)
+    word = WORDS.get(error.field)
+    return error.renamed(word) if word and str(error.value) in arguments else error
 
 
 def takes_flags(flags: Mapping[str, Flag]) -> Callable[[Command], Command]:
@@ -162,7 +175,12 @@ def make_study(file: Path | None = None, **flags: Any) -> Study:
     """The study that the flags of a sweep ask for: a file's, one of data and backbone, the demo."""
     data, backbone = flags.get("data"), flags.get("backbone")
     if file is not None:
-        study = load_study(file)
+        try:
+            study = load_study(file)
+        except BadInput as error:
+            if error.field != "study" or file.suffix == ".toml":
+                raise
+            raise BadInput("study", str(file), f"{error.allowed}; a log needs --data") from None
         if study.name == file.stem == "study":
             study = override(study, name=file.resolve().parent.name)
     elif data is None and backbone is None:
@@ -186,7 +204,7 @@ def apply_flags(study: Study, **flags: Any) -> Study:
         changes[FLAGS[name].setting] = value
     study = override(study, **changes)
     if flags.get("split_at") is not None and study.protocol.split != "temporal":
-        raise BadInput("protocol.split_at", flags["split_at"], "none without --split temporal")
+        raise BadInput("protocol.split_at", flags["split_at"], "--split temporal beside it")
     return study
 
 

@@ -35,18 +35,20 @@ def recommend(
     ],
     history: Annotated[
         Path,
-        option("FILE", "A line a user: user item item ..., oldest first; or a log.", parser=path),
+        option("FILE", "Lines of user item item ..., oldest first; or a log.", parser=path),
     ],
-    top: Annotated[int, option("K", "How many items a user.", parser=whole)] = 10,
+    top: Annotated[
+        int, option("K", "How many items to recommend to each user.", parser=whole)
+    ] = 10,
     device: Annotated[str, option("auto|cpu|cuda|mps", "Where to compute.")] = "auto",
     skip_unknown: Annotated[
-        bool, typer.Option("--skip-unknown", help="Leave out items outside the catalogue.")
+        bool, typer.Option("--skip-unknown", help="Ignore items outside the catalogue.")
     ] = False,
     output: Annotated[
         Path | None, option("FILE", "Where to write [default: the terminal].", parser=path)
     ] = None,
 ) -> None:
-    """Top-K items from an exported model.
+    """Recommend items with an exported model.
 
     Tab-separated lines: user, rank, item, score, title. The file may be of any length.
     """

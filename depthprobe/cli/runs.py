@@ -39,10 +39,10 @@ def report(
     ] = None,
     **flags: Any,
 ) -> None:
-    """The HTML report, figures, CSV, Markdown and LaTeX tables of a run; or runs side by side.
+    """Write the report of a run, or of several side by side.
 
-    Margin, level and metric are the study's by default; with others all is computed again from the
-    users' ranks.
+    An HTML page, figures, and CSV, Markdown and LaTeX tables. Another margin, level or metric than
+    the study's is computed from the users' ranks; nothing is trained again.
     """
     check_output_file(output)
     apply_flags(Study(), **flags)  # refuses what a study can't say
@@ -63,7 +63,7 @@ def report(
 
 
 def status(run: Run) -> None:
-    """What of a run is done, what failed and why, who works on what, what is left."""
+    """Show what is done, failed, running and left in a run."""
     from depthprobe.runs.store import status_of
 
     state = status_of(run)
@@ -81,9 +81,9 @@ def status(run: Run) -> None:
     for task, reason in state.failed:
         echo(one_line(f"failed: {task}: {reason}"), sys.stderr)
     if state.failed:
-        echo("--retry-failed tries them again")
+        echo("sweep --retry-failed runs them again")
     if state.total("left") and not state.working:
-        echo("nobody works on it; the same sweep continues it")
+        echo("no sweep is running; run the same command to continue")
     if state.damaged:  # all has been shown, but for that
         raise state.damaged[0][1]
 
@@ -95,14 +95,16 @@ def export(
         Path, typer.Argument(metavar="DIR", help="A new or empty folder.", parser=path)
     ],
 ) -> None:
-    """A trial's model as a Hugging Face checkpoint.
+    """Export the model of a trial as a Hugging Face checkpoint.
 
-    What serves it is written beside it; `depthprobe recommend DIR` reads the folder.
+    The folder also has what `depthprobe recommend DIR` needs.
     """
     known = sorted(path.name for path in (run / "trials").glob("*") if path.is_dir())
     if known and trial not in known:
         close = closest(trial, known) or known[:3]
-        raise BadInput("trial", trial, f"one of the {len(known)} of this run: {', '.join(close)}")
+        raise BadInput(
+            "trial", trial, f"one of this run's {len(known)}, such as {', '.join(close)}"
+        )
     check_writable("dir", folder)
 
     from depthprobe.runs.export import export_trial

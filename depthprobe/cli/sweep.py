@@ -56,13 +56,17 @@ def _distils(method: Method) -> bool:
 
 
 PHASES = {
-    "sweep": Phase("Accuracy, size and time against depth, and the report.", lambda method: True),
+    "sweep": Phase(
+        "Measure accuracy, size and time by depth; write the report.", lambda method: True
+    ),
     "train": Phase(
-        "The baselines, the teacher and the variants alone.",
+        "Train the baselines, the teacher and the shallower models.",
         lambda method: method.role != "probe" and not _distils(method),
     ),
-    "probe": Phase("What needs no training but the teacher's.", lambda m: m.role == "probe"),
-    "distill": Phase("The students alone.", _distils),
+    "probe": Phase(
+        "Run the methods that train nothing but the teacher.", lambda m: m.role == "probe"
+    ),
+    "distill": Phase("Train the students only.", _distils),
 }
 
 
@@ -71,22 +75,25 @@ def sweep(
     context: typer.Context,
     study: Annotated[
         Path | None,
-        typer.Argument(metavar="STUDY.toml", help="What to run; flags override it.", parser=path),
+        typer.Argument(metavar="STUDY.toml", help="A study file. Flags override it.", parser=path),
     ] = None,
     *,
     output: Annotated[
         Path | None, option("RUN", "The run's folder [default: runs/NAME].", parser=path)
     ] = None,
-    executor: Annotated[str, option("|".join(EXECUTORS), "What runs the trials.")] = LOCAL,
+    executor: Annotated[str, option("|".join(EXECUTORS), "Where the trials run.")] = LOCAL,
     jobs: Annotated[
         int | None,
-        option("N", "Trials at the same time; 0: in this process. With slurm: jobs.", parser=whole),
+        option(
+            "N", "Trials at a time; 0: in this process. With slurm: number of jobs.", parser=whole
+        ),
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier sweep.")
+        bool, typer.Option("--retry-failed", help="Run failed trials again.")
     ] = False,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and an estimate of it; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the plan and its estimated time; write nothing."),
     ] = False,
     **flags: Any,
 ) -> int:
@@ -99,8 +106,8 @@ def sweep(
     folder = default_output(chosen) if output is None else output
     check_writable("output", folder)
     if flags["epochs"] is not None and "sasrec" in {*chosen.methods, chosen.item_table}:
-        own = f"SASRec keeps its own {chosen.sasrec.recipe.epochs} (sasrec.recipe.epochs)"
-        echo(f"--epochs is of the recommenders; {own}", sys.stderr)
+        own = f"it keeps {chosen.sasrec.recipe.epochs} (sasrec.recipe.epochs)"
+        echo(f"--epochs does not apply to SASRec: {own}", sys.stderr)
     if dry:
         return dry_run(chosen, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
     command = shell_line(["depthprobe", *context.obj])  # as typed

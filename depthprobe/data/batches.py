@@ -60,7 +60,7 @@ def negatives(
 ) -> np.ndarray | None:
     """Negatives for each of E users, without replacement, the same at every call.
 
-    None is an item that the user has ever interacted with, so neither target is among them.
+    No negative is an item the user has interacted with, so targets are never drawn.
 
     Args:
         pool: items with their repeats, such as those of all training interactions. The next

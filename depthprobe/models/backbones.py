@@ -52,7 +52,7 @@ from depthprobe.study import ATTENTIONS, QUANTIZATIONS, Backbone
 Source = str | os.PathLike[str]
 EMBEDDED = "embedded"
 ADAPTER = "an adapter is beside its weights: merge it into them, or take it out of the folder"
-ALLOWED = f'"{EMBEDDED}", a folder with config.json and safetensors weights, or a hub model id'
+ALLOWED = f"a folder with config.json and safetensors weights, a Hugging Face id, or {EMBEDDED}"
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HASH = "sha256:"
@@ -241,12 +241,14 @@ def one_line(what: str, source: Source) -> Iterator[None]:
         first, *more = [*str(error).strip().splitlines(), type(error).__name__]
         reason = f"{first} {more[0].strip()}" if first.endswith(":") else first
         if isinstance(error, LocalEntryNotFoundError):
-            reason = "no such folder; of the hub's models it is none that was downloaded before"
+            reason = (
+                "no such folder; the Hub can't be reached, and this id was not downloaded before"
+            )
         elif isinstance(error, KeyError | IndexError):
             reason = f"{type(error).__name__}: {reason}"
         if pointer := _pointer(source):
             reason = f"{pointer} is a pointer of Git LFS and not the file: git lfs pull"
-        allowed = f"cannot be {what} ({reason}): {ALLOWED}"
+        allowed = f"cannot be {what} ({reason}); expected {ALLOWED}"
         raise BadInput("backbone", str(source), allowed, fault=True) from error
 
 
@@ -561,10 +563,9 @@ def backbone_config(
         path = _existing(path_or_id)
         adapter = (path / ADAPTER_FILE).is_file()
         if not (path.is_file() or (path / "config.json").is_file()):
-            hint = " (it holds an adapter: merge it into its base first)" if adapter else ""
-            raise BadInput(
-                "backbone", str(path_or_id), f"no config.json in it{hint}: {ALLOWED}", fault=True
-            )
+            hint = "; it holds an adapter: merge it into its base first" if adapter else ""
+            allowed = f"{ALLOWED} (no config.json in it{hint})"
+            raise BadInput("backbone", str(path_or_id), allowed)
         if adapter:
             raise BadInput("backbone", str(path_or_id), ADAPTER, fault=True)
     with one_line("found", path_or_id):
@@ -598,7 +599,7 @@ def _existing(source: Source) -> Path:
     """The path of a source on disk; the libraries would take one that is not there for a hub id."""
     path = Path(_location(source))
     if not path.exists():
-        raise BadInput("backbone", str(source), f"no such folder: expected {ALLOWED}", fault=True)
+        raise BadInput("backbone", str(source), f"{ALLOWED} (no such folder)")
     return path
 
 

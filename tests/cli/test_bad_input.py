@@ -13,12 +13,18 @@ import pytest
 LAYERS = "1,2,4 or 1-12 or all"
 
 CASES = {
-    "missing study": (["sweep", "nowhere.toml"], ["study", "'nowhere.toml'", "exists"]),
+    "missing study": (
+        ["sweep", "nowhere.toml"],
+        ["STUDY.toml: expected", "'nowhere.toml'", "exists"],
+    ),
     "missing data": (
         ["sweep", "--data", "nowhere.txt"],
-        ["--data: 'nowhere.txt': no such path", "'nowhere.txt'", "no such path"],
+        ["--data: expected an existing path, or one of embedded, ", ", got 'nowhere.txt'"],
     ),
-    "missing backbone": (["sweep", "--backbone", "./nowhere"], ["backbone", "'./nowhere'"]),
+    "missing backbone": (
+        ["sweep", "--backbone", "./nowhere"],
+        ["--backbone: expected a folder with config.json", "Hugging Face id", "got './nowhere'"],
+    ),
     "backbone without config": (["sweep", "--backbone", "full"], ["backbone", "config.json"]),
     "depth 0": (["sweep", "--layers", "0"], ["--layers: expected", LAYERS, ", got '0'"]),
     "depth in words": (["sweep", "--layers", "two"], ["layers", "'two'", LAYERS]),
@@ -32,7 +38,10 @@ CASES = {
         ["methods", "skip,finetune", "early-exit"],
     ),
     "zero seeds": (["sweep", "--seeds", "0"], ["seeds", "0", "at least 1"]),
-    "seeds in words": (["sweep", "--seeds", "two"], ["--seeds", "'two'", "whole number"]),
+    "seeds in words": (
+        ["sweep", "--seeds", "two"],
+        ["--seeds: expected a whole number, got 'two'"],
+    ),
     "zero epochs": (["sweep", "--epochs", "0"], ["epochs", "0", "at least 1"]),
     "half an epoch": (["sweep", "--epochs", "0.5"], ["--epochs", "'0.5'", "whole number"]),
     "unknown device": (["sweep", "--device", "gpu"], ["device", "'gpu'", "auto, cpu, cuda, mps"]),
@@ -56,24 +65,28 @@ CASES = {
         ["No such option: --model; use --backbone"],
     ),
     "another tool's setting": (["sweep", "--lr", "1"], ["--lr; use recipe.learning_rate"]),
+    "one that this command has": (["cost", "--batch-size", "1"], ["--batch-size; use --batch\n"]),
+    "one that this command has not": (["status", "--model", "x"], ["--model; see depthprobe"]),
+    "a log for a study": (["sweep", "full/notes.txt"], ["STUDY.toml: ", "a log needs --data"]),
+    "no run": (["status"], ["RUN: required. A folder that sweep wrote."]),
     "option without value": (["sweep", "--layers"], ["--layers", "requires an argument"]),
     "second study": (["sweep", "a.toml", "b.toml"], ["b.toml"]),
-    "unknown command": (["swep"], ["'swep'", "sweep"]),
-    "unknown data command": (["data", "shw"], ["'shw'", "prepare, show, list"]),
+    "unknown command": (["swep"], ["'swep'; did you mean sweep?"]),
+    "unknown data command": (["data", "shw"], ["'shw'; did you mean show?"]),
     "no data command": (["data"], ["prepare, show, list"]),
-    "report of nothing": (["report", "nowhere"], ["run", "'nowhere'", "manifest.json"]),
-    "report of another folder": (["report", "full"], ["run", "'full'", "manifest.json"]),
+    "report of nothing": (["report", "nowhere"], ["RUN: expected", "'nowhere'", "manifest.json"]),
+    "report of another folder": (["report", "full"], ["RUN: expected", "'full'", "manifest.json"]),
     "margin in words": (["report", "full", "--margin", "2x"], ["--margin", "'2x'", "2% or 0.02"]),
     "no metric": (["report", "full", "--metric", "AUC"], ["metric", "'AUC'", "NDCG@K"]),
-    "cost of nothing": (["cost"], ["--backbone"]),
+    "cost of nothing": (["cost"], ["--backbone: required. A folder (config.json is enough)"]),
     "cost of bad depths": (["cost", "--backbone", "embedded", "--layers", "x"], ["layers", "'x'"]),
     "cost on bad device": (["cost", "--backbone", "embedded", "--device", "x"], ["device", "'x'"]),
-    "status of another folder": (["status", "full"], ["run", "'full'", "manifest.json"]),
-    "export of nothing": (["export", "full", "trial", "out"], ["run", "'full'"]),
-    "export of no trial": (["export", "begun", "ful-s0", "out"], ["trial", "'ful-s0'", "full-s0"]),
+    "status of another folder": (["status", "full"], ["RUN: expected", "'full'", "manifest.json"]),
+    "export of nothing": (["export", "full", "trial", "out"], ["RUN", "'full'"]),
+    "export of no trial": (["export", "begun", "ful-s0", "out"], ["TRIAL", "'ful-s0'", "full-s0"]),
     "recommend from nothing": (
         ["recommend", "nowhere", "--history", "h"],
-        ["recommender", "'nowhere'", "recommender.json"],
+        ["DIR: expected", "'nowhere'", "recommender.json"],
     ),
     "recommend into a folder": (
         ["recommend", "full", "--history", "h", "--output", "begun"],
@@ -85,7 +98,7 @@ CASES = {
     ),
     "recommend from another folder": (
         ["recommend", "full", "--history", "h"],
-        ["recommender", "'full'", "recommender.json"],
+        ["DIR: expected", "'full'", "recommender.json"],
     ),
     "revision of the embedded": (
         ["sweep", "--revision", "v1"],
@@ -99,7 +112,10 @@ CASES = {
         ["sweep", "--backbone", "org/model", "--revision", ""],
         ["revision", "''", "branch, tag or commit"],
     ),
-    "show missing data": (["data", "show", "nowhere"], ["data", "'nowhere'", "no such path"]),
+    "show missing data": (
+        ["data", "show", "nowhere"],
+        ["D: expected an existing path", "'nowhere'"],
+    ),
     "check of nothing": (["check"], ["backbone", "--all"]),
     "check of one and all": (["check", "--all", "--backbone", "embedded"], ["'embedded'", "--all"]),
     "check page is a folder": (

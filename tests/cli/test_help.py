@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import depthprobe
+from depthprobe.cli.app import EXAMPLES, app
 from depthprobe.methods import METHODS
 
 COMMANDS = {
@@ -46,10 +48,29 @@ def test_a_command_names_its_arguments(cli: Callable[..., Any], name: str) -> No
         assert word in outcome.out
 
 
+def test_a_command_begins_with_an_example_that_it_takes() -> None:
+    """Parsed, not run: the options and the number of arguments are those of the command."""
+    for name, words in EXAMPLES.items():
+        command, given = get_command(app), words.split()
+        while command is not None and hasattr(command, "commands"):
+            command = command.commands.get(given.pop(0))
+        if command is None:
+            assert name == "compare"
+            continue
+        assert command.name == name
+        assert command.help.startswith(f"Example: depthprobe {words}\n\n")
+        assert len(f"  Example: depthprobe {words}") <= 80  # of one line
+        command.make_context(name, given)
+
+
+def test_the_help_says_how_to_run_the_demo(cli: Callable[..., Any]) -> None:
+    assert "Run the demo: depthprobe sweep\n" in cli("--help").out
+
+
 @pytest.mark.parametrize("name", ["train", "probe", "distill"])
 def test_a_phase_takes_what_sweep_takes(cli: Callable[..., Any], name: str) -> None:
-    options = re.findall(r"--[a-z]+", cli("sweep", "--help").out)
-    assert re.findall(r"--[a-z]+", cli(name, "--help").out) == options
+    options = re.findall(r"^  --[a-z]+", cli("sweep", "--help").out, flags=re.MULTILINE)
+    assert re.findall(r"^  --[a-z]+", cli(name, "--help").out, flags=re.MULTILINE) == options
 
 
 def test_version(cli: Callable[..., Any]) -> None:

@@ -51,7 +51,7 @@ def test_a_sweep_that_is_told_to_end_goes_on_later(cli: Callable[..., Any], tmp_
             rest = sweep.stderr.read().splitlines()
         assert sweep.returncode == 130
         assert rest[-1] == "error: interrupted; the same command continues a sweep"
-        assert "nobody works on it" in cli("status", "run").out
+        assert "no sweep is running" in cli("status", "run").out
 
 
 @pytest.mark.parametrize("at_work", [True, False])
@@ -67,7 +67,7 @@ def test_what_is_left_is_nobodys_where_nobody_works(
     assert told.err == "failed: full-s0: no room\n"
     assert "--retry-failed" in told.out
     assert ("epoch 3 of 9" in told.out and "7 s ago" in told.out) == at_work
-    assert ("nobody works on it" in told.out) != at_work
+    assert ("no sweep is running" in told.out) != at_work
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])

@@ -138,8 +138,7 @@ def _located(source: str | Path) -> Path:
         return fetch(str(source))
     families = dict.fromkeys(one.family for one in SETS.values())
     names = nearest(str(source), [EMBEDDED, *families])
-    allowed = f"no such path; expected that of a log or of a prepared folder, or a name: {names}"
-    raise BadInput(FIELD, source, allowed, fault=True)
+    raise BadInput(FIELD, source, f"an existing path, or {names}")
 
 
 # What a folder holds: one log, or the training, validation and test part of one.

@@ -227,8 +227,8 @@ def test_a_public_set_by_its_name_unless_a_path_has_it(
     ("source", "fault"),
     [
         ("ml-1mm", "did you mean ml-1m?"),
-        ("x" * 300, "no such path"),
-        ("nowhere/log.csv", "no such path"),
+        ("x" * 300, "an existing path"),
+        ("nowhere/log.csv", "an existing path"),
         ("amazon-2014:Beuty", "did you mean amazon-2014:Beauty?"),
     ],
 )

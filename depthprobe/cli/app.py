@@ -128,7 +128,7 @@ for _command in (
 app.add_typer(data.app, name="data")
 for _info in (*app.registered_commands, *data.app.registered_commands):
     _text = _info.help or inspect.getdoc(_info.callback) or ""
-    _name = _info.name or getattr(_info.callback, "__name__", "")
+    _name = str(_info.name or getattr(_info.callback, "__name__", ""))
     _info.short_help = _text.partition("\n\n")[0]
     _info.help = f"Example: depthprobe {EXAMPLES[_name]}\n\n{_text}"
 

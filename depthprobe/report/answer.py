@@ -1,4 +1,4 @@
-"""The first screen: what to ship, how sure that is, what it saves; what the run does not show."""
+"""The first screen: what to ship, how sure that is, what it saves; what to read before deciding."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def _tiles(
     return tuple(tiles)
 
 
-# --- what a run does not show ----------------------------------------------------------------
+# --- read before deciding ---------------------------------------------------------------------
 
 
 def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:

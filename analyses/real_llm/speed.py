@@ -31,7 +31,7 @@ from depthprobe.cost.size import peak_memory
 from depthprobe.cost.timing import processor_name
 from depthprobe.data.prepared import read_data
 from depthprobe.evaluation.ranks import EvalSet, evaluate
-from depthprobe.models.backbones import precision_on
+from depthprobe.models.backbones import compute_in_bfloat16, precision_on, pretrained
 from depthprobe.models.build import build_recommender
 from depthprobe.study import PROMPT, Backbone, Data, Recipe
 from depthprobe.training.loop import fit
@@ -121,11 +121,12 @@ def timed_depthprobe(asked: argparse.Namespace, depth: int) -> dict[str, float]:
     windows, users, items = work(asked)
     settings = Backbone(source=asked.backbone)
     with peak_memory(CPU) as peak:
+        shape = pretrained(settings, weights=False)
+        precision = precision_on(CPU, sum(weight.numel() for weight in shape.parameters()))
         model = build_recommender(settings, items, kept=tuple(range(depth)), seed=0)
-        whole = sum(
-            p.numel() for p in AutoModelForCausalLM.from_pretrained(asked.backbone).parameters()
-        )
-        recipe = Recipe(epochs=1, batch_size=BATCH, precision=precision_on(CPU, whole))
+        if precision == "bfloat16":
+            compute_in_bfloat16(model.backbone)
+        recipe = Recipe(epochs=1, batch_size=BATCH, precision=precision)
         objective = NextItem(model, recipe)
 
         def train(some: list[np.ndarray]) -> None:
@@ -135,7 +136,7 @@ def timed_depthprobe(asked: argparse.Namespace, depth: int) -> dict[str, float]:
         began = time.perf_counter()
         train(windows)
         trained = time.perf_counter()
-        evaluate(model, users, device=CPU)
+        evaluate(model.eval(), users, device=CPU)
         ended = time.perf_counter()
     return {"train": trained - began, "test": ended - trained, "peak": peak["rss"] / 1e9}
 

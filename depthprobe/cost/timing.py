@@ -146,17 +146,17 @@ def _rounds(
             continue
         took = seconds_of(action.call, device)
         if action.work:
-            if took < 1:  # a first call may load libraries: the second says more
-                took = seconds_of(action.call, device)
+            # the first call loads libraries and makes gradients and moments: the second says more
+            took = seconds_of(action.call, device)
             pace = min(pace, took / action.work)
         times[name] = [took]
         reported = _report(f"first round, {name}", began, reported)
     a_round = sum(values[0] for values in times.values())
     left = budget - (time.perf_counter() - began)
-    more = int(min(warmup + rounds - 1, left / a_round)) if a_round else 0
+    more = max(0, int(min(warmup + rounds - 1, left / a_round))) if a_round else 0
     # the first round and some after it; fewer where there is time for few
     skipped = warmup if more == warmup + rounds - 1 else min(warmup, more // 4 + (more > 0))
-    for done in range(max(0, more)):
+    for done in range(more):
         for name in times:
             times[name].append(seconds_of(actions[name].call, device))
         reported = _report(f"round {done + 2} of {more + 1}", began, reported)

@@ -77,6 +77,13 @@ def test_one_round_is_always_taken_and_counts(monkeypatch: pytest.MonkeyPatch) -
     assert (found.seconds, found.warmup, found.rounds) == ({"a": [9]}, 0, 1)
 
 
+def test_the_first_step_makes_gradients_and_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    costs = iter([9.0, 1.0])
+    found = run({"train:30": Action(lambda: clock.takes(next(costs))(), work=30)}, seconds=5)
+    assert (found.seconds, found.warmup, found.rounds) == ({"train:30": [1]}, 0, 1)
+
+
 def test_what_would_take_many_budgets_is_not_begun(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,8 +124,8 @@ def test_the_budget_is_that_of_all_attempts(monkeypatch: pytest.MonkeyPatch) -> 
         return {f"train:{d}": Action(clock.takes(d * batch / 128), d * batch) for d in (1, 30)}
 
     found = measure(make, batch=128, seconds=60, warmup=0, rounds=1000, device=CPU)
-    # 51 s are lost with 128 windows, whose longest step would take twice a quarter of the budget
-    assert (found.batch, clock.now) == (32, 51 + 2 * 0.25 + 7.5)
+    # 52 s are lost with 128 windows, whose longest step would take twice a quarter of the budget
+    assert (found.batch, clock.now) == (32, 52 + 2 * (0.25 + 7.5))
 
 
 def test_progress_is_logged_every_ten_seconds(

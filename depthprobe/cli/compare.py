@@ -286,7 +286,7 @@ def headline(content: Content, one: Content) -> str:
     return {
         "superior": f"{name} is better than {other}.",
         "equivalent": f"{name} is as good as {other}: its {metric} is within {margin} of it.",
-        "non-inferior": f"{name} is not worse than {other}: it loses at most {margin} of {metric}.",
+        "non-inferior": f"{name} is nearly as good as {other}: it loses at most {margin} of {metric}.",
         "inferior": f"{name} is worse than {other}: it loses more than {margin} of {metric}.",
     }.get(
         one["verdict"],
@@ -299,7 +299,7 @@ def details(content: Content, one: Content) -> str:
     from depthprobe.report.answer import needed_words
 
     words = f"It has {in_percent(one['share'])} of the reference's {content['metric']}"
-    if math.isfinite(one["share_at_least"]):
+    if math.isfinite(one["share_at_least"]) and one["verdict"] != "inferior":
         words += f", at least {percent(max(0.0, one['share_at_least']), 2)} by the test"
     words += "."
     if one["verdict"] == "undecided" and one["users_to_decide"]:
@@ -335,17 +335,15 @@ def remarks(content: Content) -> list[str]:
         ):
             if arm[key]:
                 found.append(f"{arm['name']}: {plural(arm[key], noun)} {rest}.")
-    if length := arms[0]["longest_list"]:
+    length = arms[0]["longest_list"]
+    if length and "MRR" in arms[0]["means"]:
         found.append(f"The lists have up to {length:,} items: MRR is of these alone.")
     for one in content["others"]:
         if one["users_that_differ"] < DIFFERING:
-            words = f"{plural(one['users_that_differ'], 'user')} tell it from the reference"
-            found.append(
-                f"{one['name']}: {words}: the tests count one more, who loses a usual hit."
-            )
+            words = f"differs from the reference for {plural(one['users_that_differ'], 'user')}"
+            found.append(f"{one['name']} {words}; the tests count one more, who loses a usual hit.")
     if len(content["others"]) > 1:
-        alpha = plain_percent(content["others"][0]["tested_at"])
-        found.append(f"{len(content['others'])} files share the level: each is tested at {alpha}.")
+        found.append(f"{len(content['others'])} comparisons share the level equally.")
     return found
 
 
@@ -366,8 +364,8 @@ def tables(content: Content, one: Content) -> list[Table]:
     margin, means = plain_percent(content["margin"]), content["reference"]["means"]
     claims = [
         (
-            claim, words.format(margin=margin),
-            "shown" if one["claims"][claim]["shown"] else "not shown",
+            claim, "shown" if one["claims"][claim]["shown"] else "not shown",
+            words.format(margin=margin),
             _p_value(one["claims"][claim]["p_value"]),
         )
         for claim, words in CLAIMS.items()
@@ -387,16 +385,17 @@ def tables(content: Content, one: Content) -> list[Table]:
         )
         for row in one["slices"]
     ]  # fmt: skip
-    at, level = plain_percent(one["tested_at"]), plain_percent(content["level"])
+    at, level = rounded(100 * one["tested_at"]), plain_percent(content["level"])
     made = (
-        (f"Tests, each at {at}", ("claim", "in words", "verdict", "p"), 3, claims),
+        (f"Tests, each at {at} %", ("claim", "verdict", "in words", "p"), 3, claims),
         (f"Metrics, {level} intervals", ("metric", "A", "B", "B - A", "share of A"), 1, metrics),
         (f"{content['metric']} by slice", ("slice", "users", "A", "B", "B - A"), 1, slices),
     )
     return [
         Table(title, header, words, tuple(rows), ("",) * len(rows), pd.DataFrame())
-        for title, header, words, rows in made
-        if rows
+        for title, header, words, found in made
+        # an interval stands below its estimate
+        if (rows := [tuple(cell.replace(" [", "\n[") for cell in row) for row in found])
     ]
 
 
@@ -412,7 +411,8 @@ def show(content: Content) -> None:
         say(f"A is {content['reference']['name']}, B is {one['name']}.")
         for table in tables(content, one):
             head = table.columns
-            show_table(head, table.rows, words=head[: table.words], title=table.name)
+            rows = [[cell.replace("\n", " ") for cell in row] for row in table.rows]
+            show_table(head, rows, words=head[: table.words], title=table.name)
         echo("")
     say(conditions(content))
     for remark in remarks(content):

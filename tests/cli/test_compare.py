@@ -110,7 +110,7 @@ def test_few_users_who_differ_are_said(cli: Cli, tmp_path: Path) -> None:
     write(tmp_path / "a.csv", ranks)
     write(tmp_path / "b.csv", ranks)
     outcome = cli("compare", "a.csv", "b.csv")
-    assert "b.csv: 0 users tell it from the reference: the tests count one more" in outcome.out
+    assert "b.csv differs from the reference for 0 users; the tests count one more" in outcome.out
 
 
 def test_users_that_not_all_files_have(

@@ -283,11 +283,12 @@ def headline(content: Content, one: Content) -> str:
     """The verdict on one of the others, in a sentence."""
     name, other = one["name"], content["reference"]["name"]
     margin, metric = plain_percent(content["margin"]), content["metric"]
+    loses = f"{margin} of {metric}"
     return {
         "superior": f"{name} is better than {other}.",
         "equivalent": f"{name} is as good as {other}: its {metric} is within {margin} of it.",
-        "non-inferior": f"{name} is nearly as good as {other}: it loses at most {margin} of {metric}.",
-        "inferior": f"{name} is worse than {other}: it loses more than {margin} of {metric}.",
+        "non-inferior": f"{name} is nearly as good as {other}: it loses at most {loses}.",
+        "inferior": f"{name} is worse than {other}: it loses more than {loses}.",
     }.get(
         one["verdict"],
         f"Undecided: {name} may lose less than {margin} of {other}'s {metric}, or more.",

@@ -447,7 +447,7 @@ def register(method: Method) -> Method:
         BadInput: for the name of one of our own methods, or a need that is not known.
     """
     if method.name in BUILT_IN:
-        raise BadInput("method", method.name, "a name that none of depthprobe's methods has")
+        raise BadInput("method", method.name, "a name that is not taken")
     for need in (*method.needs, *method.after):
         method_of(need)
     METHODS[method.name] = method

@@ -227,7 +227,7 @@ def test_a_method_is_registered_once_and_known_everywhere(monkeypatch: pytest.Mo
     assert method_of("swapped") is method
     assert "swapped" in names("probe")
     assert method_order("settling") < method_order("swapped") < method_order("unknown")
-    with pytest.raises(BadInput, match="a name that none of depthprobe's methods has"):
+    with pytest.raises(BadInput, match="a name that is not taken"):
         register(plain(name="full"))
     with pytest.raises(BadInput, match="did you mean full"):
         register(plain(name="third", needs=("ful",)))

@@ -18,15 +18,15 @@ PARTS = {
     "data": "prepared data",
     "negatives": "negatives of the sampled protocol",
     "item table": "item table",
-    "sasrec": "SASRec, one a seed",
-    "full": "teacher, one a seed",
-    "features": "teacher's features for the students, one a seed",
-    "removal": "teacher's greedy removal, one a seed",
+    "sasrec": "SASRec, one per seed",
+    "full": "teacher, one per seed",
+    "features": "teacher's features for the students, one per seed",
+    "removal": "teacher's greedy removal, one per seed",
     "times": "times of every depth",
 }
 COUNTED = (
-    "every training to its last epoch, though early stopping may end it sooner and a cache may"
-    " have it; not the report, nor what else this machine is busy with"
+    "every training to its last epoch; early stopping or a cache may save some. Not counted: the"
+    " report, and other work on this machine"
 )
 
 
@@ -109,9 +109,9 @@ def _show_tasks(plan: Preview) -> None:
     show_table(header, [*rows, ["all", *sums, work]], words=header[:1])
     failed = sums[3]
     if failed and plan.retry_failed:
-        say(f"What failed is tried again: it counts as left, too ({failed}).")
+        say(f"Failed trials run again and count as left, too ({failed}).")
     elif failed:
-        say(f"{failed} failed before and stay so; --retry-failed runs them again.")
+        say(f"{failed} failed before; --retry-failed runs them again.")
     if plan.lost:
         say(f"{plan.lost} of those left need one that failed, and will not be run.")
 
@@ -132,7 +132,7 @@ def _estimate(plan: Preview, guess: Estimate) -> dict[str, str]:
         busy = f" other work was running ({guess.busy:.1f} processes a core): times are too long;"
         source = (
             "a measurement of some seconds just now, on a model of this shape with random weights;"
-            f"{busy if guess.busy > BUSY else ''} other depths by a straight line"
+            f"{busy if guess.busy > BUSY else ''} other depths interpolated"
         )
     like = "; each job is taken to have a machine like this one" if plan.apart else ""
     return rows | {"from": source + like, "counted": COUNTED}
@@ -148,8 +148,8 @@ def _memory(plan: Preview, peak: float) -> str:
     where = " of a GPU" if plan.device.type == "cuda" else ""
     text = f"{scaled(total, 'B')}{where} {how.replace(': ', f': {each}')}"
     if total > plan.free:
-        return f"{text}; that is MORE than the {free} that may be had"
-    return f"{text}; {free} may be had"
+        return f"{text}; that is MORE than the {free} available"
+    return f"{text}; {free} available"
 
 
 def duration(span: Span) -> str:

@@ -172,8 +172,8 @@ def _run_on_cluster(
     # printed: of messages a terminal shows the latest alone
     line = f"submitted {jobs} {'job' if jobs == 1 else 'jobs'} ({number}), sharing {folder}"
     status = shell_line(["depthprobe", "status", str(folder)])
-    echo(f"{line}; {status} says how far they are", sys.stderr)
-    progress.message(f"what they print is in {folder / JOBS}")
+    echo(f"{line}; {status} shows their progress", sys.stderr)
+    progress.message(f"their output is in {folder / JOBS}")
     try:
         failures = follow(submitted, progress)
     except KeyboardInterrupt:

@@ -115,7 +115,7 @@ def measure(
                 raise
             batch, why = batch // 2, "out of memory"
         # after the handlers: the error's traceback holds on to what did not fit
-        logger.warning("timing: %s; steps of %d windows now", why, batch)
+        logger.warning("timing: %s; trying steps of %d windows", why, batch)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -143,7 +143,7 @@ def temporal(sequences: Sequences, protocol: Protocol) -> Split:
     held_out, cold = _parts(sequences, train_stop, test_begin)
     if not (len(held_out[0].users) and len(held_out[1].users)):
         first, last = as_date(sequences.times.min()), as_date(sequences.times.max())
-        allowed = "points between which, and after which, known users go on"
+        allowed = "two points, with known users between them and after them"
         raise BadInput("protocol.split_at", points, f"{allowed} (the log: {first} to {last})")
     warnings = []
     if cold[1]:

@@ -446,7 +446,9 @@ def _tie_missing_head(source: Source, model: PreTrainedModel, loaded: dict[str, 
         model.tie_weights(recompute_mapping=True)
         if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
             loaded["missing_keys"] = ()
-            logger.warning("%s: no language-model head in it: the embeddings stand for it", source)
+            logger.warning(
+                "%s: no language-model head; the embeddings are used in its place", source
+            )
 
 
 def _check_loaded(source: Source, loaded: dict[str, Any]) -> None:
@@ -483,7 +485,7 @@ def weight_files(source: Source, config: PreTrainedConfig, commit: str | None = 
         return [folder / single]
     if (folder / index).is_file():
         return _shards(source, folder / index)
-    allowed = f"no weights (*.safetensors) in it: {ALLOWED}"
+    allowed = f"no weights (*.safetensors) in it; expected {ALLOWED}"
     pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLED]
     if pickled:
         allowed = (

@@ -205,7 +205,7 @@ def _check_memory(context: Context, plan: Preview) -> None:
     copies = 4 if settings.tuning == "full" else 1
     held = copies * facts.parameters * getattr(torch, facts.dtype).itemsize
     if held > plan.free:
-        have = f"{plan.free / 1e9:.1f} GB may be had"
+        have = f"{plan.free / 1e9:.1f} GB available"
         raise ValueError(f"a training takes about {held / 1e9:.1f} GB, {have}")
 
 

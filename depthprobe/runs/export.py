@@ -143,9 +143,9 @@ import depthprobe as dp
 dp.load_recommender("FOLDER").recommend([["item", "item"]], top=10)
 ```
 
-`depthprobe recommend FOLDER --history FILE` answers a file of users. The backbone alone is \
-`AutoModelForCausalLM.from_pretrained("FOLDER")`; its language-model head is as it was before the \
-training: it is not meant to write text.
+`depthprobe recommend FOLDER --history FILE` recommends items to each user of a file. The \
+backbone alone is `AutoModelForCausalLM.from_pretrained("FOLDER")`; its language-model head was \
+not trained along: don't write text with it.
 
 ## Accuracy
 

@@ -165,7 +165,9 @@ def _in_place(folder: Path) -> Iterator[None]:
     except OSError as error:
         if (folder / MANIFEST).is_file():
             raise
-        allowed = "it was moved or deleted meanwhile: the same sweep goes on where it is now"
+        allowed = (
+            "it was moved or deleted while the sweep ran; run the same command on its new path"
+        )
         raise BadInput("output", str(folder), allowed, fault=True) from error
 
 

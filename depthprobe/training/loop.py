@@ -99,7 +99,7 @@ def fit(
         raise ValueError(f"processes begin at steps {steps}: all must see the same checkpoint")
     if reused is not None:
         done.reused = True
-        logger.info("an equal training has ended before: its result is reused")
+        logger.info("reusing the result of the same training from the cache")
     elif saved is not None:
         done.resumed_at.append(done.steps)
         logger.info("resumed at step %d", done.steps)
@@ -139,7 +139,7 @@ def fit(
         try:
             save(shared)
         except OSError as error:  # others' gain is no reason to lose this training
-            logger.warning("the result is not kept for other runs: %s", error)
+            logger.warning("the result was not written to the cache: %s", error)
     return done
 
 

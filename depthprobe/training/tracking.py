@@ -53,7 +53,7 @@ def tracked(
             except Exception as error:  # whatever it was: no reason to lose a training
                 working.remove(name)
                 text = " ".join(f"{type(error).__name__}: {error}".split())
-                logger.warning("not tracked by %s any more: %s", name, text)
+                logger.warning("tracking by %s stopped: %s", name, text)
 
     def track(step: int, values: Mapping[str, float]) -> None:
         def log(name: str) -> None:

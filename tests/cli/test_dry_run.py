@@ -79,7 +79,7 @@ def test_a_new_run(cli: Cli, study: list[object], tmp_path: Path) -> None:
         "however many jobs: sasrec-s0 > full-d02-s0 > ",
         "training all blocks, measured",
         "a measurement of some seconds just now",
-        "early stopping may end it sooner",
+        "early stopping or a cache may save some",
     ):
         assert words in out
     rows = table(outcome.out, " method")
@@ -108,18 +108,18 @@ def test_a_run_that_is_half_done(cli: Cli, study: list[object], tmp_path: Path) 
     assert rows["full"] == ["1", "1", "0", "1", "0", "-"]
     assert rows["finetune"][:5] == ["1", "1", "0", "0", "1"]
     assert "run (goes on)" in out
-    assert "1 failed before and stay so" in out
+    assert "1 failed before" in out
     assert "2 of those left need one that failed" in out
     assert "however many jobs: finetune-d01-s0" in out
     assert "the times of every depth that this run measured" in out
     assert "training all blocks, measured" in out
     shared = table(outcome.out, " shared between")
-    assert shared["prepared data"] == shared["SASRec, one a seed"] == ["1", "1", "0"]
-    assert shared["teacher, one a seed"] == ["1", "0", "1"]
+    assert shared["prepared data"] == shared["SASRec, one per seed"] == ["1", "1", "0"]
+    assert shared["teacher, one per seed"] == ["1", "0", "1"]
 
     outcome = cli(*command, "--dry-run", "--retry-failed")
     assert table(outcome.out, " method")["full"][:5] == ["1", "1", "0", "1", "1"]
-    assert "tried again" in outcome.out
+    assert "Failed trials run again" in outcome.out
     assert "full-d02-s0 > skip-s0" in plain(outcome.out)
     assert contents(tmp_path) == before
 

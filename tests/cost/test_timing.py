@@ -112,7 +112,7 @@ def test_a_call_that_takes_long_makes_the_batch_smaller(
     # 30 blocks and 128 windows take 384 s, a quarter of the budget is 15
     assert began == [128, 8]
     assert (found.batch, found.seconds["train:30"]) == (8, [pytest.approx(24)])
-    assert "a call would take about 384 s; steps of 8 windows now" in caplog.text
+    assert "a call would take about 384 s; trying steps of 8 windows" in caplog.text
     assert measure(make, batch=128, seconds=1e4, warmup=0, rounds=1, device=CPU).batch == 128
 
 
@@ -155,8 +155,8 @@ def test_out_of_memory_halves_the_batch(error: Exception, caplog: pytest.LogCapt
 
     options: dict[str, Any] = {"seconds": 1.0, "warmup": 0, "rounds": 1, "device": CPU}
     assert measure(make, batch=16, **options).batch == 4
-    assert "steps of 8 windows now" in caplog.text
-    assert "steps of 4 windows now" in caplog.text
+    assert "trying steps of 8 windows" in caplog.text
+    assert "trying steps of 4 windows" in caplog.text
     with pytest.raises(type(error)):
         measure(lambda batch: make(16), batch=2, **options)
 

@@ -253,8 +253,11 @@ def test_users_too_short_to_split() -> None:
         (("0.5", "1.5"), "between 0 and 1"),
         (("٠.٥", "0.8"), "expected a date as .*, got '٠.٥'"),
         (("0.5_0", "0.8"), "expected a date as .*, got '0.5_0'"),
-        (("2030-01-01", "2031-01-01"), r"known users go on \(the log: 1970-01-\d\d to 1970-"),
-        (("1960-01-01", "1970-01-15"), "known users go on"),
+        (
+            ("2030-01-01", "2031-01-01"),
+            r"known users between them and after them \(the log: 1970-01-\d\d to 1970-",
+        ),
+        (("1960-01-01", "1970-01-15"), "known users between them"),
     ],
 )
 def test_bad_points(points: tuple[str, str], fault: str) -> None:

@@ -290,7 +290,7 @@ class Moves(Progress):
 
 def test_a_run_that_is_moved_under_a_sweep_leaves_no_ghost(tiny: Study, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(BadInput, match="it was moved or deleted meanwhile"):
+    with pytest.raises(BadInput, match="it was moved or deleted while the sweep ran"):
         run_sweep(tiny, folder, jobs=0, progress=Moves(folder))
     assert not folder.exists()
     again = run_sweep(tiny, tmp_path / "moved", jobs=0)

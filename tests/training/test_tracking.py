@@ -132,7 +132,7 @@ def test_a_tracker_that_fails_is_left_out(
     assert (recorder.steps, recorder.events[-1]) == ([4, 8, 12], "finish")
     gone, broken_line = warnings_in(caplog)
     assert "gone" in gone
-    assert broken_line == "not tracked by broken any more: ConnectionError: nobody there"
+    assert broken_line == "tracking by broken stopped: ConnectionError: nobody there"
 
 
 def test_a_real_tracker_takes_its_names(
@@ -149,7 +149,7 @@ def test_a_real_tracker_takes_its_names(
         track(1, {"loss": 1.0})
         track(2, {"loss": 1.0})
     assert seen == {"project": "study", "name": "full-s0"}
-    assert warnings_in(caplog) == ["not tracked by wandb any more: OSError: no network"]
+    assert warnings_in(caplog) == ["tracking by wandb stopped: OSError: no network"]
 
 
 def test_trackers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,11 +40,14 @@ def write_inputs(folder: Path) -> None:
     dp.load_backbone("embedded").save_pretrained(folder / "path/to/model")
     load_tokenizer("embedded").save_pretrained(folder / "path/to/model")
     (folder / "histories.txt").write_text("a i1 i2 i3\nb i4\n")
+    for name, ranks in (("a.csv", (1, 4)), ("b.csv", (2, 3))):
+        (folder / name).write_text("user,rank\nann,{}\nbob,{}\n".format(*ranks))
 
 
 def test_the_section_is_found() -> None:
     assert [words[0] for words in commands()] == [
-        *("data", "sweep", "export", "report", "sweep", "recommend", "cost", "check")
+        *("data", "sweep", "export", "report", "sweep", "recommend", "cost", "check"),
+        "compare",
     ]
 
 
@@ -69,6 +72,7 @@ def test_the_commands_run_as_they_are_written(
     assert [line[0] for line in lines] == ["a"] * 10 + ["b"] * 10
     assert not {line[2] for line in lines[:10]} & {"i1", "i2", "i3"}
     assert "can be cut" in printed["check --backbone"]
+    assert "Undecided: b.csv" in printed["compare a.csv"]
 
     code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert code is not None

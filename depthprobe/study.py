@@ -303,9 +303,9 @@ class Recipe(Checked):
 class SasRecRecipe(Recipe):
     """SASRec's own defaults: it trains longer, and faster."""
 
-    epochs: Count = 24
+    epochs: Count = 80
     learning_rate: Rate | tuple[Rate, ...] = 2e-3
-    patience: Many = 5
+    patience: Many = 8
 
 
 @dataclass(frozen=True, kw_only=True)

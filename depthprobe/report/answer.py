@@ -363,14 +363,15 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
     said, matters = order_words(summary)
     if not matters:
         yield said
-    last = int(study.recipe.epochs)
-    trained = [r.training for r in summary.run.records if r.method == TEACHER and r.training]
-    if any(training.best_epoch == last for training in trained):
-        # a teacher that was cut off is an easy one to match
-        yield (
-            f"The teacher was best at its last epoch ({last}): a longer training may change the "
-            "comparison."
-        )
+    recipes = {TEACHER: ("The teacher", study.recipe), SASREC: ("SASRec", study.sasrec.recipe)}
+    for method, (name, recipe) in recipes.items():
+        trained = [r.training for r in summary.run.records if r.method == method and r.training]
+        if any(training.best_epoch == recipe.epochs for training in trained):
+            # one that was cut off is an easy one to match
+            yield (
+                f"{name} was best at its last epoch ({recipe.epochs}): a longer training may change"
+                " the comparison."
+            )
     if chosen is not None and study.backbone.source != "embedded":
         fresh = [p for p in summary.points if p.info.fresh and p.depth == chosen.depth]
         ratio = summary.against(fresh[0], chosen) if fresh else None

@@ -347,11 +347,12 @@ def test_worker_processes_give_the_same_numbers(
 
 
 def test_the_report_of_a_real_run(small_run: Run, tmp_path: Path) -> None:
-    """The page stands on real records, and says when the teacher ran out of epochs."""
+    """The page stands on real records, and says who ran out of epochs."""
     copy = shutil.copytree(small_run.path, tmp_path / "run", ignore=lambda *_: ["model"])
     page = build_report(open_run(copy)).read_text(encoding="utf-8")
-    best = [small_run.record(f"full-d03-s{s}").costs.training.best_epoch for s in (0, 1)]
-    assert ("was best at its last epoch" in page) == (3 in best)
+    for name, trial in (("The teacher", "full-d03"), ("SASRec", "sasrec")):
+        best = [small_run.record(f"{trial}-s{s}").costs.training.best_epoch for s in (0, 1)]
+        assert (f"{name} was best at its last epoch (3)" in page) == (3 in best)
     for word in ("random init", "fine-tuned", "distilled", "healed", "SASRec"):
         assert word in page
 

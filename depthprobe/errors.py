@@ -90,7 +90,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """What is allowed, and the known name that was probably meant: of many names that alone."""
     known = list(known)
     hint = "".join(f" (did you mean {each}?)" for each in closest(name, known, most=1, cutoff=0.6))
-    names = f"{len(known)} names" if hint and len(known) > 8 else ", ".join(known)
+    names = f"{len(known)} names" if hint and len(known) > 12 else ", ".join(known)
     return f"one of {names}{hint}"
 
 

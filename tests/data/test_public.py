@@ -258,7 +258,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             "amazon-2018:Video Games",
             "(did you mean amazon-2018:Video_Games?)",
         ),
-        ("amazon-2023", "one of amazon-2023:All_Beauty,"),
+        ("amazon-2023", "(did you mean amazon-2023:All_Beauty?)"),
         ("ml-2m", "one of ml-100k, ml-1m, ml-10m, ml-20m, ml-25m, ml-32m, amazon-2014:CATEGORY,"),
         ("ml-1m:x", "(did you mean ml-1m?)"),
     ],

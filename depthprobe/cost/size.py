@@ -145,7 +145,6 @@ def free_memory(device: torch.device) -> int:
 
 def release_memory() -> None:
     """Give memory that is free again back to the system: glibc keeps gigabytes of a model."""
-    gc.collect()
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -663,6 +663,12 @@ def pretrained(
     return model
 
 
+def move(backbone: PreTrainedModel, settings: Backbone, device: torch.device) -> None:
+    """Move a backbone that the settings describe; packed weights are on their device already."""
+    if settings.quantize == "none":
+        backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
+
+
 def pretrained_config(settings: Backbone) -> PreTrainedConfig:
     """The configuration of the backbone that a study's settings describe; no weights are read."""
     return backbone_config(settings.source, **_which(settings))

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import pretrained, pretrained_tokenizer
+from depthprobe.models.backbones import move, pretrained, pretrained_tokenizer
 from depthprobe.models.blocks import check_tokens, find_blocks
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable
@@ -76,8 +76,7 @@ def read_titles(
     backbone = pretrained(settings)
     if blocks is not None:
         keep_blocks(backbone, range(blocks))
-    if settings.quantize == "none":  # else it is on the device, and packed weights should not move
-        backbone.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
+    move(backbone, settings, device)
     logger.info("embedding the titles of %s items", f"{len(texts):,}")  # can take minutes
     return embed_titles(backbone, tokenizer, texts, **how)
 

@@ -19,7 +19,7 @@ from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate, mean_ndcg
 from depthprobe.files import temporary_folder
 from depthprobe.methods import Kept, Task, Trial
-from depthprobe.models.backbones import pretrained, pretrained_config
+from depthprobe.models.backbones import move, pretrained, pretrained_config
 from depthprobe.models.blocks import check_tokens, find_blocks
 from depthprobe.models.build import merge_lora, prompt_and_suffix
 from depthprobe.models.parts import find_sublayers
@@ -247,8 +247,7 @@ def ask_untouched(context: Context, task: Task) -> Iterator[Scores]:
     model = pretrained(settings)
     if model.config.tie_word_embeddings and not pretrained_config(settings).tie_word_embeddings:
         raise BadInput("backbone", settings.source, "weights with a language-model head")
-    if settings.quantize == "none":  # packed weights are where they should be
-        model.to(device)  # type: ignore[arg-type]  # wrapped in transformers, its types lost
+    move(model, settings, device)
     tokens = item_tokens(settings, sequences.item_ids.tolist(), sequences.titles) or []
     check_tokens("methods", task.method, chain.from_iterable(tokens), model)
     prompt, suffix = prompt_and_suffix(settings, model)

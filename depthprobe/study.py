@@ -12,6 +12,7 @@ import json
 import math
 import re
 import tomllib
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -698,6 +699,15 @@ def load_study(path: str | Path) -> Study:
     Raises:
         BadInput: for a file that can't be read, an unknown key, or a value that is not allowed.
     """
+    return study_from_dict(read_study(path))
+
+
+def read_study(path: str | Path) -> dict[str, Any]:
+    """What a study file says, unchecked; by default its name is the file's.
+
+    Raises:
+        BadInput: for a file that can't be read, or is no TOML.
+    """
     file = Path(path)
     try:
         mode = file.stat().st_mode
@@ -720,13 +730,18 @@ def load_study(path: str | Path) -> Study:
         raise BadInput("study", str(path), f"valid TOML ({error})") from None
     except RecursionError:
         raise BadInput("study", str(path), "valid TOML (it is nested too deeply)") from None
-    return study_from_dict({"name": file.stem, **content})
+    return {"name": file.stem, **content}
+
+
+def read_demo() -> dict[str, Any]:
+    """What the study file of the embedded default says."""
+    text = resources.files("depthprobe").joinpath("demo.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
 
 
 def demo_study() -> Study:
     """The embedded default: what ``depthprobe sweep`` runs without arguments."""
-    text = resources.files("depthprobe").joinpath("demo.toml").read_text(encoding="utf-8")
-    return study_from_dict(tomllib.loads(text))
+    return study_from_dict(read_demo())
 
 
 def study_from_dict(content: Mapping[str, Any]) -> Study:
@@ -823,15 +838,77 @@ def differences(old: Study, new: Study) -> list[str]:
 
 def override(study: Study, **changes: Any) -> Study:
     """A study with dotted keys replaced, e.g. ``{"data.cleaning.core": 5}``; None is skipped."""
-    content = study_to_dict(study)
+    return study_from_dict(with_keys(study_to_dict(study), changes))
+
+
+def with_keys(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's plain values with dotted keys replaced; None is skipped."""
+    changed = dict(content)
     for key, value in changes.items():
-        if value is not None:
-            *tables, name = key.split(".")
-            table = content
-            for each in tables:
-                table = table[each]
-            table[name] = value
-    return study_from_dict(content)
+        first, _, rest = key.partition(".")
+        if value is None:
+            continue
+        table = changed.get(first, {})
+        if rest and not isinstance(table, Mapping):
+            raise BadInput(first, table, f"a table [{first}]")
+        changed[first] = with_keys(table, {rest: value}) if rest else value
+    return changed
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """The key and the value of ``recipe.batch_size=64``, as the command line has them.
+
+    A value is written as in TOML, but quotes and brackets may be left out.
+
+    Raises:
+        BadInput: if there is no such key; whether the value is allowed, the study says.
+    """
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
+        raise BadInput("--set", text, "KEY=VALUE, as recipe.batch_size=64")
+    hint: Any = Study
+    parts = key.split(".")
+    for place, name in enumerate(parts):
+        table = ".".join(parts[:place])
+        known = _hints(hint) if is_dataclass(hint) else {}
+        if typing.get_origin(hint) is Mapping:  # of variants any name
+            hint = typing.get_args(hint)[1]
+        elif name in known:
+            hint = known[name]
+            if typing.get_origin(hint) is types.UnionType:
+                hint = next(filter(is_dataclass, typing.get_args(hint)), hint)
+        elif not known:
+            raise BadInput("--set", key, f"{table}=VALUE ({table} is no table)")
+        else:
+            where = f"[{table}]" if table else "a study"
+            raise BadInput("--set", key, f"a key of {where}: {nearest(name, known)}")
+    if is_dataclass(hint) or typing.get_origin(hint) is Mapping:
+        raise BadInput("--set", key, f"a key of its table [{key}], as {key}.KEY")
+    kinds = _kinds(hint)
+    if tuple not in kinds:
+        return key, value if str in kinds else _toml_or_text(value)
+    if value.startswith("["):
+        return key, _toml_or_text(value)
+    pieces = [piece.strip() for piece in value.split(",") if piece.strip()]
+    if float not in kinds:
+        return key, pieces
+    numbers = [_toml_or_text(piece) for piece in pieces]
+    return key, numbers[0] if len(numbers) == 1 else numbers
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The plain types that a value may have: ``{float, tuple}`` of ``Rate | tuple[Rate, ...]``."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return set().union(*map(_kinds, typing.get_args(hint)))
+    return _kinds(typing.get_args(hint)[0]) if origin is Annotated else {origin or hint}
+
+
+def _toml_or_text(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def _build(kind: type[T], content: Any, key: str) -> T:

@@ -15,7 +15,15 @@ import typer
 
 from depthprobe.data.readers.streams import stem
 from depthprobe.errors import BadInput, check_writable, short
-from depthprobe.study import Study, demo_study, load_study, override
+from depthprobe.study import (
+    Study,
+    override,
+    parse_setting,
+    read_demo,
+    read_study,
+    study_from_dict,
+    with_keys,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -171,41 +179,55 @@ def takes_flags(flags: Mapping[str, Flag]) -> Callable[[Command], Command]:
     return extend
 
 
-def make_study(file: Path | None = None, **flags: Any) -> Study:
-    """The study that the flags of a sweep ask for: a file's, one of data and backbone, the demo."""
+def make_study(file: Path | None = None, settings: Sequence[str] = (), **flags: Any) -> Study:
+    """The study that a sweep asks for: a file's, one of data and backbone, or the demo.
+
+    Then ``settings`` as ``recipe.epochs=3`` change it, and at last the flags.
+    """
     data, backbone = flags.get("data"), flags.get("backbone")
     if file is not None:
         try:
-            study = load_study(file)
+            content = read_study(file)
         except BadInput as error:
             if error.field != "study" or file.suffix == ".toml":
                 raise
             raise BadInput("study", str(file), f"{error.allowed}; a log needs --data") from None
-        if study.name == file.stem == "study":
-            study = override(study, name=file.resolve().parent.name)
+        if content["name"] == file.stem == "study":
+            content["name"] = file.resolve().parent.name
     elif data is None and backbone is None:
-        study = demo_study()
+        content = read_demo()
     else:
-        study = Study(name=_study_name(data, backbone))
-    study = apply_flags(study, **flags)
+        content = {"name": _study_name(data, backbone)}
+    keys = dict(map(parse_setting, settings))
+    study = study_from_dict(with_keys(content, keys | _changes(flags)))
     if (epochs := flags.get("epochs")) is not None:
         own = [name for name, variant in study.variants.items() if variant.recipe is not None]
         study = override(study, **{f"variants.{name}.recipe.epochs": epochs for name in own})
+    _check_split(study, flags)
     check_revision(flags.get("revision"), study.backbone.source)
     return study
 
 
 def apply_flags(study: Study, **flags: Any) -> Study:
     """The study with the settings that flags change."""
-    changes: dict[str, Any] = {}
+    study = override(study, **_changes(flags))
+    _check_split(study, flags)
+    return study
+
+
+def _changes(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that flags change, by their keys."""
+    changes = {FLAGS[name].setting: value for name, value in flags.items()}
     for name, value in flags.items():
         if FLAGS[name].kind is tuple and value is not None:
-            value = tuple(filter(None, (piece.strip() for piece in value.split(","))))
-        changes[FLAGS[name].setting] = value
-    study = override(study, **changes)
+            pieces = tuple(filter(None, (piece.strip() for piece in value.split(","))))
+            changes[FLAGS[name].setting] = pieces
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def _check_split(study: Study, flags: Mapping[str, Any]) -> None:
     if flags.get("split_at") is not None and study.protocol.split != "temporal":
         raise BadInput("protocol.split_at", flags["split_at"], "--split temporal beside it")
-    return study
 
 
 def _study_name(data: str | None, backbone: str | None) -> str:

@@ -78,6 +78,14 @@ def sweep(
         typer.Argument(metavar="STUDY.toml", help="A study file. Flags override it.", parser=path),
     ] = None,
     *,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any key of a study file, as recipe.batch_size=64. May be given several times.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, option("RUN", "The run's folder [default: runs/NAME].", parser=path)
     ] = None,
@@ -101,7 +109,7 @@ def sweep(
     one_of("executor", executor, EXECUTORS)
     if jobs is not None and jobs < 0:
         raise BadInput("jobs", jobs, "a whole number of at least 0")
-    chosen = make_study(study, **flags)
+    chosen = make_study(study, settings or (), **flags)
     chosen = restrict(chosen, str(context.info_name), strict=flags["methods"] is not None)
     folder = default_output(chosen) if output is None else output
     check_writable("output", folder)

@@ -190,3 +190,53 @@ def test_the_folder_of_any_name_can_be_made(tmp_path: Path, name: str) -> None:
     folder = tmp_path / default_output(Study(name=name))
     folder.mkdir(parents=True)
     assert folder.resolve().parent == (tmp_path / "runs").resolve()
+
+
+def test_any_key_can_be_set(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("[recipe]\nepochs = 4\n[variants.a.recipe]\nbatch_size = 3\n", "utf-8")
+    settings = [
+        *("recipe.batch_size=64", "recipe.learning_rate=1e-3, 3e-3", "recipe.epochs = 9"),
+        *("layers=4", "data.columns.user=1", "protocol.filter_seen=true", "cost.seconds=5"),
+        *("methods=full,skip", "backbone.prompt=a, 1", "variants.b.select=ends"),
+        *("protocol.split=temporal", "protocol.split_at=2014-03-01,2015-01-01"),
+        *("sasrec.recipe.precision=bfloat16", "backbone.lora_targets=up_proj"),
+        'slurm.setup=["a, b", "c"]',
+    ]
+    study = make_study(file, settings)
+    recipe = Recipe(batch_size=64, learning_rate=(1e-3, 3e-3), epochs=9)
+    assert study.recipe == recipe
+    # what a variant's table leaves out is what the study's table says then
+    assert study.variants["a"].recipe == replace(recipe, batch_size=3)
+    assert study.variants["b"].select == "ends"
+    assert (study.layers, study.data.columns.user) == ("4", "1")  # texts, though they are numbers
+    assert (study.protocol.filter_seen, study.cost.seconds) == (True, 5.0)
+    assert (study.methods, study.backbone.prompt) == (("full", "skip"), "a, 1")
+    assert study.protocol.split_at == ("2014-03-01", "2015-01-01")
+    assert study.sasrec.recipe.precision == "bfloat16"
+    assert study.backbone.lora_targets == ("up_proj",)
+    assert study.slurm.setup == ("a, b", "c")
+    lora = {"tuning": "lora"}
+    flagged = make_study(file, ["recipe.epochs=9", "backbone.quantize=4bit"], epochs=2, **lora)
+    assert (flagged.recipe.epochs, flagged.backbone.quantize) == (2, "4bit")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("recipe.batchsize=3", r"a key of \[recipe\]: .*did you mean batch_size"),
+        ("recpe.epochs=3", "a key of a study: .*recipe"),
+        ("recipe=3", r"its table \[recipe\], as recipe.KEY"),
+        ("variants.a=3", r"its table \[variants.a\]"),
+        ("recipe.epochs.x=3", "recipe.epochs=VALUE"),
+        ("recipe.epochs", "KEY=VALUE"),
+        ("=3", "KEY=VALUE"),
+        ("recipe.epochs=many", "recipe.epochs: expected a whole number"),
+        ("recipe.epochs=0", "recipe.epochs: expected a whole number of at least 1, got 0"),
+        ("recipe.learning_rate=a,b", "recipe.learning_rate: expected a number"),
+        ("recipe.loss=best", "recipe.loss: expected one of full"),
+    ],
+)
+def test_a_setting_that_is_none(setting: str, words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        make_study(None, [setting])

@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import datetime
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -147,10 +148,27 @@ class Columns(Checked):
     time: str | None = None  #: the column of times; a log may have none.
     rating: str | None = None  #: the column of ratings; needed by ``min_rating`` alone.
     title: str | None = None  #: the column of the items' titles.
+    #: how the times are written, in the codes of Python's ``strptime``: ``%d/%m/%Y %H:%M``; by
+    #: default numbers, or ISO dates and times.
+    time_format: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_format is not None:
+            try:
+                example = datetime(2024, 5, 31).strftime(self.time_format)
+                year = datetime.strptime(example, self.time_format).year
+            except ValueError:  # a code that is none
+                year = None
+            if year != 2024:
+                allowed = "codes of strptime with a year among them, as %d/%m/%Y"
+                raise BadInput("time_format", self.time_format, allowed)
 
     def given(self) -> dict[str, str]:
         """The columns that were named, by what they hold."""
-        return {what: name for what, name in asdict(self).items() if name is not None}
+        named = {what: name for what, name in asdict(self).items() if name is not None}
+        named.pop("time_format", None)
+        return named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -870,7 +888,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     parts = key.split(".")
     for place, name in enumerate(parts):
         table = ".".join(parts[:place])
-        known = _hints(hint) if is_dataclass(hint) else {}
+        known: Mapping[str, Any] = _hints(hint) if is_dataclass(hint) else {}  # type: ignore[arg-type]
         if typing.get_origin(hint) is Mapping:  # of variants any name
             hint = typing.get_args(hint)[1]
         elif name in known:

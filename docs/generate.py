@@ -9,7 +9,6 @@ import ast
 import inspect
 import json
 import re
-import textwrap
 import tomllib
 import types
 import typing
@@ -21,6 +20,7 @@ from typing import Any, Literal
 from typer.main import get_command
 
 from depthprobe.cli.app import app
+from depthprobe.cli.init import field_docs
 from depthprobe.methods import METHODS
 from depthprobe.study import Recipe, Study, study_to_toml
 
@@ -53,6 +53,7 @@ GUIDES = {
     "probe": "probing.md",
     "train": "shallow-models.md",
     "distill": "shallow-models.md",
+    "init": "sweep.md",
     "report": "report.md",
     "status": "sweep.md",
     "compare": "compare.md",
@@ -171,20 +172,6 @@ def house_page() -> str:
 def _first_line(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return _code(text.partition("\n")[0])
-
-
-def field_docs(kind: type) -> dict[str, str]:
-    """What ``#:`` says of each field, before or behind it; of an inherited one where it is from."""
-    found, words = dict[str, str](), list[str]()
-    bases = [each for each in reversed(kind.__mro__[1:]) if is_dataclass(each)]
-    sources = [textwrap.dedent(inspect.getsource(each)) for each in (*bases, kind)]
-    for line in "\n".join(sources).splitlines():
-        code, _, comment = line.partition("#: ")
-        words += [comment] if comment else []
-        name = re.match(r"    (\w+):", code)
-        if name and words:
-            found[name[1]], words = " ".join(words), []
-    return found
 
 
 def dataclasses_of(kind: type) -> Iterator[type]:

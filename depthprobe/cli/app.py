@@ -33,7 +33,7 @@ import typer
 from typer.main import get_command
 
 import depthprobe
-from depthprobe.cli import check, compare, cost, data, recommend, runs, sweep
+from depthprobe.cli import check, compare, cost, data, init, recommend, runs, sweep
 from depthprobe.cli.options import as_typed
 from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_streams
 from depthprobe.errors import BadInput, closest, one_line, short
@@ -77,6 +77,7 @@ EXAMPLES = {
     "train": "train --methods full,finetune --layers 1,2,4",
     "probe": "probe --data log.csv --backbone model/",
     "distill": "distill --data log.csv --backbone model/ --layers 2",
+    "init": "init study.toml --data log.csv --backbone model/",
     "report": "report runs/demo --margin 2%",
     "status": "status runs/demo",
     "cost": "cost --backbone model/ --layers 1-12",
@@ -121,7 +122,7 @@ def _options(
 for _name, _phase in sweep.PHASES.items():
     app.command(_name, help=_phase.help, epilog=_phase.list_methods())(sweep.sweep)
 for _command in (
-    *(runs.report, runs.status, compare.compare, cost.cost, runs.export),
+    *(init.init, runs.report, runs.status, compare.compare, cost.cost, runs.export),
     *(recommend.recommend, check.check),
 ):
     app.command()(_command)

@@ -168,6 +168,8 @@ def _sizes(sequences: Sequences, source: str) -> dict[str, str]:
         sizes = [cell(high - low) for low, high in pairwise(ends)]
         parts = "training {}, validation {}, test {}".format(*sizes)
         rows["came split"] = f"{parts} (used by --split given)"
+    if sequences.columns is not None:
+        rows["columns"] = str(sequences.columns)
     rows["titles"] = "none" if titles is None else f"for {cell(sum(map(bool, titles)))} items"
     rows["fingerprint"] = sequences.fingerprint[:16]
     return rows

@@ -101,6 +101,9 @@ LOG = {  # how a log is read and cleaned
     "user_column": Flag("data.columns.user", "C", COLUMN),
     "item_column": Flag("data.columns.item", "C", COLUMN),
     "time_column": Flag("data.columns.time", "C", COLUMN),
+    "time_format": Flag(
+        "data.columns.time_format", "F", "How times are written, as %d/%m/%Y [default: ISO]."
+    ),
     "rating_column": Flag("data.columns.rating", "C", COLUMN),
     "title_column": Flag("data.columns.title", "C", COLUMN),
     "ties": Flag("data.ties", "random|file|item", "Order of equal times [default: random]."),
@@ -148,6 +151,14 @@ SWEEP = {
     "name": Flag("name", "NAME", "The study's name."),
 }
 FLAGS = LOG | SWEEP
+SET = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any key of a study file, as recipe.batch_size=64. May be given several times.",
+    ),
+]
 WORDS = {  # arguments, as the help names them
     **{"data.source": "D", "study": "STUDY.toml", "run": "RUN", "trial": "TRIAL"},
     **dict.fromkeys(("recommender", "folder", "dir", "output"), "DIR"),

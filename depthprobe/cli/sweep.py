@@ -12,6 +12,7 @@ import typer
 
 from depthprobe.cli.dry_run import dry_run
 from depthprobe.cli.options import (
+    SET,
     SWEEP,
     default_output,
     make_study,
@@ -78,14 +79,7 @@ def sweep(
         typer.Argument(metavar="STUDY.toml", help="A study file. Flags override it.", parser=path),
     ] = None,
     *,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any key of a study file, as recipe.batch_size=64. May be given several times.",
-        ),
-    ] = None,
+    settings: SET = None,
     output: Annotated[
         Path | None, option("RUN", "The run's folder [default: runs/NAME].", parser=path)
     ] = None,

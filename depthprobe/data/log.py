@@ -15,6 +15,7 @@ from depthprobe.errors import BadInput, short
 
 T = TypeVar("T")
 PARTS = ("training", "validation", "test")
+SHOWN = 20  # columns that a message lists
 LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
 _DIGITS = re.compile(r"[0-9]+")
 # a power of ten has a point or a sign, as programs write them: 1e5 and 713752e1 are hexadecimal
@@ -40,6 +41,36 @@ class Ids:
         return len(self.codes)
 
 
+@dataclass(frozen=True)
+class ColumnMap:
+    """The columns of a table: those that were ``read``, by what they hold, and the others.
+
+    ``ignored`` has the flags that would order the log by a column, if it holds dates, else "".
+    """
+
+    read: dict[str, str]
+    ignored: dict[str, str]
+
+    def __str__(self) -> str:
+        given = {"user": "", "item": "", "time": "none"} | self.read
+        read = ", ".join(f"{what} = {name}" for what, name in given.items())
+        others = [
+            name + (f" (dates: {flags})" if flags else "") for name, flags in self.ignored.items()
+        ]
+        more = f", ... ({len(others) - SHOWN} more)" if len(others) > SHOWN else ""
+        return read + (f", ignored: {', '.join(others[:SHOWN])}{more}" if others else "")
+
+    def notes(self) -> list[str]:
+        """What tells of columns that hold dates, where no column was read as the time."""
+        if "time" in self.read:
+            return []
+        return [
+            f"the column {name} looks like dates and is not read: {flags} orders the log by it"
+            for name, flags in self.ignored.items()
+            if flags
+        ]
+
+
 @dataclass(frozen=True, eq=False)
 class Log:
     """N interactions as read.
@@ -48,6 +79,7 @@ class Log:
     ``parts`` int8 (N,), places in :data:`PARTS`, for a log that came split, or None. A user's
     interactions may lie anywhere. ``notes`` are what the reader had to decide; every report repeats
     them. ``ties`` tells how ties in time were broken, where the rows have that order already.
+    ``columns`` are those of the table that it came from.
     """
 
     users: Ids
@@ -59,6 +91,7 @@ class Log:
     name: str = "log"
     notes: tuple[str, ...] = ()
     ties: str | None = None
+    columns: ColumnMap | None = None
 
     def __len__(self) -> int:
         return len(self.users)

@@ -175,6 +175,7 @@ def order_log(
         statistics=statistics(offsets, items, times, tied, len(item_ids), told),
         cleaning=steps,
         fingerprint=_fingerprint(offsets, items, times, given, item_ids, user_ids, titles),
+        columns=log.columns,
     )
 
 
@@ -195,6 +196,7 @@ def _clean_further(sequences: Sequences, name: str | None, rules: Cleaning) -> S
         name=sequences.name,
         notes=sequences.notes,
         ties=str(sequences.statistics.get("ties")),
+        columns=sequences.columns,
     )
     cleaned = order_log(log, name=name, cleaning=rules)
     return replace(cleaned, cleaning=(*sequences.cleaning, *cleaned.cleaning[1:]))

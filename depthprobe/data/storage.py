@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from depthprobe.data.cleaning import Step
+from depthprobe.data.log import ColumnMap
 from depthprobe.errors import BadInput
 from depthprobe.files import complete_folder
 
@@ -36,7 +37,8 @@ class Sequences:
     interactions, as places in ``items``; None for other logs.
     ``notes`` are what the reader had to decide; ``warnings`` hold them and what else a reader of
     the results should know. ``cleaning`` is what each step of the cleaning left. ``fingerprint``
-    is a sha256 of arrays, ids and titles, the same on every machine.
+    is a sha256 of arrays, ids and titles, the same on every machine. ``columns`` are those of the
+    table that the log came from.
 
     Ids and titles are read when first asked for: opening a log only holds its arrays against their
     digests, which takes a tenth of a second at 10 M interactions.
@@ -55,6 +57,7 @@ class Sequences:
     statistics: dict[str, float | int | str]
     cleaning: tuple[Step, ...]
     fingerprint: str
+    columns: ColumnMap | None = None
 
     @property
     def n_users(self) -> int:
@@ -106,6 +109,7 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
     cleaning: tuple[Step, ...]
     statistics: dict[str, float | int | str]
     files: dict[str, str] = {}
+    columns: ColumnMap | None = None
 
 
 def load_data(path: str | Path) -> Sequences:
@@ -147,6 +151,7 @@ def load_data(path: str | Path) -> Sequences:
         statistics=manifest.statistics,
         cleaning=manifest.cleaning,
         fingerprint=manifest.fingerprint,
+        columns=manifest.columns,
     )
 
 
@@ -209,6 +214,7 @@ def write_data(sequences: Sequences, output: Path) -> None:
                 cleaning=sequences.cleaning,
                 statistics=sequences.statistics,
                 files={path.name: _digest(path) for path in sorted(folder.iterdir())},
+                columns=sequences.columns,
             )
             text = json.dumps(msgspec.to_builtins(manifest), indent=2, allow_nan=False)
             (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

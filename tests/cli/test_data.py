@@ -109,7 +109,7 @@ def test_show_counts_and_draws(cli: Cli, log: Path) -> None:
     assert ["3-4", "█" * 24, "2", "40 %"] in table
     assert ["5-8", "█" * 12, "1", "20 %"] in table
     assert ["50 %", "█" * 18 + "▍", "76.5 %", "4"] in table  # 4 + 4 + 3 + 2 of 17
-    assert max(map(len, outcome.out.partition("warning: ")[0].splitlines())) <= 80
+    assert max(map(len, outcome.out.partition("warning: ")[0].splitlines())) <= 100
     assert [line for line in outcome.out.splitlines() if line.startswith("warning: ")] == [
         "warning: all times are before 1973: if they count no seconds, only their order holds",
         "warning: 4 of 7 items have no title",
@@ -117,6 +117,50 @@ def test_show_counts_and_draws(cli: Cli, log: Path) -> None:
         "warning: 2 of 3 test targets (67 %) are items that no training interaction holds: "
         "they stay in every score",
     ]
+
+
+def test_show_says_which_columns_it_took(cli: Cli, log: Path) -> None:
+    bare = [word for word in NAMED if word not in {"--time-column", "when"}]
+    text = log.read_text("utf-8")
+    log.write_text(re.sub(r",(\d)(\d\d),", r",2\1/07/2024 08:\2,", text), "utf-8")  # 21/07 08:00
+    flags = "--time-column when --time-format '%d/%m/%Y %H:%M'"
+    outcome = cli("data", "show", log.name, *bare)
+    line = f"user = who, item = what, time = none, title = called, ignored: when (dates: {flags})"
+    shown = " ".join(outcome.out.split())
+    assert f"columns {line}, stars titles" in shown
+    note = f"the column when looks like dates and is not read: {flags} orders the log by it"
+    assert f"warning: {note}" in outcome.out
+    # the flags that were named do it; another form is refused with the line
+    timed = ("--time-column", "when", "--time-format", "%d/%m/%Y %H:%M")
+    assert cli("data", "prepare", log.name, "out", *bare, *timed).code == 0
+    outcome = cli("data", "show", "out")
+    assert facts(outcome.out)["times"] == "2024-07-21 to 2024-07-25"
+    shown = " ".join(outcome.out.split())
+    assert "columns user = who, item = what, time = when, title = called, ignored: stars" in shown
+    assert "looks like dates" not in outcome.out
+    outcome = cli("data", "show", log.name, *bare, *timed[:2])
+    form = "for another form say --time-format '%d/%m/%Y %H:%M'"
+    assert (outcome.code, form in outcome.err) == (2, True)
+    outcome = cli("data", "show", log.name, *bare, *timed[:3], "%m/%d/%Y %H:%M")
+    assert "line 2 has the time '21/07/2024 08:00'; expected a time of the form" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("embedded", "--time-format", "%Y"), "none for the embedded log"),
+        (("shop.csv", *NAMED, "--time-format", "%d/%m"), "codes of strptime with a year"),
+        (("shop.csv", *NAMED, "--time-format", "%Q %Y"), "codes of strptime with a year"),
+        (("shop.csv", *NAMED[:4], "--time-format", "%Y"), "--time-column beside it, one of who"),
+    ],
+)
+def test_a_time_format_that_is_none(
+    cli: Cli, log: Path, words: tuple[str, ...], reason: str
+) -> None:
+    outcome = cli("data", "show", *words)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: --time-format: expected ")
+    assert reason in outcome.err
 
 
 def test_bars_are_plain_where_blocks_can_t_be_written(log: Path) -> None:

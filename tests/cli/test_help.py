@@ -19,6 +19,7 @@ from depthprobe.methods import METHODS
 COMMANDS = {
     "sweep": ["STUDY.toml", "--data", "--backbone", "--layers", "--methods", "--seeds", "--epochs"]
     + ["--output", "--device", "--executor", "--jobs", "--item-embeddings", "--revision"],
+    "init": ["STUDY.toml", "--data", "--backbone", "--user-column", "--set", "--overwrite"],
     "report": ["RUN", "--output", "--margin", "--level", "--metric"],
     "status": ["RUN"],
     "compare": ["A B...", "--targets", "--slices", "--common", "--margin", "--json", "--output"]

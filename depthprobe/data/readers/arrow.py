@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from depthprobe.data.log import Ids, Log
+from depthprobe.data.readers.columns import DATED, date_formats
 from depthprobe.data.readers.streams import FIELD, stem
-from depthprobe.errors import BadInput, short
+from depthprobe.errors import BadInput, shell_line, short
 
 # seconds of today have 10 digits; the bounds are the years 5138 (as s), 1973 (as ms, us, ns)
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
@@ -99,13 +100,15 @@ class Column:
         return BadInput(FIELD, self.source, fault, fault=True)
 
 
-def log_of(table: pa.Table, *, source: Path, where: Where = row_number) -> Log:
+def log_of(
+    table: pa.Table, *, source: Path, where: Where = row_number, time_format: str | None = None
+) -> Log:
     """A log of the columns ``user`` and ``item``, maybe ``time``, ``rating`` and ``title``."""
     if not len(table):
         raise BadInput(FIELD, source, "a log with at least one interaction (it has none)")
     given = {what: Column(table[what], what, source, where) for what in table.column_names}
     users, items = to_ids(given["user"]), to_ids(given["item"])
-    times, notes = to_seconds(given["time"]) if "time" in given else (None, ())
+    times, notes = to_seconds(given["time"], time_format) if "time" in given else (None, ())
     ratings = to_numbers(given["rating"]).astype(np.float64) if "rating" in given else None
     titles = _titles(given["title"], items) if "title" in given else {}
     return Log(users, items, times, ratings, titles=titles, name=stem(source), notes=notes)
@@ -177,18 +180,32 @@ def to_numbers(column: Column) -> np.ndarray:
     return np.asarray(values)
 
 
-def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
+def to_seconds(
+    column: Column, time_format: str | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Seconds since 1970, (N,), and notes on what had to be decided.
 
     Numbers, and texts of numbers, are seconds, milliseconds, microseconds or nanoseconds, which
     their magnitude tells apart, or dates such as 20240531, if most rows are. Texts are ISO dates
-    and times otherwise. A time without a zone is in UTC. Whole seconds come as int64, others as
-    float64, so that order is kept down to the microsecond.
+    and times otherwise. With a ``time_format`` all are texts of that form. A time without a zone is
+    in UTC. Whole seconds come as int64, others as float64, so that order is kept down to the
+    microsecond.
     """
     column = column.plain()
     values, notes, stamps = column.values, [], None
     numbers = np.empty(0)
-    if column.is_text and not pc.match_substring_regex(values[:1], _NUMBER)[0].as_py():
+    if time_format is not None:
+        if not column.is_text and not pa.types.is_integer(values.type):
+            raise column.wrong_type(f"texts of the form {time_format}")
+        texts = values.cast(pa.large_string()).to_pandas()
+        try:
+            stamps = pd.to_datetime(texts, format=time_format, utc=True, errors="coerce")
+        except ValueError as error:  # a code that only Python's own strptime takes
+            allowed = f"codes that pandas reads, too ({error})"
+            raise BadInput("data.columns.time_format", time_format, allowed) from None
+        if re.search("%[HI]", time_format) and "%z" not in time_format.lower():
+            notes = [NO_ZONE]
+    elif column.is_text and not pc.match_substring_regex(values[:1], _NUMBER)[0].as_py():
         # `2024-05-31 18:30:00 UTC`, as BigQuery writes it
         texts = pc.replace_substring_regex(values, r"\s*(UTC|GMT|z)$", "Z")
         if pc.any(pc.match_substring_regex(texts, _LOCAL)).as_py():
@@ -202,7 +219,7 @@ def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
         if stamps is not None:
             notes = [f"times look like dates, such as {numbers[0]}: read as such, in UTC"]
     if stamps is not None:
-        column.check(stamps.isna().to_numpy(), _TIME)
+        column.check(stamps.isna().to_numpy(), _expected_time(column, time_format))
         values = pa.chunked_array([pa.array(stamps)])
     if pa.types.is_timestamp(values.type):  # one with a zone is held in UTC
         factor = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
@@ -230,6 +247,14 @@ def to_seconds(column: Column) -> tuple[np.ndarray, tuple[str, ...]]:
         notes.append(f"{few}, the first in {column.where(row)}: {shown}")
     seconds = whole + rest / factor if rest.any() else whole.astype(np.int64)
     return seconds, tuple(notes)
+
+
+def _expected_time(column: Column, time_format: str | None) -> str:
+    if time_format is not None:
+        return f"a time of the form {time_format}, in the range of 1970 to 2199"
+    forms = date_formats(column.values[:DATED].to_pylist())
+    which = f" {' or '.join(map(shell_line, zip(forms, strict=True)))}" if forms else ""
+    return f"{_TIME}; for another form say --time-format{which}"
 
 
 def _compact(numbers: np.ndarray) -> pd.Series | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 
+from depthprobe.data.log import SHOWN, ColumnMap
 from depthprobe.data.readers.streams import FIELD
-from depthprobe.errors import BadInput, short
+from depthprobe.errors import BadInput, shell_line, short
 from depthprobe.study import Columns
-
-SHOWN = 20  # names of a header that a message lists
 
 # Common spellings by what they hold. Those between two bars are of equal standing, and preferred to
 # the later ones: a review of a variant (asin) is meant for its product (parent_asin), but nothing
@@ -80,7 +80,74 @@ def find_columns(
             raise BadInput(
                 FIELD, source, f"{allowed}; say --{other}-column and --{what}-column", fault=True
             )
+    if columns.time_format is not None and "time" not in places:
+        allowed = f"--time-column beside it, one of {listed(names)}"
+        raise BadInput("data.columns.time_format", columns.time_format, allowed)
     return {what: place for what, place in places.items() if what in wanted}
+
+
+# How dates are written, but for ISO's way: the orders and marks that logs have, and times behind.
+_DAYS = (
+    *("%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%d.%m.%Y", "%Y.%m.%d", "%d-%m-%Y", "%m-%d-%Y"),
+    *("%d/%m/%y", "%m/%d/%y", "%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y"),
+)
+_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p", " %H:%M:%S.%f")
+DATED = 100  # cells that are looked at
+_PLAIN = re.compile(r"\d{4}-\d\d-\d\d([T ].*)?|(19[7-9]|2[01]\d)\d{5}(\d{6})?")
+_SECONDS = re.compile(r"1\d{9}(\d{3})?(\.\d*)?")  # since 1970, or milliseconds: 2001 to 2033
+
+
+def date_formats(values: Iterable[object]) -> list[str] | None:
+    """How the dates of some cells are written: formats that all of them have, None for no dates.
+
+    An empty list stands for dates that are read as they are: ISO's, numbers such as 20240531,
+    seconds since 1970 in this century, and dates of Python's.
+    """
+    cells = [value for value in values if value is not None and str(value).strip()][:DATED]
+    if cells and all(isinstance(value, date) for value in cells):
+        return []
+    texts = list(dict.fromkeys(" ".join(str(value).split()) for value in cells))
+    if not texts or all(_SECONDS.fullmatch(text) for text in texts):
+        return [] if texts else None
+    if all(_PLAIN.fullmatch(text) for text in texts):
+        return [] if all(_read(text, None) for text in texts) else None
+    if not all(re.search(r"\d.*[/. -].*\d", text) for text in texts):
+        return None
+    every = [day + clock for clock in _CLOCKS for day in _DAYS]
+    return [form for form in every if all(_read(text, form) for text in texts)] or None
+
+
+def _read(text: str, form: str | None) -> bool:
+    """Whether a text is a time of that form, or of ISO's, in a log's years."""
+    try:
+        if form is not None:
+            return 1970 <= datetime.strptime(text, form).year < 2200
+        return 1970 <= datetime.fromisoformat(re.sub(r"\s*(UTC|GMT|z)$", "Z", text)).year < 2200
+    except ValueError:
+        return False
+
+
+def column_map(
+    names: Sequence[str], places: Mapping[str, int], cells: Callable[[int], Iterable[object]]
+) -> ColumnMap:
+    """What was read of a table with these columns, and which of the others hold dates.
+
+    Args:
+        names: the header.
+        places: what :func:`find_columns` found.
+        cells: some values of a column, by its place.
+    """
+    ignored = {}
+    for place, name in enumerate(names):
+        if place in places.values():
+            continue
+        forms = date_formats(cells(place))
+        flags = "" if forms is None else f"--time-column {shell_line([untyped(name)])}"
+        if forms:
+            flags += f" --time-format {' or '.join(shell_line([form]) for form in forms)}"
+        ignored[" ".join(short(untyped(name), 40)[1:-1].split())] = flags
+    read = {what: untyped(names[place]) for what, place in places.items()}
+    return ColumnMap(read, ignored)
 
 
 def label_notes(names: Sequence[str], columns: Columns) -> list[str]:
@@ -119,7 +186,9 @@ def place_of(names: Sequence[str], name: str) -> int | None:
 
 
 def refuse_columns(columns: Columns, why: str) -> None:
-    """Refuse named columns, but for the title's, for a log that has none to name."""
+    """Refuse named columns, but for the title's, and a format, for a log that has none to name."""
+    if columns.time_format is not None:
+        raise BadInput("data.columns.time_format", columns.time_format, f"none for {why}")
     for what, name in replace(columns, title=None).given().items():
         raise BadInput(f"data.columns.{what}", name, f"none for {why}")
 

@@ -112,7 +112,8 @@ def read_log(
     paths = logs_in(path) if path.is_dir() else [path]
     logs = [FORMATS[format or recognise(one)].read(one, columns, wanted) for one in paths]
     log = logs[0] if len(logs) == 1 else join_parts(logs, folder=path)
-    notes = [*log.notes, *id_notes(log.users, "user"), *id_notes(log.items, "item")]
+    dates = log.columns.notes() if log.columns else []
+    notes = [*log.notes, *dates, *id_notes(log.users, "user"), *id_notes(log.items, "item")]
     log = replace(log, notes=tuple(notes))
     return with_titles(log, paths[0], items=items, columns=columns)
 
@@ -209,6 +210,7 @@ def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:
         titles={item: title for log in logs for item, title in log.titles.items()},
         name=folder.resolve().name,
         notes=tuple(dict.fromkeys(notes)),
+        columns=logs[0].columns,
     )
 
 

@@ -22,6 +22,7 @@ from depthprobe.data.readers.columns import (
     REQUIRED,
     WANTED,
     Wanted,
+    column_map,
     find_columns,
     label_notes,
     refuse_columns,
@@ -87,8 +88,9 @@ def read_json(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
         return f"line {next(islice(filled_lines(path), at, None))[0]}"
 
     table = pa.table({what: pa.chunked_array(parts) for what, parts in chunks.items()})
-    log = log_of(table, source=path, where=where)
-    return replace(log, notes=(*log.notes, *label_notes(names, columns)))
+    log = log_of(table, source=path, where=where, time_format=columns.time_format)
+    taken = column_map(names, places, lambda at: (one.get(names[at]) for one in sample))
+    return replace(log, notes=(*log.notes, *label_notes(names, columns)), columns=taken)
 
 
 def _objects(path: Path, kind: Any) -> Iterator[Any]:

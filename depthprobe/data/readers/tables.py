@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,10 +24,12 @@ import pyarrow.parquet
 from depthprobe.data.log import Log
 from depthprobe.data.readers.arrow import Where, log_of, row_number
 from depthprobe.data.readers.columns import (
+    DATED,
     REQUIRED,
     SPELLINGS,
     WANTED,
     Wanted,
+    column_map,
     find_columns,
     guess_column,
     label_notes,
@@ -120,11 +123,24 @@ def read_csv(
         return find_columns(names, columns, source=path, wanted=wanted)
 
     table, where = csv_table(path, pick, delimiter, header=not numbered)
-    log = log_of(table, source=path, where=where)
+    log = log_of(table, source=path, where=where, time_format=columns.time_format)
+    if layout:
+        return log
     if not numbered:
         _refuse_header_again(log, first, pick(first), where, source=path)
         notes += label_notes(first, columns)
-    return replace(log, notes=(*log.notes, *notes))
+    rows = [row for row in _first_rows(start, delimiter) if len(row) == len(first)]
+    names = [str(at) for at in range(1, len(first) + 1)] if numbered else first
+    taken = column_map(names, pick(first), lambda at: (row[at] for row in rows[not numbered :]))
+    return replace(log, notes=(*log.notes, *notes), columns=taken)
+
+
+def _first_rows(start: str, delimiter: str) -> list[list[str]]:
+    with suppress(csv.Error):
+        return list(
+            islice(filter(None, _csv_rows(io.StringIO(start, newline=""), delimiter)), DATED)
+        )
+    return []
 
 
 def _refuse_header_again(
@@ -326,9 +342,22 @@ def read_parquet(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
         within = row_number(row - int(starts[part]))
         return f"{within} of {parts[part].name}" if len(parts) > 1 else within
 
-    log = log_of(table, source=path, where=where)
+    log = log_of(table, source=path, where=where, time_format=columns.time_format)
     with pa.parquet.ParquetFile(parts[0]) as file:
-        return replace(log, notes=(*log.notes, *label_notes(file.schema_arrow.names, columns)))
+        names = file.schema_arrow.names
+        taken = column_map(names, pick(names, source=parts[0]), partial(_first_cells, file))
+        return replace(log, notes=(*log.notes, *label_notes(names, columns)), columns=taken)
+
+
+def _first_cells(file: pa.parquet.ParquetFile, place: int) -> list[Any]:
+    """Some values of a column; a single day for one of dates, and none for one of lists."""
+    field = file.schema_arrow.field(place)
+    if pa.types.is_timestamp(field.type) or pa.types.is_date(field.type):
+        return [date.today()]
+    if pa.types.is_nested(field.type) or str(field.type).endswith("binary"):
+        return []
+    batch = next(file.iter_batches(batch_size=DATED, columns=[field.name]), None)
+    return [] if batch is None else batch.column(0).to_pylist()
 
 
 def parquet_table(path: Path, pick: Pick) -> pa.Table:

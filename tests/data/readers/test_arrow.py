@@ -335,3 +335,17 @@ def test_the_first_row_that_is_no_number(rows: int, data: st.DataObject) -> None
     column = pa.chunked_array([["4,5" if row in bad else "4.5" for row in range(rows)]])
     with pytest.raises(BadInput, match=rf"line {min(bad) + 2} has the rating '4,5'"):
         to_numbers(Column(column, "rating", SOURCE, lambda row: f"line {row + 2}"))
+
+
+def test_times_of_a_form() -> None:
+    texts = pa.chunked_array([["31/05/2024 18:30", " 01/06/2024 00:00"]])
+    found, notes = to_seconds(Column(texts, "time", SOURCE), "%d/%m/%Y %H:%M")
+    assert found.tolist() == [1717180200, 1717200000]
+    assert notes == ("times without a zone are read as UTC",)
+    numbers = pa.chunked_array([[310524]])
+    assert to_seconds(Column(numbers, "time", SOURCE), "%d%m%y")[0].tolist() == [1717113600]
+    zoned = pa.chunked_array([["31/05/2024 18:30 +0200"]])
+    found, notes = to_seconds(Column(zoned, "time", SOURCE), "%d/%m/%Y %H:%M %z")
+    assert (found.tolist(), notes) == ([1717173000], ())
+    with pytest.raises(BadInput, match="row 1 has the time '31/05/2024 18:30'; expected .* %m"):
+        to_seconds(Column(texts, "time", SOURCE), "%m/%d/%Y %H:%M")

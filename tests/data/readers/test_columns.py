@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
 
-from depthprobe.data.readers.columns import SPELLINGS, find_columns, guess_column, simple
+from depthprobe.data.readers.columns import (
+    SPELLINGS,
+    column_map,
+    date_formats,
+    find_columns,
+    guess_column,
+    simple,
+)
 from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
@@ -113,3 +121,49 @@ def test_a_column_serves_one_thing() -> None:
     assert "both" in refusal("user_id,item_id", user="item_id")
     assert "both" in refusal("a,b,c", user="a", item="b", time="b")
     assert "more than once" in refusal("a,a,b", user="a", item="b")
+
+
+@pytest.mark.parametrize(
+    ("values", "forms"),
+    [
+        (["2024-05-31", "2024-06-01T10:00:00Z", "2024-06-01 10:00:00 UTC", "", None], []),
+        ([20240531, 20240601], []),
+        ([1714500000, 1714500001.5], []),
+        (["1714500000123"], []),
+        ([date(2024, 5, 31)], []),
+        (["31/05/2024", "01/06/2024"], ["%d/%m/%Y"]),
+        (["05/06/2024", "01/06/2024"], ["%d/%m/%Y", "%m/%d/%Y"]),  # who could tell?
+        (["May 3, 2024 10:05 PM"], ["%b %d, %Y %I:%M %p", "%B %d, %Y %I:%M %p"]),
+        (["3-May-2024"], ["%d-%b-%Y"]),
+        ([20241331, 20240601], None),  # no month 13
+        (["2024-05-31", "soon"], None),
+        ([1, 2, 3], None),
+        (["4.5", "3.0"], None),
+        (["1.2.3", "2.0.1"], None),
+        ([2024, 2023], None),
+        ([["2024-05-31"]], None),
+        ([True], None),
+        ([], None),
+    ],
+)
+def test_dates_and_how_they_are_written(values: list[object], forms: list[str] | None) -> None:
+    assert date_formats(values) == forms
+
+
+def test_what_was_read_of_a_table() -> None:
+    names = ["shopper:token", "when", "product_code", "day of", "qty"]
+    cells = [["a"], ["2024-05-31"], ["x"], ["05/06/2024"], ["2"]]
+    places = {"user": 0, "item": 2}
+    taken = column_map(names, places, cells.__getitem__)
+    assert taken.read == {"user": "shopper", "item": "product_code"}
+    day = "--time-column 'day of' --time-format %d/%m/%Y or %m/%d/%Y"
+    assert taken.ignored == {"when": "--time-column when", "day of": day, "qty": ""}
+    assert [note.partition(" looks")[0] for note in taken.notes()] == [
+        "the column when",
+        "the column day of",
+    ]
+    with_time = column_map(names, {**places, "time": 1}, cells.__getitem__)
+    assert with_time.notes() == []  # one was chosen; the line of the mapping names the other
+    assert str(with_time).endswith(f"time = when, ignored: day of (dates: {day}), qty")
+    wide = column_map([f"c{n}" for n in range(25)], {"user": 0, "item": 1}, lambda place: ())
+    assert str(wide).endswith("c21, ... (3 more)")

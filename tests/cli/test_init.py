@@ -99,7 +99,9 @@ def test_a_log_that_came_split_keeps_its_split(cli: Cli, tmp_path: Path) -> None
         lines = ["user,item", *(",".join(pair) for pair in pairs.split())]
         (tmp_path / "parts" / f"{name}.csv").write_text("\n".join(lines), encoding="utf-8")
     assert cli("init", "--data", "parts").code == 0
-    assert load_study("study.toml").protocol.split == "given"
+    study = load_study("study.toml")
+    assert study.protocol.split == "given"
+    assert study.data.columns == Columns(user="user", item="item")  # that were guessed
     # the columns of a prepared folder have no names any more
     assert cli("data", "prepare", "parts", "folder").code == 0
     assert cli("init", "--data", "folder", "--overwrite").code == 0

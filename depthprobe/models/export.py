@@ -2,13 +2,14 @@
 
 ``FOLDER/config.json, model.safetensors, tokenizer``: the cut backbone, as transformers reads it.
 ``FOLDER/recommender.safetensors, recommender.json``: adapters, item table, head, item ids, prompt.
+Of SASRec, which has no backbone, these two are all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -22,10 +23,12 @@ from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import compute_in_bfloat16, load_backbone, resolve_device
-from depthprobe.models.build import fill, save_weights
+from depthprobe.models.build import build_sasrec, fill, save_weights
 from depthprobe.models.recommender import Recommender, best_columns
+from depthprobe.models.sasrec import SASRec
 from depthprobe.models.tiny import ends_at_positions, positions_of
 from depthprobe.models.words import POSITIONS, Words
+from depthprobe.study import SasRecSettings
 
 PARTS, CARD = "recommender.safetensors", "recommender.json"
 BATCH = 256  # users encoded at once
@@ -37,11 +40,20 @@ Attention = Literal["auto", "eager", "sdpa"]
 ATTENTIONS: dict[str, Attention] = {"eager": "eager", "sdpa": "sdpa"}
 
 
+class SasRecShape(msgspec.Struct):
+    """What decides the shapes of SASRec's weights, beside the items and the longest history."""
+
+    width: int
+    blocks: int
+    heads: int
+
+
 class Card(msgspec.Struct, kw_only=True):
-    """What ``recommender.json`` holds."""
+    """What ``recommender.json`` holds; ``sasrec`` of a SASRec alone."""
 
     schema: Literal[1]
-    prompt: list[Annotated[int, msgspec.Meta(ge=0)]]
+    sasrec: SasRecShape | None = None
+    prompt: list[Annotated[int, msgspec.Meta(ge=0)]] = []
     suffix: list[Annotated[int, msgspec.Meta(ge=0)]] = []
     head: Literal["dot", "linear"] = "dot"
     tokens: list[list[Annotated[int, msgspec.Meta(ge=0)]]] | None = None
@@ -73,7 +85,7 @@ class Recommendation(NamedTuple):
 class ExportedRecommender:
     """Top items for histories of raw item ids."""
 
-    model: Recommender
+    model: Recommender | SASRec
     item_ids: list[str]
     titles: list[str] | None
     max_history: int
@@ -101,19 +113,23 @@ class ExportedRecommender:
         if not 1 <= top <= len(self.item_ids):
             raise BadInput("top", top, f"a whole number from 1 to {len(self.item_ids)}")
         known = [self._numbered(history) for history in histories]
-        prompt, titles = self.model.prepare_prompt(), self.titles or [""] * len(self.item_ids)
+        model, titles = self.model, self.titles or [""] * len(self.item_ids)
+        recent = [history[-self.max_history :] for history in known]
+        encode, sizes, in_words = model.encode, list(map(len, recent)), False
+        if isinstance(model, Recommender):
+            encode = partial(model.encode, prompt=model.prepare_prompt())
+            sizes, in_words = model.positions(recent), model.words is not None
         # users of like length together: less padding is computed
-        sizes = self.model.positions([history[-self.max_history :] for history in known])
         order = sorted(range(len(known)), key=sizes.__getitem__)
         answers: list[list[Recommendation]] = [[] for _ in known]
         at_once = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))  # users scored at once
         while order:
             # the longest first; of histories in words fewer at a time
             room = BATCH
-            if self.model.words is not None:
+            if in_words:
                 room = max(1, min(BATCH, POSITIONS // sizes[order[-1]]))
             batch, order = order[-room:], order[:-room]
-            vectors = self.model.encode(*self._padded([known[p] for p in batch]), prompt)  # (B, d)
+            vectors = encode(*self._padded([known[p] for p in batch]))  # (B, d)
             for first in range(0, len(batch), at_once):
                 places = batch[first : first + at_once]
                 best = self._best(vectors[first : first + at_once], [known[p] for p in places], top)
@@ -193,6 +209,23 @@ def write_recommender(
     (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
 
 
+def write_sasrec(
+    folder: Path, model: SASRec, *, item_ids: list[str], titles: list[str] | None, filter_seen: bool
+) -> None:
+    """Write a trained SASRec; see the module for the layout."""
+    save_weights(dict(model.named_parameters()), folder / PARTS)
+    heads = next((block.heads for block in model.blocks), 1)
+    card = Card(
+        schema=1,
+        sasrec=SasRecShape(model.width, len(model.blocks), heads),  # type: ignore[arg-type]
+        max_history=model.positions.num_embeddings,
+        filter_seen=filter_seen,
+        item_ids=item_ids,
+        titles=titles,
+    )
+    (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
+
+
 def load_recommender(
     folder: str | Path, device: str = "cpu", *, trust_remote_code: bool = False
 ) -> ExportedRecommender:
@@ -214,6 +247,10 @@ def load_recommender(
     try:
         card = msgspec.json.decode((path / CARD).read_bytes(), type=Card)
         parts = load_file(path / PARTS)
+        if card.sasrec is not None:
+            sasrec = _sasrec(card, card.sasrec, parts).to(place)
+            seen = card.filter_seen
+            return ExportedRecommender(sasrec, card.item_ids, card.titles, card.max_history, seen)
         items = parts.pop(ITEMS)
         if items.ndim != 2 or len(items) != len(card.item_ids) + 1:
             rows = f"{tuple(items.shape)} for {len(card.item_ids)} items"
@@ -245,6 +282,13 @@ def load_recommender(
         raise BadInput("recommender", str(folder), allowed) from None
     model.to(place).eval()
     return ExportedRecommender(model, card.item_ids, card.titles, longest, card.filter_seen)
+
+
+def _sasrec(card: Card, shape: SasRecShape, parts: dict[str, Tensor]) -> SASRec:
+    settings = SasRecSettings(width=shape.width, blocks=shape.blocks, heads=shape.heads)
+    model = build_sasrec(settings, items=len(card.item_ids), longest=card.max_history)
+    fill(dict(model.named_parameters()), parts)
+    return model.eval()
 
 
 def _own_weights(model: Recommender) -> dict[str, Tensor]:

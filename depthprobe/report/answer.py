@@ -51,6 +51,7 @@ class Answer:
     blocks: int
     users: int  # tested
     command: str = ""  # that exports what is recommended
+    trial: str = ""  # which that is; empty where nothing is
     method: str | None = None  # of the sufficient depth, else of the best candidate
     depth: int | None = None
     kept: Interval | None = None  # share of the teacher's headline metric
@@ -80,21 +81,22 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     what = f"{point.info.label}, {point.depth} of {blocks} blocks"
     keeps = f"keeps {in_percent(row.kept)} of the teacher's {summary.headline}."
     offer = f"Best candidate: {what}. It {keeps}"
-    verdict = SHOWN if row.shown else "not shown"
+    verdict, ship = SHOWN if row.shown else "not shown", point if row.shown else None
     if weak := doubt(summary, POPULARITY):  # then what is kept of its accuracy is worth nothing
-        verdict, advice = WEAK, f"No answer: {weak}."
+        verdict, advice, ship = WEAK, f"No answer: {weak}.", None
     elif worse and baseline:
-        verdict = BETTER_BASELINE
+        verdict, ship = BETTER_BASELINE, baseline
         better = "is more accurate than the best shallow model"
         advice = f"Ship SASRec: it {better}, and no dearer."
         if dearer := _dearer(baseline, point):
-            advice = f"Not decided: SASRec {better}, but {dearer}."
+            advice, ship = f"Not decided: SASRec {better}, but {dearer}.", None
         elif not row.shown and not doubt(summary, SASREC):
             advice = f"Ship SASRec, or the teacher if its cost is no matter: SASRec {better}."
     elif row.shown:
         advice, offer = f"Ship {_best_trial(summary, point)} ({what}): it {keeps}", ""
     else:
         advice = _advice(summary, sufficiency)
+        ship = teacher if advice.startswith("Keep all blocks") else None
     sure = _how_sure(summary, sufficiency, row)
     if any(other.lower > 1 for other in sufficiency.rows):
         sure += " The teacher is undertrained: a shallower model is more accurate."
@@ -104,9 +106,9 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     return Answer(
         verdict, (advice, f"{offer} {sure}".strip(), saves.strip()),
         _tiles(summary, point, teacher, row.kept, share, ratio), caveats(summary, point),
-        summary.margin, blocks, teacher.users, _export(summary, point) if verdict == SHOWN else "",
-        point.method, point.depth, row.kept, share, point.speed.get("inference"),
-        point.speed.get("training"), ratio,
+        summary.margin, blocks, teacher.users, _export(summary, ship) if ship else "",
+        _best_trial(summary, ship) if ship else "", point.method, point.depth, row.kept, share,
+        point.speed.get("inference"), point.speed.get("training"), ratio,
     )  # fmt: skip
 
 
@@ -175,7 +177,7 @@ def _best_trial(summary: Summary, point: Point) -> str:
 
 def _export(summary: Summary, point: Point) -> str:
     """The command that exports a point's best trial; empty for what can't be exported."""
-    if point.info.exportable is None:
+    if point.info.exportable is None and point.method != SASREC:
         return ""
     which = [str(summary.run.path), _best_trial(summary, point)]
     return f"depthprobe export {shell_line(which)} DIR"

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from depthprobe.data.statistics import popularity
 from depthprobe.errors import BadInput
-from depthprobe.evaluation.metrics import METRICS
+from depthprobe.evaluation.metrics import METRICS, per_user_metric
 from depthprobe.evaluation.slices import ALL
+from depthprobe.evaluation.statistics import ratio_interval
 from depthprobe.files import complete_folder
-from depthprobe.formatting import plain_percent
+from depthprobe.formatting import percent, plain_percent
 from depthprobe.methods import Trial, method_of
 from depthprobe.models.backbones import (
     EMBEDDED,
@@ -24,11 +29,16 @@ from depthprobe.models.backbones import (
 )
 from depthprobe.models.build import around, load_trained, merge_lora
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.export import write_recommender
+from depthprobe.models.export import (
+    ExportedRecommender,
+    load_recommender,
+    write_recommender,
+    write_sasrec,
+)
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import TEACHER, full_trial, plan
+from depthprobe.runs.plan import SASREC, TEACHER, full_trial, plan
 from depthprobe.runs.records import FULL, Git, Record
 from depthprobe.runs.store import Run, open_run
 from depthprobe.study import ranges, settings_of
@@ -38,7 +48,8 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     """Write a trial's model to ``folder``: the cut backbone, LoRA merged, and the recommender.
 
     A trial without weights of its own is cut out of the teacher; a linear map in place of a span is
-    folded into the block before it. Quantised weights become ordinary ones of the same values.
+    folded into the block before it. Quantised weights become ordinary ones of the same values. Of
+    SASRec, which has no backbone, the recommender is all.
 
     Raises:
         BadInput: if the run has no such trial, the trial failed or its method makes no model, its
@@ -51,40 +62,82 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
     refused = ""
     if not record.done:
         refused = f"a trial that is done (it failed: {record.error})"
-    elif method.role == "baseline":
-        refused = f"a recommender with a backbone ({record.method} has none to export)"
-    elif method.exportable is None or not record.kept:
+    elif method.role == "baseline" and record.method != SASREC:
+        refused = f"a model that can be exported ({record.method} has none)"
+    elif record.method != SASREC and (method.exportable is None or not record.kept):
         refused = f"a model of whole blocks ({record.method} at this depth measures, and is none)"
     if refused:
         raise BadInput("trial", trial, refused)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
-    study = run.study.with_precision(run.manifest.backbone.precision)
-    precision = settings_of(study, record.method).recipe.precision
-    context = Context(run.path, study)
+    context = Context(run.path, run.study.with_precision(run.manifest.backbone.precision))
     settings = context.backbone
-    what = Trial(trial, record.method, record.kept, record.seed, run.manifest.backbone.blocks)
-    model, whole = _rebuild(context, what)
-    sequences = context.sequences
     with complete_folder(target) as temporary:
-        write_recommender(
-            temporary,
-            model,
-            whole,
-            item_ids=[str(raw) for raw in sequences.item_ids],
-            titles=None if sequences.titles is None else [str(t) for t in sequences.titles],
-            max_history=study.data.max_history,
-            filter_seen=context.split.filter_seen,
-            attention=study.backbone.attention,
-            precision="bfloat16" if precision == "bfloat16" else "float32",
-        )
-        try:
-            pretrained_tokenizer(settings).save_pretrained(temporary)
-        except BadInput:  # there is none: so nothing was read with it
-            if study.backbone.prompt or study.backbone.suffix or study.backbone.reads_titles:
-                raise
-        (temporary / "README.md").write_text(model_card(run, record), encoding="utf-8")
+        if record.method == SASREC:
+            _check_model(context.model_folder(full_trial(SASREC, record.seed, 0)), trial)
+            write_sasrec(temporary, context.sasrec(record.seed), **_catalogue(context))
+        else:
+            blocks = run.manifest.backbone.blocks
+            what = Trial(trial, record.method, record.kept, record.seed, blocks)
+            _write_backbone(context, what, temporary)
+        code = settings.trust_remote_code
+        loaded = load_recommender(temporary, trust_remote_code=code)
+        card = model_card(run, record, example=example(loaded, context))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     return target
+
+
+def _catalogue(context: Context) -> dict[str, Any]:
+    """What an export says of the items, and of those of a history."""
+    sequences = context.sequences
+    return {
+        "item_ids": [str(raw) for raw in sequences.item_ids],
+        "titles": None if sequences.titles is None else [str(t) for t in sequences.titles],
+        "filter_seen": context.split.filter_seen,
+    }
+
+
+def _write_backbone(context: Context, trial: Trial, folder: Path) -> None:
+    """Write a trial that has a backbone, and its tokenizer."""
+    study, settings = context.study, context.backbone
+    model, whole = _rebuild(context, trial)
+    precision = settings_of(study, trial.method).recipe.precision
+    write_recommender(
+        folder,
+        model,
+        whole,
+        **_catalogue(context),
+        max_history=study.data.max_history,
+        attention=study.backbone.attention,
+        precision="bfloat16" if precision == "bfloat16" else "float32",
+    )
+    try:
+        pretrained_tokenizer(settings).save_pretrained(folder)
+    except BadInput:  # there is none: so nothing was read with it
+        if study.backbone.prompt or study.backbone.suffix or study.backbone.reads_titles:
+            raise
+
+
+def example(loaded: ExportedRecommender, context: Context) -> str:
+    """Python that recommends to somebody who had the most popular items, and what it prints.
+
+    No user's own history is taken: a model card may be published.
+    """
+    counts = popularity(context.sequences)
+    popular = (np.argsort(-counts, kind="stable")[:LIKED] + 1).tolist()
+    had = [loaded.item_ids[item - 1] for item in popular]
+    top = min(LIKED, len(loaded.item_ids) - LIKED * loaded.filter_seen)
+    if top < 1:
+        return ""
+    (found,) = loaded.recommend([had], top=top)
+    titled = loaded.titles is not None
+    code = f"""\
+model = dp.load_recommender("FOLDER")
+for item, title, score in model.recommend([{json.dumps(had)}], top={top})[0]:
+    print({"item, title, " if titled else "item, "}f"{{score:.3f}}")"""
+    rows = [f"{item} {title} " if titled else f"{item} " for item, title, _ in found]
+    said = [f"# {_plain(f'{row}{one.score:.3f}')}" for row, one in zip(rows, found, strict=True)]
+    return "\n".join([code, *said])
 
 
 def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedModel]:
@@ -99,9 +152,7 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
         source = trial if deepest.id == trial.id else deepest
     weights = context.model_folder(source)
     for needed in {weights, own} if method.exportable == "folded" else {weights}:
-        if not needed.is_dir():
-            allowed = f"a trial whose model is still in the run's folder ({needed} is not)"
-            raise BadInput("trial", trial.id, allowed)
+        _check_model(needed, trial.id)
     # where nothing was pretrained, the head is fresh too: it is not the pretrained model's
     fresh = trial.seed if settings_of(context.study, trial.method).fresh else None
     backbone = pretrained(settings, random_init=fresh, plain=True)
@@ -122,9 +173,16 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
     return model.eval(), backbone
 
 
+def _check_model(folder: Path, trial: str) -> None:
+    if not folder.is_dir():
+        allowed = f"a trial whose model is still in the run's folder ({folder} is not)"
+        raise BadInput("trial", trial, allowed)
+
+
 # --- the model card: what it is, how good, where from, under which terms -------------------------
 
 LONGEST = 120
+LIKED = 3  # items of the history of the example, and of its answer
 TAGS = ["depthprobe", "recommender-system", "sequential-recommendation", "layer-pruning"]
 CARD = """---
 {front}
@@ -132,20 +190,17 @@ CARD = """---
 
 # {trial}
 
-A sequential recommender of depth {depth}: blocks {kept} of the {blocks} of {source} (numbered \
-from 0), method {method}, seed {seed}. Made with depthprobe.
+{what} Made with depthprobe.
 
 ## Use
 
 ```python
 import depthprobe as dp
 
-dp.load_recommender("FOLDER").recommend([["item", "item"]], top=10)
+{example}
 ```
 
-`depthprobe recommend FOLDER --history FILE` recommends items to each user of a file. The \
-backbone alone is `AutoModelForCausalLM.from_pretrained("FOLDER")`; its language-model head was \
-not trained along: don't write text with it.
+`depthprobe recommend FOLDER --history FILE` recommends items to each user of a file.{backbone}
 
 ## Accuracy
 
@@ -161,12 +216,17 @@ not trained along: don't write text with it.
 
 ## Licence
 
-The weights derive from {source}: its own licence applies to this model, and the terms of the data \
-that it was trained on may apply as well. depthprobe grants nothing beyond them.
+{licence}
 """
+BACKBONE = (
+    ' The backbone alone is `AutoModelForCausalLM.from_pretrained("FOLDER")`; its language-model'
+    " head was not trained along: don't write text with it."
+)
+WITHOUT_EXAMPLE = 'dp.load_recommender("FOLDER").recommend([["item", "item"]], top=10)'
+LICENCE = "depthprobe grants nothing beyond them."
 
 
-def model_card(run: Run, record: Record) -> str:
+def model_card(run: Run, record: Record, *, example: str = "") -> str:
     """Markdown with the front matter that the Hugging Face Hub reads.
 
     Whatever comes from data or models is shortened and quoted: a name can't break the page.
@@ -175,26 +235,58 @@ def model_card(run: Run, record: Record) -> str:
     local = is_folder(backbone.source)
     # the folders above a folder are nobody else's business
     source = _code((Path(backbone.source).name if local else "") or backbone.source)
-    on_hub = backbone.source != EMBEDDED and not local
+    own = record.method != SASREC
+    on_hub = own and backbone.source != EMBEDDED and not local
     front = ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if own else "depthprobe",
         license="other",
-        license_name="licence-of-the-backbone",
+        license_name="licence-of-the-backbone" if own else "terms-of-the-data",
         base_model=_plain(backbone.source) if on_hub else None,
-        tags=TAGS,
+        tags=TAGS if own else TAGS[:-1],
     )
+    method = f"method {_code(record.method)}, seed {record.seed}."
+    what = f"SASRec, a sequential recommender without a language model: {method}"
+    licence = "The terms of the data that it was trained on may apply to this model."
+    if own:
+        blocks = f"blocks {ranges(record.kept)} of the {backbone.blocks} of {source}"
+        what = f"A sequential recommender of depth {record.depth}: {blocks}"
+        what += f" (numbered from 0), {method}"
+        licence = f"The weights derive from {source}: its own licence applies to this model, and"
+        licence += " the terms of the data that it was trained on may apply as well."
     return CARD.format(
         front=front.to_yaml(),
         trial=_code(record.id),
-        depth=record.depth,
-        kept=ranges(record.kept),
-        blocks=backbone.blocks,
-        source=source,
-        method=_code(record.method),
-        seed=record.seed,
-        accuracy=_accuracy(run, record),
+        what=what,
+        example=example or WITHOUT_EXAMPLE,
+        backbone=BACKBONE if own else "",
+        accuracy=f"{retained(run, record)}{_accuracy(run, record)}",
         size=_size(record),
-        provenance=_provenance(run, record, source),
+        provenance=_provenance(run, record, source if own else ""),
+        licence=f"{licence} {LICENCE}",
+    )
+
+
+def retained(run: Run, record: Record) -> str:
+    """What the trial keeps of its teacher's accuracy, in a paragraph; empty without a teacher."""
+    protocol = run.study.protocol
+    teacher = full_trial(TEACHER, record.seed, run.manifest.backbone.blocks).id
+    ranks = run.users[run.users["protocol"] == FULL].pivot(
+        index="user", columns="trial", values="rank"
+    )
+    if record.id == teacher or not {teacher, record.id} <= {*ranks.columns}:
+        return ""
+    both = ranks[[record.id, teacher]].dropna()
+    own, full = (per_user_metric(both[trial].to_numpy(), protocol.metric) for trial in both.columns)
+    if not full.any():
+        return ""
+    share, level = ratio_interval(own, full, level=protocol.level), plain_percent(protocol.level)
+    ends = ""
+    if math.isfinite(share.high - share.low):
+        ends = f" ({level} interval over users: {percent(share.low)} to {percent(share.high)})"
+    return (
+        f"It keeps {percent(share.value)}{ends} of the {protocol.metric} of the teacher of its seed"
+        f" ({_code(teacher)}, all blocks), over {len(both):,} test users. That is one training; the"
+        " report of the run compares all seeds.\n\n"
     )
 
 
@@ -233,17 +325,21 @@ def _provenance(run: Run, record: Record, source: str) -> str:
     facts = {
         "study": _code(run.study.name),
         "data": _code(run.manifest.data.name),
-        "backbone": source,
-        "settings": f"dtype {settings.dtype}, attention {settings.attention},"
-        f" quantize {settings.quantize}, tuning {settings.tuning}",
     }
+    if source:
+        facts["backbone"] = source
+        facts["settings"] = (
+            f"dtype {settings.dtype}, attention {settings.attention},"
+            f" quantize {settings.quantize}, tuning {settings.tuning}"
+        )
     if origin is not None:
         git = origin.git or Git()
         commit = f"{_code(git.commit)}{' with changes' if git.dirty else ''}"
         versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
         facts["study"] += f", hash {_code(origin.study)}"
         facts["data"] += f", fingerprint {_code(origin.data)}"
-        facts["backbone"] += f", revision {_code(origin.backbone)}"
+        if source:
+            facts["backbone"] += f", revision {_code(origin.backbone)}"
         facts["trained on"] = _code(origin.device)
         facts["versions"] = _code(versions, 400)
         facts["code"] = commit if git.commit else "not from a checkout"

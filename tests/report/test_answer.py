@@ -41,6 +41,7 @@ def test_a_shown_student_is_shipped(make: Make, tmp_path: Path) -> None:
     assert ship.startswith("Ship distill-4-4-11-2 (distilled, 4 of 12 blocks): it keeps ")
     assert f"{100 * answer.kept.value:.1f} % [" in ship
     assert answer.command == f"depthprobe export {tmp_path} distill-4-4-11-2 DIR"
+    assert answer.trial == "distill-4-4-11-2"
     assert "With 95 % confidence it loses at most 1 %: it was picked out of 7 candidates" in sure
     assert summary.sufficiency is not None
     row = summary.sufficiency.row
@@ -71,21 +72,23 @@ def test_a_better_sasrec_is_shipped(
         return gains.get(method, 0.0)
 
     answer = build_answer(make(tmp_path, users=400, seeds=3, gain=gain))
-    assert (answer.verdict, answer.command) == ("SASRec is better", "")
+    assert (answer.verdict, answer.trial) == ("SASRec is better", "sasrec-0-x-0")
+    assert answer.command == f"depthprobe export {tmp_path} sasrec-0-x-0 DIR"
     assert answer.lines[0].startswith(advice)
     assert answer.sasrec is not None
     assert answer.sasrec.high < 1
     dear = make(tmp_path, users=400, seeds=3, gain=gain, timing=False)
     dear.trials.loc[dear.trials["method"] == "sasrec", "parameters_total"] = 1e9
-    said = build_answer(dear).lines[0]
-    assert said.startswith(
+    undecided = build_answer(dear)
+    assert (undecided.trial, undecided.command) == ("", "")
+    assert undecided.lines[0].startswith(
         "Not decided: SASRec is more accurate than the best shallow model, but has more"
     )
 
 
 def test_one_seed_shows_nothing(make: Make, tmp_path: Path) -> None:
     answer = build_answer(make(tmp_path, users=400, seeds=1, gain=_better_student))
-    assert (answer.verdict, answer.command) == ("not shown", "")
+    assert (answer.verdict, answer.command, answer.trial) == ("not shown", "", "")
     assert answer.lines[0] == (
         "Not decided: one seed never shows a depth. Run three seeds or more (--seeds 3)."
     )

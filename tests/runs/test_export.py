@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from depthprobe.study import Recipe, Study
 
 RunOf = Callable[[str], Run]
 PROBED = ("full", "early-exit", "skip", "finetune")
+CARD_OF = "distill-d02-s1"
 LAST = Recipe(epochs=2, batch_size=16, learning_rate=0.01, objective="last")
 # what differs from the small study
 RUNS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
@@ -153,8 +155,72 @@ def test_what_the_run_recommends_is_what_the_ranks_say(small_run: Run, tmp_path:
         assert place == (rank if rank <= 10 else None)
 
 
-@pytest.mark.parametrize("trial", ["sasrec-s0", "popularity-s0", "nothing"])
-def test_what_has_no_backbone_is_not_exported(trial: str, small_run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trial", ["sasrec-s0", "sasrec-s1"])
+def test_sasrec_is_exported_without_a_backbone(trial: str, small_run: Run, tmp_path: Path) -> None:
+    folder = export_trial(small_run.path, trial, tmp_path / "model")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"README.md", "recommender.json", "recommender.safetensors"}
+    loaded = dp.load_recommender(folder)
+    np.testing.assert_array_equal(ranks_alone(loaded, small_run), recorded(small_run, trial))
+    # users of many lengths in one call are answered as each alone
+    logs = [line.split()[1:] for line in small_inputs_lines(small_run)]
+    together = loaded.recommend(logs, top=5)
+    for log, answer in zip(logs[:5], together, strict=False):
+        (alone,) = loaded.recommend([log], top=5)
+        assert [one.item for one in alone] == [one.item for one in answer]
+    front, body = front_and_body((folder / "README.md").read_text("utf-8"))
+    assert (front["library_name"], front["license_name"]) == ("depthprobe", "terms-of-the-data")
+    assert "SASRec, a sequential recommender without a language model" in body
+    assert "AutoModel" not in body
+    assert f"NDCG@10 of the teacher of its seed (`full-d03-{trial[-2:]}`" in body
+
+
+def small_inputs_lines(run: Run) -> list[str]:
+    return Path(run.study.data.source).read_text().splitlines()
+
+
+def test_a_sasrec_that_is_damaged(small_run: Run, tmp_path: Path) -> None:
+    folder = export_trial(small_run.path, "sasrec-s0", tmp_path / "model")
+    card = json.loads((folder / "recommender.json").read_text())
+    for change in ({"sasrec": {"width": 7, "blocks": 1, "heads": 1}}, {"max_history": 9}):
+        (folder / "recommender.json").write_text(json.dumps(card | change))
+        with pytest.raises(BadInput, match="damaged: it does not fit the model"):
+            dp.load_recommender(folder)
+    copy = shutil.copytree(small_run.path, tmp_path / "copy")
+    shutil.rmtree(copy / "trials/sasrec-s0/model")
+    with pytest.raises(BadInput, match=r"sasrec-s0/model is not"):
+        export_trial(copy, "sasrec-s0", tmp_path / "other")
+
+
+@pytest.mark.parametrize("trial", ["sasrec-s1", CARD_OF])
+def test_the_example_of_the_card_prints_what_it_says(
+    trial: str, small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export_trial(small_run.path, trial, tmp_path / "model")
+    card = (folder / "README.md").read_text("utf-8")
+    code = re.search("```python\n(.*?)```", card, re.S)[1].replace("FOLDER", str(folder))  # type: ignore[index]
+    exec(code)  # noqa: S102
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == re.findall("(?m)^# (.*)$", code)
+    assert len(printed) == 3
+    counts = Counter(item for line in small_inputs_lines(small_run) for item in line.split()[1:])
+    had = json.loads(re.search(r"recommend\(\[(\[.*?\])\]", code)[1])  # type: ignore[index]
+    assert sorted(counts[item] for item in had) == sorted(counts.values())[-3:]
+    assert not {line.split()[0] for line in printed} & {*had}  # seen items are left out
+
+
+def test_the_card_says_what_is_kept_of_the_teacher(small_run: Run) -> None:
+    body = front_and_body(model_card(small_run, small_run.record(CARD_OF)))[1]
+    assert "all blocks), over 60 test users." in body
+    share = float(re.search(r"It keeps ([\d.]+) % .* NDCG@10 of the teacher", body)[1])  # type: ignore[index]
+    table = small_run.metrics.query("split == 'test' and protocol == 'full' and slice == 'all'")
+    ndcg = table[table["metric"] == "NDCG@10"].set_index("trial")["value"]
+    assert share == pytest.approx(100 * ndcg[CARD_OF] / ndcg["full-d03-s1"], abs=0.051)
+    assert "It keeps" not in model_card(small_run, small_run.record("full-d03-s1"))
+
+
+@pytest.mark.parametrize("trial", ["popularity-s0", "nothing"])
+def test_what_is_no_model_is_not_exported(trial: str, small_run: Run, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="trial") as caught:
         export_trial(small_run.path, trial, tmp_path / "model")
     assert "\n" not in str(caught.value)
@@ -233,7 +299,6 @@ def test_without_a_prompt_no_tokenizer_is_needed(study: Study, tmp_path: Path) -
 
 # --- the model card: figures of the record, front matter that YAML reads, quoted names
 
-CARD_OF = "distill-d02-s1"
 HOSTILE = 'x`](evil)\n---\n# owned\n<script>|``"\x1b[31m\u202e' + "y" * 500
 
 

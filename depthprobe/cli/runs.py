@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +18,21 @@ from depthprobe.cli.options import (
     path,
     takes_flags,
 )
-from depthprobe.cli.terminal import echo, show_table
-from depthprobe.errors import BadInput, check_writable, closest, one_line
+from depthprobe.cli.terminal import echo, scaled, show_facts, show_table
+from depthprobe.errors import BadInput, check_writable, closest, one_line, shell_line
 from depthprobe.study import Study
 
 STATES = ("done", "failed", "working", "left")
+BEST = "best"
+FILES = {  # of an export, by name; the others are the tokenizer's
+    "config.json": "the backbone's shape",
+    "generation_config.json": "transformers' own",
+    "model.safetensors": "the backbone's weights",
+    "recommender.json": "items, titles, and how histories are read",
+    "recommender.safetensors": "the recommender's weights: item table, adapters",
+    "README.md": "the model card",
+}
+TOKENIZER = "the backbone's tokenizer or code"
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that sweep wrote.", parser=path)]
 
 
@@ -90,7 +102,12 @@ def status(run: Run) -> None:
 
 def export(
     run: Run,
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's name in RUN/trials.")],
+    trial: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRIAL", help="A trial's name in RUN/trials; best: what the report recommends."
+        ),
+    ],
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A new or empty folder.", parser=path)
     ],
@@ -100,13 +117,50 @@ def export(
     The folder also has what `depthprobe recommend DIR` needs.
     """
     known = sorted(path.name for path in (run / "trials").glob("*") if path.is_dir())
-    if known and trial not in known:
+    if known and trial not in {*known, BEST}:
         close = closest(trial, known) or known[:3]
         raise BadInput(
-            "trial", trial, f"one of this run's {len(known)}, such as {', '.join(close)}"
+            "trial", trial, f"{BEST}, or one of this run's {len(known)}, such as {', '.join(close)}"
         )
     check_writable("dir", folder)
+    chosen = _recommended(run, known) if trial == BEST else trial
 
     from depthprobe.runs.export import export_trial
 
-    echo(export_trial(run, trial, folder))
+    written = export_trial(run, chosen, folder)
+    sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
+    echo(f"{written}: {chosen}")
+    show_facts(
+        {
+            name: f"{scaled(size, 'B'):>8}  {FILES.get(name, TOKENIZER)}"
+            for name, size in sizes.items()
+        }
+    )
+    echo(f"\nnext: {_next(written)}")
+
+
+def _recommended(run: Path, known: Sequence[str]) -> str:
+    """The trial that the report's answer ships.
+
+    Raises:
+        BadInput: if it ships none; with the reason, and the trial of the best candidate.
+    """
+    from depthprobe.report.answer import build_answer
+
+    answer = build_answer(run)
+    if answer.trial:
+        return answer.trial
+    likely = [name for name in known if name.startswith(f"{answer.method}-d{answer.depth or 0:02}")]
+    such = f", such as {likely[0]}" if likely else ""
+    fault = f"the report recommends none ({answer.lines[0].rstrip('.')}); name one of RUN/trials"
+    raise BadInput("TRIAL", BEST, f"{fault}{such}", fault=True)
+
+
+def _next(folder: Path) -> str:
+    """A command that recommends to somebody who had two items of the catalogue."""
+    items = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))["item_ids"]
+    blank = "\t" if any(len(item.split()) > 1 for item in items) else " "
+    history = shell_line(["echo", blank.join(["you", *items[:2]])])
+    return (
+        f"{history} | {shell_line(['depthprobe', 'recommend', str(folder)])} --history /dev/stdin"
+    )

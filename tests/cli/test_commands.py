@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -167,8 +168,61 @@ def test_several_runs_are_set_side_by_side(cli: Callable[..., Any], stub: Stub) 
     assert cli("report", "a", "b", "--output", "page.html").out == "page.html\n"
 
 
-def test_export_passes_the_trial_on(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
-    (tmp_path / "run" / "trials" / "full-s0").mkdir(parents=True)
-    stub("depthprobe.runs.export", export_trial=lambda run, trial, folder: folder / trial)
-    outcome = cli("export", "run", "full-s0", "out")
-    assert (outcome.code, outcome.out) == (0, "out/full-s0\n")
+@pytest.fixture
+def exported(stub: Stub, tmp_path: Path) -> list[str]:
+    """The trials that were exported, each to a folder of two items; a run has two."""
+    trials: list[str] = []
+
+    def export_trial(run: Path, trial: str, folder: Path) -> Path:
+        trials.append(trial)
+        folder.mkdir()
+        content = {"item_ids": ["The X", "i2", "i3"] if trial == "sasrec-s0" else ["i1", "i2"]}
+        (folder / "recommender.json").write_text(json.dumps(content))
+        (folder / "README.md").write_text("a" * 2345)
+        return folder
+
+    for trial in ("full-d12-s0", "distill-d04-s1", "sasrec-s0"):
+        (tmp_path / "run" / "trials" / trial).mkdir(parents=True)
+    stub("depthprobe.runs.export", export_trial=export_trial)
+    return trials
+
+
+def test_export_says_what_it_wrote_and_what_comes_next(
+    cli: Callable[..., Any], exported: list[str]
+) -> None:
+    outcome = cli("export", "run", "full-d12-s0", "out")
+    assert (outcome.code, exported) == (0, ["full-d12-s0"])
+    first, *files, last = (" ".join(line.split()) for line in outcome.out.splitlines() if line)
+    assert first == "out: full-d12-s0"
+    assert files == [
+        "README.md 2.35 kB the model card",
+        "recommender.json 26 B items, titles, and how histories are read",
+    ]
+    assert last == "next: echo 'you i1 i2' | depthprobe recommend out --history /dev/stdin"
+    # ids with blanks lie between tabs
+    outcome = cli("export", "run", "sasrec-s0", "out 2")
+    line = r"echo $'you\x09The X\x09i2' | depthprobe recommend 'out 2' --history /dev/stdin"
+    assert outcome.out.splitlines()[-1] == f"next: {line}"
+
+
+def test_export_of_the_best_is_what_the_answer_ships(
+    cli: Callable[..., Any], stub: Stub, exported: list[str]
+) -> None:
+    answer = SimpleNamespace(trial="distill-d04-s1", lines=("Ship it.",), method="distill", depth=4)
+    stub("depthprobe.report.answer", build_answer=lambda run: answer)
+    assert cli("export", "run", "best", "out").code == 0
+    assert exported == ["distill-d04-s1"]
+    answer.trial = ""
+    answer.lines = ("Not decided: one seed never shows a depth.",)
+    outcome = cli("export", "run", "best", "other")
+    assert (outcome.code, exported, Path("other").exists()) == (2, ["distill-d04-s1"], False)
+    assert outcome.err == (
+        "error: TRIAL: 'best': the report recommends none (Not decided: one seed never shows a "
+        "depth); name one of RUN/trials, such as distill-d04-s1\n"
+    )
+    answer.method, answer.depth = None, None
+    assert cli("export", "run", "best", "other").err.endswith("; name one of RUN/trials\n")
+    stub("depthprobe.report.answer")
+    assert "TRIAL: expected best, or one of this run's 3, such as distill-d04-s1" in (
+        cli("export", "run", "distill-d04-s0", "other").err
+    )

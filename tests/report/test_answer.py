@@ -125,6 +125,7 @@ def test_far_below_the_margin_the_teacher_is_kept(make: Make, tmp_path: Path) ->
     answer = build_answer(run)
     assert answer.verdict == "not shown"
     assert answer.lines[0].startswith("Keep all blocks: no shallower model keeps 99 %")
+    assert answer.trial.startswith("full-12-")
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,9 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "runs", "build", "dist", "depthprobe", "tests", "**/runs"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb"]
 nb_execution_mode = "off"  # the outputs are committed
 myst_heading_anchors = 4
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented_params"
-add_module_names = False
 
 html_theme = "furo"
 html_title = f"depthprobe {version}"

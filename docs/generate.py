@@ -1,4 +1,4 @@
-"""Pages that follow from the code: commands and options, keys of a study file, the modules.
+"""Pages that follow from the code: commands, keys of a study file, Python, the modules.
 
 ``python docs/generate.py`` writes them; a test compares them with the code.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -270,7 +271,141 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+# --- Python ----------------------------------------------------------------------------------
+
+API_HEAD = """\
+# Python
+
+`import depthprobe as dp` costs nothing: each name is loaded when it is used. Input that can't be
+used raises `depthprobe.errors.BadInput`, a `ValueError` whose message is one line.
+"""
+FIGURES = (
+    "summarise", "kept_vs_depth", "accuracy_vs_depth", "accuracy_vs_cost", "skip_sensitivity",
+    "block_influence", "selections", "span_map", "settling_depth", "ablation_changes",
+    "speed_vs_depth", "kept_side_by_side",
+)  # fmt: skip
+# Heading, words, and what stands below it: a name of `dp`, or a module and a name in it.
+API: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Data", "", ("prepare_data", "load_data")),
+    (
+        "Studies and runs", "[The study file](study-file.md) lists every key; `depthprobe.study` "
+        "has a dataclass of the same name for each table.",
+        ("load_study", "run_sweep", "open_run", "runs.store:Run", "build_report"),
+    ),
+    (
+        "Methods", "[A new method](methods.md) has two complete examples.",
+        ("register", "Method", "methods:Request", "methods:Trial", "methods:Task",
+         "runs.context:Result"),
+    ),
+    (
+        "Figures", "Each function takes a run, its folder or its summary, and returns matplotlib's "
+        "Axes; [the report](report.md) says what each shows.",
+        tuple(f"report.figures:{name}" for name in FIGURES),
+    ),
+    ("Backbones", "", ("load_backbone", "find_blocks", "keep_blocks", "skip_blocks")),
+    ("Ranks and metrics", "", ("rank_targets", "metrics_from_ranks")),
+    ("An exported model", "", ("load_recommender", "models.export:ExportedRecommender")),
+    (
+        "Probing a recommender of your own", "[The guide](probing.md#your-own-recommender) has an "
+        "example.",
+        ("probing.passes:CausalEncoder", "evaluation.ranks:EvalSet", "probing.passes:early_exit",
+         "probing.walk:route", "probing.walk:rank_routes", "probing.similarity:similarities",
+         "probing.walk:greedy", "probing.passes:settling", "probing.taylor:taylor_importance"),
+    ),
+)  # fmt: skip
+
+
+def api_page() -> str:
+    """The public functions and classes, from their signatures and docstrings."""
+    lines = [DONT_EDIT, API_HEAD]
+    for title, words, entries in API:
+        lines += [f"## {title}", "", *([words, ""] if words else [])]
+        for entry in entries:
+            module, _, name = entry.rpartition(":")
+            path = f"depthprobe.{module}" if module else "depthprobe"
+            thing = getattr(importlib.import_module(path), name)
+            shown = f"dp.{name}" if not module else f"{path}.{name}"
+            shown = shown.replace("depthprobe.report.figures", "dp.figures")
+            lines += [f"### `{shown}`", "", *_class(thing, name), ""]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def _class(thing: Any, name: str) -> list[str]:
+    """A function; or a class: its words, its fields, its methods."""
+    if not inspect.isclass(thing):
+        return ["```python", _signature(thing, name), "```", "", *_docstring(thing)]
+    lines, docs = [*_docstring(thing), ""], field_docs(thing) if is_dataclass(thing) else {}
+    lines += [f"- `{field}`: {_code(_roles(text))}" for field, text in docs.items()]
+    for key, value in vars(thing).items():
+        function = getattr(value, "func", None) or getattr(value, "fget", None) or value
+        if key.startswith("_") or key in docs or not inspect.isroutine(function):
+            continue
+        head = _signature(value, key) if inspect.isfunction(value) else key
+        first = inspect.cleandoc(function.__doc__ or "").partition("\n\n")[0]
+        head = " ".join(head.split()).replace("( ", "(").replace(", )", ")")
+        lines.append(f"- `{head}`: {_code(_roles(' '.join(first.split())))}")
+    return lines
+
+
+def _signature(function: Any, name: str) -> str:
+    """As it is written, one parameter a line where it is long; without ``self``."""
+    made, star, whole = [], False, inspect.signature(function)
+    for parameter in whole.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            made.append("*")
+        star = star or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
+        text = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "")
+        text += parameter.name
+        if parameter.annotation is not parameter.empty:
+            text += f": {_annotation(parameter.annotation)}"
+        if parameter.default is not parameter.empty:
+            text += f" = {parameter.default!r}"
+        made.append(text)
+    result = whole.return_annotation
+    end = ")" if result is whole.empty else f") -> {_annotation(result)}"
+    line = f"{name}({', '.join(made)}{end}"
+    return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(made) + f",\n{end}"
+
+
+def _annotation(kind: Any) -> str:
+    return kind if isinstance(kind, str) else inspect.formatannotation(kind)
+
+
+def _docstring(thing: Any) -> list[str]:
+    """Markdown of a docstring in Google's style: lists of arguments, what is raised, examples."""
+    lines, inside = list[str](), ""
+    for line in inspect.cleandoc(thing.__doc__ or "").splitlines():
+        heading = re.fullmatch(r"(Args|Attributes|Raises|Returns|Yields):", line)
+        item = re.fullmatch(r"    (\*{0,2}\w[\w, ]*): (.*)", line)
+        example = line.lstrip().startswith((">>> ", "... "))
+        if inside == "example" and not line.strip():
+            lines, inside = [*lines, "```"], ""
+        if heading:
+            inside = heading[1]
+            lines += ["", f"{'Arguments' if inside == 'Args' else inside}:", ""]
+        elif example and inside != "example":
+            lines, inside = [*lines, "```python", line], "example"
+        elif inside == "example":
+            lines.append(line)
+        elif inside in ("Args", "Attributes", "Raises") and item:
+            lines.append(f"- `{item[1]}`: {_code(_roles(item[2]))}")
+        else:
+            inside = inside if line.startswith(" ") or not line else ""
+            of_list = inside in ("Args", "Attributes", "Raises") and line
+            text = f"  {line.strip()}" if of_list else line.strip() if inside else line
+            lines.append(_code(_roles(text)))
+    return [*lines, "```"] if inside == "example" else lines
+
+
+def _roles(text: str) -> str:
+    """:func:`depthprobe.figures.summarise` as ``summarise``."""
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"``\1``", text)
+
+
 PAGES: Mapping[str, Any] = {
+    "api.md": api_page,
     "commands.md": commands_page,
     "study-file.md": study_page,
     "house.md": house_page,

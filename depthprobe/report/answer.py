@@ -78,12 +78,22 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     against = summary.compare(point, baseline) if baseline else None
     ratio = against.ratio if against else None
     worse = bool(ratio and ratio.high < 1 and against and against.seeds > 1)
-    what = f"{point.info.label}, {point.depth} of {blocks} blocks"
+    what = f"{point.info.label}, depth {point.depth} of {blocks}"
     keeps = f"keeps {in_percent(row.kept)} of the teacher's {summary.headline}."
-    offer = f"Best candidate: {what}. It {keeps}"
-    verdict, ship = SHOWN if row.shown else "not shown", point if row.shown else None
-    if weak := doubt(summary, POPULARITY):  # then what is kept of its accuracy is worth nothing
-        verdict, advice, ship = WEAK, f"No answer: {weak}.", None
+    ship: Point | None = point
+    verdict, advice = SHOWN, f"Ship {what}: it {keeps}"
+    details = [_how_sure(summary, sufficiency, row)]
+    if not row.shown:
+        verdict, (advice, why) = "not shown", _advice(summary, sufficiency)
+        ship = teacher if advice.startswith("Keep all blocks") else None
+        details = [why, f"Best candidate: {what}. It {keeps}", *details]
+    saves, tiles = _saves(point, share), _tiles(summary, point, teacher, row.kept, share, ratio)
+    if ratio is not None:
+        saves += f" Its {summary.headline} is {in_percent(ratio)} of SASRec's."
+    if weak := doubt(summary, POPULARITY):
+        verdict, advice, ship = WEAK, f"No answer: the teacher {weak[0]}.", None
+        details = [f"{weak[1]}. What a shallower model keeps of such a teacher is worth little."]
+        saves, tiles = "", _level_tiles(summary)
     elif worse and baseline:
         verdict, ship = BETTER_BASELINE, baseline
         better = "is more accurate than the best shallow model"
@@ -91,28 +101,21 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
         if dearer := _dearer(baseline, point):
             advice, ship = f"Not decided: SASRec {better}, but {dearer}.", None
         elif not row.shown and not doubt(summary, SASREC):
-            advice = f"Ship SASRec, or the teacher if its cost is no matter: SASRec {better}."
-    elif row.shown:
-        advice, offer = f"Ship {_best_trial(summary, point)} ({what}): it {keeps}", ""
-    else:
-        advice = _advice(summary, sufficiency)
-        ship = teacher if advice.startswith("Keep all blocks") else None
-    sure = _how_sure(summary, sufficiency, row)
+            advice = f"Ship SASRec, or the teacher if its cost does not matter: SASRec {better}."
+        details = [f"Best candidate: {what}. It {keeps}", details[-1]]
     if any(other.lower > 1 for other in sufficiency.rows):
-        sure += " The teacher is undertrained: a shallower model is more accurate."
-    saves = _saves(point, share)
-    if ratio is not None:
-        saves += f" Its {summary.headline} is {in_percent(ratio)} of SASRec's."
+        details.append("The teacher is undertrained: a shallower model is more accurate.")
     return Answer(
-        verdict, (advice, f"{offer} {sure}".strip(), saves.strip()),
-        _tiles(summary, point, teacher, row.kept, share, ratio), caveats(summary, point),
-        summary.margin, blocks, teacher.users, _export(summary, ship) if ship else "",
-        _best_trial(summary, ship) if ship else "", point.method, point.depth, row.kept, share,
-        point.speed.get("inference"), point.speed.get("training"), ratio,
+        verdict, (advice, " ".join(filter(None, details)), saves.strip()), tiles,
+        caveats(summary, point), summary.margin, blocks, teacher.users,
+        _export(summary, ship) if ship else "", _best_trial(summary, ship) if ship else "",
+        point.method, point.depth, row.kept, share, point.speed.get("inference"),
+        point.speed.get("training"), ratio,
     )  # fmt: skip
 
 
 def _uncompared(summary: Summary) -> Answer:
+    failure = ""
     if not summary.points:
         verdict, missing = "nothing finished", "no trial of this run is finished."
     elif summary.teacher is None:
@@ -120,7 +123,8 @@ def _uncompared(summary: Summary) -> Answer:
         missing = "no trial of the teacher is finished, so nothing can be compared with it."
         for trial in summary.failed.to_dict("records"):
             if trial["method"] == TEACHER:
-                missing = f"the teacher failed, with {str(trial['error'])[:160]}."
+                missing = "the teacher failed."
+                failure = f"Its error: {str(trial['error'])[:160]}."
     elif not any(0 < p.depth < summary.blocks for p in summary.points):
         verdict, missing = "no depth tried", "no depth below the teacher's was tried."
     elif not any(p.info.candidate for p in summary.points):
@@ -133,27 +137,33 @@ def _uncompared(summary: Summary) -> Answer:
         verdict = "no comparison"
         missing = "no finished trial below full depth can be compared with the teacher."
     name = summary.headline
-    shown = [p for p in summary.points if p.info.role in ("baseline", "teacher") and p.value(name)]
-    shown.sort(key=lambda point: point.method != TEACHER)
-    reached = [(point, point.accuracy[FULL, name]) for point in shown]
-    texts = [f"{point.info.label} {with_bounds(value)}" for point, value in reached]
-    failed = len(summary.failed)
-    lines = (
-        f"No answer: {missing}",
-        f"{name} so far: {', '.join(texts)}." if texts else "",
-        f"{failed} of {len(summary.run.trials)} trials failed." if failed else "",
-    )
-    tiles = []
-    for point, value in reached:
-        size = point.cost("parameters")
-        note = f"{formatting.count(size)} parameters" if size else ""
-        label = f"{name}, {point.info.label}"
-        tiles.append(
-            Tile(label, formatting.accuracy(value.value), formatting.bounds(value, 4), note)
-        )
+    texts = [f"{p.info.label} {with_bounds(p.accuracy[FULL, name])}" for p in _levels(summary)]
+    so_far = f"{name} so far: {', '.join(texts)}." if texts else ""
     users = max((point.users for point in summary.points), default=0)
     found = caveats(summary, None)
-    return Answer(verdict, lines, tuple(tiles), found, summary.margin, summary.blocks, users)
+    return Answer(
+        verdict, (f"No answer: {missing}", failure, so_far), _level_tiles(summary), found,
+        summary.margin, summary.blocks, users,
+    )  # fmt: skip
+
+
+def _levels(summary: Summary) -> list[Point]:
+    """The teacher and the baselines, as far as their accuracy is known."""
+    found = [p for p in summary.points if p.info.role in ("baseline", "teacher")]
+    known = [p for p in found if p.value(summary.headline)]
+    return sorted(known, key=lambda point: point.method != TEACHER)
+
+
+def _level_tiles(summary: Summary) -> tuple[Tile, ...]:
+    """What the teacher and the baselines reach, where no share of the teacher's is worth a tile."""
+    tiles = []
+    for point in _levels(summary):
+        value, size = point.accuracy[FULL, summary.headline], point.cost("parameters")
+        note = f"{formatting.count(size)} parameters" if size else ""
+        label = f"{summary.headline}, {point.info.label}"
+        number = formatting.accuracy(value.value)
+        tiles.append(Tile(label, number, formatting.bounds(value, 4), note))
+    return tuple(tiles)
 
 
 def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
@@ -193,41 +203,44 @@ def _dearer(baseline: Point, point: Point) -> str:
     return ""
 
 
-def _advice(summary: Summary, sufficiency: Sufficiency) -> str:
-    """What to do where no depth is shown to suffice."""
+def _advice(summary: Summary, sufficiency: Sufficiency) -> tuple[str, str]:
+    """What to do where no depth is shown to suffice, in a line; and what more there is to say."""
     floor = plain_percent(1 - sufficiency.margin)
     if sufficiency.seeds == 1:
         more = "Run three seeds or more (--seeds 3)."
         if summary.run.study.seeds > 1:
             more = "The others are not finished for the teacher and every candidate."
-        return f"Not decided: one seed never shows a depth. {more}"
-    if sufficiency.needed is not None:
-        words = needed_words(
-            *sufficiency.needed[2:], users=sufficiency.users, seeds=sufficiency.seeds
-        )
-        return f"Not decided: {words}."
+        return f"Not decided: one seed never shows a depth. {more}", ""
+    if (needed := sufficiency.needed) is not None:
+        more = needed_words(*needed[2:], users=sufficiency.users, seeds=sufficiency.seeds)
+        return f"Not decided: {more}.", likely_words(*needed[2:])
     if all(other.kept.high < 1 - sufficiency.margin for other in sufficiency.rows):
-        return f"Keep all blocks: no shallower model keeps {floor} of the teacher's accuracy."
+        return f"Keep all blocks: no shallower model keeps {floor} of the teacher's accuracy.", ""
     return (
-        f"Not decided: no depth is shown to keep {floor} of the teacher's accuracy, and no mean "
-        "does. More users or seeds are more likely to confirm that."
+        f"Not decided: no depth is shown to keep {floor} of the teacher's accuracy.",
+        "No mean does either, so more users or seeds will probably confirm that.",
     )
 
 
 def needed_words(more_users: Numbers, more_seeds: Numbers, *, users: int, seeds: int) -> str:
-    """How many users, or how many seeds, would decide; first for even odds, then for 80 %."""
-    ways = []
-    for noun, numbers, have in (
-        ("test users", more_users, users),
-        ("seeds", more_seeds, seeds),
-    ):
-        even, surely = (None if n is None else _rounded(n) for n in numbers or (None, None))
-        if even is not None:
-            more = f", {surely} for 80 %" if surely else ""
-            ways.append(f"about {even} {noun} ({have:,} now{more})")
-    if not ways:
+    """How many users, or how many seeds, would decide with even odds."""
+    if not (ways := _ways(more_users, more_seeds, 0)):
         return "neither more users nor more seeds alone would decide"
-    return f"even odds of a decision take {', or '.join(ways)}"
+    have = ((more_users, users), (more_seeds, seeds))
+    now = " and ".join(f"{number:,}" for numbers, number in have if any(numbers[:1]))
+    return f"even odds take about {ways} ({now} now)"
+
+
+def likely_words(more_users: Numbers, more_seeds: Numbers) -> str:
+    """A sentence for odds of 80 %; empty where no number gives them."""
+    ways = _ways(more_users, more_seeds, 1)
+    return f"Odds of 80 % take about {ways}." if ways else ""
+
+
+def _ways(more_users: Numbers, more_seeds: Numbers, odds: int) -> str:
+    ways = (("test users", more_users), ("seeds", more_seeds))
+    known = [(noun, number) for noun, found in ways for number in found[odds : odds + 1]]
+    return " or ".join(f"{_rounded(number)} {noun}" for noun, number in known if number)
 
 
 def _rounded(number: int) -> str:
@@ -239,22 +252,23 @@ def _rounded(number: int) -> str:
 def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy) -> str:
     """The confidence, and that the candidate was picked out of several."""
     number, margin = len(sufficiency.rows), plain_percent(summary.margin)
-    level = plain_percent(summary.level)
-    picked = f"it was picked out of {number} candidates, and allowing for that " * (number > 1)
+    picked = f", allowing for the choice among {number} candidates" * (number > 1)
     if row.shown:
         said = (
-            f"With {level} confidence it loses at most {margin}: {picked}it keeps at least "
-            f"{_below(row.lower, 1)}.{' The interval is for it alone.' if number > 1 else ''}"
+            f"With {plain_percent(summary.level)} confidence it loses at most {margin}: it keeps "
+            f"at least {_below(row.lower, 1)}{picked}."
         )
+        if number > 1:
+            said += " The interval is for this model alone."
         if (needed := sufficiency.needed) is not None:
             label = method_info(needed.method).label
             words = needed_words(*needed[2:], users=sufficiency.users, seeds=sufficiency.seeds)
             said += f" Depth {needed.depth} ({label}) is undecided: {words}."
         return said
     if sufficiency.seeds == 1:
-        return "Its interval is over users alone: how much trainings differ is not known."
-    sure = f"only sure to keep {_below(row.lower, 1 - summary.margin)}"
-    return f"The margin is {margin}: {picked}it is {sure if row.lower > 0 else 'sure of nothing'}."
+        return "The interval is over users alone: one seed cannot say how much trainings differ."
+    sure = f"only {_below(row.lower, 1 - summary.margin)}" if row.lower > 0 else "nothing"
+    return f"The margin is {margin}; {sure} is sure{picked}."
 
 
 def _below(share: float, floor: float) -> str:
@@ -290,11 +304,12 @@ def _tiles(
     if share is not None:
         own, theirs = (formatting.count(p.cost("parameters")) for p in both)
         tiles.append(Tile("parameters", percent(share, 0), "exact", f"{own}, teacher {theirs}"))
-    if "inference" in point.speed:
-        value, _, ends = formatting.times_faster(point.speed["inference"]).partition(" [")
-        own, theirs = (formatting.significant(p.time["inference"].value) for p in both)
-        note = f"{own} ms, teacher {theirs} ms"
-        tiles.append(Tile("inference time", value, ends and f"[{ends}", note))
+    for kind in ("inference", "training"):
+        if kind in point.speed:
+            value, _, ends = formatting.times_faster(point.speed[kind]).partition(" [")
+            own, theirs = (formatting.significant(p.time[kind].value) for p in both)
+            note = f"{own} ms, teacher {theirs} ms"
+            tiles.append(Tile(f"{kind} time", value, ends and f"[{ends}", note))
     if ratio is not None:
         baseline = summary.of(SASREC)[0]
         note = f"SASRec {formatting.accuracy(baseline.accuracy[FULL, name].value)}"
@@ -319,15 +334,15 @@ def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def doubt(summary: Summary, baseline: str) -> str:
-    """How a baseline puts the teacher's worth in doubt; empty if the teacher is shown better."""
+def doubt(summary: Summary, baseline: str) -> tuple[str, str] | None:
+    """How a baseline puts the teacher's worth in doubt; None if the teacher is shown better."""
     ratio = next((p.ratio.get((FULL, summary.headline)) for p in summary.of(baseline)), None)
     if ratio is None or ratio.high < 1:
-        return ""
+        return None
     name = method_info(baseline).label
     less = "less accurate than" if ratio.low > 1 else "not shown to be more accurate than"
-    reaches = f"which reaches {in_percent(ratio)} of its {summary.headline}"
-    return f"the teacher is {less} {name}, {reaches}"
+    reaches = f"reaches {in_percent(ratio)} of the teacher's {summary.headline}"
+    return f"is {less} {name}", f"{name[0].upper()}{name[1:]} {reaches}"
 
 
 def _data(summary: Summary) -> Iterator[str]:
@@ -347,8 +362,8 @@ def _data(summary: Summary) -> Iterator[str]:
 def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
     """Does it take a language model, its blocks, its pretraining; is the teacher at its best?"""
     study = summary.run.study
-    if text := doubt(summary, SASREC):
-        yield f"T{text[1:]}."
+    if found := doubt(summary, SASREC):
+        yield f"The teacher {found[0]}. {found[1]}."
     if summary.teacher is not None and not summary.of(SASREC):
         yield "SASRec was not run: whether a language model is needed at all is not tested."
     # heads of one kind, one on the last item's embedding alone

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from depthprobe.evaluation.statistics import Interval, mean_intervals
-from depthprobe.formatting import in_percent, plain_percent, rounded, significant
+from depthprobe.formatting import in_percent, percent, plain_percent, rounded, significant
 from depthprobe.methods import METHODS, method_info
 from depthprobe.report import drawing
 from depthprobe.report.drawing import MUTED, Look, figure, need, scaled, without_bar
@@ -65,7 +65,9 @@ def skip_sensitivity(ax: Axes, summary: Summary, *, metric: str | None = None) -
         places, ends = drawing.beside(changes, index, len(drawn), 0.24), [c.value for c in shown]
         ax.vlines(places, 0, ends, color=look.colour, alpha=0.3, linewidth=5)
         label = "whole block" if method == BLOCK else look.label
-        drawing.draw_series(ax, places, shown, look, linestyle="none", zorder=3, label=label)
+        options: dict[str, Any] = {"linestyle": "none", "zorder": 3, "label": label}
+        tips = [f"{label}, {b}: {in_percent(c, sign=True)}" for b, c in changes.items()]
+        drawing.draw_series(ax, places, shown, look, tips=tips, **options)
     every = [scaled(change) for own in drawn.values() for change in own.values()]
     sizes = [abs(change.value) for change in every]
     if max(sizes) > 4 * LINEAR and np.median(sizes) < LINEAR:
@@ -81,7 +83,7 @@ def skip_sensitivity(ax: Axes, summary: Summary, *, metric: str | None = None) -
     ax.axhline(0, color=MUTED, linewidth=0.9)
     ax.grid(visible=False, axis="x")
     drawing.block_axis(ax.xaxis, "block left out, counted from 0")
-    drawing.finish(ax, f"Change of {metric} without one block", columns=len(drawn))
+    drawing.finish(ax, f"Change of {metric} without one block")
 
     method, changes = next(iter(drawn.items()))
     what = "" if method == BLOCK else f" ({method_info(method).label})"
@@ -110,12 +112,14 @@ def block_influence(ax: Axes, summary: Summary) -> str:
         if len(found):
             places = drawing.beside(found.index.tolist(), index, len(drawn), 0.14)
             values = [Interval(*map(float, row)) for row in found.to_numpy()]
-            options = {"linewidth": 1, "label": label}
-            drawing.draw_series(ax, places, values, method_info(method), **options)
+            named = zip(found.index, values, strict=True)
+            tips = [f"block {b}, {label}: {significant(v.value, 2)}" for b, v in named]
+            look, more = method_info(method), {"linewidth": 1, "label": label}
+            drawing.draw_series(ax, places, values, look, tips=tips, **more)
     ax.set_yscale("log")
     drawing.log_ticks(ax.yaxis, lambda value: significant(value, 1))
     drawing.block_axis(ax.xaxis, "block, counted from 0")
-    drawing.finish(ax, "Influence: 1 − cosine of states before and after", columns=len(drawn))
+    drawing.finish(ax, "Influence: 1 − cosine of states before and after")
 
     means, seeds = whole.groupby("start")["value"].mean(), whole["seed"].nunique()
     over = f" Means over {seeds} teachers, bars from lowest to highest." if seeds > 1 else ""
@@ -242,12 +246,13 @@ def settling_depth(ax: Axes, summary: Summary) -> str:
     for column, look in CURVES.items():
         settled = pd.DataFrame({d: frame[column] <= d for d in depths}).groupby(frame["user"])
         shares = [scaled(share) for share in _means(settled.mean(), summary)]
-        drawing.draw_series(ax, depths, shares, look)
+        tips = [f"{look.label}, depth {d}: {percent(s.value / 100)}" for d, s in enumerate(shares)]
+        drawing.draw_series(ax, depths, shares, look, tips=tips)
         highest = max(highest, shares[-1].value)
     ax.set_ylim(0, min(102.0, 1.2 * highest + 1))
     drawing.percent_axis(ax.yaxis)
     drawing.block_axis(ax.xaxis, "depth (blocks passed)")
-    drawing.finish(ax, "Users whose answer is settled", columns=len(CURVES))
+    drawing.finish(ax, "Users whose answer is settled")
 
     found = frame.assign(
         late=frame["set_settled"] >= summary.blocks,
@@ -304,6 +309,8 @@ def ablation_changes(ax: Axes, summary: Summary) -> str:
             marker=look.marker, linestyle="none", elinewidth=1,
         )  # fmt: skip
         names[place] = f"{drawing.short(look.label)} {depth}"
+        tip = f"{look.label} {depth}: {in_percent(change, sign=True)}"
+        drawing.draw_tips(ax, shown.value, place, [tip], look.colour)
         last = depth
     ax.axvline(0, color=MUTED, linewidth=0.9)
     ax.set_yticks(list(names), list(names.values()))

@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import Interval, mean_interval, ratio_interval
@@ -174,9 +173,12 @@ def selections(ax: Axes, summary: Summary) -> str:
         own = [row for row in rows if row["selection"] == name]
         places = [row["depth"] for row in own]
         values = [row["value"] for row in own]
-        ax.plot(places, values, color=look.colour, marker=look.marker, label=look.label)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    ax.set_xlabel("depth (blocks kept)")
+        if own:
+            ax.plot(places, values, color=look.colour, marker=look.marker, label=look.label)
+        tips = [f"{look.label} {row['depth']}: {accuracy(row['value'])}" for row in own]
+        drawing.draw_tips(ax, places, values, tips, look.colour)
+    ax.set_xlim(min(band) - 0.6, max(band) + 0.6)
+    drawing.block_axis(ax.xaxis, "depth (blocks kept)", 12)
     drawing.finish(ax, f"{summary.headline} of chosen and of random blocks")
 
     tried = [row for row in rows if not row["selection"].endswith(REVERSED)]

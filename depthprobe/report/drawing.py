@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
@@ -28,7 +29,7 @@ from depthprobe.report.numbers import Source, Summary, as_summary
 
 RC = Path(__file__).parent / "report.mplstyle"
 MUTED = "#5b636d"
-SIZE = (4.7, 3.7)  # inches; small, so that the text stays readable on a phone
+SIZE = (5.0, 4.2)  # inches; small, so that the text stays readable on a phone
 # without a date the same run gives the same bytes
 FORMATS: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None}},
@@ -100,10 +101,12 @@ def figure(
             return axes
 
         # its own parameters, for help and documentation
-        first, named = inspect.signature(drawn, follow_wrapped=False), inspect.signature(draw)
-        run, ax, _ = first.parameters.values()
-        parameters = [run, *list(named.parameters.values())[2:], ax]
-        drawn.__dict__["__signature__"] = first.replace(parameters=parameters)
+        run, ax, _ = inspect.signature(drawn, follow_wrapped=False).parameters.values()
+        ends = run.replace(annotation="Source"), ax.replace(annotation="Axes | None")
+        named = list(inspect.signature(draw).parameters.values())[2:]
+        drawn.__dict__["__signature__"] = inspect.Signature(
+            [ends[0], *named, ends[1]], return_annotation="Axes"
+        )
         return drawn
 
     return enter
@@ -142,10 +145,13 @@ def rendered(drawn: Axes | Figure, suffix: str) -> bytes:
     figure, file = cast("Figure", drawn.get_figure(root=True)), BytesIO()
     with figure_style():
         figure.savefig(file, format=suffix, **FORMATS[suffix])
-    return file.getvalue()
+    made = file.getvalue()
+    return _TIP.sub(rb'<g class="tip"><title>\1</title>', made) if suffix == "svg" else made
 
 
 # --- series ----------------------------------------------------------------------------------
+
+_TIP = re.compile(rb'<g id="tip:([^"]*)">')
 
 
 class Look(NamedTuple):
@@ -161,14 +167,30 @@ def draw_series(
     places: ArrayLike,
     values: Sequence[Interval],
     look: Look | Method,
+    *,
+    tips: Iterable[str] = (),
     **more: Any,
 ) -> None:
-    """Points with their intervals as vertical bars, joined by a line unless told otherwise."""
+    """Points with their intervals as vertical bars, joined by a line unless told otherwise.
+
+    ``tips`` are what the SVG says of each point when the mouse is over it.
+    """
     options: dict[str, Any] = {"elinewidth": 1, "label": look.label} | more
     ax.errorbar(
         np.asarray(places, dtype=np.float64), [each.value for each in values],
         yerr=bars(values), color=look.colour, marker=look.marker, **options,
     )  # fmt: skip
+    draw_tips(ax, places, [each.value for each in values], tips, look.colour)
+
+
+def draw_tips(
+    ax: Axes, xs: ArrayLike, ys: ArrayLike, tips: Iterable[str], colour: str = MUTED
+) -> None:
+    """Discs that can't be seen, wider than the points below them; each is named in the SVG."""
+    disc: dict[str, Any] = {"marker": "o", "markersize": 15, "alpha": 0, "zorder": 9}
+    for x, y, text in zip(np.atleast_1d(xs), np.atleast_1d(ys), tips, strict=False):
+        (point,) = ax.plot([x], [y], color=colour, scalex=False, scaley=False, **disc)
+        point.set_gid(f"tip:{text}")
 
 
 def draw_level(ax: Axes, value: Interval | None, look: Method) -> None:
@@ -219,6 +241,20 @@ def limits(intervals: Iterable[Interval], *others: float) -> tuple[float, float]
     return min(found, default=0.0), max(found, default=1.0)
 
 
+def own_range(ax: Axes, intervals: Iterable[Interval]) -> float:
+    """Scale the values from the lowest to the highest of what matters; returns where it begins.
+
+    Not from zero: there are no bars to compare with it, and the differences are what is asked.
+    """
+    low, high = limits(intervals)
+    gap = 0.08 * (high - low) or 0.1 * abs(high) or 0.5
+    bottom = max(0.0, low - gap) if low >= 0 else low - gap
+    ax.set_ylim(bottom, high + gap)
+    # as many ticks at any height: the layout has made room for these labels and no others
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    return bottom
+
+
 def block_axis(axis: Axis, label: str, most: int = 16) -> None:
     """An axis of whole numbers."""
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
@@ -244,15 +280,16 @@ def log_ticks(axis: Axis, text: Callable[[float], str], *, wide: bool = False) -
     axis.set_minor_formatter(NullFormatter())
 
 
-def finish(ax: Axes, title: str, *, columns: int = 1) -> None:
-    """The title, and a legend on the right of the axes, or in several columns below them."""
+def finish(ax: Axes, title: str) -> None:
+    """The title, and a legend below the axes, so that these have the whole width."""
     ax.set_title(title)
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    if columns > 1:
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": min(columns, 3)}
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
-        ax.legend(handles, map(short, labels), **place, handletextpad=0.5, handlelength=1.8)
+        columns = 3 if max(map(len, labels)) <= 17 else 2
+        ax.legend(
+            handles, map(short, labels), loc="upper center", bbox_to_anchor=(0.46, -0.17),
+            ncols=columns, handletextpad=0.5, handlelength=1.8, columnspacing=1.2,
+        )  # fmt: skip
 
 
 def short(label: str, most: int = 26) -> str:

@@ -7,6 +7,7 @@ returns its caption to the page, which a screen reader reads too; a run without 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.formatting import (
+    count,
     in_percent,
     plain_percent,
     round_count,
@@ -116,7 +118,9 @@ def _draw_curves(ax: Axes, summary: Summary, drawn: Curves, scale: float = 1) ->
         look, depths = method_info(name), [point.depth for point, _ in pairs]
         places = drawing.beside(depths, index, len(drawn))
         values = [scaled(value, scale) for _, value in pairs]
-        drawing.draw_series(ax, places, values, look, linestyle=look.line, zorder=4)
+        show = with_bounds if scale == 1 else in_percent
+        tips = [f"{point.name}: {show(value)}" for point, value in pairs]
+        drawing.draw_series(ax, places, values, look, tips=tips, linestyle=look.line, zorder=4)
     _depth_axis(ax, summary, (point.depth for point, _ in every(drawn)))
 
 
@@ -209,11 +213,12 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
     metric = metric or summary.headline
     drawn, teacher = curves(summary, metric), summary.teacher
     need(drawn, summary, "a method at some depth")
-    for point in summary.points:
-        if point.info.role in ("baseline", "teacher"):
-            drawing.draw_level(ax, point.value(metric), point.info)
+    levels = [p for p in summary.points if p.info.role in ("baseline", "teacher")]
+    for point in levels:
+        drawing.draw_level(ax, point.value(metric), point.info)
     _draw_curves(ax, summary, drawn)
-    ax.set_ylim(bottom=0)
+    measured = [(p, value) for p in levels if (value := p.value(metric))] + every(drawn)
+    cut = _cut_off(ax, measured)
     drawing.finish(ax, f"{metric} against depth")
 
     said = [f"{metric} against depth."]
@@ -235,7 +240,24 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
     for point in controls + sorted(probes, key=lambda point: mean(point, metric))[-1:]:
         name = point.name[0].upper() + point.name[1:]
         said.append(f"{name} reaches {with_bounds(point.accuracy[FULL, metric])}.")
-    return " ".join(said) + without_bar(value for _, value in every(drawn))
+    return " ".join(said) + cut + without_bar(value for _, value in every(drawn))
+
+
+def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:
+    """Scale the accuracies to the models that are in question; a sentence says which lie below.
+
+    Popularity and probes fall to nothing: in their range the differences could not be seen.
+    """
+    reach = [
+        value for p, value in measured if p.method != POPULARITY and p.info.role != "probe"
+    ] or [value for _, value in measured]
+    bottom, below = drawing.own_range(ax, reach), dict[str, list[int]]()
+    for point, value in measured:
+        if value.value < bottom:
+            below.setdefault(point.info.label, []).append(point.depth)
+    words = [f"{name} {ranges(found)}" if any(found) else name for name, found in below.items()]
+    said = re.sub(",(?! )", ", ", ", ".join(words)).replace("-", "\u2013")
+    return f" Below the scale: {said}." if said else ""
 
 
 # --- accuracy against what it costs, and how much faster a shallower model is ----------------
@@ -292,6 +314,7 @@ def accuracy_vs_cost(
         drawing.draw_series(
             ax, [point.cost(cost) or 0 for point in own],
             [point.accuracy[FULL, metric] for point in own], method_info(method),
+            tips=[_priced_words(point, cost, metric) for point in own],
             xerr=drawing.bars(spread) if spread else None, linestyle="none",
         )  # fmt: skip
     front = pareto_front(points, cost, metric)
@@ -313,17 +336,20 @@ def accuracy_vs_cost(
     else:
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: round_count(value)))
-    # no bars to compare with zero: the scale follows the points, or they would lie on a line
-    low, high = drawing.limits(point.accuracy[FULL, metric] for point in points)
-    gap = 0.15 * (high - low) or 0.5
-    ax.set_ylim(max(0.0, low - gap), high + gap)
+    cut = _cut_off(ax, [(point, point.accuracy[FULL, metric]) for point in points])
     ax.set_xlabel(label)
     drawing.finish(ax, f"{metric} against {name}")
     return (
         f"{metric} against {name}. On the means, no other model is both cheaper and more accurate "
-        f"than these: {', '.join(point.name for point in front)}."
+        f"than these: {', '.join(point.name for point in front)}.{cut}"
         f"{without_bar(point.accuracy[FULL, metric] for point in points)}"
     )
+
+
+def _priced_words(point: Point, cost: str, metric: str) -> str:
+    number = point.cost(cost) or 0
+    price = f"{significant(number)} ms" if cost in point.time else f"{count(number)} parameters"
+    return f"{point.name}: {with_bounds(point.accuracy[FULL, metric])}, {price}"
 
 
 KINDS = {
@@ -348,7 +374,9 @@ def speed_vs_depth(ax: Axes, summary: Summary) -> str:
     blocks, first, said = summary.blocks, min(depths), []
     for index, (kind, look) in enumerate(KINDS.items()):
         if own := speeds[kind]:
-            drawing.draw_series(ax, drawing.beside(own, index, 2, 0.16), [*own.values()], look)
+            tips = [f"depth {d}, {look.label}: {times(speed)}" for d, speed in own.items()]
+            places = drawing.beside(own, index, 2, 0.16)
+            drawing.draw_series(ax, places, [*own.values()], look, tips=tips)
             depth, speed = next(iter(own.items()))
             said.append(
                 f"At depth {depth} a model is {times(speed)} as fast {look.label} as at "

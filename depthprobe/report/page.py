@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from depthprobe import formatting
-from depthprobe.errors import check_writable
+from depthprobe.errors import check_writable, shell_line
 from depthprobe.files import complete_file
 from depthprobe.methods import METHODS, base_of
 from depthprobe.report.answer import build_answer
@@ -23,20 +23,20 @@ from depthprobe.report.reliance import reliance_table
 from depthprobe.report.tables import Table, all_tables, save_table
 from depthprobe.runs.records import check_places
 
-# In the order of reading: id, title, tables. A section without a figure or table is left out.
+# In the order of reading: id, title, its link, tables. Without a figure or table: left out.
 SECTIONS = (
-    ("depth", "Accuracy against depth", ("order", "prompt_only_sampled")),
-    ("pareto", "Accuracy against cost", ()),
-    ("blocks", "Block by block", ("left_out", "selections")),
-    ("maps", "Spans of blocks", ()),
-    ("reliance", "How far cheap scores can be trusted", ("reliance",)),
-    ("hurt", "Who loses", ("slices", "lists")),
-    ("ablation", "Ways to a shallow model", ("ablation",)),
-    ("titles", "At which block to read titles", ()),
-    ("cost", "What a depth costs", ("cost",)),
-    ("methods", "All methods", ("methods", "methods_sampled")),
-    ("trials", "All trials", ("trials",)),
-    ("measured", "How it was measured", None),
+    ("depth", "Accuracy against depth", "Depth", ("order", "prompt_only_sampled")),
+    ("pareto", "Accuracy against cost", "Cost", ()),
+    ("blocks", "Block by block", "Blocks", ("left_out", "selections")),
+    ("maps", "Spans of blocks", "Spans", ()),
+    ("reliance", "How far cheap scores can be trusted", "Cheap scores", ("reliance",)),
+    ("hurt", "Who loses", "Who loses", ("slices", "lists")),
+    ("ablation", "Ways to a shallow model", "Ways to train", ("ablation",)),
+    ("titles", "At which block to read titles", "Titles", ()),
+    ("cost", "What a depth costs", "Savings", ("cost",)),
+    ("methods", "All methods", "Methods", ("methods", "methods_sampled")),
+    ("trials", "All trials", "Trials", ("trials",)),
+    ("measured", "How it was measured", "How measured", None),
 )
 
 
@@ -61,14 +61,15 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
             save_table(table, folder / "tables")
     figures = _figures(summary, folder / "figures" if folder else None)
     sections = [
-        (name, title)
-        for name, title, needed in SECTIONS
+        (name, title, short)
+        for name, title, short, needed in SECTIONS
         if needed is None or name in figures or any(table in tables for table in needed)
     ]
     page = environment().get_template("report.html.j2").render(
         summary=summary, answer=build_answer(summary), sections=sections, figures=figures,
         tables=tables, order=order_words(summary)[0], folder=folder, own=output is None,
         methods={base_of(point.method) for point in summary.points},
+        reproduce=shell_line(["depthprobe", "sweep", str(summary.run.path / "study.toml")]),
     )  # fmt: skip
     return write_page(page, target)
 

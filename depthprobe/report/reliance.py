@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from depthprobe.evaluation.trust import trust
-from depthprobe.formatting import fixed
+from depthprobe.formatting import fixed, rounded
 from depthprobe.methods import METHODS, method_info, names
 from depthprobe.report.numbers import (
     BLOCK,
@@ -24,7 +24,7 @@ from depthprobe.report.numbers import (
     as_summary,
     span_of,
 )
-from depthprobe.report.tables import Column, Table, label, make_table, plain
+from depthprobe.report.tables import Column, Table, Values, label, make_table, plain
 
 Span = tuple[int, int]  # [start, end)
 OF_PARTS = {  # scores of parts of blocks: which part, and what it is called
@@ -61,7 +61,8 @@ class _Question(NamedTuple):
 def reliance_table(run: Source) -> Table | None:
     """Rank correlation of each cheap score with the measured damage; None without either.
 
-    One row a score, kind of candidate and seed. Damage is the mean loss of NDCG@10 of the test
+    The frame has a row a score, kind of candidate and seed. What is read has means over seeds, and
+    of their lower bounds the lowest. Damage is the mean loss of NDCG@10 of the test
     users, or for depths that of the variants trained there; lower bounds are over users. The
     damage's reliability is the candidates', so each of their scores has the same.
     """
@@ -78,16 +79,19 @@ def reliance_table(run: Source) -> Table | None:
     if not frames:
         return None
     frame = pd.concat(frames, ignore_index=True)
-    rows: list[Any] = frame.to_dict("records")
-    for row in rows:
-        row["group"] = row["candidate"], row["by"], row["seed"]
-        row["score"] = re.sub(r"(?<=\w)-(?=\w)", " ", row["score"])
+    rows = []
+    for (kind, by, score), own in frame.groupby(["candidate", "by", "score"], sort=False):
+        row: Values = {name: own[name].mean() for name in ("candidates", "reliability")}
+        row |= {"candidate": kind, "by": by, "group": (kind, by), "seeds": own["seed"].nunique()}
+        row |= {"score": re.sub(r"(?<=\w)-(?=\w)", " ", str(score))}
         for name in ("spearman", "kendall"):
-            low, value = row[f"{name}_low"], fixed(row[name])
+            low, value = own[f"{name}_low"].min(), fixed(own[name].mean())
             row[name] = f"{value}\nat least {fixed(low)}" if low > -1 else value
+        rows.append(row)
     columns: list[Column] = [
         ("candidates", "candidate", plain), ("damage by", "by", label),
-        ("cheap score", "score", plain), ("seed", "seed", plain), ("number", "candidates", plain),
+        ("cheap score", "score", plain), ("seeds", "seeds", plain),
+        ("number", "candidates", rounded),
         ("damage's reliability", "reliability", fixed), ("Spearman", "spearman", plain),
         ("Kendall", "kendall", plain),
     ]  # fmt: skip

@@ -31,7 +31,8 @@ def accuracy_vs_title_depth(ax: Axes, summary: Summary, *, metric: str | None = 
         values = [point.accuracy[FULL, metric] for point in points]
         drawn += values
         places = drawing.beside([point.depth for point in points], index, len(methods))
-        drawing.draw_series(ax, places, values, look, linestyle=look.line, zorder=4)
+        tips = [f"{p.name}: {with_bounds(v)}" for p, v in zip(points, values, strict=True)]
+        drawing.draw_series(ax, places, values, look, tips=tips, linestyle=look.line, zorder=4)
         most, best = max(zip(values, points, strict=True), key=lambda pair: pair[0].value)
         last = points[-1]
         said.append(
@@ -46,7 +47,8 @@ def accuracy_vs_title_depth(ax: Axes, summary: Summary, *, metric: str | None = 
         for point in summary.of(SASREC)
         if (value := point.value(metric)) is not None
     ]
-    ax.set_ylim(bottom=0)
+    others = [value for point in summary.of(SASREC) if (value := point.value(metric))]
+    drawing.own_range(ax, [*drawn, *others])
     drawing.block_axis(ax.xaxis, AXIS, 12)
     drawing.finish(ax, f"{metric} by the block that titles are read at")
     return f"{'. '.join(said)}.{without_bar(drawn)}"
@@ -74,7 +76,8 @@ def title_spread(ax: Axes, summary: Summary, *, score: str = "anisotropy") -> st
     need(len(frame), summary, SPREAD)
     depths, values = (frame[name].to_numpy(np.float64) for name in ("depth", score))
     ax.plot(depths, values, color=INK, marker="o", linewidth=1.2)
-    ax.set_ylim(bottom=min(0.0, values.min()))
+    tips = [f"depth {d:.0f}: {significant(v)}" for d, v in zip(depths, values, strict=True)]
+    drawing.draw_tips(ax, depths, values, tips, INK)
     drawing.block_axis(ax.xaxis, AXIS, 12)
     name = score.replace("_", " ").capitalize()
     drawing.finish(ax, f"{name} of the titles' vectors")

@@ -60,6 +60,19 @@ def test_accuracy_vs_depth_draws_every_method_with_its_intervals(summary: Summar
         assert segment[:, 1].tolist() == pytest.approx([interval.low, interval.high])
 
 
+def test_accuracy_is_drawn_in_the_range_of_what_is_in_question(summary: Summary) -> None:
+    bottom, top = accuracy_vs_depth(summary, metric="NDCG@10").get_ylim()
+    reach = [
+        p.accuracy[FULL, "NDCG@10"] for p in summary.points if p.info.role in ("trained", "control")
+    ]
+    assert 0 < bottom < min(value.low for value in reach)
+    assert top > max(value.high for value in reach)
+    assert bottom > summary.of("popularity")[0].accuracy[FULL, "NDCG@10"].high
+    said = caption(summary, "accuracy_vs_depth_ndcg10")
+    below = [p for p in summary.of("early-exit") if p.accuracy[FULL, "NDCG@10"].value < bottom]
+    assert f"Below the scale: popularity, early exit 1\u2013{len(below)}." in said
+
+
 def test_kept_vs_depth_shows_the_margin(summary: Summary) -> None:
     lines = {line.get_label(): line for line in kept_vs_depth(summary).get_lines()}
     assert lines["margin: 99 %"].get_ydata()[0] == pytest.approx(99)

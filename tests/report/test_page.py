@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 
 from depthprobe.errors import BadInput
+from depthprobe.formatting import in_percent, with_bounds
 from depthprobe.report.comparison import build_comparison
 from depthprobe.report.figures import FIGURES
+from depthprobe.report.numbers import summarise
 from depthprobe.report.page import build_report, folder_of, inline_svg
 from depthprobe.runs.records import Machine
 from depthprobe.study import override
@@ -137,6 +139,35 @@ def test_sampled_numbers_are_labelled(page: Page, make: Make, tmp_path: Path) ->
     other = Page(build_report(run)).text
     assert "Sampled: the next item among 999 negatives drawn by popularity in training" in other
     assert "random negatives" not in other
+
+
+def test_the_sampled_table_is_folded(page: Page) -> None:
+    (folded,) = (e for e in page.tree.iter("details") if e.attrib.get("class") == "sampled")
+    assert "open" not in folded.attrib
+    labels = [e.attrib.get("aria-label") for e in folded.iter()]
+    assert "All methods, sampled ranking with 999 random negatives" in labels
+
+
+def test_points_say_what_they_are(page: Page, run: Any) -> None:
+    tips = [e.findtext(".//*") for e in page.tree.iter() if e.attrib.get("class") == "tip"]
+    assert '"tip:' not in page.source
+    assert len(tips) > 100
+    (point,) = (p for p in summarise(run).of("distill") if p.depth == 4)
+    kept, reached = point.ratio["full", "NDCG@10"], point.accuracy["full", "NDCG@10"]
+    assert f"distilled 4: {in_percent(kept)}" in tips
+    assert f"distilled 4: {with_bounds(reached)}" in tips
+    saved = (run.path / "figures" / "kept_vs_depth.svg").read_text(encoding="utf-8")
+    assert f"<title>distilled 4: {in_percent(kept)}</title>" in saved
+
+
+def test_wide_tables_say_that_they_scroll(page: Page) -> None:
+    wide = [len(e.findall("./tr/th")) for e in page.tree.iter("thead")]
+    hints = [a for a in page.all("p") if a.get("class") == "swipe"]
+    assert len(hints) == sum(columns > 3 for columns in wide)
+
+
+def test_the_run_s_own_study_reproduces_it(page: Page, run: Any) -> None:
+    assert f"depthprobe sweep {run.path}/study.toml --output DIR" in page.text
 
 
 def test_foreign_names_do_nothing(make: Make, tmp_path: Path) -> None:

@@ -83,7 +83,11 @@ def test_the_reliability_is_that_of_the_damages(run: Any, table: Table) -> None:
     assert of_blocks.tolist() == pytest.approx([reliability(losses(run))] * len(of_blocks))
     place = table.columns.index("damage's reliability")
     shown = [row[place].partition("\n")[0] for row in table.rows]
-    assert shown == [f"{value:.2f}" for value in table.frame["reliability"]]
+    seeds = table.frame.groupby(["candidate", "by", "score"], sort=False)
+    assert shown == [f"{value:.2f}" for value in seeds["reliability"].mean()]
+    place = table.columns.index("Spearman")
+    lowest = [row[place].partition("at least ")[2] for row in table.rows]
+    assert lowest == [f"{v:.2f}" if v > -1 else "" for v in seeds["spearman_low"].min()]
 
 
 def test_a_part_is_judged_by_its_own_damage(table: Table) -> None:

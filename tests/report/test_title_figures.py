@@ -57,7 +57,7 @@ def test_the_caption_names_the_best_depth_against_the_deepest(summary: Summary) 
     ("score", "most"), [("anisotropy", "12 (0.900)"), ("effective_rank", "0 (70.1)")]
 )
 def test_spread_by_depth(summary: Summary, score: str, most: str) -> None:
-    (line,) = title_spread(summary, score=score).get_lines()
+    line = title_spread(summary, score=score).get_lines()[0]
     assert line.get_xdata().tolist() == [0, 4, 12]
     assert FIGURES[f"title_{score}"].drawn(summary)[1].endswith(f"highest at depth {most}.")
 

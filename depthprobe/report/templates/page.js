@@ -33,3 +33,20 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
     });
   });
 }
+// The table of contents marks the section that is read.
+const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+const watch = new IntersectionObserver(
+  (seen) => {
+    for (const { target, isIntersecting } of seen) {
+      if (!isIntersecting) continue;
+      for (const [id, link] of links) {
+        if (id !== target.id) link.removeAttribute("aria-current");
+      }
+      const link = links.get(target.id);
+      link.setAttribute("aria-current", "true");
+      link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40;
+    }
+  },
+  { rootMargin: "-15% 0px -80% 0px" },
+);
+for (const id of links.keys()) watch.observe(document.getElementById(id));

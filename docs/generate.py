@@ -333,7 +333,7 @@ def api_page() -> str:
 def _class(thing: Any, name: str) -> list[str]:
     """A function; or a class: its words, its fields, its methods."""
     if not inspect.isclass(thing):
-        return ["```python", _signature(thing, name), "```", "", *_docstring(thing)]
+        return ["```python", f"def {_signature(thing, name)}: ...", "```", "", *_docstring(thing)]
     lines, docs = [*_docstring(thing), ""], field_docs(thing) if is_dataclass(thing) else {}
     lines += [f"- `{field}`: {_code(_roles(text))}" for field, text in docs.items()]
     for key, value in vars(thing).items():

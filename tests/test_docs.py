@@ -5,19 +5,22 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import math
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 from typer.main import get_command
 
+import depthprobe
 from depthprobe.cli.app import app, main
 from depthprobe.study import Study, study_from_dict
 
@@ -223,6 +226,25 @@ def test_the_recommender_of_the_guide_to_probing_is_probed() -> None:
     ranks = names["early_exit"](names["model"], names["eval_set"], device=names["device"])
     assert [each["full"].shape for each in ranks] == [(2,)] * 5
     assert all((each["full"] >= 1).all() for each in ranks)
+
+
+def test_the_metric_of_the_guide_is_computed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = [(m, d, s) for m, d in (("distill", 4), ("full", 12)) for s in (0, 1, 2)]
+    names = [f"{method}-{seed}" for method, _, seed in trials]
+    frame = pd.DataFrame(trials, columns=["method", "depth", "seed"]).assign(trial=names)
+    places = {"distill": [1.0, 9.0, math.inf, 7.0], "full": [5.0, 2.0, 40.0, 10.0]}
+    rows = [
+        {"trial": name, "user": user, "protocol": "full", "rank": rank}
+        for name, (method, *_) in zip(names, trials, strict=True)
+        for user, rank in enumerate(places[method])
+    ]
+    run = SimpleNamespace(trials=frame, users=pd.DataFrame(rows))
+    monkeypatch.setattr(depthprobe, "open_run", lambda path: run, raising=False)
+    (code,) = (code for page, code in PYTHON if page.name == "metrics.md")
+    exec(code, {})  # noqa: S102
+    assert capsys.readouterr().out.startswith("80.0% of the teacher's, ")
 
 
 WITH_DOCTESTS = sorted(

@@ -348,7 +348,7 @@ def _class(thing: Any, name: str) -> list[str]:
 
 
 def _signature(function: Any, name: str) -> str:
-    """As it is written, one parameter a line where it is long; without ``self``."""
+    """As it is written, one parameter a line where a definition is long; without ``self``."""
     made, star, whole = [], False, inspect.signature(function)
     for parameter in whole.parameters.values():
         if parameter.name == "self":
@@ -361,12 +361,13 @@ def _signature(function: Any, name: str) -> str:
         if parameter.annotation is not parameter.empty:
             text += f": {_annotation(parameter.annotation)}"
         if parameter.default is not parameter.empty:
-            text += f" = {parameter.default!r}"
+            default = parameter.default
+            text += f" = {json.dumps(default) if isinstance(default, str) else repr(default)}"
         made.append(text)
     result = whole.return_annotation
     end = ")" if result is whole.empty else f") -> {_annotation(result)}"
     line = f"{name}({', '.join(made)}{end}"
-    return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(made) + f",\n{end}"
+    return line if len(line) <= 91 else f"{name}(\n    " + ",\n    ".join(made) + f",\n{end}"
 
 
 def _annotation(kind: Any) -> str:

@@ -1,4 +1,4 @@
-"""Pages that follow from the code: commands, keys of a study file, Python, the modules.
+"""Pages that follow from the code: commands, keys of a study file, Python, modules, a schema.
 
 ``python docs/generate.py`` writes them; a test compares them with the code.
 """
@@ -23,6 +23,7 @@ from typer.main import get_command
 from depthprobe.cli.app import app
 from depthprobe.cli.init import field_docs
 from depthprobe.methods import METHODS
+from depthprobe.report.result import schema
 from depthprobe.study import Recipe, Study, study_to_toml
 
 FOLDER = Path(__file__).parent
@@ -405,11 +406,17 @@ def _roles(text: str) -> str:
     return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"``\1``", text)
 
 
+def result_schema() -> str:
+    """The JSON Schema of RUN/result.json, from its structures."""
+    return json.dumps(schema(), indent=1) + "\n"
+
+
 PAGES: Mapping[str, Any] = {
     "api.md": api_page,
     "commands.md": commands_page,
     "study-file.md": study_page,
     "house.md": house_page,
+    "result.schema.json": result_schema,
 }
 
 if __name__ == "__main__":

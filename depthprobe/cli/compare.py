@@ -12,6 +12,7 @@ import typer
 
 from depthprobe import __version__
 from depthprobe.cli.options import (
+    AS_JSON,
     VERDICT,
     apply_flags,
     check_output_file,
@@ -62,7 +63,7 @@ def compare(
         bool, typer.Option("--common", help="Compare the users that all files have.")
     ] = False,
     output: Annotated[Path | None, option("FILE", "Where to write a page.", parser=path)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AS_JSON = False,
     fail_unless: Annotated[
         str | None, option("|".join(PROMISES), "Exit with 1 unless it is shown of all others.")
     ] = None,

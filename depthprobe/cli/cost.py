@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from depthprobe.cli.options import check_revision, number, option, path, whole
+from depthprobe.cli.options import AS_JSON, check_revision, number, option, path, whole
 from depthprobe.cli.terminal import cell, echo, scaled, show_progress, show_table
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.formatting import rounded
@@ -59,6 +60,7 @@ def cost(
     output: Annotated[
         Path | None, option("FILE", "Write all numbers to FILE.csv or FILE.json.", parser=path)
     ] = None,
+    as_json: AS_JSON = False,
 ) -> None:
     """Estimate parameters, FLOPs, time and memory by depth.
 
@@ -82,26 +84,34 @@ def cost(
         table = cost_table(
             backbone, layers, device=device, revision=revision, workload=workload, price=price
         )
-    show_costs(table)
+    if as_json:
+        echo(json.dumps(_strict(table), indent=1, allow_nan=False))
+    else:
+        show_costs(table)
     if output is not None:
         _write(output, table)
 
 
 def _write(output: Path, table: pd.DataFrame) -> None:
     """Every number in full, a row a depth."""
-    import pandas as pd
-
     from depthprobe.files import complete_file, write_json
 
     if output.suffix == ".csv":
         with complete_file(output) as temporary:
             table.to_csv(temporary, index=False)
         return
+    write_json(output, _strict(table))
+
+
+def _strict(table: pd.DataFrame) -> Row:
+    """Every number as JSON has it: null for what was not measured, and the raw seconds."""
+    import pandas as pd
+
     rows = table.astype(object).to_dict(orient="records")
     strict = [
         {name: None if pd.isna(value) else value for name, value in row.items()} for row in rows
     ]
-    write_json(output, {"rows": strict, "seconds": table.attrs["seconds"]})
+    return {"schema": 1, "rows": strict, "seconds": table.attrs["seconds"]}
 
 
 def show_costs(table: pd.DataFrame) -> None:

@@ -159,6 +159,7 @@ SET = Annotated[
         help="Any key of a study file, as recipe.batch_size=64. May be given several times.",
     ),
 ]
+AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WORDS = {  # arguments, as the help names them
     **{"data.source": "D", "study": "STUDY.toml", "run": "RUN", "trial": "TRIAL"},
     **dict.fromkeys(("recommender", "folder", "dir", "output"), "DIR"),

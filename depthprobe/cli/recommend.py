@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 USERS = 2048  # users in memory at once
 HEADER = "user\trank\titem\tscore\ttitle\n"
+Items = Sequence[tuple[str, str | None, float]]
+Write = Callable[[str, Items], str]
 BLANKS = str.maketrans("\t\r\n", "   ")
 
 
@@ -47,6 +50,9 @@ def recommend(
     output: Annotated[
         Path | None, option("FILE", "Where to write [default: the terminal].", parser=path)
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write JSON lines: a user and the items a line.")
+    ] = False,
 ) -> None:
     """Recommend items with an exported model.
 
@@ -67,8 +73,10 @@ def recommend(
         # all items are checked before anything is printed
         items, users, few = count_left(file, history, model, top=top, unknown=skip_unknown)
         with _opened(output) as stream:
-            stream.write(HEADER)
-            stream.writelines(recommendations(file, history, model, top=top))
+            if not as_json:
+                stream.write(HEADER)
+            write = _object if as_json else _rows
+            stream.writelines(recommendations(file, history, model, top=top, write=write))
     if items:
         counts = f"{plural(items, 'item')} outside the catalogue, {plural(users, 'user')}"
         echo(f"left out: {counts} with no other", sys.stderr)
@@ -170,19 +178,25 @@ def count_left(
 
 
 def recommendations(
-    file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int
+    file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int, write: Write
 ) -> Iterator[str]:
-    """The lines of each user, in the order of the file; unknown items are left out."""
+    """What is written of each user, in the order of the file; unknown items are left out."""
     lines = read_histories(file, path, model)
     while part := list(islice(lines, USERS)):
         known = [(user, [i for i in items if i in model.numbers]) for _, user, items in part]
         users = [(user, items) for user, items in known if items]
         best = model.recommend([items for _, items in users], top=top)
         for (user, _), items in zip(users, best, strict=True):
-            yield _rows(user, items)
+            yield write(user, items)
 
 
-def _rows(user: str, items: Sequence[tuple[str, str | None, float]]) -> str:
+def _object(user: str, items: Items) -> str:
+    """A line of JSON, which may hold any id."""
+    found = [{"item": item, "title": title, "score": score} for item, title, score in items]
+    return json.dumps({"user": user, "items": found}) + "\n"
+
+
+def _rows(user: str, items: Items) -> str:
     # an id stays as it is, but for what would end its column or line, or drive a terminal
     rows = (
         (user, str(rank), item.translate(BLANKS), f"{score:.4f}", " ".join((title or "").split()))

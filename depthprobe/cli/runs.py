@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from depthprobe.cli.options import (
+    AS_JSON,
     VERDICT,
     apply_flags,
     check_output_file,
@@ -21,6 +23,9 @@ from depthprobe.cli.options import (
 from depthprobe.cli.terminal import echo, scaled, show_facts, show_table
 from depthprobe.errors import BadInput, check_writable, closest, one_line, shell_line
 from depthprobe.study import Study
+
+if TYPE_CHECKING:
+    from depthprobe.runs.store import Status
 
 STATES = ("done", "failed", "working", "left")
 BEST = "best"
@@ -49,14 +54,17 @@ def report(
             parser=path,
         ),
     ] = None,
+    as_json: AS_JSON = False,
     **flags: Any,
 ) -> None:
     """Write the report of a run, or of several side by side.
 
-    An HTML page, figures, and CSV, Markdown and LaTeX tables. Another margin, level or metric than
-    the study's is computed from the users' ranks; nothing is trained again.
+    An HTML page, result.json, figures, and CSV, Markdown and LaTeX tables. Another margin, level
+    or metric than the study's is computed from the users' ranks; nothing is trained again.
     """
     check_output_file(output)
+    if as_json and len(runs) > 1:
+        raise BadInput("--json", len(runs), "one run")
     apply_flags(Study(), **flags)  # refuses what a study can't say
 
     from depthprobe.runs.store import open_run
@@ -68,17 +76,47 @@ def report(
         from depthprobe.report.comparison import build_comparison
 
         echo(build_comparison(opened, output))
+    elif as_json:
+        from depthprobe.report.page import build_report, folder_of
+
+        folder = runs[0] if output is None else folder_of(output)
+        if folder is None:
+            raise BadInput("output", output, "a file beside --json, not a device")
+        build_report(opened[0], output)
+        echo((folder / "result.json").read_text(encoding="utf-8").rstrip())
     else:
         from depthprobe.report.page import report_words
 
         echo(report_words(opened[0], output))
 
 
-def status(run: Run) -> None:
+def status(run: Run, *, as_json: AS_JSON = False) -> None:
     """Show what is done, failed, running and left in a run."""
     from depthprobe.runs.store import status_of
 
     state = status_of(run)
+    if as_json:
+        states = (*STATES, "damaged")
+        tasks = {
+            name: {each: count[each] for each in states} for name, count in state.counts.items()
+        }
+        content = {
+            "schema": 1,
+            "run": str(run),
+            "tasks": tasks,
+            "all": {each: state.total(each) for each in states},
+            "working": [asdict(each) for each in state.working],
+            "failed": [{"task": task, "reason": reason} for task, reason in state.failed],
+            "damaged": [{"task": task, "reason": str(why)} for task, why in state.damaged],
+        }
+        echo(json.dumps(content, indent=1, allow_nan=False))
+    else:
+        _show_status(run, state)
+    if state.damaged:  # all has been shown, but for that
+        raise state.damaged[0][1]
+
+
+def _show_status(run: Path, state: Status) -> None:
     rows = [[name, *(counts[each] for each in STATES)] for name, counts in state.counts.items()]
     rows.append(["all", *(state.total(each) for each in STATES)])
     show_table(["tasks of", *STATES], rows, words=["tasks of"], title=str(run))
@@ -96,8 +134,6 @@ def status(run: Run) -> None:
         echo("sweep --retry-failed runs them again")
     if state.total("left") and not state.working:
         echo("no sweep is running; run the same command to continue")
-    if state.damaged:  # all has been shown, but for that
-        raise state.damaged[0][1]
 
 
 def export(

@@ -20,6 +20,7 @@ from depthprobe.report.drawing import FORMATS, NoData, rendered, save_figure
 from depthprobe.report.figures import FIGURES
 from depthprobe.report.numbers import Source, Summary, as_summary
 from depthprobe.report.reliance import reliance_table
+from depthprobe.report.result import make_result, write_result
 from depthprobe.report.tables import Table, all_tables, save_table
 from depthprobe.runs.records import check_places
 
@@ -41,7 +42,7 @@ SECTIONS = (
 
 
 def build_report(run: Source, output: str | Path | None = None) -> Path:
-    """Write a run's report: the page, and its figures/ (SVG, PNG, PDF) and tables/.
+    """Write a run's report: the page, result.json, figures/ (SVG, PNG, PDF) and tables/.
 
     These are in the run's folder; of an ``output`` elsewhere in :func:`folder_of`. Returns the path
     of the page: ``output``, or RUN/report.html.
@@ -55,8 +56,9 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
     check_writable("output", target.parent)
     if output is None:
         check_places(summary.run.path)
-    tables = tables_of(summary)
+    answer, tables = build_answer(summary), tables_of(summary)
     if folder is not None:
+        write_result(make_result(summary, answer, tables), folder)
         for table in tables.values():
             save_table(table, folder / "tables")
     figures = _figures(summary, folder / "figures" if folder else None)
@@ -66,7 +68,7 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
         if needed is None or name in figures or any(table in tables for table in needed)
     ]
     page = environment().get_template("report.html.j2").render(
-        summary=summary, answer=build_answer(summary), sections=sections, figures=figures,
+        summary=summary, answer=answer, sections=sections, figures=figures,
         tables=tables, order=order_words(summary)[0], folder=folder, own=output is None,
         methods={base_of(point.method) for point in summary.points},
         reproduce=shell_line(["depthprobe", "sweep", str(summary.run.path / "study.toml")]),

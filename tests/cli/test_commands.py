@@ -158,6 +158,27 @@ def test_a_report_asks_a_run_something_else(cli: Callable[..., Any], stub: Stub)
     assert asked.out == "(0.02, 0.9, 'HR@20')\n"
 
 
+def test_report_prints_its_result(cli: Callable[..., Any], stub: Stub, tmp_path: Path) -> None:
+    def build_report(run: SimpleNamespace, output: Path | None) -> None:
+        folder = run.path if output is None else output.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        (folder / "result.json").write_text(json.dumps({"margin": run.study.protocol.margin}))
+
+    def folder_of(page: Path) -> Path | None:
+        return None if page == Path("/dev/null") else page.with_suffix("")
+
+    stub("depthprobe.runs.store", open_run=opened)
+    stub("depthprobe.report.page", build_report=build_report, folder_of=folder_of)
+    assert cli("report", "run", "--json").out == '{"margin": 0.01}\n'
+    asked = cli("report", "run", "--json", "--margin", "2%", "--output", "page.html")
+    assert asked.out == '{"margin": 0.02}\n'
+    assert (tmp_path / "page" / "result.json").is_file()
+    for words in (("a", "b"), ("run", "--output", "/dev/null")):
+        outcome = cli("report", "--json", *words)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "--json: expected one run" in cli("report", "a", "b", "--json").err
+
+
 def test_several_runs_are_set_side_by_side(cli: Callable[..., Any], stub: Stub) -> None:
     stub("depthprobe.runs.store", open_run=opened)
     stub(

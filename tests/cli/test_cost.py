@@ -52,6 +52,18 @@ def test_all_numbers_go_into_a_file(cli: Cli, backbone: Path, tmp_path: Path) ->
     assert len(content["seconds"]["train:2"]) == content["rows"][0]["train_step_ms_n"]
 
 
+def test_json_is_that_of_the_file(cli: Cli, backbone: Path, tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    words = ("cost", "--backbone", backbone, "--seconds", "0", "--layers", "1")
+    outcome = cli(*words, "--json", "--output", file)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert json.loads(outcome.out) == json.loads(file.read_text("utf-8"))
+    content = json.loads(outcome.out)
+    assert content["schema"] == 1
+    assert content["rows"][0]["depth"] == 1
+    assert content["rows"][0]["latency_ms"] is None  # nothing was measured
+
+
 def test_nothing_is_made_up_where_nothing_is_measured(cli: Cli, backbone: Path) -> None:
     outcome = cli("cost", "--backbone", backbone, "--seconds", 0)
     assert "Nothing was measured on this machine: no time was given to it." in outcome.out

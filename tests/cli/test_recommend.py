@@ -73,6 +73,31 @@ def test_users_are_answered_in_their_order(cli: Cli, folder: Path, users: Path) 
     assert outcome.out.count("\n") == 1 + 20 * 4
 
 
+def test_json_lines_say_the_same(cli: Cli, folder: Path, users: Path, tmp_path: Path) -> None:
+    words = ("recommend", folder, "--history", users, "--top", "4", "--device", "cpu")
+    _, *rows = cli(*words).out.splitlines()
+    outcome = cli(*words, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    answers = [json.loads(line) for line in outcome.out.splitlines()]
+    flat = [
+        [
+            one["user"],
+            str(rank),
+            found["item"],
+            f"{found['score']:.4f}",
+            " ".join((found["title"] or "").split()),
+        ]
+        for one in answers
+        for rank, found in enumerate(one["items"], start=1)
+    ]
+    assert ["\t".join(cells[:3]) for cells in flat] == [row.rsplit("\t", 2)[0] for row in rows]
+    for cells, row in zip(flat, rows, strict=True):
+        assert cells[3:] == row.split("\t")[3:]
+    target = tmp_path / "answers.jsonl"
+    assert cli(*words, "--json", "--output", target).out == ""
+    assert target.read_text("utf-8") == outcome.out
+
+
 def test_a_file_is_written_whole(cli: Cli, folder: Path, users: Path, tmp_path: Path) -> None:
     target = tmp_path / "out" / "answers.tsv"
     outcome = cli("recommend", folder, "--history", users, "--output", target, "--top", "2")

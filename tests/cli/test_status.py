@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from depthprobe.cli import runs
+from depthprobe.errors import BadInput
 from depthprobe.runs import store
 from depthprobe.runs.store import Status, Working
 
@@ -68,6 +70,36 @@ def test_what_is_left_is_nobodys_where_nobody_works(
     assert "--retry-failed" in told.out
     assert ("epoch 3 of 9" in told.out and "7 s ago" in told.out) == at_work
     assert ("no sweep is running" in told.out) != at_work
+
+
+def test_status_for_programs(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"sasrec": Counter(left=2, working=1), "full": Counter(done=3, failed=1, damaged=1)}
+    state = Status(
+        counts,
+        [Working("sasrec-s0", "epoch 3 \x1b[31m", 7.25)],
+        [("full-s0", "no room")],
+        [("full-s1", BadInput("run", "full-s1", "a record"))],
+    )
+    monkeypatch.setattr(store, "status_of", lambda run: state)
+    told = cli("status", "run", "--json")
+    content = json.loads(told.out)
+    assert content.pop("damaged")[0]["task"] == "full-s1"
+    none = dict.fromkeys(("done", "failed", "working", "left", "damaged"), 0)
+    assert content == {
+        "schema": 1,
+        "run": "run",
+        "tasks": {
+            "sasrec": none | {"left": 2, "working": 1},
+            "full": none | {"done": 3, "failed": 1, "damaged": 1},
+        },
+        "all": {"done": 3, "failed": 1, "working": 1, "left": 2, "damaged": 1},
+        "working": [{"task": "sasrec-s0", "line": "epoch 3 \x1b[31m", "seconds": 7.25}],
+        "failed": [{"task": "full-s0", "reason": "no room"}],
+    }
+    assert (told.code, told.err.count("\n")) == (2, 1)  # of what can't be read
+    state.damaged.clear()
+    told = cli("status", "run", "--json")
+    assert (told.code, told.err) == (0, "")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])

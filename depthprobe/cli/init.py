@@ -52,7 +52,7 @@ that are not here.
 @takes_flags(FLAGS)
 def init(
     study: Annotated[
-        Path, typer.Argument(metavar="[STUDY.toml]", help="The file to write.", parser=path)
+        Path, typer.Argument(metavar="STUDY.toml", help="The file to write.", parser=path)
     ] = Path("study.toml"),
     *,
     settings: SET = None,

@@ -34,7 +34,7 @@ from typer.main import get_command
 
 import depthprobe
 from depthprobe.cli import check, compare, cost, data, init, recommend, runs, sweep
-from depthprobe.cli.options import as_typed
+from depthprobe.cli.options import LOG, as_typed
 from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_streams
 from depthprobe.errors import BadInput, closest, one_line, short
 from depthprobe.runs.processes import SAFE_PATH, FirstProcessError, launched
@@ -63,14 +63,18 @@ SYNONYMS = {
         "--confidence --alpha": "--level",
         "--verbose -v": "--debug",
         "--force": "--overwrite",
-        "--batch-size --batch": "--batch, recipe.batch_size in a study file",
-        "--max-length --max-len": "--length, data.max_history in a study file",
-        "--lr --learning-rate": "recipe.learning_rate in a study file",
-        "--precision --dtype --bf16 --fp16": "--dtype, recipe.precision in a study file",
+        "--batch-size --batch": "--batch, --set recipe.batch_size=N",
+        "--max-length --max-len": "--length, --set data.max_history=N",
+        "--lr --learning-rate": "--set recipe.learning_rate=X",
+        "--precision --dtype --bf16 --fp16": "--dtype, --set recipe.precision=bfloat16",
         "--config --study -c": "the file's name alone: depthprobe sweep STUDY.toml",
         "--resume --continue": "the same command again: it continues a sweep",
     }.items()
     for option in options.split()
+}
+# of a command that does not read logs alone
+SYNONYMS |= {
+    f"--{name.replace('_', '-')}": [f"--set {flag.setting}=VALUE"] for name, flag in LOG.items()
 }
 EXAMPLES = {
     "sweep": "sweep --data log.csv --backbone model/ --layers 1,2,4",

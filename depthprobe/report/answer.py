@@ -78,10 +78,11 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     against = summary.compare(point, baseline) if baseline else None
     ratio = against.ratio if against else None
     worse = bool(ratio and ratio.high < 1 and against and against.seeds > 1)
-    what = f"{point.info.label}, depth {point.depth} of {blocks}"
+    place = f"depth {point.depth} of {blocks}"
+    what = f"{point.info.label}, {place}"
     keeps = f"keeps {in_percent(row.kept)} of the teacher's {summary.headline}."
     ship: Point | None = point
-    verdict, advice = SHOWN, f"Ship {what}: it {keeps}"
+    verdict, advice = SHOWN, f"Ship the {point.info.label} model, {place}: it {keeps}"
     details = [_how_sure(summary, sufficiency, row)]
     if not row.shown:
         verdict, (advice, why) = "not shown", _advice(summary, sufficiency)
@@ -228,7 +229,7 @@ def needed_words(more_users: Numbers, more_seeds: Numbers, *, users: int, seeds:
         return "neither more users nor more seeds alone would decide"
     have = ((more_users, users), (more_seeds, seeds))
     now = " and ".join(f"{number:,}" for numbers, number in have if any(numbers[:1]))
-    return f"even odds take about {ways} ({now} now)"
+    return f"even odds of a decision take about {ways} ({now} now)"
 
 
 def likely_words(more_users: Numbers, more_seeds: Numbers) -> str:

@@ -38,7 +38,7 @@ def test_a_shown_student_is_shipped(make: Make, tmp_path: Path) -> None:
     )
     ship, sure, saves = answer.lines
     # of the seeds the one that is best on validation
-    assert ship.startswith("Ship distilled, depth 4 of 12: it keeps ")
+    assert ship.startswith("Ship the distilled model, depth 4 of 12: it keeps ")
     assert f"{100 * answer.kept.value:.1f} % [" in ship
     assert answer.command == f"depthprobe export {tmp_path} distill-4-4-11-2 DIR"
     assert answer.trial == "distill-4-4-11-2"
@@ -105,7 +105,8 @@ def test_not_shown_says_what_it_would_take(summary: Summary) -> None:
     answer = build_answer(replace(summary, sufficiency=unsure))
     assert answer.verdict == "not shown"
     assert answer.lines[0] == (
-        "Not decided: even odds take about 8,300 test users or 12 seeds (400 and 2 now)."
+        "Not decided: even odds of a decision take about 8,300 test users or 12 seeds (400 and 2 "
+        "now)."
     )
     assert answer.lines[1].startswith(
         "Odds of 80 % take about 17,000 test users. Best candidate: distilled, depth 4 of 12. It "

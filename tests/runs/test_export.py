@@ -247,7 +247,7 @@ def test_a_run_whose_teacher_was_deleted(trial: str, small_run: Run, tmp_path: P
 def test_an_export_that_fails_leaves_nothing(
     small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(*_: object) -> str:
+    def full_disk(*_: object, **__: object) -> str:
         raise OSError("No space left on device")
 
     (tmp_path / "model").mkdir()

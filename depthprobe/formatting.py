@@ -78,6 +78,20 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in a unit that a person would take, at two digits.
+
+    >>> [duration(s) for s in (0.2, 52.3, 100, 5000, 400000)]
+    ['<1 s', '52 s', '1.7 min', '83 min', '4.6 days']
+    """
+    if seconds < 1:
+        return "<1 s"
+    units = ((1, "s", 90), (60, "min", 5400), (3600, "h", 172800), (86400, "days", float("inf")))
+    size, unit = next((size, unit) for size, unit, until in units if seconds < until)
+    number = seconds / size
+    return f"{number:.0f} {unit}" if number >= 10 or unit == "s" else f"{number:.1f} {unit}"
+
+
 # --- estimates -------------------------------------------------------------------------------
 
 

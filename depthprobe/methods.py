@@ -283,8 +283,9 @@ def trains(task: Task, sizes: Sizes) -> Work:
 
 
 def reads_every_depth(task: Task, sizes: Sizes) -> Work:
-    """One pass over the test users, ranked at every depth."""
-    return Work({task.blocks: sizes.test}, RANKED * (task.blocks + 1) * sizes.test)
+    """One pass over the validation and the test users, ranked at every depth."""
+    users = sizes.validation + sizes.test
+    return Work({task.blocks: users}, RANKED * (task.blocks + 1) * users)
 
 
 def reads_again(task: Task, sizes: Sizes) -> Work:

@@ -42,6 +42,7 @@ Rate = Annotated[float, Meta(gt=0, lt=10)]
 Weight = Annotated[float, Meta(ge=0, le=10**9)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 
+FIND = "find"  # instead of depths
 PROMPT = "Purchase history:"
 TITLE = "{title}"  # its place in a template
 # transformers' own; any other name would be that of a kernel, that is code, to fetch from a hub
@@ -62,6 +63,7 @@ NOT_DECIDING = frozenset(
     {
         *("name", "device", "cache", "methods", "slurm", "tracking"),
         *("seeds", "protocol.user_slices", "protocol.item_slices", "cost.seconds"),
+        *("search.method", "search.hours"),
         *("protocol.margin", "protocol.level", "protocol.metric", "protocol.resamples"),
     }
 )
@@ -496,6 +498,20 @@ class Probing(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Search(Checked):
+    """What ``layers = "find"`` searches with, and when it stops.
+
+    It needs ``protocol.margin`` and ``protocol.level``; ``seeds`` are the most of any depth.
+    """
+
+    #: the method that trains the depths; by default the first of ``methods`` that is ``finetune``,
+    #: ``heal`` or ``distill``, or one of their variants.
+    method: str | None = None
+    #: stop before the trainings take longer, all together; by default when the verdict stands.
+    hours: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Slurm(Checked):
     """Resources each job on SLURM requests; unset fields use the cluster's defaults."""
 
@@ -527,7 +543,8 @@ class Study(Checked):
 
     name: str = "study"  #: names the run's folder and the report; by default the file's.
     #: depths, that is how many blocks are kept: ``1,2,4``, ``1-12``, ``all``, or ``auto`` (1, 2, 4,
-    #: 8, ...).
+    #: 8, ...). ``find`` trains only those that decide which is the sufficient depth;
+    #: ``find:1,2,4`` searches among some.
     layers: str = "auto"
     #: the methods to compare.
     methods: tuple[str, ...] = DEFAULT_METHODS
@@ -557,6 +574,7 @@ class Study(Checked):
     #: other settings, by their names.
     variants: Mapping[str, Variant] = field(default_factory=dict)
     probing: Probing = Probing()  #: how much is probed.
+    search: Search = Search()  #: how ``layers = "find"`` searches.
     protocol: Protocol = Protocol()  #: how accuracy is measured.
     cost: Cost = Cost()  #: how time is measured.
     slurm: Slurm = Slurm()  #: the jobs of ``--executor slurm``.
@@ -569,6 +587,8 @@ class Study(Checked):
             raise BadInput("item_table", self.item_table, allowed)
         _check_methods(self.methods, self.variants)
         parse_layers(self.layers, None)
+        if self.searches:
+            _ = self.searched  # refused where no method can be searched with
         recipes = {"recipe": self.recipe} | {
             f"variants.{name}.recipe": variant.recipe
             for name, variant in self.variants.items()
@@ -597,6 +617,26 @@ class Study(Checked):
             for name, variant in self.variants.items()
         }
         return replace(self, recipe=resolved(self.recipe), variants=variants)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the depths to train are searched for."""
+        return self.layers.strip().lower().startswith(FIND)
+
+    @property
+    def searched(self) -> str:
+        """The method that a search trains depths with.
+
+        Raises:
+            BadInput: if the study has none.
+        """
+        able = [n for n in self.methods if method_of(n).selectable and method_of(n).candidate]
+        wanted = self.search.method
+        if not able or (wanted is not None and wanted not in able):
+            allowed = f"one of {', '.join(able)}" if able else "finetune, heal or distill beside it"
+            field, value = ("search.method", wanted) if able else ("layers", self.layers)
+            raise BadInput(field, value, allowed)
+        return wanted or able[0]
 
     @property
     def embeds_titles(self) -> bool:
@@ -954,6 +994,8 @@ def _build(kind: type[T], content: Any, key: str) -> T:
 def parse_layers(text: str, blocks: int | None) -> tuple[int, ...]:
     """Depths named by ``1,2,4``, ``1-12`` (both included), ``all`` or ``auto`` (1, 2, 4, ...).
 
+    Those of ``find`` are all that a search may look at.
+
     Args:
         text: what the user wrote.
         blocks: the backbone's number of blocks; None checks the spelling alone and returns ().
@@ -963,12 +1005,15 @@ def parse_layers(text: str, blocks: int | None) -> tuple[int, ...]:
     """
     top = "the backbone's number of blocks" if blocks is None else blocks
     word = text.strip().lower()
+    if word.startswith(FIND):
+        among = word.removeprefix(FIND).removeprefix(":")
+        return parse_layers(among or "all", blocks)
     if word in {"all", "auto"}:
         every = range(1, (blocks or 0) + 1)
         return tuple(every if word == "all" else (d for d in every[:-1] if d.bit_count() == 1))
     depths = _numbers(text, 1, blocks)
     if not depths:
-        raise BadInput("layers", text, f"depths from 1 to {top}, as 1,2,4 or 1-12 or all")
+        raise BadInput("layers", text, f"depths from 1 to {top}, as 1,2,4 or 1-12 or all or find")
     return () if blocks is None else tuple(sorted(set(depths)))
 
 

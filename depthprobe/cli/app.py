@@ -77,6 +77,7 @@ SYNONYMS |= {
     f"--{name.replace('_', '-')}": [f"--set {flag.setting}=VALUE"] for name, flag in LOG.items()
 }
 EXAMPLES = {
+    "find": "find --data log.csv --backbone model/ --margin 2%",
     "sweep": "sweep --data log.csv --backbone model/ --layers 1,2,4",
     "train": "train --methods full,finetune --layers 1,2,4",
     "probe": "probe --data log.csv --backbone model/",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from depthprobe.cli.cost import BUSY, TUNINGS
 from depthprobe.cli.terminal import cell, echo, say, scaled, show_facts, show_progress, show_table
+from depthprobe.formatting import duration as duration_of
 from depthprobe.formatting import plural
 
 if TYPE_CHECKING:
@@ -159,17 +160,3 @@ def duration(span: Span) -> str:
         return high
     (number, unit), (_, other) = low.split(), high.split()
     return f"{number if unit == other else low} to {high}"
-
-
-def duration_of(seconds: float) -> str:
-    """Seconds in a unit that a person would take, at two digits.
-
-    >>> [duration_of(s) for s in (0.2, 52.3, 100, 5000, 400000)]
-    ['<1 s', '52 s', '1.7 min', '83 min', '4.6 days']
-    """
-    if seconds < 1:
-        return "<1 s"
-    units = ((1, "s", 90), (60, "min", 5400), (3600, "h", 172800), (86400, "days", float("inf")))
-    size, unit = next((size, unit) for size, unit, until in units if seconds < until)
-    number = seconds / size
-    return f"{number:.0f} {unit}" if number >= 10 or unit == "s" else f"{number:.1f} {unit}"

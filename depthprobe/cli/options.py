@@ -133,11 +133,12 @@ SWEEP = {
         "backbone.source", "B", "A folder with config.json, a Hugging Face id, or embedded."
     ),
     "revision": Flag("backbone.revision", "REV", "The branch, tag or commit of a Hugging Face id."),
-    "layers": Flag("layers", "DEPTHS", "Depths: 1,2,4 or 1-12 or all or auto."),
+    "layers": Flag("layers", "DEPTHS", "Depths: 1,2,4 or 1-12 or all or auto, or find."),
     "methods": Flag(
         "methods", "NAMES", "Methods from the list below, or variants such as heal:ends.", tuple
     ),
     "seeds": Flag("seeds", "N", "Number of seeds. An earlier run gets the missing ones.", int),
+    "hours": Flag("search.hours", "H", "With find: train no longer than this.", float),
     "epochs": Flag("recipe.epochs", "N", "Maximum number of epochs. SASRec keeps its own.", int),
     "device": Flag("device", "auto|cpu|cuda|mps", "Where to compute."),
     "budget": Flag("budget", "steps|compute", "What to hold constant: training steps or compute."),

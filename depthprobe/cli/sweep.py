@@ -24,13 +24,14 @@ from depthprobe.cli.options import (
 from depthprobe.cli.terminal import Display, echo, open_streams, show_progress, show_table
 from depthprobe.errors import BadInput, check_writable, one_line, one_of, shell_line
 from depthprobe.methods import METHODS, Method, method_of, method_order
-from depthprobe.study import Study
+from depthprobe.study import Study, override
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from depthprobe.runs.store import Run
 
+SEARCHING = ("popularity", "sasrec", "full", "early-exit", "readout", "finetune")
 LOCAL, SLURM = EXECUTORS = ("local", "slurm")
 INTERRUPTED = 130
 
@@ -56,7 +57,14 @@ def _distils(method: Method) -> bool:
     return method.settings == "distillation"
 
 
+SEARCH = "find"
 PHASES = {
+    SEARCH: Phase(
+        "Find the smallest sufficient depth without training every depth."
+        "\n\nDepths are trained one after the other, those that probes and earlier ones call"
+        " likeliest for their cost, until the verdict stands. --layers says among which.",
+        lambda method: True,
+    ),
     "sweep": Phase(
         "Measure accuracy, size and time by depth; write the report.", lambda method: True
     ),
@@ -104,6 +112,8 @@ def sweep(
     if jobs is not None and jobs < 0:
         raise BadInput("jobs", jobs, "a whole number of at least 0")
     chosen = make_study(study, settings or (), **flags)
+    if context.info_name == SEARCH:
+        chosen = to_search(chosen, given=study is not None, **flags)
     chosen = restrict(chosen, str(context.info_name), strict=flags["methods"] is not None)
     folder = default_output(chosen) if output is None else output
     check_writable("output", folder)
@@ -139,6 +149,25 @@ def sweep(
         echo(one_line(f"failed: {trial}: {error}"), sys.stderr)
     echo(words)
     return 1 if run.failed else 0
+
+
+def to_search(study: Study, *, given: bool, **flags: Any) -> Study:
+    """The study as a search for the depth, among its own depths where it names some.
+
+    Args:
+        study: of flags, or of a file.
+        given: whether there is a file: its methods and seeds stay.
+        flags: which of methods and seeds were asked for.
+    """
+    changes: dict[str, Any] = {}
+    if not study.searches:
+        everything = study.layers.strip().lower() in {"auto", "all"}
+        changes["layers"] = SEARCH if everything else f"{SEARCH}:{study.layers}"
+    if not given and flags["methods"] is None:
+        changes["methods"] = SEARCHING
+    if not given and flags["seeds"] is None:
+        changes["seeds"] = 5
+    return override(study, **changes)
 
 
 def restrict(study: Study, phase: str, *, strict: bool) -> Study:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from depthprobe.errors import one_line, visible
-from depthprobe.formatting import fixed, rounded
+from depthprobe.formatting import fixed, plural, rounded
 from depthprobe.runs.processes import Progress
 
 if TYPE_CHECKING:
@@ -163,11 +163,12 @@ class Display(Progress, logging.Handler):
             self.task = bar.add_task("loading", total=None)
 
     def plan(self, trials: Sequence[str]) -> None:
-        """The trials that will run now."""
-        self.total = len(trials)
+        """The trials that will run now; a search adds some again and again."""
+        first, self.total = not self.total, self.ended + len(trials)
         if self.bar is not None:
-            self.bar.update(self.task, total=self.total, completed=0)
-        self._print(f"{self.total} {'trial' if self.total == 1 else 'trials'} to run")
+            self.bar.update(self.task, total=self.total, completed=self.ended)
+        if first:
+            self._print(f"{plural(self.total, 'trial')} to run")
 
     def message(self, text: str) -> None:
         """What is being done right now: beside the bar, or a line."""

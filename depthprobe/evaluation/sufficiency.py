@@ -135,7 +135,7 @@ def sufficient_depth(
     }
     tested = {name: arm for name, arm in zip(names, arms, strict=True) if stands_for[name] == name}
     trained = [name for name in tested if _is_trained(name[0])] or list(tested)
-    tests = _tests({name: (arm, base) for name, arm in tested.items()}, trained)
+    tests = paired_tests({name: (arm, base) for name, arm in tested.items()}, trained)
 
     depths = Counter(method for method, _ in tested)
     carried = dict.fromkeys(depths, 0.0)
@@ -165,13 +165,7 @@ def sufficient_depth(
     needed = None
     if undecided and min(base.shape) > 1:
         _, nearest = min(undecided)
-        test, row = tests[nearest], rows[nearest]
-        gap = float(tested[nearest].mean() - (1 - margin) * base.mean())
-        users, seeds = plan(
-            gap, test.components(1 - margin), users=base.shape[1], seeds=test.n_seeds,
-            tested_at=row.tested_at,
-        )  # fmt: skip
-        needed = Needed(row.method, row.depth, users, seeds)
+        needed = tests[nearest].needed(*nearest, margin, rows[nearest].tested_at)
     return Sufficiency(
         rows=tuple(shallow_first),
         method=best.method if best else None,
@@ -240,9 +234,9 @@ def compare(
     if not base.mean() > 0:
         raise ValueError(f"the reference's mean is {base.mean():g}, expected a number above 0")
     pairs = dict(zip(candidates, arms, strict=True))
-    ahead = _tests({name: (x, base) for name, x in pairs.items()}, pairs, fixed=True)
+    ahead = paired_tests({name: (x, base) for name, x in pairs.items()}, pairs, fixed=True)
     # theta < t is 1 / theta > 1 / t: the same test with the roles exchanged
-    behind = _tests({name: (base, x) for name, x in pairs.items()}, pairs, fixed=True)
+    behind = paired_tests({name: (base, x) for name, x in pairs.items()}, pairs, fixed=True)
     tested_at = (1 - level) / len(pairs)
     found = {}
     for name, x in pairs.items():
@@ -271,7 +265,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class _Test:
+class NonInferiority:
     """Is ``mean(x) / mean(r)`` above a share? The mean of ``D = x - share r`` against 0.
 
     The spreads are of xx, xr and rr, so that of D is a weighted sum for every share.
@@ -283,6 +277,11 @@ class _Test:
     n_users: int
     n_seeds: int
     fixed: bool  # of one seed: the question is about these very models, not about their trainings
+
+    @property
+    def kept(self) -> float:
+        """The candidate's share of the reference's mean."""
+        return self.means[0] / self.means[1]
 
     def spreads(self, share: float) -> tuple[Spread, Spread]:
         """The candidate's own spread of D, and that of the trained ones."""
@@ -305,6 +304,13 @@ class _Test:
             both=own.noise * self.n_users,
         )
 
+    def needed(self, method: str, depth: int, margin: float, tested_at: float) -> Needed:
+        """How many users or seeds would show what the candidate seems to keep."""
+        gap = self.means[0] - (1 - margin) * self.means[1]
+        of = self.components(1 - margin)
+        have = {"users": self.n_users, "seeds": self.n_seeds}
+        return Needed(method, depth, *plan(gap, of, **have, tested_at=tested_at))
+
     def p_value(self, share: float) -> float:
         """One-sided; 1 for one user, and for one seed unless the models are fixed."""
         if self.n_users == 1 or (self.n_seeds == 1 and not self.fixed):
@@ -317,8 +323,7 @@ class _Test:
 
     def lower(self, tested_at: float) -> float:
         """Below which share the test passes at this level; -inf where it never does."""
-        share = self.means[0] / self.means[1]
-        below = 1e-3
+        share, below = self.kept, 1e-3
         while self.p_value(share - below) > tested_at:
             below *= 4
             if below > 1e6:
@@ -328,12 +333,12 @@ class _Test:
         )
 
 
-def _tests(
+def paired_tests(
     pairs: Mapping[Key, tuple[np.ndarray, np.ndarray]],
     trained: Collection[Key],
     *,
     fixed: bool = False,
-) -> dict[Key, _Test]:
+) -> dict[Key, NonInferiority]:
     """The tests of pairs of a candidate and its reference."""
     arms = {name: _with_a_loss(x, r) for name, (x, r) in pairs.items()}
     parts = {  # of one user there is no spread
@@ -344,7 +349,7 @@ def _tests(
     }
     others = np.mean([parts[name] for name in trained] or [np.zeros((3, 3))], axis=0)
     return {
-        name: _Test(
+        name: NonInferiority(
             (float(x.mean()), float(r.mean())), parts[name], others, r.shape[1], len(r), fixed
         )
         for name, (x, r) in arms.items()

@@ -46,6 +46,7 @@ from depthprobe.report.numbers import (
     as_summary,
     summarise,
 )
+from depthprobe.report.search import search_steps
 from depthprobe.report.tables import timed
 from depthprobe.report.title_figures import accuracy_vs_title_depth, title_spread
 from depthprobe.study import ranges
@@ -59,6 +60,7 @@ __all__ = [
     "block_influence",
     "kept_side_by_side",
     "kept_vs_depth",
+    "search_steps",
     "selections",
     "settling_depth",
     "skip_sensitivity",

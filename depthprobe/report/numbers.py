@@ -26,9 +26,11 @@ from depthprobe.evaluation.statistics import (
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
 from depthprobe.methods import Method, method_info, method_order
+from depthprobe.study import override
 
 if TYPE_CHECKING:
     from depthprobe.runs.records import Record
+    from depthprobe.runs.search import Found
     from depthprobe.runs.store import Run
 
 Array = NDArray[np.float64]
@@ -301,6 +303,7 @@ class Summary:
     left_out: tuple[Point, ...]  # candidates that share no seed with the others
     failed: pd.DataFrame = field(repr=False)
     ranks: Ranks = field(repr=False)
+    found: Found | None = field(repr=False, default=None)  # by a search for the depth
 
     def of(self, *methods: str) -> tuple[Point, ...]:
         """The points of some methods, shallow to deep."""
@@ -391,8 +394,17 @@ def summarise(
         if point.info.candidate and 0 < point.depth < blocks
     }
     seeds, candidates = _common_seeds(teacher, offered)
-    sufficiency = None
-    if teacher is not None and ranks.has(teacher.of_seeds(seeds)) and candidates:
+    sufficiency, found = None, None
+    if run.study.searches:
+        # each depth has seeds of its own, and a level that allows for how it was picked
+        from depthprobe.runs.search import find_out
+
+        asked = {"protocol.margin": margin, "protocol.level": level, "protocol.metric": headline}
+        found = find_out(run.path, override(run.study, **asked), blocks)
+        sufficiency = found.state.verdict
+        names = {(row.method, row.depth) for row in sufficiency.rows} if sufficiency else set()
+        candidates = {key: point for key, point in offered.items() if key in names}
+    elif teacher is not None and ranks.has(teacher.of_seeds(seeds)) and candidates:
         arms = [point.of_seeds(seeds) for point in candidates.values()]
         values, *others = ranks.values(FULL, headline, [teacher.of_seeds(seeds), *arms])
         if values.mean() > 0:
@@ -401,7 +413,7 @@ def summarise(
     left_out = tuple(point for key, point in offered.items() if key not in candidates)
     return Summary(
         run, tuple(points), blocks, headline, margin, level, sufficiency, candidates, seeds,
-        left_out, trials[trials["status"] != "done"] if len(trials) else trials, ranks,
+        left_out, trials[trials["status"] != "done"] if len(trials) else trials, ranks, found,
     )  # fmt: skip
 
 

@@ -21,11 +21,13 @@ from depthprobe.report.figures import FIGURES
 from depthprobe.report.numbers import Source, Summary, as_summary
 from depthprobe.report.reliance import reliance_table
 from depthprobe.report.result import make_result, write_result
+from depthprobe.report.search import search_table, search_words
 from depthprobe.report.tables import Table, all_tables, save_table
 from depthprobe.runs.records import check_places
 
 # In the order of reading: id, title, its link, tables. Without a figure or table: left out.
 SECTIONS = (
+    ("search", "The search for the depth", "Search", ("search",)),
     ("depth", "Accuracy against depth", "Depth", ("order", "prompt_only_sampled")),
     ("pareto", "Accuracy against cost", "Cost", ()),
     ("blocks", "Block by block", "Blocks", ("left_out", "selections")),
@@ -69,7 +71,8 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
     ]
     page = environment().get_template("report.html.j2").render(
         summary=summary, answer=answer, sections=sections, figures=figures,
-        tables=tables, order=order_words(summary)[0], folder=folder, own=output is None,
+        tables=tables, order=order_words(summary)[0], searched=search_words(summary),
+        folder=folder, own=output is None,
         methods={base_of(point.method) for point in summary.points},
         reproduce=shell_line(["depthprobe", "sweep", str(summary.run.path / "study.toml")]),
     )  # fmt: skip
@@ -85,7 +88,7 @@ def folder_of(target: Path) -> Path | None:
 
 def tables_of(summary: Summary) -> dict[str, Table]:
     """The tables of a page that the run has data for, by name."""
-    makers = (reliance_table, order_table, untouched_table, selection_table)
+    makers = (reliance_table, order_table, untouched_table, selection_table, search_table)
     others = (make(summary) for make in makers)
     return all_tables(summary) | {table.name: table for table in others if table is not None}
 
@@ -94,7 +97,9 @@ def report_words(run: Source, output: str | Path | None = None) -> str:
     """Write the report; returns what a terminal says of it: the first screen, and its path."""
     summary = as_summary(run)
     answer, page = build_answer(summary), build_report(summary, output)
-    return "\n".join(filter(None, (*answer.lines, answer.command, str(page))))
+    return "\n".join(
+        filter(None, (*answer.lines, search_words(summary), answer.command, str(page)))
+    )
 
 
 def write_page(page: str, target: Path) -> Path:

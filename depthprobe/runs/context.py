@@ -76,6 +76,7 @@ class Result:
 
     Attributes:
         ranks: of every test user, (E,) by protocol; and under ``"top-10"`` the best items, (E, 10).
+        validation: NDCG@10 of a probe on validation users, where it has one.
         training_flops: of its training, without its teacher's.
         teacher_seconds: that its teacher took before, training and features.
         replacement: the map that stands for blocks of the teacher, whose weights the trial shares.
@@ -86,6 +87,7 @@ class Result:
     parameters: dict[str, int]
     flops: int | None = None
     fit: Fit | None = None
+    validation: float | None = None
     training_flops: int | None = None
     teacher_seconds: float = 0.0
     model: nn.Module | None = None

@@ -255,7 +255,8 @@ def continued(folder: Path, study: Study) -> Study:
         raise BadInput("output", str(folder), "a new or empty folder, or an earlier run")
     # it is written first: a sweep that was killed right then has left nothing else
     before = load_study(folder / STUDY)
-    changed = differences(before, study)
+    # a search goes on from what any sweep has trained
+    changed = differences(replace(before, layers=study.layers) if study.searches else before, study)
     if changed:
         allowed = f"another folder, or the study it began with ({'; '.join(changed)})"
         raise BadInput("output", str(folder), allowed)

@@ -8,18 +8,24 @@ from dataclasses import replace
 from depthprobe.methods import Request, Task, Trial, method_of, method_order
 from depthprobe.study import SELECTIONS, Study, parse_blocks, parse_layers, settings_of
 
-# two methods that others stand on: the trained full-depth recommender, and the default item table
-TEACHER, SASREC = "full", "sasrec"
+# methods that others stand on: the trained full-depth recommender, the default item table; and what
+# a search predicts the depths by, and holds the teacher against
+TEACHER, SASREC, READOUT, POPULARITY = "full", "sasrec", "readout", "popularity"
 
 
 def plan(study: Study, blocks: int) -> list[Task]:
     """All tasks of a study, each after what it needs.
 
+    Of a study that searches all that the search may come to: every depth of the method that it
+    searches with; other methods keep to the ends.
+
     Raises:
         BadInput: if the study names depths or blocks that the backbone does not have.
     """
     parse_layers(study.layers, blocks)  # refused even where no method has a depth
-    wanted, missing = set(study.methods), set(study.methods)
+    searched = study.searched if study.searches else None
+    wanted = {*study.methods, *((TEACHER, READOUT, POPULARITY) if searched else ())}
+    missing = set(wanted)
     while missing:
         missing = {need for name in missing for need in _needs(study, name)} - wanted
         wanted |= missing
@@ -28,6 +34,9 @@ def plan(study: Study, blocks: int) -> list[Task]:
         method = method_of(name)
         settings = settings_of(study, name)
         listed = settings.select not in SELECTIONS
+        depths = parse_layers(settings.layers, blocks)
+        if searched is not None and name != searched and settings.layers == study.layers:
+            depths = ()
         trains = method.trains or method.settings == "sasrec"
         tuned = trains and len(settings.recipe.rates) > 1
         # without a training there is nothing that a seed could change
@@ -38,7 +47,7 @@ def plan(study: Study, blocks: int) -> list[Task]:
                 name=name,
                 seed=seed,
                 blocks=blocks,
-                depths=parse_layers(settings.layers, blocks),
+                depths=depths,
                 select=settings.select,
                 picked=parse_blocks(settings.select, blocks) if listed else None,
                 study=study,

@@ -60,9 +60,13 @@ PROMPT_USERS = 200
 def early_exits(context: Context, task: Task, *, norm: bool = True) -> Iterator[Result]:
     """The teacher read out after each block, behind the final norm or without it."""
     teacher = _teacher(context, task)
-    ranks = early_exit(teacher, context.test, device=context.device, norm=norm)
+    ranks, validation = (
+        early_exit(teacher, users, device=context.device, norm=norm)
+        for users in (context.test, context.validation)
+    )
     for trial in task.trials:
-        yield Result(trial, ranks[trial.depth], part_of(teacher, trial))
+        score = mean_ndcg(validation[trial.depth]["full"])
+        yield Result(trial, ranks[trial.depth], part_of(teacher, trial), validation=score)
 
 
 def raw_exits(context: Context, task: Task) -> Iterator[Result]:
@@ -120,7 +124,7 @@ def read_outs(context: Context, task: Task, *, lens: bool = False) -> Iterator[R
     for trial in task.trials:
         counts = part_of(teacher, trial)
         counts |= {name: counts[name] + more for name in ("adapters", "total")}
-        yield Result(trial, ranked[trial.depth], counts)
+        yield Result(trial, ranked[trial.depth], counts, validation=fitted.ndcg[trial.depth])
 
 
 def tuned_lenses(context: Context, task: Task) -> Iterator[Result]:

@@ -151,6 +151,8 @@ class Outcome:
 class Queue:
     """Tasks in the order of the plan, until each has ended here or elsewhere.
 
+    ``more`` may be set: it gives further tasks when all have ended; none, and the queue ends.
+
     Whoever gets a task or an outcome from it hands the outcome back to :meth:`end`.
 
     Args:
@@ -158,10 +160,12 @@ class Queue:
         failed: ids of trials that failed before and are not tried again.
     """
 
+    more: Callable[[], Iterable[Task]] = tuple
+
     def __init__(
         self, tasks: Iterable[Task], claims: Claims, *, done: set[str], failed: set[str]
     ) -> None:
-        self.waiting = list(tasks)
+        self.waiting, self._given = list(tasks), 0
         self._claims, self._done, self._failed = claims, set(done), set(failed)
 
     def next(self) -> Task | Outcome | None:
@@ -174,6 +178,7 @@ class Queue:
             if state == "theirs":
                 continue
             self.waiting.remove(task)
+            self._given += 1
             if state != "ours":
                 error = "failed in another sweep" if state == "failed" else None
                 return Outcome(task, error, 0.0, elsewhere=True)
@@ -193,6 +198,9 @@ class Queue:
         """Let go of a task that has ended; what waits for it may begin."""
         (self._done if outcome.error is None else self._failed).update(outcome.task.names)
         self._claims.leave(outcome.task)
+        self._given -= 1
+        if not self.waiting and not self._given:
+            self.waiting += self.more()
 
 
 # --- workers -------------------------------------------------------------------------------------

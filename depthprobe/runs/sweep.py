@@ -20,6 +20,7 @@ from depthprobe.methods import BUILT_IN, METHODS, Method, Task
 from depthprobe.runs import worker
 from depthprobe.runs.context import Context
 from depthprobe.runs.layout import (
+    Inputs,
     available_cores,
     jobs_at_once,
     lay_out,
@@ -52,6 +53,7 @@ from depthprobe.runs.scheduler import (
     run_in_processes,
     whole_run,
 )
+from depthprobe.runs.search import plan_search
 from depthprobe.runs.store import Run, open_run, write_tables
 from depthprobe.runs.timing import covers, measure, read_timing
 from depthprobe.study import Study
@@ -117,6 +119,8 @@ def run_sweep(
             for task in inputs.tasks:
                 by_state[state_of(context.outputs(task))].append(task)
             waiting = by_state["left"]
+            if working.searches:
+                waiting = [*_asked_for(context, inputs, progress)]
             if waiting:
                 _measure_once(context, inputs.blocks, progress)
         return resliced, waiting, _names(by_state["done"]), _names(by_state["failed"])
@@ -126,15 +130,19 @@ def run_sweep(
         more: dict[str, Any] = {"command": command, "retry_failed": retry_failed}
         return run_sweep(study, folder, jobs=jobs, progress=progress, **more)
     resliced, waiting, done, failed = begun
-    progress.plan([task.id for task in waiting])
+    if not working.searches:
+        progress.plan([task.id for task in waiting])
     if failed:
         progress.message(f"{len(failed)} failed before; --retry-failed runs them again")
     claims = Claims(folder, group)
     queue = Queue(waiting, claims, done=done, failed=failed)
+    if working.searches:
+        queue.more = lambda: group.from_first(partial(_asked_for, context, inputs, progress))
     at_once = partial(jobs_at_once, jobs, context.device, memory=inputs.job_memory)
-    workers = 0 if group.processes > 1 else at_once(len(waiting))
+    most = 1 if working.searches else len(inputs.tasks)  # a search trains one after the other
+    workers = 0 if group.processes > 1 else at_once(min(len(waiting), most))
     # by all tasks, not by those that are left: threads decide the last bits of a training
-    planned = at_once(len(inputs.tasks)) if workers else 0
+    planned = at_once(most) if workers else 0
     origin = _provenance(manifest, context.device, threads_of(planned, available_cores()))
     with _in_place(folder):
         try:
@@ -169,6 +177,16 @@ def _in_place(folder: Path) -> Iterator[None]:
             "it was moved or deleted while the sweep ran; run the same command on its new path"
         )
         raise BadInput("output", str(folder), allowed, fault=True) from error
+
+
+def _asked_for(context: Context, inputs: Inputs, progress: Progress) -> tuple[Task, ...]:
+    """What a search wants done next; none, and it says why, when it has ended."""
+    asked = plan_search(context.folder, context.study, inputs.tasks, inputs.blocks)
+    if asked.tasks:
+        progress.plan([task.id for task in asked.tasks])
+    if asked.words:
+        progress.message(f"{asked.words}; ended: {asked.why}" if asked.why else asked.words)
+    return asked.tasks
 
 
 def _names(tasks: Iterable[Task]) -> set[str]:

@@ -178,8 +178,10 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
         timing=msgspec.convert(timing, dict[str, Rounds] | None),
     )
     record = record_of(trial, provenance, metrics={"test": metrics}, costs=costs)
+    score = result.validation if fit is None else fit.best_score
+    if score is not None:
+        record.validation = Validation(ndcg=float(score), users=len(context.validation.users))
     if fit is not None:
-        record.validation = Validation(ndcg=fit.best_score, users=len(context.validation.users))
         training = asdict(fit) | {
             "seconds": round(fit.seconds, 3),
             "teacher_seconds": round(result.teacher_seconds, 3),

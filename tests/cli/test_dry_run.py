@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from depthprobe.cli.dry_run import duration, duration_of
+from depthprobe.cli.dry_run import duration
+from depthprobe.formatting import duration as duration_of
 from depthprobe.runs import estimate
 
 Cli = Callable[..., Any]

@@ -129,7 +129,7 @@ def test_steps_epochs_and_passes() -> None:
             "popularity-s0": 0,
             "sasrec-s0": 3 * (3 * 0.5 + 4 * 0.05) + 5 * 0.05,
             "full-d03-s0": 2 * (3 * 3 + 4 * 0.3) + 5 * 0.3,
-            "early-exit-s0": 5 * 0.3,
+            "early-exit-s0": (4 + 5) * 0.3,
             "skip-s0": 5 * 0.3 * 5 / 3,  # blocks 0 1, 0 2 and 1 2: five, of three a pass
             "finetune-d02-s0": 2 * (3 * 2 + 4 * 0.2) + 5 * 0.2,
             "features-s0-every": 2 * 25 * 0.3,

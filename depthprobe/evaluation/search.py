@@ -1,0 +1,408 @@
+"""The search for the sufficient depth: what to train next, and what is shown so far.
+
+A search is a function of what has been trained: given the same values it says the same, whoever
+asks and in whatever order the depths were trained. Two things are kept apart.
+
+**What is shown** is decided on test users by the test of :mod:`.sufficiency`, so that with
+confidence ``level`` no depth at all is wrongly shown, though seeds are added one at a time and the
+search itself picks the depths:
+
+- The level of every depth is fixed before any is trained, by validation users alone. One that is
+  shown hands its level on to the shallower ones, in proportion to theirs. That is a graphical
+  procedure (Bretz et al. 2009, Stat. in Medicine 28): it holds in whatever order the depths are
+  looked at, and one that is never trained is one that never passes.
+- A depth is looked at after 2, 3, ... seeds, and its level is spent over the looks as O'Brien and
+  Fleming do (Lan and DeMets 1983), a level that grows as Maurer and Bretz (2013) have it.
+- A depth is *refuted* where the opposite passes the same test, each of K depths at a Kth of
+  ``1 - level``.
+
+**What to train next** only has to be cheap. A Gaussian process over depths puts together what the
+probes predict and what was measured; it gives the odds that a depth would be shown after all seeds.
+Next is the depth with the best odds for its cost. The search ends when no depth below the smallest
+one shown has odds worth the cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.integrate import trapezoid
+from scipy.optimize import brentq
+from scipy.special import ndtr, stdtrit
+from scipy.stats import norm
+
+from depthprobe.evaluation.statistics import Spread, ratio_interval, standard_error
+from depthprobe.evaluation.sufficiency import (
+    NonInferiority,
+    RetainedAccuracy,
+    Sufficiency,
+    paired_tests,
+)
+
+Seeds = Mapping[int, Any]  # per-user values (U,) by seed
+HOPELESS = 0.02  # odds of being shown with which a depth is given up
+EVEN = 0.25  # the part of the level that all depths share equally
+SPREAD, REACH, ROUGH = 0.06, 1.5, 0.02  # of shares about the prediction: see analyses/find
+COMMON = 0.5  # correlation of two depths' errors: both are compared with one teacher
+GRID = 801  # points of a density
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training that the search asks for; the depth of all blocks is the teacher's."""
+
+    depth: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far a search is.
+
+    ``verdict`` is about the depths that have been compared; None before the first. ``seeds`` says
+    with how many, by depth; ``odds``, of all depths, that each would be shown with all seeds.
+    ``next`` is None when the search has ended.
+    """
+
+    verdict: Sufficiency | None
+    seeds: Mapping[int, int]
+    refuted: tuple[int, ...]
+    odds: Mapping[int, float]
+    next: Step | None
+
+    @property
+    def shown(self) -> int | None:
+        """The smallest depth that is shown to suffice."""
+        return self.verdict.depth if self.verdict else None
+
+    @property
+    def open(self) -> tuple[int, ...]:
+        """Depths of which nothing is shown, below the smallest that suffices."""
+        below = self.shown or math.inf
+        return tuple(depth for depth in self.odds if depth < below and depth not in self.refuted)
+
+
+def search(
+    teacher: Seeds,
+    candidates: Mapping[int, Seeds],
+    *,
+    blocks: int,
+    predicted: Mapping[int, float],
+    seeds: int,
+    lost: Collection[Step] = (),
+    method: str = "finetune",
+    margin: float = 0.01,
+    level: float = 0.95,
+) -> Search:
+    """What is shown by the trainings so far, and which should be next.
+
+    Args:
+        teacher: its per-user values of a metric, by seed.
+        candidates: the same of the depths that were trained.
+        blocks: of the teacher, what its training costs where a depth costs its depth.
+        predicted: the share of the teacher's accuracy that each depth may keep, by validation
+            users; its keys are the depths to search in.
+        seeds: at most, of every depth.
+        lost: trainings that failed: of the teacher they take their seed out.
+        method: how candidates are trained, as the rows name it.
+        margin: the acceptable relative loss.
+        level: confidence.
+    """
+    depths = sorted(predicted)
+    weights = level_weights(predicted, margin)
+    pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for depth in depths:
+        common = sorted(teacher.keys() & candidates.get(depth, {}).keys())
+        if common:
+            own = [[arm[seed] for seed in common] for arm in (candidates[depth], teacher)]
+            pairs[depth] = np.array(own[0], float), np.array(own[1], float)
+    several = [depth for depth, (x, _) in pairs.items() if len(x) > 1]
+    tests = paired_tests(pairs, several)
+    reversed_tests = paired_tests({d: (r, x) for d, (x, r) in pairs.items()}, several)
+
+    rows: dict[int, RetainedAccuracy] = {}
+    refuted: list[int] = []
+    levels: dict[int, float] = {}
+    passed = dict.fromkeys(depths, 0.0)
+    for depth in reversed(depths):
+        levels[depth] = (1 - level) * weights[depth] + passed[depth]
+        if depth not in tests:
+            continue
+        test = tests[depth]
+        looked = test.n_seeds, max(seeds, test.n_seeds)
+        tested_at = look_level(levels[depth], *looked)
+        p_value = test.p_value(1 - margin)
+        rows[depth] = RetainedAccuracy(
+            method, depth, ratio_interval(*pairs[depth], level=level),
+            test.lower(tested_at) if tested_at else -math.inf,
+            tested_at, p_value, p_value <= tested_at,
+        )  # fmt: skip
+        # kept < 1 - margin is 1 / kept > 1 / (1 - margin)
+        opposite = reversed_tests[depth].p_value(1 / (1 - margin))
+        if opposite <= look_level((1 - level) / len(depths), *looked):
+            refuted.append(depth)
+        if rows[depth].shown:
+            below = [d for d in depths if d < depth]
+            total = sum(weights[d] for d in below)
+            for d in below:
+                passed[d] += levels[depth] * weights[d] / total
+    shown = min((depth for depth, row in rows.items() if row.shown), default=None)
+    odds = odds_of(tests, levels, predicted, blocks=blocks, seeds=seeds, margin=margin)
+    for depth in refuted:
+        odds[depth] = 0.0
+    verdict = None
+    if rows:
+        undecided = [
+            depth
+            for depth, row in rows.items()
+            if not row.shown and row.kept.value > 1 - margin and tests[depth].n_seeds > 1
+            and (shown is None or depth < shown)
+        ]  # fmt: skip
+        needed = None
+        if undecided:
+            nearest = min(undecided, key=lambda depth: rows[depth].p_value)
+            needed = tests[nearest].needed(method, nearest, margin, levels[nearest])
+        verdict = Sufficiency(
+            rows=tuple(rows[depth] for depth in sorted(rows)),
+            method=method if shown else None,
+            depth=shown,
+            needed=needed,
+            users=next(iter(tests.values())).n_users,
+            seeds=max(test.n_seeds for test in tests.values()),
+            margin=margin,
+            level=level,
+        )
+    return Search(
+        verdict, {depth: tests[depth].n_seeds for depth in sorted(tests)}, tuple(sorted(refuted)),
+        odds, _next(teacher, candidates, odds, shown=shown, blocks=blocks, seeds=seeds, lost=lost),
+    )  # fmt: skip
+
+
+def _next(
+    teacher: Seeds,
+    candidates: Mapping[int, Seeds],
+    odds: Mapping[int, float],
+    *,
+    shown: int | None,
+    blocks: int,
+    seeds: int,
+    lost: Collection[Step],
+) -> Step | None:
+    """The depth with the best odds for what is left to train of it, and of the teacher."""
+    best, chosen = 0.0, None
+    for depth, chance in odds.items():
+        left = [
+            seed
+            for seed in range(seeds)
+            if seed not in candidates.get(depth, {})
+            and not {Step(depth, seed), Step(blocks, seed)}.intersection(lost)
+        ]
+        if not left or chance < HOPELESS or (shown is not None and depth >= shown):
+            continue
+        # the teacher's seeds serve all depths: the next one counts, not all to come
+        cost = len(left) * depth + blocks * (left[0] not in teacher)
+        if chance / cost > best:
+            best, chosen = chance / cost, (depth, left[0])
+    if chosen is None:
+        return None
+    depth, seed = chosen
+    return Step(depth if seed in teacher else blocks, seed)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The order in which a search trained, and how far it was before each step and at the end."""
+
+    steps: tuple[Step, ...]
+    states: tuple[Search, ...]  # one more than steps
+
+    @property
+    def cost(self) -> int:
+        """Of all steps, where a training costs its depth."""
+        return sum(step.depth for step in self.steps)
+
+
+def replay(
+    trained: Mapping[int, Seeds], *, blocks: int, lost: Collection[Step] = (), **asked: Any
+) -> Replay:
+    """What a search would have done that began with nothing: its order, as far as values go.
+
+    Args:
+        trained: per-user values by depth and seed, the teacher's under ``blocks``.
+        blocks: of the teacher.
+        lost: trainings that failed.
+        asked: as :func:`search` takes it.
+    """
+    had: dict[int, dict[int, Any]] = {}
+    steps: list[Step] = []
+    states = []
+    while True:
+        depths = {depth: arms for depth, arms in had.items() if depth != blocks}
+        state = search(had.get(blocks, {}), depths, blocks=blocks, lost=lost, **asked)
+        states.append(state)
+        step = state.next
+        if step is None or step.seed not in trained.get(step.depth, {}):
+            return Replay(tuple(steps), tuple(states))
+        had.setdefault(step.depth, {})[step.seed] = trained[step.depth][step.seed]
+        steps.append(step)
+
+
+# --- levels --------------------------------------------------------------------------------------
+
+
+def level_weights(predicted: Mapping[int, float], margin: float) -> dict[int, float]:
+    """The part of ``1 - level`` that each depth begins with; they add up to 1.
+
+    Most goes where the answer is expected: by how much the chance to suffice is greater than that
+    of all shallower depths. The rest is shared equally.
+    """
+    reached, gains = 0.0, {}
+    for depth in sorted(predicted):
+        chance = float(ndtr((predicted[depth] - (1 - margin)) / SPREAD))
+        gains[depth] = max(0.0, chance - reached)
+        reached = max(reached, chance)
+    total = sum(gains.values()) or 1.0
+    return {depth: EVEN / len(gains) + (1 - EVEN) * gain / total for depth, gain in gains.items()}
+
+
+def look_level(alpha: float, look: int, last: int) -> float:
+    """The level of a p-value after ``look`` seeds, with alpha spent over 2, 3, ... ``last``.
+
+    Alpha is rounded down to three digits, so that few are computed.
+    """
+    if look < 2 or alpha < 1e-6:
+        return 0.0
+    digits = 2 - math.floor(math.log10(alpha))
+    return spent(math.floor(alpha * 10**digits) / 10**digits, last)[look - 2]
+
+
+@cache
+def spent(alpha: float, last: int) -> tuple[float, ...]:
+    """The level of each look's p-value, after 2 to ``last`` seeds, as O'Brien and Fleming spend.
+
+    By the recursion of Armitage, McPherson and Rowe (1969) for a sum with independent increments,
+    whose density, where no look has passed yet, is kept on a grid. The information of S seeds is
+    taken to grow as S. Users add to it, and then looks are more alike than here and wrong verdicts
+    rarer.
+    """
+    levels: list[float] = []
+    before, time_before, density, points = 0.0, 0.0, np.ones(1), np.zeros(1)
+    for time in (look / last for look in range(2, last + 1)):
+        step = math.sqrt(time - time_before)
+        total = float(2 * norm.sf(norm.isf(alpha / 2) / math.sqrt(time)))
+        share, before, time_before = total - before, total, time
+
+        def left(bound: float) -> float:
+            passing = norm.sf((bound - points) / step)  # noqa: B023
+            return float(_integral(density * passing, points)) - share  # noqa: B023
+
+        bound = float(brentq(left, -2, 12))
+        levels.append(float(norm.sf(bound / math.sqrt(time))))
+        after = np.linspace(-8 * math.sqrt(time), bound, GRID)
+        moved = norm.pdf((after[:, None] - points) / step) / step
+        density, points = _integral(density * moved, points), after
+    return tuple(levels)
+
+
+def _integral(values: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Over the last axis; the value itself at a single point."""
+    return values[..., 0] if len(points) == 1 else trapezoid(values, points)
+
+
+# --- odds ----------------------------------------------------------------------------------------
+
+
+class _Errors(NamedTuple):
+    """The variance of what a depth seems to keep: with its seeds, with all; and its degrees."""
+
+    now: float
+    then: float
+    df: float
+
+
+def _errors(test: NonInferiority, seeds: int, margin: float) -> _Errors:
+    """By the variance of the test; of one seed the luck is taken to be what users add."""
+    own, others = test.spreads(1 - margin)
+    number, noise = test.n_seeds, own.noise if test.n_seeds > 1 else others.noise
+    luck = max(own.seeds - own.noise, others.seeds - others.noise, 0.0)
+    if others.users == 0:
+        noise, luck = 0.0, own.users
+    users = max(own.users - noise / number, 0.0)
+    now, then = (users + (noise + luck) / n for n in (number, max(seeds, number)))
+    of = Spread(users + noise / seeds, luck + noise, noise)
+    _, df = standard_error(of, n_users=test.n_users, n_seeds=seeds)
+    scale = test.means[1] ** 2
+    return _Errors(now / scale, then / scale, float(df))
+
+
+def odds_of(
+    tests: Mapping[int, NonInferiority],
+    levels: Mapping[int, float],
+    predicted: Mapping[int, float],
+    *,
+    blocks: int,
+    seeds: int,
+    margin: float,
+) -> dict[int, float]:
+    """The odds that each depth is shown after all seeds, by prediction and measurement together.
+
+    What a depth keeps is a Gaussian process about the prediction, over the logarithm of the depth.
+    Its variance at ``seeds`` seeds is that of the users, and the trained depths' mean luck.
+    """
+    depths = np.array(sorted(predicted))
+    mean = np.array([predicted[d] for d in depths.tolist()])
+    apart = np.abs(np.log(depths[:, None]) - np.log(depths))
+    prior = SPREAD**2 * np.exp(-apart / REACH) + ROUGH**2 * np.eye(len(depths))
+
+    known = [i for i, d in enumerate(depths.tolist()) if d in tests]
+    errors = {i: _errors(tests[int(depths[i])], seeds, margin) for i in known}
+    usual = _Errors(*np.median([*errors.values()], axis=0)) if known else _Errors(0, 0, math.inf)
+    shares = {i: tests[int(depths[i])].kept for i in known}
+    after, spread = mean, prior
+    if known:
+        now = np.sqrt([errors[i].now for i in known])
+        noise = np.outer(now, now) * np.where(np.eye(len(known)) > 0, 1, COMMON)
+        gain = prior[:, known] @ np.linalg.inv(prior[np.ix_(known, known)] + noise)
+        after = mean + gain @ (np.array([shares[i] for i in known]) - mean[known])
+        spread = prior - gain @ prior[known]
+    odds = {}
+    for i, depth in enumerate(depths.tolist()):
+        error = errors.get(i, usual)
+        expected, variance = after[i], spread[i, i] + error.then
+        if i in errors and error.now > error.then:
+            part = error.then / error.now
+            expected = part * shares[i] + (1 - part) * after[i]
+            variance = (1 - part) * error.then + (1 - part) ** 2 * spread[i, i]
+        elif i in errors:
+            expected, variance = shares[i], 0.0
+        needed = stdtrit(error.df, 1 - look_level(levels[depth], seeds, seeds))
+        gap = expected - (1 - margin) - float(needed) * math.sqrt(error.then)
+        odds[depth] = float(ndtr(gap / math.sqrt(variance))) if variance else float(gap >= 0)
+    return odds
+
+
+# --- what the probes predict ---------------------------------------------------------------------
+
+
+def predict(readout: Mapping[int, float], depths: Collection[int], blocks: int) -> dict[int, float]:
+    """The share of the teacher's accuracy that each depth may keep when it is trained.
+
+    Args:
+        readout: NDCG@10 of the teacher's read-outs on validation users, by depth from 0 to
+            ``blocks``; may be empty, where the teacher could not be read out.
+        depths: to predict.
+        blocks: of the teacher.
+    """
+    top = readout.get(blocks, 0.0)
+    if not top > 0:
+        return dict.fromkeys(depths, 1.0)
+    best, found = 0.0, {}
+    for depth in sorted(depths):  # no depth keeps less than a shallower one, as far as one knows
+        best = max(best, min(1.0, readout.get(depth, 0.0) / top))
+        found[depth] = best
+    return found

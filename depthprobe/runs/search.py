@@ -1,0 +1,180 @@
+"""A search in a run: what its records say, and the tasks that it asks for next.
+
+Nothing is remembered between two trainings but their records. A search that was killed, or that
+begins in the run of a full sweep, goes on from what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from depthprobe.evaluation.metrics import per_user_metric
+from depthprobe.evaluation.search import Replay, Search, Step, predict, replay, search
+from depthprobe.formatting import duration
+from depthprobe.methods import Task
+from depthprobe.runs.plan import POPULARITY, READOUT, TEACHER, full_trial, plan
+from depthprobe.runs.records import (
+    FULL,
+    TRIALS,
+    Record,
+    outputs_of,
+    read_record,
+    read_users,
+    state_of,
+)
+from depthprobe.study import Study, parse_layers, settings_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the records of a run say to its search.
+
+    Attributes:
+        trained: per-user values (U,) by depth and seed, the teacher's under ``blocks``.
+        predicted: the share of the teacher's accuracy that each depth may keep.
+        popularity: the mean of its values; None where it was not ranked.
+        seconds: of every training.
+        lost: trainings that failed.
+    """
+
+    study: Study = field(repr=False)
+    blocks: int
+    trained: Mapping[int, Mapping[int, np.ndarray]] = field(repr=False)
+    predicted: Mapping[int, float]
+    popularity: float | None
+    seconds: Mapping[Step, float]
+    lost: frozenset[Step]
+
+    @cached_property
+    def state(self) -> Search:
+        """What is shown by all that is trained, and what is next."""
+        trained = dict(self.trained)
+        return search(trained.pop(self.blocks, {}), trained, **self._asked)
+
+    @cached_property
+    def history(self) -> Replay:
+        """The steps in which the search trained, or would have, what is there."""
+        return replay(self.trained, **self._asked)
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        protocol = self.study.protocol
+        return {
+            "blocks": self.blocks, "predicted": self.predicted, "seeds": self.study.seeds,
+            "lost": self.lost, "method": self.study.searched, "margin": protocol.margin,
+            "level": protocol.level,
+        }  # fmt: skip
+
+    @property
+    def full_cost(self) -> int:
+        """Of all depths and seeds, where a training costs its depth."""
+        return self.study.seeds * (sum(self.predicted) + self.blocks)
+
+    def seconds_of(self, depth: int) -> float:
+        """What a training at a depth takes: as those there, or as the nearest ones by depth."""
+        nearest = min((step.depth for step in self.seconds), key=lambda had: abs(had - depth))
+        own = [seconds for step, seconds in self.seconds.items() if step.depth == nearest]
+        return median(own) * depth / nearest
+
+    @property
+    def words(self) -> str:
+        """How far the search is: ``shown: 8; refuted: 1, 2; looking at 3 (seed 2 of 5)``."""
+        state, seeds = self.state, self.study.seeds
+        parts = [f"shown: {state.shown or 'none yet'}"]
+        if state.refuted:
+            parts.append(f"refuted: {', '.join(map(str, state.refuted))}")
+        if (step := state.next) is not None:
+            parts.append(f"looking at {step.depth} (seed {step.seed + 1} of {seeds})")
+        return "; ".join(parts)
+
+
+def find_out(folder: Path, study: Study, blocks: int) -> Found:
+    """Read what a search goes by."""
+
+    def record_of(trial: str) -> Record | None:
+        return read_record(folder / TRIALS / trial)
+
+    def values(record: Record) -> np.ndarray:
+        _, ranks = read_users(folder / TRIALS / record.id, record)[FULL]
+        return per_user_metric(ranks.astype(np.float64), study.protocol.metric)
+
+    trained: dict[int, dict[int, np.ndarray]] = {}
+    seconds, lost = {}, set()
+    for task in plan(study, blocks):
+        if task.method not in (TEACHER, study.searched):
+            continue
+        record, step = record_of(task.id), Step(task.trials[0].depth, task.seed)
+        if record is None:
+            continue
+        if not record.done:
+            lost.add(step)
+            continue
+        trained.setdefault(step.depth, {})[step.seed] = values(record)
+        if (costs := record.training) is not None:
+            seconds[step] = costs.seconds + costs.tuning_seconds
+    probes = (record_of(f"{READOUT}-d{depth:02d}-s0") for depth in range(blocks + 1))
+    readout = {each.depth: each.validation.ndcg for each in probes if each and each.validation}
+    depths = parse_layers(settings_of(study, study.searched).layers, blocks)
+    popular = record_of(full_trial(POPULARITY, 0, blocks).id)
+    return Found(
+        study, blocks, trained,
+        predict(readout, [depth for depth in depths if depth < blocks], blocks),
+        float(values(popular).mean()) if popular and popular.done else None,
+        seconds, frozenset(lost),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a search wants done now, and how far it is; no tasks, and why, when it has ended."""
+
+    tasks: tuple[Task, ...]
+    words: str = ""
+    why: str = ""
+
+
+def plan_search(folder: Path, study: Study, tasks: Sequence[Task], blocks: int) -> Asked:
+    """What to do next for a search: first all that comes with the first seed, then its steps."""
+
+    def left(some: Sequence[Task]) -> tuple[Task, ...]:
+        return tuple(task for task in some if state_of(outputs_of(folder, task)) == "left")
+
+    searched = study.searched
+    if first := left([task for task in tasks if task.seed == 0 and task.method != searched]):
+        return Asked(first)
+    found = find_out(folder, study, blocks)
+    step, why = found.state.next, _ended(found)
+    if step is None or why:
+        return Asked((), found.words, why)
+    by_name = {name: task for task in tasks for name in task.names}
+    method = TEACHER if step.depth == blocks else searched
+    closure = [by_name[f"{method.replace(':', '-')}-d{step.depth:02d}-s{step.seed}"]]
+    for task in closure:  # and all that it needs
+        closure += [by_name[need] for need in task.needs if by_name[need] not in closure]
+    return Asked(left([task for task in tasks if task in closure]), found.words)
+
+
+def _ended(found: Found) -> str:
+    """Why a search has ended; empty while it goes on."""
+    step, study = found.state.next, found.study
+    if not found.trained.get(found.blocks):
+        return "the teacher failed"
+    mean = float(np.mean([arm.mean() for arm in found.trained[found.blocks].values()]))
+    if found.popularity is not None and mean <= found.popularity:
+        return (
+            f"the teacher is no better than popularity ({study.protocol.metric} {mean:.4f},"
+            f" popularity {found.popularity:.4f}); train it better first"
+        )
+    if step is None:
+        return "nothing more is likely to change the verdict"
+    needed, hours = found.seconds_of(step.depth), study.search.hours
+    if hours is not None and sum(found.seconds.values()) + needed > 3600 * hours:
+        return f"the next training, {duration(needed)}, would exceed search.hours = {hours:g}"
+    return ""

@@ -49,12 +49,13 @@ HOUSE = """\
 A module imports only from rooms above its own. `make lint` holds this.
 """
 # the same options as another command's: told once
-SAME = {"train": "sweep", "probe": "sweep", "distill": "sweep"}
+SAME = {"find": "sweep", "train": "sweep", "probe": "sweep", "distill": "sweep"}
 GUIDES = {
     "sweep": "sweep.md",
     "probe": "probing.md",
     "train": "shallow-models.md",
     "distill": "shallow-models.md",
+    "find": "find.md",
     "init": "sweep.md",
     "report": "report.md",
     "status": "sweep.md",

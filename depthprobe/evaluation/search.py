@@ -13,6 +13,7 @@ search itself picks the depths:
   looked at, and one that is never trained is one that never passes.
 - A depth is looked at after 2, 3, ... seeds, and its level is spent over the looks as O'Brien and
   Fleming do (Lan and DeMets 1983), a level that grows as Maurer and Bretz (2013) have it.
+- The test has no more degrees of freedom than the trainings of all depths have together.
 - A depth is *refuted* where the opposite passes the same test, each of K depths at a Kth of
   ``1 - level``.
 
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -45,9 +46,12 @@ from depthprobe.evaluation.sufficiency import (
 )
 
 Seeds = Mapping[int, Any]  # per-user values (U,) by seed
-HOPELESS = 0.02  # odds of being shown with which a depth is given up
-EVEN = 0.25  # the part of the level that all depths share equally
+MOST = 0.7  # share of a full sweep's compute that a search may take
+WARY = 6  # power of that share, which are the odds that are worth it
+SUREST = 0.5  # that a depth passes
+EVEN = 0.1  # the part of the level that all depths share equally
 SPREAD, REACH, ROUGH = 0.06, 1.5, 0.02  # of shares about the prediction: see analyses/find
+MENDED = 0.5  # what is left, when a depth is trained, of what its read-out loses
 COMMON = 0.5  # correlation of two depths' errors: both are compared with one teacher
 GRID = 801  # points of a density
 
@@ -122,8 +126,12 @@ def search(
             own = [[arm[seed] for seed in common] for arm in (candidates[depth], teacher)]
             pairs[depth] = np.array(own[0], float), np.array(own[1], float)
     several = [depth for depth, (x, _) in pairs.items() if len(x) > 1]
-    tests = paired_tests(pairs, several)
-    reversed_tests = paired_tests({d: (r, x) for d, (x, r) in pairs.items()}, several)
+    # of two seeds that happen to agree one would learn that there is no luck
+    luck_df = sum(len(pairs[depth][0]) - 1 for depth in several)
+    tests, reversed_tests = (
+        {d: replace(t, luck_df=luck_df) for d, t in paired_tests(each, several).items()}
+        for each in (pairs, {d: (r, x) for d, (x, r) in pairs.items()})
+    )
 
     rows: dict[int, RetainedAccuracy] = {}
     refuted: list[int] = []
@@ -195,6 +203,8 @@ def _next(
 ) -> Step | None:
     """The depth with the best odds for what is left to train of it, and of the teacher."""
     best, chosen = 0.0, None
+    full = seeds * (sum(odds) + blocks)
+    spent = sum(depth * len(arms) for depth, arms in candidates.items()) + blocks * len(teacher)
     for depth, chance in odds.items():
         left = [
             seed
@@ -202,10 +212,13 @@ def _next(
             if seed not in candidates.get(depth, {})
             and not {Step(depth, seed), Step(blocks, seed)}.intersection(lost)
         ]
-        if not left or chance < HOPELESS or (shown is not None and depth >= shown):
+        if not left or (shown is not None and depth >= shown):
             continue
         # the teacher's seeds serve all depths: the next one counts, not all to come
         cost = len(left) * depth + blocks * (left[0] not in teacher)
+        share = (spent + (depth if left[0] in teacher else blocks)) / full
+        if share > MOST or chance < share**WARY:
+            continue
         if chance / cost > best:
             best, chosen = chance / cost, (depth, left[0])
     if chosen is None:
@@ -258,16 +271,16 @@ def replay(
 def level_weights(predicted: Mapping[int, float], margin: float) -> dict[int, float]:
     """The part of ``1 - level`` that each depth begins with; they add up to 1.
 
-    Most goes where the answer is expected: by how much the chance to suffice is greater than that
-    of all shallower depths. The rest is shared equally.
+    Most goes where the answer is expected: to the chance that a depth passes and no shallower one
+    does. Luck decides too, so no depth is taken to pass for sure. The rest is shared equally.
     """
-    reached, gains = 0.0, {}
+    left, chances = 1.0, {}
     for depth in sorted(predicted):
-        chance = float(ndtr((predicted[depth] - (1 - margin)) / SPREAD))
-        gains[depth] = max(0.0, chance - reached)
-        reached = max(reached, chance)
-    total = sum(gains.values()) or 1.0
-    return {depth: EVEN / len(gains) + (1 - EVEN) * gain / total for depth, gain in gains.items()}
+        chance = min(SUREST, float(ndtr((predicted[depth] - (1 - margin)) / SPREAD)))
+        chances[depth] = left * chance
+        left *= 1 - chance
+    total, equal = sum(chances.values()) or 1.0, EVEN / len(chances)
+    return {depth: equal + (1 - EVEN) * each / total for depth, each in chances.items()}
 
 
 def look_level(alpha: float, look: int, last: int) -> float:
@@ -336,8 +349,10 @@ def _errors(test: NonInferiority, seeds: int, margin: float) -> _Errors:
     now, then = (users + (noise + luck) / n for n in (number, max(seeds, number)))
     of = Spread(users + noise / seeds, luck + noise, noise)
     _, df = standard_error(of, n_users=test.n_users, n_seeds=seeds)
+    # by then other depths will have been trained, too
+    df = min(float(df), max(2 * (seeds - 1), test.luck_df + seeds - number))
     scale = test.means[1] ** 2
-    return _Errors(now / scale, then / scale, float(df))
+    return _Errors(now / scale, then / scale, df)
 
 
 def odds_of(
@@ -404,5 +419,5 @@ def predict(readout: Mapping[int, float], depths: Collection[int], blocks: int) 
     best, found = 0.0, {}
     for depth in sorted(depths):  # no depth keeps less than a shallower one, as far as one knows
         best = max(best, min(1.0, readout.get(depth, 0.0) / top))
-        found[depth] = best
+        found[depth] = 1 - MENDED * (1 - best)
     return found

@@ -277,6 +277,9 @@ class NonInferiority:
     n_users: int
     n_seeds: int
     fixed: bool  # of one seed: the question is about these very models, not about their trainings
+    luck_df: float = (
+        math.inf
+    )  # at most so many degrees of freedom, where few trainings tell of luck
 
     @property
     def kept(self) -> float:
@@ -318,6 +321,7 @@ class NonInferiority:
         own, others = self.spreads(share)
         of = own._replace(seeds=max(own.seeds, others.seeds - others.noise + own.noise))
         error, df = standard_error(of, n_users=self.n_users, n_seeds=self.n_seeds)
+        df = min(df, max(self.n_seeds - 1, self.luck_df))
         mean = self.means[0] - share * self.means[1]
         return float(stdtr(df, -mean / error)) if error else float(mean <= 0)
 

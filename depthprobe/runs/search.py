@@ -91,7 +91,8 @@ class Found:
         if state.refuted:
             parts.append(f"refuted: {', '.join(map(str, state.refuted))}")
         if (step := state.next) is not None:
-            parts.append(f"looking at {step.depth} (seed {step.seed + 1} of {seeds})")
+            what = "the teacher" if step.depth == self.blocks else f"{step.depth}"
+            parts.append(f"looking at {what} (seed {step.seed + 1} of {seeds})")
         return "; ".join(parts)
 
 

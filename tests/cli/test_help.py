@@ -20,6 +20,7 @@ COMMANDS = {
     "sweep": ["STUDY.toml", "--data", "--backbone", "--layers", "--methods", "--seeds", "--epochs"]
     + ["--output", "--device", "--executor", "--jobs", "--item-embeddings", "--revision"],
     "init": ["STUDY.toml", "--data", "--backbone", "--user-column", "--set", "--overwrite"],
+    "find": ["STUDY.toml", "--data", "--backbone", "--layers", "--seeds", "--hours", "--margin"],
     "report": ["RUN", "--output", "--margin", "--level", "--metric"],
     "status": ["RUN"],
     "compare": ["A B...", "--targets", "--slices", "--common", "--margin", "--json", "--output"]

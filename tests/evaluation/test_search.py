@@ -1,0 +1,194 @@
+"""The search for a depth: levels by hand, what it does in worlds that are known, that it is a
+function of what was trained."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from depthprobe.evaluation.search import (
+    MOST,
+    Step,
+    level_weights,
+    look_level,
+    predict,
+    replay,
+    search,
+    spent,
+)
+from depthprobe.evaluation.sufficiency import sufficient_depth
+
+Values = dict[int, dict[int, np.ndarray]]
+BLOCKS, SEEDS = 8, 4
+
+
+def world(keeps: dict[int, float], *, noise: float = 0.05, luck: float = 0.0,
+          users: int = 2000, seed: int = 0) -> Values:  # fmt: skip
+    """Per-user values by depth and seed; the teacher's under BLOCKS."""
+    draw = np.random.default_rng(seed)
+    ease = draw.gamma(2.0, 0.5, size=users)
+    return {
+        depth: {
+            s: ease * (share + luck * draw.normal() + noise * draw.normal(size=users))
+            for s in range(SEEDS)
+        }
+        for depth, share in {**keeps, BLOCKS: 1.0}.items()
+    }
+
+
+KNEE = {1: 0.7, 2: 0.8, 3: 0.9, 4: 1.0, 5: 1.0, 6: 1.0, 7: 1.0}
+
+
+def asked(keeps: dict[int, float], **more: object) -> dict[str, object]:
+    return {"blocks": BLOCKS, "predicted": keeps, "seeds": SEEDS, "margin": 0.05, **more}
+
+
+def test_the_knee_is_found_without_the_deep_half() -> None:
+    values = world(KNEE)
+    found = replay(values, **asked(KNEE))
+    end = found.states[-1]
+    assert end.shown == 4
+    assert set(end.seeds) <= {1, 2, 3, 4}  # nothing deeper was trained
+    assert found.cost < 0.5 * SEEDS * sum(range(1, BLOCKS + 1))
+    assert 3 in end.refuted or 3 in end.open
+    candidates = {("finetune", d): [*values[d].values()] for d in KNEE}
+    full = sufficient_depth(candidates, [*values[BLOCKS].values()], margin=0.05)
+    assert full.depth == end.shown
+
+
+def test_a_wrong_prediction_costs_but_does_not_deceive() -> None:
+    upside_down = {depth: 1.7 - share for depth, share in KNEE.items()}
+    end = replay(world(KNEE), **asked(upside_down)).states[-1]
+    assert end.shown is None or end.shown >= 4
+    assert not {*end.refuted} & {4, 5, 6, 7}
+
+
+def test_a_search_that_luck_drowns_ends_early() -> None:
+    # luck of 30 % in every training: four seeds can hardly show anything
+    found = [replay(world(KNEE, luck=0.3, seed=seed), **asked(KNEE)) for seed in range(8)]
+    assert sum(each.states[-1].shown is not None for each in found) <= 2
+    costs = [each.cost / (SEEDS * sum(range(1, BLOCKS + 1))) for each in found]
+    assert np.median(costs) < 0.4
+
+
+def test_two_seeds_that_agree_prove_no_absence_of_luck() -> None:
+    # one depth, two seeds with the same luck by chance: a plain test would pass it
+    draw = np.random.default_rng(0)
+    ease = draw.gamma(2.0, 0.5, size=2000)
+    teacher = {s: ease + 0.01 * draw.normal(size=2000) for s in range(2)}
+    lucky = {4: {s: 1.5 * ease + 0.01 * draw.normal(size=2000) for s in range(2)}}
+    state = search(teacher, lucky, **asked(KNEE))
+    assert state.shown is None
+    plain = sufficient_depth({("finetune", 4): [*lucky[4].values()]}, [*teacher.values()],
+                             margin=0.05)  # fmt: skip
+    assert plain.depth == 4
+
+
+@given(st.randoms(use_true_random=False), st.integers(0, 20))
+def test_a_function_of_what_was_trained(random, seed: int) -> None:
+    values = world(KNEE, luck=0.03, users=300, seed=seed)
+    had = [Step(d, s) for d in values for s in range(SEEDS) if random.random() < 0.5]
+    random.shuffle(had)
+    trained: Values = {}
+    for step in had:
+        trained.setdefault(step.depth, {})[step.seed] = values[step.depth][step.seed]
+    in_order = {d: dict(sorted(arms.items())) for d, arms in sorted(trained.items())}
+    states = [
+        search(each.get(BLOCKS, {}), {d: a for d, a in each.items() if d != BLOCKS}, **asked(KNEE))
+        for each in (trained, in_order)
+    ]
+    assert states[0] == states[1]
+    step = states[0].next
+    assert step is None or step not in had
+
+
+def test_what_failed_is_not_asked_for_again() -> None:
+    values = world(KNEE)
+    lost = {Step(4, 1), Step(BLOCKS, 2)}
+    kept = {d: {s: v for s, v in arms.items() if Step(d, s) not in lost}
+            for d, arms in values.items()}  # fmt: skip
+    found = replay(kept, **asked(KNEE, lost=lost))
+    assert not lost & {*found.steps}
+    assert all(step.seed != 2 for step in found.steps)  # of the teacher: lost for all depths
+    assert found.states[-1].next is None  # it went on to its end
+
+
+def test_everything_trained_and_nothing_left_to_ask() -> None:
+    values = world(KNEE)
+    teacher = values.pop(BLOCKS)
+    assert search(teacher, values, **asked(KNEE)).next is None
+
+
+def test_never_more_than_the_most() -> None:
+    for seed in range(5):
+        flat = dict.fromkeys(KNEE, 0.955)
+        found = replay(world(flat, luck=0.01, seed=seed), **asked(flat))
+        assert found.cost <= MOST * SEEDS * sum(range(1, BLOCKS + 1))
+
+
+def test_weights_go_where_the_answer_is_expected() -> None:
+    weights = level_weights(KNEE, 0.05)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert max(weights, key=lambda depth: weights[depth]) == 4
+    assert min(weights.values()) > 0.01  # no depth is without a level
+
+
+def test_levels_are_handed_to_the_shallower_ones() -> None:
+    values = world(KNEE, noise=0.01)
+    teacher = values.pop(BLOCKS)
+    weights = level_weights(KNEE, 0.05)
+    rows = {row.depth: row for row in search(teacher, values, **asked(KNEE)).verdict.rows}
+    # worked by hand: 7, 6 and 5 are shown, and each gives to those below by their weights
+    expected, below = {}, sorted(KNEE)
+    passed = dict.fromkeys(KNEE, 0.0)
+    for depth in (7, 6, 5, 4):
+        expected[depth] = 0.05 * weights[depth] + passed[depth]
+        below = [d for d in KNEE if d < depth]
+        for d in below:
+            passed[d] += expected[depth] * weights[d] / sum(weights[each] for each in below)
+    for depth, level in expected.items():
+        assert rows[depth].tested_at == pytest.approx(look_level(level, SEEDS, SEEDS))
+        assert rows[depth].shown
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.01, 0.001])
+@pytest.mark.parametrize("last", [2, 3, 5])
+def test_looks_spend_their_level(alpha: float, last: int) -> None:
+    levels = spent(alpha, last)
+    assert len(levels) == last - 1
+    assert all(a < b for a, b in itertools.pairwise(levels))
+    assert levels[-1] <= alpha
+    # drawn: the chance to pass at any look
+    draw = np.random.default_rng(0)
+    steps = draw.normal(size=(400_000, last))
+    z = steps.cumsum(axis=1)[:, 1:] / np.sqrt(np.arange(2, last + 1))
+    passes = (z >= stats.norm.isf(levels)).any(axis=1).mean()
+    assert passes == pytest.approx(alpha, abs=4 * np.sqrt(alpha / 400_000))
+
+
+def test_five_looks_of_a_published_table() -> None:
+    # O'Brien-Fleming spending at 20, 40, ... 100 % of the information, one-sided 2.5 %
+    # (Lan and DeMets 1983): bounds 4.88, 3.36, 2.68, 2.29, 2.03. Ours has no look at 20 %, where
+    # 5e-7 would be spent.
+    assert stats.norm.isf(spent(0.025, 5)) == pytest.approx([3.36, 2.68, 2.29, 2.03], abs=0.01)
+
+
+def test_one_seed_has_no_level() -> None:
+    assert look_level(0.05, 1, 5) == 0
+
+
+def test_predictions() -> None:
+    readout = {0: 0.04, 1: 0.06, 2: 0.05, 3: 0.09, 4: 0.10}
+    found = predict(readout, [1, 2, 3], 4)
+    # half of what a read-out loses comes back; no depth keeps less than a shallower one
+    assert found == pytest.approx({1: 0.8, 2: 0.8, 3: 0.95})
+    assert predict({}, [1, 2], 4) == {1: 1.0, 2: 1.0}
+
+
+def test_nothing_trained_asks_for_the_teacher() -> None:
+    assert search({}, {}, **asked(KNEE)).next == Step(BLOCKS, 0)

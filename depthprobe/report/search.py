@@ -36,7 +36,7 @@ def search_words(summary: Summary) -> str:
         best = max(state.open, key=lambda depth: state.odds[depth])
         left = found.study.seeds - state.seeds.get(best, 0)
         said += f" Open: {_depths(state.open)}; the best odds to be shown has {best}, "
-        said += percent(state.odds[best], 0)
+        said += _odds(state.odds[best])
         if left:
             said += f" with {plural(left, 'more seed')}, {duration(left * found.seconds_of(best))}"
         said += "."
@@ -75,8 +75,9 @@ def search_steps(ax: Axes, summary: Summary) -> str:
     end = history.states[-1]
     shown = f"depth {end.shown} is shown (a ring)" if end.shown else "no depth is shown"
     return (
-        f"A bar is a training, as long as it is dear: the teacher's at the top, below it those of "
-        f"{candidate.label} models. In the end {shown}; a cross marks a depth that is refuted."
+        f"A bar is one training, and its length is its cost: the teacher's at the top, below it "
+        f"those of {candidate.label} models. In the end {shown}; a cross marks a depth that is "
+        "refuted."
     )
 
 
@@ -90,7 +91,7 @@ def search_table(run: Source) -> Table | None:
         ("keeps", "kept", in_percent), ("p-value", "p_value", _small),
         ("level now", "level", _small),
         ("predicted to keep", "predicted", lambda share: percent(share, 0)),
-        ("odds to be shown", "odds", lambda share: percent(share, 0)),
+        ("odds to be shown", "odds", _odds),
     ])  # fmt: skip
 
 
@@ -117,3 +118,8 @@ def _rows(found: Found) -> list[Values]:
 def _small(value: float) -> str:
     """A p-value: three digits behind the point, or that it is smaller."""
     return "<.001" if 0 < value < 0.001 else fixed(value, 3)
+
+
+def _odds(share: float) -> str:
+    """Odds in per cent, or that they are less than one."""
+    return percent(share, 0) if share >= 0.005 else "<1 %"

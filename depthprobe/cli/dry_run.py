@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from depthprobe.cli.cost import BUSY, TUNINGS
 from depthprobe.cli.terminal import cell, echo, say, scaled, show_facts, show_progress, show_table
 from depthprobe.formatting import duration as duration_of
-from depthprobe.formatting import plural
+from depthprobe.formatting import plain_percent, plural
 
 if TYPE_CHECKING:
     from depthprobe.runs.estimate import Estimate, Preview, Span
@@ -108,6 +108,13 @@ def _show_tasks(plan: Preview) -> None:
     work = duration(plan.estimate.work) if plan.estimate else "-"
     header = ["method", "tasks", "trials", "done", "failed", "left", "ESTIMATED work"]
     show_table(header, [*rows, ["all", *sums, work]], words=header[:1])
+    if plan.inputs.working.searches:
+        from depthprobe.evaluation.search import MOST
+
+        say(
+            "This is the most that a search may train. It ends when the verdict stands, and at "
+            f"{plain_percent(MOST)} of the compute at the latest."
+        )
     failed = sums[3]
     if failed and plan.retry_failed:
         say(f"Failed trials run again and count as left, too ({failed}).")

@@ -107,6 +107,7 @@ def status(run: Run, *, as_json: AS_JSON = False) -> None:
             "all": {each: state.total(each) for each in states},
             "working": [asdict(each) for each in state.working],
             "failed": [{"task": task, "reason": reason} for task, reason in state.failed],
+            "search": state.search and state.search.words,
             "damaged": [{"task": task, "reason": str(why)} for task, why in state.damaged],
         }
         echo(json.dumps(content, indent=1, allow_nan=False))
@@ -132,7 +133,10 @@ def _show_status(run: Path, state: Status) -> None:
         echo(one_line(f"failed: {task}: {reason}"), sys.stderr)
     if state.failed:
         echo("sweep --retry-failed runs them again")
-    if state.total("left") and not state.working:
+    if state.search:
+        echo(f"a search, which trains few of those left; {state.search.words}")
+    ended = state.search and state.search.ended
+    if state.total("left") and not state.working and not ended:
         echo("no sweep is running; run the same command to continue")
 
 

@@ -120,6 +120,10 @@ def sweep(
     if flags["epochs"] is not None and "sasrec" in {*chosen.methods, chosen.item_table}:
         own = f"it keeps {chosen.sasrec.recipe.epochs} (sasrec.recipe.epochs)"
         echo(f"--epochs does not apply to SASRec: {own}", sys.stderr)
+    if chosen.searches and (jobs or 0) > 1:
+        echo(
+            "a search trains one model after the other: --jobs does not make it faster", sys.stderr
+        )
     if dry:
         return dry_run(chosen, folder, jobs=jobs, retry_failed=retry_failed, executor=executor)
     command = shell_line(["depthprobe", *context.obj])  # as typed
@@ -221,6 +225,8 @@ def results(run: Run) -> pd.DataFrame:
     """One row a method and depth: how many trials, accuracy, parameters, milliseconds."""
     costs = ["parameters_total", "train_step_ms", "encode_ms", "score_ms"]
     trials = run.trials[run.trials["status"] == "done"]
+    # of methods that leave blocks out, a mean over different blocks says nothing
+    trials = trials[[not method_of(name).by_block for name in trials["method"]]]
     chosen = run.metrics.query("split == 'test' and protocol == 'full' and slice == 'all'")
     chosen = chosen[chosen["metric"].isin(["HR@10", "NDCG@10"])]
     accuracy = chosen.pivot_table(index="trial", columns="metric", values="value")

@@ -215,6 +215,8 @@ def _advice(summary: Summary, sufficiency: Sufficiency) -> tuple[str, str]:
     if (needed := sufficiency.needed) is not None:
         more = needed_words(*needed[2:], users=sufficiency.users, seeds=sufficiency.seeds)
         return f"Not decided: {more}.", likely_words(*needed[2:])
+    if summary.found is not None and summary.found.state.open:  # depths that were hardly trained
+        return f"Not decided: no depth is shown to keep {floor} of the teacher's accuracy.", ""
     if all(other.kept.high < 1 - sufficiency.margin for other in sufficiency.rows):
         return f"Keep all blocks: no shallower model keeps {floor} of the teacher's accuracy.", ""
     return (
@@ -254,12 +256,13 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
     """The confidence, and that the candidate was picked out of several."""
     number, margin = len(sufficiency.rows), plain_percent(summary.margin)
     picked = f", allowing for the choice among {number} candidates" * (number > 1)
+    picked = ", allowing for all depths and looks of the search" if summary.found else picked
     if row.shown:
         said = (
             f"With {plain_percent(summary.level)} confidence it loses at most {margin}: it keeps "
             f"at least {_below(row.lower, 1)}{picked}."
         )
-        if number > 1:
+        if picked:
             said += " The interval is for this model alone."
         if (needed := sufficiency.needed) is not None:
             label = method_info(needed.method).label

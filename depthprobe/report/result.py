@@ -106,6 +106,20 @@ class Sufficiency(msgspec.Struct):
     needed: Needed | None
 
 
+class Searched(msgspec.Struct):
+    """A search: models trained ``of`` a full sweep's, and the share of its compute.
+
+    ``refuted`` and ``open`` are depths; ``ended`` says why it has, and is empty before.
+    """
+
+    trained: int
+    of: int
+    compute: float
+    refuted: list[int]
+    open: list[int]
+    ended: str
+
+
 class Cells(msgspec.Struct):
     """A table: ``values`` with every digit, and ``columns`` and ``rows`` as the page shows them."""
 
@@ -130,6 +144,7 @@ class Result(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     recommendation: Recommendation | None
     candidate: Candidate | None
     sufficiency: Sufficiency | None
+    search: Searched | None = None
     answer: list[str]
     caveats: list[str]
     blocks: int
@@ -171,6 +186,12 @@ def make_result(summary: Summary, answer: Answer, tables: Mapping[str, Table]) -
             found.method, found.depth, rows,
             needed and Needed(needed.method, needed.depth, list(needed.users), list(needed.seeds)),
         )  # fmt: skip
+    searched = None
+    if (search := summary.found) is not None:
+        searched = Searched(
+            *search.models, search.cost / search.full_cost, list(search.state.refuted),
+            list(search.state.open), search.ended,
+        )  # fmt: skip
     provenance = msgspec.to_builtins(run.manifest, enc_hook=lambda value: value.item())
     for private in ("files", "digest"):
         provenance.pop(private)
@@ -182,6 +203,7 @@ def make_result(summary: Summary, answer: Answer, tables: Mapping[str, Table]) -
         recommendation=recommended,
         candidate=candidate,
         sufficiency=sufficiency,
+        search=searched,
         answer=[line for line in answer.lines if line],
         caveats=list(answer.caveats),
         blocks=summary.blocks,

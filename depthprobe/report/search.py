@@ -22,14 +22,15 @@ SHOWN, REFUTED, OPEN = "shown", "refuted", "open"
 def search_words(summary: Summary) -> str:
     """What the search trained of what a full sweep trains; empty where nothing was searched."""
     found = summary.found
-    if found is None or not found.history.steps:
+    if found is None or not found.trained:
         return ""
-    steps, every = len(found.history.steps), found.study.seeds * (len(found.predicted) + 1)
+    (trained, every), state = found.models, found.state
     said = (
-        f"The search trained {steps} of the {every} models of a full sweep, "
-        f"{percent(found.history.cost / found.full_cost, 0)} of its compute."
+        f"The search trained {trained} of the {every} models of a full sweep, "
+        f"{percent(found.cost / found.full_cost, 0)} of its compute."
     )
-    state = found.state
+    if found.ended:
+        said += f" It ended: {found.ended}."
     if state.refuted:
         said += f" Refuted: {_depths(state.refuted)}."
     if state.open:
@@ -74,6 +75,8 @@ def search_steps(ax: Axes, summary: Summary) -> str:
     drawing.finish(ax, "What the search trained, in its order")
     end = history.states[-1]
     shown = f"depth {end.shown} is shown (a ring)" if end.shown else "no depth is shown"
+    if (steps := len(history.steps)) < (trained := found.models[0]):
+        shown += f"; the search would have trained these {steps} of the {trained} models there"
     return (
         f"A bar is one training, and its length is its cost: the teacher's at the top, below it "
         f"those of {candidate.label} models. In the end {shown}; a cross marks a depth that is "

@@ -102,13 +102,14 @@ def preview(
     there = _there(context, tasks)
     asked = 1 if processes > 1 or (apart and jobs is None) else jobs
     at_once = partial(jobs_at_once, asked, device, memory=inputs.job_memory)
-    workers = max(1, at_once(len(waiting)))
+    most = 1 if inputs.working.searches else len(tasks)  # a search trains one after the other
+    workers = max(1, at_once(min(len(waiting), most)))
     plan = Preview(
         inputs=inputs,
         folder=folder,
         device=device,
         workers=workers,
-        threads=threads_of(1 if apart else at_once(len(tasks)), available_cores()),
+        threads=threads_of(1 if apart else at_once(most), available_cores()),
         processes=processes,
         apart=apart,
         # of several GPUs each has its share of the workers
@@ -144,12 +145,7 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
         measured = read_timing(path)
     timed = bool(measured) and measured["conditions"]["device"] == device.type
     timed = timed and covers(measured, context, blocks)
-    sizes = Sizes(
-        windows=len(context.windows),
-        validation=min(len(context.split.validation.users), study.protocol.validation_users),
-        test=len(context.test.users),
-        depths=parse_layers(study.layers, blocks),
-    )
+    sizes = _sizes(context, blocks)
     trained = any(method_of(task.method).reads_users for task in plan.waiting)
     busy, alone = 0.0, 0.0
     if not timed:
@@ -194,6 +190,22 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
         memory=measured.get("peak_bytes") if trained else None,
         fewer=measured["conditions"]["train_batch"] < min(study.recipe.batch_size, sizes.windows),
     )
+
+
+def _sizes(context: Context, blocks: int) -> Sizes:
+    study = context.study
+    return Sizes(
+        windows=len(context.windows),
+        validation=min(len(context.split.validation.users), study.protocol.validation_users),
+        test=len(context.test.users),
+        depths=parse_layers(study.layers, blocks),
+    )
+
+
+def seconds_of(task: Task, context: Context, *, processes: int = 1) -> float:
+    """What a task of a run takes at most, by the times that the run has measured."""
+    units = units_of(read_timing(context.shared / TIMING))
+    return _task_seconds(context.study, task, _sizes(context, task.blocks), units, processes)
 
 
 def _check_memory(context: Context, plan: Preview) -> None:

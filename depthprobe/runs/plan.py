@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from depthprobe.errors import BadInput
 from depthprobe.methods import Request, Task, Trial, method_of, method_order
 from depthprobe.study import SELECTIONS, Study, parse_blocks, parse_layers, settings_of
 
@@ -17,18 +18,22 @@ def plan(study: Study, blocks: int) -> list[Task]:
     """All tasks of a study, each after what it needs.
 
     Of a study that searches all that the search may come to: every depth of the method that it
-    searches with; other methods keep to the ends.
+    searches with; other methods keep to the ends and to the first seed.
 
     Raises:
         BadInput: if the study names depths or blocks that the backbone does not have.
     """
     parse_layers(study.layers, blocks)  # refused even where no method has a depth
     searched = study.searched if study.searches else None
-    wanted = {*study.methods, *((TEACHER, READOUT, POPULARITY) if searched else ())}
-    missing = set(wanted)
-    while missing:
-        missing = {need for name in missing for need in _needs(study, name)} - wanted
-        wanted |= missing
+    wanted = _with_needs(study, study.methods)
+    repeated = wanted
+    if searched is not None:
+        wanted |= _with_needs(study, (TEACHER, READOUT, POPULARITY))
+        repeated = _with_needs(study, (TEACHER, searched))
+        among = settings_of(study, searched).layers
+        if not any(depth < blocks for depth in parse_layers(among, blocks)):
+            allowed = f"some depth below {blocks}, all blocks of the backbone, to search among"
+            raise BadInput("layers", study.layers, allowed)
     tasks: list[Task] = []
     for name in sorted(wanted, key=method_order):
         method = method_of(name)
@@ -40,7 +45,8 @@ def plan(study: Study, blocks: int) -> list[Task]:
         trains = method.trains or method.settings == "sasrec"
         tuned = trains and len(settings.recipe.rates) > 1
         # without a training there is nothing that a seed could change
-        for seed in range(1 if method.role == "baseline" and not method.settings else study.seeds):
+        once = (method.role == "baseline" and not method.settings) or name not in repeated
+        for seed in range(1 if once else study.seeds):
             before = (*_needs(study, name), *(other for other in method.after if other in wanted))
             needs = tuple(full_trial(need, seed, blocks).id for need in before)
             request = Request(
@@ -77,6 +83,16 @@ def trial_of(method: str, kept: Iterable[int], seed: int, blocks: int) -> Trial:
     kept = tuple(kept)
     name = f"{method.replace(':', '-')}-d{len(kept):02d}-s{seed}"
     return Trial(name, method, kept, seed, blocks)
+
+
+def _with_needs(study: Study, names: Iterable[str]) -> set[str]:
+    """The methods, and all that they need."""
+    wanted = set(names)
+    missing = set(wanted)
+    while missing:
+        missing = {need for name in missing for need in _needs(study, name)} - wanted
+        wanted |= missing
+    return wanted
 
 
 def _needs(study: Study, name: str) -> tuple[str, ...]:

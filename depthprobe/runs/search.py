@@ -7,6 +7,7 @@ begins in the run of a full sweep, goes on from what is there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from depthprobe.runs.plan import POPULARITY, READOUT, TEACHER, full_trial, plan
 from depthprobe.runs.records import (
     FULL,
     TRIALS,
+    CutShort,
     Record,
     outputs_of,
     read_record,
@@ -73,9 +75,39 @@ class Found:
         }  # fmt: skip
 
     @property
+    def cost(self) -> int:
+        """Of all that is trained, where a training costs its depth."""
+        return sum(depth * len(arms) for depth, arms in self.trained.items())
+
+    @property
+    def models(self) -> tuple[int, int]:
+        """How many are trained, and how many a full sweep trains."""
+        every = self.study.seeds * (len(self.predicted) + 1)
+        return sum(map(len, self.trained.values())), every
+
+    @property
     def full_cost(self) -> int:
         """Of all depths and seeds, where a training costs its depth."""
         return self.study.seeds * (sum(self.predicted) + self.blocks)
+
+    @property
+    def ended(self) -> str:
+        """Why the search has ended; empty while it goes on."""
+        step, study = self.state.next, self.study
+        if not self.trained.get(self.blocks):
+            return "the teacher failed" if Step(self.blocks, 0) in self.lost else ""
+        mean = float(np.mean([arm.mean() for arm in self.trained[self.blocks].values()]))
+        if self.popularity is not None and mean <= self.popularity:
+            return (
+                f"the teacher is no better than popularity ({study.protocol.metric} {mean:.4f},"
+                f" popularity {self.popularity:.4f}); train it better first"
+            )
+        if step is None:
+            return "nothing more is likely to change the verdict"
+        needed, hours = self.seconds_of(step.depth), study.search.hours
+        if hours is not None and sum(self.seconds.values()) + needed > 3600 * hours:
+            return f"the next training, {duration(needed)}, would exceed search.hours = {hours:g}"
+        return ""
 
     def seconds_of(self, depth: int) -> float:
         """What a training at a depth takes: as those there, or as the nearest ones by depth."""
@@ -90,7 +122,9 @@ class Found:
         parts = [f"shown: {state.shown or 'none yet'}"]
         if state.refuted:
             parts.append(f"refuted: {', '.join(map(str, state.refuted))}")
-        if (step := state.next) is not None:
+        if self.ended:
+            parts.append(f"ended: {self.ended}")
+        elif (step := state.next) is not None:
             what = "the teacher" if step.depth == self.blocks else f"{step.depth}"
             parts.append(f"looking at {what} (seed {step.seed + 1} of {seeds})")
         return "; ".join(parts)
@@ -100,7 +134,9 @@ def find_out(folder: Path, study: Study, blocks: int) -> Found:
     """Read what a search goes by."""
 
     def record_of(trial: str) -> Record | None:
-        return read_record(folder / TRIALS / trial)
+        with suppress(CutShort):  # a sweep makes it anew
+            return read_record(folder / TRIALS / trial)
+        return None
 
     def values(record: Record) -> np.ndarray:
         _, ranks = read_users(folder / TRIALS / record.id, record)[FULL]
@@ -134,11 +170,10 @@ def find_out(folder: Path, study: Study, blocks: int) -> Found:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a search wants done now, and how far it is; no tasks, and why, when it has ended."""
+    """What a search wants done now, and how far it is; no tasks when it has ended."""
 
     tasks: tuple[Task, ...]
     words: str = ""
-    why: str = ""
 
 
 def plan_search(folder: Path, study: Study, tasks: Sequence[Task], blocks: int) -> Asked:
@@ -151,31 +186,12 @@ def plan_search(folder: Path, study: Study, tasks: Sequence[Task], blocks: int) 
     if first := left([task for task in tasks if task.seed == 0 and task.method != searched]):
         return Asked(first)
     found = find_out(folder, study, blocks)
-    step, why = found.state.next, _ended(found)
-    if step is None or why:
-        return Asked((), found.words, why)
+    step = found.state.next
+    if step is None or found.ended:
+        return Asked((), found.words)
     by_name = {name: task for task in tasks for name in task.names}
     method = TEACHER if step.depth == blocks else searched
     closure = [by_name[f"{method.replace(':', '-')}-d{step.depth:02d}-s{step.seed}"]]
     for task in closure:  # and all that it needs
         closure += [by_name[need] for need in task.needs if by_name[need] not in closure]
     return Asked(left([task for task in tasks if task in closure]), found.words)
-
-
-def _ended(found: Found) -> str:
-    """Why a search has ended; empty while it goes on."""
-    step, study = found.state.next, found.study
-    if not found.trained.get(found.blocks):
-        return "the teacher failed"
-    mean = float(np.mean([arm.mean() for arm in found.trained[found.blocks].values()]))
-    if found.popularity is not None and mean <= found.popularity:
-        return (
-            f"the teacher is no better than popularity ({study.protocol.metric} {mean:.4f},"
-            f" popularity {found.popularity:.4f}); train it better first"
-        )
-    if step is None:
-        return "nothing more is likely to change the verdict"
-    needed, hours = found.seconds_of(step.depth), study.search.hours
-    if hours is not None and sum(found.seconds.values()) + needed > 3600 * hours:
-        return f"the next training, {duration(needed)}, would exceed search.hours = {hours:g}"
-    return ""

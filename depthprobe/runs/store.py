@@ -11,11 +11,11 @@ import time
 import tomllib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -59,6 +59,9 @@ from depthprobe.runs.records import (
 from depthprobe.runs.scheduler import held
 from depthprobe.runs.tables import SLICES, metrics_table, read_slices
 from depthprobe.study import Study, ranges, study_digest, study_from_dict
+
+if TYPE_CHECKING:
+    from depthprobe.runs.search import Found
 
 PARTS = ("blocks", "token_embeddings", "adapters", "item_table", "total", "trainable")
 
@@ -301,6 +304,7 @@ class Status:
     working: list[Working] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)  # task, reason
     damaged: list[tuple[str, Exception]] = field(default_factory=list)  # what can't be read
+    search: Found | None = None  # which trains few of what is left
 
     def total(self, state: str) -> int:
         """How many tasks are ``done``, ``failed``, ``working``, ``left`` or ``damaged``."""
@@ -315,6 +319,8 @@ def status_of(folder: Path) -> Status:
     """
     if (folder / STUDY).is_file() and not (folder / MANIFEST).is_file():
         raise BadInput("run", str(folder), "a run that has begun (this one is being laid out)")
+    from depthprobe.runs.search import find_out
+
     run = open_run(folder)
     status, at_work = Status(), {each.task: each for each in working(folder)}
     for task in plan(run.study, run.manifest.backbone.blocks):
@@ -332,6 +338,9 @@ def status_of(folder: Path) -> Status:
             reason = next((each.error for each in records if each and each.error), "")
             status.failed.append((task.id, " ".join(reason.split())))
         status.counts.setdefault(task.method, Counter())[state] += 1
+    if run.study.searches and not status.damaged:
+        found = find_out(folder, run.study, run.manifest.backbone.blocks)
+        return replace(status, search=found)
     return status
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle  # noqa: S403 - to see whether a method can be sent to a worker
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from depthprobe.cost.size import release_memory
 from depthprobe.errors import BadInput
-from depthprobe.formatting import rounded
+from depthprobe.formatting import duration, rounded
 from depthprobe.methods import BUILT_IN, METHODS, Method, Task
 from depthprobe.runs import worker
 from depthprobe.runs.context import Context
+from depthprobe.runs.estimate import seconds_of
 from depthprobe.runs.layout import (
     Inputs,
     available_cores,
@@ -29,6 +30,7 @@ from depthprobe.runs.layout import (
     threads_of,
     tidy,
 )
+from depthprobe.runs.plan import TEACHER
 from depthprobe.runs.processes import ProcessGroup, Progress, join_processes
 from depthprobe.runs.records import (
     FULL,
@@ -123,6 +125,8 @@ def run_sweep(
                 waiting = [*_asked_for(context, inputs, progress)]
             if waiting:
                 _measure_once(context, inputs.blocks, progress)
+            if working.searches:
+                _check_hours(context, inputs.tasks, group.processes)
         return resliced, waiting, _names(by_state["done"]), _names(by_state["failed"])
 
     begun = group.from_first(begin)
@@ -185,7 +189,7 @@ def _asked_for(context: Context, inputs: Inputs, progress: Progress) -> tuple[Ta
     if asked.tasks:
         progress.plan([task.id for task in asked.tasks])
     if asked.words:
-        progress.message(f"{asked.words}; ended: {asked.why}" if asked.why else asked.words)
+        progress.message(asked.words)
     return asked.tasks
 
 
@@ -201,6 +205,16 @@ def _measure_once(context: Context, blocks: int, progress: Progress) -> None:
         write_sealed(path, measure(context, blocks))
         release_memory()
         progress.message("every depth is timed")
+
+
+def _check_hours(context: Context, tasks: Sequence[Task], processes: int) -> None:
+    """Refuse a search that has no time for its first teacher, before anything is trained."""
+    hours, teacher = context.study.search.hours, next(t for t in tasks if t.method == TEACHER)
+    if hours is None or state_of(context.outputs(teacher)) != "left":
+        return
+    if (needed := seconds_of(teacher, context, processes=processes)) > 3600 * hours:
+        allowed = f"at least {rounded(needed / 3600)}, that is {duration(needed)} for one teacher"
+        raise BadInput("search.hours", f"{hours:g}", allowed)
 
 
 def _ready(

@@ -40,6 +40,8 @@ def finished(path: Path, failed: list[tuple[str, str]] | None = None) -> SimpleN
         ("popularity", "popularity", 0, "done"),
         ("early-exit-2-s0", "early-exit", 2, "done"),
         ("early-exit-1-s0", "early-exit", 1, "done"),
+        ("skip-5-s0", "skip", 11, "done"),  # of different blocks: no row
+        ("skip-6-s0", "skip", 11, "done"),
     ]
     trials = pd.DataFrame(rows, columns=["trial", "method", "depth", "status"])
     costs = {"parameters_total": 1000, "train_step_ms": 2.0, "encode_ms": None, "score_ms": 1.0}

@@ -63,6 +63,18 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
+def test_a_search_is_told_to_take_less(cli: Cli, study: list[object]) -> None:
+    outcome = cli("find", *study, "--seeds", 3, "--jobs", 2, "--dry-run")
+    out = plain(outcome.out)
+    assert "This is the most that a search may train." in out
+    assert "at 70 % of the compute at the latest" in out
+    assert "cpu, 1 job at a time" in out
+    assert "--jobs does not make it faster" in outcome.err
+    counts = table(outcome.out, "method")
+    assert counts["readout"][0] == "1"
+    assert counts["finetune"][0] == counts["full"][0] == "3"
+
+
 def test_a_new_run(cli: Cli, study: list[object], tmp_path: Path) -> None:
     before = contents(tmp_path)
     outcome = cli("sweep", *study, "--dry-run")

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,19 @@ def test_what_is_left_is_nobodys_where_nobody_works(
     assert ("no sweep is running" in told.out) != at_work
 
 
+@pytest.mark.parametrize("ended", ["", "it stands"])
+def test_of_a_search_little_is_left(
+    ended: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = SimpleNamespace(words="shown: 2", ended=ended)
+    state = Status({"finetune": Counter(left=9)}, search=search)  # type: ignore[arg-type]
+    monkeypatch.setattr(store, "status_of", lambda run: state)
+    out = cli("status", "run").out
+    assert "a search, which trains few of those left; shown: 2\n" in out
+    assert ("run the same command to continue" in out) == (not ended)
+    assert json.loads(cli("status", "run", "--json").out)["search"] == "shown: 2"
+
+
 def test_status_for_programs(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"sasrec": Counter(left=2, working=1), "full": Counter(done=3, failed=1, damaged=1)}
     state = Status(
@@ -95,6 +109,7 @@ def test_status_for_programs(cli: Callable[..., Any], monkeypatch: pytest.Monkey
         "all": {"done": 3, "failed": 1, "working": 1, "left": 2, "damaged": 1},
         "working": [{"task": "sasrec-s0", "line": "epoch 3 \x1b[31m", "seconds": 7.25}],
         "failed": [{"task": "full-s0", "reason": "no room"}],
+        "search": None,
     }
     assert (told.code, told.err.count("\n")) == (2, 1)  # of what can't be read
     state.damaged.clear()

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from depthprobe.evaluation.search import Step
+from depthprobe.report.answer import _advice, build_answer
 from depthprobe.report.drawing import FIGURES, NoData
 from depthprobe.report.numbers import Summary, summarise
+from depthprobe.report.result import make_result
 from depthprobe.report.search import search_steps, search_table, search_words
 from depthprobe.runs.search import Found
 from depthprobe.study import Protocol, Study
@@ -54,6 +56,37 @@ def test_the_words(searched: Summary) -> None:
     )
     assert found.state.shown == 2
     assert ("Refuted: depth 1." in words) == (1 in found.state.refuted)
+    assert " It ended: nothing more is likely to change the verdict." in words
+    result = make_result(searched, build_answer(searched), {}).search
+    assert result is not None
+    assert (result.trained, result.of, round(100 * result.compute)) == (len(steps), 12, share)
+    assert result.ended == found.ended
+
+
+def test_what_another_search_would_not_have_trained_is_counted(searched: Summary) -> None:
+    found = searched.found
+    assert found is not None
+    more = {**found.trained, 3: {**found.trained.get(3, {}), 7: found.trained[2][0]}}
+    grown = replace(searched, found=replace(found, trained=more))
+    steps = len(found.history.steps)
+    assert search_words(grown).startswith(f"The search trained {steps + 1} of the 12 models")
+    _, caption = FIGURES["search_steps"].drawn(grown)
+    assert f"would have trained these {steps} of the {steps + 1} models there" in caption
+
+
+def test_open_depths_keep_no_blocks(searched: Summary) -> None:
+    """Where the depths compared are too bad, and others have not been compared."""
+    found = searched.found
+    assert found is not None
+    bad = {1: {s: 0.1 * found.trained[4][s] for s in (0, 1)}, 4: found.trained[4]}
+    cut = replace(found, trained=bad)
+    assert cut.state.verdict is not None
+    assert cut.state.open
+    row = cut.state.verdict.rows[0]
+    assert row.kept.high < 0.95
+    summary = replace(searched, found=cut)
+    assert _advice(summary, cut.state.verdict)[0].startswith("Not decided: no depth is shown")
+    assert _advice(replace(searched, found=None), cut.state.verdict)[0].startswith("Keep all")
 
 
 def test_what_an_hour_would_buy(searched: Summary) -> None:

@@ -15,7 +15,7 @@ from depthprobe.runs import search as searching
 from depthprobe.runs.plan import plan
 from depthprobe.runs.records import write_failure
 from depthprobe.runs.search import Found, find_out, plan_search
-from depthprobe.runs.store import Run, open_run
+from depthprobe.runs.store import Run, open_run, status_of
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.study import Protocol, Search, Study, override
 from tests.runs.conftest import Recorder
@@ -120,7 +120,24 @@ def test_a_budget_ends_it(found_run: Run, tmp_path: Path) -> None:
     short = replace(run.study, search=Search(hours=1e-6))
     cut = asked_in(run, short)
     assert not cut.tasks
-    assert cut.why.endswith("would exceed search.hours = 1e-06")
+    assert cut.words.endswith("would exceed search.hours = 1e-06")
+    assert "looking at" not in cut.words
+
+
+def test_too_few_hours_are_refused_before_a_training(searched: Study, tmp_path: Path) -> None:
+    short = replace(searched, search=Search(hours=1e-6))
+    with pytest.raises(BadInput, match=r"search.hours: expected at least .* for one teacher"):
+        run_sweep(short, tmp_path / "run", jobs=0)
+    assert not [*(tmp_path / "run").glob("trials/*")]
+
+
+def test_a_record_that_was_cut_short_is_made_anew(found_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(found_run.path, tmp_path / "run")
+    last = finds(found_run).history.steps[-1]
+    name = f"{'full' if last.depth == 3 else 'finetune'}-d{last.depth:02d}-s{last.seed}"
+    (tmp_path / "run/trials" / name / "record.json").write_text("")
+    asked = plan_search(tmp_path / "run", found_run.study, plan(found_run.study, 3), 3)
+    assert [task.id for task in asked.tasks] == [name]
 
 
 def test_a_teacher_below_popularity_ends_it(
@@ -132,7 +149,8 @@ def test_a_teacher_below_popularity_ends_it(
     )
     asked = asked_in(found_run, found_run.study)
     assert not asked.tasks
-    assert "the teacher is no better than popularity (NDCG@10 0." in asked.why
+    assert "ended: the teacher is no better than popularity (NDCG@10 0." in asked.words
+    assert "looking at" not in asked.words
 
 
 def test_the_words_of_progress(found_run: Run) -> None:
@@ -149,6 +167,7 @@ def test_the_words_of_progress(found_run: Run) -> None:
     [
         ({"methods": ("popularity", "full")}, "layers: expected finetune, heal or distill beside"),
         ({"search.method": "heal"}, "search.method: expected one of finetune, got 'heal'"),
+        ({"layers": "find:3"}, "layers: expected some depth below 3, all blocks of"),
         ({"layers": "find:9"}, "layers: expected depths from 1 to 3"),
         ({"protocol.margin": 0.0}, "protocol.margin: expected a number above 0"),
     ],
@@ -167,6 +186,15 @@ def test_other_methods_keep_to_the_ends(searched: Study) -> None:
     assert depths["finetune"] == {1, 2}
     assert depths["random-init"] == {3}
     assert "heal" not in depths
+    # what a search trains again with each seed, and what that needs
+    assert {task.method for task in plan(more, 3) if task.seed} == {"sasrec", "full", "finetune"}
+
+
+def test_status_says_how_far_it_is(found_run: Run) -> None:
+    state = status_of(found_run.path)
+    assert state.search is not None
+    assert state.search.words == finds(found_run).words
+    assert "ended: nothing more" in state.search.words
 
 
 def test_among_some_depths(searched: Study) -> None:

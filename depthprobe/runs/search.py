@@ -17,8 +17,17 @@ from typing import Any
 import numpy as np
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.search import Replay, Search, Step, predict, replay, search
-from depthprobe.formatting import duration
+from depthprobe.evaluation.search import (
+    MOST,
+    WARY,
+    Replay,
+    Search,
+    Step,
+    predict,
+    replay,
+    search,
+)
+from depthprobe.formatting import duration, plain_percent
 from depthprobe.methods import Task
 from depthprobe.runs.plan import POPULARITY, READOUT, TEACHER, full_trial, plan
 from depthprobe.runs.records import (
@@ -102,12 +111,20 @@ class Found:
                 f"the teacher is no better than popularity ({study.protocol.metric} {mean:.4f},"
                 f" popularity {self.popularity:.4f}); train it better first"
             )
+        if step is None and any(self._worth(depth) for depth in self.state.open):
+            return f"one more training would exceed {plain_percent(MOST)} of a full sweep"
         if step is None:
             return "nothing more is likely to change the verdict"
         needed, hours = self.seconds_of(step.depth), study.search.hours
         if hours is not None and sum(self.seconds.values()) + needed > 3600 * hours:
             return f"the next training, {duration(needed)}, would exceed search.hours = {hours:g}"
         return ""
+
+    def _worth(self, depth: int) -> bool:
+        """Whether the odds of a depth, of which seeds are left, are worth all that may be spent."""
+        failed = {step.seed for step in self.lost if step.depth in (depth, self.blocks)}
+        some_left = len(failed | {*self.trained.get(depth, ())}) < self.study.seeds
+        return some_left and self.state.odds[depth] >= MOST**WARY
 
     def seconds_of(self, depth: int) -> float:
         """What a training at a depth takes: as those there, or as the nearest ones by depth."""

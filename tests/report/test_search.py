@@ -110,7 +110,8 @@ def test_the_table(searched: Summary) -> None:
     assert frame.loc[2, "verdict"] == "shown"
     assert frame.loc[2, "seeds"] == 3
     assert frame.loc[2, "p_value"] <= frame.loc[2, "level"]
-    assert frame.loc[3, "verdict"] == ""  # deeper than what is shown: not asked
+    assert frame.loc[3, "verdict"] == "not needed"  # deeper than what is shown
+    assert table.rows[2][-1] == "–"
     assert frame["predicted"].tolist() == list(KEEPS.values())
 
 

@@ -144,7 +144,7 @@ def test_scores_count_where_users_are_ranked() -> None:
     more = {name: seconds - plain[name] for name, seconds in scored.items()}
     assert more["popularity-s0"] == pytest.approx(5 * 0.03)
     assert more["full-d03-s0"] == pytest.approx((2 * 4 + 5) * 0.03)
-    assert more["early-exit-s0"] == pytest.approx(5 * 4 * 0.03)  # depths 0 to 2, and the full one
+    assert more["early-exit-s0"] == pytest.approx((4 + 5) * 4 * 0.03)  # depths 0 to 2, the full one
     assert more["skip-s0"] == pytest.approx(5 * 3 * 0.03)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from depthprobe.errors import BadInput
+from depthprobe.evaluation.search import Search as State
 from depthprobe.evaluation.search import Step
 from depthprobe.runs import search as searching
 from depthprobe.runs.plan import plan
@@ -138,6 +140,22 @@ def test_a_record_that_was_cut_short_is_made_anew(found_run: Run, tmp_path: Path
     (tmp_path / "run/trials" / name / "record.json").write_text("")
     asked = plan_search(tmp_path / "run", found_run.study, plan(found_run.study, 3), 3)
     assert [task.id for task in asked.tasks] == [name]
+
+
+def test_the_share_of_a_sweep_ends_it(found_run: Run) -> None:
+    trained = {2: {0: np.ones(5), 1: np.ones(5)}, 3: {seed: np.ones(5) for seed in range(3)}}
+    found = replace(finds(found_run), trained=trained)
+    state = State(None, {2: 2}, (), {2: 0.5}, None)
+
+    def ended(state: State, **changes: object) -> str:
+        changed = replace(found, **changes)  # type: ignore[arg-type]
+        vars(changed)["state"] = state
+        return changed.ended
+
+    assert ended(state) == "one more training would exceed 70 % of a full sweep"
+    stands = "nothing more is likely to change the verdict"
+    assert ended(replace(state, odds={2: 0.1})) == stands
+    assert ended(state, lost=frozenset({Step(2, 2)})) == stands
 
 
 def test_a_teacher_below_popularity_ends_it(

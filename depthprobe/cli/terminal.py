@@ -164,7 +164,7 @@ class Display(Progress, logging.Handler):
 
     def plan(self, trials: Sequence[str]) -> None:
         """The trials that will run now; a search adds some again and again."""
-        first, self.total = not self.total, self.ended + len(trials)
+        first, self.total, self.doing = not self.total, self.ended + len(trials), ""
         if self.bar is not None:
             self.bar.update(self.task, total=self.total, completed=self.ended)
         if first:
@@ -188,7 +188,8 @@ class Display(Progress, logging.Handler):
         if self.total:  # before, the sweep may still be importing what tells it
             from depthprobe.runs.store import working
 
-            doing = "; ".join(f"{each.task} {one_line(each.line)}" for each in working(folder))
+            at_work = [f"{each.task} {one_line(each.line)}" for each in working(folder)]
+            doing = "; ".join(at_work) or self.doing
         self._print(f"at work: {doing or 'waiting for another sweep of this run'}")
 
     def emit(self, record: logging.LogRecord) -> None:

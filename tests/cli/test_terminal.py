@@ -84,6 +84,8 @@ def test_a_pipe_is_told_what_goes_on(
         wait_for(r" at work: full-s0 step 3/9 loss\x1b[2J" + "\n")
         at_work.clear()
         wait_for(" at work: waiting for another sweep of this run\n")
+        progress.message("writing the report")
+        wait_for(" at work: writing the report\n")
     before = stream.getvalue()
     monkeypatch.setattr(terminal, "SILENCE", 1000.0)
     with show_progress(stream, tmp_path) as progress:

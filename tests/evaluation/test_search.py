@@ -192,3 +192,9 @@ def test_predictions() -> None:
 
 def test_nothing_trained_asks_for_the_teacher() -> None:
     assert search({}, {}, **asked(KNEE)).next == Step(BLOCKS, 0)
+
+
+def test_of_a_teacher_without_a_hit_nothing_is_shown() -> None:
+    none, some = {0: np.zeros(9), 1: np.zeros(9)}, {0: np.ones(9), 1: np.ones(9)}
+    state = search(none, {1: some}, blocks=2, predicted={1: 1.0}, seeds=2)
+    assert (state.verdict, state.refuted, state.open) == (None, (), (1,))

@@ -122,8 +122,8 @@ def search(
     pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for depth in depths:
         common = sorted(teacher.keys() & candidates.get(depth, {}).keys())
-        # of a teacher that hits no target nothing can be kept
-        if common and any(np.any(teacher[seed]) for seed in common):
+        # of one user, or a teacher that hits no target, nothing can be told
+        if any(len(teacher[seed]) > 1 and np.any(teacher[seed]) for seed in common):
             own = [[arm[seed] for seed in common] for arm in (candidates[depth], teacher)]
             pairs[depth] = np.array(own[0], float), np.array(own[1], float)
     several = [depth for depth, (x, _) in pairs.items() if len(x) > 1]

@@ -198,3 +198,9 @@ def test_of_a_teacher_without_a_hit_nothing_is_shown() -> None:
     none, some = {0: np.zeros(9), 1: np.zeros(9)}, {0: np.ones(9), 1: np.ones(9)}
     state = search(none, {1: some}, blocks=2, predicted={1: 1.0}, seeds=2)
     assert (state.verdict, state.refuted, state.open) == (None, (), (1,))
+
+
+def test_one_user_shows_nothing() -> None:
+    arms = {0: np.ones(1), 1: np.full(1, 0.5)}
+    state = search(arms, {1: arms}, blocks=2, predicted={1: 1.0}, seeds=2)
+    assert (state.shown, state.refuted, state.open) == (None, (), (1,))

@@ -34,8 +34,8 @@ RECORDINGS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "ml-latest-titles": ("ml-latest-small", "stories260K", 150, {"backbone.reads": "titles"}),
     "office-titles": ("office", "stories260K", 600, {"backbone.reads": "titles"}),
     "toys-babyllama": ("amazon-toys", "babyllama-1M", 2000, {}),
-    "ml-100k-plaintext": ("ml-100k", "plaintext-3M", 600, {}),
-    "embedded-plaintext": ("embedded", "plaintext-3M", 600, {}),
+    "ml-100k-plaintext": ("ml-100k", "plaintext-3M", 300, {}),
+    "embedded-plaintext": ("embedded", "plaintext-3M", 400, {}),
     "ml-100k-random24": ("ml-100k", "random-24", 600, {}),
 }
 METHODS_RUN = ["popularity", "sasrec", "full", "early-exit", "readout", "finetune"]

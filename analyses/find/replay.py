@@ -108,6 +108,10 @@ def main() -> None:
             run = open_run(folder)
             study = override(run.study, layers="find")
             found = find_out(folder, study, run.manifest.backbone.blocks)
+            teacher = np.mean([*found.trained[found.blocks].values()])
+            if teacher <= (found.popularity or 0):
+                print(f"{folder.name}: a search is refused, the teacher is below popularity")
+                continue
             for margin in MARGINS:
                 for order in range(ORDERS):
                     writer.writerows(replays(folder.name, found, margin, order))

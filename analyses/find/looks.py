@@ -16,64 +16,22 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from scipy.integrate import trapezoid
-from scipy.optimize import brentq
-from scipy.stats import norm
+
+from depthprobe.evaluation.search import spent
 
 sys.path.append(str(Path(__file__).parents[1] / "coverage"))
 from simulate import CURVES, MARGIN, Population, ask
 
 LOOKS, ALPHA = (2, 3, 4, 5), 0.05
 COLUMNS = ["curve", "q", "candidates", "worlds", "rule", "wrong", "right", "seeds"]
-GRID = 1201  # points of a density
 
 
 def pocock(alpha: float, share: float) -> float:
     """Spend about as much at every look (Lan and DeMets 1983)."""
     return alpha * math.log1p((math.e - 1) * share)
-
-
-def obrien_fleming(alpha: float, share: float) -> float:
-    """Spend little at first (Lan and DeMets 1983)."""
-    return float(2 * norm.sf(norm.isf(alpha / 2) / math.sqrt(share)))
-
-
-@cache
-def spent(alpha: float, spending: Callable[[float, float], float]) -> tuple[float, ...]:
-    """The level of each look's p-value with which so much is spent over them.
-
-    By the recursion of Armitage, McPherson and Rowe (1969) for a sum with independent increments,
-    whose density, where no look has passed yet, is kept on a grid.
-    """
-    times = [seeds / LOOKS[-1] for seeds in LOOKS]
-    levels: list[float] = []
-    before, density, points = 0.0, np.ones(1), np.zeros(1)
-    for place, time in enumerate(times):
-        step = math.sqrt(time - (times[place - 1] if place else 0.0))
-        share = spending(alpha, time) - before
-        before += share
-
-        bound = brentq(lambda b: _passing(density, points, b, step) - share, 0, 12)  # noqa: B023
-        levels.append(float(norm.sf(bound / math.sqrt(time))))
-        after = np.linspace(-8 * math.sqrt(time), bound, GRID)
-        moved = norm.pdf((after[:, None] - points) / step) / step
-        density = integral(density * moved, points)
-        points = after
-    return tuple(levels)
-
-
-def _passing(density: np.ndarray, points: np.ndarray, bound: float, step: float) -> float:
-    """The chance that the next step ends above the bound."""
-    return float(integral(density * norm.sf((bound - points) / step), points))
-
-
-def integral(values: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Over the last axis; the value itself at a single point."""
-    return values[..., 0] if len(points) == 1 else trapezoid(values, points)
 
 
 def every(alpha: float) -> tuple[float, ...]:
@@ -85,8 +43,8 @@ RULES: dict[str, Callable[[float], tuple[float, ...]]] = {
     "five seeds": lambda alpha: (*[0.0] * (len(LOOKS) - 1), alpha),
     "the level at every look": every,
     "a quarter at every look": lambda alpha: every(alpha / len(LOOKS)),
-    "spent as Pocock": lambda alpha: spent(alpha, pocock),
-    "spent as O'Brien and Fleming": lambda alpha: spent(alpha, obrien_fleming),
+    "spent as Pocock": lambda alpha: spent(alpha, LOOKS[-1], pocock),
+    "spent as O'Brien and Fleming": lambda alpha: spent(alpha, LOOKS[-1]),
 }
 
 

@@ -26,7 +26,7 @@ one shown has odds worth the cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -295,9 +295,16 @@ def look_level(alpha: float, look: int, last: int) -> float:
     return spent(math.floor(alpha * 10**digits) / 10**digits, last)[look - 2]
 
 
+def obrien_fleming(alpha: float, share: float) -> float:
+    """Spend little at first (Lan and DeMets 1983)."""
+    return float(2 * norm.sf(norm.isf(alpha / 2) / math.sqrt(share)))
+
+
 @cache
-def spent(alpha: float, last: int) -> tuple[float, ...]:
-    """The level of each look's p-value, after 2 to ``last`` seeds, as O'Brien and Fleming spend.
+def spent(
+    alpha: float, last: int, spending: Callable[[float, float], float] = obrien_fleming
+) -> tuple[float, ...]:
+    """The level of each look's p-value, after 2 to ``last`` seeds, with so much spent over them.
 
     By the recursion of Armitage, McPherson and Rowe (1969) for a sum with independent increments,
     whose density, where no look has passed yet, is kept on a grid. The information of S seeds is
@@ -308,7 +315,7 @@ def spent(alpha: float, last: int) -> tuple[float, ...]:
     before, time_before, density, points = 0.0, 0.0, np.ones(1), np.zeros(1)
     for time in (look / last for look in range(2, last + 1)):
         step = math.sqrt(time - time_before)
-        total = float(2 * norm.sf(norm.isf(alpha / 2) / math.sqrt(time)))
+        total = spending(alpha, time)
         share, before, time_before = total - before, total, time
 
         def left(bound: float) -> float:

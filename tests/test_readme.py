@@ -46,7 +46,7 @@ def write_inputs(folder: Path) -> None:
 
 def test_the_section_is_found() -> None:
     listed = [words[0] for words in commands()]
-    assert listed == ["data", "sweep", "export", "recommend", "compare"]
+    assert listed == ["data", "sweep", "find", "export", "recommend", "compare"]
 
 
 @pytest.mark.slow
@@ -57,7 +57,8 @@ def test_the_commands_run_as_they_are_written(
     write_inputs(tmp_path)
     printed = {}
     for words in commands():
-        added = {"sweep": shlex.split(SHORT)}.get(words[0], [])
+        more = {"sweep": SHORT, "find": SHORT.replace("RUN", "FOUND")}
+        added = shlex.split(more.get(words[0], ""))
         with pytest.raises(SystemExit) as exit_:
             main([*words, *added])
         said = capsys.readouterr()

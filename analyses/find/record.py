@@ -36,7 +36,6 @@ RECORDINGS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "toys-babyllama": ("amazon-toys", "babyllama-1M", 2000, {}),
     "ml-100k-plaintext": ("ml-100k", "plaintext-3M", 300, {}),
     "embedded-plaintext": ("embedded", "plaintext-3M", 400, {}),
-    "ml-100k-random24": ("ml-100k", "random-24", 600, {}),
 }
 METHODS_RUN = ["popularity", "sasrec", "full", "early-exit", "readout", "finetune"]
 

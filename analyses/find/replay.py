@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -112,10 +111,12 @@ def main() -> None:
             if teacher <= (found.popularity or 0):
                 print(f"{folder.name}: a search is refused, the teacher is below popularity")
                 continue
+            kept = {d: np.mean([*found.trained[d].values()]) / teacher for d in found.predicted}
+            off = np.array([kept[depth] - share for depth, share in found.predicted.items()])
+            print(f"{folder.name}: kept less predicted {off.mean():+.3f}, sd {off.std():.3f}")
             for margin in MARGINS:
                 for order in range(ORDERS):
                     writer.writerows(replays(folder.name, found, margin, order))
-            print(folder.name, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -211,6 +211,8 @@ def _advice(summary: Summary, sufficiency: Sufficiency) -> tuple[str, str]:
         more = "Run three seeds or more (--seeds 3)."
         if summary.run.study.seeds > 1:
             more = "The others are not finished for the teacher and every candidate."
+        if summary.found is not None and summary.found.ended:
+            more = f"The search ended: {summary.found.ended}."
         return f"Not decided: one seed never shows a depth. {more}", ""
     if (needed := sufficiency.needed) is not None:
         more = needed_words(*needed[2:], users=sufficiency.users, seeds=sufficiency.seeds)

@@ -132,3 +132,18 @@ def test_without_a_search(make: Callable[..., Any], tmp_path: Path) -> None:
     assert search_words(summary) == ""
     with pytest.raises(NoData):
         search_steps(summary)
+
+
+def test_a_search_that_ended_with_one_seed_says_why(searched: Summary) -> None:
+    found = searched.found
+    assert found is not None
+    poor = {depth: {0: 0.3 * found.trained[4][0]} for depth in KEEPS}
+    ended = replace(found, trained={4: {0: found.trained[4][0]}, **poor},
+                    predicted=dict.fromkeys(KEEPS, 0.3))  # fmt: skip
+    verdict = ended.state.verdict
+    assert verdict is not None
+    advice, _ = _advice(replace(searched, found=ended), verdict)
+    assert advice == (
+        "Not decided: one seed never shows a depth. The search ended: nothing more is likely to "
+        "change the verdict."
+    )

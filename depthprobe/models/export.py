@@ -53,7 +53,7 @@ class Card(msgspec.Struct, kw_only=True):
 
     schema: Literal[1]
     sasrec: SasRecShape | None = None
-    prompt: list[Annotated[int, msgspec.Meta(ge=0)]] = []
+    prompt: list[Annotated[int, msgspec.Meta(ge=0)]]
     suffix: list[Annotated[int, msgspec.Meta(ge=0)]] = []
     head: Literal["dot", "linear"] = "dot"
     tokens: list[list[Annotated[int, msgspec.Meta(ge=0)]]] | None = None
@@ -218,6 +218,7 @@ def write_sasrec(
     card = Card(
         schema=1,
         sasrec=SasRecShape(model.width, len(model.blocks), heads),  # type: ignore[arg-type]
+        prompt=[],
         max_history=model.positions.num_embeddings,
         filter_seen=filter_seen,
         item_ids=item_ids,

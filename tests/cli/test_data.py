@@ -122,7 +122,7 @@ def test_show_counts_and_draws(cli: Cli, log: Path) -> None:
 def test_show_says_which_columns_it_took(cli: Cli, log: Path) -> None:
     bare = [word for word in NAMED if word not in {"--time-column", "when"}]
     text = log.read_text("utf-8")
-    log.write_text(re.sub(r",(\d)(\d\d),", r",2\1/07/2024 08:\2,", text), "utf-8")  # 21/07 08:00
+    log.write_text(re.sub(r",(\d)(\d)\d,", r",2\1/07/2024 08:0\2,", text), "utf-8")  # 21/07 08:00
     flags = "--time-column when --time-format '%d/%m/%Y %H:%M'"
     outcome = cli("data", "show", log.name, *bare)
     line = f"user = who, item = what, time = none, title = called, ignored: when (dates: {flags})"

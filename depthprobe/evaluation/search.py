@@ -42,6 +42,7 @@ from depthprobe.evaluation.sufficiency import (
     NonInferiority,
     RetainedAccuracy,
     Sufficiency,
+    nearest_undecided,
     paired_tests,
 )
 
@@ -161,21 +162,17 @@ def search(
             for d in below:
                 passed[d] += levels[depth] * weights[d] / total
     shown = min((depth for depth, row in rows.items() if row.shown), default=None)
-    odds = odds_of(tests, levels, predicted, blocks=blocks, seeds=seeds, margin=margin)
+    odds = odds_of(tests, levels, predicted, seeds=seeds, margin=margin)
     for depth in refuted:
         odds[depth] = 0.0
     verdict = None
     if rows:
-        undecided = [
-            depth
-            for depth, row in rows.items()
-            if not row.shown and row.kept.value > 1 - margin and tests[depth].n_seeds > 1
-            and (shown is None or depth < shown)
-        ]  # fmt: skip
+        repeated = [row for depth, row in rows.items() if tests[depth].n_seeds > 1]
+        nearest = nearest_undecided(repeated, margin, shown)
         needed = None
-        if undecided:
-            nearest = min(undecided, key=lambda depth: rows[depth].p_value)
-            needed = tests[nearest].needed(method, nearest, margin, levels[nearest])
+        if nearest is not None:
+            depth = nearest.depth
+            needed = tests[depth].needed(method, depth, margin, levels[depth])
         verdict = Sufficiency(
             rows=tuple(rows[depth] for depth in sorted(rows)),
             method=method if shown else None,
@@ -188,7 +185,8 @@ def search(
         )
     return Search(
         verdict, {depth: tests[depth].n_seeds for depth in sorted(tests)}, tuple(sorted(refuted)),
-        odds, _next(teacher, candidates, odds, shown=shown, blocks=blocks, seeds=seeds, lost=lost),
+        odds,
+        _next(teacher, candidates, odds, shown=shown, blocks=blocks, seeds=seeds, lost=lost),
     )  # fmt: skip
 
 
@@ -368,7 +366,6 @@ def odds_of(
     levels: Mapping[int, float],
     predicted: Mapping[int, float],
     *,
-    blocks: int,
     seeds: int,
     margin: float,
 ) -> dict[int, float]:

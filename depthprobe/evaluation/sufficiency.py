@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -154,18 +154,13 @@ def sufficient_depth(
     shown_rows = [row for row in shallow_first if row.shown]
     best = min(shown_rows, key=lambda row: (row.depth, -row.kept.value), default=None)
 
-    undecided = [
-        (row.p_value, name)
-        for name, row in rows.items()
-        if name in tested
-        and not row.shown
-        and row.kept.value > 1 - margin
-        and (best is None or row.depth < best.depth)
-    ]
+    nearest = nearest_undecided(
+        [rows[name] for name in tested], margin, best.depth if best else None
+    )
     needed = None
-    if undecided and min(base.shape) > 1:
-        _, nearest = min(undecided)
-        needed = tests[nearest].needed(*nearest, margin, rows[nearest].tested_at)
+    if nearest is not None and min(base.shape) > 1:
+        test = tests[nearest.method, nearest.depth]
+        needed = test.needed(nearest.method, nearest.depth, margin, nearest.tested_at)
     return Sufficiency(
         rows=tuple(shallow_first),
         method=best.method if best else None,
@@ -176,6 +171,21 @@ def sufficient_depth(
         margin=margin,
         level=level,
     )
+
+
+def nearest_undecided(
+    rows: Iterable[RetainedAccuracy], margin: float, shown: int | None
+) -> RetainedAccuracy | None:
+    """Of the rows below the depth shown whose estimate is within the margin, that of the least p.
+
+    None if there is none.
+    """
+    undecided = (
+        row
+        for row in rows
+        if not row.shown and row.kept.value > 1 - margin and (shown is None or row.depth < shown)
+    )
+    return min(undecided, key=lambda row: (row.p_value, row.method, row.depth), default=None)
 
 
 # From the strongest: what a candidate can be shown to be.
@@ -277,9 +287,7 @@ class NonInferiority:
     n_users: int
     n_seeds: int
     fixed: bool  # of one seed: the question is about these very models, not about their trainings
-    luck_df: float = (
-        math.inf
-    )  # at most so many degrees of freedom, where few trainings tell of luck
+    luck_df: float = math.inf  # the most degrees of freedom, where few trainings tell of luck
 
     @property
     def kept(self) -> float:

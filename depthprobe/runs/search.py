@@ -29,7 +29,7 @@ from depthprobe.evaluation.search import (
 )
 from depthprobe.formatting import duration, plain_percent
 from depthprobe.methods import Task
-from depthprobe.runs.plan import POPULARITY, READOUT, TEACHER, full_trial, plan
+from depthprobe.runs.plan import POPULARITY, READOUT, TEACHER, full_trial, plan, trial_of
 from depthprobe.runs.records import (
     FULL,
     TRIALS,
@@ -173,7 +173,8 @@ def find_out(folder: Path, study: Study, blocks: int) -> Found:
         trained.setdefault(step.depth, {})[step.seed] = values(record)
         if (costs := record.training) is not None:
             seconds[step] = costs.seconds + costs.tuning_seconds
-    probes = (record_of(f"{READOUT}-d{depth:02d}-s0") for depth in range(blocks + 1))
+    kept = (range(depth) for depth in range(blocks + 1))
+    probes = [record_of(trial_of(READOUT, each, 0, blocks).id) for each in kept]
     readout = {each.depth: each.validation.ndcg for each in probes if each and each.validation}
     depths = parse_layers(settings_of(study, study.searched).layers, blocks)
     popular = record_of(full_trial(POPULARITY, 0, blocks).id)
@@ -208,7 +209,7 @@ def plan_search(folder: Path, study: Study, tasks: Sequence[Task], blocks: int) 
         return Asked((), found.words)
     by_name = {name: task for task in tasks for name in task.names}
     method = TEACHER if step.depth == blocks else searched
-    closure = [by_name[f"{method.replace(':', '-')}-d{step.depth:02d}-s{step.seed}"]]
+    closure = [by_name[trial_of(method, range(step.depth), step.seed, blocks).id]]
     for task in closure:  # and all that it needs
         closure += [by_name[need] for need in task.needs if by_name[need] not in closure]
     return Asked(left([task for task in tasks if task in closure]), found.words)

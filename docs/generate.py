@@ -62,7 +62,7 @@ GUIDES = {
     "compare": "compare.md",
     "cost": "cost.md",
     "export": "export.md",
-    "recommend": "export.md",
+    "recommend": "serve.md",
     "data": "data.md",
     "check": "surgery.md",
 }

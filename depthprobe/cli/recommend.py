@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from depthprobe.cli.options import check_output_file, option, path, whole
+from depthprobe.cli.options import (
+    LOG,
+    apply_flags,
+    check_output_file,
+    option,
+    path,
+    takes_flags,
+    whole,
+)
 from depthprobe.cli.terminal import echo
-from depthprobe.data.readers.streams import head, split_words
-from depthprobe.errors import BadInput, short, visible
+from depthprobe.data.readers.streams import FIELD, head, split_words
+from depthprobe.errors import BadInput, one_line, short, visible
 from depthprobe.files import complete_file
 from depthprobe.formatting import plural
-from depthprobe.study import Data
+from depthprobe.study import Columns, Data, Study
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from depthprobe.models.export import ExportedRecommender
 
 USERS = 2048  # users in memory at once
-HEADER = "user\trank\titem\tscore\ttitle\n"
+COLUMNS = ("user", "rank", "item", "score", "title")
+NAMES = ("item", "title", "score")  # of an item in JSON
+TABLES = (".csv", ".jsonl", ".json", ".parquet")  # names of what is a table, whatever is in it
 Items = Sequence[tuple[str, str | None, float]]
-Write = Callable[[str, Items], str]
+Answers = Iterable[tuple[str, Items]]
+History = tuple[str, str, Sequence[str]]  # its place in the file, user and items
+Read = Callable[[], Iterator[History]]
+Write = Callable[[Answers], object]
 BLANKS = str.maketrans("\t\r\n", "   ")
+READ = ("format", "user_column", "item_column", "time_column", "time_format")
 
 
+@takes_flags({name: LOG[name] for name in READ})
 def recommend(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A folder that export wrote.", parser=path)
@@ -48,17 +69,20 @@ def recommend(
         bool, typer.Option("--skip-unknown", help="Ignore items outside the catalogue.")
     ] = False,
     output: Annotated[
-        Path | None, option("FILE", "Where to write [default: the terminal].", parser=path)
+        Path | None,
+        option("FILE", "A .tsv, .csv, .jsonl or .parquet [default: the terminal].", parser=path),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write JSON lines: a user and the items a line.")
     ] = False,
+    **flags: Any,
 ) -> None:
     """Recommend items with an exported model.
 
     Tab-separated lines: user, rank, item, score, title. The file may be of any length.
     """
-    check_output_file(output)
+    form = form_of(output, as_json)
+    settings = apply_flags(Study(), data=str(history), **flags).data
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -70,13 +94,12 @@ def recommend(
         allowed = f"a number from 1 to the {len(model.item_ids):,} items of the catalogue"
         raise BadInput("top", top, allowed)
     with rereadable(history) as file:
+        read = histories(file, history, settings, model)
         # all items are checked before anything is printed
-        items, users, few = count_left(file, history, model, top=top, unknown=skip_unknown)
-        with _opened(output) as stream:
-            if not as_json:
-                stream.write(HEADER)
-            write = _object if as_json else _rows
-            stream.writelines(recommendations(file, history, model, top=top, write=write))
+        items, users, few = count_left(read, history, model, top=top, unknown=skip_unknown)
+        with writer(output, form) as write:
+            for part in recommendations(read, model, top=top):
+                write(part)
     if items:
         counts = f"{plural(items, 'item')} outside the catalogue, {plural(users, 'user')}"
         echo(f"left out: {counts} with no other", sys.stderr)
@@ -85,73 +108,114 @@ def recommend(
         echo(f"{plural(few, 'user')} with fewer than {plural(top, 'item')}: {others}", sys.stderr)
 
 
+# Reading: lines of any number, one at a time; or a log, by the readers of `data`.
+
+
 @contextmanager
-def rereadable(path: Path) -> Iterator[BinaryIO]:
-    """The file opened; a pipe, which can be read only once, is copied to the disk first."""
+def rereadable(path: Path) -> Iterator[Path]:
+    """The file; a pipe, which can be read only once, is copied to the disk first."""
     with ExitStack() as stack:
         try:
-            file: BinaryIO = stack.enter_context(path.open("rb"))
-            if not file.seekable():
-                copy = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(file, copy)
-                file = copy
+            if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
+                copy = stack.enter_context(tempfile.NamedTemporaryFile())
+                with path.open("rb") as pipe:
+                    shutil.copyfileobj(pipe, copy)
+                copy.flush()
+                path = Path(copy.name)
         except OSError as error:
             raise BadInput("history", path, f"a readable text file ({error})") from None
-        yield file
+        yield path
 
 
-@contextmanager
-def _opened(output: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that is complete or absent."""
-    if output is None:
-        yield sys.stdout
-        return
-    with complete_file(output) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        yield stream
+def histories(file: Path, shown: Path, settings: Data, model: ExportedRecommender) -> Read:
+    """What reads the file from its start: a log that is in memory by now, or lines on the disk.
+
+    A log's table names its columns, or they were named.
+
+    Raises:
+        BadInput: for a log that `data` would refuse.
+    """
+    try:
+        if settings.format or settings.columns != Columns() or is_log(file, shown):
+            return partial(log_histories, *read_users(replace(settings, source=str(file))))
+    except BadInput as error:
+        if error.field != FIELD:
+            raise
+        value = shown if str(error.value) == str(file) else error.value
+        raise BadInput("history", value, error.allowed, fault=error.fault) from None
+    blank = next((item for item in model.item_ids if len(item.split()) > 1), None)
+    return partial(line_histories, file, shown, blank)
 
 
-def read_histories(
-    file: BinaryIO, path: Path, model: ExportedRecommender
-) -> Iterator[tuple[str, str, list[str]]]:
+def is_log(file: Path, shown: Path) -> bool:
+    """Whether a file is a table: by its name, or because it says which columns are whose."""
+    from depthprobe.data.readers.tables import names_columns  # pyarrow is slow to import
+
+    if file.is_dir() or shown.suffix.lower() in TABLES:
+        return True
+    start = head(file)
+    return start.startswith("PAR1") or start.lstrip().startswith("{") or names_columns(start)
+
+
+def read_users(settings: Data) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
+    """A log's users and items, the items of all users in their order, (N,), and their ends, (U,).
+
+    Users are in the natural order of their ids. Items are places in the list of them. What has the
+    same time stays in the order of the file.
+    """
+    import numpy as np
+
+    from depthprobe.data.log import number_ids
+    from depthprobe.data.readers.formats import read_log
+
+    log = read_log(settings.source, format=settings.format, columns=settings.columns, ratings=False)
+    for note in (*log.notes, *(log.columns.notes() if log.columns else ())):
+        echo(f"warning: {one_line(note)}", sys.stderr)
+    users, user_ids = number_ids(log.users, "user")
+    items, item_ids = number_ids(log.items, "item")
+    order = np.lexsort([key for key in (log.times, log.parts, users) if key is not None])
+    return user_ids, item_ids, items[order], np.cumsum(np.bincount(users))
+
+
+def log_histories(
+    users: list[str], names: list[str], items: np.ndarray, ends: np.ndarray
+) -> Iterator[History]:
+    """Place, user and items of each user of a log."""
+    for user, start, end in zip(users, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        yield f"user {short(user, 40)}", user, [names[item] for item in items[start:end].tolist()]
+
+
+def line_histories(file: Path, shown: Path, blank: str | None) -> Iterator[History]:
     """Place, user and items of each ``user item item ...`` line; empty lines are skipped.
 
-    Where ids of the catalogue hold blanks, tabs alone split a line. A table whose header names the
-    columns is read as a log is, each user's items in the order of time.
+    With ``blank``, an id of the catalogue that holds a blank, tabs alone split a line.
     """
-    if path.is_file() and is_log(path):
-        from depthprobe.data.prepared import read_data
-
-        log = read_data(Data(source=str(path), ties="file"))
-        for number, user in enumerate(log.user_ids.tolist()):
-            yield f"user {short(user, 40)}", user, log.item_ids[log.history(number) - 1].tolist()
-        return
-    blank = next((item for item in model.item_ids if len(item.split()) > 1), None)
-    file.seek(0)
-    for number, raw in enumerate(file, start=1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            raise BadInput("history", f"{path}, line {number}", "UTF-8 text") from None
-        user, *items = split_words(line, tabs=blank is not None) or [""]
-        if user and (not items or "" in items):
-            allowed = "a user and at least one item"
-            if blank is not None:
-                allowed += f", with one tab between: ids hold blanks, as {short(blank, 40)} does"
-            raise BadInput("history", f"{path}, line {number}", allowed)
-        if items:
+    seen = set[int]()  # hashes: names would take several times the memory
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            place = f"{shown}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise BadInput("history", place, "UTF-8 text") from None
+            user, *items = split_words(line, tabs=blank is not None) or [""]
+            if not user:
+                continue
+            if not items or "" in items:
+                allowed = "a user and at least one item"
+                if blank is not None:
+                    allowed += (
+                        f", with one tab between: ids hold blanks, as {short(blank, 40)} does"
+                    )
+                raise BadInput("history", place, allowed)
+            if hash(user) in seen:
+                raise BadInput("history", user, f"each user once (again in {place})")
+            seen.add(hash(user))
             yield f"line {number}", user, items
 
 
-def is_log(path: Path) -> bool:
-    """Whether a file is a table that says which of its columns are users and items."""
-    from depthprobe.data.readers.tables import names_columns  # pyarrow is slow to import
-
-    start = head(path)
-    return start.startswith("PAR1") or names_columns(start)
-
-
 def count_left(
-    file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int, unknown: bool
+    read: Read, path: Path, model: ExportedRecommender, *, top: int, unknown: bool
 ) -> tuple[int, int, int]:
     """How many items are not in the catalogue, users without another, and users of few others.
 
@@ -162,7 +226,7 @@ def count_left(
     """
     items = users = few = 0
     place = None
-    for place, _, history in read_histories(file, path, model):
+    for place, _, history in read():
         strange = [item for item in history if item not in model.numbers]
         if strange and not unknown:
             where = f"in the catalogue, in {path}, {place}"
@@ -177,29 +241,87 @@ def count_left(
     return items, users, few
 
 
-def recommendations(
-    file: BinaryIO, path: Path, model: ExportedRecommender, *, top: int, write: Write
-) -> Iterator[str]:
-    """What is written of each user, in the order of the file; unknown items are left out."""
-    lines = read_histories(file, path, model)
+def recommendations(read: Read, model: ExportedRecommender, *, top: int) -> Iterator[Answers]:
+    """The best items of each user, some users at a time, in order; unknown items are left out."""
+    lines = read()
     while part := list(islice(lines, USERS)):
         known = [(user, [i for i in items if i in model.numbers]) for _, user, items in part]
         users = [(user, items) for user, items in known if items]
         best = model.recommend([items for _, items in users], top=top)
-        for (user, _), items in zip(users, best, strict=True):
-            yield write(user, items)
+        yield [(user, items) for (user, _), items in zip(users, best, strict=True)]
 
 
-def _object(user: str, items: Items) -> str:
-    """A line of JSON, which may hold any id."""
-    found = [{"item": item, "title": title, "score": score} for item, title, score in items]
-    return json.dumps({"user": user, "items": found}) + "\n"
+# Writing: what takes some users' answers.
 
 
-def _rows(user: str, items: Items) -> str:
+def form_of(output: Path | None, as_json: bool) -> str:
+    """The form of what is written, by the file's suffix; a terminal, pipe or device gets text."""
+    check_output_file(output)
+    if output is None or (output.exists() and not output.is_file()):
+        return ".jsonl" if as_json else ".tsv"
+    suffixes = [".jsonl"] if as_json else [*FORMS, ".parquet"]
+    if output.suffix.lower() not in suffixes:
+        beside = " (beside --json)" if as_json else ""
+        raise BadInput("output", output, f"a file ending in {', '.join(suffixes)}{beside}")
+    return output.suffix.lower()
+
+
+@contextmanager
+def writer(output: Path | None, form: str) -> Iterator[Write]:
+    """What writes answers to the terminal, or to a file that is complete or absent."""
+    with ExitStack() as stack:
+        if output is None:
+            yield FORMS[form](sys.stdout)
+            return
+        temporary = stack.enter_context(complete_file(output))
+        if form != ".parquet":
+            stream = temporary.open("w", encoding="utf-8", newline="")
+            yield FORMS[form](stack.enter_context(stream))
+            return
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetWriter
+
+        kinds = [pa.string(), pa.int32(), pa.string(), pa.float32(), pa.string()]
+        schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
+        table = stack.enter_context(ParquetWriter(temporary, schema))
+        yield lambda part: table.write_table(
+            pa.table([*map(list, zip(*_cells(part), strict=True))] or [[]] * 5, schema=schema)
+        )
+
+
+def _cells(part: Answers) -> Iterator[tuple[str, int, str, float, str | None]]:
+    for user, items in part:
+        for rank, (item, title, score) in enumerate(items, start=1):
+            yield user, rank, item, score, title
+
+
+def _tsv(stream: TextIO) -> Write:
+    stream.write("\t".join(COLUMNS) + "\n")
+    return lambda part: stream.writelines(map(_row, _cells(part)))
+
+
+def _row(cells: tuple[str, int, str, float, str | None]) -> str:
     # an id stays as it is, but for what would end its column or line, or drive a terminal
-    rows = (
-        (user, str(rank), item.translate(BLANKS), f"{score:.4f}", " ".join((title or "").split()))
-        for rank, (item, title, score) in enumerate(items, start=1)
+    user, rank, item, score, title = cells
+    texts = user, str(rank), item.translate(BLANKS), f"{score:.4f}", " ".join((title or "").split())
+    return "\t".join(map(visible, texts)) + "\n"
+
+
+def _csv(stream: TextIO) -> Write:
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    return lambda part: rows.writerows(
+        (user, rank, item, f"{score:.4f}", title) for user, rank, item, score, title in _cells(part)
     )
-    return "".join("\t".join(map(visible, row)) + "\n" for row in rows)
+
+
+def _json(stream: TextIO) -> Write:
+    """A line of JSON a user, which may hold any id."""
+    return lambda part: stream.writelines(
+        json.dumps({"user": user, "items": [dict(zip(NAMES, item, strict=True)) for item in items]})
+        + "\n"
+        for user, items in part
+    )
+
+
+FORMS: dict[str, Callable[[TextIO], Write]] = {".tsv": _tsv, ".csv": _csv, ".jsonl": _json}

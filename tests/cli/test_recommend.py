@@ -106,14 +106,20 @@ def test_a_file_is_written_whole(cli: Cli, folder: Path, users: Path, tmp_path: 
     assert list(target.parent.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "parquet"])
 def test_a_failure_on_the_way_leaves_no_file(
-    cli: Cli, folder: Path, users: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli,
+    folder: Path,
+    users: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
 ) -> None:
-    target = tmp_path / "out.tsv"
+    target = tmp_path / f"out.{suffix}"
     target.write_text("before\n", encoding="utf-8")
 
-    def recommendations(*_: object, **__: object) -> Iterator[str]:
-        yield "u0\n"
+    def recommendations(*_: object, **__: object) -> Iterator[Any]:
+        yield [("u0", [("i1", None, 0.5)])]
         raise MemoryError("no room")
 
     monkeypatch.setattr(command, "recommendations", recommendations)
@@ -236,8 +242,64 @@ def test_a_file_that_is_no_history(
     assert all(word in outcome.err for word in ["history: ", str(history), *words])
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_every_format_says_the_same(
+    cli: Cli, folder: Path, users: Path, tmp_path: Path, suffix: str
+) -> None:
+    words = ("recommend", folder, "--history", users, "--top", "4", "--output")
+    target = tmp_path / f"answers.{suffix.upper()}"
+    assert cli(*words, target).code == cli(*words, tmp_path / "a.tsv").code == 0
+    expected = pd.read_csv(tmp_path / "a.tsv", sep="\t", keep_default_na=False)
+    if suffix == "jsonl":
+        answers = [json.loads(line) for line in target.read_text("utf-8").splitlines()]
+        rows = [
+            (one["user"], rank, *item.values())
+            for one in answers
+            for rank, item in enumerate(one["items"], start=1)
+        ]
+        found = pd.DataFrame(rows, columns=["user", "rank", "item", "title", "score"])
+    else:
+        found = (pd.read_csv if suffix == "csv" else pd.read_parquet)(target)
+    assert found["title"].isna().any()  # one item has none
+    assert found["title"].dropna().str.contains("\n").any()  # as it is, but for tab-separated text
+    found["title"] = found["title"].fillna("").str.split().str.join(" ")
+    pd.testing.assert_frame_equal(
+        found[expected.columns], expected, check_dtype=False, atol=1e-4, rtol=0
+    )
+
+
+def test_nobody_gets_a_table_of_no_rows(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    history, target = tmp_path / "users.txt", tmp_path / "answers.parquet"
+    history.write_text("b x y\n", encoding="utf-8")
+    words = ("--history", history, "--skip-unknown", "--output", target)
+    assert cli("recommend", folder, *words).code == 0
+    assert pd.read_parquet(target).columns.tolist() == HEADER.split("\t")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("answers.xlsx", (), [".tsv, .csv, .jsonl, .parquet", "answers.xlsx"]),
+        ("answers", (), [".tsv, .csv, .jsonl, .parquet"]),
+        ("answers.csv", ("--json",), ["ending in .jsonl (beside --json)", "answers.csv"]),
+    ],
+)
+def test_a_name_that_tells_no_format(
+    cli: Cli, folder: Path, users: Path, tmp_path: Path, name: str, more: Any, words: list[str]
+) -> None:
+    target = tmp_path / "out" / name
+    outcome = cli("recommend", folder, "--history", users, "--output", target, *more)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert all(word in outcome.err for word in ["--output: expected a file", *words])
+    assert not target.parent.exists()
+
+
+def test_a_device_gets_text(cli: Cli, folder: Path, users: Path) -> None:
+    assert cli("recommend", folder, "--history", users, "--output", "/dev/null").code == 0
+
+
 def test_an_id_can_not_end_its_column() -> None:
-    (line,) = command._rows("u", [("an\tid\n", None, -0.25)]).splitlines()
+    line = command._row(("u", 1, "an\tid\n", -0.25, None)).removesuffix("\n")
     assert line.split("\t") == ["u", "1", "an id ", "-0.2500", ""]
 
 
@@ -286,21 +348,81 @@ def test_other_ids_are_split_at_any_blanks(
     assert outcome.out.splitlines()[1].split("\t")[:3] == ["ann", "1", answer[0].item]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_table_that_names_its_columns_is_read_as_a_log(
-    cli: Cli, with_blanks: Path, tmp_path: Path, suffix: str
+DAY = 1_700_000_000  # seconds since 1970
+LOG = [
+    ("i5", "ann lee", DAY + 3),
+    ("The Wire", "ann lee", DAY + 1),
+    ("Wire", "bob", DAY + 2),
+    ("i6", "bob", DAY + 1),
+]
+
+
+def write_log(
+    path: Path, *, columns: tuple[str, ...] = ("item_id", "user_id", "timestamp")
 ) -> None:
-    rows = [("i5", "ann lee", 3), ("The Wire", "ann lee", 1), ("Wire", "bob", 2), ("i6", "bob", 1)]
-    table = pd.DataFrame(rows, columns=["item_id", "user_id", "timestamp"])
-    log, lines = tmp_path / f"log.{suffix}", tmp_path / "users.txt"
-    table.to_csv(log, index=False) if suffix == "csv" else table.to_parquet(log)
+    table = pd.DataFrame(LOG, columns=list(columns))
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        table.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "jsonl"])
+def test_a_table_that_names_its_columns_is_read_as_a_log(
+    cli: Cli, with_blanks: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, lines, other = (tmp_path / name for name in (f"log.{suffix}", "users.txt", "other.csv"))
+    write_log(log)
     lines.write_text("ann lee\tThe Wire\ti5\nbob\ti6\tWire\n")
+    reads: list[object] = []
+    read = command.read_users
+    monkeypatch.setattr(command, "read_users", lambda data: reads.append(data) or read(data))
     answers = [cli("recommend", with_blanks, "--history", file) for file in (log, lines)]
-    assert answers[0].code == 0
+    assert [(one.code, one.err) for one in answers] == [(0, "")] * 2
     assert answers[0].out == answers[1].out
-    table.loc[3, "item_id"] = "The Sopranos"
-    table.to_csv(tmp_path / "other.csv", index=False)
-    outcome = cli("recommend", with_blanks, "--history", tmp_path / "other.csv")
+    assert len(reads) == 1  # once, although its users are gone through twice
+    write_log(other, columns=("product", "shopper", "day"))
+    named = ("--user-column", "shopper", "--item-column", "product", "--time-column", "day")
+    assert cli("recommend", with_blanks, "--history", other, *named).out == answers[1].out
+    text = other.read_text("utf-8").replace("i6", "The Sopranos")
+    other.write_text(text, encoding="utf-8")
+    outcome = cli("recommend", with_blanks, "--history", other, *named)
     assert (outcome.code, outcome.out) == (2, "")
     assert "user 'bob'" in outcome.err
     assert "'The Sopranos'" in outcome.err
+
+
+def test_a_log_of_one_user_from_a_pipe(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    content = "user_id,item_id,seen\nu,i2,2024-05-02\nu,i1,2024-05-01\n"
+    writer = threading.Thread(target=lambda: pipe.write_text(content))
+    writer.start()
+    outcome = cli("recommend", folder, "--history", pipe, "--top", "1")
+    writer.join()
+    (answer,) = load_recommender(folder).recommend([["i2", "i1"]], top=1)
+    assert outcome.out.splitlines()[1].split("\t")[:3] == ["u", "1", answer[0].item]
+    assert "the column seen looks like dates and is not read: --time-column seen" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("h.csv", "shopper,product\nu,i1\n", ["shopper, product", "--user-column"]),
+        ("h.jsonl", '{"user": "u"}\n', ["none is known as the item's"]),
+        ("h.txt", "user_id\titem_id\nu\t\n", ["item"]),
+        ("h.parquet", "no table", ["format", "parquet"]),
+        ("h.txt", "u1 i1\nu2 i1\nu1 i2\n", ["each user once", "line 3", "'u1'"]),
+    ],
+)
+def test_a_history_that_can_not_be_read(
+    cli: Cli, folder: Path, tmp_path: Path, name: str, content: str, words: list[str]
+) -> None:
+    history, target = tmp_path / name, tmp_path / "answers.csv"
+    history.write_text(content)
+    outcome = cli("recommend", folder, "--history", history, "--output", target)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert all(word in outcome.err for word in ["--history", *words]), outcome.err
+    assert not target.exists()

@@ -18,7 +18,7 @@ from depthprobe.report.comparison import build_comparison
 from depthprobe.report.page import build_report
 from depthprobe.runs.store import open_run
 
-LARGEST = 2_000_000  # bytes of a file
+LARGEST = 1_000_000  # bytes of a file
 KINDS = ("report.html", "study.toml", "tables/*.csv", "figures/*.png")
 ROOTS = b"|".join(re.escape(os.fsencode(entry.name)) for entry in Path("/").iterdir())
 PRIVATE = re.compile(rb"(?<![\w.-])/(?:home|Users|" + ROOTS + rb")/")  # begins a path of a machine

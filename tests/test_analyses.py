@@ -61,7 +61,7 @@ def test_what_is_published_is_small_and_of_nobody(folder: Path) -> None:
     assert files
     for file in files:
         assert file.suffix in TEXT | {".png"}, file
-        assert file.stat().st_size < 2_000_000, file
+        assert file.stat().st_size < 1_000_000, file
         if file.suffix in TEXT:
             text = file.read_text(encoding="utf-8")
             assert not re.search(r"/(home|root|tmp|work|Users)/", text), file

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -164,19 +165,20 @@ def span_map(ax: Axes, summary: Summary, *, score: str = "damage") -> str:
     wide = {span: value for span, value in cells.items() if span[1] - span[0] > 1}
     need(len(wide) >= FEWEST, summary, f"a teacher and {SPAN}" if damage else STATES)
     size = max(end for _, end in cells)
-    grid = np.full((size, size), np.nan)
-    for (start, end), value in cells.items():
-        grid[start, end - 1] = 100 * value if damage else value
+    values = np.array([100 * value if damage else value for value in cells.values()])
     # states that hardly turn are pale all over: their differences are noise of the arithmetic
-    low, high = (min(np.nanmin(grid), 0.999), 1) if alike else (0, max(np.nanmax(grid), 0.001))
+    low, high = (min(values.min(), 0.999), 1) if alike else (0, max(values.max(), 0.001))
     ax.grid(visible=False)
-    # a mesh and no picture: sharp on paper at any size
-    mesh = ax.pcolormesh(
-        np.arange(size), np.arange(size), np.ma.masked_invalid(np.clip(grid, low, None)),
-        cmap=PALE.reversed() if alike else PALE, shading="nearest", edgecolors="white",
+    # squares and no picture: sharp on paper at any size
+    corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])  # (4, 2)
+    mesh = PolyCollection(
+        [corners + (end - 1, start) for start, end in cells], array=np.clip(values, low, None),
+        cmap=PALE.reversed() if alike else PALE, edgecolors="white", linewidth=0.3,
         # one early block may cost all: the root keeps the others apart
-        norm=PowerNorm(0.5 if damage else 1, vmin=low, vmax=high), linewidth=0.3,
+        norm=PowerNorm(0.5 if damage else 1, vmin=low, vmax=high), clip_on=False,
     )  # fmt: skip
+    ax.add_collection(mesh)
+    ax.set(xlim=(-0.5, size - 0.5), ylim=(-0.5, size - 0.5))
     ax.set_aspect("equal")
     ax.invert_yaxis()
     ax.spines[["left", "bottom"]].set_visible(False)

@@ -187,7 +187,7 @@ def draw_tips(
     ax: Axes, xs: ArrayLike, ys: ArrayLike, tips: Iterable[str], colour: str = MUTED
 ) -> None:
     """Discs that can't be seen, wider than the points below them; each is named in the SVG."""
-    disc: dict[str, Any] = {"marker": "o", "markersize": 15, "alpha": 0, "zorder": 9}
+    disc: dict[str, Any] = {"marker": "o", "markersize": 15, "ls": "", "alpha": 0, "zorder": 9}
     for x, y, text in zip(np.atleast_1d(xs), np.atleast_1d(ys), tips, strict=False):
         (point,) = ax.plot([x], [y], color=colour, scalex=False, scaley=False, **disc)
         point.set_gid(f"tip:{text}")

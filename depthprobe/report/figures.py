@@ -257,8 +257,10 @@ def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:
     for point, value in measured:
         if value.value < bottom:
             below.setdefault(point.info.label, []).append(point.depth)
-    words = [f"{name} {ranges(found)}" if any(found) else name for name, found in below.items()]
-    said = re.sub(",(?! )", ", ", ", ".join(words)).replace("-", "\u2013")
+    depths = {name: ranges(found).replace("-", "\u2013") for name, found in below.items()}
+    popular = method_info(POPULARITY).label  # has no depth
+    words = [name if name == popular else f"{name} {found}" for name, found in depths.items()]
+    said = re.sub(",(?! )", ", ", ", ".join(words))
     return f" Below the scale: {said}." if said else ""
 
 

@@ -267,9 +267,15 @@ def test_the_files_of_a_page_are_never_where_the_page_is(tmp_path: Path) -> None
 
 
 def test_inline_svg_takes_its_own_ids() -> None:
-    inside = '<g id="a"/><use href="#a" clip="url(#a)"/>'
+    inside = (
+        '<g id="a"/>\n  <g id="never-used"/><use href="#a" clip="url(#a)" x="1.23456" y="7"/>'
+        '<path d="M 0.5 1.999 \nL -12.3456 7"/><text>1.23456</text>'
+    )
     svg = f'<?xml version="1.0"?><svg viewBox="0 0 1 1">{inside}</svg>'
     text = inline_svg(svg, "one", label='a "quoted" <finding>')
     for expected in ('id="one-a"', 'href="#one-a"', "url(#one-a)", "&lt;finding&gt;"):
+        assert expected in text
+    # coordinates to a hundredth of a point, and nothing that nobody sees
+    for expected in ('x="1.23" y="7"', 'd="M 0.5 2 L -12.35 7"', "<text>1.23456</text>", "/><g/>"):
         assert expected in text
     assert "<?xml" not in text

@@ -510,7 +510,7 @@ EXITS, SHALLOWER = partial(prefixes, 0, -1), partial(prefixes, 1, -1)
 for _method in (
     Method(
         name="popularity", label="popularity", role="baseline", default=True,
-        summary="items by how often the training parts hold them",
+        summary="items ranked by their count in the training data",
         run="runs.training:popularity", trials=no_backbone, work=ranks_popularity, colour="#858d96",
         marker="v", line=":",
     ),
@@ -528,7 +528,7 @@ for _method in (
     ),
     Method(
         name="early-exit", label="early exit", role="probe", needs=TEACHER, default=True,
-        summary="the teacher read out after each block, behind the final norm",
+        summary="the teacher read out after each block, through the final norm",
         run="runs.probing:early_exits", trials=EXITS, work=reads_every_depth, exportable="teacher",
         colour="#9b4f96", marker=".", line="-",
     ),
@@ -570,7 +570,7 @@ for _method in (
     ),
     Method(
         name="greedy", label="greedy", role="probe", needs=TEACHER, candidate=True, select="greedy",
-        summary="the teacher without the blocks that are missed least, removed one by one",
+        summary="the teacher with its least important blocks removed one by one",
         run="runs.probing:walk_greedy", trials=SHALLOWER, work=partial(walks_found, 0),
         exportable="teacher", colour="#4a55b8", marker="d", line="-", reference="arXiv 2402.09025",
     ),
@@ -595,32 +595,32 @@ for _method in (
     ),
     Method(
         name="similarity", label="similarity", role="probe", needs=TEACHER, table=True,
-        summary="how much blocks, their parts and runs of blocks turn the state",
+        summary="how much each block, its parts and each run of blocks turn the state",
         run="runs.probing:compare_states", trials=no_trials, work=partial(validation_passes, 1),
         reference="arXiv 2403.03853",
     ),
     Method(
         name="taylor", label="Taylor", role="probe", needs=TEACHER, table=True,
-        summary="what the weights of each block matter to the loss",
+        summary="how much the weights of each block matter to the loss",
         run="runs.probing:weigh_blocks", trials=no_trials,
         work=partial(validation_passes, 3, most=512), reference="arXiv 2402.02834",
     ),
     Method(
         name="settling", label="settling", role="probe", needs=TEACHER, table=True,
-        summary="at which depth each user's answer is the last one",
+        summary="the depth from which each user's answer stays the same",
         run="runs.probing:settle_users", trials=no_trials, work=reads_every_depth,
     ),
     Method(
         name="shuffled", label="histories shuffled", role="probe", needs=TEACHER, after=SASREC,
         table=True, default=True,
-        summary="what the trained models lose when they read each history in a random order",
+        summary="what trained models lose when they read each history in a random order",
         run="runs.probing:shuffle_histories", trials=no_trials, work=reads_again, colour="#8a5a78",
         reference="arXiv 2408.12008",
     ),
     Method(
         name="random-blocks", label="random blocks left out", role="probe", needs=TEACHER,
         table=True,
-        summary="whether blocks chosen by a score are better than as many random ones",
+        summary="whether blocks chosen by a score beat as many random ones",
         run="runs.probing:draw_blocks", trials=first_seed, work=walks_at_random, colour="#7d7d52",
     ),
     Method(
@@ -674,7 +674,7 @@ for _method in (
     Method(
         name="elastic", label="elastic", role="trained", needs=SASREC, candidate=True,
         settings="elastic",
-        summary="one model trained to be good at every depth, cut there",
+        summary="one model trained to be good at every depth, then cut",
         run="runs.training:elastic", trials=partial(prefixes, 1, 0), work=trains, exportable="own",
         colour="#7a4a00", marker="h", line="-", reference="arXiv 2404.16710",
     ),

@@ -175,22 +175,22 @@ class Columns(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning(Checked):
-    """Which interactions stay; the steps come in the order of the keys."""
+    """Which interactions to keep. The steps run in the order of the keys."""
 
     #: drop interactions rated lower.
     min_rating: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None
-    #: of a user's interactions with the same item keep all, the first, or the last.
+    #: if a user has an item more than once, keep all of them, the first, or the last.
     repeats: Literal["keep", "first", "last"] = "keep"
     latest: Many | None = None  #: keep each user's latest N.
-    #: drop users and items with fewer interactions, again and again until none is left (k-core); 1
+    #: drop users and items with fewer interactions, and repeat until all have enough (k-core); 1
     #: drops nothing.
     core: Many = 1
-    users: Many | None = None  #: keep N users, drawn at random: to try out a larger log.
+    users: Many | None = None  #: keep N users, drawn at random: to try a large log out.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Checked):
-    """Where the interactions come from, what is dropped, how much of a history a model reads."""
+    """Where the interactions come from, what to drop, how much of a history a model reads."""
 
     #: a log (file or folder), a prepared folder, the name of a public set, or ``embedded``; a path
     #: is relative to where the command runs.
@@ -204,43 +204,42 @@ class Data(Checked):
     #: the order of a user's interactions at the same time: ``random``, as in the ``file``, or by
     #: ``item`` id; a prepared folder keeps its order.
     ties: Literal["random", "file", "item"] = "random"
-    ties_seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  #: of the random order.
+    ties_seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  #: the seed of the random order.
     columns: Columns = Columns()  #: names of a table's columns.
-    cleaning: Cleaning = Cleaning()  #: what is dropped.
+    cleaning: Cleaning = Cleaning()  #: what to drop.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone(Checked):
-    """The pretrained decoder, what of it is trained, and the prompt before the items."""
+    """The pretrained decoder, which of its weights to train, and the prompt before the items."""
 
     #: a folder with ``config.json`` and safetensors weights, a Hugging Face id, or ``embedded``.
     source: str = "embedded"
-    revision: str | None = None  #: branch, tag or commit of an id; left out, the hub's ``main``.
-    #: run Python code that comes with the model; only with a ``revision``.
+    revision: str | None = None  #: the branch, tag or commit of a Hugging Face id.
+    #: run Python code that comes with the model; needs a ``revision``.
     trust_remote_code: bool = False
     #: the precision of the weights; ``auto`` is the checkpoint's.
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    #: its attention code: ``auto`` (transformers' choice), ``eager``, ``sdpa``,
-    #: ``flash_attention_2``, ``flash_attention_3`` or ``flex_attention``.
+    #: the implementation of attention; ``auto`` leaves the choice to transformers.
     attention: Attention = "auto"
-    #: store the weights of the blocks in fewer bits; on a GPU, with bitsandbytes, and with
-    #: ``tuning`` ``lora`` or ``frozen`` alone.
+    #: store the weights of the blocks in fewer bits; needs a GPU, bitsandbytes, and ``tuning``
+    #: ``lora`` or ``frozen``.
     quantize: Quantization = "none"
     #: train every weight of the blocks (``full``), low-rank updates of some of their linear maps
     #: (``lora``), or the adapters alone (``frozen``).
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: Width = 16  #: the rank of those updates.
-    #: what they update: ``mlp`` (SLMRec's way), ``attention``, ``all``, or maps by name, as
+    #: which maps they update: ``mlp`` (as SLMRec does), ``attention``, ``all``, or names such as
     #: ``q_proj`` or ``mlp.up_proj``.
     lora_targets: tuple[str, ...] = ("mlp",)
     prompt: str = PROMPT  #: what the model reads before the items; may be empty.
-    #: an item of a history is one vector, its row of the item table through an adapter
-    #: (``items``, SLMRec's way), or the tokens of its title (``titles``). Items are scored by the
-    #: item table either way.
+    #: how an item of a history is read: as one vector, its row of the item table through an
+    #: adapter (``items``, as SLMRec does), or as the tokens of its title (``titles``). The item
+    #: table scores the items either way.
     reads: Literal["items", "titles"] = "items"
     title_tokens: Count = 16  #: with ``titles``: read at most this many tokens of a title.
     title_template: str = "{title}\n"  #: with ``titles``: the text of an item.
-    #: what the model reads after the items, as SLMRec's response prompt; needs the objective
+    #: what the model reads after the items, such as SLMRec's response prompt; needs the objective
     #: ``last``.
     suffix: str = ""
     #: score by the dot product with the item table (``dot``, SLMRec), or by a linear map from the
@@ -273,23 +272,23 @@ class Recipe(Checked):
     """How a model is trained: AdamW, cosine with warm-up, early stopping on validation NDCG@10."""
 
     epochs: Count = 6  #: maximum number of passes over the training data.
-    #: users (windows of a history) a step.
+    #: users (windows of a history) per step.
     batch_size: Count = 128
-    #: the peak learning rate. Of a list, each is tried for every model at seed 0, and the one with
-    #: the best validation NDCG@10 is used for all seeds.
+    #: the peak learning rate. Given a list, every model tries each rate at seed 0 and keeps the one
+    #: with the best validation NDCG@10 for all seeds.
     learning_rate: Rate | tuple[Rate, ...] = 1e-3
     weight_decay: Weight = 0.01  #: AdamW's weight decay.
     warmup: Share = 0.1  #: the share of the steps in which the learning rate rises.
     clip: Annotated[float, Meta(gt=0, le=1e12)] = 1.0  #: the norm at which gradients are clipped.
     patience: Many = 3  #: stop after this many epochs without a better validation NDCG@10.
-    #: ask for the next item at ``every`` position of a history, or at its ``last`` alone (one
-    #: target a user, SLMRec's).
+    #: predict the next item at ``every`` position of a history, or only at the ``last`` (one
+    #: target per user, as SLMRec does).
     objective: Literal["every", "last"] = "every"
-    #: cross-entropy over the whole catalogue (``full``); over the target and random items, other
-    #: ones for each target (``sampled-softmax``) or the same for all of a step
-    #: (``shared-softmax``, the cheapest on a CPU); or gSASRec's binary one (``gbce``).
+    #: cross-entropy over the whole catalogue (``full``); over the target and random items, drawn
+    #: for each target (``sampled-softmax``) or once a step (``shared-softmax``, the cheapest on a
+    #: CPU); or gSASRec's binary cross-entropy (``gbce``).
     loss: Literal["full", "sampled-softmax", "shared-softmax", "gbce"] = "full"
-    #: how many random items the sampled losses draw.
+    #: how many random items a sampled loss draws.
     negatives: Count = 256
     gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75  #: the calibration of ``gbce``, from 0 to 1.
     #: compute a batch in this many parts: less memory, the same result.
@@ -299,8 +298,8 @@ class Recipe(Checked):
     #: 1 makes the batches random. With more, windows are sorted by length within this many
     #: batches: less padding, but a step sees windows of one length, and the model is worse.
     pool: Count = 1
-    #: what the blocks compute in; the weights keep their own precision. ``auto`` is bfloat16 for a
-    #: backbone of 20 million parameters or more on a device that has it in hardware.
+    #: the precision in which blocks compute; the weights keep their own. ``auto`` is bfloat16 for a
+    #: backbone of 20 million parameters or more on hardware that supports it.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False  #: use ``torch.compile``.
 
@@ -370,11 +369,11 @@ class Distillation(Checked):
     supervision: Weight = 0.1
     #: weight of the divergence from the teacher's distribution over the catalogue.
     logits: Weight = 0.0
-    #: the distance of two states (``distance``, SLMRec's), or its square over their width, which no
-    #: width makes large (``squared``).
+    #: the distance of two states (``distance``, as SLMRec does), or its square divided by their
+    #: width (``squared``), which does not grow with the width.
     norm_form: Literal["distance", "squared"] = "distance"
-    #: compare states wherever the recipe asks for the next item (``asked``), or at the last item
-    #: alone (``last``, SLMRec's).
+    #: compare states wherever the recipe predicts an item (``asked``), or only at the last item
+    #: (``last``, as SLMRec does).
     positions: Literal["asked", "last"] = "asked"
     #: the temperature of the distributions that ``logits`` compares.
     temperature: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
@@ -382,7 +381,7 @@ class Distillation(Checked):
     #: the student begins as the pretrained ``backbone``, as the trained ``teacher``, or at
     #: ``random``.
     init: Literal["backbone", "teacher", "random"] = "backbone"
-    #: compute the teacher's outputs once and keep them on disk (``cached``), or at every step
+    #: compute the teacher's outputs once and keep them on disk (``cached``), or anew at every step
     #: (``online``).
     features: Literal["cached", "online"] = "cached"
 
@@ -401,9 +400,9 @@ class Distillation(Checked):
 class Elastic(Checked):
     """One model for every depth (LayerSkip, arXiv 2404.16710).
 
-    A step leaves block l out with probability ``dropout (2^(l / (L - 1)) - 1)``, for all its users:
-    never the first, the last with ``dropout``. Its loss is that of the whole model and ``weight``
-    times the mean loss of ``exits`` shallower ones, at depths drawn anew at each step.
+    A step leaves out block l with probability ``dropout (2^(l / (L - 1)) - 1)``: never the first
+    block, the last one with probability ``dropout``. Its loss is that of the whole model plus
+    ``weight`` times the mean loss of ``exits`` shallower ones, whose depths are drawn at each step.
     """
 
     dropout: Share = 0.1  #: the probability that the last block is left out of a step.
@@ -438,33 +437,34 @@ class Variant(Checked):
 class Protocol(Checked):
     """How accuracy is measured, and how much of it a shallower model may lose."""
 
-    #: ask for each user's last item (``leave-one-out``), for what comes after two points in time
-    #: that all users share (``temporal``), or as the log came in training, validation and test
-    #: files (``given``).
+    #: predict each user's last item (``leave-one-out``), what comes after two points in time that
+    #: all users share (``temporal``), or what the log's own validation and test files hold
+    #: (``given``).
     split: Literal["leave-one-out", "temporal", "given"] = "leave-one-out"
     #: the two points of ``temporal``: dates, or quantiles of the interactions.
     split_at: tuple[str, ...] = ("0.8", "0.9")
-    #: items of the history are not ranked, and a target among them is a miss; ``auto`` leaves them
-    #: out where at most 1 % of the test targets are such repeats.
+    #: leave the items of the history out of the ranking; a target among them is a miss. ``auto``
+    #: does so if at most 1 % of the test targets are such repeats.
     filter_seen: bool | Literal["auto"] = "auto"
-    sampled: bool = True  #: the 999-negative protocol beside full ranking, labelled.
-    #: of the sampled protocol, drawn from the items that a user never took: ``uniform``, or in
-    #: proportion to how often training holds an item (``popularity``: harder, and what training
-    #: never holds is never drawn).
+    sampled: bool = True  #: also report the 999-negative protocol, labelled.
+    #: how the sampled protocol draws among the items that a user never took: ``uniform``, or in
+    #: proportion to an item's count in training (``popularity``: harder, and an item without
+    #: training interactions is never drawn).
     negatives: Literal["uniform", "popularity"] = "uniform"
-    #: own groups of test users, each ``FILE:COLUMN`` of a table of users.
+    #: your own groups of test users, each ``FILE:COLUMN`` of a table of users.
     user_slices: tuple[str, ...] = ()
-    #: groups by the item that is asked for, each ``FILE:COLUMN`` of a table of items.
+    #: groups of test users by their target item, each ``FILE:COLUMN`` of a table of items.
     item_slices: tuple[str, ...] = ()
     validation_users: Many = 4096  #: choose the best epoch on at most this many.
     #: the acceptable relative loss of ``metric``.
     margin: Annotated[float, Meta(gt=0, lt=1)] = 0.01
     #: the confidence of the verdict and of all intervals.
     level: Annotated[float, Meta(gt=0.5, lt=1)] = 0.95
-    #: the metric of the verdict: any ``HR@K``, ``NDCG@K``, or ``MRR``; a training always stops by
+    #: the metric of the verdict: any ``HR@K``, ``NDCG@K``, or ``MRR``. Early stopping always uses
     #: validation NDCG@10.
     metric: str = "NDCG@10"
-    #: draws of users for the rank correlations of cheap scores; all else has closed forms.
+    #: bootstrap draws for the rank correlations of cheap scores; all other intervals have closed
+    #: forms.
     resamples: Annotated[int, Meta(ge=100, le=1_000_000)] = 1000
 
     def __post_init__(self) -> None:
@@ -484,16 +484,16 @@ class Cost(Checked):
     #: maximum number of rounds before timing begins.
     warmup: Annotated[int, Meta(ge=0, le=1_000_000)] = 3
     rounds: Count = 15  #: maximum number of timed rounds.
-    #: maximum time for all of it; one round is always run.
+    #: maximum time in total; one round always runs.
     seconds: Annotated[float, Meta(gt=0, le=1_000_000)] = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probing(Checked):
-    """How much is probed."""
+    """How much to probe."""
 
-    #: of each length, leave out only this many runs of blocks: those with the smallest angular
-    #: distance between their ends; 0 leaves out every run.
+    #: for each length, try only this many runs of blocks: those with the smallest angular distance
+    #: between their ends; 0 tries every run.
     spans: CountOrNone = 0
 
 
@@ -501,13 +501,13 @@ class Probing(Checked):
 class Search(Checked):
     """What ``layers = "find"`` searches with, and when it stops.
 
-    It needs ``protocol.margin`` and ``protocol.level``; ``seeds`` are the most of any depth.
+    It decides by ``protocol.margin`` and ``protocol.level``. A depth gets at most ``seeds`` seeds.
     """
 
     #: the method that trains the depths; by default the first of ``methods`` that is ``finetune``,
     #: ``heal`` or ``distill``, or one of their variants.
     method: str | None = None
-    #: stop before the trainings take longer, all together; by default when the verdict stands.
+    #: stop before all trainings together take longer; by default when the verdict stands.
     hours: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None
 
 
@@ -517,7 +517,7 @@ class Slurm(Checked):
 
     partition: Printable | None = None  #: the SLURM partition of the jobs.
     account: Printable | None = None  #: the SLURM account to charge.
-    minutes: Count = 720  #: time limit; a job that reaches it is queued again and goes on.
+    minutes: Count = 720  #: time limit; a job that reaches it is queued again and continues.
     gpus: Annotated[int, Meta(ge=0, le=10_000)] = 1  #: GPUs of a job.
     cpus: Count = 4  #: CPU cores of a job.
     memory_gb: Count = 32  #: memory of a job.
@@ -543,23 +543,22 @@ class Study(Checked):
 
     name: str = "study"  #: names the run's folder and the report; by default the file's.
     #: depths, that is how many blocks are kept: ``1,2,4``, ``1-12``, ``all``, or ``auto`` (1, 2, 4,
-    #: 8, ...). ``find`` trains only those that decide which is the sufficient depth;
-    #: ``find:1,2,4`` searches among some.
+    #: 8, ...). ``find`` searches for the sufficient depth and trains only the depths that decide
+    #: it; ``find:1,2,4`` searches among these.
     layers: str = "auto"
     #: the methods to compare.
     methods: tuple[str, ...] = DEFAULT_METHODS
     #: every training is repeated with seeds 0 to N - 1.
     seeds: Few = 2
-    #: what to hold constant: training ``steps``, or ``compute``. With the latter a shallower model
-    #: trains for more epochs, in the ratio of the FLOPs, and ``elastic`` gets the compute of all
-    #: depths together.
+    #: what to hold constant: training ``steps``, or ``compute``. With ``compute`` a shallower model
+    #: trains for more epochs, in proportion to the FLOPs it saves, and ``elastic`` gets the compute
+    #: of all depths together.
     budget: Literal["steps", "compute"] = "steps"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  #: where to compute.
-    #: share trainings between runs through this folder: a training that is there, with the same
-    #: settings, is not run again.
+    #: a folder through which runs share trainings: one with the same settings is not run again.
     cache: str | None = None
     #: where the item embeddings come from: ``sasrec`` (trained first), ``text`` (titles through the
-    #: backbone), a ``.npy`` file with a row an item, or ``learned`` (random ones, trained with the
+    #: backbone), a ``.npy`` file with a row per item, or ``learned`` (random ones, trained with the
     #: recommender).
     item_table: str = "sasrec"
     item_width: Width = 64  #: the width of a ``learned`` table.
@@ -568,12 +567,12 @@ class Study(Checked):
     backbone: Backbone = Backbone()  #: the pretrained decoder.
     sasrec: SasRecSettings = SasRecSettings()  #: the baseline.
     recipe: Recipe = Recipe()  #: how the teacher, the variants and the students are trained.
-    heal: Heal = Heal()  #: how ``heal`` goes on.
+    heal: Heal = Heal()  #: how ``heal`` continues the training.
     distillation: Distillation = Distillation()  #: the losses of ``distill``.
     elastic: Elastic = Elastic()  #: the settings of ``elastic``.
-    #: other settings, by their names.
+    #: named variants of methods.
     variants: Mapping[str, Variant] = field(default_factory=dict)
-    probing: Probing = Probing()  #: how much is probed.
+    probing: Probing = Probing()  #: how much to probe.
     search: Search = Search()  #: how ``layers = "find"`` searches.
     protocol: Protocol = Protocol()  #: how accuracy is measured.
     cost: Cost = Cost()  #: how time is measured.

@@ -56,16 +56,16 @@ def compare(
         ),
     ],
     targets: Annotated[
-        Path | None, option("FILE", "Each user's target, where files hold lists.", parser=path)
+        Path | None, option("FILE", "Each user's target; needed if files hold lists.", parser=path)
     ] = None,
-    slices: Annotated[str | None, option("C,C", "Columns that say users' groups.")] = None,
+    slices: Annotated[str | None, option("C,C", "Columns that hold users' groups.")] = None,
     common: Annotated[
-        bool, typer.Option("--common", help="Compare the users that all files have.")
+        bool, typer.Option("--common", help="Compare only the users that all files have.")
     ] = False,
     output: Annotated[Path | None, option("FILE", "Where to write a page.", parser=path)] = None,
     as_json: AS_JSON = False,
     fail_unless: Annotated[
-        str | None, option("|".join(PROMISES), "Exit with 1 unless it is shown of all others.")
+        str | None, option("|".join(PROMISES), "Exit with 1 unless shown for every other file.")
     ] = None,
     **flags: Any,
 ) -> None:

@@ -49,7 +49,9 @@ def cost(
     prompt: Annotated[
         int | None, option("N", "Prompt slots before the items [default: 0].", parser=whole)
     ] = None,
-    dtype: Annotated[str | None, option("auto|float32|bfloat16|float16", "The backbone's.")] = None,
+    dtype: Annotated[
+        str | None, option("auto|float32|bfloat16|float16", "Dtype of the weights.")
+    ] = None,
     tuning: Annotated[
         str | None, option("full|lora|frozen", "Which weights a training step updates.")
     ] = None,

@@ -102,20 +102,20 @@ LOG = {  # how a log is read and cleaned
     "item_column": Flag("data.columns.item", "C", COLUMN),
     "time_column": Flag("data.columns.time", "C", COLUMN),
     "time_format": Flag(
-        "data.columns.time_format", "F", "How times are written, as %d/%m/%Y [default: ISO]."
+        "data.columns.time_format", "F", "How times are written, such as %d/%m/%Y [default: ISO]."
     ),
     "rating_column": Flag("data.columns.rating", "C", COLUMN),
     "title_column": Flag("data.columns.title", "C", COLUMN),
     "ties": Flag("data.ties", "random|file|item", "Order of equal times [default: random]."),
-    "ties_seed": Flag("data.ties_seed", "N", "Seed of that random order [default: 0].", int),
+    "ties_seed": Flag("data.ties_seed", "N", "Seed of the random order [default: 0].", int),
     "min_rating": Flag("data.cleaning.min_rating", "X", "Drop interactions rated lower.", float),
     "repeats": Flag(
         "data.cleaning.repeats",
         "keep|first|last",
-        "Of an item's repeats keep all, the first or the last [default: keep].",
+        "Of a user's repeats of an item keep all, the first or the last [default: keep].",
     ),
-    "latest": Flag("data.cleaning.latest", "N", "Keep each user's latest N.", int),
-    "core": Flag("data.cleaning.core", "K", "Keep users and items with at least K (k-core).", int),
+    "latest": Flag("data.cleaning.latest", "N", "Keep each user's latest N interactions.", int),
+    "core": Flag("data.cleaning.core", "K", "Keep users and items with K or more (k-core).", int),
     "users": Flag("data.cleaning.users", "N", "Keep N users, drawn at random.", int),
 }
 SPLIT = {
@@ -137,8 +137,8 @@ SWEEP = {
     "methods": Flag(
         "methods", "NAMES", "Methods from the list below, or variants such as heal:ends.", tuple
     ),
-    "seeds": Flag("seeds", "N", "Number of seeds. An earlier run gets the missing ones.", int),
-    "hours": Flag("search.hours", "H", "With find: train no longer than this.", float),
+    "seeds": Flag("seeds", "N", "Number of seeds. Raise it to add seeds to a run.", int),
+    "hours": Flag("search.hours", "H", "With find: maximum hours of training.", float),
     "epochs": Flag("recipe.epochs", "N", "Maximum number of epochs. SASRec keeps its own.", int),
     "device": Flag("device", "auto|cpu|cuda|mps", "Where to compute."),
     "budget": Flag("budget", "steps|compute", "What to hold constant: training steps or compute."),
@@ -157,7 +157,7 @@ SET = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Any key of a study file, as recipe.batch_size=64. May be given several times.",
+        help="Any key of a study file, such as recipe.batch_size=64. Repeatable.",
     ),
 ]
 AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]

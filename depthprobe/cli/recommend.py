@@ -73,7 +73,7 @@ def recommend(
         option("FILE", "A .tsv, .csv, .jsonl or .parquet [default: the terminal].", parser=path),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Write JSON lines: a user and the items a line.")
+        bool, typer.Option("--json", help="Write JSON lines, one per user.")
     ] = False,
     **flags: Any,
 ) -> None:

@@ -145,7 +145,7 @@ def export(
     trial: Annotated[
         str,
         typer.Argument(
-            metavar="TRIAL", help="A trial's name in RUN/trials; best: what the report recommends."
+            metavar="TRIAL", help="A trial's name in RUN/trials, or best: the one to ship."
         ),
     ],
     folder: Annotated[

@@ -61,8 +61,8 @@ SEARCH = "find"
 PHASES = {
     SEARCH: Phase(
         "Find the smallest sufficient depth without training every depth."
-        "\n\nDepths are trained one after the other, those that probes and earlier ones call"
-        " likeliest for their cost, until the verdict stands. --layers says among which.",
+        "\n\nTrains one depth at a time, each time the one that probes and earlier depths make"
+        " the most promising for its cost, until the verdict stands. --layers limits the depths.",
         lambda method: True,
     ),
     "sweep": Phase(

@@ -43,6 +43,9 @@ Weight = Annotated[float, Meta(ge=0, le=10**9)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 
 FIND = "find"  # instead of depths
+OWN = "own"  # instead of an item table
+# the function that builds a recommender of the user's own: module:function
+OWN_SOURCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 PROMPT = "Purchase history:"
 TITLE = "{title}"  # its place in a template
 # transformers' own; any other name would be that of a kernel, that is code, to fetch from a hub
@@ -56,7 +59,7 @@ ATTENTIONS, QUANTIZATIONS = typing.get_args(Attention), typing.get_args(Quantiza
 SELECTIONS = ("prefix", "ends", "interval", "angular", "greedy", "random")
 NAMED_SELECTIONS = ("ends", "interval", "angular", "greedy")  # that may follow a method's colon
 TEACHER_SELECTIONS = ("angular", "greedy")  # that the trained teacher decides
-ITEM_TABLES = re.compile(r"sasrec|learned|text(:[1-9][0-9]{0,3})?(:last)?|.*\.npy", re.DOTALL)
+ITEM_TABLES = re.compile(r"sasrec|learned|own|text(:[1-9][0-9]{0,3})?(:last)?|.*\.npy", re.DOTALL)
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
 # settings and tables that change no trial's numbers: a run may be continued with others
 NOT_DECIDING = frozenset(
@@ -66,6 +69,11 @@ NOT_DECIDING = frozenset(
         *("search.method", "search.hours"),
         *("protocol.margin", "protocol.level", "protocol.metric", "protocol.resamples"),
     }
+)
+# settings of the backbone that a recommender of the user's own decides itself
+OWN_DECIDES = (
+    *("revision", "trust_remote_code", "dtype", "attention", "quantize", "prompt", "suffix"),
+    *("reads", "head"),
 )
 VARIANT_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 LARGEST_FILE = 10_000_000  # bytes of a study file
@@ -213,7 +221,8 @@ class Data(Checked):
 class Backbone(Checked):
     """The pretrained decoder, which of its weights to train, and the prompt before the items."""
 
-    #: a folder with ``config.json`` and safetensors weights, a Hugging Face id, or ``embedded``.
+    #: a folder with ``config.json`` and safetensors weights, a Hugging Face id, or ``embedded``; or
+    #: a trained recommender of your own, by the function that builds it: ``module:function``.
     source: str = "embedded"
     revision: str | None = None  #: the branch, tag or commit of a Hugging Face id.
     #: run Python code that comes with the model; needs a ``revision``.
@@ -260,6 +269,17 @@ class Backbone(Checked):
             raise BadInput("revision", None, "a pinned revision for remote code")
         if self.title_template.count(TITLE) != 1:
             raise BadInput("title_template", self.title_template, f"a text with {TITLE} in it once")
+
+        if self.own:
+            for name in OWN_DECIDES:
+                if getattr(self, name) != getattr(type(self), name):
+                    allowed = f"nothing beside source = {self.source} (it decides that itself)"
+                    raise BadInput(name, getattr(self, name), allowed)
+
+    @property
+    def own(self) -> bool:
+        """Whether the source is a recommender of the user's own."""
+        return bool(OWN_SOURCE.fullmatch(self.source))
 
     @property
     def reads_titles(self) -> bool:
@@ -597,11 +617,15 @@ class Study(Checked):
             if self.backbone.suffix and recipe.objective != "last":
                 allowed = f"{owner}.objective = last beside it (it follows the last item)"
                 raise BadInput("backbone.suffix", self.backbone.suffix, allowed)
-        if self.backbone.quantize != "none":
-            if self.methods == DEFAULT_METHODS:  # nobody asked for what can't be quantised
+        own = self.backbone.own
+        if own or self.backbone.quantize != "none":
+            if self.methods == DEFAULT_METHODS:  # nobody asked for what begins without pretraining
                 kept = tuple(n for n in self.methods if not settings_of(self, n).fresh)
                 object.__setattr__(self, "methods", kept)
-            self._check_quantized()
+            self._check_pretrained()
+        if own or self.item_table == OWN:
+            table = OWN if own else "sasrec"  # it brings its own
+            object.__setattr__(self, "item_table", table)
 
     def with_precision(self, precision: Literal["float32", "bfloat16"]) -> Study:
         """The study with what ``auto`` stands for here; ``auto`` of SASRec is float32."""
@@ -652,8 +676,17 @@ class Study(Checked):
         """Whether the item table is trained with the recommender."""
         return self.train_items or self.item_table == "learned"
 
-    def _check_quantized(self) -> None:
-        chosen = self.backbone.quantize
+    def _check_pretrained(self) -> None:
+        backbone = self.backbone
+        if backbone.own:
+            for name in self.methods:
+                reason = "can be drawn at random" if settings_of(self, name).fresh else ""
+                reason = "reads titles" if method_of(name).titles else reason
+                if reason:
+                    allowed = f"methods without {name} beside it (none of it {reason})"
+                    raise BadInput("backbone.source", backbone.source, allowed)
+            return
+        chosen = backbone.quantize
         if self.device not in {"auto", "cuda"}:
             raise BadInput(
                 "backbone.quantize", chosen, f"device = cuda beside it, not {self.device}"

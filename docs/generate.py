@@ -308,8 +308,8 @@ API: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Ranks and metrics", "", ("rank_targets", "metrics_from_ranks")),
     ("An exported model", "", ("load_recommender", "models.export:ExportedRecommender")),
     (
-        "Probing a recommender of your own", "[The guide](probing.md#your-own-recommender) has an "
-        "example.",
+        "Probing a recommender of your own",
+        "[The guide](probing.md#your-own-recommender-in-python) has an example.",
         ("probing.passes:CausalEncoder", "evaluation.ranks:EvalSet", "probing.passes:early_exit",
          "probing.walk:route", "probing.walk:rank_routes", "probing.similarity:similarities",
          "probing.walk:greedy", "probing.passes:settling", "probing.taylor:taylor_importance"),

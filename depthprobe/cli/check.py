@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from depthprobe.cli.options import check_output_file, option, path
+from depthprobe.cli.options import check_output_file, function, option, path
 from depthprobe.cli.terminal import echo, show_table
 from depthprobe.errors import BadInput, one_line
 from depthprobe.files import complete_file
+
+if TYPE_CHECKING:
+    from depthprobe.models.check import CheckResult
 
 
 def check(
     backbone: Annotated[
         str | None, option("B", "A folder (config.json is enough), a Hugging Face id, or embedded.")
+    ] = None,
+    recommender: Annotated[
+        str | None,
+        option(
+            "MODULE:FUNCTION",
+            "A recommender of your own, to build and try.",
+            parser=function,
+        ),
     ] = None,
     revision: Annotated[str | None, option("REV", "The revision of a Hugging Face id.")] = None,
     trust_remote_code: Annotated[
@@ -34,10 +46,15 @@ def check(
         "architectures.md"
     ),
 ) -> int:
-    """Test whether an architecture can be cut safely.
+    """Test whether an architecture, or a recommender of your own, can be cut safely.
 
-    Needs no weights. Exits with 1 if it can't be cut, or can't be a recommender's backbone.
+    A backbone needs no weights. Exits with 1 if it can't be cut, or can't be a recommender's
+    backbone.
     """
+    if recommender is not None:
+        if every or backbone is not None:
+            raise BadInput("--recommender", recommender, "neither --backbone nor --all beside it")
+        return _check_own(recommender)
     if every and backbone is None:
         return _check_all(output)
     if every or backbone is None:
@@ -51,19 +68,37 @@ def check(
 
     disable_progress_bar()  # one for each model that is reloaded
     results = check_backbone(backbone, revision=revision, trust_remote_code=trust_remote_code)
-    failures = {True: "FAILED", False: "no"}  # what is not required may fail
-    header = ["check", "result", "detail"]
-    rows = [
-        (each.name, "passed" if each.passed else failures[each.required], each.detail)
-        for each in results
-    ]
-    show_table(header, rows, words=header)
+    _show(results, required=None)
     safe, usable = can_be_cut(results), any(r.name == "recommender" and r.passed for r in results)
     verdict = "can be cut" if safe else "can NOT be cut safely"
     if safe and not usable:
         verdict += ", but can NOT be a recommender's backbone"
     echo(f"\n{backbone}: {verdict}")
     return 0 if safe and usable else 1
+
+
+def _check_own(source: str) -> int:
+    from depthprobe.models.check import NOT_SEEN, check_own
+
+    results = check_own(source)
+    _show(results, required=True)
+    safe = all(each.passed for each in results)
+    echo(f"\n{source}: {'can be cut' if safe else 'can NOT be cut safely'}. {NOT_SEEN}")
+    return 0 if safe else 1
+
+
+def _show(results: Sequence[CheckResult], *, required: bool | None) -> None:
+    """The table of results; what is not required may fail."""
+    header, failures = ["check", "result", "detail"], {True: "FAILED", False: "no"}
+    rows = [
+        (
+            each.name,
+            "passed" if each.passed else failures[each.required if required is None else required],
+            each.detail,
+        )
+        for each in results
+    ]
+    show_table(header, rows, words=header)
 
 
 def _check_all(page: Path) -> int:

@@ -16,6 +16,7 @@ import typer
 from depthprobe.data.readers.streams import stem
 from depthprobe.errors import BadInput, check_writable, short
 from depthprobe.study import (
+    OWN_SOURCE,
     Study,
     override,
     parse_setting,
@@ -71,6 +72,13 @@ def _path(text: str) -> Path:
     return Path(name)
 
 
+def _function(text: str) -> str:
+    if not OWN_SOURCE.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
+function = _parser(_function, "function as my_package.my_module:build")
 whole, number = _parser(_whole, "whole number"), _parser(_number, "number")
 share = _parser(_share, "share such as 2% or 0.02")
 path = _parser(_path, "path of names of 1 to 255 bytes, in UTF-8")
@@ -132,6 +140,12 @@ SWEEP = {
     "backbone": Flag(
         "backbone.source", "B", "A folder with config.json, a Hugging Face id, or embedded."
     ),
+    "recommender": Flag(
+        "backbone.source",
+        "MODULE:FUNCTION",
+        "A trained recommender of your own, by the function that builds it.",
+        parser=function,
+    ),
     "revision": Flag("backbone.revision", "REV", "The branch, tag or commit of a Hugging Face id."),
     "layers": Flag("layers", "DEPTHS", "Depths: 1,2,4 or 1-12 or all or auto, or find."),
     "methods": Flag(
@@ -169,10 +183,10 @@ WORDS = {  # arguments, as the help names them
 
 def as_typed(error: BadInput, arguments: Sequence[str]) -> BadInput:
     """The error with its field as the user wrote it, where that was an option."""
-    names = {flag.setting: name for name, flag in FLAGS.items()}
-    flag = f"--{names.get(error.field, error.field).replace('_', '-')}"
+    names = [name for name, flag in FLAGS.items() if flag.setting == error.field]
+    flags = {f"--{name.replace('_', '-')}" for name in names or [error.field]}
     typed = {word.partition("=")[0] for word in arguments}
-    if flag in typed:
+    if flag := next(iter(flags & typed), None):
         return error.renamed(flag)
     word = WORDS.get(error.field)
     return error.renamed(word) if word and str(error.value) in arguments else error
@@ -198,6 +212,10 @@ def make_study(file: Path | None = None, settings: Sequence[str] = (), **flags: 
     Then ``settings`` as ``recipe.epochs=3`` change it, and at last the flags.
     """
     data, backbone = flags.get("data"), flags.get("backbone")
+    if (own := flags.get("recommender")) is not None:
+        if backbone is not None:
+            raise BadInput("--recommender", own, f"no --backbone {backbone} beside it")
+        backbone = own
     if file is not None:
         try:
             content = read_study(file)
@@ -230,12 +248,13 @@ def apply_flags(study: Study, **flags: Any) -> Study:
 
 def _changes(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that flags change, by their keys."""
-    changes = {FLAGS[name].setting: value for name, value in flags.items()}
-    for name, value in flags.items():
-        if FLAGS[name].kind is tuple and value is not None:
+    given = {name: value for name, value in flags.items() if value is not None}
+    changes = {FLAGS[name].setting: value for name, value in given.items()}
+    for name, value in given.items():
+        if FLAGS[name].kind is tuple:
             pieces = tuple(filter(None, (piece.strip() for piece in value.split(","))))
             changes[FLAGS[name].setting] = pieces
-    return {key: value for key, value in changes.items() if value is not None}
+    return changes
 
 
 def _check_split(study: Study, flags: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from depthprobe.cli.options import (
     LOG,
     apply_flags,
     check_output_file,
+    function,
     option,
     path,
     takes_flags,
@@ -61,6 +62,10 @@ def recommend(
         Path,
         option("FILE", "Lines of user item item ..., oldest first; or a log.", parser=path),
     ],
+    recommender: Annotated[
+        str | None,
+        option("MODULE:FUNCTION", "What builds one of your own, as in the sweep.", parser=function),
+    ] = None,
     top: Annotated[
         int, option("K", "How many items to recommend to each user.", parser=whole)
     ] = 10,
@@ -89,7 +94,7 @@ def recommend(
     from depthprobe.models.export import load_recommender
 
     disable_progress_bar()  # the terminal belongs to the recommendations
-    model = load_recommender(folder, device)
+    model = load_recommender(folder, device, recommender=recommender)
     if not 1 <= top <= len(model.item_ids):
         allowed = f"a number from 1 to the {len(model.item_ids):,} items of the catalogue"
         raise BadInput("top", top, allowed)

@@ -86,8 +86,8 @@ def _parts(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
         ]
         return [
             ("blocks", [find_blocks(model.backbone)]),
+            ("item_table", table),  # before the tokens': of a user's own model both may be one
             ("token_embeddings", tables),
-            ("item_table", table),
         ]
     blocks = getattr(model, "blocks", None)
     return [("blocks", [blocks] if isinstance(blocks, nn.Module) else []), ("item_table", table)]

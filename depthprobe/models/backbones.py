@@ -47,7 +47,7 @@ from transformers.utils.import_utils import (
 
 from depthprobe.errors import BadInput, one_of, short
 from depthprobe.models.blocks import find_blocks
-from depthprobe.study import ATTENTIONS, QUANTIZATIONS, Backbone
+from depthprobe.study import ATTENTIONS, OWN_SOURCE, QUANTIZATIONS, Backbone
 
 Source = str | os.PathLike[str]
 EMBEDDED = "embedded"
@@ -645,6 +645,10 @@ def pretrained(
 
     With ``plain``, quantised weights are turned back into ordinary ones of the same values.
     """
+    if settings.own:
+        from depthprobe.models.own import load_own  # it stands on this module
+
+        return load_own(settings.source).backbone
     model = load_backbone(
         settings.source,
         dtype=settings.dtype,
@@ -671,6 +675,10 @@ def move(backbone: PreTrainedModel, settings: Backbone, device: torch.device) ->
 
 def pretrained_config(settings: Backbone) -> PreTrainedConfig:
     """The configuration of the backbone that a study's settings describe; no weights are read."""
+    if settings.own:
+        from depthprobe.models.own import own_facts
+
+        return own_facts(settings.source)[0]
     return backbone_config(settings.source, **_which(settings))
 
 
@@ -689,13 +697,14 @@ def backbone_revision(settings: Backbone) -> str:
     The first part is of configuration and weights; of a folder the second one is of all else that
     is read, such as the tokenizer's files.
     """
+    if settings.own:
+        from depthprobe.models.own import own_facts
+
+        return f"{HASH}{own_facts(settings.source)[1]}"
     if settings.source == EMBEDDED:
-        digest, model = hashlib.sha256(), embedded_backbone()
-        digest.update(model.config.to_json_string().encode())
-        for name, weight in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy())
-        return f"{HASH}{digest.hexdigest()[:16]}"
+        model = embedded_backbone()
+        digest = weights_hash(model.state_dict().items(), model.config.to_json_string())
+        return f"{HASH}{digest}"
     if not is_folder(settings.source):
         return str(resolve_revision(settings.source, settings.revision))
     folder = Path(_location(settings.source))
@@ -714,6 +723,16 @@ def _versions(files: Iterable[Path]) -> tuple[tuple[Path, int, int, int], ...]:
     """Files with what changes when they do."""
     states = ((path, path.stat()) for path in sorted(files))
     return tuple((path, each.st_ino, each.st_size, each.st_mtime_ns) for path, each in states)
+
+
+def weights_hash(weights: Iterable[tuple[str, torch.Tensor]], also: str = "") -> str:
+    """Sixteen digits of a hash of weights and their names, in any order."""
+    digest = hashlib.sha256(also.encode())
+    for name, weight in sorted(weights):
+        digest.update(name.encode())
+        plain = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @lru_cache(maxsize=8)
@@ -757,7 +776,7 @@ def pinned_now(settings: Backbone) -> Backbone:
 def describe(model: PreTrainedModel, source: str, revision: str) -> dict[str, Any]:
     """What a run records of its backbone."""
     text_config = model.config.get_text_config(decoder=True)
-    on_disk = source != EMBEDDED and is_folder(source)
+    on_disk = source != EMBEDDED and not OWN_SOURCE.fullmatch(source) and is_folder(source)
     return {
         "source": str(Path(_location(source)).absolute()) if on_disk else source,
         "revision": revision,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from depthprobe.errors import BadInput
 
@@ -102,6 +103,8 @@ def locate(model: PreTrainedModel) -> tuple[nn.Module, str]:
     """The base model and the path of the blocks in it; raises as :func:`find_blocks`."""
     if model.config.is_encoder_decoder:
         raise refusal(model, "it is an encoder-decoder: only decoders can be cut")
+    if named := getattr(model.config, "blocks_path", ""):  # a decoder that is none of theirs
+        return model, named
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     base: nn.Module = model.base_model
     paths = _candidates(base, depth)
@@ -169,3 +172,72 @@ def no_token(decoder: nn.Module) -> int:
     """The id that stands for what is no token: padding, as for images in these families."""
     config: Any = decoder.config
     return int(config.get_text_config(decoder=True).pad_token_id or 0)
+
+
+# A decoder that is none of Hugging Face's: the blocks of a user's own recommender.
+
+
+class PlainConfig(PreTrainedConfig):
+    """What is known of a decoder that is none of Hugging Face's."""
+
+    model_type = "own"
+
+    def __init__(
+        self, num_hidden_layers: int = 1, hidden_size: int = 1, blocks_path: str = "", **more: Any
+    ) -> None:
+        super().__init__(**more)
+        self.num_hidden_layers, self.hidden_size = num_hidden_layers, hidden_size
+        self.blocks_path = blocks_path  # where the list of blocks is
+
+
+class PlainDecoder(PreTrainedModel):
+    """A recommender of plain PyTorch, as the decoder that probes expect: histories to states."""
+
+    config_class = PlainConfig
+
+    def __init__(self, own: Any) -> None:
+        blocks = _plain_blocks(own)
+        path = next(name for name, module in own.named_modules() if module is blocks)
+        place = own.item_matrix().device
+        one = torch.ones(1, dtype=torch.long, device=place)
+        with torch.no_grad():
+            width = own.eval().states(one[None], one).shape[-1]
+        config: Any = PlainConfig(len(blocks), width, f"own.{path}")
+        super().__init__(config)
+        self.own = own
+
+    def get_input_embeddings(self) -> Any:
+        """What says how many items there are."""
+        return SimpleNamespace(weight=self.own.item_matrix())
+
+    def get_output_embeddings(self) -> None:
+        """It has no language-model head."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> tuple[Tensor]:
+        """States behind the final norm, (B, T) rows of items -> (B, P, D)."""
+        if lengths is None:
+            lengths = torch.full_like(input_ids[:, 0], input_ids.shape[1])
+        more = () if past_key_values is None else (past_key_values,)
+        return (self.own.states(input_ids, lengths, *more),)
+
+
+def _plain_blocks(own: Any) -> nn.ModuleList:
+    """The blocks of a decoder of plain PyTorch: what it calls so, or its only list of modules."""
+    named = getattr(own, "blocks", getattr(own.backbone, "blocks", None))
+    if isinstance(named, nn.ModuleList):
+        return named
+    lists = [
+        module
+        for module in own.backbone.modules()
+        if isinstance(module, nn.ModuleList) and all(any(part.children()) for part in module)
+    ]
+    if len(lists) != 1:
+        reason = f"{len(lists)} lists of modules in its backbone: name the one of blocks `blocks`"
+        raise refusal(own, reason)
+    return lists[0]

@@ -22,6 +22,7 @@ from depthprobe.models.backbones import (
 )
 from depthprobe.models.blocks import check_tokens, find_blocks
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.own import load_own
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.models.tiny import ends_at_positions, positions_of, steady_positions
@@ -37,6 +38,7 @@ def build_recommender(
     settings: Backbone,
     items: Tensor,
     *,
+    item_ids: Sequence[str] | None = None,
     kept: tuple[int, ...] | None = None,
     seed: int,
     random_init: bool = False,
@@ -46,8 +48,16 @@ def build_recommender(
     """A recommender before its training: backbone loaded, cut, made trainable; fresh adapters.
 
     ``items`` is the item table, (I + 1, d_item); the seed initialises what is fresh; ``tokens`` are
-    those of items 1..I, where histories are read in words.
+    those of items 1..I, where histories are read in words. A recommender of the user's own comes
+    with its table and its training; ``item_ids`` are those of the log.
     """
+    if settings.own:
+        own = load_own(settings.source, item_ids)
+        if kept is not None:
+            keep_blocks(own.backbone, kept)
+        make_trainable(own, settings)
+        own.checkpoint_blocks(settings.checkpointing)
+        return own
     backbone = pretrained(settings, random_init=seed if random_init else None)
     if kept is not None:
         keep_blocks(backbone, kept)
@@ -120,7 +130,7 @@ def prompt_and_suffix(
     """
     prompt: list[int] = []
     suffix: list[int] = []
-    if settings.prompt or settings.suffix:
+    if not settings.own and (settings.prompt or settings.suffix):
         tokenizer = pretrained_tokenizer(settings)
         if settings.prompt:
             # titles begin on a line of their own
@@ -173,11 +183,16 @@ def check_lengths(settings: Backbone, config: PreTrainedConfig, longest: int) ->
 def make_trainable(model: Recommender, settings: Backbone) -> None:
     """Mark what is trained: the adapters, and of the backbone what ``tuning`` says.
 
-    Token embeddings stay as they are: only prompt and suffix read them.
+    Token embeddings stay as they are: only prompt and suffix read them. In a recommender of the
+    user's own, what is outside the blocks is trained as it says.
     """
     backbone: PreTrainedModel = model.backbone
-    backbone.requires_grad_(False)
-    if settings.tuning == "full":
+    if settings.own:
+        if settings.tuning != "full":
+            find_blocks(backbone).requires_grad_(False)
+    else:
+        backbone.requires_grad_(False)
+    if settings.tuning == "full" and not settings.own:
         backbone.requires_grad_(True)
         backbone.get_input_embeddings().requires_grad_(False)
     elif settings.tuning == "lora":

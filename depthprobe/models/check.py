@@ -12,25 +12,30 @@ import inspect
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import backbone_config
 from depthprobe.models.blocks import find_blocks, find_decoder, no_token, per_layer
+from depthprobe.models.build import fill, save_weights
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.own import OwnRecommender, load_own
 from depthprobe.models.parts import Part, find_sublayers
 from depthprobe.models.prompt import CACHE_NAMES
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import after_blocks, skip_blocks
-from depthprobe.models.taps import first_tensor, input_state, tap_blocks
+from depthprobe.models.taps import first_tensor, input_state, removed_after, tap_blocks
 from depthprobe.models.tiny import DEPTH, TOKENS, brings_code, tiny_model
 
 # Without these a shallower model can't be trusted; the others tell what else the family can do.
@@ -310,10 +315,157 @@ def recommender(model: PreTrainedModel, ids: Tensor) -> str:
                 use_cache=False,
                 **per_layer(tried.backbone, beside),
             )[0]
-            states = tried(histories, states=True)[:, tried.lead :]
+            states = tried.states(histories)[:, tried.lead :]
         _assert_close(states, expected[:, len(PROMPT) :], f"{which}, its prompt shared:")
     return f"runs; its prompt is computed once a {'user' if tried.lead else 'batch'}{note}"
 
+
+# --- a trained recommender of the user's own: the object itself, with some made-up histories ------
+
+
+def check_own(source: str, item_ids: Sequence[str] | None = None) -> list[CheckResult]:
+    """Test what can be proven of a user's recommender; it is left as it is.
+
+    Args:
+        source: the function that builds it, ``module:function``.
+        item_ids: of the log that it is to be used with, if one is at hand.
+    """
+    results: list[CheckResult] = []
+    model = load_own(source, item_ids)
+    generator = torch.Generator().manual_seed(0)
+    items = len(model.item_matrix()) - 1
+    histories = torch.randint(1, items + 1, (2, TOKENS), generator=generator)
+    lengths = torch.tensor([TOKENS, TOKENS - 3])
+    histories[1, TOKENS - 3 :] = 0
+    device = model.item_matrix().device
+    given = Histories(histories.to(device), lengths.to(device))
+    for name, check in OWN_CHECKS.items():
+        try:
+            with torch.no_grad():
+                results.append(CheckResult(name, True, check(model, given)))
+        except Exception as error:  # whatever it does is a finding
+            results.append(CheckResult(name, False, _reason(error)))
+            if name == "states":  # nothing else can be asked
+                break
+    return results
+
+
+class Histories(NamedTuple):
+    """Two users, the second with fewer items."""
+
+    items: Tensor  # (2, T), right-padded with 0
+    lengths: Tensor  # (2,)
+
+
+def own_states(model: OwnRecommender, given: Histories) -> str:
+    """One pass runs each block once and returns states for which there is a read-out."""
+    runs: list[int] = []
+    blocks = find_blocks(model.backbone)
+    prompt = model.prepare_prompt()
+    if prompt is not None and not isinstance(prompt, Cache):
+        raise ValueError(f"prepare_prompt returns a {type(prompt).__name__}, not a Cache")
+    hooks = [
+        block.register_forward_hook(lambda *_, index=index: runs.append(index))
+        for index, block in enumerate(blocks)
+    ]
+    with removed_after(hooks):
+        states = model.states(*given, prompt)
+    expected = f"states ({len(given.items)}, positions, D)"
+    if states.dim() != 3 or len(states) != len(given.items):
+        raise ValueError(f"expected {expected}, got {tuple(states.shape)}")
+    if not torch.isfinite(states).all():
+        raise ValueError(f"expected finite {expected}, got NaN or infinity")
+    if runs != list(range(len(blocks))):
+        allowed = "once, in their order: put a prompt into the sequence, or offer prepare_prompt"
+        raise ValueError(f"one pass must run each block {allowed} (it ran {runs})")
+    vectors, items = model.encode(*given, prompt), model.item_matrix()
+    if vectors.shape != (len(given.items), items.shape[1]):
+        wide = f"user vectors {tuple(vectors.shape)} can't be scored by items {tuple(items.shape)}"
+        raise ValueError(f"{wide}: read_out must return as many numbers as an item has")
+    return f"{len(blocks)} blocks, {model.width} wide; {len(items) - 1:,} items"
+
+
+def own_causal(model: OwnRecommender, given: Histories) -> str:
+    """Neither later items nor padding change what comes before."""
+    whole = model.encode(*given)
+    start = int(given.lengths[1])
+    alone = model.encode(given.items[1:, :start], given.lengths[1:])
+    _assert_close(alone, whole[1:], "a user without padding: the vector is")
+    states = model.states(*given)
+    if (places := model.after_items(states, given.items)).shape[1] != given.items.shape[1]:
+        return "padding changes nothing; one read-out a user: whether it is causal can't be seen"
+    other = given.items.clone()
+    other[0, start:] = other[0, start:].flip(0) % (len(model.item_matrix()) - 1) + 1
+    changed = model.after_items(model.states(other, given.lengths), other)
+    _assert_close(
+        changed[0, :start], places[0, :start], "not causal: after changing later items, earlier are"
+    )
+    return "earlier positions see neither later items nor padding"
+
+
+def own_cut(model: OwnRecommender, given: Histories) -> str:
+    """The recommender cut to k blocks equals the read-out behind block k."""
+    prompt, depth = model.prepare_prompt(), model.depth
+    with tap_blocks(model.backbone) as tap:
+        tap.positions = model.last_place(*given)
+        vectors = model.encode(*given, prompt)
+        states = tap.states
+    for k in sorted({1, depth // 2, depth} - {0}):
+        normed = after_blocks(model.backbone, states[k][:, None])[:, 0]
+        read = model.read_out(normed.to(vectors.dtype))
+        what = f"the read-out behind {k} blocks is no cut model's:"
+        _assert_close(read, _without(model, range(k, depth)).encode(*given), what)
+    return "cut models equal the read-out: what follows the blocks is the final norm and read_out"
+
+
+def own_skip(model: OwnRecommender, given: Histories) -> str:
+    """A block that is left out for a while equals one that is cut out, and comes back."""
+    before, depth = model.encode(*given), model.depth
+    for index in sorted({0, depth // 2, depth - 1}) if depth > 1 else ():
+        with skip_blocks(model.backbone, {index}):
+            skipped = model.encode(*given)
+        expected = _without(model, [index]).encode(*given)
+        _assert_close(skipped, expected, f"skipping block {index} is not cutting it out:")
+    if not torch.equal(model.encode(*given), before):
+        raise AssertionError("it is not restored after skipping")
+    return "a skipped block equals one that is cut out, and comes back"
+
+
+def _without(model: OwnRecommender, dropped: Iterable[int]) -> OwnRecommender:
+    """A copy without some blocks, around the same weights."""
+    shared = {id(weight): weight for weight in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    keep_blocks(twin.backbone, [b for b in range(model.depth) if b not in {*dropped}])
+    return twin
+
+
+def own_weights(model: OwnRecommender, given: Histories) -> str:
+    """Its weights, written and read back into a fresh one, give the same numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.safetensors"
+        save_weights(dict(model.own.named_parameters()), file)
+        fresh = copy.deepcopy(model)
+        for weight in fresh.parameters():
+            weight.zero_()
+        fill(dict(fresh.own.named_parameters()), load_file(file))
+    if not torch.equal(fresh.encode(*given), model.encode(*given)):
+        raise AssertionError("it keeps numbers that decide its answers outside its parameters")
+    trained = sum(weight.requires_grad for weight in model.parameters())
+    return f"all that decides is in its parameters; {trained} of them would be trained further"
+
+
+OWN_CHECKS: dict[str, Callable[[OwnRecommender, Histories], str]] = {
+    "states": own_states,
+    "causal": own_causal,
+    "cut": own_cut,
+    "skip": own_skip,
+    "weights": own_weights,
+}
+# what no test of the object can see
+NOT_SEEN = (
+    "Not proven: that its answers are those of your service (compare some), and that its loss is"
+    " the one it was trained with."
+)
 
 CHECKS: dict[str, Callable[[PreTrainedModel, Tensor], str]] = {
     "causal": causal,

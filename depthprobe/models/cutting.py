@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from depthprobe.errors import BadInput
 from depthprobe.models.blocks import (
+    PlainDecoder,
     block_indices,
     find_blocks,
     keys_are_read,
@@ -89,11 +90,12 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
         raise BadInput("kept", list(chosen), allowed)
     if len(chosen) == len(blocks):
         return model
-    _refuse_unsafe(inner, name, chosen)
-    new_config = cut_config(inner.config, chosen)
-    changes = _compare_reload(inner, new_config, chosen)
-    _compare_adapters(model, inner, new_config, chosen)
-    _renumber_quantized(inner, new_config, chosen)
+    new_config, changes = cut_config(inner.config, chosen), _Changes()
+    if not isinstance(inner, PlainDecoder):  # which no configuration rebuilds
+        _refuse_unsafe(inner, name, chosen)
+        changes = _compare_reload(inner, new_config, chosen)
+        _compare_adapters(model, inner, new_config, chosen)
+        _renumber_quantized(inner, new_config, chosen)
 
     # from here on nothing is refused: the list, indices in the blocks, settings and weights outside
     parent, _, attribute = name.rpartition(".")

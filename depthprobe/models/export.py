@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import compute_in_bfloat16, load_backbone, resolve_device
 from depthprobe.models.build import build_sasrec, fill, save_weights
+from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.own import OwnRecommender, load_own
 from depthprobe.models.recommender import Recommender, best_columns
 from depthprobe.models.sasrec import SASRec
 from depthprobe.models.tiny import ends_at_positions, positions_of
@@ -48,11 +50,19 @@ class SasRecShape(msgspec.Struct):
     heads: int
 
 
+class OwnShape(msgspec.Struct):
+    """A recommender of the user's own: the function that builds it, and which blocks are left."""
+
+    source: str
+    kept: list[int]
+
+
 class Card(msgspec.Struct, kw_only=True):
-    """What ``recommender.json`` holds; ``sasrec`` of a SASRec alone."""
+    """What ``recommender.json`` holds; ``sasrec`` of a SASRec alone, ``own`` of a user's own."""
 
     schema: Literal[1]
     sasrec: SasRecShape | None = None
+    own: OwnShape | None = None
     prompt: list[Annotated[int, msgspec.Meta(ge=0)]]
     suffix: list[Annotated[int, msgspec.Meta(ge=0)]] = []
     head: Literal["dot", "linear"] = "dot"
@@ -209,6 +219,39 @@ def write_recommender(
     (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
 
 
+def write_own(
+    folder: Path,
+    model: OwnRecommender,
+    shape: OwnShape,
+    *,
+    item_ids: list[str],
+    titles: list[str] | None,
+    max_history: int,
+    filter_seen: bool,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Write a cut recommender of the user's own: by its ``save``, or as Hugging Face's folder.
+
+    Its weights stand beside that, by which ours reads it again.
+    """
+    model.update_configs()
+    save = getattr(model.own, "save", None) or getattr(model.own.backbone, "save_pretrained", None)
+    if save is not None:
+        save(folder)
+    save_weights(dict(model.own.named_parameters()), folder / PARTS)
+    card = Card(
+        schema=1,
+        own=shape,
+        prompt=[],
+        max_history=max_history,
+        filter_seen=filter_seen,
+        precision=precision,
+        item_ids=item_ids,
+        titles=titles,
+    )
+    (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
+
+
 def write_sasrec(
     folder: Path, model: SASRec, *, item_ids: list[str], titles: list[str] | None, filter_seen: bool
 ) -> None:
@@ -228,7 +271,11 @@ def write_sasrec(
 
 
 def load_recommender(
-    folder: str | Path, device: str = "cpu", *, trust_remote_code: bool = False
+    folder: str | Path,
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    recommender: str | None = None,
 ) -> ExportedRecommender:
     """Open what ``depthprobe export`` wrote; needs nothing of the run it came from.
 
@@ -236,6 +283,8 @@ def load_recommender(
         folder: what was exported.
         device: "cpu", "cuda", "mps", or "auto".
         trust_remote_code: run the Python code of a backbone that came with its own.
+        recommender: of one that is your own, the function that builds it, ``module:function``:
+            no code is imported because a folder names it.
 
     Raises:
         BadInput: if the folder is not an exported recommender, or is damaged; if the device is
@@ -248,6 +297,18 @@ def load_recommender(
     try:
         card = msgspec.json.decode((path / CARD).read_bytes(), type=Card)
         parts = load_file(path / PARTS)
+        if (card.own is None) != (recommender is None):
+            found = "none" if card.own is None else card.own.source
+            raise BadInput("--recommender", recommender, f"{found}, as this folder was exported")
+        if card.own is not None and recommender is not None:
+            own = load_own(recommender, card.item_ids)
+            keep_blocks(own.backbone, card.own.kept)
+            fill(dict(own.own.named_parameters()), parts)
+            if card.precision == "bfloat16":
+                compute_in_bfloat16(own.backbone)
+            own.to(place).eval()
+            seen = card.filter_seen
+            return ExportedRecommender(own, card.item_ids, card.titles, card.max_history, seen)
         if card.sasrec is not None:
             sasrec = _sasrec(card, card.sasrec, parts).to(place)
             seen = card.filter_seen

@@ -299,13 +299,21 @@ class Recommender(nn.Module):
         text: Tensor = self.words(histories)
         return text
 
+    def states(
+        self, histories: Tensor, lengths: Tensor | None = None, prompt: Cache | None = None
+    ) -> Tensor:
+        """Normed states of all positions, (B, lead + T + S, D), with S positions for the suffix.
+
+        Arguments are those of a call.
+        """
+        prompt = prompt or self.prepare_prompt()
+        with self._running():
+            out = self.backbone(**self.inputs(histories, lengths, prompt))
+        last: Tensor = out.last_hidden_state.to(self.item_matrix().dtype)
+        return last
+
     def forward(
-        self,
-        histories: Tensor,
-        lengths: Tensor | None = None,
-        prompt: Cache | None = None,
-        *,
-        states: bool = False,
+        self, histories: Tensor, lengths: Tensor | None = None, prompt: Cache | None = None
     ) -> Tensor:
         """User vectors after every item, (B, T, d); after the last one where lengths say, (B, d).
 
@@ -313,15 +321,8 @@ class Recommender(nn.Module):
             histories: (B, T) item ids, right-padded with 0.
             lengths: (B,); needed where the suffix follows the last item.
             prompt: what ``prepare_prompt`` made; it is run if it is not given.
-            states: return the normed states of all positions in place of user vectors,
-                (B, lead + T + S, D), with S positions for the suffix.
         """
-        prompt = prompt or self.prepare_prompt()
-        with self._running():
-            out = self.backbone(**self.inputs(histories, lengths, prompt))
-        last: Tensor = out.last_hidden_state.to(self.item_matrix().dtype)
-        if states:
-            return last
+        last = self.states(histories, lengths, prompt)
         if lengths is None:
             return self.read_out(self.after_items(last, histories))
         return self.read_out(states_at(last, self.last_place(histories, lengths)))

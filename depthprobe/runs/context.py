@@ -24,6 +24,7 @@ from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_se
 from depthprobe.files import digest_of
 from depthprobe.methods import Task, Trial
 from depthprobe.models.backbones import (
+    HASH,
     backbone_revision,
     compute_in_bfloat16,
     is_same,
@@ -62,7 +63,7 @@ from depthprobe.runs.records import (
     read_record,
     shared_file,
 )
-from depthprobe.study import Backbone, Study, settings_of
+from depthprobe.study import OWN, Backbone, Study, settings_of
 from depthprobe.training.checkpoint import Fit
 from depthprobe.training.tracking import Track, tracked
 
@@ -252,7 +253,8 @@ class Context:
     @property
     def item_width(self) -> int:
         """Width of the item table, d_item."""
-        own = {SASREC: self.study.sasrec.width, LEARNED: self.study.item_width}
+        width = self.study.sasrec.width
+        own = {SASREC: width, OWN: width, LEARNED: self.study.item_width}
         return own.get(self.study.item_table) or self._shared_table.shape[1]
 
     @lru_cache(maxsize=2)  # noqa: B019 - a context lives as long as its process
@@ -260,6 +262,8 @@ class Context:
         """The item embeddings before a recommender's training, (I + 1, d_item), on the CPU."""
         if self.study.item_table == SASREC:
             return self.sasrec(seed).item_matrix().detach().cpu().clone()
+        if self.study.item_table == OWN:
+            return torch.empty(0)  # the recommender has it
         if self.study.item_table == LEARNED:
             return learned_table(self.sequences.n_items, self.study.item_width, seed=seed)
         return self._shared_table
@@ -281,6 +285,7 @@ class Context:
         model = build_recommender(
             self.backbone,
             self.item_table(trial.seed),
+            item_ids=self.sequences.item_ids.tolist(),
             kept=trial.kept,
             seed=trial.seed,
             random_init=settings.fresh,
@@ -310,7 +315,8 @@ class Context:
     def trained(self, trial: Trial) -> Recommender:
         """A trained recommender from disk, in eval mode."""
         model = self.new_recommender(trial)
-        load_trained(model, self.model_folder(trial))
+        if not (self.study.backbone.own and trial.method == TEACHER):  # that is as it came
+            load_trained(model, self.model_folder(trial))
         return model.eval()
 
     @lru_cache(maxsize=1)  # noqa: B019
@@ -320,6 +326,8 @@ class Context:
 
     def teacher_digest(self, seed: int, blocks: int) -> str:
         """Twelve digits of a hash of the teacher's weights: what is made from them goes by it."""
+        if self.study.backbone.own:
+            return backbone_revision(self.backbone).removeprefix(HASH)[:12]
         return digest_of(self.model_folder(full_trial(TEACHER, seed, blocks)) / WEIGHTS)[:12]
 
 

@@ -28,7 +28,7 @@ from depthprobe.runs.probing import REMOVAL
 from depthprobe.runs.records import DATA, ITEM_TABLE, NEGATIVES, TIMING, is_done, state_of
 from depthprobe.runs.timing import covers, measure, read_timing
 from depthprobe.runs.training import FEATURES, models_in, spec_of
-from depthprobe.study import Recipe, Study, parse_layers, settings_of
+from depthprobe.study import OWN, Recipe, Study, parse_layers, settings_of
 
 SECONDS = 4.0  # to measure for, where the run has no times yet
 START = 4.0  # seconds until a worker has loaded its libraries and the log; on two Xeon cores
@@ -240,7 +240,7 @@ def _shared(
     parts = [("data", 1, int((shared / DATA / DATA_MANIFEST).is_file()))]
     if study.protocol.sampled:
         parts.append(("negatives", 1, int((shared / NEGATIVES).exists())))
-    if study.item_table not in ("sasrec", LEARNED):
+    if study.item_table not in ("sasrec", LEARNED, OWN):
         parts.append(("item table", 1, int((shared / ITEM_TABLE).exists())))
     needed = {need for task in tasks for need in (*task.needs, task.id)}
     for method in ("sasrec", "full"):

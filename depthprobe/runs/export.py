@@ -31,10 +31,13 @@ from depthprobe.models.build import around, load_trained, merge_lora
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.export import (
     ExportedRecommender,
+    OwnShape,
     load_recommender,
+    write_own,
     write_recommender,
     write_sasrec,
 )
+from depthprobe.models.own import OwnRecommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import Context
@@ -81,7 +84,8 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
             what = Trial(trial, record.method, record.kept, record.seed, blocks)
             _write_backbone(context, what, temporary)
         code = settings.trust_remote_code
-        loaded = load_recommender(temporary, trust_remote_code=code)
+        own = settings.source if settings.own and record.method != SASREC else None
+        loaded = load_recommender(temporary, trust_remote_code=code, recommender=own)
         card = model_card(run, record, example=example(loaded, context))
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return target
@@ -102,6 +106,16 @@ def _write_backbone(context: Context, trial: Trial, folder: Path) -> None:
     study, settings = context.study, context.backbone
     model, whole = _rebuild(context, trial)
     precision = settings_of(study, trial.method).recipe.precision
+    if isinstance(model, OwnRecommender):
+        write_own(
+            folder,
+            model,
+            OwnShape(settings.source, list(trial.kept)),
+            **_catalogue(context),
+            max_history=study.data.max_history,
+            precision="bfloat16" if precision == "bfloat16" else "float32",
+        )
+        return
     write_recommender(
         folder,
         model,
@@ -131,8 +145,10 @@ def example(loaded: ExportedRecommender, context: Context) -> str:
         return ""
     (found,) = loaded.recommend([had], top=top)
     titled = loaded.titles is not None
+    own = isinstance(loaded.model, OwnRecommender)
+    by = f", recommender={json.dumps(context.backbone.source)}" if own else ""
     code = f"""\
-model = dp.load_recommender("FOLDER")
+model = dp.load_recommender("FOLDER"{by})
 for item, title, score in model.recommend([{json.dumps(had)}], top={top})[0]:
     print({"item, title, " if titled else "item, "}f"{{score:.3f}}")"""
     rows = [f"{item} {title} " if titled else f"{item} " for item, title, _ in found]
@@ -151,6 +167,8 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
         deepest = next(task.trials[-1] for task in tasks if trial.id in task.names)
         source = trial if deepest.id == trial.id else deepest
     weights = context.model_folder(source)
+    if settings.own:
+        return _rebuild_own(context, trial, source)
     for needed in {weights, own} if method.exportable == "folded" else {weights}:
         _check_model(needed, trial.id)
     # where nothing was pretrained, the head is fresh too: it is not the pretrained model's
@@ -171,6 +189,21 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
         fold_map(model, load_replacement(own))
     keep_blocks(backbone, [source.kept.index(block) for block in trial.kept])
     return model.eval(), backbone
+
+
+def _rebuild_own(
+    context: Context, trial: Trial, source: Trial
+) -> tuple[Recommender, PreTrainedModel]:
+    """The same of a recommender of the user's own; its teacher has no weights in the run."""
+    if source.method != TEACHER:
+        _check_model(context.model_folder(source), trial.id)
+    model = context.trained(source)
+    merge_lora(model)
+    if method_of(trial.method).exportable == "folded":
+        _check_model(context.model_folder(trial), trial.id)
+        fold_map(model, load_replacement(context.model_folder(trial)))
+    keep_blocks(model.backbone, [source.kept.index(block) for block in trial.kept])
+    return model, model.backbone
 
 
 def _check_model(folder: Path, trial: str) -> None:
@@ -222,6 +255,7 @@ BACKBONE = (
     ' The backbone alone is `AutoModelForCausalLM.from_pretrained("FOLDER")`; its language-model'
     " head was not trained along: don't write text with it."
 )
+OWN_ITSELF = " Add `--recommender` with the function that builds it, which must be importable."
 WITHOUT_EXAMPLE = 'dp.load_recommender("FOLDER").recommend([["item", "item"]], top=10)'
 LICENCE = "depthprobe grants nothing beyond them."
 
@@ -232,11 +266,12 @@ def model_card(run: Run, record: Record, *, example: str = "") -> str:
     Whatever comes from data or models is shortened and quoted: a name can't break the page.
     """
     backbone = run.manifest.backbone
-    local = is_folder(backbone.source)
+    theirs = run.study.backbone.own  # the user's, and no backbone of ours
+    local = not theirs and is_folder(backbone.source)
     # the folders above a folder are nobody else's business
     source = _code((Path(backbone.source).name if local else "") or backbone.source)
     own = record.method != SASREC
-    on_hub = own and backbone.source != EMBEDDED and not local
+    on_hub = own and backbone.source != EMBEDDED and not local and not theirs
     front = ModelCardData(
         library_name="transformers" if own else "depthprobe",
         license="other",
@@ -258,7 +293,7 @@ def model_card(run: Run, record: Record, *, example: str = "") -> str:
         trial=_code(record.id),
         what=what,
         example=example or WITHOUT_EXAMPLE,
-        backbone=BACKBONE if own else "",
+        backbone=OWN_ITSELF if own and theirs else BACKBONE if own else "",
         accuracy=f"{retained(run, record)}{_accuracy(run, record)}",
         size=_size(record),
         provenance=_provenance(run, record, source if own else ""),

@@ -41,6 +41,7 @@ from depthprobe.models.backbones import (
 )
 from depthprobe.models.blocks import check_tokens
 from depthprobe.models.build import check_lengths, lora_maps, prompt_and_suffix
+from depthprobe.models.check import check_own
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
 from depthprobe.models.words import item_tokens, look_alikes
@@ -67,7 +68,15 @@ from depthprobe.runs.records import (
 )
 from depthprobe.runs.store import open_run
 from depthprobe.runs.tables import SLICES, own_slices, slice_columns, write_slices
-from depthprobe.study import Backbone, Study, differences, load_study, settings_of, study_to_toml
+from depthprobe.study import (
+    OWN,
+    Backbone,
+    Study,
+    differences,
+    load_study,
+    settings_of,
+    study_to_toml,
+)
 from depthprobe.training.tracking import check_trackers
 
 NEGATIVE_SEED = 999
@@ -165,7 +174,7 @@ def read_inputs(
             pretrained_tokenizer(backbone)
     tokens = item_tokens(backbone, ids, titles)
     if before is None:
-        facts = _checked(backbone, tasks, tokens or [])
+        facts = _checked(backbone, tasks, tokens or [], ids)
         facts.words = words_digest(tokens)
         facts.precision = precision_on(device, facts.parameters)
     else:  # nothing may be left to do
@@ -227,9 +236,17 @@ def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]
 
 
 def _checked(
-    settings: Backbone, tasks: Sequence[Task], tokens: Sequence[Sequence[int]]
+    settings: Backbone,
+    tasks: Sequence[Task],
+    tokens: Sequence[Sequence[int]],
+    item_ids: Sequence[str],
 ) -> BackboneFacts:
     """Facts of a backbone that has its weights and can be cut; none of them is read."""
+    if settings.own:
+        failed = [each for each in check_own(settings.source, item_ids) if not each.passed]
+        if failed:
+            reason = f"{failed[0].name}: {failed[0].detail}"
+            raise BadInput("backbone.source", settings.source, reason, fault=True)
     model = pretrained(settings, weights=False)
     facts = BackboneFacts(**describe(model, settings.source, backbone_revision(settings)))
     check_tokens("backbone.reads", settings.reads, chain.from_iterable(tokens), model)
@@ -299,7 +316,7 @@ def _shared_table(
     study: Study, sequences: Sequences, folder: Path, device: torch.device, width: int | None
 ) -> Tensor | None:
     """The item table that all trials share; of one to compute the shape alone, given its width."""
-    if study.item_table in {SASREC, LEARNED}:
+    if study.item_table in {SASREC, LEARNED, OWN}:
         return None
     written, before = folder / SHARED / ITEM_TABLE, manifest_before(folder)
     if study.embeds_titles and before is not None and written.is_file():

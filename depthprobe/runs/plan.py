@@ -27,6 +27,8 @@ def plan(study: Study, blocks: int) -> list[Task]:
     searched = study.searched if study.searches else None
     wanted = _with_needs(study, study.methods)
     repeated = wanted
+    if study.backbone.own:  # its teacher is one model, whatever the seed
+        repeated = {n for n in wanted if method_of(n).trains or n == SASREC}
     if searched is not None:
         wanted |= _with_needs(study, (TEACHER, READOUT, POPULARITY))
         repeated = _with_needs(study, (TEACHER, searched))

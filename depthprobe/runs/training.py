@@ -91,11 +91,23 @@ def sasrec(context: Context, task: Task, table: Tensor | None = None) -> Iterato
 def fine_tune(context: Context, task: Task) -> Iterator[Result]:
     """The teacher, or a variant: cut from the pretrained backbone or the teacher, or random."""
     trial = _with_blocks(context, task.trials[0])
+    if trial.method == TEACHER and context.study.backbone.own:
+        yield _as_it_came(context, trial)
+        return
     settings = settings_of(context.study, trial.method)
     healed = settings.method.settings == "heal"
     model = _cut_teacher(context, trial) if healed else context.new_recommender(trial)
     seconds = _seconds_of_teacher(context, trial) if settings.needs_teacher else 0.0
-    return train_recommender(context, trial, model, teacher_seconds=seconds)
+    yield from train_recommender(context, trial, model, teacher_seconds=seconds)
+
+
+def _as_it_came(context: Context, trial: Trial) -> Result:
+    """The user's own recommender, which is the teacher without a training."""
+    model = context.teacher(trial.seed, trial.blocks)
+    ranks = evaluate(model, context.test, device=context.device)
+    flops = _flops(context, trial, model)
+    validation = context.validate(model)
+    return Result(trial, ranks, count_parameters(model), flops=flops, validation=validation)
 
 
 def distill(context: Context, task: Task) -> Iterator[Result]:

@@ -198,7 +198,7 @@ def _run(teacher: Recommender, batch: Batch, spec: FeatureSpec) -> dict[str, Ten
     """Fields of ``TeacherOutputs`` from one pass over a batch; nothing is rounded yet."""
     outputs: dict[str, Tensor] = {}
     with tap_blocks(teacher.backbone) as tap:
-        normed = teacher(batch.inputs, batch.lengths, states=True)  # (B, P, D)
+        normed = teacher.states(batch.inputs, batch.lengths)  # (B, P, D)
         if spec.ends:
             states = [target_states(teacher, tap.states[end], batch) for end in spec.ends]
             outputs["states"] = torch.stack(states)  # (G, N, D)

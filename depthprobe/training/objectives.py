@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from depthprobe.data.batches import pad
+from depthprobe.models.own import OwnRecommender
 from depthprobe.models.parts import check_readable
 from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.skipping import after_blocks, skip_blocks
@@ -124,6 +125,10 @@ class NextItem(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean loss of the batch's targets, a scalar."""
+        if isinstance(self.model, OwnRecommender) and self.model.own_loss is not None:
+            targets = torch.zeros_like(batch.inputs)  # (B, T)
+            targets.view(-1)[batch.rows] = batch.targets.to(targets.dtype)
+            return self.model.loss(batch.inputs, batch.lengths, targets)
         vectors = at_targets(self.model(batch.inputs, batch.ends), batch)  # (N, d)
         items: Tensor = self.model.item_matrix()  # type: ignore[operator]
         return catalogue_loss(vectors, items, batch.targets, recipe=self.recipe)

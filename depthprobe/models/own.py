@@ -1,0 +1,221 @@
+"""A trained recommender of the user's own: what it must offer, and how it takes ours' place.
+
+A function builds it, ``my_package.my_module:build``. All that probes, cuts, trains and measures
+works on an :class:`OwnRecommender` as on a recommender of ours: nothing else knows the difference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from depthprobe.errors import BadInput, one_line
+from depthprobe.models.backbones import weights_hash
+from depthprobe.models.blocks import PlainDecoder, find_decoder
+from depthprobe.models.recommender import Recommender, states_at
+
+FIELD = "backbone.source"
+REQUIRED = ("backbone", "states", "item_matrix")
+
+
+class OwnRecommender(Recommender):
+    """A user's recommender under the names that ours has; items are numbered as in the log."""
+
+    rows: Tensor | None
+
+    def __init__(self, own: Any, item_ids: Sequence[str] | None = None) -> None:
+        """Wrap a user's object.
+
+        Args:
+            own: an ``nn.Module`` with ``backbone``, ``states`` and ``item_matrix``; docs/own.md
+                says what they are, and what it may offer beside them.
+            item_ids: of the log, items 1..I; None: items are numbered as the object has them.
+
+        Raises:
+            BadInput: if something is missing, or it does not know an item of the log.
+        """
+        nn.Module.__init__(self)
+        _check_offers(own)
+        self.own = own
+        if isinstance(own.backbone, PreTrainedModel) or hasattr(own.backbone, "peft_config"):
+            self.backbone = find_decoder(own.backbone)
+        else:
+            self.backbone = PlainDecoder(own)
+        self.words = self.input_adapter = self.output_adapter = self.head = None
+        device = own.item_matrix().device
+        for name in ("prompt", "suffix"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.long, device=device))
+        self.lead, self.checkpointing = 0, False
+        rows = None if item_ids is None else _rows(own, item_ids)
+        self.register_buffer("rows", None if rows is None else rows.to(device))
+        matrix = own.item_matrix()
+        tables = (module for module in own.modules() if isinstance(module, nn.Embedding))
+        table = next((module for module in tables if module.weight is matrix), None)
+        self.items: Any = table  # where it is a table of its own
+
+    @property
+    def prompt_mode(self) -> Any:
+        """The recommender's own affair."""
+        return "shared" if hasattr(self.own, "prepare_prompt") else "none"
+
+    @property
+    def own_loss(self) -> Any:
+        """Its loss: histories (B, T), lengths (B,) and targets (B, T) to a scalar; or None."""
+        return getattr(self.own, "loss", None)
+
+    def loss(self, histories: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
+        """The mean of its own loss; a target of 0 is none."""
+        loss: Tensor = self.own.loss(self._own(histories), lengths, self._own(targets))
+        return loss
+
+    def _own(self, items: Tensor) -> Tensor:
+        """Items of the log as the rows of the recommender's matrix."""
+        return items if self.rows is None else self.rows[items]
+
+    def item_matrix(self) -> Tensor:
+        """What user vectors are scored against, (I + 1, d), in the order of the log."""
+        matrix: Tensor = self.own.item_matrix()
+        return matrix if self.rows is None else matrix[self.rows]
+
+    def read_out(self, states: Tensor) -> Tensor:
+        """Normed states (..., D) to user vectors (..., d)."""
+        own = getattr(self.own, "read_out", None)
+        return states if own is None else own(states)
+
+    def last_place(self, histories: Tensor, lengths: Tensor) -> Tensor:
+        """Where, in a block's output, users are read out: (B, T) and (B,) -> (B,)."""
+        own = getattr(self.own, "last_place", None)
+        return lengths - 1 if own is None else own(self._own(histories), lengths)
+
+    def after_items(self, states: Tensor, histories: Tensor) -> Tensor:
+        """Of a block's output (B, P, D), the states after each item, (B, T, D)."""
+        own = getattr(self.own, "after_items", None)
+        if own is not None:
+            return own(states, self._own(histories))  # type: ignore[no-any-return]
+        return states[:, : histories.shape[1]]
+
+    def prepare_prompt(self) -> Any:
+        """What it wants computed once for all users of a pass."""
+        own = getattr(self.own, "prepare_prompt", None)
+        if own is None:
+            return None
+        with self._running():
+            return own()
+
+    def states(
+        self, histories: Tensor, lengths: Tensor | None = None, prompt: Any = None
+    ) -> Tensor:
+        """States behind the final norm, (B, T) and (B,) -> (B, P, D)."""
+        given = (histories != 0).sum(dim=1) if lengths is None else lengths
+        prompt = prompt or self.prepare_prompt()
+        rows, more = self._own(histories), () if prompt is None else (prompt,)
+        with self._running():
+            if isinstance(self.backbone, PlainDecoder):
+                out: Tensor = self.backbone(rows, given, *more)[0]
+            else:
+                out = self.own.states(rows, given, *more)
+        return out.to(self.own.item_matrix().dtype)
+
+    def forward(
+        self, histories: Tensor, lengths: Tensor | None = None, prompt: Any = None
+    ) -> Tensor:
+        """User vectors after every item, (B, T, d); with lengths after the last one, (B, d)."""
+        out = self.states(histories, lengths, prompt)
+        if lengths is None:
+            return self.read_out(self.after_items(out, histories))
+        return self.read_out(states_at(out, self.last_place(histories, lengths)))
+
+    encode = forward
+
+    def update_configs(self) -> None:
+        """Tell the models around a cut decoder how deep it is, before they are saved."""
+        for module in self.own.modules():
+            if isinstance(module, PreTrainedModel) and find_decoder(module) is self.backbone:
+                module.config = self.backbone.config
+
+
+def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommender:
+    """Build a user's recommender, in evaluation mode: ``module:function``, which is imported.
+
+    Raises:
+        BadInput: if it can't be imported or built, or is no recommender.
+    """
+    module, _, name = source.partition(":")
+    if os.getcwd() not in sys.path:  # as python -m has it
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # of code that is not ours
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise BadInput(
+            FIELD, source, f"its module can't be imported ({reason})", fault=True
+        ) from error
+    if not callable(function):
+        raise BadInput(FIELD, source, f"its module has no function {name}", fault=True)
+    try:
+        own = function()
+    except BadInput:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise BadInput(FIELD, source, f"{name}() fails ({reason})", fault=True) from error
+    try:
+        return OwnRecommender(own, item_ids).eval()
+    except BadInput as error:
+        raise BadInput(FIELD, source, error.allowed, fault=True) from error
+
+
+@lru_cache(maxsize=2)
+def own_facts(source: str) -> tuple[PreTrainedConfig, str]:
+    """The configuration of a user's decoder, and a hash of its weights; built once a process."""
+    model = load_own(source)
+    weights = [*model.own.named_parameters(), *model.own.named_buffers()]
+    return model.backbone.config, weights_hash(weights)
+
+
+def _check_offers(own: Any) -> None:
+    def refuse(reason: str) -> BadInput:
+        return BadInput(FIELD, type(own).__name__, reason, fault=True)
+
+    if not isinstance(own, nn.Module):
+        raise refuse(f"expected a torch.nn.Module, got an object of type {type(own).__name__}")
+    for name in REQUIRED:
+        if not hasattr(own, name):
+            raise refuse(f"{type(own).__name__} has no {name}")
+    if not isinstance(own.backbone, nn.Module):
+        raise refuse(f"{type(own).__name__}.backbone is no torch.nn.Module")
+    matrix = cast("Any", own).item_matrix()
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(matrix) < 2:
+        shape = tuple(getattr(matrix, "shape", ()))
+        raise refuse(f"{type(own).__name__}.item_matrix() is {shape}, not (items + 1, width)")
+
+
+def _rows(own: Any, item_ids: Sequence[str]) -> Tensor | None:
+    """Row of the matrix by item of the log, (I + 1,); None where both have the same order."""
+    size = len(own.item_matrix())
+    names = getattr(own, "item_ids", None)
+    if names is None:
+        if size != len(item_ids) + 1:
+            reason = f"its item_matrix has {size:,} rows for {len(item_ids):,} items of the log and"
+            raise BadInput(
+                FIELD, type(own).__name__, f"{reason} padding: give it item_ids", fault=True
+            )
+        return None
+    numbers = {str(raw): row for row, raw in enumerate(names, start=1)}
+    if len(numbers) != size - 1:
+        reason = f"its item_ids are {len(numbers):,} different ones for {size - 1:,} rows"
+        raise BadInput(FIELD, type(own).__name__, f"{reason} of item_matrix", fault=True)
+    unknown = [str(raw) for raw in item_ids if str(raw) not in numbers]
+    if unknown:
+        reason = f"it does not know {len(unknown):,} of {len(item_ids):,} items of the log"
+        raise BadInput(FIELD, type(own).__name__, f"{reason}, such as {unknown[0]!r}", fault=True)
+    rows = torch.tensor([0, *(numbers[str(raw)] for raw in item_ids)])
+    return None if torch.equal(rows, torch.arange(size)) else rows

@@ -35,6 +35,11 @@ def rounded(value: float, digits: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def p_value(value: float) -> str:
+    """A p-value: three digits behind the point, or that it is smaller."""
+    return "<0.001" if 0 < value < 0.001 else fixed(value, 3)
+
+
 def accuracy(value: float | None) -> str:
     """A metric at four decimals."""
     return fixed(value, 4)

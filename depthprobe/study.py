@@ -1037,9 +1037,8 @@ def parse_layers(text: str, blocks: int | None) -> tuple[int, ...]:
     """
     top = "the backbone's number of blocks" if blocks is None else blocks
     word = text.strip().lower()
-    if word.startswith(FIND):
-        among = word.removeprefix(FIND).removeprefix(":")
-        return parse_layers(among or "all", blocks)
+    if word == FIND or word.startswith(f"{FIND}:"):
+        return parse_layers(word.partition(":")[2] or "all", blocks)
     if word in {"all", "auto"}:
         every = range(1, (blocks or 0) + 1)
         return tuple(every if word == "all" else (d for d in every[:-1] if d.bit_count() == 1))

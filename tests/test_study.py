@@ -269,7 +269,10 @@ def test_layers_name_depths(text: str, blocks: int, depths: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize(
     "text",
-    ["", ",", "0", "13", "0-3", "3-1", "1-13", "-1", "1-", "two", "1;2", "1.5", "1,,2", "١", "²"],
+    [
+        *("", ",", "0", "13", "0-3", "3-1", "1-13", "-1", "1-", "two", "1;2", "1.5", "1,,2"),
+        *("١", "²", "find1,2", "finder"),
+    ],
 )
 def test_layers_that_name_no_depth(text: str) -> None:
     with pytest.raises(BadInput, match="depths from 1 to 12, as 1,2,4 or 1-12 or all"):

@@ -26,6 +26,7 @@ from depthprobe.formatting import (
     NONE,
     accuracy,
     in_percent,
+    p_value,
     percent,
     plain_percent,
     plural,
@@ -368,7 +369,7 @@ def tables(content: Content, one: Content) -> list[Table]:
         (
             claim, "shown" if one["claims"][claim]["shown"] else "not shown",
             words.format(margin=margin),
-            _p_value(one["claims"][claim]["p_value"]),
+            p_value(one["claims"][claim]["p_value"]),
         )
         for claim, words in CLAIMS.items()
     ]  # fmt: skip
@@ -399,10 +400,6 @@ def tables(content: Content, one: Content) -> list[Table]:
         # an interval stands below its estimate
         if (rows := [tuple(cell.replace(" [", "\n[") for cell in row) for row in found])
     ]
-
-
-def _p_value(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else rounded(value, 2)
 
 
 def show(content: Content) -> None:

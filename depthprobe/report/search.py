@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from matplotlib.axes import Axes
 
-from depthprobe.formatting import duration, fixed, in_percent, percent, plural
+from depthprobe.formatting import duration, in_percent, p_value, percent, plural
 from depthprobe.methods import method_info
 from depthprobe.report import drawing
 from depthprobe.report.drawing import MUTED, NoData, figure
@@ -91,8 +91,8 @@ def search_table(run: Source) -> Table | None:
         return None
     return make_table("search", _rows(summary.found), [
         ("depth", "depth", plain), ("verdict", "verdict", str), ("seeds", "seeds", plain),
-        ("keeps", "kept", in_percent), ("p-value", "p_value", _small),
-        ("level now", "level", _small),
+        ("keeps", "kept", in_percent), ("p-value", "p_value", p_value),
+        ("level now", "level", p_value),
         ("predicted to keep", "predicted", lambda share: percent(share, 0)),
         ("odds to be shown", "odds", _odds),
     ])  # fmt: skip
@@ -116,11 +116,6 @@ def _rows(found: Found) -> list[Values]:
             "odds": None if verdict in (SHOWN, DEEPER) else state.odds[depth],
         })  # fmt: skip
     return rows
-
-
-def _small(value: float) -> str:
-    """A p-value: three digits behind the point, or that it is smaller."""
-    return "<.001" if 0 < value < 0.001 else fixed(value, 3)
 
 
 def _odds(share: float) -> str:

@@ -33,13 +33,15 @@ def search_words(summary: Summary) -> str:
         said += f" It ended: {found.ended}."
     if state.refuted:
         said += f" Refuted: {_depths(state.refuted)}."
-    if state.open:
+    if state.open and not found.no_teacher:
         best = max(state.open, key=lambda depth: state.odds[depth])
         left = found.study.seeds - state.seeds.get(best, 0)
         said += f" Open: {_depths(state.open)}; the best odds to be shown has {best}, "
         said += _odds(state.odds[best])
         if left:
-            said += f" with {plural(left, 'more seed')}, {duration(left * found.seconds_of(best))}"
+            said += f" with {plural(left, 'more seed')}"
+            if seconds := left * found.seconds_of(best):
+                said += f", {duration(seconds)}"
         said += "."
     return said
 

@@ -86,31 +86,45 @@ class Found:
     @property
     def cost(self) -> int:
         """Of all that is trained, where a training costs its depth."""
-        return sum(depth * len(arms) for depth, arms in self.trained.items())
+        return sum(depth * len(arms) for depth, arms in self._trainings.items())
+
+    @property
+    def _trainings(self) -> Mapping[int, Mapping[int, np.ndarray]]:
+        """What is trained; a teacher of the user's own came as it is."""
+        own = self.study.backbone.own
+        return {d: arms for d, arms in self.trained.items() if not own or d != self.blocks}
 
     @property
     def models(self) -> tuple[int, int]:
         """How many are trained, and how many a full sweep trains."""
-        every = self.study.seeds * (len(self.predicted) + 1)
-        return sum(map(len, self.trained.values())), every
+        every = self.study.seeds * (len(self.predicted) + (not self.study.backbone.own))
+        return sum(map(len, self._trainings.values())), every
 
     @property
     def full_cost(self) -> int:
         """Of all depths and seeds, where a training costs its depth."""
-        return self.study.seeds * (sum(self.predicted) + self.blocks)
+        teacher = 0 if self.study.backbone.own else self.blocks
+        return self.study.seeds * (sum(self.predicted) + teacher)
+
+    @property
+    def no_teacher(self) -> str:
+        """Why no shallower model can be held against the teacher; empty where one can."""
+        if not self.trained.get(self.blocks):
+            return "the teacher failed" if Step(self.blocks, 0) in self.lost else ""
+        mean = float(np.mean([arm.mean() for arm in self.trained[self.blocks].values()]))
+        if self.popularity is None or mean > self.popularity:
+            return ""
+        return (
+            f"the teacher is no better than popularity ({self.study.protocol.metric} {mean:.4f},"
+            f" popularity {self.popularity:.4f}); train it better first"
+        )
 
     @property
     def ended(self) -> str:
         """Why the search has ended; empty while it goes on."""
         step, study = self.state.next, self.study
-        if not self.trained.get(self.blocks):
-            return "the teacher failed" if Step(self.blocks, 0) in self.lost else ""
-        mean = float(np.mean([arm.mean() for arm in self.trained[self.blocks].values()]))
-        if self.popularity is not None and mean <= self.popularity:
-            return (
-                f"the teacher is no better than popularity ({study.protocol.metric} {mean:.4f},"
-                f" popularity {self.popularity:.4f}); train it better first"
-            )
+        if self.no_teacher or not self.trained.get(self.blocks):
+            return self.no_teacher
         if step is None and any(self._worth(depth) for depth in self.state.open):
             return f"one more training would exceed {plain_percent(MOST)} of a full sweep"
         if step is None:
@@ -127,7 +141,12 @@ class Found:
         return some_left and self.state.odds[depth] >= MOST**WARY
 
     def seconds_of(self, depth: int) -> float:
-        """What a training at a depth takes: as those there, or as the nearest ones by depth."""
+        """What a training at a depth takes: as those there, or as the nearest ones by depth.
+
+        0 before the first of them.
+        """
+        if not self.seconds:
+            return 0.0
         nearest = min((step.depth for step in self.seconds), key=lambda had: abs(had - depth))
         own = [seconds for step, seconds in self.seconds.items() if step.depth == nearest]
         return median(own) * depth / nearest

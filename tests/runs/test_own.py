@@ -34,6 +34,8 @@ from depthprobe.models.build import build_recommender
 from depthprobe.models.check import check_own
 from depthprobe.models.export import load_recommender
 from depthprobe.models.own import load_own, own_facts
+from depthprobe.report.numbers import as_summary
+from depthprobe.report.search import search_words
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.store import Run, open_run
@@ -369,3 +371,16 @@ def test_what_it_decides_itself_is_refused(study: Study) -> None:
         with pytest.raises(BadInput, match=f"methods without {method} beside it"):
             own_study(study, "a.b:c", methods=("full", method))
     assert sys.path  # nothing was imported for that
+
+
+def test_a_search_counts_no_teacher_that_came_as_it_is(
+    study: Study, small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT2_ITEMS", str(gpt2(tmp_path / "gpt2", items_of(small_run))))
+    methods = ("popularity", "finetune")
+    own = own_study(study, "examples.gpt2_items:build", methods=methods, layers="find")
+    assert run_sweep(own, tmp_path / "run", jobs=0).failed == []
+    words = search_words(as_summary(open_run(tmp_path / "run")))
+    assert words.startswith("The search trained 0 of the 4 models of a full sweep, 0 %")
+    assert "no better than popularity" in words
+    assert "odds" not in words  # there is nothing to hold a shallower one against

@@ -265,9 +265,15 @@ def _check_split(study: Study, flags: Mapping[str, Any]) -> None:
 def _study_name(data: str | None, backbone: str | None) -> str:
     parts = [
         "" if data in {None, "embedded"} else stem(Path(str(data))),
-        "" if backbone in {None, "embedded"} else Path(str(backbone)).resolve().name,
+        "" if backbone in {None, "embedded"} else _base_name(str(backbone)),
     ]
     return "-".join(filter(None, parts)) or "embedded"
+
+
+def _base_name(backbone: str) -> str:
+    if OWN_SOURCE.fullmatch(backbone):
+        return backbone.partition(":")[0].rpartition(".")[2]
+    return Path(backbone).resolve().name
 
 
 def default_output(study: Study) -> Path:

@@ -198,9 +198,10 @@ def _recommended(run: Path, known: Sequence[str]) -> str:
 
 def _next(folder: Path) -> str:
     """A command that recommends to somebody who had two items of the catalogue."""
-    items = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))["item_ids"]
+    card = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))
+    items, own = card["item_ids"], card.get("own")
     blank = "\t" if any(len(item.split()) > 1 for item in items) else " "
     history = shell_line(["echo", blank.join(["you", *items[:2]])])
-    return (
-        f"{history} | {shell_line(['depthprobe', 'recommend', str(folder)])} --history /dev/stdin"
-    )
+    command = ["depthprobe", "recommend", str(folder), "--history", "/dev/stdin"]
+    by = ["--recommender", own["source"]] if own else []
+    return f"{history} | {shell_line([*command, *by])}"

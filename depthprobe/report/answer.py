@@ -395,7 +395,7 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
                 f"{name} was best at its last epoch ({recipe.epochs}): a longer training may change"
                 " the comparison."
             )
-    if chosen is not None and study.backbone.source != "embedded":
+    if chosen is not None and study.backbone.source != "embedded" and not study.backbone.own:
         fresh = [p for p in summary.points if p.info.fresh and p.depth == chosen.depth]
         ratio = summary.against(fresh[0], chosen) if fresh else None
         if ratio is None:

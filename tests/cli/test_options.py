@@ -81,6 +81,8 @@ def test_a_study_is_named_after_its_data(tmp_path: Path, path: str, name: str) -
     assert study == replace(Study(name=name), data=replace(Study().data, source=str(target)))
     with_backbone = make_study(data=str(target), backbone="some/Llama-1B")
     assert with_backbone.name == f"{name}-Llama-1B"
+    own = make_study(data=str(target), recommender="my_package.mine:build")
+    assert (own.name, own.backbone.source) == (f"{name}-mine", "my_package.mine:build")
 
 
 def test_a_nameless_study_file_is_named_after_its_folder(tmp_path: Path) -> None:

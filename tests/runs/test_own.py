@@ -92,7 +92,11 @@ def gpt2(folder: Path, item_ids: Sequence[str]) -> Path:
 
 
 def test_a_gpt2_over_items_is_taken_as_it_is_and_cut(
-    study: Study, small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study,
+    small_run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = gpt2(tmp_path / "gpt2", items_of(small_run))
     monkeypatch.setenv("GPT2_ITEMS", str(source))
@@ -122,7 +126,9 @@ def test_a_gpt2_over_items_is_taken_as_it_is_and_cut(
         assert ranks["rank"].iloc[place] in {higher + 1, np.inf if target in seen else higher + 1}
 
     # exported, it is a folder of the user's own kind, and ours reads it by the same function
-    folder = export_trial(run.path, "finetune-d01-s1", tmp_path / "out")
+    folder = tmp_path / "out"
+    assert command("export", str(run.path), "finetune-d01-s1", str(folder)) in {0, None}
+    assert "--recommender examples.gpt2_items:build" in capsys.readouterr().out
     assert len(AutoModelForCausalLM.from_pretrained(folder).transformer.h) == 1
     exported = load_recommender(folder, recommender="examples.gpt2_items:build")
     monkeypatch.setenv("GPT2_ITEMS", str(folder))

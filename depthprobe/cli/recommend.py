@@ -73,6 +73,9 @@ def recommend(
     skip_unknown: Annotated[
         bool, typer.Option("--skip-unknown", help="Ignore items outside the catalogue.")
     ] = False,
+    exit: Annotated[
+        bool, typer.Option("--exit", help="Stop at the block where a user's answer has settled.")
+    ] = False,
     output: Annotated[
         Path | None,
         option("FILE", "A .tsv, .csv, .jsonl or .parquet [default: the terminal].", parser=path),
@@ -98,13 +101,18 @@ def recommend(
     if not 1 <= top <= len(model.item_ids):
         allowed = f"a number from 1 to the {len(model.item_ids):,} items of the catalogue"
         raise BadInput("top", top, allowed)
+    if exit:
+        model.exit_rule()
     with rereadable(history) as file:
         read = histories(file, history, settings, model)
         # all items are checked before anything is printed
         items, users, few = count_left(read, history, model, top=top, unknown=skip_unknown)
         with writer(output, form) as write:
-            for part in recommendations(read, model, top=top):
+            for part in recommendations(read, model, top=top, exit=exit):
                 write(part)
+    if model.depths:
+        mean = sum(depth * n for depth, n in model.depths.items()) / model.depths.total()
+        echo(f"early exit: after {mean:.1f} blocks on average", sys.stderr)
     if items:
         counts = f"{plural(items, 'item')} outside the catalogue, {plural(users, 'user')}"
         echo(f"left out: {counts} with no other", sys.stderr)
@@ -246,13 +254,15 @@ def count_left(
     return items, users, few
 
 
-def recommendations(read: Read, model: ExportedRecommender, *, top: int) -> Iterator[Answers]:
+def recommendations(
+    read: Read, model: ExportedRecommender, *, top: int, exit: bool = False
+) -> Iterator[Answers]:
     """The best items of each user, some users at a time, in order; unknown items are left out."""
     lines = read()
     while part := list(islice(lines, USERS)):
         known = [(user, [i for i in items if i in model.numbers]) for _, user, items in part]
         users = [(user, items) for user, items in known if items]
-        best = model.recommend([items for _, items in users], top=top)
+        best = model.recommend([items for _, items in users], top=top, exit=exit)
         yield [(user, items) for (user, _), items in zip(users, best, strict=True)]
 
 

@@ -18,10 +18,12 @@ from depthprobe.cli.options import (
     check_output_file,
     option,
     path,
+    share,
     takes_flags,
 )
 from depthprobe.cli.terminal import echo, scaled, show_facts, show_table
 from depthprobe.errors import BadInput, check_writable, closest, one_line, shell_line
+from depthprobe.formatting import percent, plain_percent
 from depthprobe.study import Study
 
 if TYPE_CHECKING:
@@ -151,6 +153,10 @@ def export(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A new or empty folder.", parser=path)
     ],
+    exit: Annotated[
+        float | None,
+        option("M", "Calibrate early exit of users, to lose at most 2% or 0.02.", parser=share),
+    ] = None,
 ) -> None:
     """Export the model of a trial as a Hugging Face checkpoint.
 
@@ -163,11 +169,13 @@ def export(
             "trial", trial, f"{BEST}, or one of this run's {len(known)}, such as {', '.join(close)}"
         )
     check_writable("dir", folder)
+    if exit is not None and not 0 <= exit < 1:
+        raise BadInput("exit", exit, "a share from 0 to below 1, such as 2%")
     chosen = _recommended(run, known) if trial == BEST else trial
 
     from depthprobe.runs.export import export_trial
 
-    written = export_trial(run, chosen, folder)
+    written = export_trial(run, chosen, folder, exit_margin=exit)
     sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
     echo(f"{written}: {chosen}")
     show_facts(
@@ -176,7 +184,22 @@ def export(
             for name, size in sizes.items()
         }
     )
-    echo(f"\nnext: {_next(written)}")
+    card = json.loads((written / "recommender.json").read_text(encoding="utf-8"))
+    if exit is not None:
+        echo(f"\nearly exit: {_exit_words(card.get('exit'))}")
+    echo(f"\nnext: {_next(written, card)}")
+
+
+def _exit_words(rule: dict[str, Any] | None) -> str:
+    """What was calibrated, and on whom."""
+    if rule is None:
+        return "none; on the validation users no rule was shown to lose no more than the margin"
+    return (
+        f"users leave once {rule['same']} of their 10 best items stay. The {rule['users']:,}"
+        f" validation users keep {percent(rule['kept'])} of the {rule['metric']} with"
+        f" {rule['depth']:.1f} blocks on average; at least {plain_percent(1 - rule['margin'])} with"
+        f" confidence {plain_percent(rule['level'])}"
+    )
 
 
 def _recommended(run: Path, known: Sequence[str]) -> str:
@@ -196,12 +219,12 @@ def _recommended(run: Path, known: Sequence[str]) -> str:
     raise BadInput("TRIAL", BEST, f"{fault}{such}", fault=True)
 
 
-def _next(folder: Path) -> str:
+def _next(folder: Path, card: dict[str, Any]) -> str:
     """A command that recommends to somebody who had two items of the catalogue."""
-    card = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))
     items, own = card["item_ids"], card.get("own")
     blank = "\t" if any(len(item.split()) > 1 for item in items) else " "
     history = shell_line(["echo", blank.join(["you", *items[:2]])])
     command = ["depthprobe", "recommend", str(folder), "--history", "/dev/stdin"]
     by = ["--recommender", own["source"]] if own else []
-    return f"{history} | {shell_line([*command, *by])}"
+    more = ["--exit"] if card.get("exit") else []
+    return f"{history} | {shell_line([*command, *by, *more])}"

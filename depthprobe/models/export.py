@@ -7,24 +7,26 @@ Of SASRec, which has no backbone, these two are all of it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, cast
 
 import msgspec
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import compute_in_bfloat16, load_backbone, resolve_device
 from depthprobe.models.build import build_sasrec, fill, save_weights
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.exits import LIST, Exit, encode_settled
 from depthprobe.models.own import OwnRecommender, load_own
 from depthprobe.models.recommender import Recommender, best_columns
 from depthprobe.models.sasrec import SASRec
@@ -73,6 +75,7 @@ class Card(msgspec.Struct, kw_only=True):
     precision: Literal["float32", "bfloat16"] = "float32"
     item_ids: Annotated[list[str], msgspec.Meta(min_length=1)]
     titles: list[str] | None
+    exit: Exit | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.item_ids)) < len(self.item_ids):
@@ -100,6 +103,10 @@ class ExportedRecommender:
     titles: list[str] | None
     max_history: int
     filter_seen: bool
+    #: when a user's answer counts as settled; None where that was not calibrated
+    exit: Exit | None = None
+    #: of early exit, how many users were answered after how many blocks
+    depths: Counter[int] = field(default_factory=Counter)
 
     @cached_property
     def numbers(self) -> Mapping[str, int]:
@@ -108,7 +115,7 @@ class ExportedRecommender:
 
     @torch.inference_mode()
     def recommend(
-        self, histories: Sequence[Sequence[str]], top: int = 10
+        self, histories: Sequence[Sequence[str]], top: int = 10, *, exit: bool = False
     ) -> list[list[Recommendation]]:
         """The ``top`` best items of each history (raw item ids, oldest first), best first.
 
@@ -116,40 +123,73 @@ class ExportedRecommender:
         that comes first in the catalogue is first. At most 256 users are encoded at a time and
         64 MiB of scores exist at a time: hand on a large file in parts of some thousand lines.
 
+        With ``exit``, users are served from the block after which their answer has settled, and the
+        blocks that follow run for the others alone.
+
         Raises:
             BadInput: for an empty history, an item that the catalogue doesn't hold, or a ``top``
-                that is not between 1 and the number of items; for a score that is no number.
+                that is not between 1 and the number of items; for a score that is no number; for
+                ``exit`` of a model that was not exported with one.
         """
+        rule = self.exit_rule() if exit else None
         if not 1 <= top <= len(self.item_ids):
             raise BadInput("top", top, f"a whole number from 1 to {len(self.item_ids)}")
         known = [self._numbered(history) for history in histories]
         model, titles = self.model, self.titles or [""] * len(self.item_ids)
         recent = [history[-self.max_history :] for history in known]
-        encode, sizes, in_words = model.encode, list(map(len, recent)), False
+        prompt: tuple[Cache | None, ...] = ()
+        sizes, in_words = list(map(len, recent)), False
         if isinstance(model, Recommender):
-            encode = partial(model.encode, prompt=model.prepare_prompt())
+            prompt = (model.prepare_prompt(),)
             sizes, in_words = model.positions(recent), model.words is not None
         # users of like length together: less padding is computed
         order = sorted(range(len(known)), key=sizes.__getitem__)
         answers: list[list[Recommendation]] = [[] for _ in known]
-        at_once = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))  # users scored at once
         while order:
             # the longest first; of histories in words fewer at a time
             room = BATCH
             if in_words:
                 room = max(1, min(BATCH, POSITIONS // sizes[order[-1]]))
             batch, order = order[-room:], order[:-room]
-            vectors = encode(*self._padded([known[p] for p in batch]))  # (B, d)
-            for first in range(0, len(batch), at_once):
-                places = batch[first : first + at_once]
-                best = self._best(vectors[first : first + at_once], [known[p] for p in places], top)
-                for place, items, scores in zip(places, *best, strict=True):
-                    answers[place] = [
-                        Recommendation(self.item_ids[item - 1], titles[item - 1] or None, score)
-                        for item, score in zip(items, scores, strict=True)
-                        if score > -torch.inf
-                    ]
+            own = [known[p] for p in batch]
+            padded = self._padded(own)
+            if rule is None:
+                vectors = model.encode(*padded, *prompt)  # (B, d)
+            else:
+                vectors = self._settled(padded, prompt, own, rule)
+            best = [each.tolist() for each in self._best(vectors, own, top)]
+            for place, items, scores in zip(batch, *best, strict=True):
+                answers[place] = [
+                    Recommendation(self.item_ids[item - 1], titles[item - 1] or None, score)
+                    for item, score in zip(items, scores, strict=True)
+                    if score > -torch.inf
+                ]
         return answers
+
+    def exit_rule(self) -> Exit:
+        """The rule of early exit; refused where none was calibrated."""
+        if self.exit is None:
+            allowed = "a rule in the export (depthprobe export RUN TRIAL DIR --exit M finds one)"
+            raise BadInput("exit", "none", allowed)
+        return self.exit
+
+    def _settled(
+        self,
+        padded: tuple[Tensor, Tensor],
+        prompt: Sequence[Cache | None],
+        own: list[np.ndarray],
+        rule: Exit,
+    ) -> Tensor:
+        """User vectors, each from the block after which the user's answer had settled, (B, d)."""
+
+        def best(rows: Tensor, vectors: Tensor) -> Tensor:
+            items, scores = self._best(vectors, [own[row] for row in rows.tolist()], LIST)
+            return items.masked_fill(scores == -torch.inf, 0)
+
+        model = cast("Recommender", self.model)
+        vectors, depths = encode_settled(model, *padded, *prompt, same=rule.same, best=best)
+        self.depths.update(depths.tolist())
+        return vectors
 
     def _numbered(self, history: Sequence[str]) -> np.ndarray:
         """The rows of a history's items in the item table, int64 (T,)."""
@@ -170,18 +210,27 @@ class ExportedRecommender:
 
     def _best(
         self, vectors: Tensor, histories: list[np.ndarray], top: int
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    ) -> tuple[Tensor, Tensor]:
         """Items 1..I and scores, the best ``top`` of each user; excluded ones have -inf."""
-        scores = vectors @ self.model.item_matrix().T  # (B, I + 1)
+        size = max(1, SCORE_BYTES // (4 * (len(self.item_ids) + 1)))  # users scored at once
+        parts = [
+            best_columns(self._scores(vectors[first : first + size], histories[first:]), top)
+            for first in range(0, len(vectors), size)
+        ]
+        items, scores = zip(*parts, strict=True)
+        return torch.cat(items), torch.cat(scores)  # (B, top)
+
+    def _scores(self, vectors: Tensor, histories: list[np.ndarray]) -> Tensor:
+        """Scores of all items, (B, I + 1); -inf of those that are left out."""
+        scores = vectors @ self.model.item_matrix().T
         if scores.isnan().any():
             allowed = "weights that give numbers as scores (they overflow, or are damaged)"
             raise BadInput("recommender", "NaN", allowed)
         scores[:, 0] = -torch.inf
         if self.filter_seen:
-            for row, history in enumerate(histories):
+            for row, history in enumerate(histories[: len(scores)]):
                 scores[row, torch.from_numpy(history).to(scores.device)] = -torch.inf
-        items, values = best_columns(scores, top)  # (B, top)
-        return items.tolist(), values.tolist()
+        return scores
 
 
 def write_recommender(
@@ -249,6 +298,13 @@ def write_own(
         item_ids=item_ids,
         titles=titles,
     )
+    (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
+
+
+def write_exit(folder: Path, exit: Exit) -> None:
+    """Add the rule of early exit to what :func:`write_recommender` wrote."""
+    card = msgspec.json.decode((folder / CARD).read_bytes(), type=Card)
+    card.exit = exit
     (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
 
 
@@ -343,7 +399,9 @@ def load_recommender(
         allowed = f"a complete export (damaged: {reason.partition(chr(10))[0]})"
         raise BadInput("recommender", str(folder), allowed) from None
     model.to(place).eval()
-    return ExportedRecommender(model, card.item_ids, card.titles, longest, card.filter_seen)
+    return ExportedRecommender(
+        model, card.item_ids, card.titles, longest, card.filter_seen, card.exit
+    )
 
 
 def _sasrec(card: Card, shape: SasRecShape, parts: dict[str, Tensor]) -> SASRec:

@@ -33,12 +33,14 @@ from depthprobe.models.export import (
     ExportedRecommender,
     OwnShape,
     load_recommender,
+    write_exit,
     write_own,
     write_recommender,
     write_sasrec,
 )
 from depthprobe.models.own import OwnRecommender
 from depthprobe.models.recommender import Recommender
+from depthprobe.probing.exits import calibrate
 from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial, plan
@@ -47,8 +49,13 @@ from depthprobe.runs.store import Run, open_run
 from depthprobe.study import ranges, settings_of
 
 
-def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
+def export_trial(
+    run_path: str | Path, trial: str, folder: str | Path, *, exit_margin: float | None = None
+) -> Path:
     """Write a trial's model to ``folder``: the cut backbone, LoRA merged, and the recommender.
+
+    With ``exit_margin`` early exit is calibrated on the validation users, to lose so much of the
+    model's own accuracy at most; if that can't be shown of any rule, none is in the export.
 
     A trial without weights of its own is cut out of the teacher; a linear map in place of a span is
     folded into the block before it. Quantised weights become ordinary ones of the same values. Of
@@ -71,6 +78,9 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
         refused = f"a model of whole blocks ({record.method} at this depth measures, and is none)"
     if refused:
         raise BadInput("trial", trial, refused)
+    short = record.method == SASREC or len(record.kept) < 3
+    if exit_margin is not None and (short or run.study.backbone.own):
+        raise BadInput("exit", trial, "a model of ours, of three blocks or more")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
     context = Context(run.path, run.study.with_precision(run.manifest.backbone.precision))
@@ -86,6 +96,13 @@ def export_trial(run_path: str | Path, trial: str, folder: str | Path) -> Path:
         code = settings.trust_remote_code
         own = settings.source if settings.own and record.method != SASREC else None
         loaded = load_recommender(temporary, trust_remote_code=code, recommender=own)
+        if exit_margin is not None:
+            rule = calibrate(
+                loaded, context.validation, metric=run.study.protocol.metric, margin=exit_margin,
+                level=run.study.protocol.level,
+            )  # fmt: skip
+            if rule is not None:
+                write_exit(temporary, rule)
         card = model_card(run, record, example=example(loaded, context))
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return target

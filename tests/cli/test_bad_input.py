@@ -85,6 +85,10 @@ CASES = {
     "status of another folder": (["status", "full"], ["RUN: expected", "'full'", "manifest.json"]),
     "export of nothing": (["export", "full", "trial", "out"], ["RUN", "'full'"]),
     "export of no trial": (["export", "begun", "ful-s0", "out"], ["TRIAL", "'ful-s0'", "full-s0"]),
+    "export that may lose all": (
+        ["export", "full", "trial", "out", "--exit", "1"],
+        ["--exit: expected a share from 0 to below 1", "got 1.0"],
+    ),
     "recommend from nothing": (
         ["recommend", "nowhere", "--history", "h"],
         ["DIR: expected", "'nowhere'", "recommender.json"],

@@ -196,7 +196,7 @@ def exported(stub: Stub, tmp_path: Path) -> list[str]:
     """The trials that were exported, each to a folder of two items; a run has two."""
     trials: list[str] = []
 
-    def export_trial(run: Path, trial: str, folder: Path) -> Path:
+    def export_trial(run: Path, trial: str, folder: Path, **_: object) -> Path:
         trials.append(trial)
         folder.mkdir()
         content = {"item_ids": ["The X", "i2", "i3"] if trial == "sasrec-s0" else ["i1", "i2"]}

@@ -26,8 +26,9 @@ COMMANDS = {
     "compare": ["A B...", "--targets", "--slices", "--common", "--margin", "--json", "--output"]
     + ["--fail-unless"],
     "cost": ["--backbone", "--layers"],
-    "export": ["RUN", "TRIAL", "DIR"],
-    "recommend": ["DIR", "--history", "--top", "--device", "--skip-unknown", "--output"],
+    "export": ["RUN", "TRIAL", "DIR", "--exit"],
+    "recommend": ["DIR", "--history", "--top", "--device", "--skip-unknown", "--output", "--exit"]
+    + ["--user-column", "--format"],
     "data": ["prepare", "show", "list"],
     "check": ["--backbone"],
 }

@@ -16,7 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.cli import recommend as command
-from depthprobe.models.export import load_recommender, write_recommender
+from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.exits import Exit
+from depthprobe.models.export import load_recommender, write_exit, write_recommender
 from depthprobe.models.recommender import Recommender
 
 ITEMS = 12
@@ -204,9 +206,9 @@ def test_only_some_users_are_in_memory(
     sizes = []
     answer = exported.ExportedRecommender.recommend
 
-    def watch(self: Any, histories: list[list[str]], top: int) -> Any:
+    def watch(self: Any, histories: list[list[str]], **more: Any) -> Any:
         sizes.append(len(histories))
-        return answer(self, histories, top)
+        return answer(self, histories, **more)
 
     monkeypatch.setattr(exported.ExportedRecommender, "recommend", watch)
     cli("recommend", folder, "--history", users)
@@ -296,6 +298,42 @@ def test_a_name_that_tells_no_format(
 
 def test_a_device_gets_text(cli: Cli, folder: Path, users: Path) -> None:
     assert cli("recommend", folder, "--history", users, "--output", "/dev/null").code == 0
+
+
+def test_users_leave_early(
+    cli: Cli, tmp_path: Path, users: Path, llama_config: Callable[..., LlamaConfig]
+) -> None:
+    """Where everybody leaves at the second block, the third one changes nothing."""
+    torch.manual_seed(0)
+    backbone = LlamaForCausalLM(llama_config(num_hidden_layers=3)).eval()
+    with torch.no_grad():
+        for weight in backbone.model.layers.parameters():
+            weight.mul_(6)
+    model = Recommender(backbone, torch.randn(ITEMS + 1, 4), [1]).eval()
+    for depth in (3, 2):
+        keep_blocks(backbone, range(depth))
+        path = tmp_path / f"of-{depth}"
+        write_recommender(
+            path, model, backbone, item_ids=IDS, titles=None, max_history=5, filter_seen=False
+        )
+    rule = Exit(same=0, metric="HR@10", margin=0.1, level=0.9, users=9, depth=2.0, kept=1.0)
+    words = ("--history", users, "--top", "3", "--device", "cpu", "--json")
+    target = tmp_path / "answers.jsonl"
+    refused = cli("recommend", tmp_path / "of-3", *words, "--exit", "--output", target)
+    assert (refused.code, refused.err.count("\n"), target.exists()) == (2, 1, False)
+    assert refused.err.startswith("error: --exit: expected a rule in the export")
+    write_exit(tmp_path / "of-3", rule)
+    whole, early, cut = (
+        cli("recommend", tmp_path / name, *words, *more)
+        for name, more in (("of-3", ()), ("of-3", ("--exit",)), ("of-2", ()))
+    )
+    assert early.err == "early exit: after 2.0 blocks on average\n"
+    assert (whole.err, cut.err) == ("", "")
+    assert chosen(early.out) == chosen(cut.out) != chosen(whole.out)
+
+
+def chosen(text: str) -> list[list[str]]:
+    return [[item["item"] for item in json.loads(line)["items"]] for line in text.splitlines()]
 
 
 def test_an_id_can_not_end_its_column() -> None:

@@ -101,13 +101,13 @@ def test_scores_never_exceed_their_memory(folder: Path, monkeypatch: pytest.Monk
     loaded = load_recommender(folder)
     monkeypatch.setattr(exported, "SCORE_BYTES", 4 * (ITEMS + 1) * 3)
     sizes: list[int] = []
-    best = ExportedRecommender._best
+    score = ExportedRecommender._scores
 
     def watch(self: ExportedRecommender, vectors: torch.Tensor, *rest: Any) -> Any:
         sizes.append(len(vectors))
-        return best(self, vectors, *rest)
+        return score(self, vectors, *rest)
 
-    monkeypatch.setattr(ExportedRecommender, "_best", watch)
+    monkeypatch.setattr(ExportedRecommender, "_scores", watch)
     loaded.recommend([["i1"]] * 10)
     assert sizes == [3, 3, 3, 1]
 

@@ -40,7 +40,7 @@ from depthprobe.runs.layout import machine as this_machine
 from depthprobe.runs.store import open_run
 from depthprobe.study import Data
 
-TURNS, USERS = 4, 1024
+TURNS, USERS = 3, 512
 Ways = dict[str, Callable[[], object]]
 
 
@@ -70,7 +70,7 @@ def show_speed(folder: str) -> None:
     model: Any = load_recommender(folder)
     with tempfile.TemporaryDirectory() as place:
         ways: Ways = {}
-        for form, suffixes in (("lines", (".tsv", ".jsonl")), ("csv", (".csv", ".parquet"))):
+        for form, suffix in (("lines", ".tsv"), ("csv", ".parquet")):
             source = Path(place, f"users.{form}")
             write_histories(source, model.item_ids, USERS)
             read = partial(histories, source, source, Data(source=str(source)), model)
@@ -78,9 +78,8 @@ def show_speed(folder: str) -> None:
             if not ways:
                 ways["encode alone"] = partial(encode, model, own)
                 ways["recommend, in Python"] = partial(model.recommend, own)
-            for suffix in suffixes:
-                output = Path(place, f"answers{suffix}")
-                ways[f"{form} to {suffix}"] = partial(command, model, read, source, output)
+            output = Path(place, f"answers{suffix}")
+            ways[f"{form} to {suffix}"] = partial(command, model, read, source, output)
         seconds = timed(ways)
     bare = np.array(seconds["encode alone"])
     for name, own in seconds.items():
@@ -157,6 +156,7 @@ def show_exits(run_path: str, trial: str, *methods: str) -> None:
     ranks, kept = read_out_users(model, users, device=torch.device("cpu"))
     values, depths = per_user_metric(ranks, metric), np.array(read_outs(model.depth))
     raw = [[loaded.item_ids[item - 1] for item in had] for had in users.seen or users.histories]
+    raw = raw[:USERS]  # for the times
     rows: dict[str, tuple[float, np.ndarray]] = {}
     ways: Ways = {}
     for place_, depth in enumerate(depths.tolist()):
@@ -179,7 +179,7 @@ def show_exits(run_path: str, trial: str, *methods: str) -> None:
         ways[name] = partial(replace(loaded, exit=rule).recommend, raw, exit=True)
     seconds, full = timed(ways), values[:, -1]
     whole = np.array(seconds[f"{trial}, first {model.depth} blocks"])
-    print(f"\n{len(raw)} test users, {metric} of {trial} {full.mean():.4f}\n")
+    print(f"\n{len(values)} test users, {metric} of {trial} {full.mean():.4f}\n")
     print(f"| | mean depth | share of its time | share of its {metric} | {level:.0%} interval |")
     print("|---|---:|---:|---:|---|")
     for name, (depth, own) in rows.items():

@@ -15,6 +15,7 @@ include_patterns = [
     "docs/*.md",
     "notebooks/*.ipynb",
     "analyses/*/README.md",
+    "examples/README.md",
     "reports/README.md",
 ]
 exclude_patterns = [".*", "runs", "build", "dist", "depthprobe", "tests", "**/runs"]

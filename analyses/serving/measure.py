@@ -156,7 +156,7 @@ def show_exits(run_path: str, trial: str, *methods: str) -> None:
     ranks, kept = read_out_users(model, users, device=torch.device("cpu"))
     values, depths = per_user_metric(ranks, metric), np.array(read_outs(model.depth))
     raw = [[loaded.item_ids[item - 1] for item in had] for had in users.seen or users.histories]
-    raw = raw[:USERS]  # for the times
+    raw = raw[: USERS // 2]  # for the times
     rows: dict[str, tuple[float, np.ndarray]] = {}
     ways: Ways = {}
     for place_, depth in enumerate(depths.tolist()):
@@ -170,7 +170,7 @@ def show_exits(run_path: str, trial: str, *methods: str) -> None:
                 table = table[table["protocol"] == "full"].set_index("user")
                 own = per_user_metric(table.loc[users.users, "rank"].to_numpy(), metric)
                 rows[record.id] = float(record.depth), own
-    for same in range(LIST, -1, -1):
+    for same in (10, 9, 8, 7, 6, 4, 0):
         places = exit_places(kept, same)
         own = values[np.arange(len(places)), places]
         rule = Exit(same=same, metric=metric, margin=0, level=level, users=1, depth=0, kept=1)

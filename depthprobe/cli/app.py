@@ -33,7 +33,7 @@ import typer
 from typer.main import get_command
 
 import depthprobe
-from depthprobe.cli import check, compare, cost, data, init, recommend, runs, sweep
+from depthprobe.cli import check, compare, cost, data, export, init, recommend, runs, sweep
 from depthprobe.cli.options import LOG, as_typed
 from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_streams
 from depthprobe.errors import BadInput, closest, one_line, short
@@ -127,7 +127,7 @@ def _options(
 for _name, _phase in sweep.PHASES.items():
     app.command(_name, help=_phase.help, epilog=_phase.list_methods())(sweep.sweep)
 for _command in (
-    *(init.init, runs.report, runs.status, compare.compare, cost.cost, runs.export),
+    *(init.init, runs.report, runs.status, compare.compare, cost.cost, export.export),
     *(recommend.recommend, check.check),
 ):
     app.command()(_command)

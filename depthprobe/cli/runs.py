@@ -1,10 +1,9 @@
-"""`report`, `status` and `export`: what is made of a run, or read from it."""
+"""`report` and `status`: what is made of a run, or read from it."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,28 +17,16 @@ from depthprobe.cli.options import (
     check_output_file,
     option,
     path,
-    share,
     takes_flags,
 )
-from depthprobe.cli.terminal import echo, scaled, show_facts, show_table
-from depthprobe.errors import BadInput, check_writable, closest, one_line, shell_line
-from depthprobe.formatting import percent, plain_percent
+from depthprobe.cli.terminal import echo, show_table
+from depthprobe.errors import BadInput, one_line
 from depthprobe.study import Study
 
 if TYPE_CHECKING:
     from depthprobe.runs.store import Status
 
 STATES = ("done", "failed", "working", "left")
-BEST = "best"
-FILES = {  # of an export, by name; the others are the tokenizer's
-    "config.json": "the backbone's shape",
-    "generation_config.json": "transformers' own",
-    "model.safetensors": "the backbone's weights",
-    "recommender.json": "items, titles, and how histories are read",
-    "recommender.safetensors": "the recommender's weights: item table, adapters",
-    "README.md": "the model card",
-}
-TOKENIZER = "the backbone's tokenizer or code"
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that sweep wrote.", parser=path)]
 
 
@@ -140,91 +127,3 @@ def _show_status(run: Path, state: Status) -> None:
     ended = state.search and state.search.ended
     if state.total("left") and not state.working and not ended:
         echo("no sweep is running; run the same command to continue")
-
-
-def export(
-    run: Run,
-    trial: Annotated[
-        str,
-        typer.Argument(
-            metavar="TRIAL", help="A trial's name in RUN/trials, or best: the one to ship."
-        ),
-    ],
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A new or empty folder.", parser=path)
-    ],
-    exit: Annotated[
-        float | None,
-        option("M", "Calibrate early exit of users, to lose at most 2% or 0.02.", parser=share),
-    ] = None,
-) -> None:
-    """Export the model of a trial as a Hugging Face checkpoint.
-
-    The folder also has what `depthprobe recommend DIR` needs.
-    """
-    known = sorted(path.name for path in (run / "trials").glob("*") if path.is_dir())
-    if known and trial not in {*known, BEST}:
-        close = closest(trial, known) or known[:3]
-        raise BadInput(
-            "trial", trial, f"{BEST}, or one of this run's {len(known)}, such as {', '.join(close)}"
-        )
-    check_writable("dir", folder)
-    if exit is not None and not 0 <= exit < 1:
-        raise BadInput("exit", exit, "a share from 0 to below 1, such as 2%")
-    chosen = _recommended(run, known) if trial == BEST else trial
-
-    from depthprobe.runs.export import export_trial
-
-    written = export_trial(run, chosen, folder, exit_margin=exit)
-    sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
-    echo(f"{written}: {chosen}")
-    show_facts(
-        {
-            name: f"{scaled(size, 'B'):>8}  {FILES.get(name, TOKENIZER)}"
-            for name, size in sizes.items()
-        }
-    )
-    card = json.loads((written / "recommender.json").read_text(encoding="utf-8"))
-    if exit is not None:
-        echo(f"\nearly exit: {_exit_words(card.get('exit'))}")
-    echo(f"\nnext: {_next(written, card)}")
-
-
-def _exit_words(rule: dict[str, Any] | None) -> str:
-    """What was calibrated, and on whom."""
-    if rule is None:
-        return "none; on the validation users no rule was shown to lose no more than the margin"
-    return (
-        f"users leave once {rule['same']} of their 10 best items stay. The {rule['users']:,}"
-        f" validation users keep {percent(rule['kept'])} of the {rule['metric']} with"
-        f" {rule['depth']:.1f} blocks on average; at least {plain_percent(1 - rule['margin'])} with"
-        f" confidence {plain_percent(rule['level'])}"
-    )
-
-
-def _recommended(run: Path, known: Sequence[str]) -> str:
-    """The trial that the report's answer ships.
-
-    Raises:
-        BadInput: if it ships none; with the reason, and the trial of the best candidate.
-    """
-    from depthprobe.report.answer import build_answer
-
-    answer = build_answer(run)
-    if answer.trial:
-        return answer.trial
-    likely = [name for name in known if name.startswith(f"{answer.method}-d{answer.depth or 0:02}")]
-    such = f", such as {likely[0]}" if likely else ""
-    fault = f"the report recommends none ({answer.lines[0].rstrip('.')}); name one of RUN/trials"
-    raise BadInput("TRIAL", BEST, f"{fault}{such}", fault=True)
-
-
-def _next(folder: Path, card: dict[str, Any]) -> str:
-    """A command that recommends to somebody who had two items of the catalogue."""
-    items, own = card["item_ids"], card.get("own")
-    blank = "\t" if any(len(item.split()) > 1 for item in items) else " "
-    history = shell_line(["echo", blank.join(["you", *items[:2]])])
-    command = ["depthprobe", "recommend", str(folder), "--history", "/dev/stdin"]
-    by = ["--recommender", own["source"]] if own else []
-    more = ["--exit"] if card.get("exit") else []
-    return f"{history} | {shell_line([*command, *by, *more])}"

@@ -332,6 +332,7 @@ def load_recommender(
     *,
     trust_remote_code: bool = False,
     recommender: str | None = None,
+    float32: bool = False,
 ) -> ExportedRecommender:
     """Open what ``depthprobe export`` wrote; needs nothing of the run it came from.
 
@@ -341,6 +342,7 @@ def load_recommender(
         trust_remote_code: run the Python code of a backbone that came with its own.
         recommender: of one that is your own, the function that builds it, ``module:function``:
             no code is imported because a folder names it.
+        float32: compute in float32, whatever the weights and the evaluation were in.
 
     Raises:
         BadInput: if the folder is not an exported recommender, or is damaged; if the device is
@@ -360,9 +362,9 @@ def load_recommender(
             own = load_own(recommender, card.item_ids)
             keep_blocks(own.backbone, card.own.kept)
             fill(dict(own.own.named_parameters()), parts)
-            if card.precision == "bfloat16":
+            if card.precision == "bfloat16" and not float32:
                 compute_in_bfloat16(own.backbone)
-            own.to(place).eval()
+            own.to(place, torch.float32 if float32 else None).eval()
             seen = card.filter_seen
             return ExportedRecommender(own, card.item_ids, card.titles, card.max_history, seen)
         if card.sasrec is not None:
@@ -376,7 +378,7 @@ def load_recommender(
         backbone = load_backbone(
             path, attention=card.attention, trust_remote_code=trust_remote_code
         )
-        if card.precision == "bfloat16":
+        if card.precision == "bfloat16" and not float32:
             compute_in_bfloat16(backbone)
         words = None if card.tokens is None else Words(card.tokens)
         model = Recommender(
@@ -398,7 +400,7 @@ def load_recommender(
         reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
         allowed = f"a complete export (damaged: {reason.partition(chr(10))[0]})"
         raise BadInput("recommender", str(folder), allowed) from None
-    model.to(place).eval()
+    model.to(place, torch.float32 if float32 else None).eval()
     return ExportedRecommender(
         model, card.item_ids, card.titles, longest, card.filter_seen, card.exit
     )

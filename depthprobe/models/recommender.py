@@ -267,7 +267,7 @@ class Recommender(nn.Module):
             embeddings = _insert(embeddings, tokens, ends)  # (B, T+S, D)
         # a prompt that can't be shared stands before the items of every user
         if self.lead:
-            tokens = self.token_embeddings(self.prompt).expand(len(histories), -1, -1)
+            tokens = self.token_embeddings(self.prompt).expand(histories.shape[0], -1, -1)
             embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)  # (B, P+T, D)
         # a shared one is in the cache: positions go on behind it
         first = self.first + len(self.prompt) - self.lead
@@ -289,7 +289,7 @@ class Recommender(nn.Module):
             ends = self._text_lengths(histories, lengths)
             ids = _insert(ids[..., None], self.suffix[:, None], ends)[..., 0]
         if self.lead:
-            ids = torch.cat([self.prompt.expand(len(ids), -1), ids], dim=1)
+            ids = torch.cat([self.prompt.expand(ids.shape[0], -1), ids], dim=1)
         return ids
 
     def _item_ids(self, histories: Tensor) -> Tensor:
@@ -343,7 +343,7 @@ def _insert(embeddings: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
 
     The padding moves behind them, where a causal model does not see it.
     """
-    longer = torch.cat([embeddings, tokens.expand(len(embeddings), -1, -1)], dim=1)
+    longer = torch.cat([embeddings, tokens.expand(embeddings.shape[0], -1, -1)], dim=1)
     # which token of the suffix a position holds: 0 right behind the last item
     place = torch.arange(longer.shape[1], device=lengths.device) - lengths[:, None]  # (B, T + S)
     inside = (place >= 0) & (place < len(tokens))

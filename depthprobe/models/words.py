@@ -48,15 +48,21 @@ class Words(nn.Module):
         """Texts of histories of item ids: (B, T) -> (B, S) token ids, right-padded with 0."""
         if self.tokens.shape[1] == 1:
             return self.tokens[histories][..., 0]
-        width = self.tokens.shape[1]
+        # by gathers alone, which torch.export can follow
         sizes = self.sizes[histories]  # (B, T)
-        lengths = sizes.sum(dim=1, keepdim=True)  # (B, 1)
-        places = torch.arange(int(lengths.max()), device=histories.device)
-        text = torch.zeros(len(histories), len(places), dtype=torch.long, device=histories.device)
-        # both masks take tokens in the same order: by user, by item, by place in the title
-        own = torch.arange(width, device=histories.device) < sizes[..., None]  # (B, T, W)
-        text[places < lengths] = self.tokens[histories][own]
-        return text
+        ends = sizes.cumsum(dim=1)
+        longest = ends.max()
+        if torch.compiler.is_exporting():  # attention asks whether there is more than one position
+            longest = longest.clamp(min=2)
+            torch._check(longest.item() > 1)
+        places = torch.arange(longest.item(), device=histories.device)  # (S,)
+        # which item a place belongs to, and which of its tokens stands there
+        item = (places[:, None] >= ends[:, None, :]).sum(dim=-1)  # (B, S)
+        item = item.clamp(max=histories.shape[1] - 1)
+        token = places - (ends - sizes).gather(1, item)
+        token = token.clamp(max=self.tokens.shape[1] - 1)
+        text = self.tokens[histories.gather(1, item), token]
+        return torch.where(places < ends[:, -1:], text, 0)
 
     def listed(self) -> list[list[int]]:
         """The token ids of items 1..I."""

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import ModelCardData
+import torch
+from huggingface_hub import HfApi, ModelCardData, RepoUrl, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from depthprobe.cost.timing import Action, machine, measure, summarize, times_faster
 from depthprobe.data.statistics import popularity
-from depthprobe.errors import BadInput
+from depthprobe.errors import BadInput, one_line, shell_line
 from depthprobe.evaluation.metrics import METRICS, per_user_metric
 from depthprobe.evaluation.slices import ALL
 from depthprobe.evaluation.statistics import ratio_interval
@@ -38,6 +44,17 @@ from depthprobe.models.export import (
     write_recommender,
     write_sasrec,
 )
+from depthprobe.models.onnx import (
+    BATCH,
+    FILE,
+    TOP,
+    TopItems,
+    check_installed,
+    compare_answers,
+    open_session,
+    padded,
+    write_onnx,
+)
 from depthprobe.models.own import OwnRecommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.exits import calibrate
@@ -50,7 +67,12 @@ from depthprobe.study import ranges, settings_of
 
 
 def export_trial(
-    run_path: str | Path, trial: str, folder: str | Path, *, exit_margin: float | None = None
+    run_path: str | Path,
+    trial: str,
+    folder: str | Path,
+    *,
+    exit_margin: float | None = None,
+    onnx: bool = False,
 ) -> Path:
     """Write a trial's model to ``folder``: the cut backbone, LoRA merged, and the recommender.
 
@@ -59,13 +81,17 @@ def export_trial(
 
     A trial without weights of its own is cut out of the teacher; a linear map in place of a span is
     folded into the block before it. Quantised weights become ordinary ones of the same values. Of
-    SASRec, which has no backbone, the recommender is all.
+    SASRec, which has no backbone, the recommender is all. With ``onnx`` the whole recommender is
+    written as one ONNX file too, and compared with ours on all test users.
 
     Raises:
         BadInput: if the run has no such trial, the trial failed or its method makes no model, its
-            model is not in the run any more, or the folder is not empty.
+            model is not in the run any more, or the folder is not empty; if there can be no ONNX
+            file, or its answers are others.
     """
     disable_progress_bar()
+    if onnx:
+        check_installed()
     run = open_run(run_path)
     record, target = run.record(trial), Path(folder)
     method = method_of(record.method)
@@ -103,7 +129,8 @@ def export_trial(
             )  # fmt: skip
             if rule is not None:
                 write_exit(temporary, rule)
-        card = model_card(run, record, example=example(loaded, context))
+        told = add_onnx(temporary, context, own) if onnx else ""
+        card = model_card(run, record, example=example(loaded, context), onnx=told)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return target
 
@@ -147,6 +174,83 @@ def _write_backbone(context: Context, trial: Trial, folder: Path) -> None:
     except BadInput:  # there is none: so nothing was read with it
         if study.backbone.prompt or study.backbone.suffix or study.backbone.reads_titles:
             raise
+
+
+# --- the same recommender in ONNX, beside ours ------------------------------------------------
+
+ONNX_FACTS = "onnx.json"
+SECONDS, WARMUP, ROUNDS = 20.0, 3, 50  # of the latencies
+
+
+def add_onnx(folder: Path, context: Context, own: str | None) -> str:
+    """Write the ONNX file of an exported folder and what was measured of it; a line for the card.
+
+    Raises:
+        BadInput: if the file can't be written, or its answers on the test users are others.
+    """
+    code = context.backbone.trust_remote_code
+    loaded = load_recommender(folder, trust_remote_code=code, recommender=own, float32=True)
+    write_onnx(loaded, folder / FILE)
+    session, split = open_session(folder / FILE), context.split
+    histories = [split.history("test", place) for place in range(len(split.test.users))]
+    longest = max(histories, key=len)[: loaded.max_history + 1]
+    compare_answers(session, loaded, [longest[:length] for length in range(1, len(longest) + 1)])
+    agreement = compare_answers(session, loaded, histories)
+    places = np.linspace(0, len(histories) - 1, min(BATCH, len(histories))).astype(int)
+    spread = [sorted(histories, key=len)[place] for place in places]  # of all lengths
+    latencies = _latencies(loaded, session, {1: [spread[len(spread) // 2]], len(spread): spread})
+    conditions = machine(torch.device("cpu")) | {"onnxruntime": version("onnxruntime")}
+    facts = {
+        "schema": 1,
+        "precision": "float32",
+        "test_users": agreement.users,
+        "test_users_in_another_order": agreement.reordered,
+        "largest_difference": agreement.largest_difference,
+        "latencies": latencies,
+        "machine": conditions,
+    }
+    (folder / ONNX_FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    times = "; ".join(
+        f"{one['users']} at once: {1000 * one['onnxruntime']:.3g} ms in onnxruntime,"
+        f" {1000 * one['torch']:.3g} ms in PyTorch"
+        for one in latencies
+    )
+    return (
+        f"\n\n`{FILE}` is the whole recommender in ONNX, in float32: rows of items in, the best"
+        f" rows and their scores out. Its ten best items are those of this model for all"
+        f" {agreement.users:,} test users; scores differ by rounding. Users {times} (medians,"
+        f" {_plain(conditions['device_name'])}, threads: {conditions['threads']})."
+    )
+
+
+def _latencies(
+    loaded: ExportedRecommender, session: Any, batches: dict[int, list[np.ndarray]]
+) -> list[dict[str, Any]]:
+    """Median seconds from rows of items to the best ten, in turns, with equal threads.
+
+    Both have the prompt's keys and values from before, and read the same padded rows.
+    """
+    graph = TopItems(loaded).eval()
+    calls: dict[str, Action] = {}
+    for users, histories in batches.items():
+        rows = padded(histories)
+        given = {"histories": rows, "top": np.array([min(TOP, len(loaded.item_ids))])}
+        ours = partial(torch.inference_mode()(graph), torch.from_numpy(rows))
+        calls[f"torch:{users}"] = Action(ours)
+        calls[f"onnxruntime:{users}"] = Action(partial(session.run, None, given))
+    cpu = torch.device("cpu")
+    timing = measure(
+        lambda _: calls, batch=1, seconds=SECONDS, warmup=WARMUP, rounds=ROUNDS, device=cpu
+    )
+    found = []
+    for users in batches:
+        pair = {name: timing.seconds[f"{name}:{users}"] for name in ("torch", "onnxruntime")}
+        medians = {name: summarize(seconds).p50 for name, seconds in pair.items()}
+        faster = times_faster(pair["torch"], pair["onnxruntime"])
+        found.append(
+            {"users": users, **medians, "times_faster": faster.p50, "rounds": timing.rounds}
+        )
+    return found
 
 
 def example(loaded: ExportedRecommender, context: Context) -> str:
@@ -229,6 +333,41 @@ def _check_model(folder: Path, trial: str) -> None:
         raise BadInput("trial", trial, allowed)
 
 
+# --- the Hugging Face Hub ---------------------------------------------------------------------
+
+HUB = "--push-to-hub"
+
+
+def check_hub(name: str) -> None:
+    """Refuse a name that the Hub can't have, and where there is no token to push with."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise BadInput(HUB, name, f"a name such as me/small ({one_line(error)})") from None
+    if get_token() is None:
+        fault = "no token for the Hub; run hf auth login, or set HF_TOKEN"
+        raise BadInput(HUB, name, fault, fault=True)
+
+
+def push_to_hub(folder: Path, name: str) -> RepoUrl:
+    """Upload an exported folder to a model repository; one that is new is private.
+
+    Raises:
+        BadInput: if the Hub can't be reached or refuses; the folder stays as it is.
+    """
+    hub = HfApi()
+    try:
+        url = hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, commit_message="Export of depthprobe"
+        )
+    except (HTTPError, OSError) as error:
+        again = shell_line(["hf", "upload", name, str(folder)])
+        fault = f"not pushed ({one_line(error)}); {folder} is complete: {again}"
+        raise BadInput(HUB, name, fault, fault=True) from None
+    return url
+
+
 # --- the model card: what it is, how good, where from, under which terms -------------------------
 
 LONGEST = 120
@@ -250,7 +389,7 @@ import depthprobe as dp
 {example}
 ```
 
-`depthprobe recommend FOLDER --history FILE` recommends items to each user of a file.{backbone}
+`depthprobe recommend FOLDER --history FILE` recommends items to each user of a file.{more}
 
 ## Accuracy
 
@@ -277,7 +416,7 @@ WITHOUT_EXAMPLE = 'dp.load_recommender("FOLDER").recommend([["item", "item"]], t
 LICENCE = "depthprobe grants nothing beyond them."
 
 
-def model_card(run: Run, record: Record, *, example: str = "") -> str:
+def model_card(run: Run, record: Record, *, example: str = "", onnx: str = "") -> str:
     """Markdown with the front matter that the Hugging Face Hub reads.
 
     Whatever comes from data or models is shortened and quoted: a name can't break the page.
@@ -310,7 +449,7 @@ def model_card(run: Run, record: Record, *, example: str = "") -> str:
         trial=_code(record.id),
         what=what,
         example=example or WITHOUT_EXAMPLE,
-        backbone=OWN_ITSELF if own and theirs else BACKBONE if own else "",
+        more=f"{(OWN_ITSELF if theirs else BACKBONE) if own else ''}{onnx}",
         accuracy=f"{retained(run, record)}{_accuracy(run, record)}",
         size=_size(record),
         provenance=_provenance(run, record, source if own else ""),

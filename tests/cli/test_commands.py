@@ -196,17 +196,33 @@ def exported(stub: Stub, tmp_path: Path) -> list[str]:
     """The trials that were exported, each to a folder of two items; a run has two."""
     trials: list[str] = []
 
-    def export_trial(run: Path, trial: str, folder: Path, **_: object) -> Path:
-        trials.append(trial)
+    def export_trial(run: Path, trial: str, folder: Path, *, onnx: bool, **_: object) -> Path:
+        trials.append(f"{trial} in ONNX" if onnx else trial)
         folder.mkdir()
         content = {"item_ids": ["The X", "i2", "i3"] if trial == "sasrec-s0" else ["i1", "i2"]}
         (folder / "recommender.json").write_text(json.dumps(content))
         (folder / "README.md").write_text("a" * 2345)
+        pair = {"users": 64, "rounds": 5, "torch": 0.02, "onnxruntime": 0.01, "times_faster": 2}
+        machine = {"device_name": "a processor", "threads": 2}
+        facts = {"test_users": 60, "test_users_in_another_order": 3, "latencies": [pair]}
+        (folder / "onnx.json").write_text(json.dumps(facts | {"machine": machine}))
         return folder
+
+    class Url(str):
+        repo_id = "me/small"
+
+    def push_to_hub(folder: Path, name: str) -> Url:
+        trials.append(f"pushed to {name}")
+        return Url("https://hub/me/small")
 
     for trial in ("full-d12-s0", "distill-d04-s1", "sasrec-s0"):
         (tmp_path / "run" / "trials" / trial).mkdir(parents=True)
-    stub("depthprobe.runs.export", export_trial=export_trial)
+    stub(
+        "depthprobe.runs.export",
+        export_trial=export_trial,
+        check_hub=lambda name: trials.append(f"checked {name}"),
+        push_to_hub=push_to_hub,
+    )
     return trials
 
 
@@ -219,6 +235,7 @@ def test_export_says_what_it_wrote_and_what_comes_next(
     assert first == "out: full-d12-s0"
     assert files == [
         "README.md 2.35 kB the model card",
+        "onnx.json 207 B how it compares with ours",
         "recommender.json 26 B items, titles, and how histories are read",
     ]
     assert last == "next: echo 'you i1 i2' | depthprobe recommend out --history /dev/stdin"
@@ -226,6 +243,20 @@ def test_export_says_what_it_wrote_and_what_comes_next(
     outcome = cli("export", "run", "sasrec-s0", "out 2")
     line = r"echo $'you\x09The X\x09i2' | depthprobe recommend 'out 2' --history /dev/stdin"
     assert outcome.out.splitlines()[-1] == f"next: {line}"
+
+
+def test_export_in_onnx_and_to_the_hub(cli: Callable[..., Any], exported: list[str]) -> None:
+    outcome = cli("export", "run", "full-d12-s0", "out", "--onnx", "--push-to-hub", "small")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert exported == ["checked small", "full-d12-s0 in ONNX", "pushed to small"]
+    lines = [" ".join(line.split()) for line in outcome.out.splitlines()]
+    same = "ONNX: the same ten best items as ours for all 60 test users; 3 in another order, of"
+    assert f"{same} scores equal up to rounding" in lines
+    assert "64 20 ms 10 ms 2.00x" in lines
+    assert "medians of 5 rounds in turn; a processor, threads: 2" in lines
+    assert "https://hub/me/small: a new repository is private" in lines
+    assert "elsewhere: hf download me/small --local-dir out" in lines
+    assert lines[-1] == "next: echo 'you i1 i2' | depthprobe recommend out --history /dev/stdin"
 
 
 def test_export_of_the_best_is_what_the_answer_ships(

@@ -26,7 +26,7 @@ COMMANDS = {
     "compare": ["A B...", "--targets", "--slices", "--common", "--margin", "--json", "--output"]
     + ["--fail-unless"],
     "cost": ["--backbone", "--layers"],
-    "export": ["RUN", "TRIAL", "DIR", "--exit"],
+    "export": ["RUN", "TRIAL", "DIR", "--exit", "--onnx", "--push-to-hub"],
     "recommend": ["DIR", "--history", "--top", "--device", "--skip-unknown", "--output", "--exit"]
     + ["--user-column", "--format"],
     "data": ["prepare", "show", "list"],

@@ -30,7 +30,7 @@ from depthprobe.models.backbones import backbone_config
 from depthprobe.models.blocks import find_blocks, find_decoder, no_token, per_layer
 from depthprobe.models.build import fill, save_weights
 from depthprobe.models.cutting import keep_blocks
-from depthprobe.models.own import OwnRecommender, load_own
+from depthprobe.models.own import OwnRecommender, load_own, own_digest
 from depthprobe.models.parts import Part, find_sublayers
 from depthprobe.models.prompt import CACHE_NAMES
 from depthprobe.models.recommender import Recommender
@@ -323,22 +323,31 @@ def recommender(model: PreTrainedModel, ids: Tensor) -> str:
 # --- a trained recommender of the user's own: the object itself, with some made-up histories ------
 
 
-def check_own(source: str, item_ids: Sequence[str] | None = None) -> list[CheckResult]:
+def check_own(
+    source: str,
+    item_ids: Sequence[str] | None = None,
+    *,
+    longest: int = TOKENS,
+    objective: str | None = None,
+) -> list[CheckResult]:
     """Test what can be proven of a user's recommender; it is left as it is.
 
     Args:
         source: the function that builds it, ``module:function``.
         item_ids: of the log that it is to be used with, if one is at hand.
+        longest: items of the longest history that it is to read.
+        objective: of its training, ``every`` or ``last``; None: it need not be trained.
     """
     results: list[CheckResult] = []
     model = load_own(source, item_ids)
     generator = torch.Generator().manual_seed(0)
     items = len(model.item_matrix()) - 1
-    histories = torch.randint(1, items + 1, (2, TOKENS), generator=generator)
-    lengths = torch.tensor([TOKENS, TOKENS - 3])
-    histories[1, TOKENS - 3 :] = 0
+    histories = torch.randint(1, items + 1, (2, longest), generator=generator)
+    shorter = max(1, longest - 3)
+    histories[1, shorter:] = 0
     device = model.item_matrix().device
-    given = Histories(histories.to(device), lengths.to(device))
+    lengths = torch.tensor([longest, shorter], device=device)
+    given = Histories(source, histories.to(device), lengths, objective)
     for name, check in OWN_CHECKS.items():
         try:
             with torch.no_grad():
@@ -351,10 +360,17 @@ def check_own(source: str, item_ids: Sequence[str] | None = None) -> list[CheckR
 
 
 class Histories(NamedTuple):
-    """Two users, the second with fewer items."""
+    """Two users, the second with fewer items, and what built the recommender that reads them."""
 
+    source: str
     items: Tensor  # (2, T), right-padded with 0
     lengths: Tensor  # (2,)
+    objective: str | None  # of its training, if it is to be trained
+
+    @property
+    def users(self) -> tuple[Tensor, Tensor]:
+        """What a pass reads."""
+        return self.items, self.lengths
 
 
 def own_states(model: OwnRecommender, given: Histories) -> str:
@@ -364,12 +380,21 @@ def own_states(model: OwnRecommender, given: Histories) -> str:
     prompt = model.prepare_prompt()
     if prompt is not None and not isinstance(prompt, Cache):
         raise ValueError(f"prepare_prompt returns a {type(prompt).__name__}, not a Cache")
+
+    def ran(index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before, after = input_state(args, kwargs), first_tensor(output)
+        named = args or "hidden_states" in kwargs
+        if not named or getattr(before, "shape", None) != getattr(after, "shape", None):
+            rule = "take the state as its first argument and return it, alone or first in a tuple"
+            raise ValueError(f"a block must {rule}")
+        runs.append(index)
+
     hooks = [
-        block.register_forward_hook(lambda *_, index=index: runs.append(index))
+        block.register_forward_hook(partial(ran, index), with_kwargs=True)
         for index, block in enumerate(blocks)
     ]
     with removed_after(hooks):
-        states = model.states(*given, prompt)
+        states = model.states(*given.users, prompt)
     expected = f"states ({len(given.items)}, positions, D)"
     if states.dim() != 3 or len(states) != len(given.items):
         raise ValueError(f"expected {expected}, got {tuple(states.shape)}")
@@ -378,7 +403,11 @@ def own_states(model: OwnRecommender, given: Histories) -> str:
     if runs != list(range(len(blocks))):
         allowed = "once, in their order: put a prompt into the sequence, or offer prepare_prompt"
         raise ValueError(f"one pass must run each block {allowed} (it ran {runs})")
-    vectors, items = model.encode(*given, prompt), model.item_matrix()
+    if not torch.equal(model.states(*given.users, prompt), states):
+        raise ValueError(
+            "two passes over the same histories differ: draw nothing at random in evaluation mode"
+        )
+    vectors, items = model.encode(*given.users, prompt), model.item_matrix()
     if vectors.shape != (len(given.items), items.shape[1]):
         wide = f"user vectors {tuple(vectors.shape)} can't be scored by items {tuple(items.shape)}"
         raise ValueError(f"{wide}: read_out must return as many numbers as an item has")
@@ -387,12 +416,16 @@ def own_states(model: OwnRecommender, given: Histories) -> str:
 
 def own_causal(model: OwnRecommender, given: Histories) -> str:
     """Neither later items nor padding change what comes before."""
-    whole = model.encode(*given)
+    whole = model.encode(*given.users)
     start = int(given.lengths[1])
     alone = model.encode(given.items[1:, :start], given.lengths[1:])
     _assert_close(alone, whole[1:], "a user without padding: the vector is")
-    states = model.states(*given)
+    states = model.states(*given.users)
     if (places := model.after_items(states, given.items)).shape[1] != given.items.shape[1]:
+        if given.objective == "every":
+            raise ValueError(
+                "it has one read-out a user: say recipe.objective=last, for one target a window"
+            )
         return "padding changes nothing; one read-out a user: whether it is causal can't be seen"
     other = given.items.clone()
     other[0, start:] = other[0, start:].flip(0) % (len(model.item_matrix()) - 1) + 1
@@ -407,26 +440,26 @@ def own_cut(model: OwnRecommender, given: Histories) -> str:
     """The recommender cut to k blocks equals the read-out behind block k."""
     prompt, depth = model.prepare_prompt(), model.depth
     with tap_blocks(model.backbone) as tap:
-        tap.positions = model.last_place(*given)
-        vectors = model.encode(*given, prompt)
+        tap.positions = model.last_place(*given.users)
+        vectors = model.encode(*given.users, prompt)
         states = tap.states
     for k in sorted({1, depth // 2, depth} - {0}):
         normed = after_blocks(model.backbone, states[k][:, None])[:, 0]
         read = model.read_out(normed.to(vectors.dtype))
         what = f"the read-out behind {k} blocks is no cut model's:"
-        _assert_close(read, _without(model, range(k, depth)).encode(*given), what)
+        _assert_close(read, _without(model, range(k, depth)).encode(*given.users), what)
     return "cut models equal the read-out: what follows the blocks is the final norm and read_out"
 
 
 def own_skip(model: OwnRecommender, given: Histories) -> str:
     """A block that is left out for a while equals one that is cut out, and comes back."""
-    before, depth = model.encode(*given), model.depth
+    before, depth = model.encode(*given.users), model.depth
     for index in sorted({0, depth // 2, depth - 1}) if depth > 1 else ():
         with skip_blocks(model.backbone, {index}):
-            skipped = model.encode(*given)
-        expected = _without(model, [index]).encode(*given)
+            skipped = model.encode(*given.users)
+        expected = _without(model, [index]).encode(*given.users)
         _assert_close(skipped, expected, f"skipping block {index} is not cutting it out:")
-    if not torch.equal(model.encode(*given), before):
+    if not torch.equal(model.encode(*given.users), before):
         raise AssertionError("it is not restored after skipping")
     return "a skipped block equals one that is cut out, and comes back"
 
@@ -441,17 +474,49 @@ def _without(model: OwnRecommender, dropped: Iterable[int]) -> OwnRecommender:
 
 def own_weights(model: OwnRecommender, given: Histories) -> str:
     """Its weights, written and read back into a fresh one, give the same numbers."""
+    before = own_digest(model)
+    if own_digest(load_own(given.source)) != before:
+        raise AssertionError("it has other weights each time it is built")
+    fresh = copy.deepcopy(model).train()
+    fresh.states(*given.users)
+    if own_digest(fresh) != before:
+        reason = "a pass in training changes buffers, such as BatchNorm's, which are not stored"
+        raise AssertionError(reason)
+    fresh.eval()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.safetensors"
         save_weights(dict(model.own.named_parameters()), file)
-        fresh = copy.deepcopy(model)
         for weight in fresh.parameters():
             weight.zero_()
         fill(dict(fresh.own.named_parameters()), load_file(file))
-    if not torch.equal(fresh.encode(*given), model.encode(*given)):
+    if not torch.equal(fresh.encode(*given.users), model.encode(*given.users)):
         raise AssertionError("it keeps numbers that decide its answers outside its parameters")
-    trained = sum(weight.requires_grad for weight in model.parameters())
-    return f"all that decides is in its parameters; {trained} of them would be trained further"
+    return "all that decides is in its parameters, or the same each time it is built"
+
+
+def own_training(model: OwnRecommender, given: Histories) -> str:
+    """A step of training has a loss that reaches the blocks."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    blocks = {id(weight) for weight in find_blocks(model.backbone).parameters()}
+    if given.objective is None or not weights:
+        if given.objective is not None:
+            raise ValueError("nothing would be trained: build() leaves no weight requires_grad")
+        return f"{len(weights)} weights would be trained"
+    if (kind := model.item_matrix().dtype) != torch.float32:
+        rule = "build() must return float32 to be trained (recipe.precision is what it computes in)"
+        raise ValueError(f"its item_matrix is {kind}: {rule}")
+    with torch.enable_grad():
+        if model.own_loss is None:
+            loss = (model.encode(*given.users) @ model.item_matrix().T).logsumexp(1).mean()
+        else:
+            loss = model.loss(*given.users, given.items)
+        if loss.dim() or not torch.isfinite(loss) or not loss.requires_grad:
+            raise ValueError("its loss must be a finite scalar that has a gradient")
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+    reached = {id(w) for w, grad in zip(weights, found, strict=True) if grad is not None}
+    if blocks & {id(weight) for weight in weights} and not blocks & reached:
+        raise ValueError("no gradient reaches its blocks: does it run without one?")
+    return f"the loss reaches {len(reached)} of {len(weights)} weights that would be trained"
 
 
 OWN_CHECKS: dict[str, Callable[[OwnRecommender, Histories], str]] = {
@@ -460,6 +525,7 @@ OWN_CHECKS: dict[str, Callable[[OwnRecommender, Histories], str]] = {
     "cut": own_cut,
     "skip": own_skip,
     "weights": own_weights,
+    "training": own_training,
 }
 # what no test of the object can see
 NOT_SEEN = (

@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import lru_cache
 from typing import Any, cast
 
@@ -152,8 +153,9 @@ def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommend
     if os.getcwd() not in sys.path:  # as python -m has it
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # of code that is not ours
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            function = getattr(importlib.import_module(module), name, None)
+    except (Exception, SystemExit) as error:  # of code that is not ours
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise BadInput(
             FIELD, source, f"its module can't be imported ({reason})", fault=True
@@ -161,10 +163,11 @@ def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommend
     if not callable(function):
         raise BadInput(FIELD, source, f"its module has no function {name}", fault=True)
     try:
-        own = function()
+        with redirect_stdout(sys.stderr):
+            own = function()
     except BadInput:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise BadInput(FIELD, source, f"{name}() fails ({reason})", fault=True) from error
     try:
@@ -177,8 +180,12 @@ def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommend
 def own_facts(source: str) -> tuple[PreTrainedConfig, str]:
     """The configuration of a user's decoder, and a hash of its weights; built once a process."""
     model = load_own(source)
-    weights = [*model.own.named_parameters(), *model.own.named_buffers()]
-    return model.backbone.config, weights_hash(weights)
+    return model.backbone.config, own_digest(model)
+
+
+def own_digest(model: OwnRecommender) -> str:
+    """A hash of a user's weights and buffers."""
+    return weights_hash([*model.own.named_parameters(), *model.own.named_buffers()])
 
 
 def _check_offers(own: Any) -> None:
@@ -209,6 +216,10 @@ def _rows(own: Any, item_ids: Sequence[str]) -> Tensor | None:
                 FIELD, type(own).__name__, f"{reason} padding: give it item_ids", fault=True
             )
         return None
+    if isinstance(names, dict):  # of rows by id, or of ids by row: which one can't be told
+        reason = "its item_ids are a dict, not a list: raw ids of rows 1, 2, ..."
+        raise BadInput(FIELD, type(own).__name__, reason, fault=True)
+    names = names.tolist() if isinstance(names, Tensor) else names
     numbers = {str(raw): row for row, raw in enumerate(names, start=1)}
     if len(numbers) != size - 1:
         reason = f"its item_ids are {len(numbers):,} different ones for {size - 1:,} rows"
@@ -216,6 +227,7 @@ def _rows(own: Any, item_ids: Sequence[str]) -> Tensor | None:
     unknown = [str(raw) for raw in item_ids if str(raw) not in numbers]
     if unknown:
         reason = f"it does not know {len(unknown):,} of {len(item_ids):,} items of the log"
-        raise BadInput(FIELD, type(own).__name__, f"{reason}, such as {unknown[0]!r}", fault=True)
+        reason += f", such as {unknown[0]!r}: its own are like {next(iter(numbers))!r}"
+        raise BadInput(FIELD, type(own).__name__, reason, fault=True)
     rows = torch.tensor([0, *(numbers[str(raw)] for raw in item_ids)])
     return None if torch.equal(rows, torch.arange(size)) else rows

@@ -46,7 +46,7 @@ from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
 from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import LEARNED, same_backbone, words_digest
-from depthprobe.runs.plan import SASREC, plan
+from depthprobe.runs.plan import SASREC, TEACHER, plan
 from depthprobe.runs.records import (
     DATA,
     ITEM_TABLE,
@@ -173,8 +173,11 @@ def read_inputs(
             item_texts(ids, titles, field="methods", asked=name)
             pretrained_tokenizer(backbone)
     tokens = item_tokens(backbone, ids, titles)
+    longest = _longest_text(split.sequences, merged.data.max_history, tokens or [])
     if before is None:
-        facts = _checked(backbone, tasks, tokens or [], ids)
+        if backbone.own:
+            _check_own(merged, ids, longest)
+        facts = _checked(backbone, tasks, tokens or [])
         facts.words = words_digest(tokens)
         facts.precision = precision_on(device, facts.parameters)
     else:  # nothing may be left to do
@@ -183,7 +186,6 @@ def read_inputs(
     manifest = _new_manifest(merged, split, table, facts, device, command)
     manifest.data.warnings += look_alikes(tokens or [])
     if any(method_of(name).reads_users for name in merged.methods):
-        longest = _longest_text(split.sequences, merged.data.max_history, tokens or [])
         manifest.data.warnings += check_lengths(backbone, config, longest)
     if before is not None:
         _check_same(folder, before, manifest)
@@ -235,18 +237,22 @@ def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]
     return max(int(np.convolve(text, window).max()) for text in texts)
 
 
+def _check_own(study: Study, item_ids: Sequence[str], longest: int) -> None:
+    """Refuse a recommender of the user's own that can't be cut, or trained as the study says."""
+    settings = study.backbone
+    trained = [n for n in study.methods if method_of(n).trains and n != TEACHER]
+    objectives = {settings_of(study, name).recipe.objective for name in trained}
+    objective = min(objectives, default=None)  # every before last
+    for each in check_own(settings.source, item_ids, longest=longest, objective=objective):
+        if not each.passed and (each.name != "training" or settings.tuning != "lora"):
+            reason = f"{each.name}: {each.detail}"
+            raise BadInput("backbone.source", settings.source, reason, fault=True)
+
+
 def _checked(
-    settings: Backbone,
-    tasks: Sequence[Task],
-    tokens: Sequence[Sequence[int]],
-    item_ids: Sequence[str],
+    settings: Backbone, tasks: Sequence[Task], tokens: Sequence[Sequence[int]]
 ) -> BackboneFacts:
     """Facts of a backbone that has its weights and can be cut; none of them is read."""
-    if settings.own:
-        failed = [each for each in check_own(settings.source, item_ids) if not each.passed]
-        if failed:
-            reason = f"{failed[0].name}: {failed[0].detail}"
-            raise BadInput("backbone.source", settings.source, reason, fault=True)
     model = pretrained(settings, weights=False)
     facts = BackboneFacts(**describe(model, settings.source, backbone_revision(settings)))
     check_tokens("backbone.reads", settings.reads, chain.from_iterable(tokens), model)

@@ -247,6 +247,13 @@ SOUND = """
             past = x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
             return x + self.act(self.map(past))
 
+    class Norm(nn.BatchNorm1d):
+        def __init__(self):
+            super().__init__(4)
+
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
     class Mine(nn.Module):
         def __init__(self):
             super().__init__()
@@ -297,6 +304,34 @@ FAULTS = {
         "return x + self.items(histories)\n\n        def item",
         "cut: ",
     ),
+    "keyword": ("block(x)", "block(x=x)", "a block must take the state as its first argument"),
+    "dropout": ("x = block(x)", "x = nn.functional.dropout(block(x))", "two passes over the same"),
+    "exits": ("return Mine()", "raise SystemExit('bye')", r"build\(\) fails \(SystemExit: bye"),
+    "dict": (
+        "torch.manual_seed(0)",
+        "torch.manual_seed(0); self.item_ids = {'1': 1}",
+        "its item_ids are a dict",
+    ),
+    "other each time": ("torch.manual_seed(0)", "torch.seed()", "other weights each time"),
+    "buffers": (
+        "self.act = nn.Linear(4, 4), nn.Tanh()",
+        "self.act = nn.Linear(4, 4), Norm()",
+        "training changes buffers",
+    ),
+    "too short": ("x = self.items(histories)", "x = self.items(histories[:, :2])", "states|causal"),
+    "one read-out": (
+        "def item_matrix",
+        "def after_items(self, x, _): return x[:, :1]\n\n        def item_matrix",
+        "say recipe.objective=last",
+    ),
+    "no gradient": ("def states", "@torch.no_grad()\n        def states", "no gradient reaches"),
+    "loss": (
+        "def states",
+        "def loss(self, *_):\n            return torch.ones(2)\n\n        def states",
+        "finite scalar",
+    ),
+    "frozen": ("return Mine()", "return Mine().requires_grad_(False)", "nothing would be trained"),
+    "half": ("return Mine()", "return Mine().bfloat16()", "must return float32"),
     "items": ("nn.Embedding(6, 4)", "nn.Embedding(9, 4)", "it has|items of the log"),
 }
 
@@ -341,7 +376,7 @@ def test_what_can_not_be_used_is_one_line_and_nothing_is_written(
         "--output",
         str(tmp_path / "run"),
     )
-    assert command(*sweep, "--methods", "full", "--layers", "1", "--jobs", "0") == 2
+    assert command(*sweep, "--methods", "full,finetune", "--layers", "1", "--jobs", "0") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: --recommender: "), error
     assert re.search(expected, error), error
@@ -361,12 +396,25 @@ def test_a_sound_one_passes_its_check(
     assert command("check", "--recommender", broken, "--backbone", "embedded") == 2
 
 
+def test_what_it_prints_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_own(mine(tmp_path, monkeypatch, "return Mine()", "print('loading'); return Mine()"))
+    shown = capsys.readouterr()
+    assert (shown.out, "loading" in shown.err) == ("", True)
+
+
 def test_items_that_it_does_not_know_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = mine(tmp_path, monkeypatch, "torch.manual_seed(0)", "self.item_ids = list('abcde')")
     assert load_own(source, list("edcba")).rows is not None
-    with pytest.raises(BadInput, match="does not know 2 of 3 items of the log, such as 'x'"):
+    numbers = "self.item_ids = torch.arange(5)"
+    numbered = mine(tmp_path, monkeypatch, "torch.manual_seed(0)", numbers)
+    assert load_own(numbered, list("43210")).rows.tolist() == [0, 5, 4, 3, 2, 1]  # type: ignore[union-attr]
+    with pytest.raises(
+        BadInput, match="does not know 2 of 3 items of the log, such as 'x': .* like 'a'"
+    ):
         load_own(source, ["a", "x", "y"])
 
 

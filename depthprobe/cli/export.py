@@ -77,11 +77,12 @@ def export(
         raise BadInput("exit", exit, "a share from 0 to below 1, such as 2%")
     chosen = _recommended(run, known) if trial == BEST else trial
 
-    from depthprobe.runs import export as exports
+    from depthprobe.runs.export import check_hub, export_trial
+    from depthprobe.runs.export import push_to_hub as push
 
     if push_to_hub is not None:
-        exports.check_hub(push_to_hub)
-    written = exports.export_trial(run, chosen, folder, exit_margin=exit, onnx=onnx)
+        check_hub(push_to_hub)
+    written = export_trial(run, chosen, folder, exit_margin=exit, onnx=onnx)
     sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
     echo(f"{written}: {chosen}")
     show_facts(
@@ -97,7 +98,7 @@ def export(
         _show_onnx(json.loads((written / "onnx.json").read_text(encoding="utf-8")))
     if push_to_hub is not None:
         echo(f"\nuploading {scaled(sum(sizes.values()), 'B')}")
-        url = exports.push_to_hub(written, push_to_hub)
+        url = push(written, push_to_hub)
         fetch = shell_line(["hf", "download", url.repo_id, "--local-dir", str(folder)])
         echo(f"{url}: a new repository is private\nelsewhere: {fetch}")
     echo(f"\nnext: {_next(written, card)}")

@@ -126,10 +126,17 @@ class OwnRecommender(Recommender):
         return out.to(self.own.item_matrix().dtype)
 
     def forward(
-        self, histories: Tensor, lengths: Tensor | None = None, prompt: Any = None
+        self,
+        histories: Tensor,
+        lengths: Tensor | None = None,
+        prompt: Any = None,
+        *,
+        states: bool = False,
     ) -> Tensor:
         """User vectors after every item, (B, T, d); with lengths after the last one, (B, d)."""
         out = self.states(histories, lengths, prompt)
+        if states:
+            return out
         if lengths is None:
             return self.read_out(self.after_items(out, histories))
         return self.read_out(states_at(out, self.last_place(histories, lengths)))

@@ -306,14 +306,15 @@ class Recommender(nn.Module):
 
         Arguments are those of a call.
         """
-        prompt = prompt or self.prepare_prompt()
-        with self._running():
-            out = self.backbone(**self.inputs(histories, lengths, prompt))
-        last: Tensor = out.last_hidden_state.to(self.item_matrix().dtype)
-        return last
+        return self.forward(histories, lengths, prompt, states=True)
 
     def forward(
-        self, histories: Tensor, lengths: Tensor | None = None, prompt: Cache | None = None
+        self,
+        histories: Tensor,
+        lengths: Tensor | None = None,
+        prompt: Cache | None = None,
+        *,
+        states: bool = False,
     ) -> Tensor:
         """User vectors after every item, (B, T, d); after the last one where lengths say, (B, d).
 
@@ -321,8 +322,14 @@ class Recommender(nn.Module):
             histories: (B, T) item ids, right-padded with 0.
             lengths: (B,); needed where the suffix follows the last item.
             prompt: what ``prepare_prompt`` made; it is run if it is not given.
+            states: return what :meth:`states` does.
         """
-        last = self.states(histories, lengths, prompt)
+        prompt = prompt or self.prepare_prompt()
+        with self._running():
+            out = self.backbone(**self.inputs(histories, lengths, prompt))
+        last: Tensor = out.last_hidden_state.to(self.item_matrix().dtype)
+        if states:
+            return last
         if lengths is None:
             return self.read_out(self.after_items(last, histories))
         return self.read_out(states_at(last, self.last_place(histories, lengths)))

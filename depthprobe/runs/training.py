@@ -92,13 +92,12 @@ def fine_tune(context: Context, task: Task) -> Iterator[Result]:
     """The teacher, or a variant: cut from the pretrained backbone or the teacher, or random."""
     trial = _with_blocks(context, task.trials[0])
     if trial.method == TEACHER and context.study.backbone.own:
-        yield _as_it_came(context, trial)
-        return
+        return iter([_as_it_came(context, trial)])
     settings = settings_of(context.study, trial.method)
     healed = settings.method.settings == "heal"
     model = _cut_teacher(context, trial) if healed else context.new_recommender(trial)
     seconds = _seconds_of_teacher(context, trial) if settings.needs_teacher else 0.0
-    yield from train_recommender(context, trial, model, teacher_seconds=seconds)
+    return train_recommender(context, trial, model, teacher_seconds=seconds)
 
 
 def _as_it_came(context: Context, trial: Trial) -> Result:

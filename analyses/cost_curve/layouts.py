@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthprobe.cost.timing import cut_copy
 from depthprobe.data.batches import length_buckets
-from depthprobe.models.build import make_trainable
+from depthprobe.models.build import cut_copy, make_trainable
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import Backbone, Recipe
 from depthprobe.training.losses import catalogue_loss
@@ -61,7 +60,7 @@ def recommender(
     backbone: nn.Module, depth: int, *, suffix: Sequence[int] = range(5, 5 + SUFFIX)
 ) -> Recommender:
     """The first blocks, with low-rank updates of their MLPs, between prompt and response slots."""
-    own = cut_copy(backbone, depth)
+    own = cut_copy(backbone, range(depth))
     with torch.device(backbone.device):
         table = torch.randn(CATALOGUE + 1, D_ITEM)
         model = Recommender(own, table, range(3, 3 + PROMPT), suffix=suffix)

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from depthprobe.cli.recommend import count_left, histories, recommendations, writer
-from depthprobe.cost.timing import cut_copy
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import ratio_interval
+from depthprobe.models.build import cut_copy
 from depthprobe.models.exits import LIST, Exit, read_outs
 from depthprobe.models.export import BATCH, ExportedRecommender, load_recommender
 from depthprobe.probing.exits import exit_places, read_out_users
@@ -160,7 +160,9 @@ def show_exits(run_path: str, trial: str, *methods: str) -> None:
     rows: dict[str, tuple[float, np.ndarray]] = {}
     ways: Ways = {}
     for place_, depth in enumerate(depths.tolist()):
-        cut = loaded if depth == model.depth else replace(loaded, model=cut_copy(model, depth))
+        cut = (
+            loaded if depth == model.depth else replace(loaded, model=cut_copy(model, range(depth)))
+        )
         rows[f"{trial}, first {depth} blocks"] = float(depth), values[:, place_]
         ways[f"{trial}, first {depth} blocks"] = partial(cut.recommend, raw)
     for method in methods:  # trained, and as fast as TRIAL's own first blocks

@@ -23,7 +23,6 @@ from depthprobe.cost.timing import (
     TOP,
     Action,
     Timing,
-    cut_copy,
     encode_actions,
     machine,
     measure,
@@ -35,7 +34,7 @@ from depthprobe.cost.timing import (
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import backbone_config, resolve_device
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.build import make_trainable
+from depthprobe.models.build import cut_copy, make_trainable
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tiny import ends_at_positions, positions_of
@@ -205,7 +204,7 @@ def _sizes(
 def _measure(
     model: Recommender, depths: Sequence[int], workload: Workload, place: torch.device
 ) -> Timing:
-    models = {str(depth): cut_copy(model, depth) for depth in depths}
+    models = {str(depth): cut_copy(model, range(depth)) for depth in depths}
 
     def make(batch: int) -> dict[str, Action]:
         histories, lengths = _users(workload, batch, place)

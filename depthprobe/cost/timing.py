@@ -14,7 +14,6 @@ slows all of them: round i of one pairs with round i of another.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -22,10 +21,9 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -36,10 +34,8 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from depthprobe.cost.size import peak_memory
-from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.recommender import Recommender
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
 TOP = 10  # items of an answer
@@ -195,14 +191,6 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 # --- actions ---------------------------------------------------------------------------------
-
-
-def cut_copy(model: ModelT, depth: int) -> ModelT:
-    """The first blocks of a recommender or backbone, around the same weights, which stay whole."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    keep_blocks(twin.backbone if isinstance(twin, Recommender) else twin, range(depth))
-    return twin
 
 
 def encode_actions(

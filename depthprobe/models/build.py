@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from depthprobe.models.backbones import (
     pretrained_tokenizer,
 )
 from depthprobe.models.blocks import check_tokens, find_blocks
-from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.cutting import ModelT, keep_blocks
 from depthprobe.models.own import load_own
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
@@ -109,6 +111,14 @@ def around(
     return model
 
 
+def cut_copy(model: ModelT, kept: Iterable[int]) -> ModelT:
+    """Some blocks of a recommender or backbone, around the same weights, which stay whole."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    keep_blocks(twin.backbone if isinstance(twin, Recommender) else twin, kept)
+    return twin
+
+
 def learned_table(items: int, width: int, *, seed: int) -> Tensor:
     """A random item table to train, (items + 1, width) float32 of unit length a row; row 0 is 0.
 
@@ -187,15 +197,12 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
     user's own, what is outside the blocks is trained as it says.
     """
     backbone: PreTrainedModel = model.backbone
-    if settings.own:
-        if settings.tuning != "full":
-            find_blocks(backbone).requires_grad_(False)
-    else:
-        backbone.requires_grad_(False)
-    if settings.tuning == "full" and not settings.own:
-        backbone.requires_grad_(True)
+    if not settings.own:
+        backbone.requires_grad_(settings.tuning == "full")
         backbone.get_input_embeddings().requires_grad_(False)
-    elif settings.tuning == "lora":
+    elif settings.tuning != "full":
+        find_blocks(backbone).requires_grad_(False)
+    if settings.tuning == "lora":
         # imported late: it takes as long as all the rest, and most runs tune without it
         from peft import LoraConfig, inject_adapter_in_model
 

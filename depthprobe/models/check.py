@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrain
 from depthprobe.errors import BadInput
 from depthprobe.models.backbones import backbone_config
 from depthprobe.models.blocks import find_blocks, find_decoder, no_token, per_layer
-from depthprobe.models.build import fill, save_weights
+from depthprobe.models.build import cut_copy, fill, save_weights
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.own import OwnRecommender, load_own, own_digest
 from depthprobe.models.parts import Part, find_sublayers
@@ -447,7 +446,7 @@ def own_cut(model: OwnRecommender, given: Histories) -> str:
         normed = after_blocks(model.backbone, states[k][:, None])[:, 0]
         read = model.read_out(normed.to(vectors.dtype))
         what = f"the read-out behind {k} blocks is no cut model's:"
-        _assert_close(read, _without(model, range(k, depth)).encode(*given.users), what)
+        _assert_close(read, cut_copy(model, range(k)).encode(*given.users), what)
     return "cut models equal the read-out: what follows the blocks is the final norm and read_out"
 
 
@@ -457,19 +456,11 @@ def own_skip(model: OwnRecommender, given: Histories) -> str:
     for index in sorted({0, depth // 2, depth - 1}) if depth > 1 else ():
         with skip_blocks(model.backbone, {index}):
             skipped = model.encode(*given.users)
-        expected = _without(model, [index]).encode(*given.users)
+        expected = cut_copy(model, [b for b in range(depth) if b != index]).encode(*given.users)
         _assert_close(skipped, expected, f"skipping block {index} is not cutting it out:")
     if not torch.equal(model.encode(*given.users), before):
         raise AssertionError("it is not restored after skipping")
     return "a skipped block equals one that is cut out, and comes back"
-
-
-def _without(model: OwnRecommender, dropped: Iterable[int]) -> OwnRecommender:
-    """A copy without some blocks, around the same weights."""
-    shared = {id(weight): weight for weight in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    keep_blocks(twin.backbone, [b for b in range(model.depth) if b not in {*dropped}])
-    return twin
 
 
 def own_weights(model: OwnRecommender, given: Histories) -> str:

@@ -265,7 +265,7 @@ def write_recommender(
         item_ids=item_ids,
         titles=titles,
     )
-    (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
+    _write_card(folder, card)
 
 
 def write_own(
@@ -298,14 +298,14 @@ def write_own(
         item_ids=item_ids,
         titles=titles,
     )
-    (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
+    _write_card(folder, card)
 
 
 def write_exit(folder: Path, exit: Exit) -> None:
     """Add the rule of early exit to what :func:`write_recommender` wrote."""
     card = msgspec.json.decode((folder / CARD).read_bytes(), type=Card)
     card.exit = exit
-    (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
+    _write_card(folder, card)
 
 
 def write_sasrec(
@@ -323,6 +323,10 @@ def write_sasrec(
         item_ids=item_ids,
         titles=titles,
     )
+    _write_card(folder, card)
+
+
+def _write_card(folder: Path, card: Card) -> None:
     (folder / CARD).write_bytes(msgspec.json.encode(card) + b"\n")
 
 

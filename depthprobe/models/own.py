@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from depthprobe.errors import BadInput, one_line
 from depthprobe.models.backbones import weights_hash
-from depthprobe.models.blocks import PlainDecoder, find_decoder
+from depthprobe.models.blocks import PlainDecoder, find_decoder, refusal
 from depthprobe.models.recommender import Recommender, states_at
 
 FIELD = "backbone.source"
@@ -196,20 +196,20 @@ def own_digest(model: OwnRecommender) -> str:
 
 
 def _check_offers(own: Any) -> None:
-    def refuse(reason: str) -> BadInput:
-        return BadInput(FIELD, type(own).__name__, reason, fault=True)
-
+    """Refuse an object without what is required; whoever loads it says its source."""
     if not isinstance(own, nn.Module):
-        raise refuse(f"expected a torch.nn.Module, got an object of type {type(own).__name__}")
+        raise refusal(
+            own, f"expected a torch.nn.Module, got an object of type {type(own).__name__}"
+        )
     for name in REQUIRED:
         if not hasattr(own, name):
-            raise refuse(f"{type(own).__name__} has no {name}")
+            raise refusal(own, f"{type(own).__name__} has no {name}")
     if not isinstance(own.backbone, nn.Module):
-        raise refuse(f"{type(own).__name__}.backbone is no torch.nn.Module")
+        raise refusal(own, f"{type(own).__name__}.backbone is no torch.nn.Module")
     matrix = cast("Any", own).item_matrix()
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(matrix) < 2:
         shape = tuple(getattr(matrix, "shape", ()))
-        raise refuse(f"{type(own).__name__}.item_matrix() is {shape}, not (items + 1, width)")
+        raise refusal(own, f"{type(own).__name__}.item_matrix() is {shape}, not (items + 1, width)")
 
 
 def _rows(own: Any, item_ids: Sequence[str]) -> Tensor | None:
@@ -219,22 +219,20 @@ def _rows(own: Any, item_ids: Sequence[str]) -> Tensor | None:
     if names is None:
         if size != len(item_ids) + 1:
             reason = f"its item_matrix has {size:,} rows for {len(item_ids):,} items of the log and"
-            raise BadInput(
-                FIELD, type(own).__name__, f"{reason} padding: give it item_ids", fault=True
-            )
+            raise refusal(own, f"{reason} padding: give it item_ids")
         return None
     if isinstance(names, dict):  # of rows by id, or of ids by row: which one can't be told
         reason = "its item_ids are a dict, not a list: raw ids of rows 1, 2, ..."
-        raise BadInput(FIELD, type(own).__name__, reason, fault=True)
+        raise refusal(own, reason)
     names = names.tolist() if isinstance(names, Tensor) else names
     numbers = {str(raw): row for row, raw in enumerate(names, start=1)}
     if len(numbers) != size - 1:
         reason = f"its item_ids are {len(numbers):,} different ones for {size - 1:,} rows"
-        raise BadInput(FIELD, type(own).__name__, f"{reason} of item_matrix", fault=True)
+        raise refusal(own, f"{reason} of item_matrix")
     unknown = [str(raw) for raw in item_ids if str(raw) not in numbers]
     if unknown:
         reason = f"it does not know {len(unknown):,} of {len(item_ids):,} items of the log"
         reason += f", such as {unknown[0]!r}: its own are like {next(iter(numbers))!r}"
-        raise BadInput(FIELD, type(own).__name__, reason, fault=True)
+        raise refusal(own, reason)
     rows = torch.tensor([0, *(numbers[str(raw)] for raw in item_ids)])
     return None if torch.equal(rows, torch.arange(size)) else rows

@@ -17,7 +17,7 @@ from depthprobe.cost.timing import Action
 from depthprobe.data.batches import length_buckets
 from depthprobe.methods import Trial, method_of
 from depthprobe.models.backbones import compute_in_bfloat16
-from depthprobe.models.build import build_recommender
+from depthprobe.models.build import build_recommender, cut_copy
 from depthprobe.models.recommender import Recommender
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import TEACHER, plan, trial_of
@@ -57,7 +57,7 @@ def measure(
         ).to(device)
         if study.recipe.precision == "bfloat16":
             compute_in_bfloat16(full.backbone)
-        models = {depth: rig.cut_copy(full, depth) for depth in depths}
+        models = {depth: cut_copy(full, range(depth)) for depth in depths}
         items = full.item_matrix().detach()
     timing = rig.measure(
         lambda size: _actions(context, blocks, models, items.to(device), size),
@@ -213,7 +213,7 @@ def _objective(
     settings = replace(settings_of(context.study, trial.method), recipe=context.study.recipe)
     full, goal, teacher = models[trial.blocks], None, cast("Teacher | None", None)
     if (spec := spec_of(settings, trial)) is not None:
-        teacher = OnlineTeacher(rig.cut_copy(full, full.depth).eval(), spec)
+        teacher = OnlineTeacher(cut_copy(full, range(full.depth)).eval(), spec)
         if settings.distillation.features == "cached":  # what a step reads is there already
             outputs = teacher.at(last_only(batch) if spec.objective == "last" else batch)
             teacher = _Read(outputs)

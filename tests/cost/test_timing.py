@@ -19,7 +19,6 @@ from depthprobe.cost.table import Workload
 from depthprobe.cost.timing import (
     Action,
     Timing,
-    cut_copy,
     encode_actions,
     measure,
     optimizer_of,
@@ -28,7 +27,7 @@ from depthprobe.cost.timing import (
     times_faster,
 )
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.build import make_trainable
+from depthprobe.models.build import cut_copy, make_trainable
 from depthprobe.models.recommender import Recommender
 from depthprobe.study import Backbone
 
@@ -181,7 +180,7 @@ def model(llama_config: Callable[..., LlamaConfig]) -> Recommender:
 
 
 def test_depths_share_weights_and_optimiser(model: Recommender) -> None:
-    half = cut_copy(model, 2)
+    half = cut_copy(model, range(2))
     assert (half.depth, model.depth) == (2, 4)
     assert {id(p) for p in half.parameters()} < {id(p) for p in model.parameters()}
     optimizer = optimizer_of(model, half)
@@ -199,7 +198,7 @@ def test_depths_share_weights_and_optimiser(model: Recommender) -> None:
 
 def test_a_cut_copy_computes_what_the_first_blocks_do(model: Recommender) -> None:
     histories, lengths = torch.randint(1, 21, (3, 5)), torch.tensor([5, 5, 5])
-    half = cut_copy(model, 2).eval()
+    half = cut_copy(model, range(2)).eval()
     full = model.eval().encode(histories, lengths)
     kept = find_blocks(model.backbone)
     expected = half.encode(histories, lengths)

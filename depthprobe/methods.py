@@ -45,11 +45,13 @@ class Trial:
     part: Part | None = None  #: which part it loses.
     #: of a screened span, how many of its length have a smaller angular distance.
     place: int | None = None
+    #: how many whole blocks take as much as what is left of the blocks may take, some in part.
+    budget: int | None = None
 
     @property
     def depth(self) -> int:
-        """How many blocks are kept."""
-        return len(self.kept)
+        """How many blocks are kept, or the budget in blocks."""
+        return len(self.kept) if self.budget is None else self.budget
 
     @property
     def removed(self) -> Kept:
@@ -210,6 +212,13 @@ def each_part(part: Part, request: Request) -> Groups:
     return [tuple(request.trial(every, f"b{b:02d}", dropped=b, part=part) for b in every)]
 
 
+def by_budget(request: Request) -> Groups:
+    """A budget for each depth of the study below the full one, all in one walk."""
+    depths = [depth for depth in request.depths if depth < request.blocks]
+    trials = tuple(request.trial(range(depth), budget=depth) for depth in depths)
+    return [trials] if trials else []
+
+
 def selected(request: Request) -> Groups:
     """A trial a depth below the full one, or the one that the selection lists."""
     if request.picked is not None:
@@ -331,6 +340,17 @@ def walks_found(passes: int, task: Task, sizes: Sizes) -> Work:
     blocks = sum(trial.depth for trial in task.trials)
     users = blocks / max(1, task.blocks) * sizes.test + passes * sizes.validation
     return Work({task.blocks: users}, RANKED * len(task.trials) * sizes.test)
+
+
+def walks_options(task: Task, sizes: Sizes) -> Work:
+    """Four options of each block in one walk and a map of each, then what was chosen."""
+    mixed = sum(trial.depth for trial in task.trials) / max(1, task.blocks)
+    on_validation = 1 + 4 * (task.blocks + 1) / 2 + mixed
+    ranked = (4 * task.blocks + len(task.trials)) * sizes.validation
+    return Work(
+        {task.blocks: on_validation * sizes.validation + (1 + mixed) * sizes.test},
+        ranked + RANKED * len(task.trials) * sizes.test,
+    )
 
 
 def validation_passes(passes: int, task: Task, sizes: Sizes, most: int = 10**9) -> Work:
@@ -592,6 +612,20 @@ for _method in (
         summary="the teacher with a fitted linear map in place of a run of blocks",
         run="runs.probing:replacements", trials=SHALLOWER, work=partial(walks_found, 5),
         exportable="folded", colour="#00786f", marker="<", line="-.", reference="arXiv 2505.02819",
+    ),
+    Method(
+        name="replace-cosine", label="linear map, cosine", role="probe", needs=TEACHER,
+        candidate=True,
+        summary="the same, its map fitted to the direction of the state and not to the state",
+        run="runs.probing:cosine_replacements", trials=SHALLOWER, work=partial(walks_found, 10),
+        exportable="folded", colour="#2f7f4f", marker="4", line="-.",
+        reference="arXiv 2505.02819",
+    ),
+    Method(
+        name="mix", label="mixed by budget", role="probe", needs=TEACHER,
+        summary="the teacher with the parts and maps of blocks that lose least under a budget",
+        run="runs.mix:mixes", trials=by_budget, work=walks_options, colour="#a1467e", marker="3",
+        line="-",
     ),
     Method(
         name="similarity", label="similarity", role="probe", needs=TEACHER, table=True,

@@ -515,6 +515,9 @@ class Probing(Checked):
     #: for each length, try only this many runs of blocks: those with the smallest angular distance
     #: between their ends; 0 tries every run.
     spans: CountOrNone = 0
+    #: what the budget of ``mix`` counts, and each depth's whole blocks may take: ``parameters``, or
+    #: ``milliseconds`` of encoding on this machine.
+    budget: Literal["parameters", "milliseconds"] = "parameters"
 
 
 @dataclass(frozen=True, kw_only=True)

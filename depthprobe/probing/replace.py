@@ -7,21 +7,28 @@ fitted to make that ``h_end``: least squares of ``M T`` on ``h_end + M - h_start
 a linear map, so T is folded into its weights: what is left is an ordinary, shallower checkpoint.
 
 Only M is mapped. What attention and the blocks before wrote, r, passes as it does in a plain cut.
+
+The paper's other objective is the mean cosine distance of the two states. It has no closed form:
+:func:`fit_cosine` begins at the least squares and descends.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from transformers.pytorch_utils import Conv1D
 
 from depthprobe.evaluation.ranks import EvalSet, shared_prompt
@@ -29,14 +36,18 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import intact
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.parts import check_readable, find_projection
-from depthprobe.models.taps import removed_after, tap_blocks
+from depthprobe.models.taps import Plan, removed_after, tap_blocks
 from depthprobe.probing.passes import CausalEncoder, exact
 
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.
 RIDGE = 0.1
 BATCH = 64  # states of every position are held, not only of the last
+# Of the cosine objective, whose positions are all held at once: 3 D numbers each.
+POSITIONS = 20_000
+STEPS, PATIENCE = 100, 5  # of L-BFGS, at most; and without a gain on the users held out
 
+T = TypeVar("T")
 Sums = dict[tuple[str, int, int], Tensor]  # what is summed, start, end
 
 
@@ -73,6 +84,39 @@ def fit_replacements(
     prompt counts. Sums are float64; memory is two (D, D) matrices for each span and each start. A
     block whose MLP takes no map (see ``find_projection``) is refused with ``ValueError``.
     """
+    total: Sums = {}
+    for sums in _by_batch(
+        model, eval_set, spans, partial(_normal_equations, spans), device=device, size=batch_size
+    ):
+        for key, value in sums.items():
+            total[key] = total[key].add_(value) if key in total else value
+    return [_solve(total, span, ridge) for span in spans]
+
+
+class _Batch(NamedTuple):
+    """What the model does to a batch: M by start, and the states around all blocks, (B, T, D)."""
+
+    written: dict[int, Tensor]
+    states: list[Tensor]
+    inside: Tensor  # (B, T): which positions are real
+
+    def real(self, values: Tensor) -> Tensor:
+        """Those of the real positions, in float64, (N, D)."""
+        if values.numel() != self.states[0].numel():
+            raise ValueError("an MLP's last linear map did not see every position (experts?)")
+        return exact(values.reshape(self.states[0].shape)[self.inside])
+
+
+def _by_batch(
+    model: CausalEncoder,
+    eval_set: EvalSet,
+    spans: Sequence[tuple[int, int]],
+    work: Callable[[_Batch], T],
+    *,
+    device: torch.device,
+    size: int,
+) -> Iterator[T]:
+    """The work on each batch of users; done again in halves where memory runs out."""
     if not len(eval_set.users):
         raise ValueError("no users to fit a map on")
     for start, end in spans:
@@ -90,46 +134,28 @@ def fit_replacements(
     projections = {start: find_projection(model.backbone, start - 1) for start in starts}
     hooks = [each.register_forward_hook(keep(start)) for start, each in projections.items()]
     first = int(getattr(model, "lead", 0))  # behind a prompt that is repeated in each row
-    batches = eval_set.batches(device=device, size=batch_size, model=model)
+    batches = eval_set.batches(device=device, size=size, model=model)
     prompt = shared_prompt(model)
-    total: Sums = {}
     with tap_blocks(model.backbone) as tap, removed_after(hooks):
         for _, histories, lengths in batches:
             with batches.retry():
                 model.encode(histories, lengths, *prompt)
-                last = model.last_place(histories, lengths)
-                for key, value in _normal_equations(
-                    spans, tap.states, written, first, last
-                ).items():
-                    total[key] = total[key].add_(value) if key in total else value
-    return [_solve(total, span, ridge) for span in spans]
+                states, last = tap.states, model.last_place(histories, lengths)
+                places = torch.arange(states[0].shape[-2], device=states[0].device)
+                inside = (places >= first) & (places <= last.to(places.device)[:, None])  # (B, T)
+                yield work(_Batch(written, states, inside))
 
 
-def _normal_equations(
-    spans: Sequence[tuple[int, int]],
-    states: list[Tensor],
-    written: dict[int, Tensor],
-    first: int,
-    last: Tensor,
-) -> Sums:
-    """Sums over the real positions of a batch, ``first`` to ``last`` (B,), for the least squares.
+def _normal_equations(spans: Sequence[tuple[int, int]], batch: _Batch) -> Sums:
+    """Sums over the real positions of a batch for the least squares.
 
-    States are (B, T, D), and M by start is of their size. By start: the Gram matrix ``M'M``; by
-    span: ``M'(h_end - h_start)``, and the squared sizes of the change and of h_end.
+    By start: the Gram matrix ``M'M``; by span: ``M'(h_end - h_start)``, and the squared sizes of
+    the change and of h_end.
     """
-    places = torch.arange(states[0].shape[-2], device=states[0].device)
-    inside = (places >= first) & (places <= last.to(places.device)[:, None])  # (B, T)
-
-    def real(values: Tensor) -> Tensor:
-        """In float64, (N, D)."""
-        if values.numel() != states[0].numel():
-            raise ValueError("an MLP's last linear map did not see every position (experts?)")
-        return exact(values.reshape(states[0].shape)[inside])
-
     sums: Sums = {}
     for start, end in sorted(set(spans)):
-        output, after = real(written[start]), real(states[end])
-        moved = after - real(states[start])
+        output, after = batch.real(batch.written[start]), batch.real(batch.states[end])
+        moved = after - batch.real(batch.states[start])
         if ("gram", start, start) not in sums:
             sums["gram", start, start] = output.T @ output
         sums["cross", start, end] = output.T @ moved
@@ -157,6 +183,114 @@ def _solve(sums: Sums, span: tuple[int, int], ridge: float) -> Replacement:
     )
 
 
+class Activations(NamedTuple):
+    """Of N positions, each (N, D): the stream in front of a span is ``rest + written``."""
+
+    written: Tensor  # M
+    rest: Tensor  # h_start - M
+    after: Tensor  # h_end
+
+
+def fit_cosine(
+    model: CausalEncoder,
+    eval_set: EvalSet,
+    spans: Sequence[tuple[int, int]],
+    *,
+    device: torch.device,
+    seed: int,
+    positions: int = POSITIONS,
+    batch_size: int = BATCH,
+) -> list[Replacement]:
+    """Fit the map of each span to the direction of h_end: the least mean cosine distance.
+
+    Of users drawn with the seed, who have at most so many positions: these are held at once, of one
+    span at a time. Every fifth user is held out. :func:`descend` begins at the least-squares map of
+    the others, and so does ``error``. What takes no map is refused as in
+    :func:`fit_replacements`.
+    """
+    lengths = getattr(model, "positions", lambda _: eval_set.lengths)(eval_set.histories)
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    drawn = order[: max(1, np.sum(np.cumsum(np.asarray(lengths)[order]) <= positions))]
+    held = drawn[4::5] if len(drawn) > 4 else drawn
+    fitting = np.setdiff1d(drawn, drawn[4::5])
+    users, others = (_users_of(eval_set, chosen) for chosen in (fitting, held))
+    fitted = []
+    for start in fit_replacements(model, users, spans, device=device, batch_size=batch_size):
+        own, judged = (
+            _activations(model, each, (start.start, start.end), device=device, size=batch_size)
+            for each in (users, others)
+        )
+        found = descend(torch.from_numpy(start.map).to(own.written), own, judged)
+        error = (own.rest + own.written @ found - own.after).norm() / own.after.norm()
+        fitted.append(replace(start, map=found.double().cpu().numpy(), error=float(error)))
+    return fitted
+
+
+def _users_of(eval_set: EvalSet, chosen: np.ndarray) -> EvalSet:
+    histories = [eval_set.histories[user] for user in chosen]
+    return EvalSet(eval_set.users[chosen], histories, eval_set.targets[chosen], None, None)
+
+
+@torch.no_grad()
+def _activations(
+    model: CausalEncoder,
+    eval_set: EvalSet,
+    span: tuple[int, int],
+    *,
+    device: torch.device,
+    size: int,
+) -> Activations:
+    def held(batch: _Batch) -> Activations:
+        written = batch.real(batch.written[span[0]])
+        before, after = (batch.real(batch.states[depth]) for depth in span)
+        dtype = torch.promote_types(batch.states[0].dtype, torch.float32)
+        return Activations(written.to(dtype), (before - written).to(dtype), after.to(dtype))
+
+    each = _by_batch(model, eval_set, [span], held, device=device, size=size)
+    return Activations(*map(torch.cat, zip(*each, strict=True)))
+
+
+def cosine_distance(linear: Tensor, states: Activations) -> Tensor:
+    """The mean of ``1 - cos(h_start - M + M T, h_end)`` over positions, of a map T, (D, D)."""
+    mapped = states.rest + states.written @ linear  # (N, D)
+    return 1 - cosine_similarity(mapped, states.after, dim=-1).mean()
+
+
+def descend(
+    start: Tensor, states: Activations, held_out: Activations, *, steps: int = STEPS
+) -> Tensor:
+    """From a map on to the one of the least cosine distance on what is held out, (D, D).
+
+    Each step of L-BFGS lowers the distance on ``states``: its line search takes no other. It ends
+    after so many steps, or some without a gain on what is held out.
+    """
+    best, least, since = start, float(cosine_distance(start, held_out)), 0
+
+    def as_map(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).reshape(start.shape).to(start)
+
+    def distance(values: np.ndarray) -> tuple[float, np.ndarray]:
+        linear = as_map(values).requires_grad_()
+        found = cosine_distance(linear, states)
+        (gradient,) = torch.autograd.grad(found, linear)
+        return found.item(), gradient.double().cpu().numpy().ravel()
+
+    def look(intermediate_result: OptimizeResult) -> None:
+        nonlocal best, least, since
+        linear, since = as_map(intermediate_result.x.copy()), since + 1
+        now = float(cosine_distance(linear, held_out))
+        if now < least:
+            best, least, since = linear, now, 0
+        if since == PATIENCE:
+            raise StopIteration
+
+    # the gradient of a mean over positions is small: no tolerance may end it
+    options = {"maxiter": steps, "ftol": 0, "gtol": 0}
+    first = start.double().cpu().numpy().ravel()
+    minimize(distance, first, jac=True, method="L-BFGS-B", callback=look, options=options)
+    return best
+
+
 @torch.no_grad()
 def fold_map(model: CausalEncoder, replacement: Replacement, *, cut: bool = False) -> None:
     """Fold the map into the block before the span, in place; with ``cut`` the span is removed.
@@ -165,6 +299,23 @@ def fold_map(model: CausalEncoder, replacement: Replacement, *, cut: bool = Fals
     rounded once. A model that :func:`fit_replacements` refuses, a map of another width, or a cut
     that ``keep_blocks`` refuses is refused, and the model is then unchanged.
     """
+    projection, folded = _folded(model, replacement)
+    if cut:  # before the weights change: it may be refused
+        span = range(replacement.start, replacement.end)
+        depth = len(find_blocks(model.backbone))
+        keep_blocks(model.backbone, [b for b in range(depth) if b not in span])
+    projection.load_state_dict(folded.state_dict())
+
+
+def plan_fold(model: CausalEncoder, replacement: Replacement) -> Plan:
+    """How to fold the map in for a while, with :func:`depthprobe.models.taps.standing_in`."""
+    projection, folded = _folded(model, replacement)
+    return [(projection, folded.forward)]
+
+
+@torch.no_grad()
+def _folded(model: CausalEncoder, replacement: Replacement) -> tuple[nn.Module, nn.Module]:
+    """The linear map that ends the MLP before the span, and a copy with the map folded in."""
     _check_span(model, replacement.start, replacement.end)
     projection = find_projection(model.backbone, replacement.start - 1)
     transposed = isinstance(projection, Conv1D)
@@ -173,15 +324,11 @@ def fold_map(model: CausalEncoder, replacement: Replacement, *, cut: bool = Fals
         raise ValueError(f"the map is {replacement.map.shape}, and the stream {outputs} wide")
     # y = x W' + b (`nn.Linear`): y T = x (T'W)' + T'b; y = x W + b (`Conv1D`): y T = x (W T) + T'b
     turned = torch.from_numpy(replacement.map).T  # T'
-    old, bias = exact(projection.weight).cpu(), projection.bias
-    value = (turned @ old.T).T if transposed else turned @ old
-    if cut:  # before the weights change: it may be refused
-        span = range(replacement.start, replacement.end)
-        depth = len(find_blocks(model.backbone))
-        keep_blocks(model.backbone, [b for b in range(depth) if b not in span])
-    projection.weight.copy_(value)
-    if bias is not None:
-        bias.copy_(turned @ exact(bias).cpu())
+    old, folded = exact(projection.weight).cpu(), copy.deepcopy(projection)
+    folded.weight.copy_((turned @ old.T).T if transposed else turned @ old)
+    if folded.bias is not None:
+        folded.bias.copy_(turned @ exact(projection.bias).cpu())
+    return projection, folded
 
 
 def _check_span(model: CausalEncoder, start: int, end: int) -> None:

@@ -8,7 +8,7 @@ tree is walked depth first, so no more states are held than the tree is deep.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.models.parts import check_readable, join_streams
 from depthprobe.models.prompt import recording_cache, sharing_cache
 from depthprobe.models.skipping import plan_skip, refuse_shared
-from depthprobe.models.taps import BlockCalls, first_tensor, record_calls, standing_in
+from depthprobe.models.taps import BlockCalls, Plan, first_tensor, record_calls, standing_in
 from depthprobe.probing.passes import CausalEncoder, vectors_of
 
 
@@ -31,6 +31,7 @@ class Step(NamedTuple):
 
     block: int
     without: Literal["nothing", "attention", "mlp"] = "nothing"
+    folded: bool = False  # whether its MLP ends in what stands for the block behind it, too
 
 
 Route = tuple[Step, ...]
@@ -80,12 +81,18 @@ def blocks_run(routes: Sequence[Route]) -> int:
 
 @torch.inference_mode()
 def rank_routes(
-    model: CausalEncoder, eval_set: EvalSet, routes: Sequence[Route], *, device: torch.device
+    model: CausalEncoder,
+    eval_set: EvalSet,
+    routes: Sequence[Route],
+    *,
+    device: torch.device,
+    folded: Mapping[int, Plan] | None = None,
 ) -> list[Ranks]:
     """Ranks of every user's target on each route, by protocol, each (E,).
 
     Equal to the ranks of models that have these blocks alone, cut with ``keep_blocks``. A route
-    goes through the model's blocks in their order.
+    goes through the model's blocks in their order. ``folded`` has what a folded step puts in place
+    of the MLP's last map, by block.
 
     Raises:
         ValueError: if a route leaves out what a later block of it needs, or a block has no such
@@ -94,7 +101,7 @@ def rank_routes(
     check_readable(model.backbone)
     ranks: list[Ranks] = []
     items = model.item_matrix()
-    for chosen, states in walk(model, eval_set, routes, device=device):
+    for chosen, states in walk(model, eval_set, routes, device=device, folded=folded):
         eval_set.rank_models(ranks, chosen, vectors_of(model, states), items)
     return ranks
 
@@ -106,6 +113,7 @@ def walk(
     *,
     device: torch.device,
     batch_size: int = BATCH,
+    folded: Mapping[int, Plan] | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yield each batch's users (B,) and states at the end of each route, (routes, B, D).
 
@@ -117,16 +125,16 @@ def walk(
     _check(blocks, routes)
     nodes = _tree(routes)
     every = plan_skip(model.backbone, range(len(blocks)))
-    plans = {
-        node.step: plan_skip(model.backbone, {node.step.block}, part=node.step.without)
-        for node in nodes
-        if node.step.without != "nothing"
-    }
+    plans: dict[Step, Plan] = {}
+    for step in {node.step for node in nodes}:
+        plans[step] = list((folded or {})[step.block]) if step.folded else []
+        if step.without != "nothing":
+            plans[step] += plan_skip(model.backbone, {step.block}, part=step.without)
 
     def follow(node: _Node, path: list[Tensor], calls: BlockCalls, cache: Cache | None) -> Tensor:
         """Run a node's block: the path holds the states (B, T, D) up to here, then one more."""
         del path[node.level + 1 :]  # of the branch that was walked before
-        with standing_in(plans.get(node.step, [])):
+        with standing_in(plans[node.step]):
             block = node.step.block
             output = calls.repeat(blocks[block], block, path[node.level], cache)
         path.append(first_tensor(output))

@@ -12,6 +12,7 @@ from depthprobe.study import SELECTIONS, Study, parse_blocks, parse_layers, sett
 # methods that others stand on: the trained full-depth recommender, the default item table; and what
 # a search predicts the depths by, and holds the teacher against
 TEACHER, SASREC, READOUT, POPULARITY = "full", "sasrec", "readout", "popularity"
+MIX = "mix"  # whose budget may be in a unit that has to be timed
 
 
 def plan(study: Study, blocks: int) -> list[Task]:

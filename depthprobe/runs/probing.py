@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -20,16 +20,16 @@ from depthprobe.evaluation.ranks import evaluate, mean_ndcg
 from depthprobe.files import temporary_folder
 from depthprobe.methods import Kept, Task, Trial
 from depthprobe.models.backbones import move, pretrained, pretrained_config
-from depthprobe.models.blocks import check_tokens, find_blocks
+from depthprobe.models.blocks import check_tokens
 from depthprobe.models.build import merge_lora, prompt_and_suffix
-from depthprobe.models.parts import find_sublayers
 from depthprobe.models.recommender import Popularity, Recommender
 from depthprobe.models.words import item_tokens
 from depthprobe.probing.controls import against_random, by_score, random_sets, without_order
+from depthprobe.probing.mix import part_sizes
 from depthprobe.probing.passes import early_exit, settled_frame, settling
 from depthprobe.probing.prompt_only import rank_by_title
 from depthprobe.probing.readout import cache_states, fit_lenses, fit_readouts, rank_readouts
-from depthprobe.probing.replace import fit_replacements, fold_map
+from depthprobe.probing.replace import Replacement, fit_cosine, fit_replacements, fold_map
 from depthprobe.probing.similarity import Similarities, similarities
 from depthprobe.probing.similarity import to_frame as to_scores
 from depthprobe.probing.taylor import taylor_importance
@@ -132,7 +132,9 @@ def tuned_lenses(context: Context, task: Task) -> Iterator[Result]:
     return read_outs(context, task, lens=True)
 
 
-def replacements(context: Context, task: Task) -> Iterator[Result]:
+def replacements(
+    context: Context, task: Task, fit: Callable[..., list[Replacement]] = fit_replacements
+) -> Iterator[Result]:
     """The teacher with a linear map in place of a span: at each depth the span that turns least.
 
     Spans and maps are found with validation users. The first block has none before it to carry a
@@ -144,13 +146,18 @@ def replacements(context: Context, task: Task) -> Iterator[Result]:
     spans = [
         nearest_spans(angular, trial.blocks - trial.depth, first=1)[0] for trial in task.trials
     ]
-    fitted = fit_replacements(teacher, context.validation, spans, device=device)
+    fitted = fit(teacher, context.validation, spans, device=device)
     for trial, linear in zip(task.trials, fitted, strict=True):
         model = copy.deepcopy(teacher)
         fold_map(model, linear, cut=True)
         done = replace(trial, kept=outside((linear.start, linear.end), trial.blocks))
         (ranks,) = rank_routes(model, context.test, [route(range(done.depth))], device=device)
         yield Result(done, ranks, part_of(teacher, done), replacement=linear)
+
+
+def cosine_replacements(context: Context, task: Task) -> Iterator[Result]:
+    """The same with maps that are fitted to the direction of the state behind the span."""
+    return replacements(context, task, partial(fit_cosine, seed=task.seed))
 
 
 def compare_states(context: Context, task: Task) -> Iterator[Scores]:
@@ -312,12 +319,8 @@ def part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
     """The parameters that the teacher would have with the trial's blocks and parts alone."""
     counts, blocks = count_parameters(teacher), parameters_by_block(teacher)
     lighter = sum(blocks[b] for b in trial.kept) - counts["blocks"]
-    if trial.dropped is not None:
-        block = find_blocks(teacher.backbone)[trial.dropped]
-        (branches,) = find_sublayers(teacher.backbone, [trial.dropped])
-        paths = [b.path for b in branches if b.mixes == (trial.part == "attention")]
-        weights = (w for path in paths for w in block.get_submodule(path).parameters())
-        lighter = -sum(weight.numel() for weight in weights)
+    if trial.part is not None and trial.dropped is not None:
+        lighter = -part_sizes(teacher.backbone, trial.part, [trial.dropped])[0]
     return counts | {
         "blocks": counts["blocks"] + lighter,
         "total": counts["total"] + lighter,

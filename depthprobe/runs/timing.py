@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +20,17 @@ from depthprobe.methods import Trial, method_of
 from depthprobe.models.backbones import compute_in_bfloat16
 from depthprobe.models.build import build_recommender, cut_copy
 from depthprobe.models.recommender import Recommender
+from depthprobe.models.taps import Plan, standing_in
+from depthprobe.probing.mix import OPTION, plan_without, possible_options
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import TEACHER, plan, trial_of
+from depthprobe.runs.plan import MIX, TEACHER, plan, trial_of
 from depthprobe.runs.records import ALONE, read_sealed, typed
 from depthprobe.runs.training import objective_of, spec_of
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.features import OnlineTeacher, Teacher, TeacherOutputs
 from depthprobe.training.objectives import Batch, NextItem, last_only, make_batch
+
+WITHOUT = "without"  # a part of all blocks: how the names of such actions begin
 
 
 def measure(
@@ -34,8 +39,9 @@ def measure(
     """Seconds of each action, and the conditions they hold under.
 
     Actions are those of :mod:`depthprobe.cost.timing`, on typical users and windows, for each depth
-    and for ``sasrec``; and a step of each distilled or elastic method of the study, as
-    ``distill:K``. The model has random weights: the time of a matrix product does not depend on
+    and for ``sasrec``; a step of each distilled or elastic method of the study, as ``distill:K``;
+    and for budgets in milliseconds encoding without a part of all blocks, as ``without:mlp``. The
+    model has random weights: the time of a matrix product does not depend on
     what it multiplies.
 
     Args:
@@ -120,6 +126,8 @@ def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
     """Whether the times hold all that the study's methods need."""
     study, depths = context.study, _depths(context.study, blocks)
     wanted = {f"encode:{depth}" for depth in depths} | set(_steps(study, blocks, depths))
+    if depths and _times_parts(study):
+        wanted |= {f"{WITHOUT}:{part}" for part in OPTION}
     if _times_sasrec(study):
         wanted.add("encode:sasrec")
     return wanted <= {*measured["seconds"], *measured.get("left_out", ())}
@@ -128,7 +136,8 @@ def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
 def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str, Any] | None:
     """The measured times that hold for a trial; None where its shape was not measured."""
     settings, seconds = settings_of(study, trial.method), measured["seconds"]
-    if settings.method.items_only:  # its depth is one of the item encoder, which serves nobody
+    # the depth of one is that of the item encoder, which serves nobody; of the other a budget
+    if settings.method.items_only or trial.budget is not None:
         return None
     sasrec = settings.method.settings == "sasrec"
     key = "sasrec" if sasrec else str(trial.depth)
@@ -147,6 +156,10 @@ def _times_sasrec(study: Study) -> bool:
     methods = [method_of(name) for name in study.methods]
     needed = study.item_table == "sasrec" and any(each.reads_users for each in methods)
     return needed or any(each.settings == "sasrec" for each in methods)
+
+
+def _times_parts(study: Study) -> bool:
+    return MIX in study.methods and study.probing.budget == "milliseconds"
 
 
 def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
@@ -189,6 +202,8 @@ def _actions(
         windows = _typical_batch(context, own.batch_size, own)
         plain["train:sasrec"] = Action(_step(NextItem(timed["sasrec"], own), windows))
     actions = rig.encode_actions(timed, histories, lengths, items=items) | plain
+    if _times_parts(study):
+        actions |= _without_parts(models[blocks], histories, lengths, items)
     trials = _steps(study, blocks, models)
     steps = {name: _objective(context, trial, models, batch) for name, trial in trials.items()}
     optimizer = rig.optimizer_of(*steps.values()) if steps else None
@@ -198,6 +213,26 @@ def _actions(
         work = passes * trials[name].depth * len(batch.chosen) * longest
         actions[name] = Action(_step(objective, batch, optimizer), work)
     return actions
+
+
+def _without_parts(
+    model: Recommender, histories: Tensor, lengths: Tensor, items: Tensor
+) -> dict[str, Action]:
+    """Encoding with one kind of part left out of all blocks, and without any block."""
+    possible, actions = possible_options(model), {}
+    for part in OPTION:
+        plan = plan_without(model, part, possible)
+        with standing_in(plan):  # the prompt is computed without it, too
+            encode = rig.encode_actions({part: model}, histories, lengths, items=items)
+        actions[f"{WITHOUT}:{part}"] = Action(
+            partial(_stand_in, plan, encode[f"encode:{part}"].call)
+        )
+    return actions
+
+
+def _stand_in(plan: Plan, call: Callable[[], object]) -> object:
+    with standing_in(plan):
+        return call()
 
 
 def _step(objective: Any, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> Any:

@@ -34,6 +34,7 @@ from depthprobe.runs.processes import ProcessGroup
 from depthprobe.runs.records import (
     FULL,
     LOGS,
+    PROBES,
     TIMING,
     Costs,
     Provenance,
@@ -158,7 +159,7 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     """Write what a task yielded, complete or not at all."""
     context, provenance = _Worker.context, _Worker.provenance
     if isinstance(result, Scores):
-        (folder,) = context.outputs(task)
+        folder = context.folder / PROBES / task.id
         write_scores(folder, task, result.frame, provenance=provenance, seconds=seconds)
         return
     trial, model, fit = result.trial, result.model, result.fit

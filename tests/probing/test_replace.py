@@ -23,7 +23,15 @@ from depthprobe.models.parts import find_projection
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.skipping import skip_blocks
 from depthprobe.models.tiny import tiny_model
-from depthprobe.probing.replace import Replacement, fit_replacements, fold_map
+from depthprobe.probing.replace import (
+    Activations,
+    Replacement,
+    cosine_distance,
+    descend,
+    fit_cosine,
+    fit_replacements,
+    fold_map,
+)
 
 CPU = torch.device("cpu")
 SPANS = [(1, 2), (1, 4), (2, 3), (2, 5), (4, 5)]
@@ -108,10 +116,13 @@ def test_never_worse_than_plain_removal(plain: Recommender, draw: Draw, ridge: f
             assert one.error <= one.error_without
 
 
-def check_applied(model: Recommender, few: EvalSet, span: tuple[int, int]) -> Recommender:
+def check_applied(
+    model: Recommender, few: EvalSet, span: tuple[int, int], fitted: Replacement | None = None
+) -> Recommender:
     """The map folded in equals the map in a hook behind the projection of a plain cut."""
-    (fitted,) = fit_replacements(model, few, [span], device=CPU)
-    assert fitted.error < fitted.error_without
+    if fitted is None:
+        (fitted,) = fit_replacements(model, few, [span], device=CPU)
+        assert fitted.error < fitted.error_without
     kept = [b for b in range(model.depth) if not span[0] <= b < span[1]]
     plain, hooked, folded = (copy.deepcopy(model) for _ in range(3))
     keep_blocks(plain.backbone, kept)
@@ -137,6 +148,86 @@ def test_applied_equals_a_map_in_a_hook(teacher: Recommender, draw: Draw) -> Non
         check_applied(teacher, few, span)
     assert torch.equal(encode_each(teacher, few), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
+# the cosine objective
+
+
+def directions(model: Recommender, few: EvalSet, span: tuple[int, int]) -> Activations:
+    """What the model does at every item, (N, D), user by user."""
+    written, after = stacked(model, few)
+    m, h, g = written[span[0] - 1], after[span[0] - 1], after[span[1] - 1]
+    return Activations(*map(torch.from_numpy, (m, h - m, g)))
+
+
+def naive_distance(linear: np.ndarray, states: Activations) -> float:
+    pairs = zip(*(values.numpy() for values in states), strict=True)
+    mapped = [(rest + m @ linear, goal) for m, rest, goal in pairs]
+    cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in mapped]
+    return 1 - float(np.mean(cosines))
+
+
+def test_the_cosine_never_falls_below_the_least_squares(teacher: Recommender, draw: Draw) -> None:
+    users = draw(40, 0)
+    order = np.random.default_rng(3).permutation(40)
+    held = np.isin(np.arange(40), order[4::5])
+    for one in fit_cosine(teacher, users, [(1, 3), (2, 5)], device=CPU, seed=3):
+        span = (one.start, one.end)
+        distances = {}
+        for name, chosen in {"fitted": ~held, "held out": held}.items():
+            places = np.flatnonzero(chosen)
+            few = EvalSet(places, [users.histories[p] for p in places], places, None, None)
+            states = directions(teacher, few, span)
+            if name == "fitted":
+                (start,) = fit_replacements(teacher, few, [span], device=CPU)
+                assert (one.map != start.map).any()
+            distances[name] = [naive_distance(each.map, states) for each in (one, start)]
+        assert distances["fitted"][0] < distances["fitted"][1]
+        assert distances["held out"][0] < distances["held out"][1]
+
+
+def test_the_gradient_of_the_cosine(plain: Recommender, draw: Draw) -> None:
+    states = directions(plain, draw(5, 0), (1, 3))
+    linear = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
+    cosine_distance(linear, states).backward()
+    expected = naive_distance(linear.detach().numpy(), states)
+    assert cosine_distance(linear, states).item() == pytest.approx(expected)
+    step = 1e-6
+    for row, column in [(0, 0), (3, 11), (15, 2)]:
+        shifted = [linear.detach().numpy().copy() for _ in range(2)]
+        shifted[0][row, column] += step
+        shifted[1][row, column] -= step
+        up, down = (naive_distance(each, states) for each in shifted)
+        assert float(linear.grad[row, column]) == pytest.approx((up - down) / 2 / step, rel=1e-5)
+
+
+def test_a_cosine_map_is_folded_like_any_other(teacher: Recommender, draw: Draw) -> None:
+    few = draw(4, 0)  # too few to hold one out
+    (fitted,) = fit_cosine(teacher, few, [(1, 3)], device=CPU, seed=0)
+    check_applied(teacher, few, (1, 3), fitted)
+    (again,) = fit_cosine(teacher, few, [(1, 3)], device=CPU, seed=0)
+    assert np.array_equal(fitted.map, again.map)
+
+
+def test_the_users_of_the_cosine_are_drawn(plain: Recommender, draw: Draw) -> None:
+    users = draw(60, 0)
+    first, other = (
+        fit_cosine(plain, users, [(1, 2)], device=CPU, seed=seed, positions=100)[0]
+        for seed in (0, 1)
+    )
+    assert (first.map != other.map).any()
+    (alone,) = fit_cosine(plain, users, [(1, 2)], device=CPU, seed=0, positions=0)  # one user
+    assert np.isfinite(alone.map).all()
+
+
+def test_what_is_held_out_stops_the_descent(plain: Recommender, draw: Draw) -> None:
+    own, other = (directions(plain, draw(3, seed), (1, 3)) for seed in (0, 1))
+    start = torch.eye(16, dtype=torch.float64)
+    stopped, longer = descend(start, own, other), descend(start, own, own)
+    assert cosine_distance(longer, own) < cosine_distance(stopped, own)
+    assert cosine_distance(stopped, other) <= cosine_distance(start, other)
+    # nothing is gained where the goal is the stream itself
+    assert descend(start, own, own._replace(after=own.rest + own.written)) is start
 
 
 def test_a_folded_map_waits_for_the_cut(plain: Recommender, few: EvalSet) -> None:

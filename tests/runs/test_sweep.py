@@ -54,6 +54,8 @@ def test_every_trial_is_done(small_run: Run) -> None:
         "drop-attention": 6,
         "drop-mlp": 6,
         "replace": 4,
+        "replace-cosine": 4,
+        "mix": 4,
         "finetune": 4,
         "heal": 4,
         "distill": 4,

@@ -220,10 +220,15 @@ def by_budget(request: Request) -> Groups:
 
 
 def selected(request: Request) -> Groups:
-    """A trial a depth below the full one, or the one that the selection lists."""
+    """A trial a depth below the full one, or the one that the selection lists.
+
+    At full depth too where the study asks for it, if blocks are narrower or applied again.
+    """
     if request.picked is not None:
         return [(request.trial(request.picked),)]
-    return _by_depth(request, {depth for depth in request.depths if depth < request.blocks})
+    own = request.study.variants.get(request.name.partition(":")[2])
+    most = request.blocks if own is not None and own.reshapes else request.blocks - 1
+    return _by_depth(request, {depth for depth in request.depths if depth <= most})
 
 
 def selected_and_full(request: Request) -> Groups:

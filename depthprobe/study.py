@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Meta
 
 from depthprobe.errors import BadInput, nearest, short
-from depthprobe.methods import METHODS, Method, method_of, names
+from depthprobe.methods import METHODS, Method, method_info, method_of, names
 
 T = TypeVar("T")
 # every number has both bounds: a run can only be read again, and end, with what they allow
@@ -441,6 +441,16 @@ class Variant(Checked):
     #: ``random``, or their indices, as ``0,1,10-11``.
     select: str = "prefix"
     layers: str | None = None  #: depths other than the study's.
+    #: keep this share of the MLP channels and attention heads of every block.
+    width: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    #: which of them: those that hand on the most in the trained teacher (``activation``), or whose
+    #: weights matter the most to its loss (``taylor``).
+    importance: Literal["activation", "taylor"] = "activation"
+    #: apply the kept blocks this many times in turn, with the same weights.
+    loops: Annotated[int, Meta(ge=1, le=16)] = 1
+    #: ``heal`` alone: cut and heal in turn, removing at most this share of the blocks that are left
+    #: at a time; 1 removes all at once.
+    at_once: Annotated[float, Meta(gt=0, le=1)] = 1.0
     recipe: Recipe | None = None  #: how it is trained.
     distillation: Distillation | None = None  #: the losses of ``distill:NAME``.
     elastic: Elastic | None = None  #: the settings of ``elastic:NAME``.
@@ -451,6 +461,13 @@ class Variant(Checked):
             parse_blocks(self.select)
         if self.layers is not None:
             parse_layers(self.layers, None)
+        if self.loops > 1 and self.at_once < 1:
+            raise BadInput("loops", self.loops, "1 beside at_once (looped blocks can't be cut)")
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether its blocks are others than the teacher's: narrower, or applied again."""
+        return self.width < 1 or self.loops > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -620,6 +637,13 @@ class Study(Checked):
             if self.backbone.suffix and recipe.objective != "last":
                 allowed = f"{owner}.objective = last beside it (it follows the last item)"
                 raise BadInput("backbone.suffix", self.backbone.suffix, allowed)
+        if self.backbone.own or self.backbone.tuning != "full":
+            for name in self.methods:
+                if settings_of(self, name).reshapes:
+                    key = "source" if self.backbone.own else "tuning"
+                    value = getattr(self.backbone, key)
+                    allowed = f"tuning = full of a Hugging Face model beside {name} (width, loops)"
+                    raise BadInput(f"backbone.{key}", value, allowed)
         own = self.backbone.own
         if own or self.backbone.quantize != "none":
             if self.methods == DEFAULT_METHODS:  # nobody asked for what begins without pretraining
@@ -656,7 +680,7 @@ class Study(Checked):
         Raises:
             BadInput: if the study has none.
         """
-        able = [n for n in self.methods if method_of(n).selectable and method_of(n).candidate]
+        able = [n for n in self.methods if method_of(n).selectable and is_candidate(self, n)]
         wanted = self.search.method
         if not able or (wanted is not None and wanted not in able):
             allowed = f"one of {', '.join(able)}" if able else "finetune, heal or distill beside it"
@@ -719,6 +743,15 @@ class Settings:
     recipe: Recipe
     distillation: Distillation
     elastic: Elastic
+    width: float
+    importance: Literal["activation", "taylor"]
+    loops: int
+    at_once: float
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether its blocks are others than the teacher's: narrower, or applied again."""
+        return self.width < 1 or self.loops > 1
 
     @property
     def fresh(self) -> bool:
@@ -728,8 +761,9 @@ class Settings:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher must be trained before: to be cut, followed, or to choose blocks."""
-        return self.select in TEACHER_SELECTIONS or "full" in self.method.needs
+        """Whether the teacher must be trained before: to be cut, followed, or to choose by."""
+        chosen_by = self.select in TEACHER_SELECTIONS or (self.width < 1 and not self.fresh)
+        return chosen_by or "full" in self.method.needs
 
 
 def settings_of(study: Study, name: str) -> Settings:
@@ -749,7 +783,17 @@ def settings_of(study: Study, name: str) -> Settings:
         recipe=recipe,
         distillation=variant.distillation or study.distillation,
         elastic=variant.elastic or study.elastic,
+        width=variant.width,
+        importance=variant.importance,
+        loops=variant.loops,
+        at_once=variant.at_once,
     )
+
+
+def is_candidate(study: Study, name: str) -> bool:
+    """Whether a method's depth may be the sufficient one: of blocks as the teacher has them."""
+    variant = study.variants.get(name.partition(":")[2])
+    return method_info(name).candidate and not (variant is not None and variant.reshapes)
 
 
 def _check_methods(chosen: tuple[str, ...], variants: Mapping[str, Variant]) -> None:
@@ -778,6 +822,13 @@ def _check_methods(chosen: tuple[str, ...], variants: Mapping[str, Variant]) -> 
             raise BadInput("methods", full_name, allowed if known else only)
         if not method.selectable and variants[name].select != "prefix":
             allowed = f"a variant without select ({method.name} has its own)"
+            raise BadInput("methods", full_name, allowed)
+        variant = variants.get(name, Variant())
+        if method.settings == "elastic" and variant.reshapes:
+            allowed = "a variant without width and loops (elastic is one model for every depth)"
+            raise BadInput("methods", full_name, allowed)
+        if method.settings != "heal" and variant.at_once < 1:
+            allowed = f"a variant without at_once ({method.name} does not cut a trained model)"
             raise BadInput("methods", full_name, allowed)
     if len(set(chosen)) != len(chosen):
         raise BadInput("methods", ",".join(chosen), "each method once")

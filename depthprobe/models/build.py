@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,8 @@ from depthprobe.models.backbones import (
     pretrained_tokenizer,
 )
 from depthprobe.models.blocks import check_tokens, find_blocks
-from depthprobe.models.cutting import ModelT, keep_blocks
+from depthprobe.models.cutting import ModelT, keep_blocks, loop_blocks
+from depthprobe.models.narrowing import UnitScores, narrow_blocks, plan_narrowing
 from depthprobe.models.own import load_own
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
@@ -36,12 +38,24 @@ WEIGHTS = "trained.safetensors"
 logger = logging.getLogger(__name__)
 
 
+class Shape(NamedTuple):
+    """How the blocks of a model differ from those of its backbone."""
+
+    width: float = 1.0  # share of channels and heads
+    loops: int = 1  # times that the blocks are applied in turn
+    scores: UnitScores | None = None  # which channels and heads stay; without them the first ones
+
+
+PLAIN = Shape()
+
+
 def build_recommender(
     settings: Backbone,
     items: Tensor,
     *,
     item_ids: Sequence[str] | None = None,
     kept: tuple[int, ...] | None = None,
+    shape: Shape = PLAIN,
     seed: int,
     random_init: bool = False,
     train_items: bool = False,
@@ -49,8 +63,9 @@ def build_recommender(
 ) -> Recommender:
     """A recommender before its training: backbone loaded, cut, made trainable; fresh adapters.
 
-    ``items`` is the item table, (I + 1, d_item); the seed initialises what is fresh; ``tokens`` are
-    those of items 1..I, where histories are read in words. A recommender of the user's own comes
+    ``items`` is the item table, (I + 1, d_item); the seed initialises what is fresh; ``shape`` is
+    that of the kept blocks; ``tokens`` are of items 1..I, where histories are read in words. A
+    recommender of the user's own comes
     with its table and its training; ``item_ids`` are those of the log.
     """
     if settings.own:
@@ -63,7 +78,15 @@ def build_recommender(
     backbone = pretrained(settings, random_init=seed if random_init else None)
     if kept is not None:
         keep_blocks(backbone, kept)
+    reshape(backbone, shape)
     return around(backbone, settings, items, seed=seed, train_items=train_items, tokens=tokens)
+
+
+def reshape(model: ModelT, shape: Shape) -> ModelT:
+    """Make the blocks of a Hugging Face model narrower, or apply them again, in place."""
+    if shape.width < 1:
+        narrow_blocks(model, plan_narrowing(model, shape.width), shape.scores)
+    return loop_blocks(model, shape.loops)
 
 
 def build_sasrec(

@@ -82,24 +82,64 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
             and ``from_pretrained``; the model is unchanged.
     """
     inner = unwrap(model)
-    owner, name = locate(inner)
     blocks = find_blocks(inner)
     chosen = block_indices("kept", kept, len(blocks))
     if not chosen or list(chosen) != sorted(set(chosen)):
         allowed = f"increasing block indices from 0 to {len(blocks) - 1}, at least one"
         raise BadInput("kept", list(chosen), allowed)
-    if len(chosen) == len(blocks):
+    return model if len(chosen) == len(blocks) else _arrange(model, inner, chosen)
+
+
+def loop_blocks(model: ModelT, times: int) -> ModelT:
+    """Apply the blocks so many times in turn, in place, and return the model.
+
+    The model becomes one of ``times`` as many blocks: each has its own index, and so keys and
+    values of its own, but the weights are those of the first ones (as in the Universal Transformer,
+    arXiv 1807.03819, and ALBERT, arXiv 1909.11942). Its configuration is that of an ordinary model
+    of that depth; :func:`unshare_blocks` makes it one before it is saved.
+
+    Raises:
+        BadInput: if no configuration describes it (a block that depends on its own index); the
+            model is unchanged.
+    """
+    inner = unwrap(model)
+    if times == 1:
         return model
+    if isinstance(inner, PlainDecoder):
+        raise refusal(inner, "it cannot be looped: no configuration rebuilds it")
+    return _arrange(model, inner, (*range(len(find_blocks(inner))),) * times)
+
+
+@torch.no_grad()
+def unshare_blocks(model: nn.Module) -> None:
+    """Give each block weights of its own, equal to those that it shared."""
+    seen: set[int] = set()
+    for module in find_blocks(model).modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) in seen:
+                setattr(module, name, nn.Parameter(weight.clone(), weight.requires_grad))
+            seen.add(id(weight))
+
+
+def _arrange(model: ModelT, inner: PreTrainedModel, chosen: tuple[int, ...]) -> ModelT:
+    """Leave the chosen blocks, in their order; one that comes again does so around its weights."""
+    owner, name = locate(inner)
+    blocks = find_blocks(inner)
     new_config, changes = cut_config(inner.config, chosen), _Changes()
     if not isinstance(inner, PlainDecoder):  # which no configuration rebuilds
         _refuse_unsafe(inner, name, chosen)
         changes = _compare_reload(inner, new_config, chosen)
         _compare_adapters(model, inner, new_config, chosen)
         _renumber_quantized(inner, new_config, chosen)
+    if changes.chunked and len(set(chosen)) < len(chosen):
+        raise _no_cut(inner, "each of its blocks reads token embeddings of its own", chosen)
 
     # from here on nothing is refused: the list, indices in the blocks, settings and weights outside
     parent, _, attribute = name.rpartition(".")
-    remaining = nn.ModuleList(blocks[old] for old in chosen)
+    remaining = nn.ModuleList(
+        blocks[old] if old not in chosen[:new] else _twin(blocks[old], inner.config)
+        for new, old in enumerate(chosen)
+    )
     setattr(owner.get_submodule(parent), attribute, remaining)
     for block, path, index_name, value in changes.inside:
         setattr(remaining[block].get_submodule(path), index_name, value)
@@ -107,26 +147,31 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
         vars(inner.base_model.get_submodule(path)).update(settings)
     for path, dim in changes.chunked.items():
         _keep_chunks(inner.base_model, path, dim, len(blocks), chosen)
-    _replace_config(model, inner.config, new_config)
+    replace_config(model, inner.config, new_config)
     return model
 
 
+def _twin(block: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    """A block of its own around the same weights."""
+    shared = [*block.parameters(), config, config.get_text_config(decoder=True)]
+    return copy.deepcopy(block, {id(each): each for each in shared})
+
+
 def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
-    """A copy of ``config`` that describes the model with only the ``kept`` blocks.
+    """A copy of ``config`` that describes the model with only the ``kept`` blocks, in that order.
 
     Per-block lists are sliced and block indices renumbered **by name**: a list that happens to be
     as long as the model is deep is left alone.
     """
     new = copy.deepcopy(config)
     text = new.get_text_config(decoder=True)
-    position = {old: index for index, old in enumerate(kept)}
     with as_plain_fields(text) as overrides:
-        for name, value in _changed_fields(text, kept, position).items():
+        for name, value in _changed_fields(text, kept).items():
             if not is_computed(text, name):
                 setattr(text, name, value)
         if not is_computed(text, "num_hidden_layers"):
             text.num_hidden_layers = len(kept)
-        renumbered = {position[old]: of for old, of in overrides.items() if old in position}
+        renumbered = {new: overrides[old] for new, old in enumerate(kept) if old in overrides}
         overrides.clear()
         overrides.update(renumbered)
     return new
@@ -180,9 +225,7 @@ def _sequences(text: PreTrainedConfig, names: Iterable[str]) -> dict[str, Sequen
     return {name: value for name, value in values.items() if isinstance(value, list | tuple)}
 
 
-def _changed_fields(
-    text: PreTrainedConfig, kept: Sequence[int], position: dict[int, int]
-) -> dict[str, Any]:
+def _changed_fields(text: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The fields that a cut changes, and what they become."""
     depth = text.num_hidden_layers
     changes: dict[str, Any] = {
@@ -191,7 +234,7 @@ def _changed_fields(
         if len(values) == depth
     }
     for name, values in _sequences(text, BLOCK_INDICES).items():
-        changes[name] = [position[old] for old in values if old in position]
+        changes[name] = [new for new, old in enumerate(kept) if old in values]
     for name in (*LEADING_BLOCKS, *TRAILING_BLOCKS):
         value = getattr(text, name, None)
         if isinstance(value, int):
@@ -281,8 +324,10 @@ def _refuse_unsafe(inner: PreTrainedModel, name: str, chosen: tuple[int, ...]) -
         raise _no_cut(inner, f"{reason} positions", chosen)
 
 
-def _no_cut(inner: PreTrainedModel, reason: str, chosen: Iterable[int] = ()) -> BadInput:
-    """The refusal of any cut, or of the cut to the chosen blocks."""
+def _no_cut(inner: PreTrainedModel, reason: str, chosen: Sequence[int] = ()) -> BadInput:
+    """The refusal of any cut, or of the cut to the chosen blocks; of loops if some come again."""
+    if len(set(chosen)) < len(chosen):
+        return refusal(inner, f"its blocks cannot be applied again: {reason}")
     to = f" to blocks {list(chosen)}" if chosen else ""
     return refusal(inner, f"it cannot be cut{to}: {reason}")
 
@@ -297,7 +342,7 @@ def _keep_chunks(base: nn.Module, path: str, dim: int, depth: int, chosen: tuple
     setattr(base.get_submodule(parent), name, nn.Parameter(kept, weight.requires_grad))
 
 
-def _replace_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+def replace_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Point every module that holds the old configuration, or its text part, to the new one."""
     replacement = {id(old): new}
     replacement[id(old.get_text_config(decoder=True))] = new.get_text_config(decoder=True)
@@ -324,15 +369,15 @@ def _compare_reload(
     inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
 ) -> _Changes:
     """What must change so that the cut model is what its reloaded configuration describes."""
-    before = _skeleton(inner, inner.config, reloaded=False)  # what is in memory
-    after = _skeleton(inner, new_config, reloaded=True)
+    before = skeleton(inner, inner.config, reloaded=False)  # what is in memory
+    after = skeleton(inner, new_config, reloaded=True)
     old_blocks, new_blocks = find_blocks(before), find_blocks(after)
     if len(new_blocks) != len(chosen):
         raise _no_cut(inner, "the depth in its configuration is not obeyed")
     changes = _Changes()
     position = {old: new for new, old in enumerate(chosen)}
     for new, old in enumerate(chosen):
-        for path, attribute, was, becomes in _differences(old_blocks[old], new_blocks[new]):
+        for path, attribute, was, becomes in differences(old_blocks[old], new_blocks[new]):
             if attribute == "store_full_length_kv" and not keys_are_read(new_blocks):
                 continue  # whether it keeps what no block reads
             is_index = type(was) is int and type(becomes) is int
@@ -340,13 +385,13 @@ def _compare_reload(
                 setting = f"{path or 'its'} {attribute} = {becomes!r}, not {was!r}"
                 reason = f"reloaded, block {old} would become block {new} with {setting}"
                 raise _no_cut(inner, reason, chosen)
-            if position.get(was) != becomes:
+            if (was, becomes) != (old, new) and position.get(was) != becomes:
                 reason = f"block {old} depends on block {was} ({attribute})"
                 raise _no_cut(inner, reason, chosen)
             changes.inside.append((new, path, attribute, becomes))
     prefix = next(path for path, module in before.named_modules() if module is old_blocks)
     stored = before.state_dict().keys() | after.state_dict().keys()
-    for path, attribute, was, becomes in _differences(before, after, without=prefix):
+    for path, attribute, was, becomes in differences(before, after, without=prefix):
         is_shape = attribute == "shape"
         pairs = enumerate(zip(was or (), becomes or (), strict=False)) if is_shape else ()
         dims = [dim for dim, (old, new) in pairs if old != new]
@@ -375,15 +420,15 @@ def _compare_adapters(
         return
     around = "an adapter is around it that knows its blocks by their numbers: cut first, adapt then"
     try:
-        before = _adapted(_skeleton(inner, inner.config, reloaded=False, whole=True), injected)
-        after = _adapted(_skeleton(inner, new_config, reloaded=True, whole=True), injected)
+        before = _adapted(skeleton(inner, inner.config, reloaded=False, whole=True), injected)
+        after = _adapted(skeleton(inner, new_config, reloaded=True, whole=True), injected)
     except BadInput:
         raise
     except Exception as error:  # such as a prefix for each block
         reason = f"{around} ({str(error).partition(chr(10))[0]})"
         raise _no_cut(inner, reason, chosen) from error
     for new, old in enumerate(chosen):
-        for path, attribute, was, becomes in _differences(before[old], after[new]):
+        for path, attribute, was, becomes in differences(before[old], after[new]):
             if not INDEX_ATTRIBUTE.search(attribute):  # those were compared with the plain model
                 setting = f"{path} {attribute} = {becomes!r}, not {was!r}"
                 reason = f"{around} (reloaded, block {old} would be block {new} with {setting})"
@@ -405,12 +450,21 @@ def _adapted(skeleton: PreTrainedModel, adapters: Mapping[str, Any]) -> nn.Modul
     return find_blocks(skeleton)
 
 
-def _skeleton(
-    inner: PreTrainedModel, config: PreTrainedConfig, *, reloaded: bool, whole: bool = False
+def skeleton(
+    inner: PreTrainedModel,
+    config: PreTrainedConfig,
+    *,
+    reloaded: bool,
+    whole: bool = False,
+    change: str = "cut",
 ) -> PreTrainedModel:
     """The base model that a configuration describes, maybe once read back; it holds no memory.
 
     With ``whole`` the model as it is, head and all: the names of its modules begin there.
+    ``change`` is what a refusal says that can't be done.
+
+    Raises:
+        BadInput: if no model can be built by it.
     """
     kind: Any = type(inner if whole else inner.base_model)
     saved = copy.deepcopy(config)
@@ -422,14 +476,15 @@ def _skeleton(
         # from_pretrained, too, sets what a file can only name
         saved.get_text_config(decoder=True).dtype = inner.dtype
         with torch.device("meta"):
-            skeleton: PreTrainedModel = kind(saved)
+            built: PreTrainedModel = kind(saved)
     except Exception as error:  # a configuration checks itself in its own ways
         line = str(error).partition("\n")[0]
-        raise _no_cut(inner, f"its configuration does not rebuild it ({line})") from error
-    return skeleton
+        reason = f"it cannot be {change}: its configuration does not rebuild it ({line})"
+        raise refusal(inner, reason) from error
+    return built
 
 
-def _differences(
+def differences(
     old: nn.Module, new: nn.Module, *, without: str | None = None
 ) -> Iterator[tuple[str, str, Any, Any]]:
     """(path, attribute, old value, new value) of all that differs between two module trees."""

@@ -72,7 +72,7 @@ def tiny_model(config: PreTrainedConfig, *, depth: int = DEPTH) -> PreTrainedMod
     for width in (True, False):
         for dtype in (torch.float64, torch.float32):
             try:
-                return _build(tiny_config(config, width=width, depth=depth), dtype)
+                return build_tiny(tiny_config(config, width=width, depth=depth), dtype)
             except Exception as error:  # the next may do; else the reason is told
                 failure = failure or error
     lines = str(failure).strip().splitlines()
@@ -123,7 +123,8 @@ def ends_at_positions(config: PreTrainedConfig) -> bool:
     return False
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_tiny(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The random model of a tiny configuration; it has run once."""
     with torch.device("meta"):
         trusted = brings_code(config)
         size = _auto.from_config(copy.deepcopy(config), trust_remote_code=trusted).num_parameters()

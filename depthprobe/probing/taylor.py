@@ -33,6 +33,22 @@ def taylor_importance(
     Raises:
         ValueError: without users, or if a weight is quantised, so that it has no gradient.
     """
+    total = weight_slopes(model, eval_set, device=device, batch_size=batch_size)
+    importance = [
+        sum(float((p.detach() * total[p]).abs().sum()) for p in block.parameters() if p in total)
+        for block in find_blocks(model.backbone)
+    ]
+    return np.array(importance, dtype=np.float64) / len(eval_set.users)
+
+
+def weight_slopes(
+    model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, batch_size: int = BATCH
+) -> dict[Tensor, Tensor]:
+    """The gradients of the blocks' weights, in float32 or better; of a loss summed over users.
+
+    Raises:
+        ValueError: without users, or if a weight is quantised, so that it has no gradient.
+    """
     if not len(eval_set.users):
         raise ValueError("no users to take a gradient of")
     blocks = find_blocks(model.backbone)
@@ -59,11 +75,7 @@ def taylor_importance(
                 if each is not None:  # an expert may have had no user
                     wide = torch.promote_types(weight.dtype, torch.float32)
                     total[weight] = total.get(weight, 0) + each.to(wide)
-    importance = [
-        sum(float((p.detach() * total[p]).abs().sum()) for p in block.parameters() if p in total)
-        for block in blocks
-    ]
-    return np.array(importance, dtype=np.float64) / len(eval_set.users)
+    return total
 
 
 def _check_weights(model: CausalEncoder, blocks: nn.ModuleList) -> None:

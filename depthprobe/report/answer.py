@@ -25,6 +25,7 @@ from depthprobe.report.numbers import (
     Summary,
     as_summary,
 )
+from depthprobe.study import is_candidate
 
 FEW_SEEDS = 5
 SHOWN, BETTER_BASELINE, WEAK = "shown", "SASRec is better", "weak teacher"
@@ -131,6 +132,8 @@ def _uncompared(summary: Summary) -> Answer:
     elif not any(p.info.candidate for p in summary.points):
         verdict = "probes only"
         missing = "no shallower model was trained, and probes alone show no depth to ship."
+    elif not any(is_candidate(summary.run.study, p.method) for p in summary.points):
+        verdict, missing = "no depth tried", "narrower and looped models show no depth to ship."
     elif (own := summary.teacher.value(summary.headline)) and not own.value:
         verdict = "no hit"
         missing = f"the teacher hits no target, so its {summary.headline} has no share to keep."

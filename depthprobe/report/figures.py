@@ -49,7 +49,7 @@ from depthprobe.report.numbers import (
 from depthprobe.report.search import search_steps
 from depthprobe.report.tables import timed
 from depthprobe.report.title_figures import accuracy_vs_title_depth, title_spread
-from depthprobe.study import ranges
+from depthprobe.study import is_candidate, ranges
 
 __all__ = [
     "FIGURES",
@@ -145,7 +145,8 @@ def kept_vs_depth(
     """
     metric, floor = metric or summary.headline, 1 - summary.margin
     drawn = curves(summary, metric, kept=True)
-    offered = [(point, share) for point, share in every(drawn) if point.info.candidate]
+    study = summary.run.study
+    offered = [(point, share) for point, share in every(drawn) if is_candidate(study, point.method)]
     need(offered, summary, "a teacher and a shallower model")
     ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
     least = plain_percent(floor)

@@ -26,7 +26,7 @@ from depthprobe.evaluation.statistics import (
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
 from depthprobe.methods import Method, method_info, method_order
-from depthprobe.study import override
+from depthprobe.study import is_candidate, override
 
 if TYPE_CHECKING:
     from depthprobe.runs.records import Record
@@ -391,7 +391,7 @@ def summarise(
     offered = {
         (point.method, point.depth): point
         for point in points
-        if point.info.candidate and 0 < point.depth < blocks
+        if is_candidate(run.study, point.method) and 0 < point.depth < blocks
     }
     seeds, candidates = _common_seeds(teacher, offered)
     sufficiency, found = None, None

@@ -33,12 +33,14 @@ from depthprobe.models.backbones import (
 )
 from depthprobe.models.build import (
     WEIGHTS,
+    Shape,
     build_recommender,
     build_sasrec,
     learned_table,
     load_trained,
     prompt_and_suffix,
 )
+from depthprobe.models.narrowing import UnitScores
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.models.words import Words, item_tokens
@@ -66,6 +68,8 @@ from depthprobe.runs.records import (
 from depthprobe.study import OWN, Backbone, Study, settings_of
 from depthprobe.training.checkpoint import Fit
 from depthprobe.training.tracking import Track, tracked
+
+Blocks = tuple[tuple[int, ...], float, int]  # which are kept, how wide, how many times
 
 LEARNED = "learned"  # an item table that is random at first
 TRACKING = "tracking"
@@ -108,8 +112,8 @@ class Context:
     def __init__(self, folder: Path, study: Study) -> None:
         self.folder, self.study = folder, study
         self.device = resolve_device(study.device)
-        # FLOPs by kept blocks and items: a run's models of the same blocks have the same shapes
-        self.products: defaultdict[tuple[int, ...], dict[int, Products]] = defaultdict(dict)
+        # FLOPs by blocks and items: a run's models of the same blocks have the same shapes
+        self.products: defaultdict[Blocks, dict[int, Products]] = defaultdict(dict)
 
     @property
     def shared(self) -> Path:
@@ -147,12 +151,13 @@ class Context:
         """The folders that a task leaves, each complete or absent."""
         return outputs_of(self.folder, task)
 
-    def checkpoint(self, trial: Trial, rate: float | None = None) -> Path:
+    def checkpoint(self, trial: Trial, rate: float | None = None, stage: int | None = None) -> Path:
         """The file from which a training that was killed goes on; gone once the trial is done.
 
-        There is one for each of several learning rates.
+        There is one for each of several learning rates, and of several stages.
         """
-        name = trial.id if rate is None else f"{trial.id}.{rate:g}"
+        name = trial.id if stage is None else f"{trial.id}.stage-{stage}"
+        name = name if rate is None else f"{name}.{rate:g}"
         return self.folder / CHECKPOINTS / f"{name}.safetensors"
 
     def tracked(self, trial: Trial) -> AbstractContextManager[Track]:
@@ -279,14 +284,18 @@ class Context:
         own = self.study.backbone
         return own if self.manifest is None else same_backbone(own, self.manifest.backbone)
 
-    def new_recommender(self, trial: Trial) -> Recommender:
-        """A recommender with the trial's blocks before its training."""
+    def new_recommender(self, trial: Trial, scores: UnitScores | None = None) -> Recommender:
+        """A recommender with the trial's blocks before its training.
+
+        Of narrower ones with the channels and heads whose scores are highest.
+        """
         settings = settings_of(self.study, trial.method)
         model = build_recommender(
             self.backbone,
             self.item_table(trial.seed),
             item_ids=self.sequences.item_ids.tolist(),
             kept=trial.kept,
+            shape=Shape(settings.width, settings.loops, scores),
             seed=trial.seed,
             random_init=settings.fresh,
             train_items=self.study.trains_items,
@@ -311,6 +320,11 @@ class Context:
         if self.item_tokens is None:
             return [len(history) for history in histories]
         return Words(self.item_tokens).lengths(histories)
+
+    def known_products(self, trial: Trial) -> dict[int, Products]:
+        """The FLOPs that were counted of models with blocks of the trial's shapes, by items."""
+        settings = settings_of(self.study, trial.method)
+        return self.products[trial.kept, settings.width, settings.loops]
 
     def trained(self, trial: Trial) -> Recommender:
         """A trained recommender from disk, in eval mode."""

@@ -26,8 +26,8 @@ from depthprobe.runs.layout import Inputs, available_cores, jobs_at_once, read_i
 from depthprobe.runs.plan import full_trial
 from depthprobe.runs.probing import REMOVAL
 from depthprobe.runs.records import DATA, ITEM_TABLE, NEGATIVES, TIMING, is_done, state_of
-from depthprobe.runs.timing import covers, measure, read_timing
-from depthprobe.runs.training import FEATURES, models_in, spec_of
+from depthprobe.runs.timing import covers, measure, read_timing, shape_name
+from depthprobe.runs.training import FEATURES, models_in, spec_of, stage_depths
 from depthprobe.study import OWN, Recipe, Study, parse_layers, settings_of
 
 SECONDS = 4.0  # to measure for, where the run has no times yet
@@ -365,12 +365,15 @@ def shared_of(study: Study, task: Task) -> list[str]:
 
 
 def _shared_seconds(name: str, task: Task, sizes: Sizes, units: Units) -> float:
-    full, blocks = units.of("encode", task.blocks), task.blocks
-    if name.startswith(FEATURES):
-        return 2 * full * sizes.windows  # every position is read out: about one more pass
-    # all single skips at each removal: more than the lazy search ever takes
-    each = (blocks**2 / 6 + 1) * full + blocks * (blocks + 1) / 2 * RANKED * units.score
-    return each * sizes.validation
+    if name.startswith(FEATURES):  # every position is read out: about one more pass
+        return 2 * units.of("encode", task.blocks) * sizes.windows
+    return _removal_seconds(task.blocks, sizes, units)
+
+
+def _removal_seconds(blocks: int, sizes: Sizes, units: Units) -> float:
+    """All single skips at each removal: more than the lazy search ever takes."""
+    passes = (blocks**2 / 6 + 1) * units.of("encode", blocks)
+    return (passes + blocks * (blocks + 1) / 2 * RANKED * units.score) * sizes.validation
 
 
 def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processes: int) -> float:
@@ -380,15 +383,32 @@ def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processe
     epochs = _epochs(study, task, recipe) * (1 if task.seed else len(recipe.rates))
     sizes = replace(sizes, epochs=epochs, steps=steps)
     work = method.work(task, sizes)
-    seconds = work.score * units.score
-    seconds += sum(users * units.of("encode", depth) for depth, users in work.encode.items())
     own = task.method if method.settings in ("distillation", "elastic") else "train"
+    stages: list[int] = []
+    if settings.at_once < 1:
+        stages = stage_depths(task.blocks, task.trials[0].depth, settings.at_once)
+
+    def each(kind: str, depth: int | str) -> float:
+        """Seconds of a unit of work, by the shape of the blocks, or in stages of equal length."""
+        if depth == "sasrec" or not (stages or settings.reshapes):
+            return units.of(kind, depth)
+        if stages:
+            return float(np.mean([units.of(kind, one) for one in stages]))
+        name = shape_name(study, task.method, int(depth))
+        if kind not in ("encode", "train") or f"{kind}:{name}" in units.seconds:
+            return units.of(kind, depth if kind == own != "train" else name)
+        return units.of(kind, int(depth) * settings.loops)
+
+    seconds = work.score * units.score
+    seconds += sum(users * each("encode", depth) for depth, users in work.encode.items())
     for depth, count in work.steps.items():
         # a smaller batch is not taken to be faster
         larger = 1.0 if depth == "sasrec" else max(1.0, recipe.batch_size / units.batch)
-        seconds += count * larger * units.of(own, depth)
-    if settings.select == "angular":
-        seconds += sizes.validation * units.of("encode", task.blocks)
+        seconds += count * larger * each(own, depth)
+    for blocks in [task.blocks, *stages[:-1]] if settings.select == "angular" else ():
+        seconds += sizes.validation * units.of("encode", blocks)
+    for blocks in [task.blocks, *stages[:-1]] if stages and settings.select == "greedy" else ():
+        seconds += _removal_seconds(blocks, sizes, units)
     return seconds
 
 
@@ -399,7 +419,8 @@ def _epochs(study: Study, task: Task, recipe: Recipe) -> int:
         return recipe.epochs
     models = models_in(study, task.method, task.blocks)
     # blocks are what a model of half the depth saves at most; it scores as many items
-    return max(1, round(recipe.epochs * models * task.blocks / task.trials[-1].depth))
+    run = task.trials[-1].depth * settings_of(study, task.method).loops
+    return max(1, round(recipe.epochs * models * task.blocks / run))
 
 
 def schedule(jobs: Sequence[Job], workers: int) -> float:

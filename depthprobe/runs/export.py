@@ -33,8 +33,8 @@ from depthprobe.models.backbones import (
     pretrained,
     pretrained_tokenizer,
 )
-from depthprobe.models.build import around, load_trained, merge_lora
-from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.build import Shape, around, load_trained, merge_lora, reshape
+from depthprobe.models.cutting import keep_blocks, unshare_blocks
 from depthprobe.models.export import (
     ExportedRecommender,
     OwnShape,
@@ -293,9 +293,11 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
     for needed in {weights, own} if method.exportable == "folded" else {weights}:
         _check_model(needed, trial.id)
     # where nothing was pretrained, the head is fresh too: it is not the pretrained model's
-    fresh = trial.seed if settings_of(context.study, trial.method).fresh else None
+    shape = settings_of(context.study, trial.method)
+    fresh = trial.seed if shape.fresh else None
     backbone = pretrained(settings, random_init=fresh, plain=True)
     keep_blocks(backbone, source.kept)
+    reshape(backbone, Shape(shape.width, shape.loops))
     model = around(
         backbone,
         settings,
@@ -308,7 +310,9 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
     merge_lora(model)
     if method.exportable == "folded":
         fold_map(model, load_replacement(own))
-    keep_blocks(backbone, [source.kept.index(block) for block in trial.kept])
+    if trial.kept != source.kept:
+        keep_blocks(backbone, [source.kept.index(block) for block in trial.kept])
+    unshare_blocks(backbone)
     return model.eval(), backbone
 
 

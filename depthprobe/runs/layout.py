@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import platform
@@ -40,7 +41,7 @@ from depthprobe.models.backbones import (
     resolve_device,
 )
 from depthprobe.models.blocks import check_tokens
-from depthprobe.models.build import check_lengths, lora_maps, prompt_and_suffix
+from depthprobe.models.build import Shape, check_lengths, lora_maps, prompt_and_suffix, reshape
 from depthprobe.models.check import check_own
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
@@ -177,7 +178,7 @@ def read_inputs(
     if before is None:
         if backbone.own:
             _check_own(merged, ids, longest)
-        facts = _checked(backbone, tasks, tokens or [])
+        facts = _checked(study, backbone, tasks, tokens or [])
         facts.words = words_digest(tokens)
         facts.precision = precision_on(device, facts.parameters)
     else:  # nothing may be left to do
@@ -250,7 +251,7 @@ def _check_own(study: Study, item_ids: Sequence[str], longest: int) -> None:
 
 
 def _checked(
-    settings: Backbone, tasks: Sequence[Task], tokens: Sequence[Sequence[int]]
+    study: Study, settings: Backbone, tasks: Sequence[Task], tokens: Sequence[Sequence[int]]
 ) -> BackboneFacts:
     """Facts of a backbone that has its weights and can be cut; none of them is read."""
     model = pretrained(settings, weights=False)
@@ -261,6 +262,9 @@ def _checked(
     # refuses texts that it can't read, and a decoder without tokens
     facts.prompt = [*map(list, prompt_and_suffix(settings, model))]
     trained = [task.trials[-1] for task in tasks if method_of(task.method).trains]
+    own = [settings_of(study, trial.method) for trial in trained]
+    for width, loops in {(each.width, each.loops) for each in own}:
+        reshape(copy.deepcopy(model), Shape(width, loops))  # refuses what can't be narrower
     cut = [trial for trial in trained if trial.depth < trial.blocks]
     if cut:  # what probes cuts nothing
         keep_blocks(model, min(cut, key=lambda trial: trial.depth).kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from depthprobe.cost.timing import Action
 from depthprobe.data.batches import length_buckets
 from depthprobe.methods import Trial, method_of
 from depthprobe.models.backbones import compute_in_bfloat16
-from depthprobe.models.build import build_recommender, cut_copy
+from depthprobe.models.build import Shape, build_recommender, cut_copy, reshape
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import Plan, standing_in
 from depthprobe.probing.mix import OPTION, plan_without, possible_options
@@ -39,7 +39,8 @@ def measure(
     """Seconds of each action, and the conditions they hold under.
 
     Actions are those of :mod:`depthprobe.cost.timing`, on typical users and windows, for each depth
-    and for ``sasrec``; a step of each distilled or elastic method of the study, as ``distill:K``;
+    and for ``sasrec``; for each depth of a variant whose blocks are narrower or applied again, as
+    ``encode:K:NAME``; a step of each distilled or elastic method of the study, as ``distill:K``;
     and for budgets in milliseconds encoding without a part of all blocks, as ``without:mlp``. The
     model has random weights: the time of a matrix product does not depend on
     what it multiplies.
@@ -50,8 +51,8 @@ def measure(
     """
     study, cost, device = context.study, context.study.cost, context.device
     items = torch.randn(context.sequences.n_items + 1, context.item_width)
-    models: dict[int, Recommender] = {}
-    if depths := _depths(study, blocks, all_depths=all_depths):
+    models: dict[str, Recommender] = {}
+    if shapes := _shapes(study, blocks, all_depths=all_depths):
         random_init = study.backbone.quantize == "none"
         full = build_recommender(
             context.backbone,
@@ -63,7 +64,9 @@ def measure(
         ).to(device)
         if study.recipe.precision == "bfloat16":
             compute_in_bfloat16(full.backbone)
-        models = {depth: cut_copy(full, range(depth)) for depth in depths}
+        for name, (depth, shape) in shapes.items():
+            models[name] = cut_copy(full, range(depth))
+            reshape(models[name].backbone, shape)
         items = full.item_matrix().detach()
     timing = rig.measure(
         lambda size: _actions(context, blocks, models, items.to(device), size),
@@ -124,9 +127,9 @@ def read_timing(path: Path) -> dict[str, Any]:
 
 def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
     """Whether the times hold all that the study's methods need."""
-    study, depths = context.study, _depths(context.study, blocks)
-    wanted = {f"encode:{depth}" for depth in depths} | set(_steps(study, blocks, depths))
-    if depths and _times_parts(study):
+    study, names = context.study, _shapes(context.study, blocks)
+    wanted = {f"encode:{name}" for name in names} | set(_steps(study, blocks, names))
+    if names and _times_parts(study):
         wanted |= {f"{WITHOUT}:{part}" for part in OPTION}
     if _times_sasrec(study):
         wanted.add("encode:sasrec")
@@ -140,7 +143,7 @@ def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str,
     if settings.method.items_only or trial.budget is not None:
         return None
     sasrec = settings.method.settings == "sasrec"
-    key = "sasrec" if sasrec else str(trial.depth)
+    key = "sasrec" if sasrec else shape_name(study, trial.method, trial.depth)
     if f"encode:{key}" not in seconds:
         return None
     actions = {"encode": f"encode:{key}", "score": "score", "latency": f"latency:{key}"}
@@ -171,6 +174,25 @@ def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
     return sorted({blocks, *(d for each in asked for d in (each if all_depths else each[:1]))})
 
 
+def shape_name(study: Study, method: str, depth: int) -> str:
+    """What a method's models of a depth are timed as: ``4``, of other blocks ``4:NAME``."""
+    variant = method.partition(":")[2]
+    return f"{depth}:{variant}" if settings_of(study, method).reshapes else str(depth)
+
+
+def _shapes(study: Study, blocks: int, *, all_depths: bool = True) -> dict[str, tuple[int, Shape]]:
+    """The models to time by name, each a depth and the shape of its blocks."""
+    depths = _depths(study, blocks, all_depths=all_depths)
+    found = {str(depth): (depth, Shape()) for depth in depths}
+    for task in plan(study, blocks) if depths else ():
+        settings = settings_of(study, task.method)
+        for trial in task.trials if settings.reshapes else ():
+            if trial.depth in depths:
+                name = shape_name(study, task.method, trial.depth)
+                found[name] = trial.depth, Shape(settings.width, settings.loops)
+    return found
+
+
 def _own_step(trial: Trial) -> str | None:
     """The name of a step whose loss is not the next item's alone."""
     depths = {"distillation": trial.depth, "elastic": trial.blocks}
@@ -178,24 +200,27 @@ def _own_step(trial: Trial) -> str | None:
     return None if depth is None else f"{trial.method}:{depth}"
 
 
-def _steps(study: Study, blocks: int, depths: Mapping[int, Any] | list[int]) -> dict[str, Trial]:
+def _steps(study: Study, blocks: int, names: Collection[str]) -> dict[str, Trial]:
     """The steps to time, each by a trial that takes it: plain ones, and those of own losses."""
-    steps = {f"train:{depth}": trial_of(TEACHER, range(depth), 0, blocks) for depth in depths}
-    for task in plan(study, blocks) if depths else ():
+    plain = [int(name) for name in names if name.isdigit()]
+    steps = {f"train:{depth}": trial_of(TEACHER, range(depth), 0, blocks) for depth in plain}
+    for task in plan(study, blocks) if names else ():
         for trial in task.trials[-1:] if task.seed == 0 else ():
-            if trial.depth in depths and (name := _own_step(trial)):
-                steps[name] = trial
+            shape = shape_name(study, trial.method, trial.depth)
+            own = _own_step(trial) or (None if shape.isdigit() else f"train:{shape}")
+            if shape in names and own:
+                steps[own] = trial
     return steps
 
 
 def _actions(
-    context: Context, blocks: int, models: dict[int, Recommender], items: Tensor, size: int
+    context: Context, blocks: int, models: dict[str, Recommender], items: Tensor, size: int
 ) -> dict[str, Action]:
     """All that is timed, with steps of so many windows."""
     study, recipe = context.study, context.study.recipe
     histories, lengths = _typical_users(context, size)
     batch = _typical_batch(context, size, recipe)
-    timed: dict[str, Any] = {str(depth): model for depth, model in models.items()}
+    timed: dict[str, Any] = dict(models)
     plain = {}
     if _times_sasrec(study):
         timed["sasrec"], own = context.new_sasrec(0), study.sasrec.recipe
@@ -203,14 +228,15 @@ def _actions(
         plain["train:sasrec"] = Action(_step(NextItem(timed["sasrec"], own), windows))
     actions = rig.encode_actions(timed, histories, lengths, items=items) | plain
     if _times_parts(study):
-        actions |= _without_parts(models[blocks], histories, lengths, items)
+        actions |= _without_parts(models[str(blocks)], histories, lengths, items)
     trials = _steps(study, blocks, models)
     steps = {name: _objective(context, trial, models, batch) for name, trial in trials.items()}
     optimizer = rig.optimizer_of(*steps.values()) if steps else None
     for name, objective in steps.items():
         passes = 3 if name.startswith("train") else 4
         longest = max(context.text_lengths([context.windows[index] for index in batch.chosen]))
-        work = passes * trials[name].depth * len(batch.chosen) * longest
+        loops = settings_of(study, trials[name].method).loops
+        work = passes * loops * trials[name].depth * len(batch.chosen) * longest
         actions[name] = Action(_step(objective, batch, optimizer), work)
     return actions
 
@@ -242,18 +268,19 @@ def _step(objective: Any, batch: Batch, optimizer: torch.optim.Optimizer | None 
 
 
 def _objective(
-    context: Context, trial: Trial, models: Mapping[int, Recommender], batch: Batch
+    context: Context, trial: Trial, models: Mapping[str, Recommender], batch: Batch
 ) -> nn.Module:
     """The trial's own objective, with an untrained teacher."""
     settings = replace(settings_of(context.study, trial.method), recipe=context.study.recipe)
-    full, goal, teacher = models[trial.blocks], None, cast("Teacher | None", None)
+    full, goal, teacher = models[str(trial.blocks)], None, cast("Teacher | None", None)
+    model = models[shape_name(context.study, trial.method, trial.depth)]
     if (spec := spec_of(settings, trial)) is not None:
         teacher = OnlineTeacher(cut_copy(full, range(full.depth)).eval(), spec)
         if settings.distillation.features == "cached":  # what a step reads is there already
             outputs = teacher.at(last_only(batch) if spec.objective == "last" else batch)
             teacher = _Read(outputs)
         goal = full.item_matrix().detach() if spec.vectors else None
-    objective = objective_of(settings, models[trial.depth], settings.recipe, teacher, goal)
+    objective = objective_of(settings, model, settings.recipe, teacher, goal)
     return objective.to(context.device)
 
 

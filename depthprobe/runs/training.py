@@ -22,10 +22,14 @@ from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate, mean_ndcg
 from depthprobe.files import complete_folder
 from depthprobe.methods import Task, Trial, method_of
+from depthprobe.models.build import Shape, reshape
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.narrowing import UnitScores, plan_narrowing
 from depthprobe.models.recommender import Popularity, Recommender
 from depthprobe.probing.passes import early_exit
-from depthprobe.probing.walk import nearest_spans
+from depthprobe.probing.similarity import similarities
+from depthprobe.probing.units import unit_scores
+from depthprobe.probing.walk import greedy, nearest_spans
 from depthprobe.runs.cache import digest, features_folder, result_file, share_folder
 from depthprobe.runs.context import Context, Result
 from depthprobe.runs.plan import TEACHER, at_first_seed, full_trial, plan
@@ -94,10 +98,104 @@ def fine_tune(context: Context, task: Task) -> Iterator[Result]:
     if trial.method == TEACHER and context.study.backbone.own:
         return iter([_as_it_came(context, trial)])
     settings = settings_of(context.study, trial.method)
-    healed = settings.method.settings == "heal"
-    model = _cut_teacher(context, trial) if healed else context.new_recommender(trial)
     seconds = _seconds_of_teacher(context, trial) if settings.needs_teacher else 0.0
+    if settings.at_once < 1:
+        return heal_in_stages(context, trial, teacher_seconds=seconds)
+    model = _begin(context, trial, from_teacher=settings.method.settings == "heal")
     return train_recommender(context, trial, model, teacher_seconds=seconds)
+
+
+def heal_in_stages(context: Context, trial: Trial, *, teacher_seconds: float) -> Iterator[Result]:
+    """Cut and heal in turn, a share of the blocks at a time, each as long as the others.
+
+    Blocks that were chosen by a score are scored anew after each healing, as the model that is left
+    has it (SLEB, arXiv 2402.09025; iterative pruning, arXiv 1506.02626). A training that was killed
+    goes on in the stage in which it was; stages of less than a minute are done again.
+    """
+    settings = settings_of(context.study, trial.method)
+    depths = stage_depths(trial.blocks, trial.depth, settings.at_once)
+    stages: list[Fit] = []
+    if len(depths) > settings.recipe.epochs:
+        message = "%d stages of one epoch each: more than the %d epochs of healing at once"
+        logger.warning(message, len(depths), settings.recipe.epochs)
+    flops: int | None = 0
+    now = replace(trial, kept=tuple(range(trial.blocks)))
+    model = _begin(context, now, from_teacher=True)
+    for stage, depth in enumerate(depths, start=1):
+        began = time.perf_counter()
+        kept = fewer_blocks(context, model, now, trial.kept, depth)
+        keep_blocks(model.backbone, [now.kept.index(block) for block in kept])
+        choosing = time.perf_counter() - began
+        now = replace(now, kept=kept)
+        recipe = budgeted(context, now, model)
+        before, after = (recipe.epochs * n // len(depths) for n in (stage - 1, stage))
+        recipe = replace(recipe, epochs=max(1, after - before))
+        objective = objective_of(settings, model, recipe)
+        done = train(context, now, objective, recipe, lambda: context.validate(model), stage=stage)
+        done.seconds += choosing if stage > 1 else 0.0  # at first as any selection by the teacher
+        counted = _counted(lambda: trained_epoch(context, now, model))  # noqa: B023 - called here
+        flops = None if flops is None or counted is None else flops + done.epochs * counted
+        stages.append(done)
+    yield Result(
+        now,
+        evaluate(model, context.test, device=context.device),
+        count_parameters(model),
+        flops=_flops(context, now, model),
+        fit=in_turn(stages),
+        training_flops=flops,
+        teacher_seconds=teacher_seconds,
+        model=model,
+    )
+
+
+def stage_depths(blocks: int, depth: int, at_once: float) -> list[int]:
+    """The depths of a gradual cut: at most this share of the blocks goes at a time, one at least.
+
+    >>> stage_depths(12, 4, 0.34)
+    [8, 6, 4]
+    """
+    depths = [blocks]
+    while depths[-1] > depth:
+        depths.append(max(depth, depths[-1] - max(1, int(at_once * depths[-1]))))
+    return depths[1:]
+
+
+def fewer_blocks(
+    context: Context, model: Recommender, now: Trial, last: tuple[int, ...], depth: int
+) -> tuple[int, ...]:
+    """Which of the blocks that a model has stay at a depth.
+
+    Those of the least importance to it go; where no score chooses, those that the ``last`` stage
+    has not, from the last one on.
+    """
+    select, users = settings_of(context.study, now.method).select, context.validation
+    if select == "greedy":
+        places = greedy(model.eval(), users, device=context.device).kept(depth)
+    elif select == "angular":
+        angular = similarities(model.eval(), users, device=context.device).angular
+        places = outside(nearest_spans(angular, len(now.kept) - depth)[0], len(now.kept))
+    else:
+        spare = [block for block in now.kept if block not in last][: depth - len(last)]
+        return tuple(sorted({*last, *spare}))
+    return tuple(now.kept[place] for place in places)
+
+
+def in_turn(stages: list[Fit]) -> Fit:
+    """Trainings that followed each other, as one; its best epoch is the last one's."""
+    last = stages[-1]
+    return replace(
+        last,
+        epochs=sum(each.epochs for each in stages),
+        steps=sum(each.steps for each in stages),
+        seconds=sum(each.seconds for each in stages),
+        tuning_seconds=sum(each.tuning_seconds for each in stages),
+        best_epoch=sum(each.epochs for each in stages[:-1]) + last.best_epoch,
+        losses=[loss for each in stages for loss in each.losses],
+        scores=[score for each in stages for score in each.scores],
+        reused=all(each.reused for each in stages),
+        resumed_at=[step for each in stages for step in each.resumed_at],
+        threads=[count for each in stages for count in each.threads],
+    )
 
 
 def _as_it_came(context: Context, trial: Trial) -> Result:
@@ -116,14 +214,15 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
     weights = settings.distillation
     teacher, seconds = teacher_for(context, trial)
     from_teacher = weights.init == "teacher"
-    student = _cut_teacher(context, trial) if from_teacher else context.new_recommender(trial)
+    student = _begin(context, trial, from_teacher=from_teacher)
     student.train()
     torch.manual_seed(trial.seed)
     spec, goal = spec_of(settings, trial), None
     if spec is not None and spec.vectors:
         goal = context.teacher(trial.seed, trial.blocks).item_matrix().detach()
     distiller = objective_of(settings, student, settings.recipe, teacher, goal).to(context.device)
-    if teacher is not None or from_teacher or settings.select in TEACHER_SELECTIONS:
+    chosen_by = settings.select in TEACHER_SELECTIONS or settings.width < 1
+    if teacher is not None or from_teacher or chosen_by:
         seconds += _seconds_of_teacher(context, trial)
     return train_recommender(context, trial, student, distiller, teacher_seconds=seconds)
 
@@ -198,8 +297,10 @@ def objective_of(
     if kind == "elastic":
         return ElasticObjective(cast("Recommender", model), settings.elastic, recipe)
     if kind == "distillation":
-        student = cast("Recommender", model)
-        return Distiller(student, settings.distillation, recipe, teacher, goal_items=goal_items)
+        student, losses = cast("Recommender", model), settings.distillation
+        # no more groups than blocks with weights of their own, of which the teacher has more
+        losses = replace(losses, groups=min(losses.groups, student.depth // settings.loops))
+        return Distiller(student, losses, recipe, teacher, goal_items=goal_items)
     return NextItem(model, recipe)
 
 
@@ -209,11 +310,13 @@ def train(
     objective: nn.Module,
     recipe: Recipe,
     validate: Callable[[], float],
+    *,
+    stage: int | None = None,
 ) -> Fit:
     """Train on the run's windows, and leave the weights with the best validation score.
 
     Of several learning rates seed 0 tries each, from the same weights; another seed takes the one
-    that was best there.
+    that was best there. A trial of several trainings numbers its stages.
 
     Raises:
         DivergedError: if the loss is not finite, with every learning rate.
@@ -248,7 +351,7 @@ def train(
                     device=context.device,
                     positions=positions,
                     track=track,
-                    checkpoint=context.checkpoint(trial, rate if several else None),
+                    checkpoint=context.checkpoint(trial, rate if several else None, stage),
                     result=result,
                 )
         except DivergedError as error:
@@ -286,10 +389,30 @@ def _with_blocks(context: Context, trial: Trial) -> Trial:
     return trial
 
 
-def _cut_teacher(context: Context, trial: Trial) -> Recommender:
+def _begin(context: Context, trial: Trial, *, from_teacher: bool) -> Recommender:
+    """The trial's model before its training: cut out of the teacher, or of the backbone."""
+    settings = settings_of(context.study, trial.method)
+    scores = None if settings.width == 1 or settings.fresh else _unit_scores(context, trial)
+    if not from_teacher:
+        return context.new_recommender(trial, scores)
     model = context.trained(full_trial(TEACHER, trial.seed, trial.blocks))
     keep_blocks(model.backbone, trial.kept)
+    reshape(model.backbone, Shape(settings.width, settings.loops, scores))
     return model
+
+
+def _unit_scores(context: Context, trial: Trial) -> UnitScores:
+    """What the channels and heads of the trial's blocks matter to the trained teacher."""
+    settings = settings_of(context.study, trial.method)
+    teacher = context.teacher(trial.seed, trial.blocks)
+    scores = unit_scores(
+        teacher,
+        plan_narrowing(teacher.backbone, settings.width),
+        context.training,
+        by=settings.importance,
+        device=context.device,
+    )
+    return {kind: each[list(trial.kept)] for kind, each in scores.items()}
 
 
 def _seconds_of_teacher(context: Context, trial: Trial) -> float:
@@ -337,9 +460,9 @@ def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
         losses = settings.distillation
         compared = len(lengths) if losses.positions == "last" else positions
         followed = compared if losses.logits and not losses.top else 0
-        inner = min(losses.groups, model.depth) - 1 if losses.supervision else 0
+        inner = min(losses.groups, trial.depth) - 1 if losses.supervision else 0
         scored = positions * bool(losses.ce) + followed + inner * len(lengths)
-    return epoch_flops(model, lengths, scored=scored, known=context.products[trial.kept])
+    return epoch_flops(model, lengths, scored=scored, known=context.known_products(trial))
 
 
 def _flops(
@@ -347,7 +470,7 @@ def _flops(
 ) -> int | None:
     """FLOPs of a user with the median history of the test."""
     length = int(np.median(model.positions(context.test.histories)))
-    known = context.products[trial.kept]
+    known = context.known_products(trial)
     return _counted(lambda: flops_per_user(model, length, depth=depth, known=known))
 
 

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM as Llama
 from depthprobe.errors import BadInput
 from depthprobe.models import cutting
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.cutting import cut_config, keep_blocks
+from depthprobe.models.cutting import cut_config, keep_blocks, loop_blocks, unshare_blocks
 from depthprobe.models.families import family_config
 from depthprobe.models.parts import check_readable, find_sublayers
 from depthprobe.models.prompt import cache_argument
@@ -432,3 +432,85 @@ def test_a_config_that_comes_back_as_another_is_refused(make_model, monkeypatch)
     with pytest.raises(ValueError, match="sliding"):
         keep_blocks(model, (0, 1, 2, 3))
     assert len(find_blocks(model)) == 6
+
+
+# --- blocks applied again ------------------------------------------------------------------------
+
+
+def in_turn(model, ids, times):
+    """The last state of the model when its blocks are run again and again, by a naive loop."""
+    blocks = find_blocks(model)
+    stack = torch.nn.ModuleList(copy.deepcopy(block) for _ in range(times) for block in blocks)
+    for index, block in enumerate(stack):
+        for module in block.modules():
+            for name, value in vars(module).items():
+                if name in {"layer_idx", "layer_id"} and isinstance(value, int):
+                    setattr(module, name, index)
+    deep = copy.deepcopy(model)
+    deep.model.layers = stack
+    deep.config.num_hidden_layers = len(stack)
+    if getattr(deep.config, "layer_types", None):
+        deep.config.layer_types = list(deep.config.layer_types) * times
+    return logits(deep, ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_looped_blocks_are_the_blocks_in_turn(make_model, ids, tmp_path, name):
+    model = keep_blocks(make_model(name), [0, 1, 2, 5])
+    goal, size = in_turn(model, ids, 3), sum(p.numel() for p in model.parameters())
+    loop_blocks(model, 3)  # twelve blocks, of a model that had six
+    assert len(find_blocks(model)) == model.config.num_hidden_layers == 12
+    assert torch.equal(logits(model, ids), goal)
+    assert sum(p.numel() for p in model.parameters()) == size
+    torch.testing.assert_close(cached(model, ids), goal, rtol=1e-9, atol=1e-9)
+    unshare_blocks(model)
+    assert torch.equal(logits(model, ids), goal)
+    model.save_pretrained(tmp_path)
+    again, said = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=model.dtype, output_loading_info=True
+    )
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    assert torch.equal(logits(again.eval(), ids), goal)
+
+
+def test_a_gradient_of_looped_blocks_is_the_sum_over_their_turns(make_model, ids):
+    model = keep_blocks(make_model("llama"), [0, 1])
+    loop_blocks(model, 2)
+    apart = unshared(model)
+    for each in (model, apart):
+        each(ids, use_cache=False).logits.square().mean().backward()
+    names = dict(apart.named_parameters())
+    for name, weight in model.named_parameters():
+        own = names[name].grad
+        if ".layers." in name:
+            number = int(name.split(".layers.")[1].split(".")[0])
+            own = own + names[name.replace(f".layers.{number}.", f".layers.{number + 2}.")].grad
+        torch.testing.assert_close(weight.grad, own, rtol=1e-10, atol=1e-12)
+
+
+def unshared(model):
+    other = copy.deepcopy(model)
+    unshare_blocks(other)
+    return other
+
+
+@pytest.mark.parametrize("name", ["gpt2_scaled", "gemma3n_text"])
+def test_blocks_that_know_their_place_cannot_be_looped(make_model, name):
+    model = make_model(name)
+    depth = len(find_blocks(model))
+    with pytest.raises(BadInput, match="cannot be applied again|cannot be cut"):
+        loop_blocks(model, 2)
+    assert len(find_blocks(model)) == depth
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2"])
+def test_kinds_of_blocks_are_repeated_in_their_order(make_model, ids, name):
+    model = make_model(name)
+    kinds = model.config.layer_types
+    loop_blocks(model, 2)
+    assert model.config.layer_types == kinds * 2
+    unshare_blocks(model)
+    twin = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).eval()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits(twin, ids), logits(model, ids))

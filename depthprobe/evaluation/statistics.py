@@ -63,6 +63,27 @@ def ratio_interval(candidate: Any, reference: Any, *, level: float = LEVEL) -> I
     return _interval(ratio, (one - ratio * other) / bottom, level, positive=positive)
 
 
+def interaction_interval(
+    one: Any, other: Any, both: Any, reference: Any, *, level: float = LEVEL
+) -> Interval:
+    """What two changes lose together beyond the sum of what each loses alone, paired.
+
+    A loss is a share of the reference's mean, ``1 - mean(x) / mean(reference)``. So this is
+    ``mean(one + other - both - reference) / mean(reference)``: 0 where the losses add up, above 0
+    where one change costs more once the other one is made.
+
+    Raises:
+        ValueError: if the reference's mean is 0.
+    """
+    first, second, joint, base = as_arms([one, other, both, reference])
+    bottom = base.mean()
+    if not bottom:
+        raise ValueError("the reference's mean is 0: a ratio to it has no meaning")
+    contrast = first + second - joint - base
+    share = contrast.mean() / bottom
+    return _interval(share, (contrast - share * base) / bottom, level)
+
+
 def mean_intervals(values: Any, *, level: float = LEVEL) -> list[Interval]:
     """Mean of each of M per-user quantities, (U, M)."""
     (table,) = as_arms([values])

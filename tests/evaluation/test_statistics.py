@@ -9,6 +9,7 @@ from scipy import stats
 from depthprobe.evaluation.statistics import (
     Spread,
     difference_interval,
+    interaction_interval,
     mean_interval,
     mean_intervals,
     median_ratio,
@@ -125,6 +126,48 @@ def test_coverage_with_and_without_luck_of_seeds(luck: float) -> None:
             difference.low <= -0.1 <= difference.high,
         ]
     assert ((covered / worlds >= 0.915) & (covered / worlds <= 0.985)).all(), covered / worlds
+
+
+def test_losses_that_add_up_have_no_interaction() -> None:
+    one, other = REFERENCE - 0.2, REFERENCE * 0.9
+    found = interaction_interval(one, other, one + other - REFERENCE, REFERENCE)
+    assert (found.value, found.low, found.high) == pytest.approx((0, 0, 0), abs=1e-12)
+    # of means 4, 3, 2 and, of both, 0: losses of 1 and 2 quarters, together of 4 and not 3
+    by_hand = interaction_interval([3.0, 3.0], [2.0, 2.0], [0.0, 0.0], [4.0, 4.0])
+    assert by_hand.value == pytest.approx(0.25)
+    # other users, and not only these, may lose less by both: no bound at 0
+    rare = np.zeros(50)
+    rare[0] = 1
+    assert interaction_interval(rare, 1 + 0 * rare, 0 * rare, 1 + 0 * rare).low < 0
+
+
+def test_an_interaction_is_the_ratio_of_its_contrast() -> None:
+    """The same as :func:`ratio_interval` of the four arms' contrast, where that is never below 0."""
+    draw = np.random.default_rng(2)
+    one, other, both = (CANDIDATE - draw.gamma(1, size=(3, 200)) for _ in range(3))
+    found = interaction_interval(one, other, both, REFERENCE)
+    expected = ratio_interval(one + other - both - REFERENCE, REFERENCE)
+    assert found == expected
+    with pytest.raises(ValueError, match="mean is 0"):
+        interaction_interval(one, other, both, 0 * REFERENCE)
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.05])
+@pytest.mark.parametrize("luck", [0.0, 0.03])
+def test_coverage_of_an_interaction(truth: float, luck: float) -> None:
+    """Three seeds of four arms. Quantised arms share the luck of their source; trained ones none."""
+    draw, worlds, covered = np.random.default_rng(17), 800, 0
+    for _ in range(worlds):
+        shared = 0.1 * draw.normal(size=(2, 3, 1))  # of the teacher and of the shallow model
+        own = luck * draw.normal(size=(4, 3, 1))
+        teacher = draw.gamma(2.0, 0.5, size=200) + shared[0]  # mean 1
+        shallow = 0.9 * teacher - shared[0] + shared[1] + draw.normal(0, 0.1, size=(3, 200))
+        lost = draw.exponential(0.02, size=(2, 3, 200))
+        more = truth * draw.gamma(1.0, 1.0, size=200)
+        arms = (shallow, teacher - lost[0], shallow - lost[1] - more, teacher)
+        found = interaction_interval(*(arm + each for arm, each in zip(arms, own, strict=True)))
+        covered += found.low <= truth <= found.high
+    assert 0.92 <= covered / worlds <= 0.99, covered / worlds
 
 
 def test_median_of_rounds_lies_between_order_statistics() -> None:

@@ -47,6 +47,7 @@ class Trial:
     place: int | None = None
     #: how many whole blocks take as much as what is left of the blocks may take, some in part.
     budget: int | None = None
+    of: str | None = None  #: the trial whose trained model it is a variant of.
 
     @property
     def depth(self) -> int:

@@ -40,6 +40,16 @@ class Tile(NamedTuple):
     note: str = ""
 
 
+class Quantized(NamedTuple):
+    """What is recommended with its weights in fewer bits, against itself before that."""
+
+    trial: str
+    kept: Interval  # share of its own headline metric
+    bytes: float | None  # share of its own
+    latency: Interval | None  # times faster for one user
+    command: str
+
+
 @dataclass(frozen=True)
 class Answer:
     """The first screen. What was not measured is None; the sentences say nothing beyond this."""
@@ -53,6 +63,7 @@ class Answer:
     users: int  # tested
     command: str = ""  # that exports what is recommended
     trial: str = ""  # which that is; empty where nothing is
+    quantized: Quantized | None = None  # the same in fewer bits, where it was measured
     method: str | None = None  # of the sufficient depth, else of the best candidate
     depth: int | None = None
     kept: Interval | None = None  # share of the teacher's headline metric
@@ -107,12 +118,14 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
         details = [f"Best candidate: {what}. It {keeps}", details[-1]]
     if any(other.lower > 1 for other in sufficiency.rows):
         details.append("The teacher is undertrained: a shallower model is more accurate.")
+    trial = _best_trial(summary, ship) if ship else ""
+    smaller = _quantized(summary, ship, trial) if ship else None
+    lines = (advice, " ".join(filter(None, details)), saves.strip())
     return Answer(
-        verdict, (advice, " ".join(filter(None, details)), saves.strip()), tiles,
+        verdict, (*lines, _smaller(summary, smaller)) if smaller else lines, tiles,
         caveats(summary, point), summary.margin, blocks, teacher.users,
-        _export(summary, ship) if ship else "", _best_trial(summary, ship) if ship else "",
-        point.method, point.depth, row.kept, share, point.speed.get("inference"),
-        point.speed.get("training"), ratio,
+        _export(summary, ship) if ship else "", trial, smaller, point.method, point.depth,
+        row.kept, share, point.speed.get("inference"), point.speed.get("training"), ratio,
     )  # fmt: skip
 
 
@@ -193,8 +206,43 @@ def _export(summary: Summary, point: Point) -> str:
     """The command that exports a point's best trial; empty for what can't be exported."""
     if point.info.exportable is None and point.method != SASREC:
         return ""
-    which = [str(summary.run.path), _best_trial(summary, point)]
-    return f"depthprobe export {shell_line(which)} DIR"
+    return _export_trial(summary, _best_trial(summary, point))
+
+
+def _export_trial(summary: Summary, trial: str) -> str:
+    return f"depthprobe export {shell_line([str(summary.run.path), trial])} DIR"
+
+
+def _quantized(summary: Summary, ship: Point, trial: str) -> Quantized | None:
+    """Of the quantised models made of a trial the smallest within the margin, by its mean.
+
+    Else the most accurate one.
+    """
+    found = [
+        (kept, point)
+        for point in summary.quantized(ship)
+        if trial in point.of and (kept := summary.against(point, ship)) is not None
+    ]
+    if not found:
+        return None
+    near = [each for each in found if each[1].bytes and each[0].value >= 1 - summary.margin]
+    kept, best = (
+        min(near, key=lambda each: each[1].bytes or 0.0)
+        if near
+        else max(found, key=lambda each: each[0].value)
+    )
+    name = best.trials[best.of.index(trial)]
+    part = best.bytes / ship.bytes if best.bytes and ship.bytes else None
+    latency = summary.faster(best, ship, "latency")
+    return Quantized(name, kept, part, latency, _export_trial(summary, name))
+
+
+def _smaller(summary: Summary, of: Quantized) -> str:
+    """What a quantised model keeps and saves, as measured; that it suffices is not claimed."""
+    said = f"Quantized, as {of.trial}, it keeps {in_percent(of.kept)} of its {summary.headline}."
+    held = "" if of.bytes is None else f" It then has {percent(of.bytes, 0)} of its bytes."
+    faster = of.latency and f" For one user it is {formatting.times_faster(of.latency)}."
+    return f"{said}{held}{faster or ''} That this suffices is not tested."
 
 
 def _dearer(baseline: Point, point: Point) -> str:

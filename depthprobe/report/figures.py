@@ -7,8 +7,11 @@ returns its caption to the page, which a screen reader reads too; a run without 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,7 +30,7 @@ from depthprobe.formatting import (
     with_bounds,
 )
 from depthprobe.methods import INK, base_of, method_info, method_order
-from depthprobe.report import drawing
+from depthprobe.report import drawing, front
 from depthprobe.report.block_figures import (
     ablation_changes,
     block_influence,
@@ -91,7 +94,7 @@ def curves(summary: Summary, metric: str, *, kept: bool = False) -> Curves:
     for method in shown_methods(summary):
         info = method_info(method)
         if info.role not in ("baseline", "teacher") and not (info.by_block or info.items_only):
-            for point in summary.of(method):
+            for point in (p for p in summary.of(method) if not p.levers):  # of depth alone
                 value = (point.ratio if kept else point.accuracy).get((FULL, metric))
                 if value is not None:
                     found.setdefault(method, []).append((point, value))
@@ -252,13 +255,15 @@ def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:
     Popularity and probes fall to nothing: in their range the differences could not be seen.
     """
     reach = [
-        value for p, value in measured if p.method != POPULARITY and p.info.role != "probe"
+        value for p, value in measured if p.method != POPULARITY and p.look.role != "probe"
     ] or [value for _, value in measured]
     bottom, below = drawing.own_range(ax, reach), dict[str, list[int]]()
     for point, value in measured:
         if value.value < bottom:
-            below.setdefault(point.info.label, []).append(point.depth)
-    depths = {name: ranges(found).replace("-", "\u2013") for name, found in below.items()}
+            below.setdefault(point.look.label, []).append(point.depth)
+    depths = {
+        name: ranges(sorted({*found})).replace("-", "\u2013") for name, found in below.items()
+    }
     popular = method_info(POPULARITY).label  # has no depth
     words = [name if name == popular else f"{name} {found}" for name, found in depths.items()]
     said = re.sub(",(?! )", ", ", ", ".join(words))
@@ -268,72 +273,65 @@ def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:
 # --- accuracy against what it costs, and how much faster a shallower model is ----------------
 
 COSTS = {
+    "bytes": ("size", "bytes of the weights"),
     "parameters": ("parameters", "parameters in all"),
-    "inference": ("inference time", "milliseconds a batch, encoding and scoring"),
-    "training": ("training time", "milliseconds a training step"),
+    "latency": ("latency", "milliseconds for one user alone"),
+    "inference": ("time a user in batches", "milliseconds a user, {} together"),
+    "training": ("training time", "seconds of training, the teacher's included"),
 }
-
-
-def priced(summary: Summary, cost: str, metric: str | None = None) -> list[Point]:
-    """Points with an accuracy and a cost; popularity and most probes are not on offer."""
-    shown = set(shown_methods(summary)) - {POPULARITY}
-    return [
-        point
-        for point in summary.points
-        if point.method in shown
-        and point.on_offer
-        and point.cost(cost)
-        and point.value(metric or summary.headline) is not None
-    ]
-
-
-def pareto_front(points: Iterable[Point], cost: str, metric: str) -> list[Point]:
-    """Points that no other one beats: all cheaper ones are less accurate. Cheapest first."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost(cost) or 0, -mean(p, metric))):
-        if not front or mean(point, metric) > mean(front[-1], metric):
-            front.append(point)
-    return front
+# of models that pull a lever beside depth, in the order of the levers' names
+LEVER_MARKERS = ("s", "D", "^", "v", "P", "X", "<", ">", "p", "h")
 
 
 @figure(
     "pareto",
-    accuracy_vs_parameters={"cost": "parameters"},
+    accuracy_vs_size={"cost": front.SIZE},
+    accuracy_vs_latency={"cost": "latency"},
     accuracy_vs_inference_time={"cost": "inference"},
     accuracy_vs_training_time={"cost": "training"},
 )
 def accuracy_vs_cost(
-    ax: Axes, summary: Summary, *, cost: str = "parameters", metric: str | None = None
+    ax: Axes, summary: Summary, *, cost: str = front.SIZE, metric: str | None = None
 ) -> str:
-    """Accuracy against "parameters", "inference" or "training" time, with the Pareto front.
+    """Share of the teacher's accuracy against a cost: every model and lever, with the Pareto front.
 
-    Vertical bars are 95 % intervals of accuracy, horizontal bars the quartiles of the timing
-    rounds. A number beside a point of the front is its depth.
+    ``cost`` is "size" (bytes, or parameters where those were not counted), "parameters", "latency"
+    (one user), "inference" (a user's part of a batch) or "training". Vertical bars are 95 %
+    intervals, horizontal bars the quartiles of the timing rounds. A hollow marker is a model that
+    pulls a lever beside depth; a thin line joins it with the same model without. Beside a model of
+    the front stand its depth and levers. Without a teacher it is the accuracy itself.
     """
-    metric, (name, label) = metric or summary.headline, COSTS[cost]
-    points = priced(summary, cost, metric)
+    metric, cost = metric or summary.headline, front.cost_named(summary, cost)
+    (name, label), points = COSTS[cost], front.priced(summary, cost, metric)
     need(len(points) > 1, summary, f"the {name} of two models")
-    for method in dict.fromkeys(point.method for point in points):
-        own = [point for point in points if point.method == method]
-        spread = [point.time[cost] for point in own if cost in point.time]
-        drawing.draw_series(
-            ax, [point.cost(cost) or 0 for point in own],
-            [point.accuracy[FULL, metric] for point in own], method_info(method),
-            tips=[_priced_words(point, cost, metric) for point in own],
-            xerr=drawing.bars(spread) if spread else None, linestyle="none",
-        )  # fmt: skip
-    front = pareto_front(points, cost, metric)
-    places = [(point.cost(cost) or 0, mean(point, metric)) for point in front]
+    kept = summary.teacher is not None
+    values = [
+        (point, scaled(value, 100 if kept else 1))
+        for point in front.offered(summary, metric)
+        if (value := front.reached(summary, point, metric)) is not None
+    ]
+    prices = {point.trials: front.price(summary, point, cost) for point in points}
+    drawn = [(point, value) for point, value in values if point.trials in prices]
+    places = {point.trials: (prices[point.trials].value, value.value) for point, value in drawn}
+    _draw_priced(ax, drawn, prices, cost)
+    for point in points:
+        without = front.without_last(summary, point)
+        if without is not None and without.trials in places:
+            ends = zip(places[without.trials], places[point.trials], strict=True)
+            ax.plot(*ends, color=point.look.colour, linewidth=0.7, alpha=0.55, zorder=1)
+    best = front.pareto_front(summary, cost, metric)
     ax.plot(
-        *zip(*places, strict=True), drawstyle="steps-post", color=INK, linewidth=1, alpha=0.4,
-        zorder=1, label="Pareto front" if len(front) > 1 else "_alone",
+        *zip(*(places[point.trials] for point in best), strict=True), drawstyle="steps-post",
+        color=INK, linewidth=1, alpha=0.4, zorder=1,
+        label="Pareto front" if len(best) > 1 else "_alone",
     )  # fmt: skip
-    for point, place in zip(front, places, strict=True):
-        if point.depth:  # above and left of a point of the front there is no other point
-            ax.annotate(
-                str(point.depth), place, (-5, 4), textcoords="offset points", ha="right", fontsize=8
-            )
-    costs = [point.cost(cost) or 0 for point in points]
+    for point in best:
+        # above and left of a point of the front there is no other point
+        words = ", ".join((*[str(point.depth)] * (point.depth > 0), *point.levers))
+        ax.annotate(
+            words, places[point.trials], (-5, 4), textcoords="offset points", ha="right", fontsize=8
+        )
+    costs = [each.value for each in prices.values()]
     if max(costs) >= 4 * min(costs):
         ax.set_xscale("log")
         ax.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
@@ -341,20 +339,51 @@ def accuracy_vs_cost(
     else:
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: round_count(value)))
-    cut = _cut_off(ax, [(point, point.accuracy[FULL, metric]) for point in points])
-    ax.set_xlabel(label)
-    drawing.finish(ax, f"{metric} against {name}")
+    cut = _cut_off(ax, values)
+    ax.set_xlabel(label.format(front.batch_of(summary)))
+    if kept:
+        drawing.percent_axis(ax.yaxis)
+    drawing.finish(ax, f"{metric} {'kept, ' if kept else ''}against {name}")
+    what = f"Share of the teacher's {metric}" if kept else metric
     return (
-        f"{metric} against {name}. On the means, no other model is both cheaper and more accurate "
-        f"than these: {', '.join(point.name for point in front)}.{cut}"
-        f"{without_bar(point.accuracy[FULL, metric] for point in points)}"
+        f"{what} against {name}. On the means, no other model is both cheaper and more accurate "
+        f"than these: {'; '.join(point.name for point in best)}."
+        f"{front.cheapest_words(summary, cost)}{cut}{without_bar(value for _, value in drawn)}"
     )
 
 
-def _priced_words(point: Point, cost: str, metric: str) -> str:
-    number = point.cost(cost) or 0
-    price = f"{significant(number)} ms" if cost in point.time else f"{count(number)} parameters"
-    return f"{point.name}: {with_bounds(point.accuracy[FULL, metric])}, {price}"
+def _draw_priced(
+    ax: Axes,
+    drawn: Sequence[tuple[Point, Interval]],
+    prices: Mapping[tuple[str, ...], Interval],
+    cost: str,
+) -> None:
+    """A series for each method and its levers; the legend names methods and levers apart."""
+    series: dict[tuple[str, tuple[str, ...]], list[tuple[Point, Interval]]] = {}
+    for point, value in drawn:
+        series.setdefault((point.plain, point.levers), []).append((point, value))
+    pulled = sorted({levers for _, levers in series if levers}, key=lambda own: (len(own), own))
+    markers = dict(zip(pulled, itertools.cycle(LEVER_MARKERS), strict=False))
+    timed, named = cost in ("latency", "inference"), set[str]()
+    unit = {"latency": "ms", "inference": "ms a user", "training": "s"}.get(cost, cost)
+    for (method, levers), own in series.items():
+        look, hollow, own_prices = method_info(method), {}, [prices[p.trials] for p, _ in own]
+        if levers:
+            look, hollow = replace(look, marker=markers[levers]), {"markerfacecolor": "white"}
+        numbers = [(significant if timed else count)(each.value) for each in own_prices]
+        tips = [
+            f"{point.name}: {with_bounds(value, 1 if value.value > 2 else 4)}, {number} {unit}"
+            for (point, value), number in zip(own, numbers, strict=True)
+        ]
+        drawing.draw_series(
+            ax, [each.value for each in own_prices], [value for _, value in own], look, tips=tips,
+            xerr=drawing.bars(own_prices) if timed else None, linestyle="none",
+            label="_again" if method in named else look.label, **hollow,
+        )  # fmt: skip
+        named.add(method)
+    for levers, marker in markers.items():  # as a series of no points: legends list those last
+        options: dict[str, Any] = {"color": MUTED, "markerfacecolor": "white", "linestyle": ""}
+        ax.errorbar([], [], marker=marker, label=", ".join(levers), **options)
 
 
 KINDS = {

@@ -26,7 +26,7 @@ from depthprobe.evaluation.statistics import (
 )
 from depthprobe.evaluation.sufficiency import Sufficiency, sufficient_depth
 from depthprobe.methods import Method, method_info, method_order
-from depthprobe.study import is_candidate, override
+from depthprobe.study import Variant, is_candidate, override
 
 if TYPE_CHECKING:
     from depthprobe.runs.records import Record
@@ -70,6 +70,10 @@ class Point:
     ratio: Mapping[tuple[str, str], Interval] = field(repr=False)  # the same, over the teacher's
     time: Mapping[str, Interval] = field(repr=False)  # median and quartiles, in ms
     speed: Mapping[str, Interval] = field(repr=False)  # the teacher's time over this one's
+    of: tuple[str, ...] = ()  # of a quantised model: the trials that it is made of, by seed
+    levers: tuple[str, ...] = ()  # beside depth, as they were pulled: "narrow", "int8"
+    bytes: float | None = field(repr=False, default=None)  # of the weights as they are held
+    training: float | None = field(repr=False, default=None)  # seconds, of all that it takes
 
     @property
     def info(self) -> Method:
@@ -85,13 +89,25 @@ class Point:
     def on_offer(self) -> bool:
         """Whether it is a model that could be served, not only a way to look at the teacher."""
         info = self.info
-        return info.role != "probe" or info.candidate or bool(info.exportable and not info.by_block)
+        served = info.role != "probe" or info.candidate or bool(self.of)
+        return served or bool(info.exportable and not info.by_block)
+
+    @property
+    def plain(self) -> str:
+        """Its method without the levers: "heal" of "int8:heal:narrow"."""
+        return ":".join(part for part in self.method.split(":") if part not in self.levers)
+
+    @property
+    def look(self) -> Method:
+        """The record of its method without the levers."""
+        return method_info(self.plain)
 
     @property
     def name(self) -> str:
-        """As captions and columns name it: "distilled 4", "SASRec"."""
-        label = self.info.label
-        return label if self.info.role == "baseline" else f"{label} {self.depth}"
+        """As captions and columns name it: "distilled 4", "SASRec", "healed 4, narrow, int8"."""
+        label = self.look.label
+        depth = label if self.info.role == "baseline" else f"{label} {self.depth}"
+        return ", ".join((depth, *self.levers))
 
     def of_seeds(self, seeds: Iterable[int]) -> tuple[str, ...]:
         """The trials of some of its seeds, in their order."""
@@ -108,7 +124,9 @@ class Point:
         return None if ratio is None else less_one(ratio)
 
     def cost(self, name: str) -> float | None:
-        """Total parameters, or median milliseconds of a kind of time; None if unknown."""
+        """Parameters, bytes, seconds of training, or ms of a kind of time; None if unknown."""
+        if name in ("bytes", "training"):
+            return self.bytes if name == "bytes" else self.training
         if name == "parameters":
             return self.parameters.get("total")
         return self.time[name].value if name in self.time else None
@@ -212,6 +230,7 @@ def _make_point(
     records: Mapping[str, Record],
     metrics: Sequence[str],
     level: float,
+    variants: Mapping[str, Variant],
 ) -> Point:
     """The point of some trials that differ in their seed alone."""
     first, own = rows.iloc[0], _by_seed(rows)
@@ -238,10 +257,52 @@ def _make_point(
         if change is not None and change.ratio is not None:
             ratio[key] = change.ratio
     time, speed = _timing(own, reference, records)
+    known = [records[trial] for trial in own.values() if trial in records]
+    took = [_trained(r, records, records.get(teacher.get(r.seed, ""))) or 0.0 for r in known]
+    sizes = [size for r in known if r.costs and (size := r.costs.bytes.get("total"))]
+    of = tuple(record.of for record in known if record.of)
     return Point(
         method, int(first["depth"]), kept, removed, tuple(own.values()), tuple(own),
         ranks.users(own.values()), parameters, accuracy, ratio, time, speed,
+        of, _levers(method, variants, quantized=bool(of)), max(sizes, default=None),
+        float(np.mean(took)) if took and all(took) else None,
     )  # fmt: skip
+
+
+def _levers(method: str, variants: Mapping[str, Variant], *, quantized: bool) -> tuple[str, ...]:
+    """What makes a model smaller beside its depth: its variant's width or loops, its numbers."""
+    lever, _, source = method.partition(":") if quantized else ("", "", method)
+    name = source.partition(":")[2]
+    reshaped = name in variants and variants[name].reshapes
+    return tuple(filter(None, (name if reshaped else "", lever)))
+
+
+def _trained(record: Record, records: Mapping[str, Record], teacher: Record | None) -> float | None:
+    """Seconds of the trainings behind a model: its own or its source's, and the teacher's.
+
+    Steps times the measured step, as far as that was timed; for trainings that run side by side
+    share the machine, and their clock is no measure. The teacher counts where it is needed.
+    """
+    if record.of is not None:
+        source = records.get(record.of)
+        return _trained(source, records, teacher) if source else None
+    training = record.training
+    if training is None or training.teacher_seconds:
+        needed = training is not None or TEACHER in method_info(record.method).needs
+        if not needed or teacher is None or teacher is record:
+            return None
+        own, theirs = _seconds(record), _seconds(teacher)
+        clock = teacher.training.seconds if teacher.training else 0.0
+        features = max(0.0, training.teacher_seconds - clock) if training else 0.0
+        return own + features + theirs
+    return _seconds(record)
+
+
+def _seconds(record: Record) -> float:
+    rounds = _rounds(record, TIMES["training"])
+    if record.training is None:
+        return 0.0
+    return record.training.steps * float(np.median(rounds)) if rounds else record.training.seconds
 
 
 def _by_seed(rows: pd.DataFrame) -> Group:
@@ -323,6 +384,27 @@ class Summary:
             return None
         return self.candidates[found.method, found.depth]
 
+    def source(self, point: Point) -> Point | None:
+        """The point that a quantised one is made of."""
+        return next((p for p in self.points if not p.of and set(p.trials) & {*point.of}), None)
+
+    def quantized(self, point: Point) -> tuple[Point, ...]:
+        """The quantised ones that are made of a point."""
+        return tuple(p for p in self.points if set(p.of) & {*point.trials})
+
+    def share(self, point: Point, metric: str | None = None) -> Interval | None:
+        """Of the teacher's metric; None where it has none. The teacher's own is 1."""
+        own = point.value(metric or self.headline)
+        if point.method == TEACHER and own is not None and own.value:
+            return Interval(1.0, 1.0, 1.0)
+        return point.ratio.get((FULL, metric or self.headline))
+
+    def faster(self, one: Point, other: Point, kind: str) -> Interval | None:
+        """How many times faster one point is than another, over the seeds of both."""
+        records = {record.id: record for record in self.run.records}
+        first, second = (dict(zip(p.seeds, p.trials, strict=True)) for p in (one, other))
+        return _timing(first, second, records)[1].get(kind)
+
     def compare(
         self, one: Point, other: Point, inside: NDArray[np.bool_] | None = None
     ) -> Change | None:
@@ -384,7 +466,10 @@ def summarise(
     reference = next((rows for rows in groups if rows.iloc[0]["method"] == TEACHER), None)
     teaching = {} if reference is None else _by_seed(reference)
     metrics = tuple(dict.fromkeys((*METRICS, headline)))
-    made = [_make_point(rows, teaching, ranks, records, metrics, level) for rows in groups]
+    made = [
+        _make_point(rows, teaching, ranks, records, metrics, level, run.study.variants)
+        for rows in groups
+    ]
     points = sorted(made, key=lambda point: (method_order(point.method), _by_depth(point)))
     teacher = next((point for point in points if point.method == TEACHER), None)
     blocks = run.manifest.backbone.blocks

@@ -18,6 +18,7 @@ from depthprobe.report.answer import build_answer
 from depthprobe.report.controls import order_table, order_words, selection_table, untouched_table
 from depthprobe.report.drawing import FORMATS, NoData, rendered, save_figure
 from depthprobe.report.figures import FIGURES
+from depthprobe.report.front import front_table, interaction_table, interaction_words
 from depthprobe.report.numbers import Source, Summary, as_summary
 from depthprobe.report.reliance import reliance_table
 from depthprobe.report.result import make_result, write_result
@@ -29,7 +30,7 @@ from depthprobe.runs.records import check_places
 SECTIONS = (
     ("search", "The search for the depth", "Search", ("search",)),
     ("depth", "Accuracy against depth", "Depth", ("order", "prompt_only_sampled")),
-    ("pareto", "Accuracy against cost", "Cost", ()),
+    ("pareto", "Accuracy against cost: which lever first?", "Cost", ("front", "interaction")),
     ("blocks", "Block by block", "Blocks", ("left_out", "selections")),
     ("maps", "Spans of blocks", "Spans", ()),
     ("reliance", "How far cheap scores can be trusted", "Cheap scores", ("reliance",)),
@@ -72,6 +73,7 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
     page = environment().get_template("report.html.j2").render(
         summary=summary, answer=answer, sections=sections, figures=figures,
         tables=tables, order=order_words(summary)[0], searched=search_words(summary),
+        joint=interaction_words(summary),
         folder=folder, own=output is None,
         methods={base_of(point.method) for point in summary.points},
         reproduce=shell_line(["depthprobe", "sweep", str(summary.run.path / "study.toml")]),
@@ -88,7 +90,15 @@ def folder_of(target: Path) -> Path | None:
 
 def tables_of(summary: Summary) -> dict[str, Table]:
     """The tables of a page that the run has data for, by name."""
-    makers = (reliance_table, order_table, untouched_table, selection_table, search_table)
+    makers = (
+        front_table,
+        interaction_table,
+        reliance_table,
+        order_table,
+        untouched_table,
+        selection_table,
+        search_table,
+    )
     others = (make(summary) for make in makers)
     return all_tables(summary) | {table.name: table for table in others if table is not None}
 
@@ -97,9 +107,8 @@ def report_words(run: Source, output: str | Path | None = None) -> str:
     """Write the report; returns what a terminal says of it: the first screen, and its path."""
     summary = as_summary(run)
     answer, page = build_answer(summary), build_report(summary, output)
-    return "\n".join(
-        filter(None, (*answer.lines, search_words(summary), answer.command, str(page)))
-    )
+    commands = answer.command, answer.quantized.command if answer.quantized else ""
+    return "\n".join(filter(None, (*answer.lines, search_words(summary), *commands, str(page))))
 
 
 def write_page(page: str, target: Path) -> Path:

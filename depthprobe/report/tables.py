@@ -158,7 +158,7 @@ def to_latex(table: Table) -> str:
 # --- the values of a point, and columns that several tables have -----------------------------
 
 
-def _values(point: Point, protocol: str = FULL) -> Values:
+def values_of(point: Point, protocol: str = FULL) -> Values:
     """All that was measured, by the names that CSV files have."""
     row: Values = {
         "method": point.method, "depth": point.depth, "kept": point.kept, "removed": point.removed,
@@ -182,7 +182,7 @@ def _time(point: Point | None, kind: str) -> Values:
     }  # fmt: skip
 
 
-def _milliseconds(head: str, kind: str) -> Column:
+def milliseconds(head: str, kind: str) -> Column:
     """Below a time, how many times faster than the teacher."""
 
     def text(row: Values) -> str:
@@ -232,8 +232,8 @@ def depth_table(run: Source, *, protocol: str = FULL) -> Table | None:
     if full:
         columns.append(("parameters", "parameters total", count))
         measured = [k for k in ("inference", "training") if any(k in p.time for p in points)]
-        columns += [_milliseconds(f"{kind}, ms", kind) for kind in measured]
-    rows = [_values(point, protocol) for point in points]
+        columns += [milliseconds(f"{kind}, ms", kind) for kind in measured]
+    rows = [values_of(point, protocol) for point in points]
     return make_table("methods" if full else "methods_sampled", rows, columns, group="method")
 
 
@@ -297,7 +297,7 @@ def cost_table(run: Source) -> Table | None:
     lines += [[point] * len(KINDS) for point in (summary.teacher, *summary.of(SASREC))]
     rows = []
     for line in lines:
-        row = _values(next(filter(None, line)))
+        row = values_of(next(filter(None, line)))
         for kind, point in zip(KINDS, line, strict=True):
             row |= _time(point, kind)
         rows.append(row)
@@ -317,7 +317,7 @@ def cost_table(run: Source) -> Table | None:
         ("of them in blocks", "parameters blocks", count),
     ]  # fmt: skip
     measured = [kind for kind in KINDS if by_kind[kind] or kind in summary.teacher.time]
-    columns += [_milliseconds(KINDS[kind], kind) for kind in measured]
+    columns += [milliseconds(KINDS[kind], kind) for kind in measured]
     return make_table("cost", rows, columns)
 
 
@@ -363,7 +363,7 @@ def _trained(summary: Summary, point: Point) -> Values:
     trials = summary.run.trials.reindex(columns=["trial", *SECONDS])
     own = trials[trials["trial"].isin(point.trials)]
     took = {name: float(own[column].mean()) for column, name in SECONDS.items()}
-    return _values(point) | took
+    return values_of(point) | took
 
 
 SECONDS = {"training_seconds": "training seconds", "training_teacher_seconds": "teacher seconds"}
@@ -376,7 +376,7 @@ def left_out_table(run: Source) -> Table | None:
     """
     summary = as_summary(run)
     name, points = summary.headline, [point for point in summary.points if point.info.by_block]
-    rows = [_values(point) for point in points if point.value(name)]
+    rows = [values_of(point) for point in points if point.value(name)]
     for row in rows:
         row["change"] = _change(row, f"{name} of teacher") or NOTHING
     columns: list[Column] = [
@@ -493,7 +493,7 @@ def lists_table(run: Source) -> Table | None:
             if len(values):
                 row[str(name)] = Interval(float(np.mean(values)), *ends)
         if row:
-            rows.append(_values(point) | row)
+            rows.append(values_of(point) | row)
     return make_table("lists", rows, columns)
 
 

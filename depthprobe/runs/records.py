@@ -224,9 +224,13 @@ class Rounds(Struct):
 
 
 class Costs(Struct):
-    """What a trial takes; ``flops_user`` is of a user with a median history."""
+    """What a trial takes; ``flops_user`` is of a user with a median history.
+
+    ``bytes`` are those of the weights as they are served, by the parts of ``parameters``.
+    """
 
     parameters: dict[str, int] = {}
+    bytes: dict[str, int] = {}
     flops_user: int | None = None
     prompt: str | None = None
     training: TrainingCosts | None = None
@@ -237,6 +241,7 @@ class Record(Struct, kw_only=True):
     """One trial, done or failed; or the table of a probe, which keeps no blocks of its own.
 
     Attributes:
+        of: the trial whose trained model it is a variant of.
         metrics: by split, protocol and name.
         seconds: that a table took.
         files: digests of the files beside the record.
@@ -246,6 +251,7 @@ class Record(Struct, kw_only=True):
     schema: int = SCHEMA
     id: str
     method: str
+    of: str | None = None
     kept: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
     depth: int = 0
@@ -360,6 +366,7 @@ def record_of(
     """The record of a trial, or of a task that leaves a table."""
     if isinstance(trial, Trial):
         more |= {"kept": trial.kept, "removed": trial.removed, "depth": trial.depth}
+        more["of"] = trial.of
     return Record(
         id=trial.id,
         method=trial.method,

@@ -142,7 +142,7 @@ def test_losses_that_add_up_have_no_interaction() -> None:
 
 
 def test_an_interaction_is_the_ratio_of_its_contrast() -> None:
-    """The same as :func:`ratio_interval` of the four arms' contrast, where that is never below 0."""
+    """The same as :func:`ratio_interval` of the contrast of the four arms."""
     draw = np.random.default_rng(2)
     one, other, both = (CANDIDATE - draw.gamma(1, size=(3, 200)) for _ in range(3))
     found = interaction_interval(one, other, both, REFERENCE)
@@ -155,7 +155,7 @@ def test_an_interaction_is_the_ratio_of_its_contrast() -> None:
 @pytest.mark.parametrize("truth", [0.0, 0.05])
 @pytest.mark.parametrize("luck", [0.0, 0.03])
 def test_coverage_of_an_interaction(truth: float, luck: float) -> None:
-    """Three seeds of four arms. Quantised arms share the luck of their source; trained ones none."""
+    """Three seeds; an arm shares the luck of the one it is made of, and may have its own."""
     draw, worlds, covered = np.random.default_rng(17), 800, 0
     for _ in range(worlds):
         shared = 0.1 * draw.normal(size=(2, 3, 1))  # of the teacher and of the shallow model

@@ -15,7 +15,7 @@ import pytest
 
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.report.numbers import Summary, summarise
-from depthprobe.runs.records import Costs, Manifest, Record
+from depthprobe.runs.records import Costs, Manifest, Record, Rounds, TrainingCosts
 from depthprobe.runs.store import Run
 from depthprobe.study import Study, override
 
@@ -24,11 +24,15 @@ BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
 FLOOR, TOP = 0.35, 2.2
 PARTS = ("drop-attention", "drop-mlp")
 TITLES = ("item-text", "item-text-linear")
-ONLY_ASKED = {*PARTS, "span", "readout", *TITLES}  # made only where they are asked for by name
+QUANTISED = ("int8:full", "int8:distill")
+# made only where they are asked for by name
+ONLY_ASKED = {*PARTS, "span", "readout", *TITLES, *QUANTISED}
 
 
 def strength(method: str, depth: int, removed: str) -> float:
     """Accuracy of the made-up methods, on a scale of 0 (chance) to `TOP` (the teacher)."""
+    if method in QUANTISED:  # which costs a shallower model more
+        return strength(method.partition(":")[2], depth, removed) - 0.3 / depth
     if method in {"popularity", "sasrec", "full"}:
         return {"popularity": FLOOR, "sasrec": 1.9, "full": TOP}[method]
     if method == "readout":
@@ -88,7 +92,7 @@ def planned() -> list[tuple[str, int, str, str]]:
     for method, depths in {
         "early-exit": range(1, BLOCKS), "readout": (0, BLOCKS), "finetune": (1, 2, 4, 8),
         "distill": (1, 2, 4), "random-init": (1, 2, 4, 12), TITLES[0]: (0, 4, 12),
-        TITLES[1]: (0, 1, 4, 12),
+        TITLES[1]: (0, 1, 4, 12), QUANTISED[0]: (12,), QUANTISED[1]: (1, 2, 4),
     }.items():  # fmt: skip
         plan += [(method, d, span(0, d - 1), span(d, top)) for d in depths]
     return plan
@@ -125,11 +129,15 @@ def make_run(
                 continue
             if method == "popularity" and seed:
                 continue
-            trial = f"{method}-{depth}-{removed or 'x'}-{seed}"
+            trial, of = f"{method}-{depth}-{removed or 'x'}-{seed}", None
+            if method in QUANTISED:
+                of = trial.removeprefix("int8:")
+                trial = f"{of}:int8"
             failed = (method, depth, seed) in set(failing)
             own = np.random.default_rng([seed, zlib.crc32(trial.encode())])
             row = _row(trial, method, depth, kept, removed, seed)
-            record = Record(id=trial, method=method, seed=seed, status="done", costs=Costs())
+            record = Record(id=trial, method=method, seed=seed, of=of, status="done")
+            record.costs = Costs(bytes=_bytes(row), training=_training(method, depth))
             if failed:
                 row |= {"status": "failed", "error": error, "parameters_total": np.nan}
                 record.status, record.costs = "failed", None
@@ -145,7 +153,8 @@ def make_run(
                     ranks.append(pd.DataFrame(ranked))
                     tidy += _metrics(trial, method, depth, seed, protocol, values)
                 if timing and (depth in {1, 2, 4, 8, 12} or method == "sasrec"):
-                    record.costs = msgspec.convert({"timing": _timing(method, depth)}, Costs)
+                    timing = _timing(method, depth)
+                    record.costs.timing = msgspec.convert(timing, dict[str, Rounds])
             rows.append(row)
             records.append(record)
     columns = ["trial", "user", "protocol", "rank"]
@@ -173,6 +182,22 @@ def _row(trial: str, method: str, depth: int, kept: str, removed: str, seed: int
     }  # fmt: skip
 
 
+def _bytes(row: dict[str, Any]) -> dict[str, int]:
+    """Four a weight, and of the blocks of a quantised model one."""
+    saved = 3 * row["parameters_blocks"] * (row["method"] in QUANTISED)
+    return {"total": 4 * row["parameters_total"] - saved}
+
+
+def _training(method: str, depth: int) -> TrainingCosts | None:
+    """A hundred steps a block; a student's teacher, with its features, took 900 seconds."""
+    if method not in {"sasrec", "full", "finetune", "distill", "random-init"}:
+        return None
+    teacher = 900.0 * (method == "distill")
+    return TrainingCosts(
+        epochs=3, steps=100 * (depth + 1), seconds=60.0 * (depth + 1), teacher_seconds=teacher
+    )
+
+
 def _metrics(
     trial: str, method: str, depth: int, seed: int, protocol: str, ranks: np.ndarray
 ) -> list[dict[str, Any]]:
@@ -189,7 +214,7 @@ def _metrics(
 
 def _timing(method: str, depth: int) -> dict[str, Any]:
     """Measured once a run: every seed's record holds the same rounds."""
-    size = depth + 0.6 if method != "sasrec" else 1.1
+    size = (depth + 0.6) * (1.3 if method in QUANTISED else 1) if method != "sasrec" else 1.1
     drift = np.random.default_rng(7).lognormal(0, 0.08, ROUNDS)  # the machine's, so shared
 
     def rounds(milliseconds: float) -> dict[str, list[float]]:
@@ -199,7 +224,7 @@ def _timing(method: str, depth: int) -> dict[str, Any]:
 
     extra = 1.07 if method == "distill" else 1.0
     found = {"encode": rounds(9.5 * size), "score": rounds(2.1), "latency": rounds(size + 0.4)}
-    trained = method not in {"early-exit", "skip"}
+    trained = method not in {"early-exit", "skip", *QUANTISED}
     return found | ({"train_step": rounds(31 * size * extra)} if trained else {})
 
 

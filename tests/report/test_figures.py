@@ -29,10 +29,9 @@ from depthprobe.report.figures import (
     kept_limits,
     kept_side_by_side,
     kept_vs_depth,
-    pareto_front,
-    priced,
     speed_vs_depth,
 )
+from depthprobe.report.front import pareto_front
 from depthprobe.report.numbers import FULL, Summary, summarise
 from depthprobe.report.tables import ablation_table
 
@@ -107,28 +106,26 @@ def test_panels_of_several_runs_share_one_scale(summary: Summary) -> None:
     assert {ax.get_title(loc="left") for ax in axes} == {summary.run.path.name}
 
 
-@pytest.mark.parametrize("cost", ["parameters", "inference", "training"])
+@pytest.mark.parametrize("cost", ["size", "parameters", "latency", "inference", "training"])
 def test_accuracy_vs_cost(summary: Summary, cost: str) -> None:
     ax = accuracy_vs_cost(summary, cost=cost)
     drawn = series(ax)
     assert {"SASRec", "teacher", "fine-tuned", "distilled", "random init"} <= set(drawn)
     assert "skip" not in drawn
-    assert ("early exit" in drawn) == (cost != "training")
-    front = pareto_front(priced(summary, cost), cost, "NDCG@10")
+    assert drawn["teacher"].lines[0].get_ydata().tolist() == [100]
+    shares = [100 * p.ratio[FULL, "NDCG@10"].value for p in summary.of("finetune")]
+    assert drawn["fine-tuned"].lines[0].get_ydata().tolist() == pytest.approx(shares)
+    front = pareto_front(summary, cost)
     line = next(line for line in ax.get_lines() if line.get_label() == "Pareto front")
     assert len(line.get_xdata()) == len(front)
-    assert [text.get_text() for text in ax.texts] == [str(p.depth) for p in front if p.depth]
+    words = [[str(p.depth)] * (p.depth > 0) + [*p.levers] for p in front]
+    assert [text.get_text() for text in ax.texts] == [", ".join(each) for each in words]
 
 
-def test_pareto_front_against_brute_force(summary: Summary) -> None:
-    points = priced(summary, "parameters")
-    places = [(p.cost("parameters") or 0, p.accuracy[FULL, "NDCG@10"].value) for p in points]
-    expected = {
-        p.trials
-        for p, (x, y) in zip(points, places, strict=True)
-        if not any((u <= x and v >= y) and (u, v) != (x, y) for u, v in places)
-    }
-    assert {p.trials for p in pareto_front(points, "parameters", "NDCG@10")} == expected
+def test_without_a_teacher_cost_is_held_against_accuracy(make: Make, tmp_path: Path) -> None:
+    summary = summarise(make(tmp_path, users=60, seeds=1, methods={"finetune", "sasrec"}))
+    drawn = series(accuracy_vs_cost(summary))["fine-tuned"].lines[0].get_ydata()
+    assert drawn.tolist() == [p.accuracy[FULL, "NDCG@10"].value for p in summary.of("finetune")]
 
 
 def test_speed_of_the_plainest_model(summary: Summary) -> None:

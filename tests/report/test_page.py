@@ -80,7 +80,8 @@ def test_every_section_figure_and_table_is_there(page: Page, run: Any) -> None:
         f"{name}.{suffix}" for name in drawn for suffix in ("svg", "png", "pdf")
     }
     names = ("methods", "methods_sampled", "trials", "ablation", "slices", "lists", "reliance",
-             "left_out", "cost", "order", "selections", "prompt_only_sampled")  # fmt: skip
+             "left_out", "cost", "order", "selections", "prompt_only_sampled", "front",
+             "interaction")  # fmt: skip
     assert {path.name for path in (run.path / "tables").iterdir()} == {
         f"{name}.{suffix}" for name in names for suffix in ("csv", "md", "tex")
     }

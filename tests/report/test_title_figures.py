@@ -15,9 +15,9 @@ from depthprobe.report.figures import (
     accuracy_vs_title_depth,
     curves,
     kept_limits,
-    priced,
     title_spread,
 )
+from depthprobe.report.front import priced
 from depthprobe.report.numbers import TITLES, Summary, summarise
 from depthprobe.report.tables import cost_table, depth_table
 

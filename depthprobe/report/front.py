@@ -1,0 +1,316 @@
+"""The front: models that no other one beats in accuracy and cost, whatever has made them small.
+
+Depth is one lever. Width, blocks that run twice and fewer bits a weight are others, and they can be
+combined: do their losses add up?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+from depthprobe.evaluation.statistics import Interval, interaction_interval, ratio_interval
+from depthprobe.formatting import (
+    count,
+    duration,
+    in_percent,
+    percent,
+    plain_percent,
+    significant,
+    with_bounds,
+)
+from depthprobe.methods import method_order
+from depthprobe.report.numbers import (
+    FULL,
+    POPULARITY,
+    TEACHER,
+    Point,
+    Source,
+    Summary,
+    as_summary,
+)
+from depthprobe.report.tables import (
+    DEPTH,
+    NOTHING,
+    Column,
+    Table,
+    Values,
+    make_table,
+    milliseconds,
+    plain,
+    values_of,
+)
+
+SIZE = "size"  # bytes, or parameters where a run has not counted its bytes
+AXES = (SIZE, "latency", "inference", "training")
+
+
+def cost_named(summary: Summary, cost: str) -> str:
+    """What stands for the size: bytes, if they were counted of all that is on offer."""
+    if cost != SIZE:
+        return cost
+    return "bytes" if all(point.bytes for point in offered(summary)) else "parameters"
+
+
+def price(summary: Summary, point: Point, cost: str) -> Interval:
+    """What a point costs; of a time its quartiles, and of that in batches a user's part."""
+    if cost not in point.time or cost == "training":
+        number = point.cost(cost_named(summary, cost)) or 0.0
+        return Interval(number, number, number)
+    users = batch_of(summary) if cost == "inference" else 1
+    time = point.time[cost]
+    return Interval(time.value / users, time.low / users, time.high / users)
+
+
+def batch_of(summary: Summary) -> int:
+    """How many users are served together where times were measured."""
+    return int((summary.run.manifest.timing or {}).get("batch", 1))
+
+
+def offered(summary: Summary, metric: str | None = None) -> list[Point]:
+    """Points of known accuracy that could be served; popularity and most probes could not.
+
+    Of the variants of a method that is there itself, those that pull a lever.
+    """
+    methods = {point.method for point in summary.points}
+    return [
+        point
+        for point in sorted(summary.points, key=_order)
+        if point.on_offer
+        and point.method != POPULARITY
+        and reached(summary, point, metric) is not None
+        and (":" not in point.plain or point.plain.partition(":")[0] not in methods)
+    ]
+
+
+def _order(point: Point) -> tuple[tuple[int, str], int, int]:
+    return method_order(point.plain), point.depth, len(point.levers)
+
+
+def priced(summary: Summary, cost: str, metric: str | None = None) -> list[Point]:
+    """Of what is on offer, the points whose cost is known."""
+    kind = cost_named(summary, cost)
+    return [point for point in offered(summary, metric) if point.cost(kind)]
+
+
+def reached(summary: Summary, point: Point, metric: str | None = None) -> Interval | None:
+    """The share of the teacher's accuracy; without a teacher the accuracy itself."""
+    if summary.teacher is None:
+        return point.value(metric or summary.headline)
+    return summary.share(point, metric)
+
+
+def pareto_front(summary: Summary, cost: str, metric: str | None = None) -> list[Point]:
+    """Points that no other one beats: all cheaper ones are less accurate. Cheapest first."""
+    kind = cost_named(summary, cost)
+    found = [
+        (price(summary, point, kind).value, -value.value, point)
+        for point in priced(summary, kind, metric)
+        if (value := reached(summary, point, metric)) is not None
+    ]
+    front, least = list[Point](), math.inf
+    for _, lost, point in sorted(found, key=lambda each: each[:2]):
+        if lost < least:
+            front.append(point)
+            least = lost
+    return front
+
+
+def without_last(summary: Summary, point: Point) -> Point | None:
+    """The same model before its last lever was pulled: narrower, looped or quantised."""
+    if point.of:
+        return summary.source(point)
+    own = (p for p in summary.points if (p.method, p.kept) == (point.plain, point.kept))
+    return next(own, None) if point.levers else None
+
+
+def levers(summary: Summary, point: Point) -> int:
+    """How many levers a model pulls: fewer blocks, and all others."""
+    return (0 < point.depth < summary.blocks) + len(point.levers)
+
+
+def cheapest_words(summary: Summary, cost: str) -> str:
+    """The cheapest models with one lever, and with several, of those within the margin."""
+    teacher, kind = summary.teacher, cost_named(summary, cost)
+    if teacher is None or not (full := price(summary, teacher, kind).value):
+        return ""
+    near = [
+        point
+        for point in priced(summary, kind)
+        if price(summary, point, kind).value < full
+        and (share := summary.share(point)) is not None
+        and share.value >= 1 - summary.margin
+        and (point.look.candidate or point.plain == TEACHER)
+    ]
+    said = []
+    for what, least, most in (("one lever", 1, 1), ("several", 2, 9)):
+        own = [point for point in near if least <= levers(summary, point) <= most]
+        if own:
+            best = min(own, key=lambda point: price(summary, point, kind).value)
+            part = percent(price(summary, best, kind).value / full, 0)
+            said.append(f"the cheapest with {what} is {best.name} ({part} of the teacher's)")
+    if not said:
+        return ""
+    margin = plain_percent(summary.margin)
+    return f" Of the models whose mean loses at most {margin}, {', '.join(said)}."
+
+
+# --- every model, by what it costs -----------------------------------------------------------
+
+
+def front_table(run: Source) -> Table | None:
+    """Every model on offer with its accuracy and its costs, and which fronts it is on.
+
+    None below two. ``of source`` is the share of the same model's accuracy before it was quantised.
+    """
+    summary = as_summary(run)
+    points = offered(summary)
+    if len(points) < 2:
+        return None
+    fronts = {cost: {p.trials for p in pareto_front(summary, cost)} for cost in AXES}
+    teacher, rows = summary.teacher, list[Values]()
+    for point in points:
+        source, row = summary.source(point), values_of(point)
+        row |= {
+            "levers": ", ".join(point.levers),
+            "bytes": point.bytes,
+            "training seconds": point.training,
+            "of source": (source and summary.against(point, source)) or NOTHING,
+            "user ms": price(summary, point, "inference").value or None,
+            "label": point.look.label,
+            "front": ", ".join(cost for cost in AXES if point.trials in fronts[cost]),
+        }
+        rows.append(row)
+    size = cost_named(summary, SIZE)
+    full = teacher.cost(size) if teacher else None
+
+    def sized(row: Values) -> str:
+        own = row["bytes"] if size == "bytes" else row.get("parameters total")
+        part = f"\n{percent(own / full, 0)}" if own and full and row["method"] != TEACHER else ""
+        return count(own) + part
+
+    columns: list[Column] = [("method", "label", plain), DEPTH]
+    if any(point.levers for point in points):
+        columns.append(("levers", lambda row: row["levers"] or None, plain))
+    columns.append((summary.headline, summary.headline, with_bounds))
+    if teacher is not None:
+        columns.append(("of the teacher's", f"{summary.headline} of teacher", in_percent))
+    if any(point.of for point in points):
+        columns.append(("of its source's", "of source", in_percent))
+    columns.append((size, sized, plain))
+    if any("latency" in point.time for point in points):
+        columns.append(milliseconds("one user, ms", "latency"))
+    if any("inference" in point.time for point in points):
+        columns.append((f"of {batch_of(summary)}, ms a user", "user ms", significant))
+    if any(point.training for point in points):
+        columns.append(("training", "training seconds", duration))
+    columns.append(("on the front of", lambda row: row["front"] or None, plain))
+    return make_table("front", rows, columns, group="label")
+
+
+# --- do the losses add up? -------------------------------------------------------------------
+
+
+class Interaction(NamedTuple):
+    """A lever beside another one, mostly depth: losses are shares of the teacher's accuracy."""
+
+    lever: str
+    model: Point  # without the lever
+    seeds: int
+    alone: Interval  # what the model loses
+    other: Interval  # what the lever loses at full depth
+    both: Interval
+    more: Interval  # both, less the sum of the two
+
+
+def interactions(summary: Summary) -> list[Interaction]:
+    """Each model that pulls a lever, whose four arms have a seed in common."""
+    return [] if summary.teacher is None else list(_interactions(summary, summary.teacher))
+
+
+def _interactions(summary: Summary, teacher: Point) -> Iterator[Interaction]:
+    for both in sorted(summary.points, key=_order):
+        if not both.levers:
+            continue
+        model, alone = without_last(summary, both), _alone(summary, both, teacher)
+        if model is None or alone is None or alone is both or model is teacher:
+            continue
+        arms = (model, alone, both, teacher)
+        seeds = [s for s in teacher.seeds if all(s in point.seeds for point in arms)]
+        trials = [point.of_seeds(seeds) for point in arms]
+        if not seeds or not all(summary.ranks.has(arm) for arm in trials):
+            continue
+        values = summary.ranks.values(FULL, summary.headline, trials)
+        if not values[-1].any():
+            continue
+        shares = (ratio_interval(arm, values[-1], level=summary.level) for arm in values[:3])
+        own, other, joint = (Interval(1 - s.value, 1 - s.high, 1 - s.low) for s in shares)
+        more = interaction_interval(*values, level=summary.level)
+        yield Interaction(both.levers[-1], model, len(seeds), own, other, joint, more)
+
+
+def _alone(summary: Summary, both: Point, teacher: Point) -> Point | None:
+    """What pulls the last lever of a model, and no other one."""
+    own = summary.quantized(teacher) if both.of else summary.of(both.method)
+    named = (p for p in own if p.levers == both.levers[-1:] and p.depth == summary.blocks)
+    return next(named, None)
+
+
+def interaction_table(run: Source) -> Table | None:
+    """What two levers lose apart and together, in shares of the teacher's accuracy.
+
+    Paired by user and seed; one comparison at a time. None where no run of four arms is complete.
+    """
+    rows = [
+        {
+            "lever": found.lever, "method": found.model.method, "depth": found.model.depth,
+            "model": found.model.name, "seeds": found.seeds, "alone": found.alone,
+            "lever alone": found.other, "both": found.both, "more than the sum": found.more,
+        }
+        for found in interactions(as_summary(run))
+    ]  # fmt: skip
+    columns: list[Column] = [
+        ("lever", "lever", plain), ("model", "model", plain),
+        *((head, name, in_percent) for head, name in HEADS),
+        ("more than the sum", "more than the sum", partial(in_percent, sign=True)),
+    ]  # fmt: skip
+    return make_table("interaction", rows, columns, words=2, group="lever")
+
+
+HEADS = (
+    ("the model loses", "alone"), ("the lever alone", "lever alone"), ("both", "both"),
+)  # fmt: skip
+
+
+def interaction_words(run: Source) -> str:
+    """A sentence a lever: whether its loss and that of fewer blocks add up."""
+    summary, said = as_summary(run), []
+    found = interactions(summary)
+    for lever in dict.fromkeys(each.lever for each in found):
+        own = [each for each in found if each.lever == lever]
+        shown = [each for each in own if each.more.low > 0 or each.more.high < 0]
+        most = max(shown or own, key=lambda each: abs(each.more.value))
+        more = most.more
+        if not shown:
+            rest = f", the most of {len(own)} models" * (len(own) > 1)
+            said.append(
+                f"No interaction of {lever} is shown: with {most.model.name} the joint loss "
+                f"differs from the sum by {_points(more, sign=True)}{rest}."
+            )
+            continue
+        less = more if more.value > 0 else Interval(-more.value, -more.high, -more.low)
+        which = "more" if more.value > 0 else "less"
+        rest = f" Of {len(own)} such intervals {len(shown)} leave out 0." * (len(own) > 1)
+        said.append(
+            f"{lever} costs {which} on {most.model.name} than on the teacher: by {_points(less)}."
+            f"{rest}"
+        )
+    return " ".join(said)
+
+
+def _points(more: Interval, *, sign: bool = False) -> str:
+    """Percentage points of the teacher's accuracy."""
+    hundredths = Interval(100 * more.value, 100 * more.low, 100 * more.high)
+    return f"{with_bounds(hundredths, 2, sign=sign)} points"

@@ -239,7 +239,7 @@ def _quantized(summary: Summary, ship: Point, trial: str) -> Quantized | None:
 
 def _smaller(summary: Summary, of: Quantized) -> str:
     """What a quantised model keeps and saves, as measured; that it suffices is not claimed."""
-    said = f"Quantized, as {of.trial}, it keeps {in_percent(of.kept)} of its {summary.headline}."
+    said = f"Quantised, as {of.trial}, it keeps {in_percent(of.kept)} of its {summary.headline}."
     held = "" if of.bytes is None else f" It then has {percent(of.bytes, 0)} of its bytes."
     faster = of.latency and f" For one user it is {formatting.times_faster(of.latency)}."
     return f"{said}{held}{faster or ''} That this suffices is not tested."

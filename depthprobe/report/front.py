@@ -231,7 +231,7 @@ def interactions(summary: Summary) -> list[Interaction]:
 
 
 def _interactions(summary: Summary, teacher: Point) -> Iterator[Interaction]:
-    for both in sorted(summary.points, key=_order):
+    for both in sorted(summary.points, key=lambda point: (point.levers[-1:], _order(point))):
         if not both.levers:
             continue
         model, alone = without_last(summary, both), _alone(summary, both, teacher)

@@ -277,8 +277,9 @@ def timed(summary: Summary, kind: str) -> dict[int, Point]:
     A depth is timed once for all methods, but for what a method adds to a training step: the
     first method of the registry that trains, else the first probe that may be an answer.
     """
-    trained = [p for p in summary.points if p.info.role in ("trained", "control")]
-    probes = [p for p in summary.points if p.info.role == "probe" and p.on_offer]
+    of_depth = [p for p in summary.points if not p.levers]
+    trained = [p for p in of_depth if p.info.role in ("trained", "control")]
+    probes = [p for p in of_depth if p.info.role == "probe" and p.on_offer]
     found: dict[int, Point] = {}
     for point in (*trained, *probes):
         if 0 < point.depth < summary.blocks and kind in point.speed:
@@ -435,7 +436,8 @@ def _chosen(summary: Summary) -> tuple[Point, ...]:
     """
     trained: dict[int, list[Point]] = {}
     for point in summary.points:
-        if point.info.role == "trained" and point.depth < summary.blocks and point.accuracy:
+        shallower = point.depth < summary.blocks and not point.levers
+        if point.info.role == "trained" and shallower and point.accuracy:
             trained.setdefault(point.depth, []).append(point)
     most = max(map(len, trained.values()), default=0)
     depths = [depth for depth in sorted(trained) if len(trained[depth]) == most]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,24 @@ from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.report.numbers import Summary, summarise
 from depthprobe.runs.records import Costs, Manifest, Record, Rounds, TrainingCosts
 from depthprobe.runs.store import Run
-from depthprobe.study import Study, override
+from depthprobe.study import Study, Variant, override
 
 BLOCKS, USERS, ITEMS, ROUNDS = 12, 1500, 2000, 15
 # How strongly a method pulls the target up; about the logarithm of its rank.
 FLOOR, TOP = 0.35, 2.2
 PARTS = ("drop-attention", "drop-mlp")
 TITLES = ("item-text", "item-text-linear")
-QUANTISED = ("int8:full", "int8:distill")
+QUANTISED, NARROW = ("int8:full", "int8:distill", "int8:distill:narrow"), "distill:narrow"
 # made only where they are asked for by name
-ONLY_ASKED = {*PARTS, "span", "readout", *TITLES, *QUANTISED}
+ONLY_ASKED = {*PARTS, "span", "readout", *TITLES, *QUANTISED, NARROW}
 
 
 def strength(method: str, depth: int, removed: str) -> float:
     """Accuracy of the made-up methods, on a scale of 0 (chance) to `TOP` (the teacher)."""
     if method in QUANTISED:  # which costs a shallower model more
         return strength(method.partition(":")[2], depth, removed) - 0.3 / depth
+    if method == NARROW:
+        return strength("distill", depth, removed) - 0.1
     if method in {"popularity", "sasrec", "full"}:
         return {"popularity": FLOOR, "sasrec": 1.9, "full": TOP}[method]
     if method == "readout":
@@ -93,6 +95,7 @@ def planned() -> list[tuple[str, int, str, str]]:
         "early-exit": range(1, BLOCKS), "readout": (0, BLOCKS), "finetune": (1, 2, 4, 8),
         "distill": (1, 2, 4), "random-init": (1, 2, 4, 12), TITLES[0]: (0, 4, 12),
         TITLES[1]: (0, 1, 4, 12), QUANTISED[0]: (12,), QUANTISED[1]: (1, 2, 4),
+        NARROW: (2, 12), QUANTISED[2]: (2, 12),
     }.items():  # fmt: skip
         plan += [(method, d, span(0, d - 1), span(d, top)) for d in depths]
     return plan
@@ -119,6 +122,7 @@ def make_run(
         seeds=seeds,
         **{"protocol.resamples": resamples, "data.source": "log.txt", "backbone.source": backbone},
     )
+    study = replace(study, variants={"narrow": Variant(width=0.5)})
     # a user has a luck of their own in every trial, so that trials are paired as real ones are
     luck = np.random.default_rng(0).normal(size=users)
     rows, tidy, ranks, records, ids = [], [], [], [], np.arange(users) * 3 + 1
@@ -170,7 +174,7 @@ def make_run(
 
 
 def _row(trial: str, method: str, depth: int, kept: str, removed: str, seed: int) -> dict[str, Any]:
-    blocks = 0 if depth == 0 else depth * 1_050_000
+    blocks = 0 if depth == 0 else depth * (525_000 if NARROW in method else 1_050_000)
     table = ITEMS * 64
     total = {"popularity": ITEMS, "sasrec": table + 110_000}.get(method, blocks + table + 90_000)
     return {
@@ -190,9 +194,9 @@ def _bytes(row: dict[str, Any]) -> dict[str, int]:
 
 def _training(method: str, depth: int) -> TrainingCosts | None:
     """A hundred steps a block; a student's teacher, with its features, took 900 seconds."""
-    if method not in {"sasrec", "full", "finetune", "distill", "random-init"}:
+    if method not in {"sasrec", "full", "finetune", "distill", NARROW, "random-init"}:
         return None
-    teacher = 900.0 * (method == "distill")
+    teacher = 900.0 * ("distill" in method)
     return TrainingCosts(
         epochs=3, steps=100 * (depth + 1), seconds=60.0 * (depth + 1), teacher_seconds=teacher
     )

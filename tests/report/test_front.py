@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from depthprobe.runs.records import Validation
 Make = Callable[..., Any]
 PLAIN = {"popularity", "sasrec", "full", "finetune", "distill"}
 QUANTISED = PLAIN | {"int8:full", "int8:distill"}
+NARROW = QUANTISED | {"distill:narrow", "int8:distill:narrow"}
 
 
 def gains(run: Any, method: str, depth: int) -> np.ndarray:
@@ -47,6 +49,11 @@ def gains(run: Any, method: str, depth: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def made(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make(tmp_path_factory.mktemp("levers"), methods=QUANTISED, users=400, seeds=3)
+
+
+@pytest.fixture(scope="module")
+def narrow(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make(tmp_path_factory.mktemp("narrow"), methods=NARROW, users=400, seeds=3)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +175,36 @@ def test_the_sentence_says_no_more_than_the_intervals(
     assert interaction_words(equal).startswith("No interaction of int8 is shown: with distilled ")
 
 
+def test_width_and_depth_and_width_and_int8_have_an_interaction_each(narrow: Any) -> None:
+    summary = summarise(narrow)
+    found = {(each.lever, each.model.name): each for each in interactions(summary)}
+    assert list(found) == [
+        ("int8", "distilled 1"), ("int8", "distilled 2"), ("int8", "distilled 2, narrow"),
+        ("int8", "distilled 4"), ("int8", "distilled 12, narrow"), ("narrow", "distilled 2"),
+    ]  # fmt: skip
+    teacher, quantised = gains(narrow, "full", 12), gains(narrow, "int8:full", 12)
+    for depth in (2, 12):
+        model, both = (gains(narrow, f"{q}distill:narrow", depth) for q in ("", "int8:"))
+        name = f"distilled {depth}, narrow"
+        assert found["int8", name].more == interaction_interval(model, quantised, both, teacher)
+    shallow, wide = gains(narrow, "distill:narrow", 2), gains(narrow, "distill:narrow", 12)
+    own = found["narrow", "distilled 2"]
+    assert own.more == interaction_interval(gains(narrow, "distill", 2), wide, shallow, teacher)
+    assert re.search(r"\. (No interaction of narrow|narrow costs) ", interaction_words(summary))
+
+
+def test_a_point_names_its_levers_in_the_order_in_which_they_were_pulled(narrow: Any) -> None:
+    summary = summarise(narrow)
+    points = {p.method: p for p in summary.points if p.depth == 2}
+    both = points["int8:distill:narrow"]
+    assert (both.levers, both.plain, both.name) == (
+        ("narrow", "int8"), "distill", "distilled 2, narrow, int8",
+    )  # fmt: skip
+    assert summary.source(both) == points["distill:narrow"]
+    assert points["distill:narrow"].levers == ("narrow",)
+    assert points["distill"].levers == ()
+
+
 def test_without_the_lever_at_full_depth_there_is_no_interaction(
     make: Make, tmp_path: Path
 ) -> None:
@@ -185,7 +222,7 @@ def test_only_seeds_that_all_four_arms_have_count(make: Make, tmp_path: Path) ->
 def test_other_levers_change_no_number_of_depth(make: Make, tmp_path: Path) -> None:
     """Verdict, curves, slices and times by depth are those of the run without them."""
     world = {"users": 200, "seeds": 3, "gain": lambda m, _: 0.4 if m == "distill" else 0.0}
-    bare, more = (summarise(make(tmp_path, methods=m, **world)) for m in (PLAIN, QUANTISED))
+    bare, more = (summarise(make(tmp_path, methods=m, **world)) for m in (PLAIN, NARROW))
     assert more.sufficiency == bare.sufficiency
     for kept in (True, False):
         assert curves(more, "NDCG@10", kept=kept) == curves(bare, "NDCG@10", kept=kept)

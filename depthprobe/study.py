@@ -712,6 +712,9 @@ class Study(Checked):
                 if reason:
                     allowed = f"methods without {name} beside it (none of it {reason})"
                     raise BadInput("backbone.source", backbone.source, allowed)
+            if self.cache is not None:
+                allowed = f"none beside backbone.source = {backbone.source} (a cache knows weights,"
+                raise BadInput("cache", self.cache, f"{allowed} and its code decides too)")
             return
         chosen = backbone.quantize
         if self.device not in {"auto", "cuda"}:

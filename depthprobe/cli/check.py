@@ -79,8 +79,9 @@ def check(
 
 def _check_own(source: str) -> int:
     from depthprobe.models.check import NOT_SEEN, check_own
+    from depthprobe.models.own import load_own
 
-    results = check_own(source)
+    results = check_own(load_own(source), source)
     _show(results, required=True)
     safe = all(each.passed for each in results)
     echo(f"\n{source}: {'can be cut' if safe else 'can NOT be cut safely'}. {NOT_SEEN}")

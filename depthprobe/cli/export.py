@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from depthprobe.cli.options import option, path, share
+from depthprobe.cli.options import VERDICT, apply_flags, option, path, share, takes_flags
 from depthprobe.cli.runs import Run
 from depthprobe.cli.terminal import echo, scaled, show_facts, show_table
 from depthprobe.errors import BadInput, check_writable, closest, shell_line
@@ -28,8 +29,10 @@ FILES = {  # of an export, by name; the others are the tokenizer's
     "README.md": "the model card",
 }
 TOKENIZER = "the backbone's tokenizer or code"
+SAVED = "written by your save"
 
 
+@takes_flags({"margin": replace(VERDICT["margin"], help="Of best: the acceptable loss.")})
 def export(
     run: Run,
     trial: Annotated[
@@ -61,6 +64,7 @@ def export(
             " A new one is private.",
         ),
     ] = None,
+    **flags: Any,
 ) -> None:
     """Export the model of a trial as a Hugging Face checkpoint.
 
@@ -75,7 +79,9 @@ def export(
     check_writable("dir", folder)
     if exit is not None and not 0 <= exit < 1:
         raise BadInput("exit", exit, "a share from 0 to below 1, such as 2%")
-    chosen = _recommended(run, known) if trial == BEST else trial
+    if flags["margin"] is not None and trial != BEST:
+        raise BadInput("margin", flags["margin"], f"{BEST} as the trial: it decides which that is")
+    chosen = _recommended(run, known, **flags) if trial == BEST else trial
 
     from depthprobe.runs.export import check_hub, export_trial
     from depthprobe.runs.export import push_to_hub as push
@@ -83,15 +89,13 @@ def export(
     if push_to_hub is not None:
         check_hub(push_to_hub)
     written = export_trial(run, chosen, folder, exit_margin=exit, onnx=onnx)
+    card = json.loads((written / "recommender.json").read_text(encoding="utf-8"))
+    other = SAVED if card.get("own") else TOKENIZER
     sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
     echo(f"{written}: {chosen}")
     show_facts(
-        {
-            name: f"{scaled(size, 'B'):>8}  {FILES.get(name, TOKENIZER)}"
-            for name, size in sizes.items()
-        }
+        {name: f"{scaled(size, 'B'):>8}  {FILES.get(name, other)}" for name, size in sizes.items()}
     )
-    card = json.loads((written / "recommender.json").read_text(encoding="utf-8"))
     if exit is not None:
         echo(f"\nearly exit: {_exit_words(card.get('exit'))}")
     if onnx:
@@ -136,15 +140,18 @@ def _exit_words(rule: dict[str, Any] | None) -> str:
     )
 
 
-def _recommended(run: Path, known: Sequence[str]) -> str:
+def _recommended(run: Path, known: Sequence[str], **flags: Any) -> str:
     """The trial that the report's answer ships.
 
     Raises:
         BadInput: if it ships none; with the reason, and the trial of the best candidate.
     """
     from depthprobe.report.answer import build_answer
+    from depthprobe.runs.store import open_run
 
-    answer = build_answer(run)
+    opened = open_run(run)
+    opened.study = apply_flags(opened.study, **flags)
+    answer = build_answer(opened)
     if answer.trial:
         return answer.trial
     likely = [name for name in known if name.startswith(f"{answer.method}-d{answer.depth or 0:02}")]

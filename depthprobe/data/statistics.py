@@ -82,9 +82,9 @@ def statistics(
     return values
 
 
-def quantiles(counts: np.ndarray) -> dict[str, float]:
-    """Quantiles of lengths or popularities, by name."""
-    values = np.quantile(counts, list(LEVELS.values()))
+def quantiles(counts: np.ndarray) -> dict[str, int]:
+    """Quantiles of lengths or popularities, by name; each is a count that occurs."""
+    values = np.quantile(counts, list(LEVELS.values()), method="inverted_cdf")
     return dict(zip(LEVELS, values.tolist(), strict=True))
 
 

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -323,8 +323,8 @@ def recommender(model: PreTrainedModel, ids: Tensor) -> str:
 
 
 def check_own(
+    model: OwnRecommender,
     source: str,
-    item_ids: Sequence[str] | None = None,
     *,
     longest: int = TOKENS,
     objective: str | None = None,
@@ -332,13 +332,12 @@ def check_own(
     """Test what can be proven of a user's recommender; it is left as it is.
 
     Args:
+        model: the recommender, just built.
         source: the function that builds it, ``module:function``.
-        item_ids: of the log that it is to be used with, if one is at hand.
         longest: items of the longest history that it is to read.
         objective: of its training, ``every`` or ``last``; None: it need not be trained.
     """
     results: list[CheckResult] = []
-    model = load_own(source, item_ids)
     generator = torch.Generator().manual_seed(0)
     items = len(model.item_matrix()) - 1
     histories = torch.randint(1, items + 1, (2, longest), generator=generator)

@@ -7,8 +7,10 @@ Of SASRec, which has no backbone, these two are all of it.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -22,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from depthprobe.errors import BadInput
+from depthprobe.errors import BadInput, one_line
 from depthprobe.models.backbones import compute_in_bfloat16, load_backbone, resolve_device
 from depthprobe.models.build import build_sasrec, fill, save_weights
 from depthprobe.models.cutting import keep_blocks
@@ -282,11 +284,19 @@ def write_own(
     """Write a cut recommender of the user's own: by its ``save``, or as Hugging Face's folder.
 
     Its weights stand beside that, by which ours reads it again.
+
+    Raises:
+        BadInput: if its ``save`` fails.
     """
     model.update_configs()
     save = getattr(model.own, "save", None) or getattr(model.own.backbone, "save_pretrained", None)
     if save is not None:
-        save(folder)
+        try:
+            with redirect_stdout(sys.stderr):  # stdout is for results
+                save(folder)
+        except (Exception, SystemExit) as error:  # of code that is not ours
+            reason = f"its save fails ({type(error).__name__}: {one_line(error)})"
+            raise BadInput("backbone.source", shape.source, reason, fault=True) from error
     save_weights(dict(model.own.named_parameters()), folder / PARTS)
     card = Card(
         schema=1,

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from depthprobe.errors import BadInput, one_line
+from depthprobe.errors import BadInput, closest, one_line
 from depthprobe.models.backbones import weights_hash
 from depthprobe.models.blocks import PlainDecoder, find_decoder, refusal
 from depthprobe.models.recommender import Recommender, states_at
@@ -161,14 +162,17 @@ def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommend
         sys.path.insert(0, os.getcwd())
     try:
         with redirect_stdout(sys.stderr):  # stdout is for results
-            function = getattr(importlib.import_module(module), name, None)
+            found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # of code that is not ours
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise BadInput(
             FIELD, source, f"its module can't be imported ({reason})", fault=True
         ) from error
+    function = getattr(found, name, None)
     if not callable(function):
-        raise BadInput(FIELD, source, f"its module has no function {name}", fault=True)
+        mine = [each for each, of in vars(found).items() if isinstance(of, FunctionType)]
+        hint = "".join(f" (did you mean {each}?)" for each in closest(name, mine, most=1))
+        raise BadInput(FIELD, source, f"its module has no function {name}{hint}", fault=True)
     try:
         with redirect_stdout(sys.stderr):
             own = function()

@@ -45,6 +45,7 @@ from depthprobe.models.build import Shape, check_lengths, lora_maps, prompt_and_
 from depthprobe.models.check import check_own
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
+from depthprobe.models.own import OwnRecommender, load_own
 from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import LEARNED, same_backbone, words_digest
 from depthprobe.runs.plan import SASREC, TEACHER, plan
@@ -176,9 +177,10 @@ def read_inputs(
     tokens = item_tokens(backbone, ids, titles)
     longest = _longest_text(split.sequences, merged.data.max_history, tokens or [])
     if before is None:
-        if backbone.own:
-            _check_own(merged, ids, longest)
-        facts = _checked(study, backbone, tasks, tokens or [])
+        own = load_own(backbone.source, ids) if backbone.own else None
+        if own is not None:
+            _check_own(merged, own, longest)
+        facts = _checked(study, backbone, tasks, tokens or [], own)
         facts.words = words_digest(tokens)
         facts.precision = precision_on(device, facts.parameters)
     else:  # nothing may be left to do
@@ -238,23 +240,27 @@ def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]
     return max(int(np.convolve(text, window).max()) for text in texts)
 
 
-def _check_own(study: Study, item_ids: Sequence[str], longest: int) -> None:
+def _check_own(study: Study, own: OwnRecommender, longest: int) -> None:
     """Refuse a recommender of the user's own that can't be cut, or trained as the study says."""
     settings = study.backbone
     trained = [n for n in study.methods if method_of(n).trains and n != TEACHER]
     objectives = {settings_of(study, name).recipe.objective for name in trained}
     objective = min(objectives, default=None)  # every before last
-    for each in check_own(settings.source, item_ids, longest=longest, objective=objective):
+    for each in check_own(own, settings.source, longest=longest, objective=objective):
         if not each.passed and (each.name != "training" or settings.tuning != "lora"):
             reason = f"{each.name}: {each.detail}"
             raise BadInput("backbone.source", settings.source, reason, fault=True)
 
 
 def _checked(
-    study: Study, settings: Backbone, tasks: Sequence[Task], tokens: Sequence[Sequence[int]]
+    study: Study,
+    settings: Backbone,
+    tasks: Sequence[Task],
+    tokens: Sequence[Sequence[int]],
+    own: OwnRecommender | None,
 ) -> BackboneFacts:
-    """Facts of a backbone that has its weights and can be cut; none of them is read."""
-    model = pretrained(settings, weights=False)
+    """Facts of a backbone that has its weights and can be cut; the user's own one is cut."""
+    model = pretrained(settings, weights=False) if own is None else own.backbone
     facts = BackboneFacts(**describe(model, settings.source, backbone_revision(settings)))
     check_tokens("backbone.reads", settings.reads, chain.from_iterable(tokens), model)
     if settings.tuning == "lora":

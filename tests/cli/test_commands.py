@@ -14,7 +14,7 @@ import pytest
 
 from depthprobe.cli.sweep import results
 from depthprobe.errors import BadInput
-from depthprobe.study import demo_study
+from depthprobe.study import Study, demo_study
 
 Stub = Callable[..., None]
 
@@ -263,9 +263,18 @@ def test_export_of_the_best_is_what_the_answer_ships(
     cli: Callable[..., Any], stub: Stub, exported: list[str]
 ) -> None:
     answer = SimpleNamespace(trial="distill-d04-s1", lines=("Ship it.",), method="distill", depth=4)
-    stub("depthprobe.report.answer", build_answer=lambda run: answer)
+    margins: list[float] = []
+
+    def build_answer(run: Any) -> Any:
+        margins.append(run.study.protocol.margin)
+        return answer
+
+    stub("depthprobe.report.answer", build_answer=build_answer)
+    stub("depthprobe.runs.store", open_run=lambda run: SimpleNamespace(study=Study()))
     assert cli("export", "run", "best", "out").code == 0
-    assert exported == ["distill-d04-s1"]
+    assert cli("export", "run", "best", "wide", "--margin", "5%").code == 0
+    assert (exported, margins) == (["distill-d04-s1"] * 2, [0.01, 0.05])
+    exported.pop()
     answer.trial = ""
     answer.lines = ("Not decided: one seed never shows a depth.",)
     outcome = cli("export", "run", "best", "other")
@@ -276,6 +285,8 @@ def test_export_of_the_best_is_what_the_answer_ships(
     )
     answer.method, answer.depth = None, None
     assert cli("export", "run", "best", "other").err.endswith("; name one of RUN/trials\n")
+    outcome = cli("export", "run", "distill-d04-s1", "other", "--margin", "5%")
+    assert outcome.err.startswith("error: --margin: expected best as the trial")
     stub("depthprobe.report.answer")
     assert "TRIAL: expected best, or one of this run's 3, such as distill-d04-s1" in (
         cli("export", "run", "distill-d04-s0", "other").err

@@ -205,8 +205,9 @@ def test_e4srec_reads_as_its_code_does_and_as_ours_with_its_layout(
     monkeypatch.setenv("E4SREC_BASE", str(base))
     monkeypatch.setenv("E4SREC", str(folder))
 
-    assert [each for each in check_own("examples.e4srec:build") if not each.passed] == []
     model = load_own("examples.e4srec:build")
+    checks = check_own(model, "examples.e4srec:build")
+    assert [each for each in checks if not each.passed] == []
     history = torch.tensor([[3, 1, 7, 2]])
     with torch.no_grad():
         vectors = model.encode(torch.tensor([[3, 1, 7, 2], [5, 5, 0, 0]]), torch.tensor([4, 2]))
@@ -281,7 +282,7 @@ END = "return x\n\n"
 FAULTS = {
     "no module": ("", "", r"no_such_module:build'?: its module can't be imported"),
     "no import": ("import torch", "import nowhere", "can't be imported .*nowhere"),
-    "no function": ("def build", "def make", "its module has no function build"),
+    "no function": ("def build", "def bild", r"no function build \(did you mean bild\?\)"),
     "fails": ("return Mine()", "return 1 / 0", r"build\(\) fails \(ZeroDivisionError"),
     "no recommender": ("return Mine()", "return 3", "expected a torch.nn.Module, got .* int"),
     "no states": ("def states", "def state", "Mine has no states"),
@@ -331,6 +332,7 @@ FAULTS = {
         "finite scalar",
     ),
     "frozen": ("return Mine()", "return Mine().requires_grad_(False)", "nothing would be trained"),
+    "double": ("return Mine()", "return Mine().double()", "must return float32 to be trained"),
     "half": ("return Mine()", "return Mine().bfloat16()", "must return float32"),
     "items": ("nn.Embedding(6, 4)", "nn.Embedding(9, 4)", "it has|items of the log"),
 }
@@ -354,6 +356,13 @@ def mine(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str = "", new: str 
     return f"{name}:build"
 
 
+def small_log(folder: Path) -> Path:
+    log = folder / "log.csv"
+    rows = [f"{user},{1 + (user + place) % 5},{place}" for user in range(9) for place in range(5)]
+    log.write_text("user,item,time\n" + "\n".join(rows))
+    return log
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_can_not_be_used_is_one_line_and_nothing_is_written(
     fault: str,
@@ -364,23 +373,36 @@ def test_what_can_not_be_used_is_one_line_and_nothing_is_written(
 ) -> None:
     old, new, expected = FAULTS[fault]
     source = mine(tmp_path, monkeypatch, old, new) if old else "no_such_module:build"
-    log = tmp_path / "log.csv"
-    rows = [f"{user},{1 + (user + place) % 5},{place}" for user in range(9) for place in range(5)]
-    log.write_text("user,item,time\n" + "\n".join(rows))
-    sweep = (
-        "sweep",
-        "--recommender",
-        source,
-        "--data",
-        str(log),
-        "--output",
-        str(tmp_path / "run"),
-    )
+    log, run = str(small_log(tmp_path)), str(tmp_path / "run")
+    sweep = ("sweep", "--recommender", source, "--data", log, "--output", run)
     assert command(*sweep, "--methods", "full,finetune", "--layers", "1", "--jobs", "0") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: --recommender: "), error
     assert re.search(expected, error), error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_save_that_fails_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = """def save(self, folder):
+            print("saving")
+            (folder / "half").touch()
+            raise OSError("the disk\\nis full")
+
+        def states"""
+    source = mine(tmp_path, monkeypatch, "def states", new)
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    sweep = ("sweep", "--recommender", source, "--data", str(small_log(tmp_path)), "--output", run)
+    methods = ("--methods", "full,early-exit", "--layers", "1", "--seeds", "1", "--jobs", "0")
+    assert command(*sweep, *methods) == 0
+    capsys.readouterr()
+    before = sorted(tmp_path.iterdir())
+    assert command("export", run, "early-exit-d01-s0", str(out)) == 2
+    shown = capsys.readouterr()
+    expected = f"error: backbone.source: {source!r}: its save fails (OSError: the disk is full)"
+    assert shown.err.strip().splitlines()[-1] == expected
+    assert (shown.out, sorted(tmp_path.iterdir())) == ("", before)
 
 
 def test_a_sound_one_passes_its_check(
@@ -424,6 +446,8 @@ def test_what_it_decides_itself_is_refused(study: Study) -> None:
     for method in ("random-init", "prompt-only"):
         with pytest.raises(BadInput, match=f"methods without {method} beside it"):
             own_study(study, "a.b:c", methods=("full", method))
+    with pytest.raises(BadInput, match="cache: expected none beside backbone.source = a.b:c"):
+        own_study(study, "a.b:c", methods=("full",), cache="there")
     assert sys.path  # nothing was imported for that
 
 

@@ -268,8 +268,8 @@ def _checked(
     # refuses texts that it can't read, and a decoder without tokens
     facts.prompt = [*map(list, prompt_and_suffix(settings, model))]
     trained = [task.trials[-1] for task in tasks if method_of(task.method).trains]
-    own = [settings_of(study, trial.method) for trial in trained]
-    for width, loops in {(each.width, each.loops) for each in own}:
+    asked = [settings_of(study, trial.method) for trial in trained]
+    for width, loops in {(each.width, each.loops) for each in asked}:
         reshape(copy.deepcopy(model), Shape(width, loops))  # refuses what can't be narrower
     cut = [trial for trial in trained if trial.depth < trial.blocks]
     if cut:  # what probes cuts nothing

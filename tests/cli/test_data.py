@@ -103,8 +103,8 @@ def test_show_counts_and_draws(cli: Cli, log: Path) -> None:
     assert said["training"] == "11 interactions of 4 items"  # d and e train alone
     assert said["test"] == "3 users, 2 of their targets unknown to training"  # b w, c u
     table = rows(outcome.out)
-    assert ["of a user", "2", "2", "2", "4", "4", "4.8", "5"] in table
-    assert ["of an item", "1", "1", "1.5", "2", "3.5", "4", "4"] in table
+    assert ["of a user", "2", "2", "2", "4", "4", "5", "5"] in table
+    assert ["of an item", "1", "1", "1", "2", "4", "4", "4"] in table
     assert ["2", "█" * 24, "2", "40 %"] in table
     assert ["3-4", "█" * 24, "2", "40 %"] in table
     assert ["5-8", "█" * 12, "1", "20 %"] in table

@@ -193,6 +193,21 @@ def test_width_and_depth_and_width_and_int8_have_an_interaction_each(narrow: Any
     assert re.search(r"\. (No interaction of narrow|narrow costs) ", interaction_words(summary))
 
 
+def test_a_lever_is_held_against_itself_on_the_teacher(levers: Summary) -> None:
+    """Where the teacher was quantised in two ways, each has its own interactions."""
+    teacher = levers.of("int8:full")[0]
+    other = replace(
+        teacher, method="int4:full", levers=("int4",), trials=levers.of("full")[0].trials
+    )
+    both = replace(levers, points=(other, *levers.points))
+    assert interactions(both) == interactions(levers)
+
+
+def test_a_depth_has_no_time_of_a_narrower_model(make: Make, tmp_path: Path) -> None:
+    made = make(tmp_path, methods={"full", "distill:narrow"}, users=40, seeds=1)
+    assert cost_table(made) is None
+
+
 def test_a_point_names_its_levers_in_the_order_in_which_they_were_pulled(narrow: Any) -> None:
     summary = summarise(narrow)
     points = {p.method: p for p in summary.points if p.depth == 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from depthprobe.study import load_study as load_study
 
 __version__ = "0.1.0"
+
+# transformers imports torchao wherever it is installed, which then lists the kernels that this
+# machine has no use for
+for _noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 _HOME = {
     "Method": "methods",

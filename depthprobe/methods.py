@@ -359,6 +359,11 @@ def walks_options(task: Task, sizes: Sizes) -> Work:
     )
 
 
+def evaluates(task: Task, sizes: Sizes) -> Work:
+    """One pass over the test users at the depth of its only trial."""
+    return Work({task.trials[0].depth: sizes.test}, RANKED * sizes.test)
+
+
 def validation_passes(passes: int, task: Task, sizes: Sizes, most: int = 10**9) -> Work:
     """So many passes over validation users, or over the first of them."""
     return Work({task.blocks: passes * min(most, sizes.validation)})
@@ -409,9 +414,12 @@ class Method:
     #: the backbone reads titles and no user: its depth is the one that these are read at.
     items_only: bool = False
     candidate: bool = False  #: it may be the answer: a sufficient depth.
-    #: its model can be written: its ``own`` weights, the ``teacher``'s, cut, or those with the
-    #: trial's linear map ``folded`` into a block.
-    exportable: Literal["own", "teacher", "folded"] | None = None
+    #: its model can be written: its ``own`` weights, the ``teacher``'s, cut, those with the
+    #: trial's linear map ``folded`` into a block, or those of another trial, ``quantized``.
+    exportable: Literal["own", "teacher", "folded", "quantized"] | None = None
+    #: its trials are variants of the trained ones, each of the same depth and seed: ``int8`` of all
+    #: methods of the study whose models can be written, ``int8:distill`` of one method's.
+    lever: bool = False
     settings: str = ""  #: the table of the study that it reads beside ``recipe``.
     select: str = "prefix"  #: its own selection of blocks, where the name says which.
     selectable: bool = False  #: it takes a selection after a colon.
@@ -731,6 +739,30 @@ for _method in (
         summary="blocks drawn at random, then trained",
         run="runs.training:fine_tune", trials=selected, work=trains, exportable="own",
         colour="#6f6a3a", marker="H", line="--",
+    ),
+    Method(
+        name="int8", label="int8", role="probe", lever=True,
+        summary="each trained model with the weights of its blocks in 8 bits",
+        run="runs.quantize:quantized", trials=no_trials, work=evaluates, exportable="quantized",
+        colour="#2f6f3a", marker="$8$", line=":",
+    ),
+    Method(
+        name="int8-dynamic", label="int8, dynamic", role="probe", lever=True,
+        summary="the same, and what goes into its linear maps in 8 bits as well",
+        run="runs.quantize:quantized", trials=no_trials, work=evaluates, exportable="quantized",
+        colour="#7a3f8a", marker="$d$", line=":", reference="arXiv 2206.01861",
+    ),
+    Method(
+        name="int4", label="int4", role="probe", lever=True,
+        summary="each trained model with the weights of its blocks in 4 bits",
+        run="runs.quantize:quantized", trials=no_trials, work=evaluates, exportable="quantized",
+        colour="#9a3b2c", marker="$4$", line=":",
+    ),
+    Method(
+        name="int8-items", label="int8 items", role="probe", lever=True,
+        summary="each trained model with its item table in 8 bits, its blocks as they are",
+        run="runs.quantize:quantized", trials=no_trials, work=evaluates, exportable="quantized",
+        colour="#4d6b8f", marker="$i$", line=":",
     ),
 ):
     register(_method)

@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Meta
 
 from depthprobe.errors import BadInput, nearest, short
-from depthprobe.methods import METHODS, Method, method_info, method_of, names
+from depthprobe.methods import METHODS, Method, base_of, method_info, method_of, names
 
 T = TypeVar("T")
 # every number has both bounds: a run can only be read again, and end, with what they allow
@@ -709,6 +709,7 @@ class Study(Checked):
             for name in self.methods:
                 reason = "can be drawn at random" if settings_of(self, name).fresh else ""
                 reason = "reads titles" if method_of(name).titles else reason
+                reason = "is an item table of ours" if base_of(name) == "int8-items" else reason
                 if reason:
                     allowed = f"methods without {name} beside it (none of it {reason})"
                     raise BadInput("backbone.source", backbone.source, allowed)
@@ -722,10 +723,12 @@ class Study(Checked):
                 "backbone.quantize", chosen, f"device = cuda beside it, not {self.device}"
             )
         for name in self.methods:
-            if settings_of(self, name).fresh:
-                allowed = (
-                    f"methods without {name} beside it (nothing pretrained is left to quantise)"
-                )
+            reason = (
+                "nothing pretrained is left to quantise" if settings_of(self, name).fresh else ""
+            )
+            reason = "the weights are quantised already" if method_of(name).lever else reason
+            if reason:
+                allowed = f"methods without {name} beside it ({reason})"
                 raise BadInput("backbone.quantize", chosen, allowed)
 
     def digest(self) -> str:
@@ -772,6 +775,8 @@ class Settings:
 def settings_of(study: Study, name: str) -> Settings:
     """The settings of one of the study's methods; the teacher's for what trains nothing."""
     method, variant_name = method_of(name), name.partition(":")[2]
+    if method.lever and variant_name:  # of the trials that it makes variants of
+        return replace(settings_of(study, variant_name), method=method, select="prefix")
     named = Variant(select=variant_name if variant_name in NAMED_SELECTIONS else "prefix")
     variant = study.variants.get(variant_name, named)
     recipe = variant.recipe or (
@@ -814,6 +819,13 @@ def _check_methods(chosen: tuple[str, ...], variants: Mapping[str, Variant]) -> 
         method = method_of(full_name)
         _, colon, name = full_name.partition(":")
         if not colon:
+            continue
+        if method.lever:
+            source = method_of(name)
+            if source.exportable != "own" or source.role == "control":
+                able = nearest(name, [*names("teacher"), *names("trained")])
+                raise BadInput("methods", full_name, f"{method.name}: and {able}")
+            _check_methods((name,), variants)
             continue
         if not method.takes_variants:
             able = ", ".join(names("trained", "control"))

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -52,6 +52,37 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
     parts = _by_part(model, lambda weight: sum(tensor.nbytes for tensor in _stored(weight)))
     optimizer = 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return parts | {"optimizer": optimizer} | dict(by_dtype)
+
+
+def served_bytes(model: nn.Module, *, bfloat16: bool = False) -> dict[str, int]:
+    """Bytes of the weights as they are served: the parts of :func:`count_parameters`, and total.
+
+    Blocks that compute in bfloat16 are served in it, whatever their training held beside it;
+    quantised weights come with their scales.
+    """
+    (_, modules), *_ = _parts(model)
+    halved = {id(weight) for module in modules for weight in module.parameters() if bfloat16}
+
+    def size(weight: nn.Parameter) -> int:
+        held = _stored(weight)
+        half = id(weight) in halved and len(held) == 1 and weight.is_floating_point()
+        return min(held[0].nbytes, 2 * weight.numel()) if half else sum(h.nbytes for h in held)
+
+    return _by_part(model, size)
+
+
+def bytes_of(counts: Mapping[str, int], dtype: str, *, bfloat16: bool = False) -> dict[str, int]:
+    """The same from numbers of weights by part, of a model that is part of another.
+
+    Args:
+        counts: what :func:`count_parameters` gives.
+        dtype: of the backbone; adapters and item table are in float32.
+        bfloat16: its blocks compute in bfloat16.
+    """
+    own = int(getattr(torch, dtype).itemsize)
+    sizes = {"blocks": min(own, 2) if bfloat16 else own, "token_embeddings": own}
+    parts = {name: counts.get(name, 0) * sizes.get(name, 4) for name in PARTS}
+    return parts | {"total": sum(parts.values())}
 
 
 def parameters_by_block(model: Recommender) -> list[int]:
@@ -104,7 +135,12 @@ def _packed(model: nn.Module) -> dict[int, int]:
 
 
 def _stored(weight: Tensor) -> list[Tensor]:
-    """A weight and, where bitsandbytes has quantised it, its scales."""
+    """A weight and, where bitsandbytes or torchao has quantised it, its scales."""
+    if hasattr(weight, "tensor_data_names"):  # torchao's: a weight of which it shows no part
+        own: Any = weight
+        names = (*own.tensor_data_names, *getattr(own, "optional_tensor_data_names", ()))
+        parts = (getattr(own, name, None) for name in names)
+        return [part for part in parts if isinstance(part, Tensor)]
     held: list[Any] = [weight, getattr(weight, "SCB", None)]  # 8 bits
     state = getattr(weight, "quant_state", None)  # 4 bits; scales may be quantised once more
     while state is not None:

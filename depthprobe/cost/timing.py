@@ -34,7 +34,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from depthprobe.cost.size import peak_memory
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.recommender import Recommender, score
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +204,7 @@ def encode_actions(
         lengths: (B,).
         items: of the catalogue that ``score`` scores, (I + 1, d).
     """
-    vectors = torch.randn(len(histories), items.shape[1], device=items.device)
-    actions = {"score": Action(lambda: _best(vectors, items))}
+    actions = {"score": score_action(items, len(histories))}
     for name, model in models.items():
         prompt = []  # it runs once, before
         if isinstance(model, Recommender):
@@ -224,6 +223,12 @@ def encode_actions(
     return actions
 
 
+def score_action(items: Tensor, users: int) -> Action:
+    """The best items of a catalogue (I + 1, d) for so many user vectors."""
+    vectors = torch.randn(users, items.shape[1], device=items.device)
+    return Action(lambda: _best(vectors, items))
+
+
 @torch.inference_mode()
 def _encode(
     model: Any, prompt: Sequence[Any], histories: Tensor, lengths: Tensor, *, answers: bool = False
@@ -235,7 +240,7 @@ def _encode(
 
 @torch.inference_mode()
 def _best(vectors: Tensor, items: Tensor) -> Tensor:
-    return (vectors @ items.T).topk(min(TOP, len(items))).indices
+    return score(vectors, items).topk(min(TOP, len(items))).indices
 
 
 def optimizer_of(*models: nn.Module) -> torch.optim.Optimizer:

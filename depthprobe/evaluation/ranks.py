@@ -18,7 +18,7 @@ from torch import Tensor
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.data.splits import Part, Split
 from depthprobe.evaluation.metrics import LISTS, TOP
-from depthprobe.models.recommender import Recommender, best_columns
+from depthprobe.models.recommender import Recommender, best_columns, score
 from depthprobe.models.words import POSITIONS
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,9 @@ def rank_users(
     dtype = torch.promote_types(vectors.dtype, item_matrix.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     vectors = vectors.to(dtype)
-    table = item_matrix[1:].to(device, dtype)  # (I, d), so column c is item c + 1
-    columns = torch.as_tensor(targets).to(device).long() - 1  # (E,)
+    # int8 rows become numbers where they are scored
+    table = item_matrix if hasattr(item_matrix, "qdata") else item_matrix.to(device, dtype)
+    columns = torch.as_tensor(targets).to(device).long() - 1  # (E,): column c is item c + 1
     _check_range("targets", columns + 1, 1, n_items)
     full = torch.empty(n_users, dtype=torch.float64)
     ranks = {"full": full}
@@ -127,7 +128,7 @@ def rank_users(
     marks = torch.empty_like(room, dtype=torch.float32)
     for start in range(0, n_users, max(size, 1)):
         part = slice(start, min(start + size, n_users))
-        scores = torch.mm(vectors[part], table.T, out=room[: part.stop - start])  # (C, I)
+        scores = score(vectors[part], table, room[: part.stop - start], first=1)  # (C, I)
         # one pass: a sum is NaN where a score is; inf - inf is too, so look again before refusing
         if not torch.isfinite(scores.sum()):
             _check_nan(scores, first=start)

@@ -43,6 +43,7 @@ from transformers.utils.import_utils import (
     is_bitsandbytes_available,
     is_flash_attn_2_available,
     is_flash_attn_3_available,
+    is_torchao_available,
 )
 
 from depthprobe.errors import BadInput, one_of, short
@@ -179,6 +180,13 @@ def quantization(quantize: str | None) -> BitsAndBytesConfig | None:
         load_in_8bit=quantize == "8bit", load_in_4bit=quantize == "4bit", **four
     )
     return config
+
+
+def check_torchao(field: str, value: object) -> None:
+    """Refuse what needs torchao where it is not installed."""
+    if not is_torchao_available():
+        allowed = "torchao, which is not installed: pip install 'depthprobe[quantize]'"
+        raise BadInput(field, value, allowed, fault=True)
 
 
 # Where a backbone comes from.
@@ -395,6 +403,8 @@ def load_backbone(
         with one_line("built", path_or_id):
             return _fresh(lambda: _auto.from_config(config, **options), random_init)
     quantized = bool(getattr(config, "quantization_config", None))
+    if quantized and "torchao" in str(config.quantization_config):
+        check_torchao("backbone", str(path_or_id))
     if packed is not None and quantized:
         raise BadInput("quantize", quantize, "a checkpoint that is not quantised already")
     if not weights and not quantized:
@@ -419,7 +429,8 @@ def load_backbone(
     with one_line("loaded", path_or_id):
         files = weight_files(path_or_id, config, commit)  # the hub's are here by now
         _check_files(path_or_id, files, model, whole_numbers=quantized)
-        stored = model.state_dict().items() if weights else _stored(files)
+        whole = weights and not quantized  # of a quantised weight what is stored says all
+        stored = model.state_dict().items() if whole else _stored(files)
         if (name := not_finite(stored)) is not None:
             allowed = f"its weight {name} holds NaN or infinity: the checkpoint is damaged"
             if kind == torch.float16:

@@ -136,10 +136,15 @@ def around(
 
 def cut_copy(model: ModelT, kept: Iterable[int]) -> ModelT:
     """Some blocks of a recommender or backbone, around the same weights, which stay whole."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared)
+    twin = twin_of(model)
     keep_blocks(twin.backbone if isinstance(twin, Recommender) else twin, kept)
     return twin
+
+
+def twin_of(model: ModelT) -> ModelT:
+    """A recommender or backbone of its own around the same weights."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def learned_table(items: int, width: int, *, seed: int) -> Tensor:
@@ -254,16 +259,7 @@ def lora_maps(backbone: PreTrainedModel, targets: Sequence[str]) -> list[str]:
     Raises:
         BadInput: for the first target that names no map.
     """
-    blocks = find_blocks(backbone)
-    mixers = {name for name, module in blocks.named_modules() if hasattr(module, "A_log")}
-    # Of a state-space mixer the first alone: kernels take the others' weights without calling them,
-    # and an adapter there would do nothing.
-    paths = [
-        name
-        for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and (name.rpartition(".")[0] not in mixers or ".in_proj" in name)
-    ]
+    paths = [*linear_maps(find_blocks(backbone))]
     named = {
         "all": paths,
         "mlp": [path for path in paths if "att" not in path.lower()],
@@ -281,6 +277,21 @@ def lora_maps(backbone: PreTrainedModel, targets: Sequence[str]) -> list[str]:
             raise BadInput("backbone.lora_targets", target, allowed)
         chosen.update(found)
     return [path for path in paths if path in chosen]
+
+
+def linear_maps(blocks: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps that blocks call, by their paths.
+
+    Of a state-space mixer the first alone: kernels take the others' weights without calling them,
+    and an adapter there would do nothing.
+    """
+    mixers = {name for name, module in blocks.named_modules() if hasattr(module, "A_log")}
+    return {
+        name: module
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and (name.rpartition(".")[0] not in mixers or ".in_proj" in name)
+    }
 
 
 @torch.no_grad()
@@ -321,9 +332,11 @@ def intact(file: Path) -> Iterator[None]:
         raise BadInput("weights", str(file), allowed, fault=True) from error
 
 
-def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
-    """Write weights of any device, also views."""
-    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, file)
+def save_weights(
+    weights: Mapping[str, Tensor], file: Path, told: dict[str, str] | None = None
+) -> None:
+    """Write weights of any device, also views; ``told`` stands in the head of the file."""
+    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, file, told)
 
 
 @torch.no_grad()

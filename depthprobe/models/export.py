@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +20,6 @@ from typing import Annotated, Literal, NamedTuple, cast
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -30,7 +29,17 @@ from depthprobe.models.build import build_sasrec, fill, save_weights
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.exits import LIST, Exit, encode_settled
 from depthprobe.models.own import OwnRecommender, load_own
-from depthprobe.models.recommender import Recommender, best_columns
+from depthprobe.models.quantize import (
+    Int8Rows,
+    dequantized,
+    is_quantized,
+    load_parts,
+    make_ready,
+    mark,
+    put_back,
+    save_parts,
+)
+from depthprobe.models.recommender import Recommender, best_columns, score
 from depthprobe.models.sasrec import SASRec
 from depthprobe.models.tiny import ends_at_positions, positions_of
 from depthprobe.models.words import POSITIONS, Words
@@ -39,7 +48,7 @@ from depthprobe.study import SasRecSettings
 PARTS, CARD = "recommender.safetensors", "recommender.json"
 BATCH = 256  # users encoded at once
 SCORE_BYTES = 64 * 2**20  # of scores at once, however large the catalogue is; one user's at least
-ITEMS = "items"
+ITEMS, ROWS = "items", "items.weight"  # the table; in fewer bits it has parts of its own
 OWN = ("input_adapter.", "output_adapter.", "head.")  # the recommender's parts, by their names
 # in every torch, and of the same result on the same device; other kernels are the server's choice
 Attention = Literal["auto", "eager", "sdpa"]
@@ -224,7 +233,7 @@ class ExportedRecommender:
 
     def _scores(self, vectors: Tensor, histories: list[np.ndarray]) -> Tensor:
         """Scores of all items, (B, I + 1); -inf of those that are left out."""
-        scores = vectors @ self.model.item_matrix().T
+        scores = score(vectors, self.model.item_matrix())
         if scores.isnan().any():
             allowed = "weights that give numbers as scores (they overflow, or are damaged)"
             raise BadInput("recommender", "NaN", allowed)
@@ -252,8 +261,10 @@ def write_recommender(
     The backbone is the causal language model of the same depth, with the trained weights;
     ``attention`` and ``precision`` are how it was evaluated.
     """
+    mark(backbone)
     backbone.save_pretrained(folder)
-    save_weights({ITEMS: model.items.weight, **_own_weights(model)}, folder / PARTS)
+    table = ROWS if is_quantized(model.items.weight) else ITEMS
+    save_parts({table: model.items.weight, **_own_weights(model)}, folder / PARTS)
     card = Card(
         schema=1,
         prompt=model.prompt.tolist(),
@@ -290,14 +301,15 @@ def write_own(
     """
     model.update_configs()
     save = getattr(model.own, "save", None) or getattr(model.own.backbone, "save_pretrained", None)
-    if save is not None:
+    weights = dict(model.own.named_parameters())
+    if save is not None and not any(map(is_quantized, weights.values())):
         try:
             with redirect_stdout(sys.stderr):  # stdout is for results
                 save(folder)
         except (Exception, SystemExit) as error:  # of code that is not ours
             reason = f"its save fails ({type(error).__name__}: {one_line(error)})"
             raise BadInput("backbone.source", shape.source, reason, fault=True) from error
-    save_weights(dict(model.own.named_parameters()), folder / PARTS)
+    save_parts(weights, folder / PARTS)
     card = Card(
         schema=1,
         own=shape,
@@ -368,16 +380,17 @@ def load_recommender(
     place = resolve_device(device)
     try:
         card = msgspec.json.decode((path / CARD).read_bytes(), type=Card)
-        parts = load_file(path / PARTS)
+        parts = load_parts(path / PARTS)
         if (card.own is None) != (recommender is None):
             found = "none" if card.own is None else card.own.source
             raise BadInput("--recommender", recommender, f"{found}, as this folder was exported")
         if card.own is not None and recommender is not None:
             own = load_own(recommender, card.item_ids)
             keep_blocks(own.backbone, card.own.kept)
-            fill(dict(own.own.named_parameters()), parts)
+            fill(_plain(own.own.named_parameters()), put_back(own.own, parts))
             if card.precision == "bfloat16" and not float32:
                 compute_in_bfloat16(own.backbone)
+            make_ready(own.backbone)
             own.to(place, torch.float32 if float32 else None).eval()
             seen = card.filter_seen
             return ExportedRecommender(own, card.item_ids, card.titles, card.max_history, seen)
@@ -385,7 +398,8 @@ def load_recommender(
             sasrec = _sasrec(card, card.sasrec, parts).to(place)
             seen = card.filter_seen
             return ExportedRecommender(sasrec, card.item_ids, card.titles, card.max_history, seen)
-        items = parts.pop(ITEMS)
+        rounded = parts.pop(ROWS, None)
+        items = parts.pop(ITEMS) if rounded is None else dequantized(rounded)
         if items.ndim != 2 or len(items) != len(card.item_ids) + 1:
             rows = f"{tuple(items.shape)} for {len(card.item_ids)} items"
             raise ValueError(f"{PARTS}: the item table is {rows}")
@@ -394,6 +408,7 @@ def load_recommender(
         )
         if card.precision == "bfloat16" and not float32:
             compute_in_bfloat16(backbone)
+        make_ready(backbone)
         words = None if card.tokens is None else Words(card.tokens)
         model = Recommender(
             backbone, items, card.prompt, suffix=card.suffix, head=card.head, words=words
@@ -401,7 +416,13 @@ def load_recommender(
         read = [*card.prompt, *card.suffix, *chain.from_iterable(card.tokens or [])]
         if max([0, *read]) >= model.token_embeddings.num_embeddings:
             raise ValueError(f"{CARD} has a token beyond those of the backbone")
-        fill(_own_weights(model) | {ITEMS: model.items.weight}, parts | {ITEMS: items})
+        plain = put_back(model, parts)
+        own_plain = _plain(_own_weights(model).items())
+        fill(own_plain | {ITEMS: model.items.weight}, plain | {ITEMS: items})
+        if rounded is not None:
+            model.items = Int8Rows(rounded)
+        if float32 and len(_plain(model.named_parameters())) < len([*model.parameters()]):
+            raise BadInput("float32", True, "False, for weights in fewer bits")
         longest = card.max_history
         config, texts = backbone.config, len(card.prompt) + len(card.suffix)
         most = positions_of(config)
@@ -430,3 +451,8 @@ def _sasrec(card: Card, shape: SasRecShape, parts: dict[str, Tensor]) -> SASRec:
 def _own_weights(model: Recommender) -> dict[str, Tensor]:
     """Adapters and head by name: what is neither the backbone's nor the item table."""
     return {name: p for name, p in model.named_parameters() if name.startswith(OWN)}
+
+
+def _plain(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Without those in fewer bits."""
+    return {name: weight for name, weight in weights if not is_quantized(weight)}

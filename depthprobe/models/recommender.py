@@ -69,6 +69,24 @@ def _lowest(scores: Tensor, values: Tensor, columns: Tensor) -> Tensor:
     return torch.where(above, columns, lowest.gather(1, turn))
 
 
+ROW_BYTES = 16 * 2**20  # of int8 rows that are numbers at a time
+
+
+def score(vectors: Tensor, matrix: Tensor, out: Tensor | None = None, *, first: int = 0) -> Tensor:
+    """``vectors @ matrix[first:].T``, (B, d) and (I, d); int8 rows become numbers in chunks."""
+    if not hasattr(matrix, "qdata"):
+        return torch.mm(vectors, matrix[first:].T, out=out)
+    own: Any = matrix
+    rows, scales = own.qdata[first:], own.scale[first:]  # (I, d), (I, 1)
+    scores = vectors.new_empty(len(vectors), len(rows)) if out is None else out
+    size = max(1, ROW_BYTES // (vectors.element_size() * rows.shape[1]))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        numbers = rows[part].to(vectors.dtype) * scales[part].to(vectors.dtype)
+        torch.mm(vectors, numbers.T, out=scores[:, part])
+    return scores
+
+
 # The popularity baseline: every user gets the items that the training parts hold most often.
 
 

@@ -82,6 +82,7 @@ class Result:
     Attributes:
         ranks: of every test user, (E,) by protocol; and under ``"top-10"`` the best items, (E, 10).
         validation: NDCG@10 of a probe on validation users, where it has one.
+        bytes: of the weights as they are served, by part; None where the parameters say it.
         training_flops: of its training, without its teacher's.
         teacher_seconds: that its teacher took before, training and features.
         replacement: the map that stands for blocks of the teacher, whose weights the trial shares.
@@ -90,6 +91,7 @@ class Result:
     trial: Trial
     ranks: dict[str, np.ndarray]
     parameters: dict[str, int]
+    bytes: dict[str, int] | None = None
     flops: int | None = None
     fit: Fit | None = None
     validation: float | None = None

@@ -26,7 +26,7 @@ from depthprobe.evaluation.slices import ALL
 from depthprobe.evaluation.statistics import ratio_interval
 from depthprobe.files import complete_folder
 from depthprobe.formatting import percent, plain_percent
-from depthprobe.methods import Trial, method_of
+from depthprobe.methods import Trial, base_of, method_of
 from depthprobe.models.backbones import (
     EMBEDDED,
     is_folder,
@@ -56,11 +56,13 @@ from depthprobe.models.onnx import (
     write_onnx,
 )
 from depthprobe.models.own import OwnRecommender
+from depthprobe.models.quantize import quantize
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.exits import calibrate
 from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import Context
-from depthprobe.runs.plan import SASREC, TEACHER, full_trial, plan
+from depthprobe.runs.plan import SASREC, TEACHER, full_trial, holder_of
+from depthprobe.runs.quantize import source_of
 from depthprobe.runs.records import FULL, Git, Record
 from depthprobe.runs.store import Run, open_run
 from depthprobe.study import ranges, settings_of
@@ -79,8 +81,10 @@ def export_trial(
     With ``exit_margin`` early exit is calibrated on the validation users, to lose so much of the
     model's own accuracy at most; if that can't be shown of any rule, none is in the export.
 
+    A variant in fewer bits, ``distill-d04-s0:int8``, is written in them, and is read in them.
     A trial without weights of its own is cut out of the teacher; a linear map in place of a span is
-    folded into the block before it. Quantised weights become ordinary ones of the same values. Of
+    folded into the block before it. Weights that the training held in fewer bits become ordinary
+    ones of the same values. Of
     SASRec, which has no backbone, the recommender is all. With ``onnx`` the whole recommender is
     written as one ONNX file too, and compared with ours on all test users.
 
@@ -107,6 +111,8 @@ def export_trial(
     short = record.method == SASREC or len(record.kept) < 3
     if exit_margin is not None and (short or run.study.backbone.own):
         raise BadInput("exit", trial, "a model of ours, of three blocks or more")
+    if onnx and method.lever:
+        raise BadInput("onnx", trial, "a trial whose weights are not quantised")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("folder", str(folder), "a new or empty folder")
     context = Context(run.path, run.study.with_precision(run.manifest.backbone.precision))
@@ -117,7 +123,7 @@ def export_trial(
             write_sasrec(temporary, context.sasrec(record.seed), **_catalogue(context))
         else:
             blocks = run.manifest.backbone.blocks
-            what = Trial(trial, record.method, record.kept, record.seed, blocks)
+            what = Trial(trial, record.method, record.kept, record.seed, blocks, of=record.of)
             _write_backbone(context, what, temporary)
         code = settings.trust_remote_code
         own = settings.source if settings.own and record.method != SASREC else None
@@ -280,13 +286,15 @@ for item, title, score in model.recommend([{json.dumps(had)}], top={top})[0]:
 def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedModel]:
     """The trial's recommender, and the causal language model whose blocks it uses."""
     settings, method = context.backbone, method_of(trial.method)
+    if trial.of:
+        model, whole = _rebuild(context, source_of(context, trial)[1])
+        half = settings_of(context.study, trial.method).recipe.precision == "bfloat16"
+        quantize(model, base_of(trial.method), bfloat16=half)
+        return model, whole
     own = context.model_folder(trial)
     source = full_trial(TEACHER, trial.seed, trial.blocks)
     if method.exportable == "own":
-        # trials of one training share the weights of its deepest one
-        tasks = plan(context.study, trial.blocks)
-        deepest = next(task.trials[-1] for task in tasks if trial.id in task.names)
-        source = trial if deepest.id == trial.id else deepest
+        source = holder_of(context.study, trial)
     weights = context.model_folder(source)
     if settings.own:
         return _rebuild_own(context, trial, source)

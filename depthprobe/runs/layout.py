@@ -32,6 +32,7 @@ from depthprobe.files import complete_file, digest_of, remove_leftovers
 from depthprobe.methods import Task, method_of, method_order
 from depthprobe.models.backbones import (
     backbone_revision,
+    check_torchao,
     describe,
     pinned_now,
     precision_on,
@@ -174,6 +175,8 @@ def read_inputs(
         if method_of(name).titles:  # refused where there are none
             item_texts(ids, titles, field="methods", asked=name)
             pretrained_tokenizer(backbone)
+        if method_of(name).lever:
+            check_torchao("methods", name)
     tokens = item_tokens(backbone, ids, titles)
     longest = _longest_text(split.sequences, merged.data.max_history, tokens or [])
     if before is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from depthprobe.errors import BadInput
@@ -40,6 +40,10 @@ def plan(study: Study, blocks: int) -> list[Task]:
     tasks: list[Task] = []
     for name in sorted(wanted, key=method_order):
         method = method_of(name)
+        if method.lever:
+            known = {task.id for task in tasks}  # of the same lever on all methods
+            tasks += [task for task in _variants(name, tasks) if task.id not in known]
+            continue
         settings = settings_of(study, name)
         listed = settings.select not in SELECTIONS
         depths = parse_layers(settings.layers, blocks)
@@ -67,6 +71,33 @@ def plan(study: Study, blocks: int) -> list[Task]:
                     first = (at_first_seed(trials[-1]).id,) if tuned and seed else ()
                     tasks.append(Task(name, seed, trials, (*needs, *first), blocks))
     return tasks
+
+
+def _variants(name: str, tasks: Sequence[Task]) -> list[Task]:
+    """A task for each trained trial that a lever makes a variant of.
+
+    Raises:
+        BadInput: if there is none.
+    """
+    lever, _, source = name.partition(":")
+    made = []
+    for task in tasks:
+        method = method_of(task.method)
+        if method.exportable == "own" and method.role != "control" and source in ("", task.method):
+            kind = f"{lever}:{task.method}"
+            for trial in task.trials:
+                own = replace(trial, id=f"{trial.id}:{lever}", method=kind, of=trial.id)
+                made.append(Task(kind, task.seed, (own,), (trial.id,), task.blocks))
+    if not made:
+        raise BadInput("methods", name, "full, or a method that trains shallower models, beside it")
+    return made
+
+
+def holder_of(study: Study, trial: Trial) -> Trial:
+    """The trial whose folder has a trained one's weights: of one training the deepest one's."""
+    tasks = plan(study, trial.blocks)
+    deepest = next(task.trials[-1] for task in tasks if trial.id in task.names)
+    return trial if deepest.id == trial.id else deepest
 
 
 def at_first_seed(trial: Trial) -> Trial:
@@ -99,7 +130,9 @@ def _with_needs(study: Study, names: Iterable[str]) -> set[str]:
 
 
 def _needs(study: Study, name: str) -> tuple[str, ...]:
-    method = method_of(name)
+    method, source = method_of(name), name.partition(":")[2]
+    if method.lever:
+        return (source,) if source else ()
     if method.trains and settings_of(study, name).needs_teacher:
         return (TEACHER,)
     # SASRec is not required when the item table comes from elsewhere

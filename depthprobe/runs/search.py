@@ -35,6 +35,7 @@ from depthprobe.runs.records import (
     TRIALS,
     CutShort,
     Record,
+    is_done,
     outputs_of,
     read_record,
     read_users,
@@ -220,7 +221,13 @@ def plan_search(folder: Path, study: Study, tasks: Sequence[Task], blocks: int) 
         return tuple(task for task in some if state_of(outputs_of(folder, task)) == "left")
 
     searched = study.searched
-    if first := left([task for task in tasks if task.seed == 0 and task.method != searched]):
+
+    def comes_first(task: Task) -> bool:
+        if any(trial.of for trial in task.trials):  # a variant of what may never be trained
+            return all(is_done(folder / TRIALS / need) for need in task.needs)
+        return task.seed == 0 and task.method != searched
+
+    if first := left([task for task in tasks if comes_first(task)]):
         return Asked(first)
     found = find_out(folder, study, blocks)
     step = found.state.next

@@ -265,6 +265,7 @@ def _trial_row(record: Record) -> dict[str, Any]:
     row: dict[str, Any] = {
         "trial": record.id,
         "method": record.method,
+        "of": record.of,
         "depth": record.depth,
         "kept": ranges(record.kept),
         "removed": ranges(record.removed),
@@ -274,6 +275,7 @@ def _trial_row(record: Record) -> dict[str, Any]:
     }
     numbers: dict[str, float | None] = {"flops_user": costs.flops_user}
     row |= {f"parameters_{name}": costs.parameters.get(name, math.nan) for name in PARTS}
+    row |= {f"bytes_{name}": costs.bytes.get(name, math.nan) for name in PARTS[:-1]}
     for name in ("steps", "epochs", "learning_rate", "seconds", "teacher_seconds", "flops"):
         numbers[f"training_{name}"] = getattr(training, name, None)
     for name in ("train_step", "encode", "score", "latency"):

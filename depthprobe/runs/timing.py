@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,18 @@ from torch import Tensor, nn
 from depthprobe.cost import timing as rig
 from depthprobe.cost.timing import Action
 from depthprobe.data.batches import length_buckets
-from depthprobe.methods import Trial, method_of
+from depthprobe.errors import BadInput
+from depthprobe.methods import Trial, base_of, method_of
 from depthprobe.models.backbones import compute_in_bfloat16
-from depthprobe.models.build import Shape, build_recommender, cut_copy, reshape
+from depthprobe.models.build import (
+    Shape,
+    build_recommender,
+    cut_copy,
+    merge_lora,
+    reshape,
+    twin_of,
+)
+from depthprobe.models.quantize import is_quantized, make_ready, quantize
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.taps import Plan, standing_in
 from depthprobe.probing.mix import OPTION, plan_without, possible_options
@@ -32,6 +42,8 @@ from depthprobe.training.objectives import Batch, NextItem, last_only, make_batc
 
 WITHOUT = "without"  # a part of all blocks: how the names of such actions begin
 
+logger = logging.getLogger(__name__)
+
 
 def measure(
     context: Context, blocks: int, *, seconds: float | None = None, all_depths: bool = True
@@ -40,10 +52,10 @@ def measure(
 
     Actions are those of :mod:`depthprobe.cost.timing`, on typical users and windows, for each depth
     and for ``sasrec``; for each depth of a variant whose blocks are narrower or applied again, as
-    ``encode:K:NAME``; a step of each distilled or elastic method of the study, as ``distill:K``;
-    and for budgets in milliseconds encoding without a part of all blocks, as ``without:mlp``. The
-    model has random weights: the time of a matrix product does not depend on
-    what it multiplies.
+    ``encode:K:NAME``; of copies in fewer bits, as ``encode:int8:K``; a step of each distilled or
+    elastic method of the study, as ``distill:K``; and for budgets in milliseconds encoding without
+    a part of all blocks, as ``without:mlp``. The model has random weights: the time of a matrix
+    product does not depend on what it multiplies.
 
     Args:
         seconds: in place of the study's budget.
@@ -68,8 +80,10 @@ def measure(
             models[name] = cut_copy(full, range(depth))
             reshape(models[name].backbone, shape)
         items = full.item_matrix().detach()
+    levers = _levers(study, blocks, models) if all_depths else ()
+    rounded, refused = _rounded(study, models, levers)
     timing = rig.measure(
-        lambda size: _actions(context, blocks, models, items.to(device), size),
+        lambda size: _actions(context, blocks, models, items.to(device), size, rounded),
         batch=_windows_a_step(context),
         seconds=cost.seconds if seconds is None else seconds,
         warmup=cost.warmup,
@@ -93,7 +107,7 @@ def measure(
     return {
         "conditions": conditions,
         "seconds": timing.seconds,
-        "left_out": list(timing.left_out),
+        "left_out": [*timing.left_out, *refused],
         "peak_bytes": timing.peak.get("reserved", timing.peak.get("rss")),
     }
 
@@ -129,6 +143,7 @@ def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
     """Whether the times hold all that the study's methods need."""
     study, names = context.study, _shapes(context.study, blocks)
     wanted = {f"encode:{name}" for name in names} | set(_steps(study, blocks, names))
+    wanted |= {f"encode:{lever}:{name}" for lever, name in _levers(study, blocks, names)}
     if names and _times_parts(study):
         wanted |= {f"{WITHOUT}:{part}" for part in OPTION}
     if _times_sasrec(study):
@@ -143,10 +158,13 @@ def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str,
     if settings.method.items_only or trial.budget is not None:
         return None
     sasrec = settings.method.settings == "sasrec"
-    key = "sasrec" if sasrec else shape_name(study, trial.method, trial.depth)
+    key, scores = "sasrec" if sasrec else shape_name(study, trial.method, trial.depth), "score"
+    if trial.of:
+        lever = base_of(trial.method)
+        key, scores = f"{lever}:{key}", next(n for n in (f"score:{lever}", "score") if n in seconds)
     if f"encode:{key}" not in seconds:
         return None
-    actions = {"encode": f"encode:{key}", "score": "score", "latency": f"latency:{key}"}
+    actions = {"encode": f"encode:{key}", "score": scores, "latency": f"latency:{key}"}
     alike = replace(settings.recipe, epochs=study.recipe.epochs) == study.recipe
     if sasrec or (settings.method.trains and alike):
         actions["train_step"] = _own_step(trial) or f"train:{key}"
@@ -176,6 +194,8 @@ def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
 
 def shape_name(study: Study, method: str, depth: int) -> str:
     """What a method's models of a depth are timed as: ``4``, of other blocks ``4:NAME``."""
+    if method_of(method).lever:
+        method = method.partition(":")[2]
     variant = method.partition(":")[2]
     return f"{depth}:{variant}" if settings_of(study, method).reshapes else str(depth)
 
@@ -193,6 +213,46 @@ def _shapes(study: Study, blocks: int, *, all_depths: bool = True) -> dict[str, 
     return found
 
 
+def _levers(study: Study, blocks: int, names: Collection[str]) -> list[tuple[str, str]]:
+    """Each lever with the names of the models to time that it makes variants of."""
+    if not any(method_of(name).lever for name in study.methods):
+        return []
+    trials = [trial for task in plan(study, blocks) for trial in task.trials if trial.of]
+    pairs = {(base_of(t.method), shape_name(study, t.method, t.depth)) for t in trials}
+    return sorted(pair for pair in pairs if pair[1] in names)
+
+
+def _rounded(
+    study: Study, models: Mapping[str, Recommender], levers: Iterable[tuple[str, str]]
+) -> tuple[dict[str, Recommender], list[str]]:
+    """Quantised copies of models, by ``int8:4``; and the actions of those that are refused.
+
+    Of one lever those that differ in depth alone are around the same weights.
+    """
+    half = study.recipe.precision == "bfloat16"
+    made: dict[tuple[str, str], Recommender | None] = {}
+    found: dict[str, Recommender] = {}
+    refused: list[str] = []
+    for lever, name in levers:
+        source = max(filter(str.isdigit, models), key=int) if name.isdigit() else name
+        if (lever, source) not in made:
+            copied = made[lever, source] = twin_of(models[source])
+            merge_lora(copied)
+            try:
+                quantize(copied, lever, bfloat16=half)
+                make_ready(copied.backbone)
+            except BadInput as error:  # so will its trials be
+                logger.warning("timing: %s", error)
+                made[lever, source] = None
+        if (model := made[lever, source]) is None:
+            refused.append(f"encode:{lever}:{name}")
+        else:
+            found[f"{lever}:{name}"] = (
+                model if name == source else cut_copy(model, range(int(name)))
+            )
+    return found, refused
+
+
 def _own_step(trial: Trial) -> str | None:
     """The name of a step whose loss is not the next item's alone."""
     depths = {"distillation": trial.depth, "elastic": trial.blocks}
@@ -205,7 +265,9 @@ def _steps(study: Study, blocks: int, names: Collection[str]) -> dict[str, Trial
     plain = [int(name) for name in names if name.isdigit()]
     steps = {f"train:{depth}": trial_of(TEACHER, range(depth), 0, blocks) for depth in plain}
     for task in plan(study, blocks) if names else ():
-        for trial in task.trials[-1:] if task.seed == 0 else ():
+        for trial in (
+            task.trials[-1:] if task.seed == 0 and not method_of(task.method).lever else ()
+        ):
             shape = shape_name(study, trial.method, trial.depth)
             own = _own_step(trial) or (None if shape.isdigit() else f"train:{shape}")
             if shape in names and own:
@@ -214,14 +276,22 @@ def _steps(study: Study, blocks: int, names: Collection[str]) -> dict[str, Trial
 
 
 def _actions(
-    context: Context, blocks: int, models: dict[str, Recommender], items: Tensor, size: int
+    context: Context,
+    blocks: int,
+    models: dict[str, Recommender],
+    items: Tensor,
+    size: int,
+    rounded: Mapping[str, Recommender],
 ) -> dict[str, Action]:
     """All that is timed, with steps of so many windows."""
     study, recipe = context.study, context.study.recipe
     histories, lengths = _typical_users(context, size)
     batch = _typical_batch(context, size, recipe)
-    timed: dict[str, Any] = dict(models)
+    timed: dict[str, Any] = {**models, **rounded}
     plain = {}
+    for name, model in rounded.items():
+        if is_quantized(matrix := model.item_matrix()):
+            plain[f"score:{base_of(name)}"] = rig.score_action(matrix, len(histories))
     if _times_sasrec(study):
         timed["sasrec"], own = context.new_sasrec(0), study.sasrec.recipe
         windows = _typical_batch(context, own.batch_size, own)

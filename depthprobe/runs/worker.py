@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from depthprobe.cost.size import release_memory
+from depthprobe.cost.size import bytes_of, release_memory, served_bytes
 from depthprobe.evaluation.metrics import LISTS, exposure, list_metrics, metrics_from_ranks
 from depthprobe.methods import METHODS, Method, Task, method_of, register
 from depthprobe.models.build import save_trained
@@ -48,7 +48,7 @@ from depthprobe.runs.records import (
 )
 from depthprobe.runs.scheduler import Outcome, describe
 from depthprobe.runs.timing import read_timing, timing_of
-from depthprobe.study import Study
+from depthprobe.study import Study, settings_of
 from depthprobe.training.loop import DivergedError
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,21 @@ def _logged_to(file: TextIO) -> Iterator[None]:
         package.propagate = before[1]
 
 
+def _served(result: Result) -> dict[str, int]:
+    """Bytes of the weights that a trial serves, by part; empty where it has none of its own."""
+    if result.bytes is not None:
+        return result.bytes
+    study, method = _Worker.context.study, method_of(result.trial.method)
+    half = settings_of(study, result.trial.method).recipe.precision == "bfloat16"
+    if result.model is not None:
+        return served_bytes(result.model, bfloat16=half)
+    manifest = _Worker.context.manifest
+    if manifest is None or method.role == "baseline" or study.backbone.quantize != "none":
+        return {}
+    dtype = "float32" if method.items_only else manifest.backbone.dtype or "float32"
+    return bytes_of(result.parameters, dtype, bfloat16=half)
+
+
 def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     """Write what a task yielded, complete or not at all."""
     context, provenance = _Worker.context, _Worker.provenance
@@ -174,6 +189,7 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     timing = timing_of(trial, read_timing(context.shared / TIMING), context.study)
     costs = Costs(
         parameters=result.parameters,
+        bytes=_served(result),
         flops_user=result.flops,
         prompt=model.prompt_mode if isinstance(model, Recommender) else None,
         timing=msgspec.convert(timing, dict[str, Rounds] | None),

@@ -246,10 +246,9 @@ def _rounded(
                 made[lever, source] = None
         if (model := made[lever, source]) is None:
             refused.append(f"encode:{lever}:{name}")
-        else:
-            found[f"{lever}:{name}"] = (
-                model if name == source else cut_copy(model, range(int(name)))
-            )
+            continue
+        own = model if name == source else cut_copy(model, range(int(name)))
+        found[f"{lever}:{name}"] = own
     return found, refused
 
 
@@ -265,9 +264,8 @@ def _steps(study: Study, blocks: int, names: Collection[str]) -> dict[str, Trial
     plain = [int(name) for name in names if name.isdigit()]
     steps = {f"train:{depth}": trial_of(TEACHER, range(depth), 0, blocks) for depth in plain}
     for task in plan(study, blocks) if names else ():
-        for trial in (
-            task.trials[-1:] if task.seed == 0 and not method_of(task.method).lever else ()
-        ):
+        trains = task.seed == 0 and not method_of(task.method).lever
+        for trial in task.trials[-1:] if trains else ():
             shape = shape_name(study, trial.method, trial.depth)
             own = _own_step(trial) or (None if shape.isdigit() else f"train:{shape}")
             if shape in names and own:

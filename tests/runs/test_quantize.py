@@ -104,7 +104,14 @@ def run_of(
 ) -> Callable[..., Run]:
     """``run_of(width, methods, precision=..., **backbone)``: a run of one seed on three blocks."""
 
-    def run(width: int, methods: tuple[str, ...], *, precision: Any = "auto", **own: Any) -> Run:
+    def run(
+        width: int,
+        methods: tuple[str, ...],
+        *,
+        precision: Any = "auto",
+        variants: dict[str, Variant] | None = None,
+        **own: Any,
+    ) -> Run:
         folder = tmp_path_factory.mktemp("levers")
         sizes = {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": 259}
         LlamaForCausalLM(llama_config(num_hidden_layers=3, **sizes)).save_pretrained(folder / "b")
@@ -112,6 +119,7 @@ def run_of(
         made = replace(
             study,
             methods=methods,
+            variants=variants or study.variants,
             layers="1",
             seeds=1,
             recipe=replace(study.recipe, epochs=1, precision=precision),
@@ -187,6 +195,22 @@ def test_quantised_copies_are_timed_beside_the_plain_ones(run: Run) -> None:
         assert timed is not None
         assert timed["latency"]["seconds"] == measured["seconds"][f"latency:{lever}:1"]
         assert timed["score"]["seconds"] == measured["seconds"][score]
+
+
+def test_narrow_and_looped_blocks_in_fewer_bits(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    variants = {"narrow": Variant(width=0.5), "loop": Variant(loops=2)}
+    methods = ("finetune:narrow", "finetune:loop", "int8", "int8-items")
+    run = run_of(32, methods, variants=variants)
+    assert not run.failed
+    measured = read_timing(Context(run.path, run.study).shared / TIMING)
+    for variant in variants:
+        assert measured["seconds"][f"encode:int8:1:{variant}"]
+        name = f"finetune-{variant}-d01-s0:int8"
+        check_export(run, name, tmp_path / variant)
+        costs = run.record(name).costs
+        assert costs is not None
+        assert costs.timing is not None
+        assert costs.timing["encode"].seconds == measured["seconds"][f"encode:int8:1:{variant}"]
 
 
 def test_no_onnx_of_few_bits(run: Run, tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def _checked(
     facts.prompt = [*map(list, prompt_and_suffix(settings, model))]
     trained = [task.trials[-1] for task in tasks if method_of(task.method).trains]
     asked = [settings_of(study, trial.method) for trial in trained]
-    for width, loops in {(each.width, each.loops) for each in asked}:
+    for width, loops in {(each.width, each.loops) for each in asked if each.reshapes}:
         reshape(copy.deepcopy(model), Shape(width, loops))  # refuses what can't be narrower
     cut = [trial for trial in trained if trial.depth < trial.blocks]
     if cut:  # what probes cuts nothing

@@ -453,7 +453,7 @@ def model_card(run: Run, record: Record, *, example: str = "", onnx: str = "") -
     if own:
         blocks = f"blocks {ranges(record.kept)} of the {backbone.blocks} of {source}"
         what = f"A sequential recommender of depth {record.depth}: {blocks}"
-        what += f" (numbered from 0), {method}"
+        what += f" (numbered from 0), {method}{_shape(run, record)}"
         licence = f"The weights derive from {source}: its own licence applies to this model, and"
         licence += " the terms of the data that it was trained on may apply as well."
     return CARD.format(
@@ -467,6 +467,18 @@ def model_card(run: Run, record: Record, *, example: str = "", onnx: str = "") -
         provenance=_provenance(run, record, source if own else ""),
         licence=f"{licence} {LICENCE}",
     )
+
+
+def _shape(run: Run, record: Record) -> str:
+    """What its blocks are that the backbone's are not."""
+    own, told = settings_of(run.study, record.method), ""
+    if own.width < 1:
+        told += f" Its blocks have about {plain_percent(own.width)} of the backbone's MLP channels"
+        told += " and attention heads."
+    if own.loops > 1:
+        told += f" The blocks are applied {own.loops} times in turn, with the same weights: the"
+        told += f" checkpoint holds them as {own.loops * record.depth} blocks with equal weights."
+    return told
 
 
 def retained(run: Run, record: Record) -> str:

@@ -114,6 +114,9 @@ def test_an_export_is_an_ordinary_checkpoint(run: Run, tmp_path: Path, name: str
     loaded = dp.load_recommender(folder)
     ranks = evaluate(loaded.model, context.test, device=CPU)["full"]
     np.testing.assert_array_equal(ranks, ranks_in(run, name))
+    card = (folder / "README.md").read_text()
+    assert ("50 % of the backbone's MLP channels" in card) == (SHAPES[name][0] == 12)
+    assert ("as 4 blocks with equal weights" in card) == ("twice" in name)
     if "twice" in name:
         first, third = model.model.layers[0], model.model.layers[2]
         for one, other in zip(first.parameters(), third.parameters(), strict=True):

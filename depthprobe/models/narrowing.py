@@ -106,7 +106,7 @@ def plan_narrowing(model: nn.Module, share: float) -> Narrowing:
     before = _width(inner)
     after = before.narrower(share)
     if after == before:
-        raise BadInput("width", share, "a share without which a channel or a head is left out")
+        raise BadInput("width", share, "a share that leaves out a channel or a head of every block")
     fits = _fits(inner, before, after)
     try:
         tiny = tiny_model(inner.config)

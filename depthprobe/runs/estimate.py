@@ -407,7 +407,7 @@ def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processe
         seconds += count * larger * each(own, depth)
     for blocks in [task.blocks, *stages[:-1]] if settings.select == "angular" else ():
         seconds += sizes.validation * units.of("encode", blocks)
-    for blocks in [task.blocks, *stages[:-1]] if stages and settings.select == "greedy" else ():
+    for blocks in stages[:-1] if settings.select == "greedy" else ():
         seconds += _removal_seconds(blocks, sizes, units)
     return seconds
 

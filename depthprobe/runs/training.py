@@ -123,7 +123,11 @@ def heal_in_stages(context: Context, trial: Trial, *, teacher_seconds: float) ->
     model = _begin(context, now, from_teacher=True)
     for stage, depth in enumerate(depths, start=1):
         began = time.perf_counter()
-        kept = fewer_blocks(context, model, now, trial.kept, depth)
+        if stage == 1 and settings.select in TEACHER_SELECTIONS:  # by what all trials share
+            kept = _with_blocks(context, replace(now, kept=now.kept[:depth])).kept
+        else:
+            kept = fewer_blocks(context, model, now, trial.kept, depth)
+        logger.info("stage %d of %d: %d blocks", stage, len(depths), depth)
         keep_blocks(model.backbone, [now.kept.index(block) for block in kept])
         choosing = time.perf_counter() - began
         now = replace(now, kept=kept)

@@ -38,6 +38,7 @@ from depthprobe.report.block_figures import (
     skip_sensitivity,
     span_map,
 )
+from depthprobe.report.budgets import options_by_budget, predicted_damage
 from depthprobe.report.controls import selections
 from depthprobe.report.drawing import FIGURES, MUTED, Look, figure, need, scaled, without_bar
 from depthprobe.report.numbers import (
@@ -63,6 +64,8 @@ __all__ = [
     "block_influence",
     "kept_side_by_side",
     "kept_vs_depth",
+    "options_by_budget",
+    "predicted_damage",
     "search_steps",
     "selections",
     "settling_depth",

@@ -46,6 +46,9 @@ PLAIN = "finetune"  # what other ways to train are compared with
 HEAD = "readout"  # at depth 0 a head on the last item alone: do blocks add anything?
 # What is left out, as cheap scores name it, and the method that measures what that costs.
 BLOCK, SPAN, PARTS = "skip", "span", {"attention": "drop-attention", "mlp": "drop-mlp"}
+# What is left of a block under a budget, by the method that measures it alone.
+BUDGET, MAP, WHOLE = "mix", "replace", "kept"
+LEFT = (WHOLE, *PARTS.values(), MAP, BLOCK)
 # They read the teacher's states at each depth: a hint of what training reaches there.
 READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
 STATES, SETTLING = "similarity", "settling"  # whose tables figures of blocks and users need

@@ -15,6 +15,7 @@ from depthprobe.errors import check_writable, shell_line
 from depthprobe.files import complete_file
 from depthprobe.methods import METHODS, base_of
 from depthprobe.report.answer import build_answer
+from depthprobe.report.budgets import budget_table
 from depthprobe.report.controls import order_table, order_words, selection_table, untouched_table
 from depthprobe.report.drawing import FORMATS, NoData, rendered, save_figure
 from depthprobe.report.figures import FIGURES
@@ -33,6 +34,7 @@ SECTIONS = (
     ("pareto", "Accuracy against cost: which lever first?", "Cost", ("front", "interaction")),
     ("blocks", "Block by block", "Blocks", ("left_out", "selections")),
     ("maps", "Spans of blocks", "Spans", ()),
+    ("budgets", "What is left of each block under a budget", "Budgets", ("budgets",)),
     ("reliance", "How far cheap scores can be trusted", "Cheap scores", ("reliance",)),
     ("hurt", "Who loses", "Who loses", ("slices", "lists")),
     ("ablation", "Ways to a shallow model", "Ways to train", ("ablation",)),
@@ -98,6 +100,7 @@ def tables_of(summary: Summary) -> dict[str, Table]:
         untouched_table,
         selection_table,
         search_table,
+        budget_table,
     )
     others = (make(summary) for make in makers)
     return all_tables(summary) | {table.name: table for table in others if table is not None}

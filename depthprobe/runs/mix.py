@@ -66,19 +66,22 @@ def mixes(context: Context, task: Task) -> Iterator[Result | Scores]:
         for users in (context.validation, context.test)
     )
     scores = {
-        name: [mean_ndcg(ranks["full"]) for ranks in ranked]
+        name: np.array([mean_ndcg(ranks["full"]) for ranks in ranked])
         for name, ranked in (("validation", on_validation), ("test", on_test))
     }
+    # as shares of the teacher's, like all changes that a report shows
+    lost = {name: (own[0] - own) / (own[0] or 1.0) for name, own in scores.items()}
+    shares = damages / (scores["validation"][0] or 1.0)
     frames = []
     for place, (trial, mix) in enumerate(zip(task.trials, chosen, strict=True), start=1):
         frame = pd.DataFrame({"depth": trial.depth, "block": range(task.blocks)})
         frame["option"] = [OPTIONS[option] for option in mix]
-        frame["damage"] = damages[np.arange(task.blocks), list(mix)]
+        frame["damage"] = shares[np.arange(task.blocks), list(mix)]
         frame["budget"], frame["share"] = budget, total(costs, mix) / full
-        frame["predicted"] = total(damages, mix)
-        for name, values in scores.items():
-            frame[name] = values[0] - values[place]
-        frames.append(frame.assign(**dict(zip(OPTIONS[1:], damages.T[1:], strict=True))))
+        frame["predicted"] = total(shares, mix)
+        for name, values in lost.items():
+            frame[name] = values[place]
+        frames.append(frame.assign(**dict(zip(OPTIONS[1:], shares.T[1:], strict=True))))
     yield Scores(pd.concat(frames, ignore_index=True))
 
     counts, flops = count_parameters(teacher), count_flops(context, teacher, possible)
@@ -91,7 +94,7 @@ def mixes(context: Context, task: Task) -> Iterator[Result | Scores]:
             on_test[place + 1],
             counts | own,
             flops=None if flops is None else int(total(flops[0], mix)) + flops[1],
-            validation=scores["validation"][place + 1],
+            validation=float(scores["validation"][place + 1]),
         )
 
 

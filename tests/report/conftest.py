@@ -26,7 +26,7 @@ PARTS = ("drop-attention", "drop-mlp")
 TITLES = ("item-text", "item-text-linear")
 QUANTISED, NARROW = ("int8:full", "int8:distill", "int8:distill:narrow"), "distill:narrow"
 # made only where they are asked for by name
-ONLY_ASKED = {*PARTS, "span", "readout", *TITLES, *QUANTISED, NARROW}
+ONLY_ASKED = {*PARTS, "span", "readout", "mix", *TITLES, *QUANTISED, NARROW}
 
 
 def strength(method: str, depth: int, removed: str) -> float:
@@ -50,6 +50,8 @@ def strength(method: str, depth: int, removed: str) -> float:
     if method == "span":
         first, last = map(int, removed.split("-"))
         return TOP - (1.3 if first == 0 else 0.02 * (last - first + 1))
+    if method == "mix":
+        return TOP - 0.3 / depth
     gap = {"finetune": 0.25, "heal": 0.2, "distill": 0.1, "random-init": 0.7}[method]
     return TOP - gap / depth ** (0.8 if method != "random-init" else 0.3)
 
@@ -95,7 +97,7 @@ def planned() -> list[tuple[str, int, str, str]]:
         "early-exit": range(1, BLOCKS), "readout": (0, BLOCKS), "finetune": (1, 2, 4, 8),
         "distill": (1, 2, 4), "random-init": (1, 2, 4, 12), TITLES[0]: (0, 4, 12),
         TITLES[1]: (0, 1, 4, 12), QUANTISED[0]: (12,), QUANTISED[1]: (1, 2, 4),
-        NARROW: (2, 12), QUANTISED[2]: (2, 12),
+        NARROW: (2, 12), QUANTISED[2]: (2, 12), "mix": (2, 4),
     }.items():  # fmt: skip
         plan += [(method, d, span(0, d - 1), span(d, top)) for d in depths]
     return plan
@@ -290,6 +292,7 @@ def add_probes(run: FakeRun) -> FakeRun:
         "shuffled": shuffled(0.4),
         "random-blocks": chosen_blocks(),
         "prompt-only": untouched(),
+        "mix": mixed(),
     }
     return run
 
@@ -312,6 +315,21 @@ def untouched() -> pd.DataFrame:
         own = {"by": by, "depth": depth, "candidates": 100, "user": users, "seed": 0}
         frames.append(pd.DataFrame(own | {"rank": np.where(users < hits, 1.0, 50.0)}))
     return pd.concat(frames, ignore_index=True)
+
+
+def mixed() -> pd.DataFrame:
+    """Two budgets of two teachers, which choose alike: what is measured is twice the sum."""
+    few = ["kept", "replace"] + ["skip"] * 8 + ["drop-attention", "drop-mlp"]
+    more = ["kept"] * 3 + ["replace"] + ["skip"] * 6 + ["drop-attention", "drop-mlp"]
+    rows = [
+        (depth, block, option, 0.0 if option == "kept" else 0.01, seed, total)
+        for seed in (0, 1)
+        for depth, total, options in ((2, 0.11, few), (4, 0.09, more))
+        for block, option in enumerate(options)
+    ]
+    frame = pd.DataFrame(rows, columns=["depth", "block", "option", "damage", "seed", "predicted"])
+    frame["validation"], frame["test"] = 2 * frame["predicted"], 3 * frame["predicted"]
+    return frame.assign(budget="parameters", share=frame["depth"] / BLOCKS)
 
 
 def chosen_blocks() -> pd.DataFrame:
@@ -338,7 +356,7 @@ def add_more() -> Callable[[FakeRun], FakeRun]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     """The whole made-up run, a failed trial in it; tests only read it."""
     folder = tmp_path_factory.mktemp("run")
-    methods = {method for method, *_ in planned()} - {"readout"}
+    methods = {method for method, *_ in planned()} - {"readout", "mix"}
     made = make_run(folder, methods=methods, users=400, failing=[("random-init", 1, 1)])
     return add_probes(add_slices(made))
 

@@ -71,8 +71,8 @@ def pages(page: Page, run: Any, make: Make, tmp_path_factory: pytest.TempPathFac
 
 def test_every_section_figure_and_table_is_there(page: Page, run: Any) -> None:
     assert page.sections == [
-        *("depth", "pareto", "blocks", "maps", "reliance", "hurt", "ablation", "titles", "cost"),
-        *("methods", "trials", "measured"),
+        *("depth", "pareto", "blocks", "maps", "budgets", "reliance", "hurt", "ablation", "titles"),
+        *("cost", "methods", "trials", "measured"),
     ]
     drawn = [name for name, entry in FIGURES.items() if entry.section != "search"]
     assert len(page.all("svg")) == len(drawn)
@@ -81,7 +81,7 @@ def test_every_section_figure_and_table_is_there(page: Page, run: Any) -> None:
     }
     names = ("methods", "methods_sampled", "trials", "ablation", "slices", "lists", "reliance",
              "left_out", "cost", "order", "selections", "prompt_only_sampled", "front",
-             "interaction")  # fmt: skip
+             "interaction", "budgets")  # fmt: skip
     assert {path.name for path in (run.path / "tables").iterdir()} == {
         f"{name}.{suffix}" for name in names for suffix in ("csv", "md", "tex")
     }

@@ -32,7 +32,7 @@ from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.own import OwnRecommender, load_own, own_digest
 from depthprobe.models.parts import Part, find_sublayers
 from depthprobe.models.prompt import CACHE_NAMES
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.recommender import Recommender, states_at
 from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.taps import first_tensor, input_state, removed_after, tap_blocks
 from depthprobe.models.tiny import DEPTH, TOKENS, brings_code, tiny_model
@@ -419,7 +419,13 @@ def own_causal(model: OwnRecommender, given: Histories) -> str:
     alone = model.encode(given.items[1:, :start], given.lengths[1:])
     _assert_close(alone, whole[1:], "a user without padding: the vector is")
     states = model.states(*given.users)
-    if (places := model.after_items(states, given.items)).shape[1] != given.items.shape[1]:
+    places, last = model.after_items(states, given.items), model.last_place(*given.users)
+    # the states after each item have to be those that users are read out at
+    ends = places[
+        torch.arange(len(last), device=last.device), given.lengths.clamp(max=places.shape[1]) - 1
+    ]
+    several = places.shape[1] == given.items.shape[1]
+    if not several or not torch.allclose(ends, states_at(states, last)):
         if given.objective == "every":
             raise ValueError(
                 "it has one read-out a user: say recipe.objective=last, for one target a window"

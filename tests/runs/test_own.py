@@ -208,6 +208,11 @@ def test_e4srec_reads_as_its_code_does_and_as_ours_with_its_layout(
     model = load_own("examples.e4srec:build")
     checks = check_own(model, "examples.e4srec:build")
     assert [each for each in checks if not each.passed] == []
+    # users are read out behind the response alone: the states after the items are others
+    assert "whether it is causal can't be seen" in checks[1].detail
+    every = check_own(model, "examples.e4srec:build", objective="every")
+    assert [each.name for each in every if not each.passed] == ["causal"]
+    assert "say recipe.objective=last" in every[1].detail
     history = torch.tensor([[3, 1, 7, 2]])
     with torch.no_grad():
         vectors = model.encode(torch.tensor([[3, 1, 7, 2], [5, 5, 0, 0]]), torch.tensor([4, 2]))

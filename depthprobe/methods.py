@@ -519,6 +519,8 @@ def method_info(name: str) -> Method:
     method = METHODS.get(base) or Method(name=base, role="probe", run="")
     if not variant:
         return method
+    if method.lever:
+        return replace(method, label=f"{method_info(variant).label}, {base}")
     place = zlib.crc32(variant.encode())  # which one has which depends on its name alone
     colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
     marker = VARIANT_MARKERS[place % len(VARIANT_MARKERS)]

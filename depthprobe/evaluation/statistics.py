@@ -79,7 +79,7 @@ def interaction_interval(
     bottom = base.mean()
     if not bottom:
         raise ValueError("the reference's mean is 0: a ratio to it has no meaning")
-    contrast = first + second - joint - base
+    contrast = (first - joint) + (second - base)  # exactly 0 where the second change makes none
     share = contrast.mean() / bottom
     return _interval(share, (contrast - share * base) / bottom, level)
 

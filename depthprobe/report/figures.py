@@ -328,12 +328,6 @@ def accuracy_vs_cost(
         color=INK, linewidth=1, alpha=0.4, zorder=1,
         label="Pareto front" if len(best) > 1 else "_alone",
     )  # fmt: skip
-    for point in best:
-        # above and left of a point of the front there is no other point
-        words = ", ".join((*[str(point.depth)] * (point.depth > 0), *point.levers))
-        ax.annotate(
-            words, places[point.trials], (-5, 4), textcoords="offset points", ha="right", fontsize=8
-        )
     costs = [each.value for each in prices.values()]
     if max(costs) >= 4 * min(costs):
         ax.set_xscale("log")
@@ -343,6 +337,7 @@ def accuracy_vs_cost(
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: round_count(value)))
     cut = _cut_off(ax, values)
+    _name_front(ax, best, [places[point.trials] for point in best])
     ax.set_xlabel(label.format(front.batch_of(summary)))
     if kept:
         drawing.percent_axis(ax.yaxis)
@@ -353,6 +348,26 @@ def accuracy_vs_cost(
         f"than these: {'; '.join(point.name for point in best)}."
         f"{front.cheapest_words(summary, cost)}{cut}{without_bar(value for _, value in drawn)}"
     )
+
+
+LETTER, LINE = 0.0155, 0.05  # of the width and height of the axes, of labels in 8 points
+
+
+def _name_front(ax: Axes, front: Sequence[Point], places: Sequence[tuple[float, float]]) -> None:
+    """Write depth and levers beside each point of a front, above the labels that are there."""
+    taken: list[tuple[float, float, float]] = []  # left, right, bottom
+    for point, place in zip(front, places, strict=True):
+        words = ", ".join((*[str(point.depth)] * (point.depth > 0), *point.levers))
+        x, y = ax.transAxes.inverted().transform(ax.transData.transform(place))
+        width = LETTER * len(words)
+        # above and left of a point of the front there is no other point; but the scale is
+        left, bottom = (x - 0.015 - width if x > width else x + 0.01), y + 0.02
+        while any(left < b and left + width > a and abs(bottom - c) < LINE for a, b, c in taken):
+            bottom += LINE
+        if words:
+            taken.append((left, left + width, bottom))
+            paper = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}
+            ax.text(left, bottom, words, transform=ax.transAxes, fontsize=8, bbox=paper, zorder=8)
 
 
 def _draw_priced(

@@ -293,6 +293,9 @@ def interaction_words(run: Source) -> str:
         shown = [each for each in own if each.more.low > 0 or each.more.high < 0]
         most = max(shown or own, key=lambda each: abs(each.more.value))
         more = most.more
+        if all(each.more == each.other == Interval(0, 0, 0) for each in own):
+            said.append(f"{lever} changes no test user's {summary.headline}.")
+            continue
         if not shown:
             rest = f", the most of {len(own)} models" * (len(own) > 1)
             said.append(

@@ -146,7 +146,7 @@ def test_an_interaction_is_the_ratio_of_its_contrast() -> None:
     draw = np.random.default_rng(2)
     one, other, both = (CANDIDATE - draw.gamma(1, size=(3, 200)) for _ in range(3))
     found = interaction_interval(one, other, both, REFERENCE)
-    expected = ratio_interval(one + other - both - REFERENCE, REFERENCE)
+    expected = ratio_interval((one - both) + (other - REFERENCE), REFERENCE)
     assert found == expected
     with pytest.raises(ValueError, match="mean is 0"):
         interaction_interval(one, other, both, 0 * REFERENCE)

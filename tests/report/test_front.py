@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from depthprobe.evaluation.metrics import per_user_metric
-from depthprobe.evaluation.statistics import interaction_interval, ratio_interval
+from depthprobe.evaluation.statistics import Interval, interaction_interval, ratio_interval
+from depthprobe.methods import method_info
 from depthprobe.report.answer import build_answer
 from depthprobe.report.drawing import FIGURES
 from depthprobe.report.figures import accuracy_vs_cost, curves
@@ -193,6 +196,29 @@ def test_width_and_depth_and_width_and_int8_have_an_interaction_each(narrow: Any
     assert re.search(r"\. (No interaction of narrow|narrow costs) ", interaction_words(summary))
 
 
+def test_a_lever_that_changes_nothing_is_said_to(make: Make, tmp_path: Path) -> None:
+    """And not that the dust of a sum is an interaction."""
+    made = make(tmp_path, methods=QUANTISED, users=60, seeds=3)
+    source = made.users["trial"].str.removesuffix(":int8")
+    ranks = made.users.set_index(["trial", "protocol", "user"])["rank"]
+    keys = list(zip(source, made.users["protocol"], made.users["user"], strict=True))
+    made.users["rank"] = ranks.loc[keys].to_numpy()
+    summary = summarise(made)
+    assert {each.more for each in interactions(summary)} == {Interval(0, 0, 0)}
+    assert interaction_words(summary) == "int8 changes no test user's NDCG@10."
+
+
+def test_labels_of_the_front_stay_inside_and_apart(narrow: Any) -> None:
+    ax = accuracy_vs_cost(summarise(narrow))
+    canvas = FigureCanvasAgg(ax.get_figure(root=True))
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in ax.texts]
+    inside = ax.get_window_extent()
+    assert len(boxes) > 2
+    assert all(box.x0 >= inside.x0 - 1 and box.x1 <= inside.x1 + 1 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
 def test_a_lever_is_held_against_itself_on_the_teacher(levers: Summary) -> None:
     """Where the teacher was quantised in two ways, each has its own interactions."""
     teacher = levers.of("int8:full")[0]
@@ -218,6 +244,11 @@ def test_a_point_names_its_levers_in_the_order_in_which_they_were_pulled(narrow:
     assert summary.source(both) == points["distill:narrow"]
     assert points["distill:narrow"].levers == ("narrow",)
     assert points["distill"].levers == ()
+
+
+def test_a_quantised_method_is_named_after_its_source() -> None:
+    assert method_info("int8:distill").label == "distilled, int8"
+    assert method_info("int8:distill:narrow").label == "distilled: narrow, int8"
 
 
 def test_without_the_lever_at_full_depth_there_is_no_interaction(

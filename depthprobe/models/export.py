@@ -387,7 +387,8 @@ def load_recommender(
         if card.own is not None and recommender is not None:
             own = load_own(recommender, card.item_ids)
             keep_blocks(own.backbone, card.own.kept)
-            fill(_plain(own.own.named_parameters()), put_back(own.own, parts))
+            plain = put_back(own.own, parts)
+            fill(_plain(own.own.named_parameters()), plain)
             if card.precision == "bfloat16" and not float32:
                 compute_in_bfloat16(own.backbone)
             make_ready(own.backbone)

@@ -63,7 +63,7 @@ from depthprobe.probing.replace import fold_map, load_replacement
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial, holder_of
 from depthprobe.runs.quantize import source_of
-from depthprobe.runs.records import FULL, Git, Record
+from depthprobe.runs.records import FULL, Costs, Git, Record
 from depthprobe.runs.store import Run, open_run
 from depthprobe.study import ranges, settings_of
 
@@ -423,6 +423,10 @@ BACKBONE = (
     ' The backbone alone is `AutoModelForCausalLM.from_pretrained("FOLDER")`; its language-model'
     " head was not trained along: don't write text with it."
 )
+FEWER_BITS = (
+    " Its weights are in fewer bits (method {method}), and reading them needs torchao:"
+    " `pip install 'depthprobe[quantize]'`."
+)
 OWN_ITSELF = " Add `--recommender` with the function that builds it, which must be importable."
 WITHOUT_EXAMPLE = 'dp.load_recommender("FOLDER").recommend([["item", "item"]], top=10)'
 LICENCE = "depthprobe grants nothing beyond them."
@@ -449,6 +453,7 @@ def model_card(run: Run, record: Record, *, example: str = "", onnx: str = "") -
     )
     method = f"method {_code(record.method)}, seed {record.seed}."
     what = f"SASRec, a sequential recommender without a language model: {method}"
+    bits = FEWER_BITS.format(method=_code(base_of(record.method))) if record.of else ""
     licence = "The terms of the data that it was trained on may apply to this model."
     if own:
         blocks = f"blocks {ranges(record.kept)} of the {backbone.blocks} of {source}"
@@ -461,7 +466,7 @@ def model_card(run: Run, record: Record, *, example: str = "", onnx: str = "") -
         trial=_code(record.id),
         what=what,
         example=example or WITHOUT_EXAMPLE,
-        more=f"{(OWN_ITSELF if theirs else BACKBONE) if own else ''}{onnx}",
+        more=f"{(OWN_ITSELF if theirs else BACKBONE) if own else ''}{bits}{onnx}",
         accuracy=f"{retained(run, record)}{_accuracy(run, record)}",
         size=_size(record),
         provenance=_provenance(run, record, source if own else ""),
@@ -530,9 +535,12 @@ def _accuracy(run: Run, record: Record) -> str:
 
 
 def _size(record: Record) -> str:
-    counts = record.costs.parameters if record.costs else {}
-    rows = [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in counts.items()]
-    return "\n".join(["| part | parameters |", "|---|---:|", *rows])
+    costs = record.costs or Costs()
+    rows = []
+    for name, count in costs.parameters.items():
+        held = f"{costs.bytes[name]:,}" if name in costs.bytes else ""
+        rows.append(f"| {name.replace('_', ' ')} | {count:,} | {held} |")
+    return "\n".join(["| part | parameters | bytes as served |", "|---|---:|---:|", *rows])
 
 
 def _provenance(run: Run, record: Record, source: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +17,17 @@ from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.export import load_recommender
+from depthprobe.models.own import own_facts
+from depthprobe.models.quantize import is_quantized, load_parts
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.plan import plan
 from depthprobe.runs.records import TIMING
+from depthprobe.runs.search import plan_search
 from depthprobe.runs.store import Run
 from depthprobe.runs.sweep import run_sweep
 from depthprobe.runs.timing import covers, read_timing, timing_of
-from depthprobe.study import Cost, Study, Variant, settings_of
+from depthprobe.study import Backbone, Cost, Study, Variant, settings_of
 
 pytest.importorskip("torchao", reason="in the extra dev")
 LEVERS = ("int8", "int8-dynamic", "int4", "int8-items")
@@ -157,7 +162,11 @@ def test_the_exported_folder_reproduces_the_record(run: Run, lever: str, tmp_pat
     for source in ("full-d03-s0", "heal-greedy-d01-s0", "elastic-d02-s0"):
         check_export(run, f"{source}:{lever}", tmp_path / source)
         text = (tmp_path / source / "README.md").read_text()
-        assert lever in text
+        assert f"Its weights are in fewer bits (method `{lever}`)" in text
+        costs = run.record(f"{source}:{lever}").costs
+        assert costs is not None
+        parameters, held = costs.parameters["total"], costs.bytes["total"]
+        assert f"| total | {parameters:,} | {held:,} |" in text
 
 
 def test_records_say_what_they_are_made_of_and_what_they_weigh(run: Run) -> None:
@@ -218,6 +227,31 @@ def test_no_onnx_of_few_bits(run: Run, tmp_path: Path) -> None:
         export_trial(run.path, "elastic-d01-s0:int8", tmp_path / "model", onnx=True)
 
 
+def test_without_torchao_nothing_is_begun(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("depthprobe.models.backbones.is_torchao_available", lambda: False)
+    with pytest.raises(BadInput, match=r"methods: 'int8': torchao, .* 'depthprobe\[quantize\]'"):
+        run_sweep(replace(study, methods=("full", "int8"), variants={}), tmp_path / "run", jobs=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_asks_for_variants_of_what_is_trained_alone(run: Run, tmp_path: Path) -> None:
+    study = replace(run.study, layers="find", methods=("finetune", "int8"), variants={})
+    tasks = plan(study, 3)
+    levers = [trial.id for task in tasks for trial in task.trials if trial.of]
+    assert {"full-d03-s0:int8", "finetune-d01-s0:int8"} <= {*levers}
+
+    def asked() -> list[str]:
+        found = plan_search(tmp_path, study, tasks, 3).tasks
+        return [task.id for task in found if task.trials and task.trials[0].of]
+
+    assert asked() == []
+    trial = "full-d03-s0"
+    shutil.copytree(run.path / "trials" / trial, tmp_path / "trials" / trial)
+    assert asked() == [f"{trial}:int8"]
+
+
 def test_a_variant_that_cannot_be_made_fails_alone(run_of: Callable[..., Run]) -> None:
     run = run_of(24, ("full", "int4", "int8"))
     ((trial, reason),) = run.failed
@@ -247,3 +281,36 @@ def test_other_precisions_and_lora(
         assert plain is not None
         assert plain.bytes["blocks"] == 2 * plain.parameters["blocks"]
         assert record.costs.bytes["blocks"] < 0.7 * plain.bytes["blocks"]
+
+
+def test_a_recommender_of_ones_own_in_fewer_bits(
+    study: Study, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])  # where the examples can be imported
+    sasrec: Any = importlib.import_module("examples.sasrec")
+    (tmp_path / "sasrec").mkdir()
+    items = [str(raw) for raw in Context(run.path, run.study).sequences.item_ids]
+    sasrec.SASRec(items, width=16, blocks=2).save(tmp_path / "sasrec")
+    monkeypatch.setenv("SASREC", str(tmp_path / "sasrec"))
+    own_facts.cache_clear()
+    source = "examples.sasrec:build"
+    own = replace(
+        study,
+        methods=("full", "finetune", "int8", "int8-dynamic"),
+        variants={},
+        layers="1",
+        seeds=1,
+        backbone=Backbone(source=source),
+    )
+    with pytest.raises(BadInput, match="without int8-items beside it"):
+        replace(own, methods=("full", "int8-items"))
+    made = run_sweep(own, tmp_path / "run", jobs=0)
+    assert not made.failed
+    context = Context(made.path, made.study)
+    for trial in [record.id for record in made.records if record.of]:
+        export_trial(made.path, trial, tmp_path / trial)
+        model: Any = load_recommender(tmp_path / trial, recommender=source).model
+        ranks = evaluate(model, context.test, device=context.device)["full"]
+        assert ranks.tolist() == recorded(made, trial).tolist()
+        parts = load_parts(tmp_path / trial / "recommender.safetensors")
+        assert any(map(is_quantized, parts.values()))

@@ -54,7 +54,7 @@ class E4SRec(nn.Module):
 
     def states(self, histories: Tensor, lengths: Tensor) -> Tensor:
         """(B, T) items -> (B, I + T + R, D) behind the final norm."""
-        users, tokens = len(histories), self.backbone.get_input_embeddings()
+        users, tokens = histories.shape[0], self.backbone.get_input_embeddings()
         before = tokens(self.instruction).expand(users, -1, -1)  # (B, I, D)
         after = tokens(self.response).expand(users, -1, -1)  # (B, R, D)
         items = self.input_proj(self.input_embeds(histories))  # (B, T, D)

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import Interval, interaction_interval, ratio_interval
 from depthprobe.methods import method_info
+from depthprobe.report import page
 from depthprobe.report.answer import build_answer
 from depthprobe.report.drawing import FIGURES
 from depthprobe.report.figures import accuracy_vs_cost, curves
@@ -309,6 +310,25 @@ def test_a_quantised_recommendation_is_measured_against_itself(make: Make, tmp_p
     assert result.recommendation.quantized is not None
     assert result.recommendation.quantized.trial == of.trial
     assert result.recommendation.quantized.command == of.command
+
+
+def test_page_and_terminal_say_how_the_quantised_one_is_exported(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(tmp_path / "run", methods=QUANTISED, users=400, seeds=3,
+                gain=lambda m, _: 0.6 if "distill" in m else -0.3 * (m == "sasrec"))  # fmt: skip
+    monkeypatch.setattr(page, "save_figure", lambda *_: '<svg viewBox="0 0 1 1"></svg>')
+    summary = summarise(made)
+    answer = build_answer(summary)
+    assert answer.quantized is not None
+    lines = page.report_words(summary, tmp_path / "page.html").splitlines()
+    assert lines[3:] == [
+        answer.lines[3], answer.command, answer.quantized.command, str(tmp_path / "page.html"),
+    ]  # fmt: skip
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"<code>{answer.quantized.command}</code>" in text
+    assert "Do the losses add up?" in text
+    assert interaction_words(summary).partition(" by ")[0] in text
 
 
 def test_of_several_the_smallest_within_the_margin_is_named(make: Make, tmp_path: Path) -> None:

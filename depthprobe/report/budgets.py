@@ -27,9 +27,9 @@ CELLS = {
 }
 NAMES = dict(zip(LEFT, CELLS, strict=True))
 SERIES = {
-    "predicted": Look("predicted: the sum of its options", MUTED, "x"),
-    "validation": Look("measured, same users", "#0069a8", "s"),
-    "test": Look("measured, test users", "#c2500a", "o"),
+    "predicted": Look("predicted: the sum", MUTED, "x"),
+    "validation": Look("validation users", "#0069a8", "s"),
+    "test": Look("test users", "#c2500a", "o"),
 }
 
 
@@ -65,10 +65,10 @@ def budget_table(run: Source) -> Table | None:
         row = {"budget": depth, "test": lost.get(depth), "parameters": sizes.get(depth)}
         rows.append(row | own)
     return make_table("budgets", rows, [
-        ("budget, blocks", "budget", plain), ("used", lambda row: row["share"], percent),
+        ("budget, blocks", "budget", plain), ("of all blocks", "share", percent),
         *((NAMES[name], name, rounded) for name in LEFT), ("parameters", "parameters", count),
-        ("predicted loss", "predicted", percent), ("measured, same users", "validation", percent),
-        ("measured, test users", "test", in_percent),
+        ("predicted loss", "predicted", percent), ("on validation users", "validation", percent),
+        ("on test users", "test", in_percent),
     ])  # fmt: skip
 
 

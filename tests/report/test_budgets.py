@@ -27,7 +27,7 @@ def test_the_table_has_what_is_predicted_beside_what_is_measured(budgets: Summar
     table = budget_table(budgets)
     assert table is not None
     assert table.columns[:7] == (
-        "budget, blocks", "used", *CELLS,
+        "budget, blocks", "of all blocks", *CELLS,
     )  # fmt: skip
     few, more = table.rows
     assert few[:7] == ("2", "16.7 %", "1", "1", "1", "1", "8")

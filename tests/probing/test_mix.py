@@ -77,6 +77,8 @@ def test_whole_blocks_fit_their_own_budget() -> None:
     damages[:, KEPT], damages[0, MAP], damages[:, SKIP] = 0, np.nan, (3, 1, 2)
     costs = option_costs([0.1] * 3, [0.03] * 3, [0.06] * 3)
     assert choose(damages, costs, costs[:, KEPT].sum() * 2 / 3) == (KEPT, SKIP, KEPT)
+    gains = np.where(np.arange(5) == SKIP, -1.0, damages)  # as noise may have it
+    assert choose(gains, costs, 1.0).count(SKIP) == 2  # some block stays
     damages[1:, MAP:] = np.nan  # only the first block can go
     with pytest.raises(ValueError, match=r"no combination of options costs 0\.05 or less"):
         choose(damages, costs, 0.05)

@@ -346,7 +346,8 @@ def accuracy_vs_cost(
     return (
         f"{what} against {name}. On the means, no other model is both cheaper and more accurate "
         f"than these: {'; '.join(point.name for point in best)}."
-        f"{front.cheapest_words(summary, cost)}{cut}{without_bar(value for _, value in drawn)}"
+        f"{front.cheapest_words(summary, cost, metric)}{cut}"
+        f"{without_bar(value for _, value in drawn)}"
     )
 
 

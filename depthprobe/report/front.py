@@ -131,16 +131,16 @@ def levers(summary: Summary, point: Point) -> int:
     return (0 < point.depth < summary.blocks) + len(point.levers)
 
 
-def cheapest_words(summary: Summary, cost: str) -> str:
+def cheapest_words(summary: Summary, cost: str, metric: str | None = None) -> str:
     """The cheapest models with one lever, and with several, of those within the margin."""
     teacher, kind = summary.teacher, cost_named(summary, cost)
     if teacher is None or not (full := price(summary, teacher, kind).value):
         return ""
     near = [
         point
-        for point in priced(summary, kind)
+        for point in priced(summary, kind, metric)
         if price(summary, point, kind).value < full
-        and (share := summary.share(point)) is not None
+        and (share := summary.share(point, metric)) is not None
         and share.value >= 1 - summary.margin
         and (point.look.candidate or point.plain == TEACHER)
     ]
@@ -261,7 +261,7 @@ def _alone(summary: Summary, both: Point, teacher: Point) -> Point | None:
 def interaction_table(run: Source) -> Table | None:
     """What two levers lose apart and together, in shares of the teacher's accuracy.
 
-    Paired by user and seed; one comparison at a time. None where no run of four arms is complete.
+    Paired by user and seed; one comparison at a time. None where no model has all four arms.
     """
     rows = [
         {

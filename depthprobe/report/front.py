@@ -70,18 +70,13 @@ def batch_of(summary: Summary) -> int:
 
 
 def offered(summary: Summary, metric: str | None = None) -> list[Point]:
-    """Points of known accuracy that could be served; popularity and most probes could not.
-
-    Of the variants of a method that is there itself, those that pull a lever.
-    """
-    methods = {point.method for point in summary.points}
+    """Points of known accuracy that could be served; popularity and most probes could not."""
     return [
         point
         for point in sorted(summary.points, key=_order)
         if point.on_offer
         and point.method != POPULARITY
         and reached(summary, point, metric) is not None
-        and (":" not in point.plain or point.plain.partition(":")[0] not in methods)
     ]
 
 

@@ -1,8 +1,9 @@
 """Weights in fewer bits, by torchao: the linear maps of the blocks, or the rows of the item table.
 
 ``int8``: a scale a row. ``int8-dynamic``: inputs are rounded to 8 bits as well, with a scale a
-position. ``int4``: a scale and an offset for each 32 weights of a row. ``int8-items``: the item
-table, and the matrix that scores it, with a scale an item; the blocks stay as they are.
+position. ``int4``: a scale and an offset for each 32 weights of a row; its maps compute in
+bfloat16, since torch's kernel of float32 takes fifty times as long. ``int8-items``: the item table,
+and the matrix that scores it, with a scale an item; the blocks stay as they are.
 
 Nothing is trained or calibrated: the same weights always give the same numbers.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +113,8 @@ def _int4(weight: Tensor) -> Tensor:
 
     groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K / G, G)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    scale = ((high - low) / 15).clamp_min(1e-6).to(weight.dtype)  # as they are kept
-    zero = (low + 8 * scale.float()).to(weight.dtype)
+    scale = ((high - low) / 15).clamp_min(1e-6).to(torch.bfloat16)  # as they are kept
+    zero = (low + 8 * scale.float()).to(torch.bfloat16)
     numbers = ((groups - zero.float()) / scale.float()).round().clamp(-8, 7).to(torch.int8)
     numbers = numbers.flatten(1)  # (N, K)
     packed = (numbers[:, 1::2] << 4) | (numbers[:, ::2] & 15)
@@ -125,17 +127,21 @@ def _int4(weight: Tensor) -> Tensor:
 def make_ready(backbone: nn.Module) -> None:
     """Let rounded maps compute where they are: int4 in the layout of the processor's kernel.
 
-    Maps that were rounded in bfloat16 get their inputs in it, as autocast gives them to others.
+    Maps that were rounded in bfloat16 get their inputs in it. What they hand on is in it where
+    autocast has others do so, and in the precision of the backbone elsewhere.
 
     Raises:
         BadInput: for int4 on an accelerator.
     """
     packed: dict[int, nn.Parameter] = {}
+    weights = (w for w in backbone.parameters() if w.is_floating_point() and not is_quantized(w))
+    around = next(weights).dtype
     for module in find_blocks(backbone).modules():
         if not isinstance(module, nn.Linear) or not is_quantized(weight := module.weight):
             continue
         if weight.dtype == torch.bfloat16:
             module.register_forward_pre_hook(_in_bfloat16)
+            module.register_forward_hook(partial(_as_others, around))
         if type(weight).__name__ == "Int4Tensor":
             if id(weight) not in packed:
                 packed[id(weight)] = nn.Parameter(_for_kernel(weight), requires_grad=False)
@@ -144,6 +150,10 @@ def make_ready(backbone: nn.Module) -> None:
 
 def _in_bfloat16(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].to(torch.bfloat16), *inputs[1:])
+
+
+def _as_others(around: torch.dtype, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output if torch.is_autocast_enabled(output.device.type) else output.to(around)
 
 
 def _for_kernel(weight: Any) -> Tensor:

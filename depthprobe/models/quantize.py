@@ -1,9 +1,12 @@
 """Weights in fewer bits, by torchao: the linear maps of the blocks, or the rows of the item table.
 
-``int8``: a scale a row. ``int8-dynamic``: inputs are rounded to 8 bits as well, with a scale a
-position. ``int4``: a scale and an offset for each 32 weights of a row; its maps compute in
-bfloat16, since torch's kernel of float32 takes fifty times as long. ``int8-items``: the item table,
-and the matrix that scores it, with a scale an item; the blocks stay as they are.
+The rows of the token embeddings go with the blocks, as int8 with a scale a token whatever the
+blocks become: beside few blocks they are most of the bytes, though items that are vectors need
+those of the prompt alone. ``int8``: a scale a row. ``int8-dynamic``: inputs are rounded to 8 bits
+as well, with a scale a position. ``int4``: a scale and an offset for each 32 weights of a row; its
+maps compute in bfloat16, since torch's kernel of float32 takes fifty times as long.
+``int8-items``: the item table, and the matrix that scores it, with a scale an item; the blocks stay
+as they are.
 
 Nothing is trained or calibrated: the same weights always give the same numbers.
 """
@@ -85,8 +88,24 @@ def quantize(model: Recommender, scheme: str, *, bfloat16: bool = False) -> None
         family = model.backbone.config.model_type
         allowed = f"blocks with maps of nn.Linear{sizes} (those of this {family} have none)"
         raise BadInput("methods", scheme, allowed)
+    # a user's own model may have none; Gemma's, which scale their rows, do not come back from disk
+    users_own = isinstance(model, OwnRecommender)
+    if not users_own and type(model.token_embeddings).forward is nn.Embedding.forward:
+        _round_rows(model.token_embeddings)
     share = rounded / sum(weight.numel() for weight in every.values())
     logger.info("%s: %.1f %% of the weights of the blocks are rounded", scheme, 100 * share)
+
+
+def _round_rows(table: nn.Embedding) -> None:
+    """Token embeddings as int8 with a scale a row, which an ``nn.Embedding`` reads like any."""
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization import quantize_ as quantize_in_place
+    from torchao.quantization.granularity import PerAxis
+
+    holder = nn.Embedding.from_pretrained(table.weight.detach())
+    kind = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_in_place(holder, kind, filter_fn=lambda module, _: module is holder)
+    table.weight = nn.Parameter(holder.weight.detach(), requires_grad=False)
 
 
 def _rounded(weight: Tensor, scheme: str) -> Tensor:
@@ -232,9 +251,20 @@ def mark(model: PreTrainedModel) -> None:
     elif own.act_quant_kwargs is not None:
         kind = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     plain = [name for name, m in maps.items() if not is_quantized(m.weight)]
-    config: Any = TorchAoConfig(kind, modules_to_not_convert=plain)
+    tokens = is_quantized(model.get_input_embeddings().weight)
+    config: Any = TorchAoConfig(
+        kind, modules_to_not_convert=plain, include_input_output_embeddings=tokens
+    )
+    if tokens:  # a head that is tied to them is theirs again when it is read
+        tied = [*(getattr(model, "all_tied_weights_keys", None) or {})]
+        model.register_state_dict_post_hook(partial(_without, tied))
     model.config.quantization_config = config
     vars(model)["hf_quantizer"] = AutoHfQuantizer.from_config(config, pre_quantized=True)
+
+
+def _without(names: list[str], _: nn.Module, held: dict[str, Tensor], *__: Any) -> None:
+    for name in names:
+        held.pop(name, None)
 
 
 def save_parts(weights: Mapping[str, Tensor], file: Path) -> None:

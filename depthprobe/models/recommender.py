@@ -177,7 +177,9 @@ class Recommender(nn.Module):
     @torch.no_grad()
     def _match_scale(self, adapter: nn.Linear) -> None:
         """Let adapted items start as large as the token embeddings the blocks were trained on."""
-        tokens = self.token_embeddings.weight
+        tokens: Tensor = self.token_embeddings.weight
+        if hasattr(tokens, "tensor_data_names"):  # torchao's
+            tokens = tokens.dequantize()
         adapter.bias.zero_()
         adapted = adapter(self.items.weight[1:])
         adapter.weight.mul_(tokens.float().std() / adapted.std().clamp_min(1e-8))

@@ -83,7 +83,7 @@ def by_hand(weight: Tensor, scheme: str) -> Tensor:
 def test_a_model_computes_with_the_weights_it_was_rounded_to(make: Make) -> None:
     model, _ = make()
     expected = copy.deepcopy(model)
-    for module in maps(expected).values():
+    for module in (*maps(expected).values(), expected.token_embeddings):
         module.weight.data = by_hand(module.weight.detach(), "int8")
     before = answers(model)
     quantize(model, "int8")
@@ -168,7 +168,10 @@ def test_bytes_are_counted_one_by_one(
     make_ready(model.backbone)
     found = served_bytes(model, bfloat16=bfloat16)
     assert found["blocks"] == expected + size * norms
-    assert {**found, "blocks": 0, "total": 0} == {**plain, "blocks": 0, "total": 0}
+    tokens, width = model.token_embeddings.weight.shape
+    assert found["token_embeddings"] == tokens * (width + 5)
+    same = {"adapters", "item_table"}
+    assert {part: found[part] for part in same} == {part: plain[part] for part in same}
     assert count_parameters(model)["blocks"] == counts["blocks"]
 
 
@@ -284,6 +287,7 @@ def test_a_folder_holds_the_few_bits_and_ranks_the_same(
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "torchao"
     assert config["modules_to_not_convert"] == ["lm_head"]
+    assert stored(folder / "model.safetensors")["model.embed_tokens._weight_qdata"] == "I8"
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
@@ -295,6 +299,14 @@ def test_transformers_reads_the_folder_alone(make: Make, scheme: str, tmp_path: 
     tokens = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         assert torch.equal(again(tokens).logits, whole(tokens).logits)
+
+
+def test_a_tied_head_is_stored_once(make: Make, tmp_path: Path) -> None:
+    model, whole = make(tie_word_embeddings=True)
+    check_reload(tmp_path / "model", model, whole, "int8", "float32")
+    assert not any("lm_head" in name for name in stored(tmp_path / "model/model.safetensors"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert again.lm_head.weight is again.get_input_embeddings().weight
 
 
 def test_a_damaged_folder_is_refused_in_one_line(

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import norm
 
 from depthprobe.evaluation.search import spent
 
@@ -34,6 +35,11 @@ def pocock(alpha: float, share: float) -> float:
     return alpha * math.log1p((math.e - 1) * share)
 
 
+def obrien_fleming(alpha: float, share: float) -> float:
+    """Spend little at first (Lan and DeMets 1983)."""
+    return float(2 * norm.sf(norm.isf(alpha / 2) / math.sqrt(share)))
+
+
 def every(alpha: float) -> tuple[float, ...]:
     """The whole level at every look."""
     return (alpha,) * len(LOOKS)
@@ -44,7 +50,8 @@ RULES: dict[str, Callable[[float], tuple[float, ...]]] = {
     "the level at every look": every,
     "a quarter at every look": lambda alpha: every(alpha / len(LOOKS)),
     "spent as Pocock": lambda alpha: spent(alpha, LOOKS[-1], pocock),
-    "spent as O'Brien and Fleming": lambda alpha: spent(alpha, LOOKS[-1]),
+    "spent as O'Brien and Fleming": lambda alpha: spent(alpha, LOOKS[-1], obrien_fleming),
+    "spent late": lambda alpha: spent(alpha, LOOKS[-1]),
 }
 
 

@@ -7,26 +7,30 @@ asks and in whatever order the depths were trained. Two things are kept apart.
 confidence ``level`` no depth at all is wrongly shown, though seeds are added one at a time and the
 search itself picks the depths:
 
-- The level of every depth is fixed before any is trained, by validation users alone. One that is
-  shown hands its level on to the shallower ones, in proportion to theirs. That is a graphical
-  procedure (Bretz et al. 2009, Stat. in Medicine 28): it holds in whatever order the depths are
-  looked at, and one that is never trained is one that never passes.
-- A depth is looked at after 2, 3, ... seeds, and its level is spent over the looks as O'Brien and
-  Fleming do (Lan and DeMets 1983), a level that grows as Maurer and Bretz (2013) have it.
-- The test has no more degrees of freedom than the trainings of all depths have together.
+- All depths share the level equally, and one that is shown hands its own on to the next shallower
+  one: the fallback procedure of a full sweep. It holds in whatever order the depths are looked at,
+  for one that is never trained is one that never passes.
+- A depth is looked at after 2, 3, ... seeds, and its level is spent over the looks, nearly all of
+  it at the last (Lan and DeMets 1983; the power family of Kim and DeMets 1987). A level that grows
+  is no harm (Maurer and Bretz 2013).
+- Few trainings tell little of luck, and the test allows for that: see
+  :meth:`.NonInferiority.p_value`.
 - A depth is *refuted* where the opposite passes the same test, each of K depths at a Kth of
   ``1 - level``.
 
+With everything trained the verdict is the sweep's, but for what the looks cost.
+
 **What to train next** only has to be cheap. A Gaussian process over depths puts together what the
-probes predict and what was measured; it gives the odds that a depth would be shown after all seeds.
-Next is the depth with the best odds for its cost. The search ends when no depth below the smallest
-one shown has odds worth the cost.
+probes predict and what was measured; it gives the odds that a depth passes after all seeds. A depth
+may need the levels of deeper ones, so the search compares *chains* of neighbours that all have to
+pass. Next is a training of the chain with the best odds for its cost. The search ends when no depth
+below the smallest one shown has odds worth the cost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -48,9 +52,8 @@ from depthprobe.evaluation.sufficiency import (
 
 Seeds = Mapping[int, Any]  # per-user values (U,) by seed
 MOST = 0.7  # share of a full sweep's compute that a search may take
-WARY = 6  # power of that share, which are the odds that are worth it
-SUREST = 0.5  # that a depth passes
-EVEN = 0.1  # the part of the level that all depths share equally
+WARY = 4  # power of that share, which are the odds that are worth it
+LATE = 10  # power of the information, as which the level is spent: 98 % of it is left at the end
 SPREAD, REACH, ROUGH = 0.06, 1.5, 0.02  # of shares about the prediction: see analyses/find
 MENDED = 0.5  # what is left, when a depth is trained, of what its read-out loses
 COMMON = 0.5  # correlation of two depths' errors: both are compared with one teacher
@@ -70,14 +73,16 @@ class Search:
     """How far a search is.
 
     ``verdict`` is about the depths that have been compared; None before the first. ``seeds`` says
-    with how many, by depth; ``odds``, of all depths, that each would be shown with all seeds.
-    ``next`` is None when the search has ended.
+    with how many, by depth. ``odds``, of all depths, are that each would be shown with all seeds of
+    its own and of the deeper ones that it may need, up to its depth in ``chains``. ``next`` is None
+    when the search has ended.
     """
 
     verdict: Sufficiency | None
     seeds: Mapping[int, int]
     refuted: tuple[int, ...]
     odds: Mapping[int, float]
+    chains: Mapping[int, int]
     next: Step | None
 
     @property
@@ -119,7 +124,7 @@ def search(
         level: confidence.
     """
     depths = sorted(predicted)
-    weights = level_weights(predicted, margin)
+    share = (1 - level) / len(depths)
     pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for depth in depths:
         common = sorted(teacher.keys() & candidates.get(depth, {}).keys())
@@ -128,19 +133,18 @@ def search(
             own = [[arm[seed] for seed in common] for arm in (candidates[depth], teacher)]
             pairs[depth] = np.array(own[0], float), np.array(own[1], float)
     several = [depth for depth, (x, _) in pairs.items() if len(x) > 1]
-    # of two seeds that happen to agree one would learn that there is no luck
-    luck_df = sum(len(pairs[depth][0]) - 1 for depth in several)
+    degrees = luck_df([len(pairs[depth][0]) for depth in several])
     tests, reversed_tests = (
-        {d: replace(t, luck_df=luck_df) for d, t in paired_tests(each, several).items()}
+        {d: replace(t, luck_df=degrees) for d, t in paired_tests(each, several).items()}
         for each in (pairs, {d: (r, x) for d, (x, r) in pairs.items()})
     )
 
     rows: dict[int, RetainedAccuracy] = {}
     refuted: list[int] = []
     levels: dict[int, float] = {}
-    passed = dict.fromkeys(depths, 0.0)
+    carried = 0.0
     for depth in reversed(depths):
-        levels[depth] = (1 - level) * weights[depth] + passed[depth]
+        levels[depth], carried = share + carried, 0.0
         if depth not in tests:
             continue
         test = tests[depth]
@@ -154,17 +158,17 @@ def search(
         )  # fmt: skip
         # kept < 1 - margin is 1 / kept > 1 / (1 - margin)
         opposite = reversed_tests[depth].p_value(1 / (1 - margin))
-        if opposite <= look_level((1 - level) / len(depths), *looked):
+        if opposite <= look_level(share, *looked):
             refuted.append(depth)
         if rows[depth].shown:
-            below = [d for d in depths if d < depth]
-            total = sum(weights[d] for d in below)
-            for d in below:
-                passed[d] += levels[depth] * weights[d] / total
-    shown = min((depth for depth, row in rows.items() if row.shown), default=None)
-    odds = odds_of(tests, levels, predicted, seeds=seeds, margin=margin)
-    for depth in refuted:
-        odds[depth] = 0.0
+            carried = levels[depth]
+    outlooks = outlooks_of(tests, predicted, seeds=seeds, margin=margin)
+    passed = [depth for depth, row in rows.items() if row.shown]
+    shown = min(passed, default=None)
+    odds, chains, step = _next(
+        teacher, candidates, {d: o for d, o in outlooks.items() if d not in refuted}, levels,
+        passed=passed, share=share, blocks=blocks, seeds=seeds, lost=lost,
+    )  # fmt: skip
     verdict = None
     if rows:
         repeated = [row for depth, row in rows.items() if tests[depth].n_seeds > 1]
@@ -185,45 +189,67 @@ def search(
         )
     return Search(
         verdict, {depth: tests[depth].n_seeds for depth in sorted(tests)}, tuple(sorted(refuted)),
-        odds,
-        _next(teacher, candidates, odds, shown=shown, blocks=blocks, seeds=seeds, lost=lost),
+        odds, chains, step,
     )  # fmt: skip
 
 
 def _next(
     teacher: Seeds,
     candidates: Mapping[int, Seeds],
-    odds: Mapping[int, float],
+    outlooks: Mapping[int, Outlook],
+    levels: Mapping[int, float],
     *,
-    shown: int | None,
+    passed: Collection[int],
+    share: float,
     blocks: int,
     seeds: int,
     lost: Collection[Step],
-) -> Step | None:
-    """The depth with the best odds for what is left to train of it, and of the teacher."""
-    best, chosen = 0.0, None
-    full = seeds * (sum(odds) + blocks)
+) -> tuple[dict[int, float], dict[int, int], Step | None]:
+    """The odds of each depth, where its chain begins, and the training that is worth most.
+
+    A chain goes from a depth down to a shallower one, and each of them gets the levels of those
+    above it if these pass. Their errors are much alike, so a chain is about as likely as its least
+    likely depth. The chain with the best odds for its cost is next, and of it the depth that most
+    likely fails, for its cost. ``outlooks`` are those of all depths but the refuted.
+    """
+    full = seeds * (sum(levels) + blocks)
     spent = sum(depth * len(arms) for depth, arms in candidates.items()) + blocks * len(teacher)
-    for depth, chance in odds.items():
-        left = [
+    left = {
+        depth: [
             seed
             for seed in range(seeds)
             if seed not in candidates.get(depth, {})
             and not {Step(depth, seed), Step(blocks, seed)}.intersection(lost)
         ]
-        if not left or (shown is not None and depth >= shown):
-            continue
-        # the teacher's seeds serve all depths: the next one counts, not all to come
-        cost = len(left) * depth + blocks * (left[0] not in teacher)
-        share = (spent + (depth if left[0] in teacher else blocks)) / full
-        if share > MOST or chance < share**WARY:
-            continue
-        if chance / cost > best:
-            best, chosen = chance / cost, (depth, left[0])
-    if chosen is None:
-        return None
-    depth, seed = chosen
-    return Step(depth if seed in teacher else blocks, seed)
+        for depth in outlooks
+    }
+    depths, shown = sorted(levels), min(passed, default=math.inf)
+    odds, chains, best, chosen = dict.fromkeys(depths, 0.0), {d: d for d in depths}, 0.0, None
+    for i, top in enumerate(depths):
+        level, chance, cost, urgent, first = levels[top] - share, 1.0, 0, 0.0, top
+        for depth in depths[i::-1]:
+            if depth not in outlooks:
+                break
+            level += share
+            if depth not in passed:
+                own = outlooks[depth].odds(look_level(level, seeds, seeds))
+                chance = min(chance, own)
+                if more := depth * len(left[depth]):
+                    cost += more
+                    if (1 - own) / more >= urgent:
+                        urgent, first = (1 - own) / more, depth
+            if chance > odds[depth]:
+                odds[depth], chains[depth] = chance, top
+            if not cost or depth >= shown:
+                continue
+            seed = left[first][0]
+            # the teacher's seeds serve all depths: the next one counts, not all to come
+            step = Step(first if seed in teacher else blocks, seed)
+            part = (spent + step.depth) / full
+            worth = chance / (cost + blocks * (seed not in teacher))
+            if part <= MOST and chance >= part**WARY and worth > best:
+                best, chosen = worth, step
+    return odds, chains, chosen
 
 
 @dataclass(frozen=True)
@@ -267,21 +293,6 @@ def replay(
 # --- levels --------------------------------------------------------------------------------------
 
 
-def level_weights(predicted: Mapping[int, float], margin: float) -> dict[int, float]:
-    """The part of ``1 - level`` that each depth begins with; they add up to 1.
-
-    Most goes where the answer is expected: to the chance that a depth passes and no shallower one
-    does. Luck decides too, so no depth is taken to pass for sure. The rest is shared equally.
-    """
-    left, chances = 1.0, {}
-    for depth in sorted(predicted):
-        chance = min(SUREST, float(ndtr((predicted[depth] - (1 - margin)) / SPREAD)))
-        chances[depth] = left * chance
-        left *= 1 - chance
-    total, equal = sum(chances.values()) or 1.0, EVEN / len(chances)
-    return {depth: equal + (1 - EVEN) * each / total for depth, each in chances.items()}
-
-
 def look_level(alpha: float, look: int, last: int) -> float:
     """The level of a p-value after ``look`` seeds, with alpha spent over 2, 3, ... ``last``.
 
@@ -293,14 +304,14 @@ def look_level(alpha: float, look: int, last: int) -> float:
     return spent(math.floor(alpha * 10**digits) / 10**digits, last)[look - 2]
 
 
-def obrien_fleming(alpha: float, share: float) -> float:
-    """Spend little at first (Lan and DeMets 1983)."""
-    return float(2 * norm.sf(norm.isf(alpha / 2) / math.sqrt(share)))
+def late(alpha: float, share: float) -> float:
+    """Spend nearly all at the last look (Kim and DeMets 1987)."""
+    return alpha * share**LATE
 
 
 @cache
 def spent(
-    alpha: float, last: int, spending: Callable[[float, float], float] = obrien_fleming
+    alpha: float, last: int, spending: Callable[[float, float], float] = late
 ) -> tuple[float, ...]:
     """The level of each look's p-value, after 2 to ``last`` seeds, with so much spent over them.
 
@@ -345,31 +356,64 @@ class _Errors(NamedTuple):
 
 
 def _errors(test: NonInferiority, seeds: int, margin: float) -> _Errors:
-    """By the variance of the test; of one seed the luck is taken to be what users add."""
+    """By the variance of the test; of one seed the luck is taken to be what users add.
+
+    A depth's own luck counts where it is above the others', as far as its seeds tell of it.
+    """
     own, others = test.spreads(1 - margin)
     number, noise = test.n_seeds, own.noise if test.n_seeds > 1 else others.noise
-    luck = max(own.seeds - own.noise, others.seeds - others.noise, 0.0)
+    luck = max(others.seeds - others.noise, 0.0)
+    luck += max(own.seeds - own.noise - luck, 0.0) * (number - 1) / max(1, seeds - 1)
     if others.users == 0:
         noise, luck = 0.0, own.users
     users = max(own.users - noise / number, 0.0)
     now, then = (users + (noise + luck) / n for n in (number, max(seeds, number)))
     of = Spread(users + noise / seeds, luck + noise, noise)
     _, df = standard_error(of, n_users=test.n_users, n_seeds=seeds)
-    # by then other depths will have been trained, too
-    df = min(float(df), max(2 * (seeds - 1), test.luck_df + seeds - number))
     scale = test.means[1] ** 2
-    return _Errors(now / scale, then / scale, df)
+    return _Errors(now / scale, then / scale, float(df))
 
 
-def odds_of(
+class Outlook(NamedTuple):
+    """Of a depth with all its seeds: what it is expected to keep beyond the margin, and the error.
+
+    ``error`` and ``df`` are the test's then; ``deviation`` is what the estimate may still move by.
+    ``p_value`` is that of a depth that has all its seeds, were luck known as well as in a sweep.
+    """
+
+    gap: float
+    deviation: float
+    error: float
+    df: float
+    p_value: float | None = None
+
+    def odds(self, level: float) -> float:
+        """That the depth passes at a level."""
+        if self.p_value is not None:
+            return float(self.p_value <= level)
+        gap = self.gap - float(stdtrit(self.df, 1 - level)) * self.error
+        return float(ndtr(gap / self.deviation))
+
+
+def luck_df(seeds: Sequence[int]) -> float:
+    """Degrees of freedom of the seeds' variance, a mean over depths with so many seeds each.
+
+    Each depth weighs by its own degrees. All are compared with one teacher, so their variances are
+    correlated by ``COMMON**2``, and a depth's seeds are among those of one that has more.
+    """
+    own = np.array(seeds) - 1
+    shared = COMMON**2 * (np.minimum.outer(own, own).sum() - own.sum())
+    return float(own.sum() ** 2 / (own.sum() + shared)) if seeds else math.inf
+
+
+def outlooks_of(
     tests: Mapping[int, NonInferiority],
-    levels: Mapping[int, float],
     predicted: Mapping[int, float],
     *,
     seeds: int,
     margin: float,
-) -> dict[int, float]:
-    """The odds that each depth is shown after all seeds, by prediction and measurement together.
+) -> dict[int, Outlook]:
+    """The outlook of each depth, by prediction and measurement together.
 
     What a depth keeps is a Gaussian process about the prediction, over the logarithm of the depth.
     Its variance at ``seeds`` seeds is that of the users, and the trained depths' mean luck.
@@ -390,20 +434,24 @@ def odds_of(
         gain = prior[:, known] @ np.linalg.inv(prior[np.ix_(known, known)] + noise)
         after = mean + gain @ (np.array([shares[i] for i in known]) - mean[known])
         spread = prior - gain @ prior[known]
-    odds = {}
+    found = {}
     for i, depth in enumerate(depths.tolist()):
         error = errors.get(i, usual)
-        expected, variance = after[i], spread[i, i] + error.then
+        expected, variance, p_value = after[i], spread[i, i] + error.then, None
         if i in errors and error.now > error.then:
             part = error.then / error.now
             expected = part * shares[i] + (1 - part) * after[i]
             variance = (1 - part) * error.then + (1 - part) ** 2 * spread[i, i]
         elif i in errors:
-            expected, variance = shares[i], 0.0
-        needed = stdtrit(error.df, 1 - look_level(levels[depth], seeds, seeds))
-        gap = expected - (1 - margin) - float(needed) * math.sqrt(error.then)
-        odds[depth] = float(ndtr(gap / math.sqrt(variance))) if variance else float(gap >= 0)
-    return odds
+            p_value = replace(tests[depth], luck_df=math.inf).p_value(1 - margin)
+        found[depth] = Outlook(
+            float(expected) - (1 - margin),
+            math.sqrt(variance),
+            math.sqrt(error.then),
+            error.df,
+            p_value,
+        )
+    return found
 
 
 # --- what the probes predict ---------------------------------------------------------------------

@@ -47,6 +47,7 @@ ODDS = (0.5, 0.8)
 Numbers = tuple[int | None, ...]  # one for each of the odds
 DIFFERING = 30  # users of whom a mean difference is about normal
 PLACES = (np.arange(32) + 0.5) / 32  # of a distribution
+TAIL, IN_TAIL = PLACES**3, PLACES**2 / (PLACES**2).sum()  # more where it begins; their weights
 MOST_USERS, MOST_SEEDS = 10**9, 100  # more is never
 
 
@@ -287,7 +288,7 @@ class NonInferiority:
     n_users: int
     n_seeds: int
     fixed: bool  # of one seed: the question is about these very models, not about their trainings
-    luck_df: float = math.inf  # the most degrees of freedom, where few trainings tell of luck
+    luck_df: float = math.inf  # degrees of freedom of the seeds' variance, where they are few
 
     @property
     def kept(self) -> float:
@@ -323,15 +324,27 @@ class NonInferiority:
         return Needed(method, depth, *plan(gap, of, **have, tested_at=tested_at))
 
     def p_value(self, share: float) -> float:
-        """One-sided; 1 for one user, and for one seed unless the models are fixed."""
+        """One-sided; 1 for one user, and for one seed unless the models are fixed.
+
+        With few ``luck_df`` it is never below a mean over what the seeds' variance may be, given
+        how it came out: a generalized p-value (Tsui and Weerahandi 1989, JASA 84). Of two seeds
+        that happen to agree nobody should learn that there is no luck.
+        """
         if self.n_users == 1 or (self.n_seeds == 1 and not self.fixed):
             return 1.0
         own, others = self.spreads(share)
         of = own._replace(seeds=max(own.seeds, others.seeds - others.noise + own.noise))
         error, df = standard_error(of, n_users=self.n_users, n_seeds=self.n_seeds)
-        df = min(df, max(self.n_seeds - 1, self.luck_df))
         mean = self.means[0] - share * self.means[1]
-        return float(stdtr(df, -mean / error)) if error else float(mean <= 0)
+        p_value = float(stdtr(df, -mean / error)) if error else float(mean <= 0)
+        if math.isinf(self.luck_df):
+            return p_value
+        # it is what came out, times its degrees, over a draw of chi-squared; no less than the noise
+        may_be = np.maximum(of.noise, of.seeds * self.luck_df / chdtri(self.luck_df, 1 - TAIL))
+        errors = np.sqrt(max(0.0, of.users - of.noise / self.n_seeds) + may_be / self.n_seeds)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = np.where(errors > 0, ndtr(-mean / errors), mean <= 0)
+        return max(p_value, float(IN_TAIL @ each))
 
     def lower(self, tested_at: float) -> float:
         """Below which share the test passes at this level; -inf where it never does."""
@@ -359,7 +372,11 @@ def paired_tests(
         else np.zeros((3, 3))
         for name, (x, r) in arms.items()
     }
-    others = np.mean([parts[name] for name in trained] or [np.zeros((3, 3))], axis=0)
+    degrees = [len(arms[name][0]) - 1 for name in trained]
+    others = np.average(
+        [parts[name] for name in trained] or [np.zeros((3, 3))],
+        axis=0, weights=degrees if any(degrees) else None,
+    )  # fmt: skip
     return {
         name: NonInferiority(
             (float(x.mean()), float(r.mean())), parts[name], others, r.shape[1], len(r), fixed

@@ -35,12 +35,18 @@ def search_words(summary: Summary) -> str:
         said += f" Refuted: {_depths(state.refuted)}."
     if state.open and not found.no_teacher:
         best = max(state.open, key=lambda depth: state.odds[depth])
-        left = found.study.seeds - state.seeds.get(best, 0)
         said += f" Open: {_depths(state.open)}; the best odds to be shown has {best}, "
         said += _odds(state.odds[best])
+        passed = {row.depth for row in state.verdict.rows if row.shown} if state.verdict else set()
+        left = {
+            depth: found.study.seeds - state.seeds.get(depth, 0)
+            for depth in sorted(found.predicted)
+            if best <= depth <= state.chains[best] and depth not in passed
+        }
+        left = {depth: more for depth, more in left.items() if more}
         if left:
-            said += f" with {plural(left, 'more seed')}"
-            if seconds := left * found.seconds_of(best):
+            said += f" with {plural(sum(left.values()), 'more training')} of {_depths([*left])}"
+            if seconds := sum(more * found.seconds_of(depth) for depth, more in left.items()):
                 said += f", {duration(seconds)}"
         said += "."
     return said

@@ -136,9 +136,12 @@ class Found:
         return ""
 
     def _worth(self, depth: int) -> bool:
-        """Whether the odds of a depth, of which seeds are left, are worth all that may be spent."""
-        failed = {step.seed for step in self.lost if step.depth in (depth, self.blocks)}
-        some_left = len(failed | {*self.trained.get(depth, ())}) < self.study.seeds
+        """Whether a depth's odds, with seeds that are left, are worth all that may be spent."""
+        some_left = any(
+            not self.lost & {Step(each, seed), Step(self.blocks, seed)}
+            for each in self.predicted if depth <= each <= self.state.chains[depth]
+            for seed in range(self.study.seeds) if seed not in self.trained.get(each, ())
+        )  # fmt: skip
         return some_left and self.state.odds[depth] >= MOST**WARY
 
     def seconds_of(self, depth: int) -> float:

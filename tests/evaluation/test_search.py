@@ -15,8 +15,8 @@ from depthprobe.evaluation import search as searching
 from depthprobe.evaluation.search import (
     MOST,
     Step,
-    level_weights,
     look_level,
+    luck_df,
     predict,
     replay,
     search,
@@ -133,29 +133,51 @@ def test_never_more_than_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replay(values, **asked(KNEE)).cost / full <= free - 0.1
 
 
-def test_weights_go_where_the_answer_is_expected() -> None:
-    weights = level_weights(KNEE, 0.05)
-    assert sum(weights.values()) == pytest.approx(1)
-    assert max(weights, key=lambda depth: weights[depth]) == 4
-    assert min(weights.values()) > 0.01  # no depth is without a level
-
-
-def test_levels_are_handed_to_the_shallower_ones() -> None:
+def test_levels_are_handed_to_the_next_shallower_one() -> None:
     values = world(KNEE, noise=0.01)
     teacher = values.pop(BLOCKS)
-    weights = level_weights(KNEE, 0.05)
     rows = {row.depth: row for row in search(teacher, values, **asked(KNEE)).verdict.rows}
-    # worked by hand: 7, 6 and 5 are shown, and each gives to those below by their weights
-    expected, below = {}, sorted(KNEE)
-    passed = dict.fromkeys(KNEE, 0.0)
-    for depth in (7, 6, 5, 4):
-        expected[depth] = 0.05 * weights[depth] + passed[depth]
-        below = [d for d in KNEE if d < depth]
-        for d in below:
-            passed[d] += expected[depth] * weights[d] / sum(weights[each] for each in below)
-    for depth, level in expected.items():
-        assert rows[depth].tested_at == pytest.approx(look_level(level, SEEDS, SEEDS))
-        assert rows[depth].shown
+    # worked by hand: 7, 6, 5 and 4 are shown, 3 has what they hand down, 2 and 1 their own
+    for depth, shares in {7: 1, 6: 2, 5: 3, 4: 4, 3: 5, 2: 1, 1: 1}.items():
+        expected = look_level(0.05 * shares / 7, SEEDS, SEEDS)
+        assert rows[depth].tested_at == pytest.approx(expected, rel=0.01)
+        assert rows[depth].shown == (depth > 3)
+
+
+def test_with_everything_trained_it_says_what_a_sweep_says() -> None:
+    said = []
+    for seed in range(30):
+        values = world({d: 0.97 for d in range(1, BLOCKS)}, luck=0.01, users=300, seed=seed)
+        arms = {("finetune", d): [*values[d].values()] for d in range(1, BLOCKS)}
+        full = sufficient_depth(arms, [*values[BLOCKS].values()], margin=0.05)
+        teacher = values.pop(BLOCKS)
+        said.append((search(teacher, values, **asked(KNEE)).shown, full.depth))
+    assert sum(own == sweep for own, sweep in said) >= 29  # looks take 2 % of the level
+    assert len({sweep for _, sweep in said}) > 2  # easy and hard worlds
+
+
+def test_a_depth_that_needs_the_level_of_a_deeper_one_gets_it() -> None:
+    flat = {d: 0.97 for d in range(1, BLOCKS)}
+    values = world(flat, luck=0.01, users=300, seed=11)
+    end = replay(values, **asked(flat)).states[-1]
+    row = next(row for row in end.verdict.rows if row.depth == end.shown)
+    assert row.p_value > look_level(0.05 / 7, SEEDS, SEEDS)  # it would not pass alone
+    assert end.seeds[5] == SEEDS
+    arms = {("finetune", d): [*values[d].values()] for d in flat}
+    assert end.shown == sufficient_depth(arms, [*values[BLOCKS].values()], margin=0.05).depth
+
+
+def test_the_odds_reckon_with_the_level_of_deeper_depths() -> None:
+    keeps = {**KNEE, 3: 0.9533}
+    values = world(keeps, users=600)
+    state = search(values[BLOCKS], {3: values[3]}, **asked(keeps))
+    (row,) = state.verdict.rows
+    alone, handed = (look_level(n * 0.05 / 7, SEEDS, SEEDS) for n in (1, 2))
+    assert alone < row.p_value < handed
+    assert not row.shown
+    assert state.chains[3] == 4  # with 4, of which nothing is trained, it would be
+    assert state.odds[3] == state.odds[4] > 0.5
+    assert state.next == Step(4, 0)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.01, 0.001])
@@ -174,10 +196,31 @@ def test_looks_spend_their_level(alpha: float, last: int) -> None:
 
 
 def test_five_looks_of_a_published_table() -> None:
+    def obrien_fleming(alpha: float, share: float) -> float:
+        return float(2 * stats.norm.sf(stats.norm.isf(alpha / 2) / np.sqrt(share)))
+
     # O'Brien-Fleming spending at 20, 40, ... 100 % of the information, one-sided 2.5 %
     # (Lan and DeMets 1983): bounds 4.88, 3.36, 2.68, 2.29, 2.03. Ours has no look at 20 %, where
     # 5e-7 would be spent.
-    assert stats.norm.isf(spent(0.025, 5)) == pytest.approx([3.36, 2.68, 2.29, 2.03], abs=0.01)
+    found = stats.norm.isf(spent(0.025, 5, obrien_fleming))
+    assert found == pytest.approx([3.36, 2.68, 2.29, 2.03], abs=0.01)
+
+
+def test_nearly_all_is_left_for_the_last_look() -> None:
+    for alpha in (0.05, 0.05 / 29):
+        assert spent(alpha, 5)[-1] >= 0.98 * alpha
+
+
+@pytest.mark.parametrize("seeds", [[5], [3, 3, 3], [2, 5], [2, 3, 5, 5]])
+def test_degrees_of_freedom_of_luck(seeds: list[int]) -> None:
+    # drawn: a mean of variances with df degrees has a variance of 2 / df
+    draw, last = np.random.default_rng(0), max(seeds)
+    teacher = draw.normal(size=(100_000, 1, last))
+    luck = (draw.normal(size=(100_000, len(seeds), last)) - teacher) / np.sqrt(2)
+    own = np.stack([luck[:, i, :s].var(axis=-1, ddof=1) for i, s in enumerate(seeds)])
+    mean = np.average(own, axis=0, weights=[s - 1 for s in seeds])
+    assert mean.mean() == pytest.approx(1, abs=0.01)
+    assert luck_df(seeds) == pytest.approx(2 / mean.var(), rel=0.03)
 
 
 def test_one_seed_has_no_level() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from depthprobe.evaluation.sufficiency import (
     Components,
     Sufficiency,
     compare,
+    paired_tests,
     plan,
     power,
     sufficient_depth,
@@ -216,6 +218,39 @@ def test_wrong_claims_are_rare(luck: float) -> None:
     worlds = (world(keeps, users=300, noise=0.1, luck=luck, seed=seed) for seed in range(200))
     wrong = sum(sufficient_depth(*each).depth is not None for each in worlds)
     assert wrong <= 200 * 0.05
+
+
+def test_luck_of_few_trainings_where_users_add_nothing_is_a_t_test() -> None:
+    draw = np.random.default_rng(0)
+    x, r = (np.tile(mean + 0.02 * draw.normal(size=(5, 1)), 40) for mean in (1.0, 1.0))
+    test = paired_tests({"x": (x, r)}, ["x"])["x"]
+    difference = (x - 0.98 * r).mean(axis=1)
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(5))
+    for df in (1.0, 3.0):
+        found = replace(test, luck_df=df).p_value(0.98)
+        assert found == pytest.approx(stats.t.sf(t, df), rel=0.02)
+    assert replace(test, luck_df=40.0).p_value(0.98) == test.p_value(0.98)  # never stronger
+
+
+def test_trainings_with_more_seeds_tell_more_of_luck() -> None:
+    draw = np.random.default_rng(0)
+    pairs = {s: (draw.random((s, 50)), draw.random((s, 50))) for s in (2, 5)}
+    tests = paired_tests(pairs, [2, 5])
+    for test in tests.values():
+        assert test.others == pytest.approx((tests[2].own + 4 * tests[5].own) / 5)
+
+
+def test_few_trainings_that_agree_prove_no_absence_of_luck() -> None:
+    # at the margin, with luck of three times the users' error: how often is it shown at 2 %?
+    draw, shown = np.random.default_rng(1), np.zeros(2)
+    for _ in range(2000):
+        r = 1 + 0.3 * draw.normal(size=(2, 60)) + 0.1 * draw.normal(size=(2, 1))
+        x = 0.9 + 0.3 * draw.normal(size=(2, 60)) + 0.1 * draw.normal(size=(2, 1))
+        test = paired_tests({"x": (x, r)}, ["x"])["x"]
+        shown += [each.p_value(0.9) <= 0.02 for each in (test, replace(test, luck_df=1.0))]
+    plain, careful = shown / 2000
+    assert plain > 0.03  # the test of a sweep, which has more depths to tell of luck
+    assert careful <= 0.02 + 2.5 * np.sqrt(0.02 / 2000)
 
 
 def test_bad_input_is_refused() -> None:

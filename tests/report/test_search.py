@@ -96,9 +96,21 @@ def test_what_an_hour_would_buy(searched: Summary) -> None:
     seconds = {Step(2, 0): 120.0, Step(4, 0): 240.0}
     words = search_words(replace(searched, found=replace(found, trained=few, seconds=seconds)))
     assert "Open: depths 1-3; the best odds to be shown has " in words
-    assert words.endswith((
-        "with 2 more seeds, 4.0 min.", "with 3 more seeds, 6.0 min.", "with 3 more seeds, 9.0 min.",
-    ))  # fmt: skip
+    best = max(KEEPS, key=lambda depth: replace(found, trained=few).state.odds[depth])
+    left = {1: 3, 2: 2, 3: 3}[best]
+    assert words.endswith(f"with {left} more trainings of depth {best}, {left * best}.0 min.")
+
+
+def test_a_depth_that_needs_deeper_ones_says_so(searched: Summary) -> None:
+    found = searched.found
+    assert found is not None
+    some = replace(found, seconds={Step(2, 0): 120.0})
+    some.__dict__["state"] = replace(
+        found.state, verdict=None, seeds={2: 2}, refuted=(), odds={1: 0.1, 2: 0.5, 3: 0.4},
+        chains={1: 1, 2: 3, 3: 3},
+    )  # fmt: skip
+    words = search_words(replace(searched, found=some))
+    assert words.endswith("has 2, 50 % with 4 more trainings of depths 2-3, 11 min.")
 
 
 def test_the_table(searched: Summary) -> None:

@@ -145,7 +145,7 @@ def test_a_record_that_was_cut_short_is_made_anew(found_run: Run, tmp_path: Path
 def test_the_share_of_a_sweep_ends_it(found_run: Run) -> None:
     trained = {2: {0: np.ones(5), 1: np.ones(5)}, 3: {seed: np.ones(5) for seed in range(3)}}
     found = replace(finds(found_run), trained=trained)
-    state = State(None, {2: 2}, (), {2: 0.5}, None)
+    state = State(None, {2: 2}, (), {2: 0.5}, {2: 2}, None)
 
     def ended(state: State, **changes: object) -> str:
         changed = replace(found, **changes)  # type: ignore[arg-type]

@@ -2,9 +2,9 @@
 
     python analyses/find/replay.py replays.csv runs/find/*
 
-Each recording is replayed at several margins, and in several orders of its seeds. "The sweep" is
-the verdict of the report with all depths and seeds: deepest first, each depth at a Kth of the
-level. "The search's levels" are those of a search that has trained everything.
+Each recording is replayed at several margins, and in several orders of its seeds. "sweep" is the
+verdict of the report with all depths and seeds; "levels" that of a search that has trained
+everything; "needs" the share of the sweep's compute that its verdict cannot do without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from depthprobe.runs.store import open_run
 from depthprobe.study import override
 
 MARGINS, ORDERS, LEVEL = (0.01, 0.02, 0.05, 0.1, 0.2), 10, 0.95
-COLUMNS = ["run", "blocks", "users", "margin", "order", "how", "depth", "cost", "sweep", "levels"]
+COLUMNS = [
+    *("run", "blocks", "users", "margin", "order", "how", "depth", "cost", "sweep", "levels"),
+    "needs",
+]
 Values = Mapping[int, Mapping[int, np.ndarray]]
 
 
@@ -34,6 +37,22 @@ def verdict(trained: Values, depths: list[int], blocks: int, seeds: int, margin:
     arms = {("finetune", d): [trained[d][s] for s in range(seeds)] for d in depths}
     teacher = [trained[blocks][s] for s in range(seeds)]
     return sufficient_depth(arms, teacher, margin=margin, level=level)
+
+
+def needs(sweep: Sufficiency, blocks: int, seeds: int) -> int:
+    """The cost of the trainings without which the sweep's depth would not pass.
+
+    Those of the teacher, of the depth, and of the deeper ones whose levels it needs.
+    """
+    if sweep.depth is None:
+        return 0
+    p_values = {row.depth: row.p_value for row in sweep.rows if row.depth >= sweep.depth}
+    share, chain = (1 - LEVEL) / len(sweep.rows), list[int]()
+    for top in sorted(p_values):
+        chain.insert(0, top)
+        if all(p_values[d] <= place * share for place, d in enumerate(chain, start=1)):
+            break
+    return seeds * (blocks + sum(chain))
 
 
 def bisection(trained: Values, blocks: int, seeds: int, margin: float) -> tuple[int | None, int]:
@@ -80,7 +99,7 @@ def replays(name: str, found: Found, margin: float, order: int) -> Iterator[list
     }
     depths = sorted(found.predicted)
     asked = {"predicted": found.predicted, "seeds": seeds, "margin": margin, "level": LEVEL}
-    sweep = verdict(trained, depths, blocks, seeds, margin).depth
+    sweep = verdict(trained, depths, blocks, seeds, margin)
     candidates = {depth: trained[depth] for depth in depths}
     levels = search(trained[blocks], candidates, blocks=blocks, **asked).shown
     searched = replay(trained, blocks=blocks, **asked)
@@ -90,9 +109,10 @@ def replays(name: str, found: Found, margin: float, order: int) -> Iterator[list
         "halving": halving(trained, blocks, seeds, margin),
     }
     full = seeds * (sum(depths) + blocks)
-    users = len(trained[blocks][0])
+    users, share = len(trained[blocks][0]), round(needs(sweep, blocks, seeds) / full, 4)
     for how, (depth, cost) in ways.items():
-        yield [name, blocks, users, margin, order, how, depth, round(cost / full, 4), sweep, levels]
+        said = depth, round(cost / full, 4), sweep.depth, levels, share
+        yield [name, blocks, users, margin, order, how, *said]
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# transformers imports torchao wherever it is installed, which then lists the kernels that this
+# transformers imports these wherever they are installed, and they list the kernels that this
 # machine has no use for
-for _noisy in ("torchao", "torch.utils._pytree"):
+for _noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 _HOME = {

@@ -171,8 +171,6 @@ def _quiet_libraries(debug: bool) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # their bars would run through the sweep's own
-    # peft imports it for LoRA, and it tells of kernels that nobody asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -3,9 +3,10 @@
     python analyses/combine/order.py runs/combine-ml-100k [runs/combine-rounded]
 
 The run has ``distill:scores`` and ``int8:distill:narrow`` at four blocks. To *prune* is to leave
-half of the channels and heads of these blocks, to *distil* to train them on the teacher's scores, and to
-*quantise* to round them to int8; a model is int8 at the end in any case. The second run is the same
-study on a backbone whose weights were rounded before anything was trained (``rounded.py``).
+half of the channels and heads of these blocks, to *distil* to train them on the teacher's scores,
+and to *quantise* to round them to int8; a model is int8 at the end in any case. The second run is
+the same study on a backbone whose weights were rounded before anything was trained
+(``rounded.py``).
 """
 
 from __future__ import annotations

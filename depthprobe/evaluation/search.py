@@ -392,7 +392,7 @@ class Outlook(NamedTuple):
         if self.p_value is not None:
             return float(self.p_value <= level)
         gap = self.gap - float(stdtrit(self.df, 1 - level)) * self.error
-        return float(ndtr(gap / self.deviation))
+        return float(ndtr(gap / self.deviation)) if self.deviation else float(gap >= 0)
 
 
 def luck_df(seeds: Sequence[int]) -> float:
@@ -438,12 +438,12 @@ def outlooks_of(
     for i, depth in enumerate(depths.tolist()):
         error = errors.get(i, usual)
         expected, variance, p_value = after[i], spread[i, i] + error.then, None
-        if i in errors and error.now > error.then:
-            part = error.then / error.now
+        if i in errors and tests[depth].n_seeds >= seeds:
+            p_value = replace(tests[depth], luck_df=math.inf).p_value(1 - margin)
+        elif i in errors:
+            part = error.then / error.now if error.now else 1.0
             expected = part * shares[i] + (1 - part) * after[i]
             variance = (1 - part) * error.then + (1 - part) ** 2 * spread[i, i]
-        elif i in errors:
-            p_value = replace(tests[depth], luck_df=math.inf).p_value(1 - margin)
         found[depth] = Outlook(
             float(expected) - (1 - margin),
             math.sqrt(variance),

@@ -108,6 +108,15 @@ def test_a_function_of_what_was_trained(random, seed: int) -> None:
     assert step is None or step not in had
 
 
+def test_trainings_that_no_seed_changes() -> None:
+    # of the others' luck it is known that there is none, and of depth 3 there is one seed
+    values = world({**KNEE, 3: 0.97}, noise=0.0)
+    trained = {3: {0: values[3][0]}, 4: {seed: values[4][seed] for seed in (0, 1)}}
+    state = search(values[BLOCKS], trained, **asked(KNEE))
+    assert state.odds[3] == 1
+    assert state.next == Step(3, 1)
+
+
 def test_what_failed_is_not_asked_for_again() -> None:
     values = world(KNEE)
     lost = {Step(4, 1), Step(BLOCKS, 2)}

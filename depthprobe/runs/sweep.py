@@ -57,7 +57,7 @@ from depthprobe.runs.scheduler import (
 )
 from depthprobe.runs.search import plan_search
 from depthprobe.runs.store import Run, open_run, write_tables
-from depthprobe.runs.timing import covers, measure, read_timing
+from depthprobe.runs.timing import covers, measure, read_timing, retime
 from depthprobe.study import Study
 
 
@@ -202,7 +202,9 @@ def _measure_once(context: Context, blocks: int, progress: Progress) -> None:
     # a sweep of the baselines alone has left no depth's times to one that goes on with more
     if not path.exists() or not covers(read_timing(path), context, blocks):
         progress.message("timing every depth, alone on the machine")
-        write_sealed(path, measure(context, blocks))
+        measured = measure(context, blocks)
+        retime(context, blocks, measured)
+        write_sealed(path, measured)  # the last: until it is there, all is measured again
         release_memory()
         progress.message("every depth is timed")
 

@@ -34,7 +34,15 @@ from depthprobe.models.taps import Plan, standing_in
 from depthprobe.probing.mix import OPTION, plan_without, possible_options
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import MIX, TEACHER, plan, trial_of
-from depthprobe.runs.records import ALONE, read_sealed, typed
+from depthprobe.runs.records import (
+    ALONE,
+    TRIALS,
+    Rounds,
+    folders_of,
+    read_sealed,
+    replace_times,
+    typed,
+)
 from depthprobe.runs.training import objective_of, spec_of
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.features import OnlineTeacher, Teacher, TeacherOutputs
@@ -171,6 +179,18 @@ def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str,
     return {
         name: {"seconds": seconds[action]} for name, action in actions.items() if action in seconds
     }
+
+
+def retime(context: Context, blocks: int, measured: dict[str, Any]) -> None:
+    """Give all finished trials the times of one session: those of another are no ratio to them.
+
+    A trial that the study no longer asks for has no times then.
+    """
+    trials = {trial.id: trial for task in plan(context.study, blocks) for trial in task.trials}
+    for folder in folders_of(context.folder / TRIALS):
+        trial = trials.get(folder.name)
+        timing = None if trial is None else timing_of(trial, measured, context.study)
+        replace_times(folder, msgspec.convert(timing, dict[str, Rounds] | None))
 
 
 def _times_sasrec(study: Study) -> bool:

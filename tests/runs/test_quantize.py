@@ -180,10 +180,25 @@ def test_records_say_what_they_are_made_of_and_what_they_weigh(run: Run) -> None
             assert row["parameters_total"] == plain["parameters_total"]
             parts = ["blocks", "item_table", "adapters", "token_embeddings"]
             changed = {part for part in parts if row[f"bytes_{part}"] != plain[f"bytes_{part}"]}
-            assert changed == {"item_table" if lever == "int8-items" else "blocks"}
+            rounded = {"item_table"} if lever == "int8-items" else {"blocks", "token_embeddings"}
+            assert changed == rounded
             assert row["bytes_total"] < plain["bytes_total"]
             assert np.isnan(row["training_seconds"])
     assert (table["bytes_blocks"] == 4 * table["parameters_blocks"])[table["of"].isna()].all()
+
+
+def test_what_is_added_to_a_run_is_timed_with_all_that_is_there(
+    run_of: Callable[..., Run],
+) -> None:
+    made = run_of(16, ("full", "finetune"))
+    study = replace(made.study, methods=("full", "finetune", "int8:finetune"))
+    added = run_sweep(study, made.path, jobs=0)
+    measured = read_timing(made.path / "shared" / TIMING)["seconds"]
+    for name, key in (("finetune-d01-s0", "1"), ("finetune-d01-s0:int8", "int8:1")):
+        costs = added.record(name).costs
+        assert costs is not None
+        assert costs.timing is not None
+        assert costs.timing["encode"].seconds == measured[f"encode:{key}"]
 
 
 def test_quantised_copies_are_timed_beside_the_plain_ones(run: Run) -> None:

@@ -21,7 +21,6 @@ from torch import nn
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.ranks import evaluate
 from depthprobe.evaluation.statistics import ratio_interval
-from depthprobe.models.blocks import find_blocks
 from depthprobe.models.narrowing import narrow_blocks, plan_narrowing
 from depthprobe.models.quantize import is_quantized, make_ready, quantize
 from depthprobe.models.recommender import Recommender
@@ -37,8 +36,8 @@ DEPTH, STUDENT, NARROW = 4, "distill:scores", "distill:narrow"
 def round_weights(model: Recommender) -> None:
     """Put what int8 would be computed with in place of the weights, in float32."""
     quantize(model, "int8")
-    for module in find_blocks(model.backbone).modules():
-        if isinstance(module, nn.Linear) and is_quantized(module.weight):
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and is_quantized(module.weight):
             module.weight = nn.Parameter(module.weight.dequantize())
 
 

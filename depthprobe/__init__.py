@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,11 +24,6 @@ if TYPE_CHECKING:
     from depthprobe.study import load_study as load_study
 
 __version__ = "0.1.0"
-
-# transformers imports these wherever they are installed, and they list the kernels that this
-# machine has no use for
-for _noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 _HOME = {
     "Method": "methods",

@@ -98,7 +98,7 @@ def test_sweep_prints_results_then_the_report(
     assert any("early-exit" in line and "1,000" in line for line in table)
     assert "[1/1] full-s0  done" in outcome.err
     assert "--epochs" not in outcome.err
-    assert "does not apply to SASRec: it keeps 8 " in cli("sweep", "--epochs", 3).err
+    assert "does not apply to SASRec: it keeps 14 " in cli("sweep", "--epochs", 3).err
     failures = [line for line in outcome.err.splitlines() if line.startswith("failed: ")]
     assert failures == (["failed: finetune-1-s0: Oops: bad"] if failed else [])
 

@@ -11,6 +11,7 @@ import pytest
 
 import depthprobe as dp
 from depthprobe.errors import BadInput
+from depthprobe.methods import base_of
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.layout import read_inputs
 from depthprobe.runs.store import Run
@@ -24,7 +25,8 @@ ITEMS = 120
 def in_words(study: Study) -> Study:
     return replace(
         study,
-        methods=tuple(METHODS),
+        # the kernel of int4 takes no blocks that are so narrow
+        methods=tuple(name for name in METHODS if name != "int4"),
         variants={},
         seeds=1,
         layers="2",
@@ -55,7 +57,7 @@ def test_every_method_reads_words_and_serves_what_it_measured(
     data = replace(in_words.data, source=str(log), items=str(tmp_path / "items.csv"))
     run = run_sweep(replace(in_words, data=data), tmp_path / "run", jobs=0)
     assert not run.failed
-    assert set(run.trials["method"]) | {"similarity"} <= {*METHODS}
+    assert {base_of(method) for method in run.trials["method"]} | {"similarity"} <= {*METHODS}
     check_candidates(run)
     # words take more than one position each, and the parts of a batch as many as allowed
     items = run.record("finetune-d02-s0").costs

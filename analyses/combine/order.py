@@ -80,7 +80,13 @@ def main() -> None:
         ]
         orders[name] = per_user_metric(np.stack(ranks), "NDCG@10")
     if asked.rounded:
-        orders["quantise, prune, distil"] = values(open_run(asked.rounded), f"int8:{NARROW}", DEPTH)
+        rounded = open_run(asked.rounded)
+        orders["quantise, prune, distil"] = values(rounded, f"int8:{NARROW}", DEPTH)
+        other = Context(asked.rounded, rounded.study)
+        ranks = [
+            pruned_afterwards(other, seed, rounded_first=False) for seed in range(len(teacher))
+        ]
+        orders["quantise, distil, prune"] = per_user_metric(np.stack(ranks), "NDCG@10")
     print("| order | NDCG@10 | share of the teacher's |\n|---|---|---|")
     for name, own in orders.items():
         share = ratio_interval(own, teacher)

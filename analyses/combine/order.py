@@ -22,8 +22,8 @@ from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.ranks import evaluate
 from depthprobe.evaluation.statistics import ratio_interval
 from depthprobe.models.narrowing import narrow_blocks, plan_narrowing
-from depthprobe.models.quantize import is_quantized, make_ready, quantize
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.quantize import make_ready, quantize
+from depthprobe.models.recommender import Recommender, dequantized, is_quantized
 from depthprobe.probing.units import unit_scores
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import trial_of
@@ -38,7 +38,7 @@ def round_weights(model: Recommender) -> None:
     quantize(model, "int8")
     for module in model.backbone.modules():
         if isinstance(module, nn.Linear | nn.Embedding) and is_quantized(module.weight):
-            module.weight = nn.Parameter(module.weight.dequantize())
+            module.weight = nn.Parameter(dequantized(module.weight))
 
 
 def pruned_afterwards(context: Context, seed: int, *, rounded_first: bool) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from depthprobe.models.blocks import find_blocks
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.recommender import Recommender, is_quantized
 
 PARTS = ("blocks", "token_embeddings", "adapters", "item_table")
 EVERY = 0.002  # seconds between looks at the process; a shorter peak may be missed
@@ -136,7 +136,7 @@ def _packed(model: nn.Module) -> dict[int, int]:
 
 def _stored(weight: Tensor) -> list[Tensor]:
     """A weight and, where bitsandbytes or torchao has quantised it, its scales."""
-    if hasattr(weight, "tensor_data_names"):  # torchao's: a weight of which it shows no part
+    if is_quantized(weight):  # of which it shows no part
         own: Any = weight
         names = (*own.tensor_data_names, *getattr(own, "optional_tensor_data_names", ()))
         parts = (getattr(own, name, None) for name in names)

@@ -18,7 +18,7 @@ from torch import Tensor
 from depthprobe.data.batches import length_buckets, pad
 from depthprobe.data.splits import Part, Split
 from depthprobe.evaluation.metrics import LISTS, TOP
-from depthprobe.models.recommender import Recommender, best_columns, score
+from depthprobe.models.recommender import Recommender, best_columns, is_quantized, score
 from depthprobe.models.words import POSITIONS
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def rank_users(
     dtype = torch.promote_types(dtype, torch.float32)
     vectors = vectors.to(dtype)
     # int8 rows become numbers where they are scored
-    table = item_matrix if hasattr(item_matrix, "qdata") else item_matrix.to(device, dtype)
+    table = item_matrix if is_quantized(item_matrix) else item_matrix.to(device, dtype)
     columns = torch.as_tensor(targets).to(device).long() - 1  # (E,): column c is item c + 1
     _check_range("targets", columns + 1, 1, n_items)
     full = torch.empty(n_users, dtype=torch.float64)

@@ -31,15 +31,19 @@ from depthprobe.models.exits import LIST, Exit, encode_settled
 from depthprobe.models.own import OwnRecommender, load_own
 from depthprobe.models.quantize import (
     Int8Rows,
-    dequantized,
-    is_quantized,
     load_parts,
     make_ready,
     mark,
     put_back,
     save_parts,
 )
-from depthprobe.models.recommender import Recommender, best_columns, score
+from depthprobe.models.recommender import (
+    Recommender,
+    best_columns,
+    dequantized,
+    is_quantized,
+    score,
+)
 from depthprobe.models.sasrec import SASRec
 from depthprobe.models.tiny import ends_at_positions, positions_of
 from depthprobe.models.words import POSITIONS, Words

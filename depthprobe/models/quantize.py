@@ -29,18 +29,13 @@ from depthprobe.models.backbones import check_torchao, not_finite
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import linear_maps, save_weights
 from depthprobe.models.own import OwnRecommender
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.recommender import Recommender, is_quantized
 
 ITEMS = "int8-items"
 SCHEMES = ("int8", "int8-dynamic", "int4", ITEMS)
 GROUP, ROWS = 32, 16  # of int4: weights that share a scale, and what the rows are a multiple of
 
 logger = logging.getLogger(__name__)
-
-
-def is_quantized(weight: object) -> bool:
-    """Whether a weight is one of torchao's."""
-    return hasattr(weight, "tensor_data_names")
 
 
 @torch.no_grad()
@@ -316,8 +311,3 @@ def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
                 held = vars(module)["_parameters"]
                 held.update({own: new for own, each in held.items() if each is old})
     return {name: weight for name, weight in weights.items() if not is_quantized(weight)}
-
-
-def dequantized(weight: Any) -> Tensor:
-    """The numbers that a rounded matrix stands for."""
-    return weight.dequantize()  # type: ignore[no-any-return]

@@ -72,9 +72,19 @@ def _lowest(scores: Tensor, values: Tensor, columns: Tensor) -> Tensor:
 ROW_BYTES = 16 * 2**20  # of int8 rows that are numbers at a time
 
 
+def is_quantized(weight: object) -> bool:
+    """Whether a weight is one of torchao's."""
+    return hasattr(weight, "tensor_data_names")
+
+
+def dequantized(weight: Any) -> Tensor:
+    """The numbers that a weight of torchao's stands for."""
+    return weight.dequantize()  # type: ignore[no-any-return]
+
+
 def score(vectors: Tensor, matrix: Tensor, out: Tensor | None = None, *, first: int = 0) -> Tensor:
     """``vectors @ matrix[first:].T``, (B, d) and (I, d); int8 rows become numbers in chunks."""
-    if not hasattr(matrix, "qdata"):
+    if not is_quantized(matrix):
         return torch.mm(vectors, matrix[first:].T, out=out)
     own: Any = matrix
     rows, scales = own.qdata[first:], own.scale[first:]  # (I, d), (I, 1)
@@ -178,8 +188,8 @@ class Recommender(nn.Module):
     def _match_scale(self, adapter: nn.Linear) -> None:
         """Let adapted items start as large as the token embeddings the blocks were trained on."""
         tokens: Tensor = self.token_embeddings.weight
-        if hasattr(tokens, "tensor_data_names"):  # torchao's
-            tokens = tokens.dequantize()
+        if is_quantized(tokens):
+            tokens = dequantized(tokens)
         adapter.bias.zero_()
         adapted = adapter(self.items.weight[1:])
         adapter.weight.mul_(tokens.float().std() / adapted.std().clamp_min(1e-8))

@@ -28,8 +28,8 @@ from depthprobe.models.build import (
     reshape,
     twin_of,
 )
-from depthprobe.models.quantize import is_quantized, make_ready, quantize
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.quantize import make_ready, quantize
+from depthprobe.models.recommender import Recommender, is_quantized
 from depthprobe.models.taps import Plan, standing_in
 from depthprobe.probing.mix import OPTION, plan_without, possible_options
 from depthprobe.runs.context import Context

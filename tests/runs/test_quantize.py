@@ -18,7 +18,8 @@ from depthprobe.evaluation.ranks import evaluate
 from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.export import load_recommender
 from depthprobe.models.own import own_facts
-from depthprobe.models.quantize import is_quantized, load_parts
+from depthprobe.models.quantize import load_parts
+from depthprobe.models.recommender import is_quantized
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.plan import plan

@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.slices import FEWEST
 from depthprobe.evaluation.sufficiency import compare
+from depthprobe.report.numbers import FULL, Ranks
 from depthprobe.runs.store import Run, open_run
 
 Arms = Mapping[tuple[str, int], np.ndarray]  # per-user values (S, U) by method and depth
@@ -27,19 +26,12 @@ Arms = Mapping[tuple[str, int], np.ndarray]  # per-user values (S, U) by method 
 
 def arms_of(run: Run) -> Arms:
     """The values of the study's metric by full ranking, of all methods with every seed."""
-    ranks = run.users.query("protocol == 'full'").pivot(
-        index="user", columns="trial", values="rank"
-    )
-    values = pd.DataFrame(
-        per_user_metric(ranks.to_numpy(), run.study.protocol.metric).T, index=ranks.columns
-    )
     trials = run.trials.query("status == 'done'").sort_values("seed")
     trials = trials.assign(method=trials["method"].replace("full", "finetune"))
-    return {
-        name: values.loc[own["trial"]].to_numpy()
-        for name, own in trials.groupby(["method", "depth"])
-        if len(own) == run.study.seeds
-    }
+    groups = trials.groupby(["method", "depth"])["trial"]
+    groups = {name: list(own) for name, own in groups if len(own) == run.study.seeds}
+    values = Ranks(run.users).values(FULL, run.study.protocol.metric, [*groups.values()])
+    return dict(zip(groups, values, strict=True))
 
 
 def line(arms: Arms, depth: int, methods: list[str], reference: str, users: np.ndarray) -> str:

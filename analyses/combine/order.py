@@ -25,6 +25,7 @@ from depthprobe.models.narrowing import narrow_blocks, plan_narrowing
 from depthprobe.models.quantize import make_ready, quantize
 from depthprobe.models.recommender import Recommender, dequantized, is_quantized
 from depthprobe.probing.units import unit_scores
+from depthprobe.report.numbers import FULL, Ranks
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import trial_of
 from depthprobe.runs.store import Run, open_run
@@ -57,11 +58,9 @@ def pruned_afterwards(context: Context, seed: int, *, rounded_first: bool) -> np
 
 def values(run: Run, method: str, depth: int) -> np.ndarray:
     """NDCG@10 by seed and user, (S, U)."""
-    ranks = run.users.query("protocol == 'full'").pivot(
-        index="trial", columns="user", values="rank"
-    )
     own = run.trials.query("method == @method and depth == @depth and status == 'done'")
-    return per_user_metric(ranks.loc[own.sort_values("seed")["trial"]].to_numpy(), "NDCG@10")
+    trials = own.sort_values("seed")["trial"]
+    return Ranks(run.users).values(FULL, "NDCG@10", [trials])[0]
 
 
 def main() -> None:

@@ -9,11 +9,9 @@ Importing this imports no torch.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -406,21 +404,11 @@ def intact(path: Path, digest: str | None, remedy: str) -> Path:
     Raises:
         BadInput: if it is another file, or none; ``remedy`` says what to do.
     """
-    try:
-        is_plain = stat.S_ISREG(path.stat().st_mode)
-    except OSError as error:
-        raise _odd(error, path, remedy) from None
-    if not is_plain:  # of a pipe nothing would ever come
-        raise damaged(path, "it is no plain file", remedy)
+    if not path.is_file():  # of a pipe nothing would ever come
+        raise damaged(path, "it is no plain file, or missing", remedy)
     if digest is not None and digest_of(path) != digest:
         raise damaged(path, "it was changed", remedy)
     return path
-
-
-def _odd(error: OSError, path: Path, remedy: str) -> OSError | BadInput:
-    """What is raised for a file that can't be opened: a disk's fault, or another thing there."""
-    others = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
-    return damaged(path, error.strerror, remedy) if error.errno in others else error
 
 
 def read_sealed(path: str | Path, remedy: str, schema: int | None = None) -> dict[str, Any]:
@@ -434,34 +422,21 @@ def read_sealed(path: str | Path, remedy: str, schema: int | None = None) -> dic
         CutShort: if it holds no JSON.
         BadInput: if it is not as it was written, or of another version.
     """
+    if not os.path.isfile(path) and os.path.lexists(path):  # of a pipe nothing would ever come
+        raise damaged(Path(path), "it is no plain file", remedy)
+    # a run may have ten thousand of these: a Path would take longer than the decoding
+    with open(path, "rb") as file:
+        text = file.read()
     try:
-        # a run may have ten thousand of these: a Path would take longer than the decoding
-        with open(path, "rb", opener=_unblocked) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError("it is no plain file")
-            text = file.read()
         content = msgspec.json.decode(text, type=dict[str, Any])
-        if schema is not None and (found := content.get("schema", schema)) != schema:
-            allowed = f"a file of format {schema} (this one has format {found}: read it with"
-            raise BadInput("run", str(path), f"{allowed} the version of depthprobe that wrote it)")
-        if content.get("digest") is not None and text != _sealed(text.rpartition(SEAL)[0]):
-            raise ValueError("it was changed")
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise
-        raise _odd(error, Path(path), remedy) from None
     except (msgspec.MsgspecError, RecursionError) as error:
         raise damaged(Path(path), error, remedy, CutShort) from None
-    except ValueError as error:
-        if isinstance(error, BadInput):
-            raise
-        raise damaged(Path(path), error, remedy) from None
+    if schema is not None and (found := content.get("schema", schema)) != schema:
+        allowed = f"a file of format {schema} (this one has format {found}: read it with"
+        raise BadInput("run", str(path), f"{allowed} the version of depthprobe that wrote it)")
+    if content.get("digest") is not None and text != _sealed(text.rpartition(SEAL)[0]):
+        raise damaged(Path(path), "it was changed", remedy)
     return content
-
-
-def _unblocked(path: str, flags: int) -> int:
-    """Open what may be a pipe; the wait for one that writes would last for ever."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_manifest(folder: Path) -> Manifest:

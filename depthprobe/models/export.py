@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict, Unpack, cast
 
 import msgspec
 import numpy as np
@@ -99,6 +99,16 @@ class Card(msgspec.Struct, kw_only=True):
             raise ValueError(f"tokens that are not some for each of {len(self.item_ids)} items")
         if self.titles is not None and len(self.titles) != len(self.item_ids):
             raise ValueError(f"{len(self.titles)} titles of {len(self.item_ids)} items")
+
+
+class Served(TypedDict):
+    """What a card says of items and histories, whatever the model; by the names of the card."""
+
+    item_ids: list[str]
+    titles: list[str] | None
+    max_history: int
+    filter_seen: bool
+    precision: NotRequired[Literal["float32", "bfloat16"]]  # that the model was evaluated in
 
 
 class Recommendation(NamedTuple):
@@ -253,17 +263,13 @@ def write_recommender(
     model: Recommender,
     backbone: PreTrainedModel,
     *,
-    item_ids: list[str],
-    titles: list[str] | None,
-    max_history: int,
-    filter_seen: bool,
     attention: str = "auto",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    **served: Unpack[Served],
 ) -> None:
     """Write a trained recommender; see the module for the layout.
 
     The backbone is the causal language model of the same depth, with the trained weights;
-    ``attention`` and ``precision`` are how it was evaluated.
+    ``attention`` is how it was evaluated.
     """
     mark(backbone)
     backbone.save_pretrained(folder)
@@ -275,26 +281,14 @@ def write_recommender(
         suffix=model.suffix.tolist(),
         head="dot" if model.head is None else "linear",
         tokens=None if model.words is None else model.words.listed(),
-        max_history=max_history,
-        filter_seen=filter_seen,
         attention=ATTENTIONS.get(attention, "auto"),
-        precision=precision,
-        item_ids=item_ids,
-        titles=titles,
+        **served,
     )
     _write_card(folder, card)
 
 
 def write_own(
-    folder: Path,
-    model: OwnRecommender,
-    shape: OwnShape,
-    *,
-    item_ids: list[str],
-    titles: list[str] | None,
-    max_history: int,
-    filter_seen: bool,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    folder: Path, model: OwnRecommender, shape: OwnShape, **served: Unpack[Served]
 ) -> None:
     """Write a cut recommender of the user's own: by its ``save``, or as Hugging Face's folder.
 
@@ -314,17 +308,7 @@ def write_own(
             reason = f"its save fails ({type(error).__name__}: {one_line(error)})"
             raise BadInput("backbone.source", shape.source, reason, fault=True) from error
     save_parts(weights, folder / PARTS)
-    card = Card(
-        schema=1,
-        own=shape,
-        prompt=[],
-        max_history=max_history,
-        filter_seen=filter_seen,
-        precision=precision,
-        item_ids=item_ids,
-        titles=titles,
-    )
-    _write_card(folder, card)
+    _write_card(folder, Card(schema=1, own=shape, prompt=[], **served))
 
 
 def write_exit(folder: Path, exit: Exit) -> None:
@@ -334,22 +318,12 @@ def write_exit(folder: Path, exit: Exit) -> None:
     _write_card(folder, card)
 
 
-def write_sasrec(
-    folder: Path, model: SASRec, *, item_ids: list[str], titles: list[str] | None, filter_seen: bool
-) -> None:
+def write_sasrec(folder: Path, model: SASRec, **served: Unpack[Served]) -> None:
     """Write a trained SASRec; see the module for the layout."""
     save_weights(dict(model.named_parameters()), folder / PARTS)
     heads = next((block.heads for block in model.blocks), 1)
-    card = Card(
-        schema=1,
-        sasrec=SasRecShape(model.width, len(model.blocks), heads),  # type: ignore[arg-type]
-        prompt=[],
-        max_history=model.positions.num_embeddings,
-        filter_seen=filter_seen,
-        item_ids=item_ids,
-        titles=titles,
-    )
-    _write_card(folder, card)
+    shape = SasRecShape(model.width, len(model.blocks), heads)  # type: ignore[arg-type]
+    _write_card(folder, Card(schema=1, sasrec=shape, prompt=[], **served))
 
 
 def _write_card(folder: Path, card: Card) -> None:
@@ -384,56 +358,32 @@ def load_recommender(
     place = resolve_device(device)
     try:
         card = msgspec.json.decode((path / CARD).read_bytes(), type=Card)
-        parts = load_parts(path / PARTS)
+        parts, longest = load_parts(path / PARTS), card.max_history
         if (card.own is None) != (recommender is None):
             found = "none" if card.own is None else card.own.source
             raise BadInput("--recommender", recommender, f"{found}, as this folder was exported")
         if card.own is not None and recommender is not None:
             own = load_own(recommender, card.item_ids)
             keep_blocks(own.backbone, card.own.kept)
-            plain = put_back(own.own, parts)
-            fill(_plain(own.own.named_parameters()), plain)
+            fill(_plain(own.own.named_parameters()), put_back(own.own, parts))
+            model: Recommender | SASRec = own
+        elif card.sasrec is not None:
+            model = _sasrec(card, card.sasrec, parts)
+        else:
+            backbone = load_backbone(
+                path, attention=card.attention, trust_remote_code=trust_remote_code
+            )
+            model = _around(backbone, card, parts)
+            if float32 and len(_plain(model.named_parameters())) < len([*model.parameters()]):
+                raise BadInput("float32", True, "False, for weights in fewer bits")
+            texts, most = len(card.prompt) + len(card.suffix), positions_of(backbone.config)
+            room = longest if model.words is not None or most is None else most - texts
+            if room < longest and ends_at_positions(backbone.config):
+                longest = room  # no user of the evaluation had more items
+        if isinstance(model, Recommender):
             if card.precision == "bfloat16" and not float32:
-                compute_in_bfloat16(own.backbone)
-            make_ready(own.backbone)
-            own.to(place, torch.float32 if float32 else None).eval()
-            seen = card.filter_seen
-            return ExportedRecommender(own, card.item_ids, card.titles, card.max_history, seen)
-        if card.sasrec is not None:
-            sasrec = _sasrec(card, card.sasrec, parts).to(place)
-            seen = card.filter_seen
-            return ExportedRecommender(sasrec, card.item_ids, card.titles, card.max_history, seen)
-        rounded = parts.pop(ROWS, None)
-        items = parts.pop(ITEMS) if rounded is None else dequantized(rounded)
-        if items.ndim != 2 or len(items) != len(card.item_ids) + 1:
-            rows = f"{tuple(items.shape)} for {len(card.item_ids)} items"
-            raise ValueError(f"{PARTS}: the item table is {rows}")
-        backbone = load_backbone(
-            path, attention=card.attention, trust_remote_code=trust_remote_code
-        )
-        if card.precision == "bfloat16" and not float32:
-            compute_in_bfloat16(backbone)
-        make_ready(backbone)
-        words = None if card.tokens is None else Words(card.tokens)
-        model = Recommender(
-            backbone, items, card.prompt, suffix=card.suffix, head=card.head, words=words
-        )
-        read = [*card.prompt, *card.suffix, *chain.from_iterable(card.tokens or [])]
-        if max([0, *read]) >= model.token_embeddings.num_embeddings:
-            raise ValueError(f"{CARD} has a token beyond those of the backbone")
-        plain = put_back(model, parts)
-        own_plain = _plain(_own_weights(model).items())
-        fill(own_plain | {ITEMS: model.items.weight}, plain | {ITEMS: items})
-        if rounded is not None:
-            model.items = Int8Rows(rounded)
-        if float32 and len(_plain(model.named_parameters())) < len([*model.parameters()]):
-            raise BadInput("float32", True, "False, for weights in fewer bits")
-        longest = card.max_history
-        config, texts = backbone.config, len(card.prompt) + len(card.suffix)
-        most = positions_of(config)
-        room = longest if words is not None or most is None else most - texts
-        if room < longest and ends_at_positions(config):
-            longest = room  # no user of the evaluation had more items
+                compute_in_bfloat16(model.backbone)
+            make_ready(model.backbone)
     except BadInput:
         raise
     except Exception as error:  # of several libraries
@@ -444,6 +394,28 @@ def load_recommender(
     return ExportedRecommender(
         model, card.item_ids, card.titles, longest, card.filter_seen, card.exit
     )
+
+
+def _around(backbone: PreTrainedModel, card: Card, parts: dict[str, Tensor]) -> Recommender:
+    """A recommender of ours around its backbone, with the weights of its other parts."""
+    rounded = parts.pop(ROWS, None)
+    items = parts.pop(ITEMS) if rounded is None else dequantized(rounded)
+    if items.ndim != 2 or len(items) != len(card.item_ids) + 1:
+        rows = f"{tuple(items.shape)} for {len(card.item_ids)} items"
+        raise ValueError(f"{PARTS}: the item table is {rows}")
+    words = None if card.tokens is None else Words(card.tokens)
+    model = Recommender(
+        backbone, items, card.prompt, suffix=card.suffix, head=card.head, words=words
+    )
+    read = [*card.prompt, *card.suffix, *chain.from_iterable(card.tokens or [])]
+    if max([0, *read]) >= model.token_embeddings.num_embeddings:
+        raise ValueError(f"{CARD} has a token beyond those of the backbone")
+    plain = put_back(model, parts)
+    own = _plain(_own_weights(model).items())
+    fill(own | {ITEMS: model.items.weight}, plain | {ITEMS: items})
+    if rounded is not None:
+        model.items = Int8Rows(rounded)
+    return model
 
 
 def _sasrec(card: Card, shape: SasRecShape, parts: dict[str, Tensor]) -> SASRec:

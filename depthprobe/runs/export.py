@@ -38,6 +38,7 @@ from depthprobe.models.cutting import keep_blocks, unshare_blocks
 from depthprobe.models.export import (
     ExportedRecommender,
     OwnShape,
+    Served,
     load_recommender,
     write_exit,
     write_own,
@@ -120,7 +121,7 @@ def export_trial(
     with complete_folder(target) as temporary:
         if record.method == SASREC:
             _check_model(context.model_folder(full_trial(SASREC, record.seed, 0)), trial)
-            write_sasrec(temporary, context.sasrec(record.seed), **_catalogue(context))
+            write_sasrec(temporary, context.sasrec(record.seed), **_served(context, SASREC))
         else:
             blocks = run.manifest.backbone.blocks
             what = Trial(trial, record.method, record.kept, record.seed, blocks, of=record.of)
@@ -141,40 +142,26 @@ def export_trial(
     return target
 
 
-def _catalogue(context: Context) -> dict[str, Any]:
-    """What an export says of the items, and of those of a history."""
-    sequences = context.sequences
+def _served(context: Context, method: str) -> Served:
+    """What an export says of items and histories, and in which precision it computes."""
+    sequences, precision = context.sequences, settings_of(context.study, method).recipe.precision
     return {
         "item_ids": [str(raw) for raw in sequences.item_ids],
         "titles": None if sequences.titles is None else [str(t) for t in sequences.titles],
+        "max_history": context.study.data.max_history,
         "filter_seen": context.split.filter_seen,
+        "precision": "bfloat16" if precision == "bfloat16" else "float32",
     }
 
 
 def _write_backbone(context: Context, trial: Trial, folder: Path) -> None:
     """Write a trial that has a backbone, and its tokenizer."""
     study, settings = context.study, context.backbone
-    model, whole = _rebuild(context, trial)
-    precision = settings_of(study, trial.method).recipe.precision
+    (model, whole), served = _rebuild(context, trial), _served(context, trial.method)
     if isinstance(model, OwnRecommender):
-        write_own(
-            folder,
-            model,
-            OwnShape(settings.source, list(trial.kept)),
-            **_catalogue(context),
-            max_history=study.data.max_history,
-            precision="bfloat16" if precision == "bfloat16" else "float32",
-        )
+        write_own(folder, model, OwnShape(settings.source, list(trial.kept)), **served)
         return
-    write_recommender(
-        folder,
-        model,
-        whole,
-        **_catalogue(context),
-        max_history=study.data.max_history,
-        attention=study.backbone.attention,
-        precision="bfloat16" if precision == "bfloat16" else "float32",
-    )
+    write_recommender(folder, model, whole, attention=settings.attention, **served)
     try:
         pretrained_tokenizer(settings).save_pretrained(folder)
     except BadInput:  # there is none: so nothing was read with it

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from depthprobe.cli.cost import BUSY, TUNINGS
 from depthprobe.cli.terminal import cell, echo, say, scaled, show_facts, show_progress, show_table
-from depthprobe.formatting import duration as duration_of
-from depthprobe.formatting import plain_percent, plural
+from depthprobe.formatting import duration, plain_percent, plural
 
 if TYPE_CHECKING:
-    from depthprobe.runs.estimate import Estimate, Preview, Span
+    from depthprobe.runs.estimate import Estimate, Preview
     from depthprobe.study import Study
 
 PARTS = {
@@ -126,13 +125,11 @@ def _show_tasks(plan: Preview) -> None:
 
 def _estimate(plan: Preview, guess: Estimate) -> dict[str, str]:
     """Time and memory of what is left, that they are guesses, and what from."""
-    low, high = map(duration_of, guess.span)
     workers = plural(plan.workers, "job") + (" at a time" if plan.workers > 1 else "")
-    time = f"at most {high} with {workers}"
-    time += "" if low == high else f"; {low} if they don't slow each other down"
+    time = f"at most {duration(guess.seconds)} with {workers}"
     seconds = sum(job.seconds for job in guess.chain)
     chain = " > ".join(job.id for job in guess.chain)
-    rows = {"time": time, "longest chain": f"{duration_of(seconds)}, however many jobs: {chain}"}
+    rows = {"time": time, "longest chain": f"{duration(seconds)}, however many jobs: {chain}"}
     if guess.memory is not None:
         rows["memory"] = ("at least " if guess.fewer else "") + _memory(plan, guess.memory)
     source = "the times of every depth that this run measured (shared/timing.json)"
@@ -158,12 +155,3 @@ def _memory(plan: Preview, peak: float) -> str:
     if total > plan.free:
         return f"{text}; that is MORE than the {free} available"
     return f"{text}; {free} available"
-
-
-def duration(span: Span) -> str:
-    """Seconds between two ends: ``52 s``, ``12 to 24 min``."""
-    low, high = map(duration_of, span)
-    if low == high:
-        return high
-    (number, unit), (_, other) = low.split(), high.split()
-    return f"{number if unit == other else low} to {high}"

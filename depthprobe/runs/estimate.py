@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,18 +33,17 @@ from depthprobe.study import OWN, Recipe, Study, parse_layers, settings_of
 
 SECONDS = 4.0  # to measure for, where the run has no times yet
 START = 4.0  # seconds until a worker has loaded its libraries and the log; on two Xeon cores
-Span = tuple[float, float]  # seconds between two ends; a single guess has both ends alike
 
 
 class Estimate(NamedTuple):
-    """What is left is guessed to take."""
+    """What is left is guessed to take at most, in seconds."""
 
     timed: bool  # by the times of the run; else by a short measurement
     busy: float  # processes that wanted a core while that was made, by core
-    span: Span  # of all, on so many workers
-    work: Span  # of all jobs one after the other
+    seconds: float  # of all, on so many workers
+    work: float  # of all jobs one after the other
     chain: tuple[Job, ...]  # that must follow each other and take longest
-    by_method: dict[str, Span]
+    by_method: dict[str, float]
     memory: float | None  # bytes of a process that trains all blocks, at its peak
     fewer: bool  # that was measured with smaller batches than the study's
 
@@ -171,22 +171,17 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
     times = float(plan.together)  # as long, at most, beside others
     if device.type == "cpu":  # by the threads that they lose, as if all had been of use
         times = 1.0 if plan.apart else max(1.0, measured["conditions"]["threads"] / plan.threads)
-    slow = [replace(job, seconds=times * job.seconds) for job in jobs]
-
-    def both(seconds: Callable[[Sequence[Job]], float]) -> Span:
-        return seconds(jobs), seconds(slow)
-
-    def of(*methods: str) -> Span:
-        return both(lambda each: sum(job.seconds for job in each if job.method in methods))
-
-    methods = tuple(dict.fromkeys(job.method for job in jobs))
+    jobs = [replace(job, seconds=times * job.seconds) for job in jobs]
+    by_method: defaultdict[str, float] = defaultdict(float)
+    for job in jobs:
+        by_method[job.method] += job.seconds
     return Estimate(
         timed=timed,
         busy=busy,
-        span=both(lambda each: alone + start + schedule(each, plan.workers)),
-        work=of(*methods),
-        chain=longest_chain(slow),
-        by_method={method: of(method) for method in methods},
+        seconds=alone + start + schedule(jobs, plan.workers),
+        work=sum(by_method.values()),
+        chain=longest_chain(jobs),
+        by_method=by_method,
         memory=measured.get("peak_bytes") if trained else None,
         fewer=measured["conditions"]["train_batch"] < min(study.recipe.batch_size, sizes.windows),
     )

@@ -366,6 +366,7 @@ def load_recommender(
             own = load_own(recommender, card.item_ids)
             keep_blocks(own.backbone, card.own.kept)
             fill(_plain(own.own.named_parameters()), put_back(own.own, parts))
+            make_ready(own.backbone)
             model: Recommender | SASRec = own
         elif card.sasrec is not None:
             model = _sasrec(card, card.sasrec, parts)
@@ -373,6 +374,7 @@ def load_recommender(
             backbone = load_backbone(
                 path, attention=card.attention, trust_remote_code=trust_remote_code
             )
+            make_ready(backbone)  # a recommender tries it when it is made
             model = _around(backbone, card, parts)
             if float32 and len(_plain(model.named_parameters())) < len([*model.parameters()]):
                 raise BadInput("float32", True, "False, for weights in fewer bits")
@@ -380,10 +382,8 @@ def load_recommender(
             room = longest if model.words is not None or most is None else most - texts
             if room < longest and ends_at_positions(backbone.config):
                 longest = room  # no user of the evaluation had more items
-        if isinstance(model, Recommender):
-            if card.precision == "bfloat16" and not float32:
-                compute_in_bfloat16(model.backbone)
-            make_ready(model.backbone)
+        if isinstance(model, Recommender) and card.precision == "bfloat16" and not float32:
+            compute_in_bfloat16(model.backbone)
     except BadInput:
         raise
     except Exception as error:  # of several libraries

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, ModelCardData, RepoUrl, get_token
+from huggingface_hub import HfApi, RepoUrl, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
@@ -21,15 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 from depthprobe.cost.timing import Action, machine, measure, summarize, times_faster
 from depthprobe.data.statistics import popularity
 from depthprobe.errors import BadInput, one_line, shell_line
-from depthprobe.evaluation.metrics import METRICS, per_user_metric
-from depthprobe.evaluation.slices import ALL
-from depthprobe.evaluation.statistics import ratio_interval
 from depthprobe.files import complete_folder
-from depthprobe.formatting import percent, plain_percent
 from depthprobe.methods import Trial, base_of, method_of
 from depthprobe.models.backbones import (
-    EMBEDDED,
-    is_folder,
     pretrained,
     pretrained_tokenizer,
 )
@@ -61,12 +53,12 @@ from depthprobe.models.quantize import quantize
 from depthprobe.models.recommender import Recommender
 from depthprobe.probing.exits import calibrate
 from depthprobe.probing.replace import fold_map, load_replacement
+from depthprobe.runs.card import model_card, plain
 from depthprobe.runs.context import Context
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial, holder_of
 from depthprobe.runs.quantize import source_of
-from depthprobe.runs.records import FULL, Costs, Git, Record
-from depthprobe.runs.store import Run, open_run
-from depthprobe.study import ranges, settings_of
+from depthprobe.runs.store import open_run
+from depthprobe.study import settings_of
 
 
 def export_trial(
@@ -173,6 +165,7 @@ def _write_backbone(context: Context, trial: Trial, folder: Path) -> None:
 
 ONNX_FACTS = "onnx.json"
 SECONDS, WARMUP, ROUNDS = 20.0, 3, 50  # of the latencies
+LIKED = 3  # items of the history of the example, and of its answer
 
 
 def add_onnx(folder: Path, context: Context, own: str | None) -> str:
@@ -212,7 +205,7 @@ def add_onnx(folder: Path, context: Context, own: str | None) -> str:
         f"\n\n`{FILE}` is the whole recommender in ONNX, in float32: rows of items in, the best"
         f" rows and their scores out. Its ten best items are those of this model for all"
         f" {agreement.users:,} test users; scores differ by rounding. Users {times} (medians,"
-        f" {_plain(conditions['device_name'])}, threads: {conditions['threads']})."
+        f" {plain(conditions['device_name'])}, threads: {conditions['threads']})."
     )
 
 
@@ -266,7 +259,7 @@ model = dp.load_recommender("FOLDER"{by})
 for item, title, score in model.recommend([{json.dumps(had)}], top={top})[0]:
     print({"item, title, " if titled else "item, "}f"{{score:.3f}}")"""
     rows = [f"{item} {title} " if titled else f"{item} " for item, title, _ in found]
-    said = [f"# {_plain(f'{row}{one.score:.3f}')}" for row, one in zip(rows, found, strict=True)]
+    said = [f"# {plain(f'{row}{one.score:.3f}')}" for row, one in zip(rows, found, strict=True)]
     return "\n".join([code, *said])
 
 
@@ -365,207 +358,3 @@ def push_to_hub(folder: Path, name: str) -> RepoUrl:
         fault = f"not pushed ({one_line(error)}); {folder} is complete: {again}"
         raise BadInput(HUB, name, fault, fault=True) from None
     return url
-
-
-# --- the model card: what it is, how good, where from, under which terms -------------------------
-
-LONGEST = 120
-LIKED = 3  # items of the history of the example, and of its answer
-TAGS = ["depthprobe", "recommender-system", "sequential-recommendation", "layer-pruning"]
-CARD = """---
-{front}
----
-
-# {trial}
-
-{what} Made with depthprobe.
-
-## Use
-
-```python
-import depthprobe as dp
-
-{example}
-```
-
-`depthprobe recommend FOLDER --history FILE` recommends items to each user of a file.{more}
-
-## Accuracy
-
-{accuracy}
-
-## Size
-
-{size}
-
-## Provenance
-
-{provenance}
-
-## Licence
-
-{licence}
-"""
-BACKBONE = (
-    ' The backbone alone is `AutoModelForCausalLM.from_pretrained("FOLDER")`; its language-model'
-    " head was not trained along: don't write text with it."
-)
-FEWER_BITS = (
-    " Its weights are in fewer bits (method {method}), and reading them needs torchao:"
-    " `pip install 'depthprobe[quantize]'`."
-)
-OWN_ITSELF = " Add `--recommender` with the function that builds it, which must be importable."
-WITHOUT_EXAMPLE = 'dp.load_recommender("FOLDER").recommend([["item", "item"]], top=10)'
-LICENCE = "depthprobe grants nothing beyond them."
-
-
-def model_card(run: Run, record: Record, *, example: str = "", onnx: str = "") -> str:
-    """Markdown with the front matter that the Hugging Face Hub reads.
-
-    Whatever comes from data or models is shortened and quoted: a name can't break the page.
-    """
-    backbone = run.manifest.backbone
-    theirs = run.study.backbone.own  # the user's, and no backbone of ours
-    local = not theirs and is_folder(backbone.source)
-    # the folders above a folder are nobody else's business
-    source = _code((Path(backbone.source).name if local else "") or backbone.source)
-    own = record.method != SASREC
-    on_hub = own and backbone.source != EMBEDDED and not local and not theirs
-    front = ModelCardData(
-        library_name="transformers" if own else "depthprobe",
-        license="other",
-        license_name="licence-of-the-backbone" if own else "terms-of-the-data",
-        base_model=_plain(backbone.source) if on_hub else None,
-        tags=TAGS if own else TAGS[:-1],
-    )
-    method = f"method {_code(record.method)}, seed {record.seed}."
-    what = f"SASRec, a sequential recommender without a language model: {method}"
-    bits = FEWER_BITS.format(method=_code(base_of(record.method))) if record.of else ""
-    licence = "The terms of the data that it was trained on may apply to this model."
-    if own:
-        blocks = f"blocks {ranges(record.kept)} of the {backbone.blocks} of {source}"
-        what = f"A sequential recommender of depth {record.depth}: {blocks}"
-        what += f" (numbered from 0), {method}{_shape(run, record)}"
-        licence = f"The weights derive from {source}: its own licence applies to this model, and"
-        licence += " the terms of the data that it was trained on may apply as well."
-    return CARD.format(
-        front=front.to_yaml(),
-        trial=_code(record.id),
-        what=what,
-        example=example or WITHOUT_EXAMPLE,
-        more=f"{(OWN_ITSELF if theirs else BACKBONE) if own else ''}{bits}{onnx}",
-        accuracy=f"{retained(run, record)}{_accuracy(run, record)}",
-        size=_size(record),
-        provenance=_provenance(run, record, source if own else ""),
-        licence=f"{licence} {LICENCE}",
-    )
-
-
-def _shape(run: Run, record: Record) -> str:
-    """What its blocks are that the backbone's are not."""
-    own, told = settings_of(run.study, record.method), ""
-    if own.width < 1:
-        told += f" Its blocks have about {plain_percent(own.width)} of the backbone's MLP channels"
-        told += " and attention heads."
-    if own.loops > 1:
-        told += f" The blocks are applied {own.loops} times in turn, with the same weights: the"
-        told += f" checkpoint holds them as {own.loops * record.depth} blocks with equal weights."
-    return told
-
-
-def retained(run: Run, record: Record) -> str:
-    """What the trial keeps of its teacher's accuracy, in a paragraph; empty without a teacher."""
-    protocol = run.study.protocol
-    teacher = full_trial(TEACHER, record.seed, run.manifest.backbone.blocks).id
-    ranks = run.users[run.users["protocol"] == FULL].pivot(
-        index="user", columns="trial", values="rank"
-    )
-    if record.id == teacher or not {teacher, record.id} <= {*ranks.columns}:
-        return ""
-    both = ranks[[record.id, teacher]].dropna()
-    own, full = (per_user_metric(both[trial].to_numpy(), protocol.metric) for trial in both.columns)
-    if not full.any():
-        return ""
-    share, level = ratio_interval(own, full, level=protocol.level), plain_percent(protocol.level)
-    ends = ""
-    if math.isfinite(share.high - share.low):
-        ends = f" ({level} interval over users: {percent(share.low)} to {percent(share.high)})"
-    return (
-        f"It keeps {percent(share.value)}{ends} of the {protocol.metric} of the teacher of its seed"
-        f" ({_code(teacher)}, all blocks), over {len(both):,} test users. That is one training; the"
-        " report of the run compares all seeds.\n\n"
-    )
-
-
-def _accuracy(run: Run, record: Record) -> str:
-    table, data, protocol = run.metrics, run.manifest.data, run.study.protocol
-    table = table[(table["trial"] == record.id) & (table["split"] == "test")]
-    chosen = table[(table["slice"] == ALL) & table["metric"].isin(METRICS)]
-    drawn = {"uniform": "drawn at random", "popularity": "drawn by popularity"}[protocol.negatives]
-    lines = [
-        f"Test users of {_code(data.name)} ({data.users:,} users, {data.items:,} items,"
-        f" {data.interactions:,} interactions), {protocol.split} split; a user's seen"
-        f" items are {run.seen_items}."
-    ]
-    for name in chosen["protocol"].unique():
-        others = f"the target among {name.removeprefix('sampled-')} others {drawn}"
-        lines[0] += f" Protocol `{name}` ranks {'the whole catalogue' if name == FULL else others}."
-    level = plain_percent(protocol.level)
-    lines += ["", f"| metric | protocol | value | {level} interval over users | users |"]
-    lines += ["|---|---|---:|---|---:|"]
-    for _, row in chosen.iterrows():
-        low, high = row["ci_low"], row["ci_high"]
-        interval = f"{low:.4f} to {high:.4f}" if math.isfinite(high - low) else ""
-        cells = row["metric"], row["protocol"], f"{row['value']:.4f}", interval, row["users"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def _size(record: Record) -> str:
-    costs = record.costs or Costs()
-    rows = []
-    for name, count in costs.parameters.items():
-        held = f"{costs.bytes[name]:,}" if name in costs.bytes else ""
-        rows.append(f"| {name.replace('_', ' ')} | {count:,} | {held} |")
-    return "\n".join(["| part | parameters | bytes as served |", "|---|---:|---:|", *rows])
-
-
-def _provenance(run: Run, record: Record, source: str) -> str:
-    settings, origin = run.study.backbone, record.provenance
-    facts = {
-        "study": _code(run.study.name),
-        "data": _code(run.manifest.data.name),
-    }
-    if source:
-        facts["backbone"] = source
-        facts["settings"] = (
-            f"dtype {settings.dtype}, attention {settings.attention},"
-            f" quantize {settings.quantize}, tuning {settings.tuning}"
-        )
-    if origin is not None:
-        git = origin.git or Git()
-        commit = f"{_code(git.commit)}{' with changes' if git.dirty else ''}"
-        versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
-        facts["study"] += f", hash {_code(origin.study)}"
-        facts["data"] += f", fingerprint {_code(origin.data)}"
-        if source:
-            facts["backbone"] += f", revision {_code(origin.backbone)}"
-        facts["trained on"] = _code(origin.device)
-        facts["versions"] = _code(versions, 400)
-        facts["code"] = commit if git.commit else "not from a checkout"
-    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-
-
-def _plain(text: object, longest: int = LONGEST) -> str:
-    """One line of printable characters, cut where it is long."""
-    line = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
-    return line if len(line) <= longest else line[: longest - 3] + "..."
-
-
-def _code(text: object, longest: int = LONGEST) -> str:
-    """Text as inline code: fenced by more backticks than it has in a row; no markup in it works."""
-    line = _plain(text, longest) or " "
-    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
-    # Markdown takes away one blank on either side
-    pad = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{pad}{line}{pad}{fence}"

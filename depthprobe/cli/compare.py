@@ -100,10 +100,9 @@ def compare_files(
     slices: Sequence[str] = (),
     common: bool = False,
 ) -> Content:
-    """What the JSON holds, with intervals as such; the first file is the reference.
+    """What the JSON holds, with intervals as such; ``BadInput`` for files of no use together.
 
-    Raises:
-        BadInput: for files that can't be used, or not together.
+    The first file is the reference.
     """
     if len(files) < 2:
         raise BadInput("file", files[0], "a second file to compare it with")
@@ -196,8 +195,7 @@ def align(
 ) -> tuple[list[str], list[np.ndarray]]:
     """The users of all arms, and the ranks (S, U) of each; one seed stands for all.
 
-    Raises:
-        BadInput: if users differ and ``common`` was not asked for, or seeds differ.
+    ``BadInput`` if users differ and ``common`` was not asked for, or if seeds differ.
     """
     import numpy as np
 

@@ -141,11 +141,7 @@ def _exit_words(rule: dict[str, Any] | None) -> str:
 
 
 def _recommended(run: Path, known: Sequence[str], **flags: Any) -> str:
-    """The trial that the report's answer ships.
-
-    Raises:
-        BadInput: if it ships none; with the reason, and the trial of the best candidate.
-    """
+    """The trial that the report's answer ships; ``BadInput``, with the best candidate, if none."""
     from depthprobe.report.answer import build_answer
     from depthprobe.runs.store import open_run
 

@@ -44,10 +44,6 @@ def _parser(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:
     return parse
 
 
-def _whole(text: str) -> int:
-    return int(_ascii(text))
-
-
 def _number(text: str) -> float:
     return float(_ascii(text))
 
@@ -79,7 +75,7 @@ def _function(text: str) -> str:
 
 
 function = _parser(_function, "function as my_package.my_module:build")
-whole, number = _parser(_whole, "whole number"), _parser(_number, "number")
+whole, number = _parser(lambda text: int(_ascii(text)), "whole number"), _parser(_number, "number")
 share = _parser(_share, "share such as 2% or 0.02")
 path = _parser(_path, "path of names of 1 to 255 bytes, in UTF-8")
 

@@ -87,11 +87,7 @@ def is_public(name: str) -> bool:
 
 
 def public_set(name: str) -> PublicSet:
-    """The entry of the table.
-
-    Raises:
-        BadInput: if there is none; the message has the nearest name.
-    """
+    """The entry of the table; ``BadInput`` with the nearest name if there is none."""
     if name in SETS:
         return SETS[name]
     family = name.partition(":")[0]

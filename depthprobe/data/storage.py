@@ -182,11 +182,7 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
 
 
 def write_data(sequences: Sequences, output: Path) -> None:
-    """Write a prepared folder, complete or not at all.
-
-    Raises:
-        BadInput: if the folder can't be written, for want of room or of permission.
-    """
+    """Write a prepared folder, complete or not at all; ``BadInput`` if it can't be written."""
     import pyarrow as pa
     from pyarrow import parquet
 

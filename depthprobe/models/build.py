@@ -163,8 +163,7 @@ def prompt_and_suffix(
 ) -> tuple[list[int], list[int]]:
     """Token ids of the texts around the items; the prompt begins with the start token, if any.
 
-    Raises:
-        BadInput: if no tokenizer can be used, or a token has no embedding in the backbone.
+    ``BadInput`` if no tokenizer can be used, or a token has no embedding in the backbone.
     """
     prompt: list[int] = []
     suffix: list[int] = []

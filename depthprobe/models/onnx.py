@@ -82,10 +82,9 @@ class TopItems(nn.Module):
 
 
 def write_onnx(loaded: ExportedRecommender, path: Path) -> None:
-    """Write a recommender in float32; weights of 2 GB or more stand in a file beside it.
+    """Write a recommender in float32; ``BadInput`` if torch.onnx can't say its architecture.
 
-    Raises:
-        BadInput: if torch.onnx can't say this architecture in ONNX.
+    Weights of 2 GB or more stand in a file beside it.
     """
     graph = TopItems(loaded).eval()
     # Longer than is read: attention in a window is traced where a text is as long as one, and holds

@@ -152,11 +152,7 @@ class OwnRecommender(Recommender):
 
 
 def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommender:
-    """Build a user's recommender, in evaluation mode: ``module:function``, which is imported.
-
-    Raises:
-        BadInput: if it can't be imported or built, or is no recommender.
-    """
+    """Build a user's recommender, ``module:function``, in evaluation mode; or ``BadInput``."""
     module, _, name = source.partition(":")
     if os.getcwd() not in sys.path:  # as python -m has it
         sys.path.insert(0, os.getcwd())

@@ -276,11 +276,7 @@ def save_parts(weights: Mapping[str, Tensor], file: Path) -> None:
 
 
 def load_parts(file: Path) -> dict[str, Tensor]:
-    """Read what :func:`save_parts` wrote.
-
-    Raises:
-        BadInput: if weights are rounded, and torchao is not installed.
-    """
+    """Read what :func:`save_parts` wrote; ``BadInput`` if rounded weights need torchao."""
     with safe_open(file, framework="pt") as opened:
         held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         told = opened.metadata() or {}
@@ -298,8 +294,7 @@ def load_parts(file: Path) -> dict[str, Tensor]:
 def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give a model the rounded ones of some weights, wherever it holds them; returns the others.
 
-    Raises:
-        ValueError: if it has no weight of that name and shape.
+    ``ValueError`` if it has no weight of that name and shape.
     """
     for name, weight in weights.items():
         if is_quantized(weight):

@@ -137,11 +137,7 @@ class Context:
         return self.folder / TRIALS / trial.id
 
     def model_folder(self, trial: Trial) -> Path:
-        """The folder of a trial's weights, which are as they were written.
-
-        Raises:
-            BadInput: if they are not.
-        """
+        """The folder of a trial's weights; ``BadInput`` if they are not as they were written."""
         folder = self.trial_folder(trial)
         record = read_record(folder) if (folder / MODEL).is_dir() else None
         for name, digest in record.files.items() if record else ():
@@ -348,11 +344,7 @@ class Context:
 
 
 def same_backbone(settings: Backbone, facts: BackboneFacts) -> Backbone:
-    """The settings of a run's backbone, which is as it was when the run began.
-
-    Raises:
-        BadInput: if its files, or the tokens around the items, have changed.
-    """
+    """The settings of a run's backbone; ``BadInput`` if its files or prompt tokens have changed."""
     settings, changed = pinned(settings, facts.revision, facts.source), ""
     if not is_same(facts.revision, now := backbone_revision(settings)):
         changed = "weights, configuration or tokenizer"

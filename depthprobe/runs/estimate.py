@@ -341,7 +341,9 @@ def jobs_of(
     for task in tasks:
         shared = shared_of(study, task)
         for name in (name for name in shared if name not in made):
-            seconds = _shared_seconds(name, task, sizes, units)
+            seconds = _removal_seconds(task.blocks, sizes, units)
+            if name.startswith(FEATURES):  # every position is read out: about one more pass
+                seconds = 2 * units.of("encode", task.blocks) * sizes.windows
             jobs.append(Job(name, seconds, task.needs, task.method))
         made.update(shared)
         seconds = _task_seconds(study, task, sizes, units, processes)
@@ -357,12 +359,6 @@ def shared_of(study: Study, task: Task) -> list[str]:
     if spec is not None and settings.distillation.features == "cached":
         found.append(f"{FEATURES}-s{task.seed}-{spec.objective}")
     return found
-
-
-def _shared_seconds(name: str, task: Task, sizes: Sizes, units: Units) -> float:
-    if name.startswith(FEATURES):  # every position is read out: about one more pass
-        return 2 * units.of("encode", task.blocks) * sizes.windows
-    return _removal_seconds(task.blocks, sizes, units)
 
 
 def _removal_seconds(blocks: int, sizes: Sizes, units: Units) -> float:

@@ -171,8 +171,7 @@ LIKED = 3  # items of the history of the example, and of its answer
 def add_onnx(folder: Path, context: Context, own: str | None) -> str:
     """Write the ONNX file of an exported folder and what was measured of it; a line for the card.
 
-    Raises:
-        BadInput: if the file can't be written, or its answers on the test users are others.
+    ``BadInput`` if it can't be written, or its answers on the test users are others.
     """
     code = context.backbone.trust_remote_code
     loaded = load_recommender(folder, trust_remote_code=code, recommender=own, float32=True)
@@ -344,8 +343,7 @@ def check_hub(name: str) -> None:
 def push_to_hub(folder: Path, name: str) -> RepoUrl:
     """Upload an exported folder to a model repository; one that is new is private.
 
-    Raises:
-        BadInput: if the Hub can't be reached or refuses; the folder stays as it is.
+    ``BadInput`` if the Hub can't be reached or refuses; the folder stays as it is.
     """
     hub = HfApi()
     try:

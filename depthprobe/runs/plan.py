@@ -74,11 +74,7 @@ def plan(study: Study, blocks: int) -> list[Task]:
 
 
 def _variants(name: str, tasks: Sequence[Task]) -> list[Task]:
-    """A task for each trained trial that a lever makes a variant of.
-
-    Raises:
-        BadInput: if there is none.
-    """
+    """A task for each trained trial that a lever makes a variant of; ``BadInput`` if none is."""
     lever, _, source = name.partition(":")
     made = []
     for task in tasks:

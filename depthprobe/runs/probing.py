@@ -93,7 +93,7 @@ def walk_spans(context: Context, task: Task) -> Iterator[Result]:
     if not context.study.probing.spans:
         yield from walk_blocks(context, task)
         return
-    angular = angular_distances(context, task.seed, task.blocks)
+    angular = similar_states(context, task.seed, task.blocks).angular
     trials = []
     for trial in task.trials:
         ranked = nearest_spans(angular, trial.blocks - trial.depth)
@@ -142,7 +142,7 @@ def replacements(
     """
     teacher, device = copy.deepcopy(_teacher(context, task)), context.device
     merge_lora(teacher)
-    angular = angular_distances(context, task.seed, task.blocks)
+    angular = similar_states(context, task.seed, task.blocks).angular
     spans = [
         nearest_spans(angular, trial.blocks - trial.depth, first=1)[0] for trial in task.trials
     ]
@@ -299,11 +299,6 @@ def similar_states(context: Context, seed: int, blocks: int) -> Similarities:
     """How alike the teacher's states around blocks are, by validation users."""
     teacher = context.teacher(seed, blocks)
     return similarities(teacher, context.validation, device=context.device)
-
-
-def angular_distances(context: Context, seed: int, blocks: int) -> np.ndarray:
-    """Angular distances between the teacher's states, (L + 1, L + 1), of validation users."""
-    return similar_states(context, seed, blocks).angular
 
 
 def outside(span: Span, blocks: int) -> tuple[int, ...]:

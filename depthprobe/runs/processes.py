@@ -93,8 +93,7 @@ class ProcessGroup:
 def launched_processes() -> int:
     """How many processes a launcher started to work together; 1 without one.
 
-    Raises:
-        BadInput: if a variable that launchers set holds no number; an empty one counts as none.
+    ``BadInput`` if a variable that launchers set holds no number; an empty one counts as none.
     """
     for name in LAUNCHER:
         text = os.environ.get(name, "").strip()

@@ -399,11 +399,7 @@ class CutShort(BadInput):
 
 
 def intact(path: Path, digest: str | None, remedy: str) -> Path:
-    """The path of a file, whose digest is the one that was written down, if one was.
-
-    Raises:
-        BadInput: if it is another file, or none; ``remedy`` says what to do.
-    """
+    """The path of a file; ``BadInput`` if it is none, or its digest is not the one written down."""
     if not path.is_file():  # of a pipe nothing would ever come
         raise damaged(path, "it is no plain file, or missing", remedy)
     if digest is not None and digest_of(path) != digest:
@@ -440,11 +436,7 @@ def read_sealed(path: str | Path, remedy: str, schema: int | None = None) -> dic
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a run.
-
-    Raises:
-        BadInput: if it can't be read, or another version of the format wrote it.
-    """
+    """The manifest of a run; ``BadInput`` if it is damaged, or of another version of the format."""
     path = folder / MANIFEST
     return typed(read_sealed(path, NEVER, SCHEMA), Manifest, path, NEVER)
 
@@ -452,8 +444,7 @@ def read_manifest(folder: Path) -> Manifest:
 def read_record(folder: Path) -> Record | None:
     """The record in a trial's folder; None if it is absent, or done without its table.
 
-    Raises:
-        BadInput: if it is damaged, another trial's, or one of another version.
+    ``BadInput`` if it is damaged, another trial's, or of another version of the format.
     """
     path = os.path.join(folder, RECORD)
     try:
@@ -480,11 +471,7 @@ def origins_of(manifest: Manifest) -> Origins:
 
 
 def check_origin(folder: Path, origins: Origins) -> Record | None:
-    """The record in a trial's folder, if it has one.
-
-    Raises:
-        BadInput: if it can't be used, or is of another study, log or backbone.
-    """
+    """The record in a trial's folder, if any; ``BadInput`` if of another study, log or backbone."""
     record = read_record(folder)
     if record is not None and record.provenance is not None:
         for what, known in origins.items():
@@ -494,11 +481,7 @@ def check_origin(folder: Path, origins: Origins) -> Record | None:
 
 
 def shared_file(run: Path, manifest: Manifest | None, name: str) -> Path:
-    """The place of what all trials of a run share, a file or a folder, which is intact.
-
-    Raises:
-        BadInput: if it is not as it was written.
-    """
+    """The place of a file or folder that all trials share; ``BadInput`` if it has changed."""
     place = f"{SHARED}/{name}"
     for each, digest in manifest.files.items() if manifest else ():
         if each == place or each.startswith(f"{place}/"):
@@ -515,11 +498,7 @@ def typed(content: dict[str, Any], kind: type[T], path: str | Path, remedy: str)
 
 
 def read_table(path: Path, digest: str | None) -> pd.DataFrame:
-    """A table that a trial or a probe left.
-
-    Raises:
-        BadInput: if it can't be read, or is not as it was written.
-    """
+    """A table that a trial or a probe left; ``BadInput`` if it is not as it was written."""
     with _named(intact(path, digest, AGAIN)):
         return pd.read_parquet(path)
 
@@ -538,8 +517,7 @@ def _named(path: Path) -> Iterator[None]:
 def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By protocol, whom a finished trial ranked and the ranks of their targets, (U,) each.
 
-    Raises:
-        BadInput: if they can't be read, or don't give the metrics of the trial's record.
+    ``BadInput`` if they can't be read, or don't give the metrics of the trial's record.
     """
     path, ranked = intact(folder / USERS, record.files.get(USERS), AGAIN), {}
     with _named(path):
@@ -568,11 +546,7 @@ def folders_of(place: Path) -> list[Path]:
 
 
 def check_places(run: Path) -> None:
-    """Refuse what would lead what a sweep writes out of the run's folder, or hold it up for ever.
-
-    Raises:
-        BadInput: for a link, a pipe or a device among the files and folders of the run.
-    """
+    """Refuse links, pipes and devices: a sweep would write outside the run, or wait for ever."""
     for place in (*PLACES, LOGS, LOCKS):
         with suppress(FileNotFoundError), os.scandir(run / place) as entries:
             for each in entries:

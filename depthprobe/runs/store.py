@@ -81,19 +81,11 @@ class Run:
 
     @cached_property
     def records(self) -> list[Record]:
-        """All records, done and failed, in the order of their names.
-
-        Raises:
-            BadInput: if one is damaged, or is not this run's.
-        """
+        """All records, done and failed, by name; ``BadInput`` if one is damaged, or another's."""
         return self._read(TRIALS)
 
     def record(self, trial: str) -> Record:
-        """The record of one trial.
-
-        Raises:
-            BadInput: if the run has no such trial.
-        """
+        """The record of one trial; ``BadInput`` if the run has no such trial."""
         by_name = {record.id: record for record in self.records}
         if trial not in by_name:
             raise BadInput("trial", trial, f"one of {', '.join(by_name) or 'none yet'}")
@@ -109,11 +101,7 @@ class Run:
         return [record for record in read if record is not None]
 
     def check(self) -> None:
-        """Refuse, before anything is written, a run whose folder is not as sweeps left it.
-
-        Raises:
-            BadInput: for a record that is damaged or another run's, and for links out of it.
-        """
+        """Refuse damaged records, those of other runs, and links, before anything is written."""
         check_places(self.path)
         for kind in (TRIALS, PROBES):
             for each in folders_of(self.path / kind):
@@ -316,8 +304,7 @@ class Status:
 def status_of(folder: Path) -> Status:
     """The state of every task that a run's study asks for; a bad record spoils that of its task.
 
-    Raises:
-        BadInput: if the folder is no run, or one that has not been laid out yet.
+    ``BadInput`` if the folder is no run, or has not been laid out yet.
     """
     if (folder / STUDY).is_file() and not (folder / MANIFEST).is_file():
         raise BadInput("run", str(folder), "a run that has begun (this one is being laid out)")

@@ -138,11 +138,7 @@ class Timing(msgspec.Struct):
 
 
 def read_timing(path: Path) -> dict[str, Any]:
-    """The times that a run has measured.
-
-    Raises:
-        BadInput: if the file is not as it was written.
-    """
+    """The times that a run has measured; ``BadInput`` if the file is not as it was written."""
     content = read_sealed(path, ALONE)
     return msgspec.to_builtins(typed(content, Timing, path, ALONE))  # type: ignore[no-any-return]
 

@@ -33,7 +33,7 @@ from depthprobe.probing.walk import greedy, nearest_spans
 from depthprobe.runs.cache import digest, features_folder, result_file, share_folder
 from depthprobe.runs.context import Context, Result
 from depthprobe.runs.plan import TEACHER, at_first_seed, full_trial, plan
-from depthprobe.runs.probing import angular_distances, outside, part_of, removal
+from depthprobe.runs.probing import outside, part_of, removal, similar_states
 from depthprobe.runs.records import (
     AGAIN,
     FULL,
@@ -385,7 +385,7 @@ def _with_blocks(context: Context, trial: Trial) -> Trial:
     """The trial with the blocks that its selection finds, where that asks the teacher."""
     select = settings_of(context.study, trial.method).select
     if select == "angular":
-        angular = angular_distances(context, trial.seed, trial.blocks)
+        angular = similar_states(context, trial.seed, trial.blocks).angular
         span = nearest_spans(angular, trial.blocks - trial.depth)[0]
         return replace(trial, kept=outside(span, trial.blocks))
     if select in TEACHER_SELECTIONS:
@@ -493,11 +493,7 @@ FEATURES, SECONDS = "features", "seconds.json"
 
 
 def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
-    """What a student follows, and the seconds that it took to compute; None if it follows nothing.
-
-    Raises:
-        BadInput: if there is no trained teacher.
-    """
+    """What a student follows, and the seconds that took to compute; None if it follows nothing."""
     settings = settings_of(context.study, trial.method)
     spec = spec_of(settings, trial)
     if spec is None:

@@ -160,17 +160,24 @@ def label_notes(names: Sequence[str], columns: Columns) -> list[str]:
     ]
 
 
-def guess_column(names: Sequence[str], what: str, *, source: Path) -> int | None:
+def guess_column(
+    names: Sequence[str],
+    what: str,
+    *,
+    source: Path,
+    spellings: Mapping[str, Sequence[Sequence[str]]] = SPELLINGS,
+    advice: str = "say --{}-column",
+) -> int | None:
     """The place of the column that a header of common spellings has for ``what``, or None."""
     spelled = [simple(name) for name in names]
-    for standing in SPELLINGS[what]:
+    for standing in spellings[what]:
         known = {simple(name) for name in standing}
         if "title" in known and _OF_A_REVIEW & set(spelled):
             continue
         places = [place for place, name in enumerate(spelled) if name in known]
         if len(places) > 1:
             likely = listed([names[place] for place in places])
-            allowed = f"any of its columns {likely} may be the {what}'s; say --{what}-column"
+            allowed = f"any of its columns {likely} may be the {what}'s; {advice.format(what)}"
             raise BadInput(FIELD, source, allowed, fault=True)
         if places:
             return places[0]

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from depthprobe.data.log import Ids
 from depthprobe.data.readers.arrow import Column, Where, row_number, to_ids, to_numbers
-from depthprobe.data.readers.columns import SPELLINGS, listed, place_of, simple
+from depthprobe.data.readers.columns import SPELLINGS, guess_column, listed, place_of
 from depthprobe.data.readers.streams import FIELD, head
 from depthprobe.data.readers.tables import BLANK, csv_table, parquet_table
 from depthprobe.errors import BadInput
@@ -132,11 +132,7 @@ def _named(field: str) -> Iterator[None]:
 
 
 def read_targets(path: Path, slices: Collection[str] = ()) -> Targets:
-    """The target of each user: a table of users and items, or TREC's qrels.
-
-    Raises:
-        BadInput: if a user has several targets, or nobody has one.
-    """
+    """The target of each user, of a table or TREC's qrels; ``BadInput`` if one has several."""
     with _named("targets"):
         file = _read(path, TARGETS, slices)
         if "relevance" in file:
@@ -272,17 +268,8 @@ def _read(path: Path, kind: _Kind, slices: Collection[str]) -> _File:
 
 
 def _pick(path: Path, kind: _Kind, slices: Collection[str], names: list[str]) -> dict[str, int]:
-    spelled, places = [simple(name) for name in names], {}
-    for what, standings in KNOWN.items():
-        for standing in standings:
-            known = {simple(name) for name in standing}
-            found = [place for place, name in enumerate(spelled) if name in known]
-            if len(found) > 1:
-                fault = f"any of its columns {listed(names[place] for place in found)} may be the"
-                raise BadInput(FIELD, path, f"{fault} {what}'s; expected one", fault=True)
-            if found:
-                places[what] = found[0]
-                break
+    guess = partial(guess_column, names, source=path, spellings=KNOWN, advice="expected one")
+    places = {what: place for what in KNOWN if (place := guess(what)) is not None}
     if not any(needed <= set(places) for needed in kind.enough):
         fault = f"its columns are {listed(names)}; expected {kind.words}"
         raise BadInput(FIELD, path, fault, fault=True)

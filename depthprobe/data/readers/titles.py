@@ -88,8 +88,7 @@ def read_attribute(
 ) -> tuple[str, dict[str, str]]:
     """The column that a setting ``FILE:COLUMN`` names: its name, and its values by id.
 
-    Raises:
-        BadInput: naming the ``field``, where :func:`read_values` does or there is no such file.
+    ``BadInput`` names the ``field``, where there is no such file or :func:`read_values` fails.
     """
     place, _, column = setting.rpartition(":")
     place = os.path.expanduser(place)

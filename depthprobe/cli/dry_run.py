@@ -38,7 +38,7 @@ def dry_run(
     retry_failed: bool = False,
     executor: str = "local",
 ) -> int:
-    """Print what the sweep would do and is guessed to take; write nothing; the exit code."""
+    """Print what the sweep would do and take, write nothing, and return the exit code."""
     with show_progress(sys.stderr) as progress:
         from depthprobe.runs.estimate import preview
         from depthprobe.runs.processes import join_processes

@@ -143,10 +143,7 @@ def rereadable(path: Path) -> Iterator[Path]:
 def histories(file: Path, shown: Path, settings: Data, model: ExportedRecommender) -> Read:
     """What reads the file from its start: a log that is in memory by now, or lines on the disk.
 
-    A log's table names its columns, or they were named.
-
-    Raises:
-        BadInput: for a log that `data` would refuse.
+    A log's table names its columns, or they were named; ``BadInput`` if `data` would refuse it.
     """
     try:
         if settings.format or settings.columns != Columns() or is_log(file, shown):
@@ -233,9 +230,7 @@ def count_left(
     """How many items are not in the catalogue, users without another, and users of few others.
 
     The last have fewer than ``top`` items left that they have not had, where those are left out.
-
-    Raises:
-        BadInput: for the first unknown item, unless they are allowed; for a file without a user.
+    ``BadInput`` for the first unknown item, unless they are allowed, and for a file without a user.
     """
     items = users = few = 0
     place = None

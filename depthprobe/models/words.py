@@ -81,10 +81,7 @@ def item_tokens(
     """Token ids of the text of items 1..I; None where items are read as vectors.
 
     An item's text is its title, cut to ``title_tokens``, in the template; or its raw id where it
-    has no title.
-
-    Raises:
-        BadInput: if there are no titles, or the tokenizer reads nothing of one.
+    has no title. ``BadInput`` if there are no titles, or the tokenizer reads nothing of one.
     """
     if settings.reads == "items":
         return None

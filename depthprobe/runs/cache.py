@@ -68,11 +68,7 @@ def result_file(
 
 
 def features_folder(context: Context, teacher: str, spec: FeatureSpec) -> Path | None:
-    """The cache's folder of a teacher's outputs at the training windows; None without a cache.
-
-    Args:
-        teacher: the digest of its weights.
-    """
+    """The cache's folder of the outputs of a teacher, by its digest; None without a cache."""
     if context.cache is None:
         return None
     decides = {

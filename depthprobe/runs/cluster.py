@@ -73,9 +73,7 @@ def submit(
 
     Args:
         sweep: what each job calls; its folder must be one that all machines see.
-        jobs: how many.
         cluster: ``slurm``, or ``local`` for processes of this machine.
-        retry_failed: one of the jobs tries again what failed before.
 
     Raises:
         BadInput: before anything is written, if submitit or SLURM is missing, the folder holds
@@ -139,12 +137,7 @@ def submit(
 
 
 def follow(jobs: Sequence[Job[None]], progress: Progress, *, poll: float = POLL) -> dict[str, str]:
-    """Wait until all jobs have ended; returns why, by id, for those that did not end well.
-
-    Args:
-        progress: shows the jobs' states when they change.
-        poll: seconds between two looks.
-    """
+    """Wait until all jobs have ended; returns why, by id, for those that did not end well."""
     shown, ended = "", [False]
     while not all(ended):
         if shown:

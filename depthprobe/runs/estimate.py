@@ -87,9 +87,6 @@ def preview(
     Args:
         processes: that train together, under a launcher.
         apart: the jobs, by default one, run on machines of their own that are like this one.
-
-    Raises:
-        BadInput: where the sweep would refuse to begin.
     """
     inputs = read_inputs(study, folder, dry=True)
     context, tasks = _context(folder, inputs.working, inputs), inputs.tasks

@@ -77,9 +77,8 @@ def export_trial(
     A variant in fewer bits, ``distill-d04-s0:int8``, is written in them, and is read in them.
     A trial without weights of its own is cut out of the teacher; a linear map in place of a span is
     folded into the block before it. Weights that the training held in fewer bits become ordinary
-    ones of the same values. Of
-    SASRec, which has no backbone, the recommender is all. With ``onnx`` the whole recommender is
-    written as one ONNX file too, and compared with ours on all test users.
+    ones of the same values. Of SASRec, which has no backbone, the recommender is all. With ``onnx``
+    the whole recommender is written as one ONNX file too, and compared with ours on all test users.
 
     Raises:
         BadInput: if the run has no such trial, the trial failed or its method makes no model, its

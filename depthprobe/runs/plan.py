@@ -19,10 +19,8 @@ def plan(study: Study, blocks: int) -> list[Task]:
     """All tasks of a study, each after what it needs.
 
     Of a study that searches all that the search may come to: every depth of the method that it
-    searches with; other methods keep to the ends and to the first seed.
-
-    Raises:
-        BadInput: if the study names depths or blocks that the backbone does not have.
+    searches with; other methods keep to the ends and to the first seed. ``BadInput`` if the study
+    names depths or blocks that the backbone does not have.
     """
     parse_layers(study.layers, blocks)  # refused even where no method has a depth
     searched = study.searched if study.searches else None

@@ -108,11 +108,7 @@ def launched() -> bool:
 
 
 def join_processes(device: str) -> ProcessGroup:
-    """The group that the launcher made; alone without one.
-
-    Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``: where they will train.
-    """
+    """The group that the launcher made, to train on a device; alone without one."""
     several = launched()
     for name in LAUNCHER:
         if not os.environ.get(name, "-").strip():

@@ -33,12 +33,7 @@ State = Literal["ours", "theirs", "done", "failed"]
 
 
 class Claims:
-    """The tasks of a run that this sweep holds.
-
-    Args:
-        folder: of the run.
-        group: processes that train together: the first one claims for all.
-    """
+    """The tasks of a run that this sweep holds; of a group of processes the first one claims."""
 
     def __init__(self, folder: Path, group: ProcessGroup | None = None) -> None:
         self._run, self._group = folder, group or ProcessGroup()

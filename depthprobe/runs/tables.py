@@ -30,9 +30,7 @@ def own_slices(protocol: Protocol, split: Split) -> pd.DataFrame:
     """Labels of the test's users: user, and one column for each that the study names.
 
     A user has the value of their own, or that of their target; empty where the file has none.
-
-    Raises:
-        BadInput: if a file can't be read, or two columns have one name.
+    ``BadInput`` if a file can't be read, or two columns have one name.
     """
     sequences, users = split.sequences, split.test.users
     frame = pd.DataFrame({"user": users})
@@ -96,10 +94,6 @@ def metrics_table(
         sliced: the users that the slices are of, ascending (E,); empty where they are unknown.
         cuts: ways to slice these users.
         asked: whose metric and level these are.
-
-    Raises:
-        BadInput: if a trial's ranks can't be read, or don't give the metrics of its record.
-        ValueError: if the metrics of a trial break the bounds between them.
     """
     frames, rows = [], []
     metrics = tuple(dict.fromkeys((*METRICS, asked.metric)))

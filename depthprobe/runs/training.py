@@ -293,9 +293,7 @@ def objective_of(
 ) -> nn.Module:
     """A model with the loss that its method minimises.
 
-    Args:
-        teacher: what a student follows, if it follows anything.
-        goal_items: the teacher's item matrix, where a student follows the scores of all items.
+    A student may follow a ``teacher``, and the scores of all items by its item matrix.
     """
     kind = settings.method.settings
     if kind == "elastic":
@@ -320,10 +318,8 @@ def train(
     """Train on the run's windows, and leave the weights with the best validation score.
 
     Of several learning rates seed 0 tries each, from the same weights; another seed takes the one
-    that was best there. A trial of several trainings numbers its stages.
-
-    Raises:
-        DivergedError: if the loss is not finite, with every learning rate.
+    that was best there. A trial of several trainings numbers its stages. ``DivergedError`` if the
+    loss is not finite, with every learning rate.
     """
     rates = recipe.rates
     if len(rates) > 1 and trial.seed:

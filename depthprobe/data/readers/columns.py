@@ -132,10 +132,7 @@ def column_map(
 ) -> ColumnMap:
     """What was read of a table with these columns, and which of the others hold dates.
 
-    Args:
-        names: the header.
-        places: what :func:`find_columns` found.
-        cells: some values of a column, by its place.
+    ``places`` are what :func:`find_columns` found, ``cells`` some values of a column by its place.
     """
     ignored = {}
     for place, name in enumerate(names):

@@ -33,6 +33,7 @@ import typer
 from typer.main import get_command
 
 import depthprobe
+import depthprobe.models  # light; silences torchao before a command imports transformers
 from depthprobe.cli import check, compare, cost, data, export, init, recommend, runs, sweep
 from depthprobe.cli.options import LOG, as_typed
 from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_streams

@@ -3,6 +3,7 @@
 import logging
 
 # transformers imports these wherever they are installed, and they list the kernels that this
-# machine has no use for
-for _noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+# machine has no use for; torch resets the levels of its own loggers, but not their filters
+for _noisy in ("bitsandbytes", "torchao"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: record.levelno >= logging.ERROR)

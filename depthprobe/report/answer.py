@@ -109,13 +109,16 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
         saves, tiles = "", _level_tiles(summary)
     elif worse and baseline:
         verdict, ship = BETTER_BASELINE, baseline
-        better = "is more accurate than the best shallow model"
+        model, named = "best shallow model", "Best candidate"
+        if row.shown:  # not the most accurate one
+            model, named = "shallowest model that suffices", "Smallest sufficient depth"
+        better = f"is more accurate than the {model}"
         advice = f"Ship SASRec: it {better}, and no dearer."
         if dearer := _dearer(baseline, point):
             advice, ship = f"Not decided: SASRec {better}, but {dearer}.", None
         elif not row.shown and not doubt(summary, SASREC):
             advice = f"Ship SASRec, or the teacher if its cost does not matter: SASRec {better}."
-        details = [f"Best candidate: {what}. It {keeps}", details[-1]]
+        details = [f"{named}: {what}. It {keeps}", details[-1]]
     if any(other.lower > 1 for other in sufficiency.rows):
         details.append("The teacher is undertrained: a shallower model is more accurate.")
     trial = _best_trial(summary, ship) if ship else ""
@@ -274,7 +277,7 @@ def _advice(summary: Summary, sufficiency: Sufficiency) -> tuple[str, str]:
         return f"Keep all blocks: no shallower model keeps {floor} of the teacher's accuracy.", ""
     return (
         f"Not decided: no depth is shown to keep {floor} of the teacher's accuracy.",
-        "No mean does either, so more users or seeds will probably confirm that.",
+        "No mean reaches that either, so more users or seeds will probably confirm it.",
     )
 
 
@@ -325,7 +328,11 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
     if sufficiency.seeds == 1:
         return "The interval is over users alone: one seed cannot say how much trainings differ."
     sure = f"only {_below(row.lower, 1 - summary.margin)}" if row.lower > 0 else "nothing"
-    return f"The margin is {margin}; {sure} is sure{picked}."
+    asked = plain_percent(1 - summary.margin)
+    return (
+        f"The margin asks for {asked}; with {plain_percent(summary.level)} confidence {sure} is "
+        f"shown{picked}."
+    )
 
 
 def _below(share: float, floor: float) -> str:

@@ -200,7 +200,7 @@ def span_map(ax: Axes, summary: Summary, *, score: str = "damage") -> str:
         text = f"The longest span whose mean loss is at most {margin} is"
     else:
         start, end = min(wide, key=lambda span: wide[span])
-        text = f"Every span of two blocks or more costs more than {margin} on the mean; least costs"
+        text = f"Every span of two or more blocks costs over {margin} on the mean. The cheapest is"
     change = _left_out(summary)[start, end].change(summary.headline)
     cost = in_percent(change, sign=True) if change else ""
     return (
@@ -320,7 +320,8 @@ def ablation_changes(ax: Axes, summary: Summary) -> str:
     ax.grid(visible=False, axis="y")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
     drawing.percent_axis(ax.xaxis, signed=True)
-    ax.set_title(f"Change of {summary.headline} against fine-tuning")
+    ax.set_xlabel(f"change of {summary.headline}")
+    ax.set_title("Against fine-tuning")
 
     better = sum(change.low > 0 for *_, change in changes)
     worse = sum(change.high < 0 for *_, change in changes)

@@ -10,7 +10,15 @@ from matplotlib.axes import Axes
 
 from depthprobe.evaluation.metrics import per_user_metric
 from depthprobe.evaluation.statistics import Interval, mean_interval, ratio_interval
-from depthprobe.formatting import accuracy, fixed, in_percent, percent, plain_percent, with_bounds
+from depthprobe.formatting import (
+    accuracy,
+    fixed,
+    in_percent,
+    percent,
+    plain_percent,
+    plural,
+    with_bounds,
+)
 from depthprobe.methods import method_info
 from depthprobe.report import drawing
 from depthprobe.report.drawing import MUTED, Look, figure, need
@@ -76,7 +84,7 @@ def _orders(summary: Summary) -> list[Values]:
 
 
 def order_words(summary: Summary) -> tuple[str, bool]:
-    """Whether the order of this log matters, so that depths can be told apart; and if it does."""
+    """A sentence on what the order of items is worth on this log; and whether that is shown."""
     lost = {row["method"]: row["lost"] for row in _orders(summary)}
     if TEACHER not in lost:
         return "", True
@@ -86,7 +94,10 @@ def order_words(summary: Summary) -> tuple[str, bool]:
         f"{summary.headline}{also}"
     )
     if lost[TEACHER].low > summary.margin:
-        return f"{costs}: the order of items matters, so this log can tell depths apart.", True
+        return (
+            f"{costs}. So order matters on this log, and depth may help to read it.",
+            True,
+        )
     return (
         f"{costs}. It is not shown that the order of items is worth more than "
         f"{plain_percent(summary.margin)}, so this log cannot tell depths apart."
@@ -168,7 +179,8 @@ def selections(ax: Axes, summary: Summary) -> str:
     need(rows, summary, CHOICES)
     band = {row["depth"]: row["random"] for row in rows}
     low, high = ([getattr(each, end) for each in band.values()] for end in ("low", "high"))
-    ax.fill_between(list(band), low, high, color=MUTED, alpha=0.18, linewidth=0, label="random")
+    width = 4.0 * (len(band) == 1)  # the band of one depth would be a line of no width
+    ax.fill_between(list(band), low, high, color=MUTED, alpha=0.18, linewidth=width, label="random")
     for name, look in LOOKS.items():
         own = [row for row in rows if row["selection"] == name]
         places = [row["depth"] for row in own]
@@ -184,7 +196,7 @@ def selections(ax: Axes, summary: Summary) -> str:
     tried = [row for row in rows if not row["selection"].endswith(REVERSED)]
     better = [f"{_selection(r['selection'])} {r['depth']}" for r in tried if r["p"] <= 0.05]
     return (
-        f"Of {len(tried)} selections, {len(better) or 'none'} "
-        f"{'is' if len(better) == 1 else 'are'} better than random blocks of the same number with "
+        f"{len(better) or 'None'} of {plural(len(tried), 'selection')} "
+        f"{'is' if len(better) < 2 else 'are'} better than random blocks of the same number with "
         f"p at most 0.05, one test at a time{': ' + ', '.join(better) if better else ''}."
     )

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
@@ -210,6 +211,16 @@ def bars(intervals: Iterable[Interval]) -> NDArray[np.float64]:
     ends = [(each.value - each.low, each.high - each.value) for each in intervals]
     arms = np.array(ends, dtype=np.float64).reshape(-1, 2)
     return np.clip(np.where(np.isfinite(arms), arms, 0).T, 0, None)
+
+
+def drop_bars(ax: Axes, bottom: float) -> None:
+    """Take the bars of points below the bottom away: one that ends in view would hang there."""
+    for series in ax.containers:
+        if isinstance(series, ErrorbarContainer) and series.lines[0] is not None:
+            heights = np.asarray(series.lines[0].get_ydata(), dtype=np.float64)
+            for each in series.lines[2]:
+                kept = zip(each.get_segments(), heights, strict=True)
+                each.set_segments([ends for ends, height in kept if height >= bottom])
 
 
 def without_bar(intervals: Iterable[Interval]) -> str:

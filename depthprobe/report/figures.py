@@ -162,6 +162,7 @@ def kept_vs_depth(
     ax.set_ylim(limits or kept_limits(summary, metric=metric))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
     drawing.percent_axis(ax.yaxis)
+    cut = _below_scale(ax, every(drawn), 100)
     drawing.finish(ax, title or f"Share of the teacher's {metric} kept")
 
     rows = summary.sufficiency.rows if summary.sufficiency else ()
@@ -176,7 +177,7 @@ def kept_vs_depth(
     return (
         f"Depths whose mean keeps {least} of the teacher's {metric}: {within}. Depths "
         f"for which this is shown with confidence: {shown}. Of the candidates, {best.name} keeps "
-        f"the most: {in_percent(most)}.{without_bar(share for _, share in offered)}"
+        f"the most: {in_percent(most)}.{cut}{without_bar(share for _, share in offered)}"
     )
 
 
@@ -253,16 +254,27 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
 
 
 def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:
-    """Scale the accuracies to the models that are in question; a sentence says which lie below.
+    """Scale the accuracies to the models that are in question.
 
-    Popularity and probes fall to nothing: in their range the differences could not be seen.
+    Popularity and probes fall to nothing: in their range the differences could not be seen. Where
+    there is nothing else at any depth, they are what is in question.
     """
+    others = {p.look.role for p, _ in measured} - {"baseline", "teacher", "probe"}
     reach = [
-        value for p, value in measured if p.method != POPULARITY and p.look.role != "probe"
-    ] or [value for _, value in measured]
-    bottom, below = drawing.own_range(ax, reach), dict[str, list[int]]()
+        value
+        for p, value in measured
+        if not others or (p.method != POPULARITY and p.look.role != "probe")
+    ]
+    drawing.own_range(ax, reach)
+    return _below_scale(ax, measured)
+
+
+def _below_scale(ax: Axes, measured: Sequence[tuple[Point, Interval]], scale: float = 1) -> str:
+    """Take the bars of points below the scale away; a sentence says which points those are."""
+    bottom, below = ax.get_ylim()[0], dict[str, list[int]]()
+    drawing.drop_bars(ax, bottom)
     for point, value in measured:
-        if value.value < bottom:
+        if scale * value.value < bottom:
             below.setdefault(point.look.label, []).append(point.depth)
     depths = {
         name: ranges(sorted({*found})).replace("-", "\u2013") for name, found in below.items()
@@ -360,6 +372,8 @@ def _name_front(ax: Axes, front: Sequence[Point], places: Sequence[tuple[float, 
     for point, place in zip(front, places, strict=True):
         words = ", ".join((*[str(point.depth)] * (point.depth > 0), *point.levers))
         x, y = ax.transAxes.inverted().transform(ax.transData.transform(place))
+        if y < 0:  # below the scale
+            continue
         width = LETTER * len(words)
         # above and left of a point of the front there is no other point; but the scale is
         left, bottom = (x - 0.015 - width if x > width else x + 0.01), y + 0.02

@@ -300,7 +300,7 @@ def interaction_words(run: Source) -> str:
             continue
         less = more if more.value > 0 else Interval(-more.value, -more.high, -more.low)
         which = "more" if more.value > 0 else "less"
-        rest = f" Of {len(own)} such intervals {len(shown)} leave out 0." * (len(own) > 1)
+        rest = f" {len(shown)} of {len(own)} such intervals leave out 0." * (len(own) > 1)
         said.append(
             f"{lever} costs {which} on {most.model.name} than on the teacher: by {_points(less)}."
             f"{rest}"

@@ -62,7 +62,7 @@ def test_chosen_blocks_stand_beside_random_ones(summary: Summary) -> None:
     assert band.get_datalim(ax.transData).bounds[1::2] == pytest.approx((0.01, 0.19))
     assert list(lines["greedy"].get_ydata()) == [0.3]
     _, caption = FIGURES["selections"].drawn(summary)
-    assert caption.startswith("Of 1 selections, 1 is better than random blocks")
+    assert caption.startswith("1 of 1 selection is better than random blocks")
     assert caption.endswith("one test at a time: greedy 4.")
 
 

@@ -177,7 +177,7 @@ def test_the_sentence_says_no_more_than_the_intervals(
     assert said.startswith(
         f"int8 costs more on {most.model.name} than on the teacher: by {points} points."
     )
-    assert said.endswith(f"Of 3 such intervals {len(shown)} leave out 0.")
+    assert said.endswith(f"{len(shown)} of 3 such intervals leave out 0.")
 
     def undo(method: str, depth: int) -> float:
         return 0.3 / depth if method.startswith("int8") else 0.0

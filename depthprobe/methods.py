@@ -632,7 +632,7 @@ for _method in (
     Method(
         name="replace-cosine", label="linear map, cosine", role="probe", needs=TEACHER,
         candidate=True,
-        summary="the same, its map fitted to the direction of the state and not to the state",
+        summary="the same, with the map fitted to the direction of the state",
         run="runs.probing:cosine_replacements", trials=SHALLOWER, work=partial(walks_found, 10),
         exportable="folded", colour="#2f7f4f", marker="4", line="-.",
         reference="arXiv 2505.02819",
@@ -750,7 +750,7 @@ for _method in (
     ),
     Method(
         name="int8-dynamic", label="int8, dynamic", role="probe", lever=True,
-        summary="the same, and what goes into its linear maps in 8 bits as well",
+        summary="the same, with the inputs of the linear maps in 8 bits as well",
         run="runs.quantize:quantized", trials=no_trials, work=evaluates, exportable="quantized",
         colour="#7a3f8a", marker="$d$", line=":", reference="arXiv 2206.01861",
     ),

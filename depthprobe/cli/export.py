@@ -32,7 +32,7 @@ TOKENIZER = "the backbone's tokenizer or code"
 SAVED = "written by your save"
 
 
-@takes_flags({"margin": replace(VERDICT["margin"], help="Of best: the acceptable loss.")})
+@takes_flags({"margin": replace(VERDICT["margin"], help="The acceptable loss, for TRIAL best.")})
 def export(
     run: Run,
     trial: Annotated[

@@ -66,9 +66,7 @@ def init(
     Reads the log and the backbone's configuration, asks nothing, runs nothing.
     """
     if study.exists() and not overwrite:
-        raise BadInput(
-            "STUDY.toml", study, "it is there already; --overwrite replaces it", fault=True
-        )
+        raise BadInput("STUDY.toml", study, "already exists; --overwrite replaces it", fault=True)
     check_output_file(study)
     chosen = make_study(None, settings or (), **flags)
 

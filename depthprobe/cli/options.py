@@ -116,7 +116,7 @@ LOG = {  # how a log is read and cleaned
     "repeats": Flag(
         "data.cleaning.repeats",
         "keep|first|last",
-        "Of a user's repeats of an item keep all, the first or the last [default: keep].",
+        "Repeats of an item by a user: keep all, or only the first or last [default: keep].",
     ),
     "latest": Flag("data.cleaning.latest", "N", "Keep each user's latest N interactions.", int),
     "core": Flag("data.cleaning.core", "K", "Keep users and items with K or more (k-core).", int),

@@ -64,7 +64,11 @@ def recommend(
     ],
     recommender: Annotated[
         str | None,
-        option("MODULE:FUNCTION", "What builds one of your own, as in the sweep.", parser=function),
+        option(
+            "MODULE:FUNCTION",
+            "The function that builds your own, as in the sweep.",
+            parser=function,
+        ),
     ] = None,
     top: Annotated[
         int, option("K", "How many items to recommend to each user.", parser=whole)

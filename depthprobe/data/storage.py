@@ -177,7 +177,7 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
     if not prepared:
         raise BadInput("output", output, "a new or empty folder, or a prepared one to replace")
     if not overwrite:
-        allowed = "a prepared folder is there already; --overwrite replaces it"
+        allowed = "a prepared folder already exists; --overwrite replaces it"
         raise BadInput("output", output, allowed, fault=True)
 
 

@@ -97,7 +97,7 @@ def export_trial(
     elif method.role == "baseline" and record.method != SASREC:
         refused = f"a model that can be exported ({record.method} has none)"
     elif record.method != SASREC and (method.exportable is None or not record.kept):
-        refused = f"a model of whole blocks ({record.method} at this depth measures, and is none)"
+        refused = f"a model of whole blocks ({record.method} at this depth only measures)"
     if refused:
         raise BadInput("trial", trial, refused)
     short = record.method == SASREC or len(record.kept) < 3

@@ -74,7 +74,7 @@ def test_dates_that_are_not_read_are_named(cli: Cli, log: Path) -> None:
     again = cli("init", *NAMED)
     assert (again.code, again.err) == (
         2,
-        "error: STUDY.toml: 'study.toml': it is there already; --overwrite replaces it\n",
+        "error: STUDY.toml: 'study.toml': already exists; --overwrite replaces it\n",
     )
     assert cli("init", *NAMED, "--overwrite", "--seeds", "4").code == 0
     assert load_study("study.toml").seeds == 4

@@ -73,7 +73,7 @@ def _start(path: Path) -> tuple[str | None, bytes]:
     import pyarrow as pa
 
     if path.exists() and not path.is_file():  # a pipe might be waited for, and is read only once
-        raise BadInput(FIELD, path, "a file that can be read (a folder, pipe or device is none)")
+        raise BadInput(FIELD, path, "a file that can be read, not a folder, pipe or device")
     try:
         with path.open("rb") as raw:
             start = raw.read(4)

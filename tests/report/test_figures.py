@@ -72,6 +72,21 @@ def test_accuracy_is_drawn_in_the_range_of_what_is_in_question(summary: Summary)
     assert f"Below the scale: popularity, early exit 1\u2013{len(below)}." in said
 
 
+def test_points_below_the_scale_are_named_and_have_no_bars(summary: Summary) -> None:
+    ax = kept_vs_depth(summary)
+    line, _, (bars,) = series(ax)["early exit"].lines
+    above = line.get_ydata() >= ax.get_ylim()[0]
+    assert 0 < sum(above) < len(above)
+    assert len(bars.get_segments()) == sum(above)
+    assert "Below the scale: early exit 1" in caption(summary, "kept_vs_depth")
+
+
+def test_probes_alone_are_drawn_in_their_own_range(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, users=60, seeds=1, methods={"full", "early-exit"})
+    ax = accuracy_vs_depth(run, metric="NDCG@10")
+    assert ax.get_ylim()[0] <= min(series(ax)["early exit"].lines[0].get_ydata())
+
+
 def test_kept_vs_depth_shows_the_margin(summary: Summary) -> None:
     lines = {line.get_label(): line for line in kept_vs_depth(summary).get_lines()}
     assert lines["margin: 99 %"].get_ydata()[0] == pytest.approx(99)

@@ -36,7 +36,6 @@ os.chdir(tempfile.mkdtemp())  # all files below go here
 import numpy as np
 import pandas as pd
 import torch
-from transformers import GPT2Config, GPT2Model, Qwen3Config, Qwen3ForCausalLM
 
 import depthprobe as dp
 from depthprobe.evaluation.ranks import EvalSet
@@ -99,6 +98,8 @@ print("the first user bought", *log.item_ids[log.history(0) - 1])
 # no language, so it needs no tokenizer, and the prompt stays empty.
 
 # %%
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
 torch.manual_seed(7)
 config = Qwen3Config(
     vocab_size=64,
@@ -170,8 +171,10 @@ table[["NDCG@10", "NDCG@10 low", "NDCG@10 high", "parameters total"]].round(3)
 #
 # Item numbers start at 1; 0 is padding. This one reads items as if they were words.
 
-
 # %%
+from transformers import GPT2Config, GPT2Model
+
+
 class Mine(torch.nn.Module, CausalEncoder):
     """A GPT-2 whose words are the products."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import os
@@ -12,21 +13,6 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from errno import (
-    EACCES,
-    EDQUOT,
-    EILSEQ,
-    EIO,
-    EISDIR,
-    ELOOP,
-    ENAMETOOLONG,
-    ENOSPC,
-    ENOTDIR,
-    ENXIO,
-    EPERM,
-    EROFS,
-    ESTALE,
-)
 from typing import Annotated, NoReturn
 
 import typer
@@ -41,9 +27,13 @@ from depthprobe.errors import BadInput, closest, one_line, short
 from depthprobe.runs.processes import SAFE_PATH, FirstProcessError, launched
 
 # a disk that is full, read-only, somebody else's or gone is no fault of the program
-DISK_FAULTS = {ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EIO, ESTALE}
+DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+}
 # a path that no file can have
-PATH_FAULTS = {ENAMETOOLONG, ELOOP, ENOTDIR, EISDIR, ENXIO, EILSEQ}
+PATH_FAULTS = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EILSEQ)
+}
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 NO_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
 # what a scheduler sends before it kills

@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from depthprobe.errors import BadInput, one_line
 from depthprobe.models.export import ExportedRecommender
@@ -151,10 +152,8 @@ def open_session(path: Path) -> InferenceSession:
 
 def padded(histories: Sequence[np.ndarray]) -> np.ndarray:
     """Rows of items, right-padded with 0: int64 (B, T)."""
-    rows = np.zeros((len(histories), max(map(len, histories))), dtype=np.int64)
-    for row, history in zip(rows, histories, strict=True):
-        row[: len(history)] = history
-    return rows
+    rows = [torch.tensor(history, dtype=torch.long) for history in histories]
+    return pad_sequence(rows, batch_first=True).numpy()  # type: ignore[no-any-return]
 
 
 def compare_answers(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from huggingface_hub import ModelCardData
@@ -25,10 +27,13 @@ LONGEST = 120
 TAGS = ["depthprobe", "recommender-system", "sequential-recommendation", "layer-pruning"]
 
 
-def model_card(run: Run, record: Record, *, example: str = "", onnx: str = "") -> str:
+def model_card(
+    run: Run, record: Record, *, example: str = "", onnx: Mapping[str, Any] | None = None
+) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads.
 
     Whatever comes from data or models is shortened and quoted: a name can't break the page.
+    ``onnx`` is what was measured of an ONNX file beside the model.
     """
     backbone, chosen, protocol = run.manifest.backbone, run.study.backbone, run.study.protocol
     sasrec, theirs = record.method == SASREC, chosen.own  # the user's, and no backbone of ours
@@ -51,7 +56,8 @@ def model_card(run: Run, record: Record, *, example: str = "", onnx: str = "") -
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     made.filters |= {
-        "code": code, "ranges": ranges, "percent": percent, "plain_percent": plain_percent
+        "code": code, "plain": plain, "ranges": ranges, "percent": percent,
+        "plain_percent": plain_percent,
     }  # fmt: skip
     return made.get_template("card.md.j2").render(
         run=run, record=record, front=front.to_yaml(), example=example, onnx=onnx,

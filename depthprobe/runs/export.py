@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from depthprobe.cost.timing import Action, machine, measure, summarize, times_faster
 from depthprobe.data.statistics import popularity
 from depthprobe.errors import BadInput, one_line, shell_line
-from depthprobe.files import complete_folder
+from depthprobe.files import complete_folder, write_json
 from depthprobe.methods import Trial, base_of, method_of
 from depthprobe.models.backbones import (
     pretrained,
@@ -127,8 +127,8 @@ def export_trial(
             )  # fmt: skip
             if rule is not None:
                 write_exit(temporary, rule)
-        told = add_onnx(temporary, context, own) if onnx else ""
-        card = model_card(run, record, example=example(loaded, context), onnx=told)
+        facts = add_onnx(temporary, context, own) if onnx else None
+        card = model_card(run, record, example=example(loaded, context), onnx=facts)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return target
 
@@ -167,8 +167,8 @@ SECONDS, WARMUP, ROUNDS = 20.0, 3, 50  # of the latencies
 LIKED = 3  # items of the history of the example, and of its answer
 
 
-def add_onnx(folder: Path, context: Context, own: str | None) -> str:
-    """Write the ONNX file of an exported folder and what was measured of it; a line for the card.
+def add_onnx(folder: Path, context: Context, own: str | None) -> dict[str, Any]:
+    """Write the ONNX file of an exported folder beside what was measured of it; returns that.
 
     ``BadInput`` if it can't be written, or its answers on the test users are others.
     """
@@ -182,29 +182,18 @@ def add_onnx(folder: Path, context: Context, own: str | None) -> str:
     agreement = compare_answers(session, loaded, histories)
     places = np.linspace(0, len(histories) - 1, min(BATCH, len(histories))).astype(int)
     spread = [sorted(histories, key=len)[place] for place in places]  # of all lengths
-    latencies = _latencies(loaded, session, {1: [spread[len(spread) // 2]], len(spread): spread})
-    conditions = machine(torch.device("cpu")) | {"onnxruntime": version("onnxruntime")}
+    batches = {1: [spread[len(spread) // 2]], len(spread): spread}
     facts = {
         "schema": 1,
         "precision": "float32",
         "test_users": agreement.users,
         "test_users_in_another_order": agreement.reordered,
         "largest_difference": agreement.largest_difference,
-        "latencies": latencies,
-        "machine": conditions,
+        "latencies": _latencies(loaded, session, batches),
+        "machine": machine(torch.device("cpu")) | {"onnxruntime": version("onnxruntime")},
     }
-    (folder / ONNX_FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    times = "; ".join(
-        f"{one['users']} at once: {1000 * one['onnxruntime']:.3g} ms in onnxruntime,"
-        f" {1000 * one['torch']:.3g} ms in PyTorch"
-        for one in latencies
-    )
-    return (
-        f"\n\n`{FILE}` is the whole recommender in ONNX, in float32: rows of items in, the best"
-        f" rows and their scores out. Its ten best items are those of this model for all"
-        f" {agreement.users:,} test users; scores differ by rounding. Users {times} (medians,"
-        f" {plain(conditions['device_name'])}, threads: {conditions['threads']})."
-    )
+    write_json(folder / ONNX_FACTS, facts)
+    return facts
 
 
 def _latencies(

@@ -205,11 +205,9 @@ class Run:
         prepared = self.path / SHARED / DATA
         if not (prepared / DATA_MANIFEST).exists():
             return np.empty(0, np.int64), []
-        split = make_split(load_data(self._shared(DATA)), self.study.protocol)
-        return split.test.users, families(split, read_slices(self._shared(SLICES).parent))
-
-    def _shared(self, name: str) -> Path:
-        return shared_file(self.path, self.manifest, name)
+        log, own = (shared_file(self.path, self.manifest, name) for name in (DATA, SLICES))
+        split = make_split(load_data(log), self.study.protocol)
+        return split.test.users, families(split, read_slices(own.parent))
 
 
 def open_run(path: str | Path) -> Run:

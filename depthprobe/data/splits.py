@@ -86,7 +86,7 @@ class Split:
 
 
 def make_split(sequences: Sequences, protocol: Protocol) -> Split:
-    """Split as the protocol says; ``BadInput`` if that leaves nobody, or needs what the log lacks."""
+    """Split as the protocol says; ``BadInput`` if it leaves nobody, or needs what the log lacks."""
     split = SPLITS[protocol.split](sequences, protocol)
     auto, warnings = protocol.filter_seen == "auto", list(split.warnings)
     filter_seen = split.filter_seen if auto else bool(protocol.filter_seen)

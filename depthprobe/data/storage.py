@@ -21,6 +21,8 @@ from depthprobe.files import complete_folder
 MANIFEST = "manifest.json"
 ARRAYS = ("offsets", "items", "times", "given")
 ITEMS, USERS = "items.parquet", "users.parquet"
+# of a log, in memory as in its manifest
+FACTS = ("name", "fingerprint", "notes", "warnings", "cleaning", "statistics", "columns")
 FILES = {MANIFEST, ITEMS, USERS, *(f"{name}.npy" for name in ARRAYS)}
 
 Table = dict[str, list[str]]  # columns by name
@@ -138,7 +140,6 @@ def load_data(path: str | Path) -> Sequences:
     except (OSError, EOFError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise _damaged(folder, error) from error
     return Sequences(
-        name=manifest.name,
         offsets=offsets,
         items=arrays["items"],
         times=arrays.get("times"),
@@ -146,12 +147,7 @@ def load_data(path: str | Path) -> Sequences:
         n_items=items,
         read_items=lambda: _read_table(folder / ITEMS, manifest, items),
         read_users=lambda: _read_table(folder / USERS, manifest, users),
-        notes=manifest.notes,
-        warnings=manifest.warnings,
-        statistics=manifest.statistics,
-        cleaning=manifest.cleaning,
-        fingerprint=manifest.fingerprint,
-        columns=manifest.columns,
+        **{name: getattr(manifest, name) for name in FACTS},
     )
 
 
@@ -198,19 +194,13 @@ def write_data(sequences: Sequences, output: Path) -> None:
             parquet.write_table(pa.table(columns), folder / ITEMS)
             parquet.write_table(pa.table(users), folder / USERS)
             manifest = Manifest(
-                name=sequences.name,
                 users=sequences.n_users,
                 items=sequences.n_items,
                 interactions=sequences.n_interactions,
                 times=sequences.times is not None,
                 given=sequences.given is not None,
-                fingerprint=sequences.fingerprint,
-                notes=sequences.notes,
-                warnings=sequences.warnings,
-                cleaning=sequences.cleaning,
-                statistics=sequences.statistics,
                 files={path.name: _digest(path) for path in sorted(folder.iterdir())},
-                columns=sequences.columns,
+                **{name: getattr(sequences, name) for name in FACTS},
             )
             text = json.dumps(msgspec.to_builtins(manifest), indent=2, allow_nan=False)
             (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -7,10 +7,8 @@ Of SASRec, which has no backbone, these two are all of it.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -23,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from depthprobe.errors import BadInput, one_line
+from depthprobe.errors import BadInput
 from depthprobe.models.backbones import compute_in_bfloat16, load_backbone, resolve_device
 from depthprobe.models.build import build_sasrec, fill, save_weights
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.exits import LIST, Exit, encode_settled
-from depthprobe.models.own import OwnRecommender, load_own
+from depthprobe.models.own import OwnRecommender, code_of, load_own
 from depthprobe.models.quantize import (
     Int8Rows,
     load_parts,
@@ -301,12 +299,8 @@ def write_own(
     save = getattr(model.own, "save", None) or getattr(model.own.backbone, "save_pretrained", None)
     weights = dict(model.own.named_parameters())
     if save is not None and not any(map(is_quantized, weights.values())):
-        try:
-            with redirect_stdout(sys.stderr):  # stdout is for results
-                save(folder)
-        except (Exception, SystemExit) as error:  # of code that is not ours
-            reason = f"its save fails ({type(error).__name__}: {one_line(error)})"
-            raise BadInput("backbone.source", shape.source, reason, fault=True) from error
+        with code_of(shape.source, "its save fails"):
+            save(folder)
     save_parts(weights, folder / PARTS)
     _write_card(folder, Card(schema=1, own=shape, prompt=[], **served))
 

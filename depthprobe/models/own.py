@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, cast
@@ -156,31 +156,32 @@ def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommend
     module, _, name = source.partition(":")
     if os.getcwd() not in sys.path:  # as python -m has it
         sys.path.insert(0, os.getcwd())
-    try:
-        with redirect_stdout(sys.stderr):  # stdout is for results
-            found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # of code that is not ours
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise BadInput(
-            FIELD, source, f"its module can't be imported ({reason})", fault=True
-        ) from error
+    with code_of(source, "its module can't be imported"):
+        found = importlib.import_module(module)
     function = getattr(found, name, None)
     if not callable(function):
         mine = [each for each, of in vars(found).items() if isinstance(of, FunctionType)]
         hint = "".join(f" (did you mean {each}?)" for each in closest(name, mine, most=1))
         raise BadInput(FIELD, source, f"its module has no function {name}{hint}", fault=True)
-    try:
-        with redirect_stdout(sys.stderr):
-            own = function()
-    except BadInput:
-        raise
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise BadInput(FIELD, source, f"{name}() fails ({reason})", fault=True) from error
+    with code_of(source, f"{name}() fails"):
+        own = function()
     try:
         return OwnRecommender(own, item_ids).eval()
     except BadInput as error:
         raise BadInput(FIELD, source, error.allowed, fault=True) from error
+
+
+@contextmanager
+def code_of(source: str, fault: str) -> Iterator[None]:
+    """Run code that is not ours: it prints to stderr, and what it raises becomes one line."""
+    try:
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            yield
+    except BadInput:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = f"{fault} ({type(error).__name__}: {one_line(error)})"
+        raise BadInput(FIELD, source, reason, fault=True) from error
 
 
 @lru_cache(maxsize=2)

@@ -153,7 +153,8 @@ def open_session(path: Path) -> InferenceSession:
 def padded(histories: Sequence[np.ndarray]) -> np.ndarray:
     """Rows of items, right-padded with 0: int64 (B, T)."""
     rows = [torch.tensor(history, dtype=torch.long) for history in histories]
-    return pad_sequence(rows, batch_first=True).numpy()  # type: ignore[no-any-return]
+    matrix: np.ndarray = pad_sequence(rows, batch_first=True).numpy()
+    return matrix
 
 
 def compare_answers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ from depthprobe.study import (
     parse_layers,
     settings_of,
 )
-from depthprobe.training.checkpoint import Fit, put_aside
+from depthprobe.training.checkpoint import Fit, Weights, put_aside
 from depthprobe.training.distillation import Distiller, feature_spec
 from depthprobe.training.features import (
     CachedTeacher,
@@ -333,7 +333,7 @@ def train(
     positions = readers[0].positions(context.windows) if readers else None
     several, best = len(rates) > 1, Fit()
     aside = context.checkpoint(trial).parent
-    begun = best_weights = put_aside(trained(objective), aside) if several else {}
+    begun = best_weights = put_aside(trained(objective), aside) if several else Weights()
     tried: dict[str, float | None] = {}
     seconds = 0.0
     for rate in rates:
@@ -363,7 +363,8 @@ def train(
         done.learning_rate, tried[f"{rate:g}"] = rate, done.best_score
         seconds += done.seconds
         if not best.steps or done.best_score > best.best_score:
-            best, best_weights = done, put_aside(trained(objective), aside) if several else {}
+            best = done
+            best_weights = put_aside(trained(objective), aside) if several else Weights()
     _restore(objective, best_weights)
     if several:
         best.tried, best.tuning_seconds = tried, seconds - best.seconds
@@ -371,10 +372,11 @@ def train(
 
 
 @torch.no_grad()
-def _restore(objective: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _restore(objective: nn.Module, weights: Weights) -> None:
     for name, weight in objective.named_parameters():
         if name in weights:
             weight.copy_(weights[name])
+    weights.leave_memory()
 
 
 def _with_blocks(context: Context, trial: Trial) -> Trial:

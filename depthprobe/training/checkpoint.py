@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import tempfile
 import time
 from collections.abc import Mapping
@@ -73,11 +74,22 @@ class Progress:
         self.done, self.lost = 0, 0.0
 
 
+class Weights(dict[str, Tensor]):
+    """Weights by name, in memory or mapped from a file."""
+
+    pages: mmap.mmap | None = None
+
+    def leave_memory(self) -> None:
+        """Let the system have the memory of what is in a file; it is read again when needed."""
+        if self.pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.pages.madvise(mmap.MADV_DONTNEED)
+
+
 class SavedState(NamedTuple):
     """The content of a checkpoint."""
 
     progress: Progress
-    best: dict[str, Tensor]  # the best weights so far, by name
+    best: Weights  # the best ones so far
     engine: dict[str, Tensor]  # what an engine goes on from
 
 
@@ -148,33 +160,35 @@ class Checkpoint:
             )
         stored = header["progress"]
         names = {name.removeprefix("best "): name for name in tensors if name.startswith("best ")}
-        best = {short: tensors.pop(name) for short, name in names.items()}
+        best = Weights({short: tensors.pop(name) for short, name in names.items()})
         return SavedState(Progress(Fit(**stored.pop("fit")), **stored), best, tensors)
 
 
-def put_aside(weights: Mapping[str, Tensor], folder: Path | None) -> dict[str, Tensor]:
-    """Copies of weights as they are now, on disk: they are read again once, or never.
+def put_aside(weights: Mapping[str, Tensor], folder: Path | None) -> Weights:
+    """Copies of weights as they are now, on disk: they are read again seldom.
 
     The file has no name and is gone with the tensors. Without a folder they are in memory.
     """
     if folder is None:
-        return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        return Weights({n: weight.detach().to("cpu", copy=True) for n, weight in weights.items()})
     folder.mkdir(exist_ok=True)  # the run itself is not made again
     starts = {}
     with tempfile.TemporaryFile(dir=folder) as file:
         for name, weight in weights.items():
-            starts[name] = file.seek(
-                -(-file.tell() // 8) * 8
-            )  # where numbers of any type may begin
+            # where numbers of any type may begin
+            starts[name] = file.seek(-(-file.tell() // 8) * 8)
             flat = weight.detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         # copied when written to: torch has no tensors that can't be
-        stored = torch.from_numpy(np.memmap(file, np.uint8, "c"))
-    return {
-        name: stored[starts[name] :][: weight.nbytes].view(weight.dtype).view(weight.shape)
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    stored = torch.frombuffer(pages, dtype=torch.uint8)
+    aside = Weights(
+        (name, stored[starts[name] :][: weight.nbytes].view(weight.dtype).view(weight.shape))
         for name, weight in weights.items()
-    }
+    )
+    aside.pages = pages
+    return aside
 
 
 def identity(

@@ -18,9 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from depthprobe.cost.size import release_memory
 from depthprobe.data.batches import length_buckets
 from depthprobe.study import Recipe
-from depthprobe.training.checkpoint import Checkpoint, Fit, Progress, identity, put_aside
+from depthprobe.training.checkpoint import (
+    Checkpoint,
+    Fit,
+    Progress,
+    Weights,
+    identity,
+    put_aside,
+)
 from depthprobe.training.distributed import Engine
 from depthprobe.training.objectives import count_targets, make_batch
 from depthprobe.training.tracking import Track
@@ -87,12 +95,13 @@ def fit(
     origin = identity(objective, windows, recipe=recipe, seed=seed, processes=engine.processes)
     own, shared = Checkpoint(checkpoint, origin, every=every), Checkpoint(result, origin)
     progress = Progress(Fit(processes=engine.processes, parts=recipe.accumulation))
-    best: dict[str, Tensor] = {}
+    best = Weights()
     reused = shared.result()
     if (saved := reused or own.read()) is not None:
         progress, best = saved.progress, saved.best
         if not progress.ended:
             engine.load(saved.engine)
+            saved.engine.clear()  # the weights are copied
     done = progress.fit
     if (first := engine.agree(done.steps)) != done.steps:
         steps = f"{done.steps} and {first:g}"
@@ -109,7 +118,9 @@ def fit(
 
     def save(file: Checkpoint) -> None:
         done.seconds = before + time.perf_counter() - began
+        release_memory()  # what the steps left free; the best weights take its place meanwhile
         file.write(engine, progress, best)
+        best.leave_memory()
 
     monitor = LossMonitor(engine, progress, track if engine.rank == 0 else _ignore)
     with _compiled(engine.inner) if recipe.compile else nullcontext():
@@ -123,6 +134,7 @@ def fit(
                 score = engine.agree(validate())
             progress.end_epoch(score)
             monitor.log_epoch()
+            release_memory()
             if done.best_epoch == done.epochs:
                 best = put_aside(
                     trained(objective), None if checkpoint is None else checkpoint.parent

@@ -256,6 +256,7 @@ def test_weights_put_aside_stay_as_they_were(tmp_path: Path) -> None:
     for weight in weights.values():
         weight.zero_()
     for own in kept:
+        own.leave_memory()
         assert {name: own[name].dtype for name in own} == {n: w.dtype for n, w in before.items()}
         for name, weight in before.items():
             assert torch.equal(own[name], weight)

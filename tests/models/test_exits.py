@@ -24,7 +24,7 @@ from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.exits import encode_settled, read_outs, shared_items
 from depthprobe.models.recommender import Recommender
 
-ITEMS, USERS, BLOCKS = 25, 40, 13
+ITEMS, USERS, BLOCKS = 25, 16, 13
 SAME = 9
 SIZES: dict[str, Any] = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": BLOCKS}
 HEADS = SIZES | {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -65,11 +65,13 @@ def alone(model: Recommender, items: Tensor, lengths: Tensor) -> tuple[Tensor, T
     for depth in read_outs(BLOCKS):
         cuts[depth] = copy.deepcopy(model)
         keep_blocks(cuts[depth].backbone, range(depth))
+    prompts = {depth: cut.prepare_prompt() for depth, cut in cuts.items()}
     vectors, depths = [], []
     for row in range(len(items)):
         before: set[int] | None = None
         for depth, cut in cuts.items():
-            vector = cut.encode(items[row : row + 1, : lengths[row]], lengths[row : row + 1])
+            own = items[row : row + 1, : lengths[row]]
+            vector = cut.encode(own, lengths[row : row + 1], prompts[depth])
             now = set(lists(model, vector)[0].tolist())
             if depth == BLOCKS or (before is not None and len(now & before) >= SAME):
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,21 @@ def world(rng: np.random.Generator, users: int, loss: float) -> tuple[np.ndarray
     return np.stack([np.full(users, 99.0), early, full], axis=1), kept
 
 
-def calibrated(folder: Path, monkeypatch: pytest.MonkeyPatch, found: Any) -> Any:
-    monkeypatch.setattr(exits, "read_out_users", lambda *_, **__: found)
+@pytest.fixture
+def calibrated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """``calibrated(found)``: the rule where users are read out as ``found`` says."""
     loaded: Any = load_recommender(folder)
-    return calibrate(loaded, Any, metric="HR@10", margin=MARGIN, level=LEVEL)  # type: ignore[arg-type]
+
+    def run(found: Any) -> Any:
+        monkeypatch.setattr(exits, "read_out_users", lambda *_, **__: found)
+        return calibrate(loaded, Any, metric="HR@10", margin=MARGIN, level=LEVEL)  # type: ignore[arg-type]
+
+    return run
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.05, 0.1, 0.3])
 def test_the_loosest_rule_before_the_first_that_fails(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, loss: float
+    calibrated: Callable[[Any], Any], loss: float
 ) -> None:
     ranks, kept = world(np.random.default_rng(1), 3000, loss)
     values, expected = per_user_metric(ranks, "HR@10"), None
@@ -57,12 +64,12 @@ def test_the_loosest_rule_before_the_first_that_fails(
         if ttest_1samp(gain, 0, alternative="greater").pvalue > 1 - LEVEL:
             break
         expected = same, own.mean() / values[:, 2].mean(), np.where(kept[:, 1] >= same, 2, 3).mean()
-    rule = calibrated(folder, monkeypatch, (ranks, kept))
+    rule = calibrated((ranks, kept))
     assert (rule.same, rule.kept, rule.depth) == pytest.approx(expected)
     assert (rule.metric, rule.margin, rule.level, rule.users) == ("HR@10", MARGIN, LEVEL, 3000)
 
 
-def test_no_rule_where_the_strictest_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rule_where_the_strictest_fails(calibrated: Callable[[Any], Any]) -> None:
     """Although a looser one would pass: it is not tested any more."""
     ranks, kept = world(np.random.default_rng(2), 3000, 0.0)
     kept[:, 1] = np.where(np.arange(3000) < 600, 10, 5)
@@ -71,18 +78,15 @@ def test_no_rule_where_the_strictest_fails(folder: Path, monkeypatch: pytest.Mon
     assert (
         per_user_metric(ranks[:, 1], "HR@10").mean() > per_user_metric(ranks[:, 2], "HR@10").mean()
     )
-    assert calibrated(folder, monkeypatch, (ranks, kept)) is None
+    assert calibrated((ranks, kept)) is None
     ranks[:] = 99  # nobody has a hit
-    assert calibrated(folder, monkeypatch, (ranks, kept)) is None
+    assert calibrated((ranks, kept)) is None
 
 
-def test_a_rule_that_loses_more_is_chosen_seldom(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rule_that_loses_more_is_chosen_seldom(calibrated: Callable[[Any], Any]) -> None:
     """In the world where the loosest rule loses just the margin, and stricter ones less."""
     loose = sum(
-        (rule := calibrated(folder, monkeypatch, world(np.random.default_rng(seed), 800, MARGIN)))
-        is not None
+        (rule := calibrated(world(np.random.default_rng(seed), 800, MARGIN))) is not None
         and rule.same == 0
         for seed in range(60)
     )

@@ -31,6 +31,7 @@ from depthprobe.report.numbers import Source, Summary, as_summary
 RC = Path(__file__).parent / "report.mplstyle"
 MUTED = "#5b636d"
 SIZE = (5.0, 4.2)  # inches; small, so that the text stays readable on a phone
+LEGEND_ROWS = 4  # for which that height has room
 # without a date the same run gives the same bytes
 FORMATS: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None}},
@@ -297,6 +298,9 @@ def finish(ax: Axes, title: str) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
         columns = 3 if max(map(len, labels)) <= 17 else 2
+        figure, more = ax.get_figure(root=True), -(-len(labels) // columns) - LEGEND_ROWS
+        if more > 0 and figure is not None and len(figure.axes) == 1:
+            figure.set_figheight(figure.get_figheight() + 0.25 * more)  # the axes keep their height
         ax.legend(
             handles, map(short, labels), loc="upper center", bbox_to_anchor=(0.46, -0.17),
             ncols=columns, handletextpad=0.5, handlelength=1.8, columnspacing=1.2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,14 @@ import depthprobe.report
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.methods import METHODS
-from depthprobe.report.drawing import NoData, figure_style, save_figure
+from depthprobe.report.drawing import (
+    NoData,
+    drawing,
+    figure_style,
+    finish,
+    rendered,
+    save_figure,
+)
 from depthprobe.report.figures import (
     FIGURES,
     accuracy_vs_cost,
@@ -242,3 +250,20 @@ def test_the_style_leaves_no_trace() -> None:
     with figure_style():
         assert matplotlib.rcParams["svg.fonttype"] == "none"
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_long_legend_leaves_the_axes_their_height() -> None:
+    with drawing(None) as few:
+        few.plot([0], [0], label="one")
+        few.plot([0], [0], label="two")
+        finish(few, "title")
+    with drawing(None) as many:
+        for k in range(40):
+            many.plot([0], [0], label=f"healed: a selection {k}")
+        finish(many, "title")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        heights = [
+            float(ax.get_window_extent().height) for ax in (few, many) if rendered(ax, "png")
+        ]
+    assert heights[1] > 0.8 * heights[0]

@@ -149,9 +149,8 @@ def interval(changes: np.ndarray) -> list[float]:
     return [share, share - reach, share + reach]
 
 
-paired = interval((small - share * teacher) / teacher.mean())
-shuffled = np.random.default_rng(0).permutation(n)  # the teacher's users are now other people
-apart = interval((small - share * teacher[:, shuffled]) / teacher.mean())
+changes = (small - share * teacher) / teacher.mean()
+paired = interval(changes)
 
 dp.build_report(run)
 table = pd.read_csv(run.path / "tables" / "methods.csv").set_index("method")
@@ -160,15 +159,24 @@ pd.DataFrame(
     {
         "by hand, paired": paired,
         "the report's": table.loc["finetune", columns].to_numpy(float),
-        "by hand, not paired": apart,
     },
     index=["share of the teacher's NDCG@10", "low", "high"],
 ).T.round(3)
 
 # %% [markdown]
-# The first two agree. The third compares each user with somebody else, as if the models had
-# answered different people. It is wider, and would call differences "unsure" that the data do show.
-#
+# They agree. What does the pairing do? Compare each user with somebody else, as if the models had
+# answered different people, and the error that comes from the users grows.
+
+# %%
+shuffled = np.random.default_rng(0).permutation(n)  # the teacher's users are now other people
+apart = (small - share * teacher[:, shuffled]) / teacher.mean()
+errors = {
+    name: each.mean(axis=0).std(ddof=1) / n**0.5
+    for name, each in {"paired": changes, "not paired": apart}.items()
+}
+pd.Series(errors, name="standard error of the share, from users").round(3)
+
+# %% [markdown]
 # ## 5. Who loses?
 #
 # A mean can hide that one group pays. `run.slices` says which group each user belongs to: by the

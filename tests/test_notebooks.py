@@ -24,9 +24,8 @@ assert small[saved].notna().all(axis=None)
 """,
     "02_read_a_run": """
 theirs = table.loc["finetune", columns[1:]].to_numpy(float)
-mine = np.quantile(paired, [0.025, 0.975])
-assert np.allclose(mine, theirs, atol=0.1 * np.ptp(theirs) + 0.01)
-assert np.ptp(mine) < np.ptp(np.quantile(apart, [0.025, 0.975]))
+assert np.allclose(paired[1:], theirs, rtol=1e-6)
+assert errors["paired"] < 0.9 * errors["not paired"]
 assert len(share) == 2500
 """,
     "03_your_model_your_data": """

@@ -1,4 +1,4 @@
-"""Copy what may be published of runs: the page, its tables as CSV, its figures as PNG, the study.
+"""Copy what may be published of runs: the page with its figures, its tables as CSV, the study.
 
     python analyses/publish.py reports/depth_curve runs/depth-curve-toys runs/depth-curve-ml-1m
 
@@ -19,7 +19,7 @@ from depthprobe.report.page import build_report
 from depthprobe.runs.store import open_run
 
 LARGEST = 1_000_000  # bytes of a file
-KINDS = ("report.html", "study.toml", "tables/*.csv", "figures/*.png")
+KINDS = ("report.html", "study.toml", "tables/*.csv")
 ROOTS = b"|".join(re.escape(os.fsencode(entry.name)) for entry in Path("/").iterdir())
 PRIVATE = re.compile(rb"(?<![\w.-])/(?:home|Users|" + ROOTS + rb")/")  # begins a path of a machine
 
@@ -33,7 +33,7 @@ def main() -> None:
         files += [copied(file, run.parent, target) for kind in KINDS for file in run.glob(kind)]
     if len(runs) > 1:  # beside the runs, so that its links hold beside their copies too
         page = build_comparison(runs, runs[0].parent / "report.html")
-        made = [page, *page.with_suffix("").glob("*.csv"), *page.with_suffix("").glob("*.png")]
+        made = [page, *page.with_suffix("").glob("*.csv")]
         files += [copied(file, page.parent, target) for file in made]
     for file in files:
         content = file.read_bytes()

@@ -359,7 +359,8 @@ def load_recommender(
         if card.own is not None and recommender is not None:
             own = load_own(recommender, card.item_ids)
             keep_blocks(own.backbone, card.own.kept)
-            fill(_plain(own.own.named_parameters()), put_back(own.own, parts))
+            plain = put_back(own.own, parts)  # first: what is rounded now is no longer filled
+            fill(_plain(own.own.named_parameters()), plain)
             make_ready(own.backbone)
             model: Recommender | SASRec = own
         elif card.sasrec is not None:

@@ -14,7 +14,7 @@ include_patterns = [
     "*.md",
     "docs/*.md",
     "notebooks/*.ipynb",
-    "analyses/*/README.md",
+    "analyses/*/*.md",
     "examples/README.md",
     "reports/README.md",
 ]

@@ -21,6 +21,7 @@ import numpy as np
 from depthprobe.evaluation.slices import FEWEST
 from depthprobe.evaluation.statistics import Interval
 from depthprobe.evaluation.sufficiency import compare
+from depthprobe.formatting import in_percent
 from depthprobe.report.numbers import FULL, Ranks
 from depthprobe.runs.store import Run, open_run
 
@@ -40,10 +41,7 @@ class Contrast(NamedTuple):
     @property
     def text(self) -> str:
         """``99.5 % [96.2, 102.8] superior``."""
-        value, low, high = (
-            100 * part for part in (self.share.value, self.share.low, self.share.high)
-        )
-        return f"{value:.1f} % [{low:.1f}, {high:.1f}] {self.shown}".rstrip()
+        return f"{in_percent(self.share)} {self.shown}".rstrip()
 
 
 def arms_of(run: Run) -> Arms:

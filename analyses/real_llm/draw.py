@@ -35,22 +35,22 @@ def place(depth: Any) -> np.ndarray:
     return np.log2(np.maximum(depth, 0.5))
 
 
+def bars(axes: Axes, at: np.ndarray, own: pd.DataFrame, **look: str) -> None:
+    """The shares of some models with their intervals."""
+    spread = np.stack([own[SHARE] - own[f"{SHARE} low"], own[f"{SHARE} high"] - own[SHARE]])
+    axes.errorbar(at, own[SHARE], spread, ms=5, lw=1, capsize=2, **look)
+
+
 def panel(axes: Axes, table: pd.DataFrame, title: str) -> None:
     """The trained arms with their intervals, the full model as a line, SASRec as a band."""
     full = int(table.loc[table["method"] == "full", "depth"].item())
     for offset, (method, (label, colour, marker)) in enumerate(ARMS.items()):
         own = table[table["method"] == method].sort_values("depth")
         at = place(own["depth"]) + 0.08 * (offset - 1)  # side by side
-        spread = np.stack([own[SHARE] - own[f"{SHARE} low"], own[f"{SHARE} high"] - own[SHARE]])
-        axes.errorbar(
-            at, own[SHARE], spread, color=colour, marker=marker, ms=5, lw=1, capsize=2, label=label
-        )
+        bars(axes, at, own, color=colour, marker=marker, label=label)
     head = table[(table["method"] == "readout") & (table["depth"] == 0)]
-    spread = np.stack([head[SHARE] - head[f"{SHARE} low"], head[f"{SHARE} high"] - head[SHARE]])
-    axes.errorbar(
-        place(head["depth"]), head[SHARE], spread, color="#777777", marker="D", ms=5, lw=1,
-        capsize=2, ls="", label="a head on the last item alone",
-    )  # fmt: skip
+    label = "a head on the last item alone"
+    bars(axes, place(head["depth"]), head, color="#777777", marker="D", ls="", label=label)
     sasrec = table[table["method"] == "sasrec"].iloc[0]
     axes.axhspan(sasrec[f"{SHARE} low"], sasrec[f"{SHARE} high"], color="#999999", alpha=0.2, lw=0)
     axes.axhline(sasrec[SHARE], color="#777777", ls=":", label="SASRec (with its interval)")

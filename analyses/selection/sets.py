@@ -20,25 +20,25 @@ import pandas as pd
 from scipy.stats import norm, spearmanr
 
 from depthprobe.report.numbers import FULL, Ranks, as_summary
-from depthprobe.report.reliance import block_scores
+from depthprobe.report.reliance import scores_of
 from depthprobe.runs.store import Run, open_run
 from depthprobe.study import parse_blocks
 
 METRIC = "NDCG@10"
-SCORES = {
+TITLES = {  # of the scores of whole blocks
     "block-influence": "block influence",
     "angular-distance": "angular distance",
-    "cka": "1 - CKA",
-    "taylor": "Taylor",
+    "1 - CKA": "1 - CKA",
+    "Taylor": "Taylor",
 }
 
 
-def mean_of(run: Run, trials: list[str]) -> float:
+def mean_of(ranks: Ranks, trials: list[str]) -> float:
     """Mean of the metric over the test users, and over the trials."""
-    return float(np.mean(Ranks(run.users).values(FULL, METRIC, [trials])[0]))
+    return float(np.mean(ranks.values(FULL, METRIC, [trials])[0]))
 
 
-def sets_of(run: Run) -> pd.DataFrame:
+def sets_of(run: Run, ranks: Ranks) -> pd.DataFrame:
     """A row a set of blocks: kept, the names of its choosers, its worth before and after."""
     drawn = run.scores("random-blocks").query("metric == @METRIC")
     before = drawn.groupby("kept").agg(before=("value", "first"), chosen=("selection", list))
@@ -47,20 +47,21 @@ def sets_of(run: Run) -> pd.DataFrame:
     kept = healed["kept"].map(lambda blocks: ",".join(map(str, parse_blocks(blocks))))
     # two selections of one teacher may keep the same blocks
     healed = healed.assign(kept=kept).drop_duplicates(["kept", "seed"])
-    after = healed.groupby("kept")["trial"].agg(lambda own: mean_of(run, [*own]))
+    after = healed.groupby("kept")["trial"].agg(lambda own: mean_of(ranks, [*own]))
     return before.assign(after=after.astype(float)).reset_index()
 
 
-def damages(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
-    """What each score says of every block, (L,): higher for one that is believed to matter more."""
-    scores = block_scores(as_summary(run)).query("seed == @seed and end == start + 1")
-    found = {}
-    for name, title in SCORES.items():
-        own = scores[scores["score"] == name].sort_values("start")
-        if len(own):
-            values = own["value"].to_numpy()
-            found[title] = 1 - values if name == "cka" else values
-    return found
+def damages(run: Run) -> dict[str, np.ndarray]:
+    """What each score of the first teacher says of every block, (L,): higher if it matters more."""
+    scores = scores_of(as_summary(run), 0)
+    blocks = [
+        (block, block + 1) for block in range(max(end for own in scores.values() for _, end in own))
+    ]
+    return {
+        TITLES[name]: np.array([own[block] for block in blocks])
+        for name, own in scores.items()
+        if name in TITLES
+    }
 
 
 def lower_bound(correlation: float, number: int) -> float:
@@ -154,9 +155,10 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, help="a PNG of the sets before and after training")
     asked = parser.parse_args()
     run = open_run(asked.run)
+    ranks = Ranks(run.users)
     full = run.trials.query("status == 'done' and method == 'full'")
-    teacher, sets = mean_of(run, [*full["trial"]]), sets_of(run)
-    first = mean_of(run, [*full.query("seed == 0")["trial"]])
+    teacher, sets = mean_of(ranks, [*full["trial"]]), sets_of(run, ranks)
+    first = mean_of(ranks, [*full.query("seed == 0")["trial"]])
     sets["before"] *= (
         teacher / first
     )  # measured with the first teacher: as a share of its own worth

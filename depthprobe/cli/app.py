@@ -28,12 +28,12 @@ from depthprobe.runs.processes import SAFE_PATH, FirstProcessError, launched
 
 # a disk that is full, read-only, somebody else's or gone is no fault of the program
 DISK_FAULTS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-}
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+}  # fmt: skip
 # a path that no file can have
 PATH_FAULTS = {
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EILSEQ)
-}
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EILSEQ,
+}  # fmt: skip
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 NO_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
 # what a scheduler sends before it kills

@@ -100,7 +100,7 @@ def reliance_table(run: Source) -> Table | None:
 
 def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
     """Blocks, spans of blocks, parts of blocks, and depths."""
-    scores, ranks, trials = _scores(summary, seed), summary.ranks, summary.run.trials
+    scores, ranks, trials = scores_of(summary, seed), summary.ranks, summary.run.trials
     own = trials[(trials["status"] == "done") & (trials["seed"] == seed)]
     done = [trial for trial in own.to_dict("records") if ranks.has([trial["trial"]])]
     means = {
@@ -157,7 +157,7 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
             yield _Question("depths", method, shallow[method], usable)
 
 
-def _scores(summary: Summary, seed: int) -> dict[str, dict[Span, float]]:
+def scores_of(summary: Summary, seed: int) -> dict[str, dict[Span, float]]:
     """The run's scores by name and span, each turned so that more means more important."""
     found: dict[str, dict[Span, float]] = {}
     scores = block_scores(summary)

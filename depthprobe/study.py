@@ -313,8 +313,9 @@ class Recipe(Checked):
     gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75  #: the calibration of ``gbce``, from 0 to 1.
     #: compute a batch in this many parts: less memory, the same result.
     accumulation: Count = 1
-    #: histories in words: compute a batch in parts of at most this many tokens.
-    tokens: Count = 4096
+    #: compute a batch in parts of at most this many positions: items, or tokens of titles. ``0``
+    #: is 1,024 on a CPU, where larger parts take more memory and no less time, and 8,192 on a GPU.
+    tokens: CountOrNone = 0
     #: 1 makes the batches random. With more, windows are sorted by length within this many
     #: batches: less padding, but a step sees windows of one length, and the model is worse.
     pool: Count = 1
@@ -337,6 +338,10 @@ class Recipe(Checked):
         """The learning rates to try; one where there is nothing to choose."""
         rates = self.learning_rate
         return rates if isinstance(rates, tuple) else (rates,)
+
+    def positions_on(self, device: str) -> int:
+        """How many positions of a batch are computed at once on a kind of device."""
+        return self.tokens or (1024 if device == "cpu" else 8192)
 
 
 @dataclass(frozen=True, kw_only=True)

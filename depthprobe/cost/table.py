@@ -213,7 +213,7 @@ def _measure(
         optimizer = optimizer_of(*models.values())
         for name, each in models.items():
             work = 3 * each.depth * batch * workload.length
-            call = step(_next_item_loss(each, workload, batch, place), optimizer)
+            call = step([_next_item_loss(each, workload, batch, place)], optimizer)
             actions[f"train:{name}"] = Action(call, work)
         return actions
 
@@ -246,8 +246,8 @@ def _peaks(
             serve["encode:"].call()
         optimizer = optimizer_of(model)
         # the first step makes AdamW's moments, which are part of every other
-        step(_next_item_loss(model, workload, 1, place), optimizer)()
-        train = step(_next_item_loss(model, workload, timing.batch, place), optimizer)
+        step([_next_item_loss(model, workload, 1, place)], optimizer)()
+        train = step([_next_item_loss(model, workload, timing.batch, place)], optimizer)
         with peak_memory(place) as training:
             train()
         tasks = {"serving": serving, "training": training}

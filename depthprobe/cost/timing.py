@@ -252,18 +252,21 @@ def optimizer_of(*models: nn.Module) -> torch.optim.Optimizer:
 
 
 def step(
-    loss: Callable[[], Tensor],
+    losses: Sequence[Callable[[], Tensor]],
     optimizer: torch.optim.Optimizer,
     *,
     bfloat16: bool = False,
 ) -> Callable[[], None]:
-    """A training step: loss, backward, clipping, and AdamW of what has a gradient."""
+    """A training step: the losses of a batch's parts, backward, clipping, AdamW."""
     weights: list[Tensor] = optimizer.param_groups[0]["params"]
 
     def call() -> None:
-        with torch.autocast(weights[0].device.type, torch.bfloat16, enabled=bfloat16):
-            value = loss()
-        value.backward()
+        kind = weights[0].device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):  # casts weights once for all
+            for loss in losses:
+                value = loss()
+                with torch.autocast(kind, enabled=False):
+                    value.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

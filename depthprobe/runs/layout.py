@@ -122,9 +122,10 @@ class Inputs:
             return 0.0
         recipe, settings = study.recipe, study.backbone
         longest = min(study.data.max_history, int(np.diff(self.split.sequences.offsets).mean()))
-        positions = -(-recipe.batch_size // recipe.accumulation) * longest
+        most = recipe.positions_on(resolve_device(study.device).type)
+        positions = min(-(-recipe.batch_size // recipe.accumulation) * longest, most)
         if settings.reads_titles:
-            positions = recipe.tokens
+            positions = most
         return training_memory(
             self.config,
             facts.parameters,

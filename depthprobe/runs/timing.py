@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from depthprobe.runs.records import (
 from depthprobe.runs.training import objective_of, spec_of
 from depthprobe.study import Recipe, Study, parse_layers, settings_of
 from depthprobe.training.features import OnlineTeacher, Teacher, TeacherOutputs
+from depthprobe.training.loop import parts_of
 from depthprobe.training.objectives import Batch, NextItem, last_only, make_batch
 
 WITHOUT = "without"  # a part of all blocks: how the names of such actions begin
@@ -92,22 +93,22 @@ def measure(
     rounded, refused = _rounded(study, models, levers)
     timing = rig.measure(
         lambda size: _actions(context, blocks, models, items.to(device), size, rounded),
-        batch=_windows_a_step(context),
+        batch=study.recipe.batch_size,
         seconds=cost.seconds if seconds is None else seconds,
         warmup=cost.warmup,
         rounds=cost.rounds,
         device=device,
     )
     histories, _ = _typical_users(context, timing.batch)
-    inputs = _typical_batch(context, timing.batch, study.recipe).inputs
+    step = _typical_step(context, timing.batch, study.recipe)
     conditions = {
         "device": device.type,
         "dtype": study.backbone.dtype,
         "precision": study.recipe.precision,
         "batch": len(histories),
         "length": histories.shape[1],
-        "train_batch": len(inputs),
-        "train_length": inputs.shape[1],
+        "train_batch": sum(len(part.inputs) for part in step),
+        "train_length": max(part.inputs.shape[1] for part in step),
         "threads": torch.get_num_threads(),
         "warmup": timing.warmup,
         "rounds": timing.rounds,
@@ -118,14 +119,6 @@ def measure(
         "left_out": [*timing.left_out, *refused],
         "peak_bytes": timing.peak.get("reserved", timing.peak.get("rss")),
     }
-
-
-def _windows_a_step(context: Context) -> int:
-    """The batch size; of histories in words as many as have the tokens of one part."""
-    recipe = context.study.recipe
-    sizes = context.text_lengths(context.training.histories)
-    room = recipe.tokens // int(np.median(sizes)) if context.item_tokens else recipe.batch_size
-    return min(recipe.batch_size, max(1, room))
 
 
 class Timing(msgspec.Struct):
@@ -300,7 +293,7 @@ def _actions(
     """All that is timed, with steps of so many windows."""
     study, recipe = context.study, context.study.recipe
     histories, lengths = _typical_users(context, size)
-    batch = _typical_batch(context, size, recipe)
+    batch = _typical_step(context, size, recipe)
     timed: dict[str, Any] = {**models, **rounded}
     plain = {}
     for name, model in rounded.items():
@@ -308,7 +301,7 @@ def _actions(
             plain[f"score:{base_of(name)}"] = rig.score_action(matrix, len(histories))
     if _times_sasrec(study):
         timed["sasrec"], own = context.new_sasrec(0), study.sasrec.recipe
-        windows = _typical_batch(context, own.batch_size, own)
+        windows = _typical_step(context, own.batch_size, own)
         plain["train:sasrec"] = Action(_step(NextItem(timed["sasrec"], own), windows))
     actions = rig.encode_actions(timed, histories, lengths, items=items) | plain
     if _times_parts(study):
@@ -318,9 +311,10 @@ def _actions(
     optimizer = rig.optimizer_of(*steps.values()) if steps else None
     for name, objective in steps.items():
         passes = 3 if name.startswith("train") else 4
-        longest = max(context.text_lengths([context.windows[index] for index in batch.chosen]))
+        chosen = [context.windows[index] for part in batch for index in part.chosen]
+        longest = max(context.text_lengths(chosen))
         loops = settings_of(study, trials[name].method).loops
-        work = passes * loops * trials[name].depth * len(batch.chosen) * longest
+        work = passes * loops * trials[name].depth * len(chosen) * longest
         actions[name] = Action(_step(objective, batch, optimizer), work)
     return actions
 
@@ -345,14 +339,17 @@ def _stand_in(plan: Plan, call: Callable[[], object]) -> object:
         return call()
 
 
-def _step(objective: Any, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> Any:
+def _step(
+    objective: Any, parts: Sequence[Batch], optimizer: torch.optim.Optimizer | None = None
+) -> Any:
     half = objective.recipe.precision == "bfloat16"
     optimizer = optimizer or rig.optimizer_of(objective)
-    return rig.step(lambda: objective.train()(batch), optimizer, bfloat16=half)
+    losses = [partial(lambda part: objective.train()(part), part) for part in parts]
+    return rig.step(losses, optimizer, bfloat16=half)
 
 
 def _objective(
-    context: Context, trial: Trial, models: Mapping[str, Recommender], batch: Batch
+    context: Context, trial: Trial, models: Mapping[str, Recommender], step: Sequence[Batch]
 ) -> nn.Module:
     """The trial's own objective, with an untrained teacher."""
     settings = replace(settings_of(context.study, trial.method), recipe=context.study.recipe)
@@ -361,8 +358,8 @@ def _objective(
     if (spec := spec_of(settings, trial)) is not None:
         teacher = OnlineTeacher(cut_copy(full, range(full.depth)).eval(), spec)
         if settings.distillation.features == "cached":  # what a step reads is there already
-            outputs = teacher.at(last_only(batch) if spec.objective == "last" else batch)
-            teacher = _Read(outputs)
+            asked = last_only if spec.objective == "last" else lambda part: part
+            teacher = _Read({int(part.chosen[0]): teacher.at(asked(part)) for part in step})
         goal = full.item_matrix().detach() if spec.vectors else None
     objective = objective_of(settings, model, settings.recipe, teacher, goal)
     return objective.to(context.device)
@@ -370,13 +367,13 @@ def _objective(
 
 @dataclass(frozen=True)
 class _Read:
-    """What a cached teacher said of the batch that is timed."""
+    """What a cached teacher said of the parts of the step that is timed, by their first window."""
 
-    outputs: TeacherOutputs
+    outputs: Mapping[int, TeacherOutputs]
 
     def at(self, batch: Batch) -> TeacherOutputs:
-        """The same for every batch."""
-        return self.outputs
+        """Those of a part."""
+        return self.outputs[int(batch.chosen[0])]
 
 
 def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
@@ -387,13 +384,19 @@ def _typical_users(context: Context, size: int) -> tuple[Tensor, Tensor]:
     return batch.histories, batch.lengths
 
 
-def _typical_batch(context: Context, size: int, recipe: Recipe) -> Batch:
-    """Training windows of about the mean length."""
-    chosen = _middle(context.text_lengths(context.windows), size)
-    return make_batch(context.windows, chosen, context.device, recipe.objective)
+def _typical_step(context: Context, size: int, recipe: Recipe) -> list[Batch]:
+    """Training windows of about the mean length, in the parts that a training computes."""
+    lengths = np.array(context.text_lengths(context.windows))
+    chosen = _middle(lengths, size)
+    most = recipe.positions_on(context.device.type)
+    parts = parts_of(np.sort(lengths[chosen]), recipe.accumulation, most)
+    return [
+        make_batch(context.windows, part, context.device, recipe.objective)
+        for part in np.array_split(chosen, parts)
+    ]
 
 
-def _middle(lengths: list[int], size: int) -> np.ndarray:
+def _middle(lengths: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
     """Of all batches, padding included, the one whose length is nearest to their mean."""
     batches = length_buckets(lengths, size)
     longest = np.array([max(lengths[i] for i in batch) for batch in batches])

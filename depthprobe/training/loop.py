@@ -77,8 +77,7 @@ def fit(
         windows: one array of item ids a user, at least two items each.
         validate: the score to maximise, called after each epoch with the objective in eval mode;
             in every process, and the first one's score counts.
-        positions: that each window takes, where its items are texts; a batch is then computed in
-            parts of at most the recipe's ``tokens``.
+        positions: that each window takes, where its items are texts.
         track: gets, in the first process, each epoch's loss and score, and the mean loss and the
             learning rate of every so many steps.
         checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds. It
@@ -168,6 +167,7 @@ def _train_epoch(
     recipe, fit = engine.recipe, progress.fit
     size = recipe.batch_size * engine.processes
     lengths = positions or [len(window) for window in windows]
+    most = recipe.positions_on(engine.device.type) * engine.processes
     batches = length_buckets(lengths, size, seed=seed, epoch=fit.epochs, pool=recipe.pool)
     total = recipe.epochs * len(batches)
     engine.called.train()
@@ -180,8 +180,7 @@ def _train_epoch(
             # dropout and negatives: other ones in each step and process
             torch.manual_seed(_random_number((seed, fit.steps, engine.rank)))
             try:
-                most = None if positions is None else recipe.tokens * engine.processes
-                parts = _parts_of(np.array([lengths[i] for i in chosen]), fit.parts, most)
+                parts = parts_of(np.array([lengths[i] for i in chosen]), fit.parts, most)
                 loss = _gradients(engine, windows, chosen, parts)
             except torch.OutOfMemoryError:
                 # of several processes one would go on alone
@@ -206,7 +205,7 @@ def _train_epoch(
             yield
 
 
-def _parts_of(lengths: np.ndarray, least: int, most: int | None) -> int:
+def parts_of(lengths: np.ndarray, least: int, most: int) -> int:
     """In how many parts to compute a batch, (B,) lengths in ascending order.
 
     As few as leave little padding, four times ``least`` at most; more where a part would have more
@@ -216,9 +215,7 @@ def _parts_of(lengths: np.ndarray, least: int, most: int | None) -> int:
         computed = sum(len(part) * part[-1] for part in np.array_split(lengths, parts) if len(part))
         if computed - lengths.sum() <= max(FEW, PADDING * lengths.sum()):
             break
-    if most is not None:
-        parts = max(parts, -(-len(lengths) * int(lengths[-1]) // most))
-    return min(parts, len(lengths))
+    return min(max(parts, -(-len(lengths) * int(lengths[-1]) // most)), len(lengths))
 
 
 def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int) -> Tensor:

@@ -187,7 +187,7 @@ def test_depths_share_weights_and_optimiser(model: Recommender) -> None:
     histories = torch.randint(1, 21, (3, 5))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for each in (model, half):
-        step(lambda m=each: m(histories).square().sum(), optimizer)()
+        step([lambda m=each: m(histories).square().sum()], optimizer)()
     block = find_blocks(model.backbone)
     assert optimizer.state[block[0].mlp.up_proj.weight]["step"] == 2
     assert optimizer.state[block[3].mlp.up_proj.weight]["step"] == 1

@@ -25,7 +25,7 @@ from depthprobe.runs.estimate import (
 )
 from depthprobe.runs.plan import plan
 from depthprobe.runs.store import Run
-from depthprobe.runs.timing import _middle, covers, measure, timing_of
+from depthprobe.runs.timing import _middle, _typical_step, covers, measure, timing_of
 from depthprobe.runs.training import _counted
 from depthprobe.study import (
     Elastic,
@@ -230,6 +230,16 @@ def test_a_run_times_what_its_methods_need(small_run: Run, context: Context) -> 
     assert measured["conditions"]["train_batch"] == 16
     assert measured["peak_bytes"] > 1e7
     assert covers(measured, context, 3)
+
+
+def test_a_step_is_timed_in_the_parts_that_a_training_computes(context: Context) -> None:
+    whole, parts = (
+        _typical_step(context, 16, replace(context.study.recipe, tokens=most)) for most in (0, 30)
+    )
+    assert len(whole) == 1
+    assert len(parts) > 1
+    assert max(part.inputs.numel() for part in parts) <= 30
+    assert sorted(np.concatenate([part.chosen for part in parts])) == sorted(whole[0].chosen)
 
 
 def test_methods_outside_the_study_are_not_timed(context: Context) -> None:

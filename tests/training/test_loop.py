@@ -20,10 +20,11 @@ from depthprobe.models.sasrec import SASRec
 from depthprobe.study import Recipe
 from depthprobe.training import loop
 from depthprobe.training.distributed import Engine
-from depthprobe.training.loop import DivergedError, Fit, _cosine, _parts_of
+from depthprobe.training.loop import DivergedError, Fit, _cosine, parts_of
 from depthprobe.training.objectives import Batch, NextItem, make_batch
 
 CPU = torch.device("cpu")
+MANY = 1_000_000  # positions: more than any batch here has
 SHORT = Recipe(epochs=2, batch_size=8)
 Train = Callable[..., Fit]
 MakeSasrec = Callable[..., SASRec]
@@ -54,17 +55,17 @@ def test_a_pool_of_one_mixes_lengths_in_a_step(train: Train, make_sasrec: MakeSa
 @given(
     lengths=st.lists(st.integers(2, 600), min_size=1, max_size=40).map(sorted),
     least=st.integers(1, 3),
-    most=st.one_of(st.none(), st.integers(600, 5000)),
+    most=st.one_of(st.just(MANY), st.integers(600, 5000)),
 )
 def test_a_batch_is_computed_in_few_parts_with_little_padding(
-    lengths: list[int], least: int, most: int | None
+    lengths: list[int], least: int, most: int
 ) -> None:
     def computed(parts: int) -> list[int]:
         return [len(part) * part[-1] for part in np.array_split(lengths, parts) if len(part)]
 
-    parts = _parts_of(np.array(lengths), least, most)
+    parts = parts_of(np.array(lengths), least, most)
     assert 1 <= parts <= len(lengths)
-    if most is not None:  # one window may be longer than a part should be
+    if most < MANY:  # one window may be longer than a part should be
         assert max(computed(parts)) <= most + lengths[-1]
         assert parts == len(lengths) or parts * most >= len(lengths) * lengths[-1]
         return
@@ -148,20 +149,26 @@ def test_schedule_rises_then_falls_to_zero() -> None:
 
 
 @pytest.mark.parametrize("objective", ["every", "last"])
-@pytest.mark.parametrize("parts", [3, 8])
+@pytest.mark.parametrize("parts", [{"accumulation": 3}, {"accumulation": 8}, {"tokens": 20}])
 def test_parts_of_a_batch_equal_the_batch(
-    parts: int,
+    parts: dict[str, int],
     objective: Any,
     train: Train,
     make_sasrec: MakeSasrec,
     assert_same: Callable[..., None],
 ) -> None:
-    models, losses = [make_sasrec().double(), make_sasrec().double()], []
-    for model, accumulation in zip(models, (1, parts), strict=True):
-        recipe = Recipe(epochs=2, batch_size=8, objective=objective, accumulation=accumulation)
-        losses.append(train(NextItem(model, recipe), recipe).losses)
+    models, losses, seen = [make_sasrec().double(), make_sasrec().double()], [], ([], [])
+    for model, own, sizes in zip(models, ({}, parts), seen, strict=True):
+        recipe = Recipe(epochs=2, batch_size=8, objective=objective, **own)
+        goal = NextItem(model, recipe)
+        goal.register_forward_pre_hook(
+            lambda _, args, own=sizes: own.append(args[0].inputs.numel())
+        )
+        losses.append(train(goal, recipe).losses)
     assert losses[0] == pytest.approx(losses[1], abs=1e-10)
     assert_same(*models, near=1e-10)
+    assert max(seen[1]) < max(seen[0])
+    assert max(seen[1]) <= recipe.positions_on("cpu")
 
 
 def test_a_step_without_room_is_taken_again_in_smaller_parts(

@@ -311,8 +311,6 @@ class Recipe(Checked):
     #: how many random items a sampled loss draws.
     negatives: Count = 256
     gbce_t: Annotated[float, Meta(ge=0, le=1)] = 0.75  #: the calibration of ``gbce``, from 0 to 1.
-    #: compute a batch in this many parts: less memory, the same result.
-    accumulation: Count = 1
     #: compute a batch in parts of at most this many positions: items, or tokens of titles. ``0``
     #: is 1,024 on a CPU, where larger parts take more memory and no less time, and 8,192 on a GPU.
     tokens: CountOrNone = 0
@@ -326,9 +324,6 @@ class Recipe(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.accumulation > self.batch_size:
-            allowed = f"at most batch_size ({self.batch_size})"
-            raise BadInput("accumulation", self.accumulation, allowed)
         if not self.rates or len(set(self.rates)) < len(self.rates):
             allowed = "a number, or a list of different ones"
             raise BadInput("learning_rate", self.learning_rate, allowed)

@@ -96,7 +96,7 @@ def test_a_file_keeps_the_defaults_that_it_does_not_name(tmp_path: Path) -> None
         ('[recipe]\nprecision = "float16"', ["recipe.precision", "float32, bfloat16"]),
         ("[recipe]\nnegatives = 0", ["recipe.negatives", "0", "at least 1"]),
         ("[recipe]\ngbce_t = 1.5", ["recipe.gbce_t", "1.5", "at most 1"]),
-        ("[recipe]\naccumulation = 200", ["recipe.accumulation", "200", "batch_size (128)"]),
+        ("[recipe]\ntokens = -1", ["recipe.tokens", "-1", "at least 0"]),
         ('[backbone]\nhead = "tree"', ["backbone.head", "'tree'", "dot, linear"]),
         ('[backbone]\nsuffix = "=>"', ["backbone.suffix", "recipe.objective = last"]),
         ('item_table = "random"', ["item_table", "'random'", "learned"]),

@@ -123,7 +123,7 @@ class Inputs:
         recipe, settings = study.recipe, study.backbone
         longest = min(study.data.max_history, int(np.diff(self.split.sequences.offsets).mean()))
         most = recipe.positions_on(resolve_device(study.device).type)
-        positions = min(-(-recipe.batch_size // recipe.accumulation) * longest, most)
+        positions = min(recipe.batch_size * longest, most)
         if settings.reads_titles:
             positions = most
         return training_memory(

@@ -389,7 +389,7 @@ def _typical_step(context: Context, size: int, recipe: Recipe) -> list[Batch]:
     lengths = np.array(context.text_lengths(context.windows))
     chosen = _middle(lengths, size)
     most = recipe.positions_on(context.device.type)
-    parts = parts_of(np.sort(lengths[chosen]), recipe.accumulation, most)
+    parts = parts_of(np.sort(lengths[chosen]), 1, most)
     return [
         make_batch(context.windows, part, context.device, recipe.objective)
         for part in np.array_split(chosen, parts)

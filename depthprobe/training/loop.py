@@ -93,7 +93,7 @@ def fit(
     engine = Engine(objective, recipe, device)
     origin = identity(objective, windows, recipe=recipe, seed=seed, processes=engine.processes)
     own, shared = Checkpoint(checkpoint, origin, every=every), Checkpoint(result, origin)
-    progress = Progress(Fit(processes=engine.processes, parts=recipe.accumulation))
+    progress = Progress(Fit(processes=engine.processes))
     best = Weights()
     reused = shared.result()
     if (saved := reused or own.read()) is not None:

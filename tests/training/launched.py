@@ -102,8 +102,8 @@ def train(
 
 # trainings whose results must not depend on the number of processes
 CURVES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "last": (sasrec, {"objective": "last", "accumulation": 3}),
-    "llama": (llama, {"accumulation": 2}),
+    "last": (sasrec, {"objective": "last", "tokens": 20}),
+    "llama": (llama, {"tokens": 30}),
     "bfloat16": (sasrec, {"precision": "bfloat16"}),
     "bfloat16 weights": (lambda: sasrec(dtype=torch.bfloat16), {}),
     "sasrec": (sasrec, {}),

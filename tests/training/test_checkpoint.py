@@ -22,7 +22,7 @@ from depthprobe.training import checkpoint as checkpoints
 from depthprobe.training.loop import Fit
 from depthprobe.training.objectives import NextItem
 
-RECIPE = Recipe(epochs=4, batch_size=8, accumulation=2, learning_rate=0.01, patience=4)
+RECIPE = Recipe(epochs=4, batch_size=8, tokens=28, learning_rate=0.01, patience=4)
 # calls an epoch: 30 windows are 4 batches, in 2 parts each
 
 Run = Callable[..., Fit]

@@ -54,11 +54,13 @@ Attention = Literal[
     "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
 ]
 ATTENTIONS, QUANTIZATIONS = typing.get_args(Attention), typing.get_args(Quantization)
-# which blocks stay: the first ones; the first and the last ones; some spread evenly; those outside
-# the run that turns the teacher's state least; those that greedy removal leaves; a random choice
-SELECTIONS = ("prefix", "ends", "interval", "angular", "greedy", "random")
-NAMED_SELECTIONS = ("ends", "interval", "angular", "greedy")  # that may follow a method's colon
-TEACHER_SELECTIONS = ("angular", "greedy")  # that the trained teacher decides
+# which blocks stay, by the trained teacher's states: those that turn them most, one by one, or those
+# outside the run that turns them least. By greedy removal; the first and the last, or some spread
+# evenly; the first ones, or a random choice
+STATE_SELECTIONS = ("influence", "angular")
+TEACHER_SELECTIONS = (*STATE_SELECTIONS, "greedy")  # that the trained teacher decides
+NAMED_SELECTIONS = ("ends", "interval", *TEACHER_SELECTIONS)  # that may follow a method's colon
+SELECTIONS = ("prefix", *NAMED_SELECTIONS, "random")
 ITEM_TABLES = re.compile(r"sasrec|learned|own|text(:[1-9][0-9]{0,3})?(:last)?|.*\.npy", re.DOTALL)
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
 # settings and tables that change no trial's numbers: a run may be continued with others
@@ -437,8 +439,8 @@ class Variant(Checked):
     What a variant's table leaves out is what the study's own table of that name says.
     """
 
-    #: which blocks stay: ``prefix`` (the first), ``ends``, ``interval``, ``angular``, ``greedy``,
-    #: ``random``, or their indices, as ``0,1,10-11``.
+    #: which blocks stay: ``prefix`` (the first), ``ends``, ``interval``, ``influence``,
+    #: ``angular``, ``greedy``, ``random``, or their indices, as ``0,1,10-11``.
     select: str = "prefix"
     layers: str | None = None  #: depths other than the study's.
     #: keep this share of the MLP channels and attention heads of every block.

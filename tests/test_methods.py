@@ -109,7 +109,7 @@ def test_healing_takes_a_part_of_the_epochs() -> None:
 
 def test_selections_have_names_of_their_own() -> None:
     study = Study(methods=tuple(METHODS))
-    for name in ("ends", "interval", "angular", "greedy"):
+    for name in ("ends", "interval", "influence", "angular", "greedy"):
         assert settings_of(study, f"finetune:{name}").select == name
     assert settings_of(study, "finetune").select == "prefix"
     assert settings_of(study, "random-selection").select == "random"

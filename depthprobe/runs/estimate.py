@@ -29,7 +29,14 @@ from depthprobe.runs.probing import REMOVAL
 from depthprobe.runs.records import DATA, ITEM_TABLE, NEGATIVES, TIMING, is_done, state_of
 from depthprobe.runs.timing import covers, measure, read_timing, shape_name
 from depthprobe.runs.training import FEATURES, models_in, spec_of, stage_depths
-from depthprobe.study import OWN, Recipe, Study, parse_layers, settings_of
+from depthprobe.study import (
+    OWN,
+    STATE_SELECTIONS,
+    Recipe,
+    Study,
+    parse_layers,
+    settings_of,
+)
 
 SECONDS = 4.0  # to measure for, where the run has no times yet
 START = 4.0  # seconds until a worker has loaded its libraries and the log; on two Xeon cores
@@ -393,7 +400,7 @@ def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processe
         # a smaller batch is not taken to be faster
         larger = 1.0 if depth == "sasrec" else max(1.0, recipe.batch_size / units.batch)
         seconds += count * larger * each(own, depth)
-    for blocks in [task.blocks, *stages[:-1]] if settings.select == "angular" else ():
+    for blocks in [task.blocks, *stages[:-1]] if settings.select in STATE_SELECTIONS else ():
         seconds += sizes.validation * units.of("encode", blocks)
     for blocks in stages[:-1] if settings.select == "greedy" else ():
         seconds += _removal_seconds(blocks, sizes, units)

@@ -301,6 +301,14 @@ def similar_states(context: Context, seed: int, blocks: int) -> Similarities:
     return similarities(teacher, context.validation, device=context.device)
 
 
+def kept_by_states(select: str, states: Similarities, depth: int) -> tuple[int, ...]:
+    """Those of the blocks around the states that block influence or angular distance keeps."""
+    blocks = len(states.influence)
+    if select == "influence":
+        return by_score(states.influence, depth)
+    return outside(nearest_spans(states.angular, blocks - depth)[0], blocks)
+
+
 def outside(span: Span, blocks: int) -> tuple[int, ...]:
     """The blocks that are not in a span."""
     return tuple(b for b in range(blocks) if not span[0] <= b < span[1])

@@ -29,11 +29,11 @@ from depthprobe.models.recommender import Popularity, Recommender
 from depthprobe.probing.passes import early_exit
 from depthprobe.probing.similarity import similarities
 from depthprobe.probing.units import unit_scores
-from depthprobe.probing.walk import greedy, nearest_spans
+from depthprobe.probing.walk import greedy
 from depthprobe.runs.cache import digest, features_folder, result_file, share_folder
 from depthprobe.runs.context import Context, Result
 from depthprobe.runs.plan import TEACHER, at_first_seed, full_trial, plan
-from depthprobe.runs.probing import outside, part_of, removal, similar_states
+from depthprobe.runs.probing import kept_by_states, part_of, removal, similar_states
 from depthprobe.runs.records import (
     AGAIN,
     FULL,
@@ -175,9 +175,9 @@ def fewer_blocks(
     select, users = settings_of(context.study, now.method).select, context.validation
     if select == "greedy":
         places = greedy(model.eval(), users, device=context.device).kept(depth)
-    elif select == "angular":
-        angular = similarities(model.eval(), users, device=context.device).angular
-        places = outside(nearest_spans(angular, len(now.kept) - depth)[0], len(now.kept))
+    elif select in TEACHER_SELECTIONS:
+        states = similarities(model.eval(), users, device=context.device)
+        places = kept_by_states(select, states, depth)
     else:
         spare = [block for block in now.kept if block not in last][: depth - len(last)]
         return tuple(sorted({*last, *spare}))
@@ -382,12 +382,11 @@ def _restore(objective: nn.Module, weights: Weights) -> None:
 def _with_blocks(context: Context, trial: Trial) -> Trial:
     """The trial with the blocks that its selection finds, where that asks the teacher."""
     select = settings_of(context.study, trial.method).select
-    if select == "angular":
-        angular = similar_states(context, trial.seed, trial.blocks).angular
-        span = nearest_spans(angular, trial.blocks - trial.depth)[0]
-        return replace(trial, kept=outside(span, trial.blocks))
-    if select in TEACHER_SELECTIONS:
+    if select == "greedy":
         return replace(trial, kept=removal(context, trial.seed, trial.blocks).kept(trial.depth))
+    if select in TEACHER_SELECTIONS:
+        states = similar_states(context, trial.seed, trial.blocks)
+        return replace(trial, kept=kept_by_states(select, states, trial.depth))
     return trial
 
 

@@ -115,7 +115,8 @@ def test_selections_of_blocks() -> None:
     assert kept("heal:interval") == [(0, 4, 7), (0,)]
     assert kept("distill:own", variants={"own": Variant(select="0,2,5-6")}) == [(0, 2, 5, 6)]
     # which ones they are is found out when they run
-    assert kept("heal:greedy") == kept("heal:angular") == [(0, 1, 2), (0,)]
+    for name in ("greedy", "angular", "influence"):
+        assert kept(f"heal:{name}") == [(0, 1, 2), (0,)]
 
 
 @given(st.integers(1, 40), st.data())
@@ -134,7 +135,7 @@ def test_random_selections_differ_by_seed_alone() -> None:
     assert chosen_blocks("random", 4, 12, seed=3) == chosen_blocks("random", 4, 12, seed=3)
 
 
-@pytest.mark.parametrize("method", ["finetune:greedy", "finetune:angular", "heal", "distill:ends"])
+@pytest.mark.parametrize("method", ["finetune:greedy", "heal:influence", "heal", "distill:ends"])
 def test_what_asks_the_teacher_waits_for_it(method: str) -> None:
     tasks = plan(Study(layers="1", methods=(method,), seeds=1), 3)
     assert tasks[-1].needs == ("full-d03-s0",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,14 @@ import pytest
 from depthprobe.evaluation.metrics import metrics_from_ranks
 from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import early_exit
+from depthprobe.probing.similarity import Similarities
 from depthprobe.runs import probing as probes
 from depthprobe.runs.context import Context
+from depthprobe.runs.plan import trial_of
+from depthprobe.runs.probing import kept_by_states
 from depthprobe.runs.store import Run, open_run
 from depthprobe.runs.sweep import run_sweep
+from depthprobe.runs.training import _with_blocks
 from depthprobe.study import Probing, Study
 
 
@@ -114,6 +118,23 @@ def test_sets_of_blocks_against_random_ones(small_run: Run) -> None:
     for name in ("skip", "influence", "greedy", "angular"):
         pair = zip(own.loc[name].index, own.loc[f"{name}-reversed"].index, strict=True)
         assert all(one != other for one, other in pair)
+
+
+def test_a_training_keeps_the_blocks_that_the_probe_names(small_run: Run) -> None:
+    table = small_run.scores("random-blocks").set_index(["selection", "depth"])["kept"]
+    context = Context(small_run.path, small_run.study)
+    for select in ("influence", "angular", "greedy"):
+        for depth in (1, 2):
+            trial = trial_of(f"finetune:{select}", range(depth), 0, 3)
+            found = ",".join(map(str, _with_blocks(context, trial).kept))
+            assert found == table[select, depth].iloc[0]
+
+
+def test_the_blocks_of_least_influence_go() -> None:
+    values = dict.fromkeys((each.name for each in fields(Similarities)), np.zeros(0))
+    states = Similarities(**values | {"influence": np.array([0.3, 0.02, 0.2, 0.1, 0.25])})
+    assert kept_by_states("influence", states, 3) == (0, 2, 4)
+    assert kept_by_states("influence", states, 1) == (0,)
 
 
 def test_a_table_that_fails_is_a_failure_and_is_made_again(

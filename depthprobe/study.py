@@ -54,9 +54,9 @@ Attention = Literal[
     "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
 ]
 ATTENTIONS, QUANTIZATIONS = typing.get_args(Attention), typing.get_args(Quantization)
-# which blocks stay, by the trained teacher's states: those that turn them most, one by one, or those
-# outside the run that turns them least. By greedy removal; the first and the last, or some spread
-# evenly; the first ones, or a random choice
+# which blocks stay: those that turn the trained teacher's states most, one by one, or those outside
+# the run that turns them least; those that greedy removal leaves; the first and the last, or some
+# spread evenly; the first ones, or a random choice
 STATE_SELECTIONS = ("influence", "angular")
 TEACHER_SELECTIONS = (*STATE_SELECTIONS, "greedy")  # that the trained teacher decides
 NAMED_SELECTIONS = ("ends", "interval", *TEACHER_SELECTIONS)  # that may follow a method's colon

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 PIPE_WIDTH = 200  # columns where there is no terminal: wide enough to cut nothing
+ROOM = 10_000  # columns in which every table fits
 WIDEST = 100  # columns of a line of words
 SHOWN = "depthprobe.cost.timing"  # whose log lines are messages, too
 SILENCE = 10.0  # seconds without a line, after which one says what is being worked on
@@ -78,19 +79,39 @@ def show_table(
     words: Collection[str] = (),
     title: str | None = None,
 ) -> None:
-    """Print rows to standard output; the columns named in ``words`` are left-aligned."""
+    """Print rows to standard output; the columns named in ``words`` are left-aligned.
+
+    On a terminal that is too narrow, columns stand closer, and texts and headers break at blanks.
+    """
     from rich import box
+    from rich.cells import cell_len
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
-    heading = Text(visible(title)) if title else None
-    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    for name in header:
-        table.add_column(Text(name), justify="left" if name in words else "right")
-    for row in rows:
-        table.add_row(*(Text(visible(cell(value))) for value in row))
+    body = [[visible(cell(value)) for value in row] for row in rows]
+
+    def draw(*, narrow: bool) -> Table:
+        heading = Text(visible(title)) if title else None
+        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+        table.collapse_padding, table.pad_edge = narrow, not narrow
+        for name, *cells in zip(header, *body, strict=True):
+            if name in words:
+                longest = max(map(cell_len, " ".join([name, *cells]).split()), default=0)
+                table.add_column(Text(name), min_width=longest)
+            else:
+                head = "\n".join(name.split()) if narrow else name
+                table.add_column(Text(head), justify="right", no_wrap=True)
+        for row in body:
+            table.add_row(*map(Text, row))
+        return table
+
+    screen = console()
+    table = draw(narrow=False)
+    if Measurement.get(screen, screen.options.update(max_width=ROOM), table).maximum > screen.width:
+        table = draw(narrow=True)
     print()
-    console().print(table)
+    screen.print(table, crop=False)
 
 
 def show_facts(rows: dict[str, str]) -> None:
@@ -188,7 +209,7 @@ class Display(Progress, logging.Handler):
         if self.total:  # before, the sweep may still be importing what tells it
             from depthprobe.runs.store import working
 
-            at_work = [f"{each.task} {one_line(each.line)}" for each in working(folder)]
+            at_work = [f"{each.task} {one_line(each.line)}".rstrip() for each in working(folder)]
             doing = "; ".join(at_work) or self.doing
         self._print(f"at work: {doing or 'waiting for another sweep of this run'}")
 

@@ -82,6 +82,8 @@ def test_a_pipe_is_told_what_goes_on(
             wait_for(" at work: timing every depth\n")
         progress.plan(["full-s0"])
         wait_for(r" at work: full-s0 step 3/9 loss\x1b[2J" + "\n")
+        at_work[:] = [Working("full-s0", "", 0.0), Working("heal-s0", "", 0.0)]
+        wait_for(" at work: full-s0; heal-s0\n")
         at_work.clear()
         wait_for(" at work: waiting for another sweep of this run\n")
         progress.message("writing the report")
@@ -133,6 +135,19 @@ def test_words_stand_left_and_numbers_right(capsys: pytest.CaptureFixture[str]) 
     *_, first, second = capsys.readouterr().out.splitlines()
     assert second.index("popularity") == first.index("full")
     assert second.index("1,200") + 4 == first.index("1")
+
+
+def test_a_narrow_terminal_cuts_no_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = ["method", "train step ms", "NDCG@10", "parameters", "note"]
+    rows = [["early-exit", 2272.1, 0.19301, 64704, "the teacher read out after each block"]]
+    monkeypatch.setattr("depthprobe.cli.terminal.PIPE_WIDTH", 60)
+    show_table(header, rows, words=["method", "note"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 60
+    words = {"early-exit", "2,272", "0.193", "64,704", "NDCG@10", "parameters", "step", "block"}
+    assert words <= set(text.split())
 
 
 def test_what_others_wrote_is_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:

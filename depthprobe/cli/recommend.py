@@ -183,7 +183,7 @@ def read_users(settings: Data) -> tuple[list[str], list[str], np.ndarray, np.nda
     from depthprobe.data.readers.formats import read_log
 
     log = read_log(settings.source, format=settings.format, columns=settings.columns, ratings=False)
-    for note in (*log.notes, *(log.columns.notes() if log.columns else ())):
+    for note in log.notes:
         echo(f"warning: {one_line(note)}", sys.stderr)
     users, user_ids = number_ids(log.users, "user")
     items, item_ids = number_ids(log.items, "item")

@@ -190,7 +190,8 @@ def _parts(split: Split, name: str) -> dict[str, str]:
             rows[part] += f", {cell(cold)} cold ones left out"
     if unknown := numbers["cold_test_targets"]:
         rows["test"] += f", {cell(unknown)} of their targets unknown to training"
-    for what, text in (("repeated", "had before"), ("tied", "at the time of a neighbour")):
+    which = {"repeated": "that the user had before", "tied": "at the time of a neighbour"}
+    for what, text in which.items():
         if count := numbers.get(f"{what}_test_targets"):
             rows["test"] += f", {cell(count)} of their targets {text}"
     rows["seen items"] = str(numbers["seen_items"])

@@ -98,7 +98,7 @@ class Flag:
         return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=hint)
 
 
-COLUMN = "The column's name, or its number from 1 [default: guessed]."
+COLUMN = "The column's name, or without a header its number from 1 [default: guessed]."
 LOG = {  # how a log is read and cleaned
     "format": Flag("data.format", "F", "The log's format, see data list [default: detected]."),
     "items": Flag("data.items", "FILE", "A file of item titles [default: beside the log]."),

@@ -110,9 +110,11 @@ def make_split(sequences: Sequences, protocol: Protocol) -> Split:
 def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
     """Each user's last item is the test, the one before validates; below 3, all of them train."""
     stops = np.asarray(sequences.offsets[1:])
-    evaluated = np.diff(sequences.offsets) >= 3
+    lengths = np.diff(sequences.offsets)  # (U,)
+    evaluated = lengths >= 3
     if not evaluated.any():
-        raise BadInput("data", sequences.name, "a user with 3 interactions or more")
+        fault = f"no user has 3 interactions, the fewest to hold out two: the most are {lengths.max()}"
+        raise BadInput("data", sequences.name, fault, fault=True)
     warnings = []
     if short := int((~evaluated).sum()):
         warnings = [f"{short:,} of {len(stops):,} users train only: fewer than 3 interactions"]

@@ -111,7 +111,7 @@ def test_show_counts_and_draws(cli: Cli, log: Path) -> None:
     assert ["50 %", "█" * 18 + "▍", "76.5 %", "4"] in table  # 4 + 4 + 3 + 2 of 17
     assert max(map(len, outcome.out.partition("warning: ")[0].splitlines())) <= 100
     assert [line for line in outcome.out.splitlines() if line.startswith("warning: ")] == [
-        "warning: all times are before 1973: if they count no seconds, only their order holds",
+        "warning: all times are before 1973: if they are not seconds, only their order holds",
         "warning: 4 of 7 items have no title",
         "warning: 2 of 5 users train only: fewer than 3 interactions",
         "warning: 2 of 3 test targets (67 %) are items that no training interaction holds: "
@@ -193,7 +193,7 @@ def test_a_log_that_came_split_is_shown_so(cli: Cli, tmp_path: Path) -> None:
     said = facts(outcome.out)
     assert said["came split"].startswith("training 4, validation 1, test 2")
     assert (said["split"], said["validation"]) == ("given", "1 users")
-    assert said["test"] == "2 users, 2 of their targets had before"
+    assert said["test"] == "2 users, 2 of their targets that the user had before"
     assert said["seen items"] == "ranked too"
 
 
@@ -202,7 +202,7 @@ def test_a_log_that_nobody_can_be_asked_about_is_still_shown(cli: Cli, tmp_path:
     outcome = cli("data", "prepare", "shop.txt", "out")
     assert outcome.code == 0
     assert "warning: no times" in outcome.out
-    assert "warning: no leave-one-out split (" in outcome.out
+    assert "warning: no leave-one-out split (no user has 3 interactions, " in outcome.out
     assert facts(cli("data", "show", "out").out)["name"] == "shop"
     assert cli("data", "show", "out", "--split", "leave-one-out").code == 2
 

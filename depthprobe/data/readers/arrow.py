@@ -143,8 +143,12 @@ def to_ids(column: Column) -> Ids:
         encoded = values.combine_chunks().dictionary_encode()
     codes = encoded.indices.to_numpy()  # (N,), int32
     texts = encoded.dictionary.cast(pa.large_string())
-    unusable = pc.match_substring_regex(texts, r"^\s*$|[\r\n\x00]").to_numpy(zero_copy_only=False)
-    column.check(unusable[codes], "one in every row, without a line break or a NUL")
+    for unusable, expected in (
+        (r"^\s*$", "one in every row"),
+        (r"[\r\n\x00]", "one without a line break or a NUL"),
+    ):
+        wrong = pc.match_substring_regex(texts, unusable).to_numpy(zero_copy_only=False)
+        column.check(wrong[codes], expected)
     names: list[str] = texts.to_numpy(zero_copy_only=False).tolist()
     if column.what == "item":
         _refuse_lists(column, names[:SAMPLE])
@@ -239,7 +243,7 @@ def to_seconds(
     column.check((whole < 0) | (whole > LAST), _TIME)
     early = whole < EARLY
     if early.all():
-        notes.append("all times are before 1973: if they count no seconds, only their order holds")
+        notes.append("all times are before 1973: if they are not seconds, only their order holds")
     elif early.any():
         row = int(np.argmax(early))
         shown = short(column.values[row].as_py(), 40)

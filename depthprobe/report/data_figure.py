@@ -85,7 +85,11 @@ def _popularity(ax: Axes, taken: np.ndarray) -> None:
     shown = np.unique(np.geomspace(1, len(rank), 400).round().astype(np.int64)) - 1
     ax.plot(rank[shown], falling[shown], color=BARS, linewidth=2)
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    if np.floor(np.log10(falling[0])) > np.ceil(np.log10(falling[-1])):
+        ax.set_yscale("log")
+    else:  # a log scale would have one number or none
+        ax.set_ylim(bottom=0)
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: round_count(value)))
         axis.set_minor_formatter(NullFormatter())

@@ -52,6 +52,18 @@ def test_panels_show_the_numbers() -> None:
     assert np.array_equal(held_out.baseline, training.values)
 
 
+@pytest.mark.parametrize(
+    ("counts", "scale"), [((12, 11), "linear"), ((90, 2), "linear"), ((100, 10), "log")]
+)
+def test_counts_of_items_have_numbers_beside_them(counts: tuple[int, int], scale: str) -> None:
+    items = np.repeat(["a", "b"], counts).tolist()
+    log = Log(users=encode_ids(list(range(len(items)))), items=encode_ids(items))
+    ax = data_figure(order_log(log)).axes[1]
+    assert ax.get_yscale() == scale
+    low, high = ax.get_ylim()
+    assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
+
+
 def test_a_temporal_split_marks_its_points() -> None:
     protocol = Protocol(split="temporal", split_at=("1970-01-04", "1970-01-05"))
     times = data_figure(make(), protocol).axes[2]

@@ -148,8 +148,7 @@ def sweep(
         words = report_words(run)
     table = results(run)
     title = "Test users, the whole catalogue ranked; means over trials"
-    header = [name.replace("_", " ") for name in table.columns]
-    show_table(header, table.itertuples(index=False), words=["method"], title=title)
+    show_table(table.columns.tolist(), table.itertuples(index=False), words=["method"], title=title)
     for trial, error in run.failed:
         echo(one_line(f"failed: {trial}: {error}"), sys.stderr)
     echo(words)

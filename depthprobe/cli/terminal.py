@@ -81,7 +81,7 @@ def show_table(
 ) -> None:
     """Print rows to standard output; the columns named in ``words`` are left-aligned.
 
-    On a terminal that is too narrow, columns stand closer, and texts and headers break at blanks.
+    On a terminal that is too narrow, columns stand closer, and texts and headers break.
     """
     from rich import box
     from rich.cells import cell_len
@@ -100,7 +100,7 @@ def show_table(
                 longest = max(map(cell_len, " ".join([name, *cells]).split()), default=0)
                 table.add_column(Text(name), min_width=longest)
             else:
-                head = "\n".join(name.split()) if narrow else name
+                head = "\n".join(name.replace("_", " ").split()) if narrow else name
                 table.add_column(Text(head), justify="right", no_wrap=True)
         for row in body:
             table.add_row(*map(Text, row))

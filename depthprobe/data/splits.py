@@ -113,7 +113,8 @@ def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
     lengths = np.diff(sequences.offsets)  # (U,)
     evaluated = lengths >= 3
     if not evaluated.any():
-        fault = f"no user has 3 interactions, the fewest to hold out two: the most are {lengths.max()}"
+        fault = "no user has 3 interactions, the fewest to hold out two"
+        fault += f": the most are {lengths.max()}"
         raise BadInput("data", sequences.name, fault, fault=True)
     warnings = []
     if short := int((~evaluated).sum()):

@@ -140,7 +140,7 @@ def test_words_stand_left_and_numbers_right(capsys: pytest.CaptureFixture[str]) 
 def test_a_narrow_terminal_cuts_no_cell(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    header = ["method", "train step ms", "NDCG@10", "parameters", "note"]
+    header = ["method", "train_step_ms", "NDCG@10", "parameters", "note"]
     rows = [["early-exit", 2272.1, 0.19301, 64704, "the teacher read out after each block"]]
     monkeypatch.setattr("depthprobe.cli.terminal.PIPE_WIDTH", 60)
     show_table(header, rows, words=["method", "note"])

@@ -67,7 +67,7 @@ def init(
     """
     if study.exists() and not overwrite:
         raise BadInput("STUDY.toml", study, "already exists; --overwrite replaces it", fault=True)
-    check_output_file(study)
+    check_output_file(study, "STUDY.toml")
     chosen = make_study(None, settings or (), **flags)
 
     from depthprobe.data.prepared import read_data

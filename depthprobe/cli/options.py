@@ -285,10 +285,10 @@ def check_revision(revision: str | None, source: str) -> None:
         raise BadInput("revision", revision, "a branch, tag or commit of a Hugging Face id")
 
 
-def check_output_file(path: Path | None) -> None:
+def check_output_file(path: Path | None, field: str = "output") -> None:
     """Refuse a file that can't be written; None passes."""
     if path is None:
         return
     if path.is_dir():
-        raise BadInput("output", path, "a file, not a folder")
-    check_writable("output", path.parent)
+        raise BadInput(field, path, "a file, not a folder")
+    check_writable(field, path.parent)

@@ -67,6 +67,14 @@ def test_the_file_is_the_study_of_the_flags(cli: Cli, log: Path) -> None:
     assert here(text, "filter_seen") == "14 % of the interactions repeat an item of their user."
 
 
+def test_a_file_that_can_t_be_written_is_the_study_file(cli: Cli, log: Path) -> None:
+    Path("folder").mkdir()
+    for name, why in (("folder", "a file, not a folder"), ("shop.csv/study.toml", "a folder (")):
+        outcome = cli("init", name, *NAMED, "--overwrite")
+        assert outcome.code == 2
+        assert outcome.err.startswith(f"error: STUDY.toml: expected {why}")
+
+
 def test_dates_that_are_not_read_are_named(cli: Cli, log: Path) -> None:
     outcome = cli("init", *NAMED)
     assert "looks like dates and is not read: --time-column ordered_on" in outcome.out

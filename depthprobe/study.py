@@ -77,6 +77,7 @@ OWN_DECIDES = (
     *("revision", "trust_remote_code", "dtype", "attention", "quantize", "prompt", "suffix"),
     *("reads", "head"),
 )
+GONE = {"accumulation": 1}  # keys that runs of earlier versions have, at what means nothing now
 VARIANT_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 LARGEST_FILE = 10_000_000  # bytes of a study file
 MOST_BLOCKS = 10_000  # of any backbone
@@ -1077,8 +1078,8 @@ def _build(kind: type[T], content: Any, key: str) -> T:
     if not isinstance(content, Mapping):
         raise BadInput(key, content, f"a table [{key}]")
     prefix, hints = f"{key}." if key else "", _hints(kind)  # type: ignore[arg-type]
-    values = dict(content)
-    for name, value in content.items():
+    values = {name: value for name, value in content.items() if GONE.get(name) != value}
+    for name, value in values.items():
         if name not in hints:
             allowed = f"a key of {f'[{key}]' if key else 'a study'}: {nearest(name, hints)}"
             raise BadInput("study file", f"{prefix}{name}", allowed)

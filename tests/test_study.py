@@ -238,6 +238,12 @@ def test_override_skips_none_and_reaches_into_sections() -> None:
             override(study, **{key: 0})
 
 
+def test_a_study_of_an_earlier_version_is_read() -> None:
+    assert study_from_dict({"recipe": {"epochs": 3, "accumulation": 1}}).recipe.epochs == 3
+    with pytest.raises(BadInput, match=r"recipe\.accumulation"):
+        study_from_dict({"recipe": {"accumulation": 2}})
+
+
 def test_a_key_of_sasrecs_recipe_leaves_its_other_defaults_as_they_are() -> None:
     study = study_from_dict({"sasrec": {"recipe": {"epochs": 3}}})
     assert study.sasrec.recipe == replace(Study().sasrec.recipe, epochs=3)

@@ -218,11 +218,11 @@ def draw_blocks(context: Context, task: Task) -> Iterator[Scores]:
             ("prefix", tuple(range(depth))),
             ("skip", by_score(damage, depth)),
             ("skip-reversed", by_score(damage, depth, reverse=True)),
-            ("influence", by_score(states.influence, depth)),
+            ("influence", kept_by_states("influence", states, depth)),
             ("influence-reversed", by_score(states.influence, depth, reverse=True)),
             ("greedy", order.kept(depth)),
             ("greedy-reversed", tuple(sorted(went[:depth]))),
-            ("angular", outside(spans[0], blocks)),
+            ("angular", kept_by_states("angular", states, depth)),
             ("angular-reversed", outside(spans[-1], blocks)),
         ]
         drawn += random_sets(depth, blocks)

@@ -344,8 +344,12 @@ def _step(
 ) -> Any:
     half = objective.recipe.precision == "bfloat16"
     optimizer = optimizer or rig.optimizer_of(objective)
-    losses = [partial(lambda part: objective.train()(part), part) for part in parts]
-    return rig.step(losses, optimizer, bfloat16=half)
+
+    def loss(part: Batch) -> Tensor:
+        value: Tensor = objective.train()(part)
+        return value
+
+    return rig.step([partial(loss, part) for part in parts], optimizer, bfloat16=half)
 
 
 def _objective(

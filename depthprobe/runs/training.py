@@ -44,6 +44,7 @@ from depthprobe.runs.records import (
     write_sealed,
 )
 from depthprobe.study import (
+    STATE_SELECTIONS,
     TEACHER_SELECTIONS,
     Recipe,
     Settings,
@@ -175,7 +176,7 @@ def fewer_blocks(
     select, users = settings_of(context.study, now.method).select, context.validation
     if select == "greedy":
         places = greedy(model.eval(), users, device=context.device).kept(depth)
-    elif select in TEACHER_SELECTIONS:
+    elif select in STATE_SELECTIONS:
         states = similarities(model.eval(), users, device=context.device)
         places = kept_by_states(select, states, depth)
     else:
@@ -384,7 +385,7 @@ def _with_blocks(context: Context, trial: Trial) -> Trial:
     select = settings_of(context.study, trial.method).select
     if select == "greedy":
         return replace(trial, kept=removal(context, trial.seed, trial.blocks).kept(trial.depth))
-    if select in TEACHER_SELECTIONS:
+    if select in STATE_SELECTIONS:
         states = similar_states(context, trial.seed, trial.blocks)
         return replace(trial, kept=kept_by_states(select, states, trial.depth))
     return trial

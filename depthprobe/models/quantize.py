@@ -64,31 +64,42 @@ def quantize(model: Recommender, scheme: str, *, bfloat16: bool = False) -> None
         allowed = f"a processor, which has a kernel for it; on {device.type} take int8"
         raise BadInput("methods", scheme, allowed)
     every = {id(weight): weight for weight in blocks.parameters()}
-    for module in linear_maps(blocks).values():
-        # Conv1D, and maps that multiply by themselves, would take the rounded weight for numbers
-        if type(module).forward is not nn.Linear.forward:
-            continue
+    for module in maps_to_round(model.backbone, scheme):
         weight: Tensor = module.weight  # type: ignore[assignment]
         if is_quantized(weight) or not weight.is_floating_point():
             raise BadInput("methods", scheme, "weights that are not quantised already")
-        if scheme == "int4" and (weight.shape[0] % ROWS or weight.shape[1] % GROUP):
-            continue
         if id(weight) not in made:  # two maps may share one
             own = weight.detach().to(torch.bfloat16) if bfloat16 else weight.detach()
             made[id(weight)] = nn.Parameter(_rounded(own, scheme), requires_grad=False)
         module.weight = made[id(weight)]
     rounded = sum(every[key].numel() for key in made)
-    if not made:
-        sizes = f", rows in {ROWS}s and columns in {GROUP}s" if scheme == "int4" else ""
-        family = model.backbone.config.model_type
-        allowed = f"blocks with maps of nn.Linear{sizes} (those of this {family} have none)"
-        raise BadInput("methods", scheme, allowed)
     # a user's own model may have none; Gemma's, which scale their rows, do not come back from disk
     users_own = isinstance(model, OwnRecommender)
     if not users_own and type(model.token_embeddings).forward is nn.Embedding.forward:
         _round_rows(model.token_embeddings)
     share = rounded / sum(weight.numel() for weight in every.values())
     logger.info("%s: %.1f %% of the weights of the blocks are rounded", scheme, 100 * share)
+
+
+def maps_to_round(decoder: PreTrainedModel, scheme: str) -> list[nn.Module]:
+    """The linear maps of the blocks whose weights a scheme rounds; ``BadInput`` if it rounds none.
+
+    Weights may be on the meta device: sizes alone are looked at.
+    """
+    found = []
+    for module in linear_maps(find_blocks(decoder)).values():
+        # Conv1D, and maps that multiply by themselves, would take the rounded weight for numbers
+        if type(module).forward is not nn.Linear.forward:
+            continue
+        rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+        if scheme != "int4" or (rows % ROWS == 0 and columns % GROUP == 0):
+            found.append(module)
+    if not found:
+        sizes = f", rows in {ROWS}s and columns in {GROUP}s" if scheme == "int4" else ""
+        family = decoder.config.model_type
+        allowed = f"blocks with maps of nn.Linear{sizes} (those of this {family} have none)"
+        raise BadInput("methods", scheme, allowed)
+    return found
 
 
 def _round_rows(table: nn.Embedding) -> None:

@@ -29,7 +29,7 @@ from depthprobe.data.storage import MANIFEST as DATA_MANIFEST
 from depthprobe.data.storage import Sequences, load_data, write_data
 from depthprobe.errors import BadInput, check_writable
 from depthprobe.files import complete_file, digest_of, remove_leftovers
-from depthprobe.methods import Task, method_of, method_order
+from depthprobe.methods import Task, base_of, method_of, method_order
 from depthprobe.models.backbones import (
     backbone_revision,
     check_torchao,
@@ -47,6 +47,7 @@ from depthprobe.models.check import check_own
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
 from depthprobe.models.own import OwnRecommender, load_own
+from depthprobe.models.quantize import ITEMS, maps_to_round
 from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import LEARNED, same_backbone, words_digest
 from depthprobe.runs.plan import SASREC, TEACHER, plan
@@ -178,6 +179,8 @@ def read_inputs(
             pretrained_tokenizer(backbone)
         if method_of(name).lever:
             check_torchao("methods", name)
+            if base_of(name) != ITEMS and not backbone.own:
+                maps_to_round(pretrained(backbone, weights=False), base_of(name))
     tokens = item_tokens(backbone, ids, titles)
     longest = _longest_text(split.sequences, merged.data.max_history, tokens or [])
     if before is None:

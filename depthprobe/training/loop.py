@@ -179,19 +179,19 @@ def _train_epoch(
         while loss is None:
             # dropout and negatives: other ones in each step and process
             torch.manual_seed(_random_number((seed, fit.steps, engine.rank)))
+            parts = parts_of(np.array([lengths[i] for i in chosen]), fit.parts, most)
             try:
-                parts = parts_of(np.array([lengths[i] for i in chosen]), fit.parts, most)
                 loss = _gradients(engine, windows, chosen, parts)
             except torch.OutOfMemoryError:
                 # of several processes one would go on alone
-                if engine.processes > 1 or fit.parts >= len(chosen):
+                if engine.processes > 1 or parts == len(chosen):
                     raise
             if loss is None:  # after the handler: the traceback holds on to what did not fit
                 # the step has changed no weights, so it is taken again
                 engine.zero_grad()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                fit.parts = min(2 * fit.parts, len(chosen))
+                fit.parts = min(2 * parts, len(chosen))
                 message = "out of memory at step %d: batches are computed in %d parts now"
                 logger.warning(message, fit.steps + 1, fit.parts)
         norm = engine.clip(recipe.clip)

@@ -190,6 +190,21 @@ def test_a_step_without_room_is_taken_again_in_smaller_parts(
     assert_same(*models, near=1e-10)
 
 
+def test_less_room_than_the_recipe_asks_for_halves_its_parts(
+    train: Train, make_sasrec: MakeSasrec, spoiled: Callable[..., nn.Module]
+) -> None:
+    def no_room(loss: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    recipe = Recipe(epochs=2, batch_size=8, tokens=20)  # of each part of a batch
+    sizes: list[int] = []
+    objective = spoiled(NextItem(make_sasrec(), recipe), 1, no_room)
+    objective.register_forward_pre_hook(lambda _, args: sizes.append(args[0].inputs.shape[0]))
+    train(objective, recipe)
+    assert 1 < sizes[0] < 8  # users at once, as the recipe says
+    assert sizes[1] <= (sizes[0] + 1) // 2
+
+
 def test_a_user_who_does_not_fit_alone_ends_the_training(
     train: Train, make_sasrec: MakeSasrec
 ) -> None:

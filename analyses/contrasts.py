@@ -1,11 +1,15 @@
 """Direct contrasts of two methods at the same depth, paired by user and seed.
 
     python analyses/contrasts.py runs/RUN distill:scores,distill:states finetune
-    python analyses/contrasts.py runs/ONE runs/TWO finetune random-init --slices --draw some.png
+    python analyses/contrasts.py runs/ONE runs/TWO finetune random-init --slices --csv some.csv
+    python analyses/contrasts.py --csv some.csv --draw some.png
 
 Each method of the first list against the one after it: the share that it has of that one's mean,
 and whether it is superior or inferior at all, at a level that the methods of one line share.
 ``full`` stands for ``finetune`` at full depth. With ``--slices`` each group of test users apart.
+
+``--csv`` keeps what was found: a contrast takes the place of an earlier one between the same arms
+of a run of the same name, and the table and the picture are of all that the file holds.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from depthprobe.evaluation.slices import FEWEST
 from depthprobe.evaluation.statistics import Interval
@@ -34,14 +39,23 @@ class Contrast(NamedTuple):
     run: str
     depth: int
     group: str
+    users: int
     method: str
-    share: Interval
+    reference: str
+    share: float
+    low: float
+    high: float
     shown: str  # "superior", "inferior" or nothing
+
+    @property
+    def place(self) -> tuple[str, int, str, str, str]:
+        """What is compared, where: one row of a file."""
+        return self.run, self.depth, self.group, self.method, self.reference
 
     @property
     def text(self) -> str:
         """``99.5 % [96.2, 102.8] superior``."""
-        return f"{in_percent(self.share)} {self.shown}".rstrip()
+        return f"{in_percent(Interval(self.share, self.low, self.high))} {self.shown}".rstrip()
 
 
 def arms_of(run: Run) -> Arms:
@@ -73,44 +87,67 @@ def contrasts(run: Run, methods: list[str], reference: str, *, slices: bool) -> 
                 # non-inferiority at no margin is superiority, one-sided; a difference is two-sided
                 if shown == ["inferior"] and 2 * each.p_values["inferior"] > each.tested_at:
                     shown = []
-                group = f"{name} ({users.sum():,})"
-                yield Contrast(run.path.name, depth, group, method, each.share, " ".join(shown))
+                share = (each.share.value, each.share.low, each.share.high)
+                of = (run.path.name, depth, name, int(users.sum()), method, reference)
+                yield Contrast(*of, *share, " ".join(shown))
 
 
-def table(found: list[Contrast], methods: list[str]) -> str:
+def joined(path: Path, found: list[Contrast]) -> list[Contrast]:
+    """The contrasts of a file, which is made if there is none, with those found in their places."""
+    known: list[Contrast] = []
+    if path.exists():
+        rows = pd.read_csv(path, keep_default_na=False).to_dict("records")
+        known = [Contrast(**{str(key): value for key, value in row.items()}) for row in rows]
+    every = {each.place: each for each in (*known, *found)}
+    pd.DataFrame(every.values()).to_csv(path, index=False, float_format="%.7f")
+    return list(every.values())
+
+
+def table(found: list[Contrast]) -> str:
     """A line a run, depth and group; a column a method."""
+    methods = list(dict.fromkeys(each.method for each in found))
     lines = [
-        f"| run | blocks | users | {' | '.join(methods)} |",
-        f"|---|---|---|{'---|' * len(methods)}",
+        f"| run | blocks | users | {' | '.join(methods)} | of |",
+        f"|---|---|---|{'---|' * len(methods)}---|",
     ]
-    for key in dict.fromkeys(each[:3] for each in found):
-        texts = {each.method: each.text for each in found if each[:3] == key}
-        cells = [*map(str, key), *(texts.get(method, "") for method in methods)]
-        lines.append(f"| {' | '.join(cells)} |")
+    lined: dict[tuple[object, ...], dict[str, str]] = {}
+    for each in found:
+        line = each.run, each.depth, f"{each.group} ({each.users:,})", each.reference
+        lined.setdefault(line, {})[each.method] = each.text
+    for (*place, reference), texts in lined.items():
+        cells = [*map(str, place), *(texts.get(method, "") for method in methods), reference]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def draw(found: list[Contrast], reference: str, path: Path) -> None:
-    """Every share with its interval, in a row of its own; a panel a run."""
-    runs = list(dict.fromkeys(each.run for each in found))
-    most = max(sum(each.run == run for each in found) for run in runs)
+def draw(found: list[Contrast], path: Path) -> None:
+    """Every share with its interval, in a row of its own; a panel a run and reference."""
+    panelled: dict[tuple[str, str], list[Contrast]] = {}
+    for each in found:
+        panelled.setdefault((each.run, each.reference), []).append(each)
+    most = max(map(len, panelled.values()))
+    lines = -(-len(panelled) // 3)
+    columns = -(-len(panelled) // lines)
     figure, panels = plt.subplots(
-        1, len(runs), figsize=(3 + 3.2 * len(runs), 1.2 + 0.25 * most), sharex=True, squeeze=False,
-        layout="constrained",
+        lines, columns, figsize=(3 + 3.2 * columns, lines * (1.2 + 0.25 * most)), sharex=True,
+        squeeze=False, layout="constrained",
     )  # fmt: skip
-    for panel, run in zip(panels[0], runs, strict=True):
-        own = [each for each in found if each.run == run]
+    groups = len({each.group for each in found}) > 1
+    for panel in panels.flat[len(panelled) :]:
+        panel.set_visible(False)
+    for panel, ((run, reference), own) in zip(panels.flat, panelled.items(), strict=False):
         for row, each in enumerate(own):
             colour = {"superior": "#1b7f4d", "inferior": "#b3402e"}.get(each.shown, "#555555")
-            share = each.share
-            panel.plot([100 * share.low, 100 * share.high], [row, row], color=colour, lw=1.5)
-            panel.plot(100 * share.value, row, "o", color=colour, ms=5)
-        groups = len({each.group for each in found}) > 1
+            panel.plot([100 * each.low, 100 * each.high], [row, row], color=colour, lw=1.5)
+            panel.plot(100 * each.share, row, "o", color=colour, ms=5)
         names = [
-            f"{each.method} at {each.depth}" + (f", {each.group}" if groups else "") for each in own
+            f"{each.method} at {each.depth}"
+            + (f", {each.group} ({each.users:,})" if groups else "")
+            for each in own
         ]
         panel.set_yticks(range(len(own)), names, fontsize=8)
         panel.invert_yaxis()
+        panel.tick_params(axis="x", labelbottom=True, labelsize=8)
         panel.axvline(100, color="black", lw=0.8)
         panel.set_title(run, fontsize=9)
         panel.set_xlabel(f"% of {reference} at the same depth", fontsize=8)
@@ -120,21 +157,24 @@ def draw(found: list[Contrast], reference: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("methods")
-    parser.add_argument("reference")
+    parser.add_argument("runs", nargs="*", help="runs, methods with commas between, reference")
     parser.add_argument("--slices", action="store_true")
+    parser.add_argument("--csv", type=Path, help="a file of contrasts to add to")
     parser.add_argument("--draw", type=Path, help="a PNG of the shares and their intervals")
     asked = parser.parse_args()
-    methods = asked.methods.split(",")
-    found = [
-        each
-        for path in asked.runs
-        for each in contrasts(open_run(path), methods, asked.reference, slices=asked.slices)
-    ]
-    print(table(found, methods))
+    found: list[Contrast] = []
+    if asked.runs:
+        *runs, methods, reference = asked.runs
+        for path in runs:
+            run = open_run(Path(path))
+            found += contrasts(run, methods.split(","), reference, slices=asked.slices)
+    elif not asked.csv:
+        parser.error("expected runs, methods and a reference, or --csv")
+    if asked.csv:
+        found = joined(asked.csv, found)
+    print(table(found))
     if asked.draw:
-        draw(found, asked.reference, asked.draw)
+        draw(found, asked.draw)
 
 
 if __name__ == "__main__":

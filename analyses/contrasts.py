@@ -83,13 +83,14 @@ def contrasts(run: Run, methods: list[str], reference: str, *, slices: bool) -> 
                 continue
             found = compare({m: own[:, users] for m, own in asked.items()}, base, margin=0)
             for method, each in found.items():
-                shown = [verdict for verdict in ("superior", "inferior") if each.shows(verdict)]
+                shown = next((v for v in ("superior", "inferior") if each.shows(v)), "")
                 # non-inferiority at no margin is superiority, one-sided; a difference is two-sided
-                if shown == ["inferior"] and 2 * each.p_values["inferior"] > each.tested_at:
-                    shown = []
+                one_sided = shown == "inferior" and 2 * each.p_values[shown] > each.tested_at
+                if one_sided or len(base) == 1:  # one seed says nothing of other trainings
+                    shown = ""
                 share = (each.share.value, each.share.low, each.share.high)
                 of = (run.path.name, depth, name, int(users.sum()), method, reference)
-                yield Contrast(*of, *share, " ".join(shown))
+                yield Contrast(*of, *share, shown)
 
 
 def joined(path: Path, found: list[Contrast]) -> list[Contrast]:

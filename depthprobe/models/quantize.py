@@ -91,7 +91,7 @@ def maps_to_round(decoder: PreTrainedModel, scheme: str) -> list[nn.Module]:
         # Conv1D, and maps that multiply by themselves, would take the rounded weight for numbers
         if type(module).forward is not nn.Linear.forward:
             continue
-        rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+        rows, columns = module.weight.shape  # type: ignore[misc]
         if scheme != "int4" or (rows % ROWS == 0 and columns % GROUP == 0):
             found.append(module)
     if not found:

@@ -19,7 +19,7 @@ REPORTS = Path(__file__).parents[2] / "reports" / "real_llm"
 STUDIES = {  # the run's folder: what stands above its panel
     "smollm2-ml-100k": "SmolLM2 (135 M) reads items\nMovieLens 100K, 943 users",
     "smollm2-office": "SmolLM2 (135 M) reads items\nAmazon Office, 4,905 users",
-    "smollm2-titles": "SmolLM2 (135 M) reads titles\nMovieLens 100K, 943 users",
+    "smollm2-words": "SmolLM2 (135 M) reads titles\nMovieLens 100K, 943 users",
     "titles-plaintext": "a toy (3 M) reads titles\nMovieLens 100K, 943 users",
 }
 ARMS = {  # method: its label, colour and marker

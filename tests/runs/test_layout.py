@@ -33,6 +33,9 @@ def test_sizes_beyond_the_log_the_backbone_or_the_memory(
     study: Study, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     methods = tuple(name for name, method in METHODS.items() if not method.titles)
+    methods = tuple(
+        name for name in methods if name != "int4"
+    )  # these blocks are too narrow for it
     plain = replace(study, methods=methods, variants={})
     with pytest.raises(BadInput, match=words):
         read_inputs(override(plain, **changes), tmp_path / "run")

@@ -164,13 +164,13 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, help="a PNG of the shares and their intervals")
     asked = parser.parse_args()
     found: list[Contrast] = []
-    if asked.runs:
+    if len(asked.runs) > 2:
         *runs, methods, reference = asked.runs
         for path in runs:
             run = open_run(Path(path))
             found += contrasts(run, methods.split(","), reference, slices=asked.slices)
-    elif not asked.csv:
-        parser.error("expected runs, methods and a reference, or --csv")
+    elif asked.runs or not asked.csv:
+        parser.error("expected runs, methods and a reference; or --csv alone")
     if asked.csv:
         found = joined(asked.csv, found)
     print(table(found))

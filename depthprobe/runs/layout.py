@@ -179,8 +179,11 @@ def read_inputs(
             pretrained_tokenizer(backbone)
         if method_of(name).lever:
             check_torchao("methods", name)
-            if base_of(name) != ITEMS and not backbone.own:
-                maps_to_round(pretrained(backbone, weights=False), base_of(name))
+    schemes = {base_of(name) for name in study.methods if method_of(name).lever} - {ITEMS}
+    if schemes and not backbone.own:
+        shape = pretrained(backbone, weights=False)
+        for scheme in sorted(schemes):
+            maps_to_round(shape, scheme)  # refused where nothing can be rounded
     tokens = item_tokens(backbone, ids, titles)
     longest = _longest_text(split.sequences, merged.data.max_history, tokens or [])
     if before is None:

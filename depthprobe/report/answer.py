@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,9 +25,10 @@ from depthprobe.report.numbers import (
     Summary,
     as_summary,
 )
-from depthprobe.study import is_candidate
+from depthprobe.study import is_candidate, settings_of
 
 FEW_SEEDS = 5
+NAMED = 6  # models in a sentence
 SHOWN, BETTER_BASELINE, WEAK = "shown", "SASRec is better", "weak teacher"
 
 
@@ -444,15 +445,6 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
     said, matters = order_words(summary)
     if not matters:
         yield said
-    recipes = {TEACHER: ("The teacher", study.recipe), SASREC: ("SASRec", study.sasrec.recipe)}
-    for method, (name, recipe) in recipes.items():
-        trained = [r.training for r in summary.run.records if r.method == method and r.training]
-        if any(training.best_epoch == recipe.epochs for training in trained):
-            # one that was cut off is an easy one to match
-            yield (
-                f"{name} was best at its last epoch ({recipe.epochs}): a longer training may change"
-                " the comparison."
-            )
     if chosen is not None and study.backbone.source != "embedded" and not study.backbone.own:
         fresh = [p for p in summary.points if p.info.fresh and p.depth == chosen.depth]
         ratio = summary.against(fresh[0], chosen) if fresh else None
@@ -466,8 +458,9 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
 
 
 def _conditions(summary: Summary) -> Iterator[str]:
-    """What the machine, the learning rate and the number of seeds leave open."""
+    """What the trainings, the machine and the number of seeds leave open."""
     study, manifest = summary.run.study, summary.run.manifest
+    yield from _trainings(summary)
     if study.backbone.source == "embedded":
         yield "The backbone is the small embedded one with random weights: pretraining has no part."
     if len(study.recipe.rates) == 1 and any(p.info.trains for p in summary.points):
@@ -491,3 +484,35 @@ def _conditions(summary: Summary) -> Iterator[str]:
         yield "One seed: the intervals do not hold the differences between trainings."
     elif 0 < compared < FEW_SEEDS:
         yield f"{seeds}: differences between trainings are only roughly known."
+
+
+def _trainings(summary: Summary) -> Iterator[str]:
+    """Which models might be better with a longer training, or another learning rate."""
+    study, records = summary.run.study, {record.id: record for record in summary.run.records}
+    last, lowest, highest = list[str](), list[str](), list[str]()
+    for point in summary.points:
+        if not (point.info.trains or point.method == SASREC):
+            continue
+        recipe = settings_of(study, point.method).recipe
+        for training in (records[trial].training for trial in point.trials if trial in records):
+            if training is None:
+                continue
+            if training.best_epoch == recipe.epochs:
+                last.append(point.name)
+            for end, names in ((min, lowest), (max, highest)):
+                if len(recipe.rates) > 1 and training.learning_rate == end(recipe.rates):
+                    names.append(point.name)
+    if last:
+        # what was cut off is easy to match, or to beat
+        yield f"A longer training may help what was best at its last epoch: {_names(last)}."
+    if lowest or highest:
+        best = (("lowest", lowest), ("highest", highest))
+        said = "; ".join(f"the {end} for {_names(names)}" for end, names in best if names)
+        yield f"A wider range of learning rates may help: the best one tried was {said}."
+
+
+def _names(names: Iterable[str]) -> str:
+    """Each name once, of many the first few."""
+    each = list(dict.fromkeys(names))
+    more = len(each) - NAMED
+    return ", ".join(each) if more < 2 else f"{', '.join(each[:NAMED])} and {more} more"

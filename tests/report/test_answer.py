@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from depthprobe.evaluation.sufficiency import Needed
 from depthprobe.report.answer import build_answer
 from depthprobe.report.numbers import Summary, summarise
-from depthprobe.runs.records import Validation
+from depthprobe.runs.records import Record, Validation
 from depthprobe.study import override
 
 Make = Callable[..., Any]
@@ -201,10 +201,30 @@ def test_controls_that_weaken_the_answer_are_said(make: Make, tmp_path: Path) ->
         assert f"a fresh head on the last {read} alone reaches" in text
 
 
-def test_a_grid_of_learning_rates_is_no_caveat(make: Make, tmp_path: Path) -> None:
+def test_trainings_that_may_have_gone_further_are_named(make: Make, tmp_path: Path) -> None:
     run = make(tmp_path, users=100)
-    run.study = override(run.study, **{"recipe.learning_rate": [1e-3, 3e-3]})
-    assert not any("learning rate" in text for text in build_answer(run).caveats)
+    run.study = override(run.study, **{"recipe.learning_rate": [1e-3, 3e-3, 1e-2]})
+
+    def train(records: Iterable[Record], rate: float, best: int) -> list[str]:
+        for record in records:
+            record.training.learning_rate, record.training.best_epoch = rate, best
+        return [text for text in build_answer(run).caveats if "may help" in text]
+
+    trained = [record for record in run.records if record.training]
+    whole, epochs = run.study.sasrec.recipe.epochs, run.study.recipe.epochs
+    assert train(trained, 3e-3, 1) == []  # in the middle of all that was tried
+    assert not any("not tuned" in text for text in build_answer(run).caveats)
+    # SASRec has one rate of its own, and more epochs than the others
+    assert whole > epochs
+    assert train((r for r in trained if r.method == "sasrec"), 1e-2, epochs) == []
+    (said,) = train((r for r in trained if r.method == "sasrec"), 1e-2, whole)
+    assert said == "A longer training may help what was best at its last epoch: SASRec."
+    train((r for r in trained if r.method == "random-init"), 1e-3, 2)
+    last, ends = train((r for r in trained if r.method == "full"), 1e-2, epochs)
+    assert last.endswith("epoch: SASRec, teacher 12.")
+    assert re.search(r"was the lowest for random init \d.*; the highest for teacher 12\.$", ends)
+    last, _ = train(trained, 1e-2, epochs)
+    assert re.search(r" and \d+ more\.$", last)  # a sentence, no list of thirty models
 
 
 def test_few_hits_are_counted(make: Make, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _write_inputs(folder: Path, llama_config: Callable[..., Any]) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from depthprobe.models.backbones import embedded_tokenizer
+    from depthprobe.models.embedded import embedded_tokenizer
 
     rng = np.random.default_rng(0)
     lines = []

@@ -22,7 +22,8 @@ def tiny_llama(shared_folder: Callable[..., Path]) -> Path:
     import torch
 
     from depthprobe.cost.table import random_backbone
-    from depthprobe.models.backbones import backbone_config, embedded_tokenizer
+    from depthprobe.models.backbones import backbone_config
+    from depthprobe.models.embedded import embedded_tokenizer
 
     def make(folder: Path) -> None:
         config = backbone_config(SHAPES / "llama-3.2-1b")

@@ -33,8 +33,9 @@ from depthprobe.cost.size import peak_memory
 from depthprobe.cost.table import random_backbone
 from depthprobe.cost.timing import machine, seconds_of, summarize
 from depthprobe.files import write_json
-from depthprobe.models.backbones import backbone_config, resolve_device
+from depthprobe.models.backbones import backbone_config
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.precision import resolve_device
 from depthprobe.training.objectives import make_batch
 
 HERE = Path(__file__).parent

@@ -28,8 +28,9 @@ from depthprobe.cost.size import peak_memory
 from depthprobe.cost.table import random_backbone
 from depthprobe.cost.timing import Action, machine, measure, summarize, times_faster
 from depthprobe.files import write_json
-from depthprobe.models.backbones import backbone_config, resolve_device
+from depthprobe.models.backbones import backbone_config
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.precision import resolve_device
 
 HERE = Path(__file__).parent
 TASKS = ("train", "answer", "one")

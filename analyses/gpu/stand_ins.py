@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.models.backbones import embedded_tokenizer
+from depthprobe.models.embedded import embedded_tokenizer
 
 
 def main() -> None:

@@ -31,8 +31,9 @@ from depthprobe.cost.size import peak_memory
 from depthprobe.cost.timing import processor_name
 from depthprobe.data.prepared import read_data
 from depthprobe.evaluation.ranks import EvalSet, evaluate
-from depthprobe.models.backbones import compute_in_bfloat16, precision_on, pretrained
+from depthprobe.models.backbones import pretrained
 from depthprobe.models.build import build_recommender
+from depthprobe.models.precision import compute_in_bfloat16, precision_on
 from depthprobe.study import PROMPT, Backbone, Data, Recipe
 from depthprobe.training.loop import fit
 from depthprobe.training.objectives import NextItem

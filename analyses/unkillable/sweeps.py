@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depthprobe.models.backbones import embedded_tokenizer
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.runs.store import Run, open_run
 
 COMMAND = Path(__file__).with_name("checkpointing.py")

@@ -32,10 +32,11 @@ from depthprobe.cost.timing import (
     times_faster,
 )
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import backbone_config, resolve_device
+from depthprobe.models.backbones import backbone_config
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import cut_copy, make_trainable
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.precision import resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.tiny import ends_at_positions, positions_of
 from depthprobe.study import Backbone, Checked, Count, CountOrNone, parse_layers

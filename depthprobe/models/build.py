@@ -17,18 +17,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import (
-    QUANTIZED_MARKS,
-    not_finite,
-    pretrained,
-    pretrained_tokenizer,
-)
+from depthprobe.models.backbones import QUANTIZED_MARKS, pretrained, pretrained_tokenizer
 from depthprobe.models.blocks import check_tokens, find_blocks
 from depthprobe.models.cutting import ModelT, keep_blocks, loop_blocks
 from depthprobe.models.narrowing import UnitScores, narrow_blocks, plan_narrowing
 from depthprobe.models.own import load_own
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
+from depthprobe.models.sources import not_finite
 from depthprobe.models.tiny import ends_at_positions, positions_of, steady_positions
 from depthprobe.models.words import Words
 from depthprobe.study import Backbone, SasRecSettings

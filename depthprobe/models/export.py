@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import compute_in_bfloat16, load_backbone, resolve_device
+from depthprobe.models.backbones import load_backbone
 from depthprobe.models.build import build_sasrec, fill, save_weights
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.exits import LIST, Exit, encode_settled
 from depthprobe.models.own import OwnRecommender, code_of, load_own
+from depthprobe.models.precision import compute_in_bfloat16, resolve_device
 from depthprobe.models.quantize import (
     Int8Rows,
     load_parts,

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from depthprobe.errors import BadInput, closest, one_line
-from depthprobe.models.backbones import weights_hash
 from depthprobe.models.blocks import PlainDecoder, find_decoder, refusal
 from depthprobe.models.recommender import Recommender, states_at
+from depthprobe.models.sources import weights_hash
 
 FIELD = "backbone.source"
 REQUIRED = ("backbone", "states", "item_matrix")

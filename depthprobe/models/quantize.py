@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import check_torchao, not_finite
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import linear_maps, save_weights
 from depthprobe.models.own import OwnRecommender
+from depthprobe.models.precision import check_torchao
 from depthprobe.models.recommender import Recommender, is_quantized
+from depthprobe.models.sources import not_finite
 
 ITEMS = "int8-items"
 SCHEMES = ("int8", "int8-dynamic", "int4", ITEMS)

@@ -17,7 +17,8 @@ from depthprobe.evaluation.slices import ALL
 from depthprobe.evaluation.statistics import Interval, ratio_interval
 from depthprobe.formatting import percent, plain_percent
 from depthprobe.methods import base_of
-from depthprobe.models.backbones import EMBEDDED, is_folder
+from depthprobe.models.embedded import EMBEDDED
+from depthprobe.models.sources import is_folder
 from depthprobe.runs.plan import SASREC, TEACHER, full_trial
 from depthprobe.runs.records import FULL, Costs, Record
 from depthprobe.runs.store import Run

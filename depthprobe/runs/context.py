@@ -23,14 +23,7 @@ from depthprobe.evaluation.metrics import TrainingPopularity, training_popularit
 from depthprobe.evaluation.ranks import Encoder, EvalSet, evaluate, make_eval_set, mean_ndcg
 from depthprobe.files import digest_of
 from depthprobe.methods import Task, Trial
-from depthprobe.models.backbones import (
-    HASH,
-    backbone_revision,
-    compute_in_bfloat16,
-    is_same,
-    pinned,
-    resolve_device,
-)
+from depthprobe.models.backbones import HASH, backbone_revision, is_same, pinned
 from depthprobe.models.build import (
     WEIGHTS,
     Shape,
@@ -41,6 +34,7 @@ from depthprobe.models.build import (
     prompt_and_suffix,
 )
 from depthprobe.models.narrowing import UnitScores
+from depthprobe.models.precision import compute_in_bfloat16, resolve_device
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
 from depthprobe.models.words import Words, item_tokens

@@ -21,10 +21,7 @@ from depthprobe.data.statistics import popularity
 from depthprobe.errors import BadInput, one_line, shell_line
 from depthprobe.files import complete_folder, write_json
 from depthprobe.methods import Trial, base_of, method_of
-from depthprobe.models.backbones import (
-    pretrained,
-    pretrained_tokenizer,
-)
+from depthprobe.models.backbones import pretrained, pretrained_tokenizer
 from depthprobe.models.build import Shape, around, load_trained, merge_lora, reshape
 from depthprobe.models.cutting import keep_blocks, unshare_blocks
 from depthprobe.models.export import (

@@ -32,14 +32,11 @@ from depthprobe.files import complete_file, digest_of, remove_leftovers
 from depthprobe.methods import Task, base_of, method_of, method_order
 from depthprobe.models.backbones import (
     backbone_revision,
-    check_torchao,
     describe,
     pinned_now,
-    precision_on,
     pretrained,
     pretrained_config,
     pretrained_tokenizer,
-    resolve_device,
 )
 from depthprobe.models.blocks import check_tokens
 from depthprobe.models.build import Shape, check_lengths, lora_maps, prompt_and_suffix, reshape
@@ -47,6 +44,7 @@ from depthprobe.models.check import check_own
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
 from depthprobe.models.own import OwnRecommender, load_own
+from depthprobe.models.precision import check_torchao, precision_on, resolve_device
 from depthprobe.models.quantize import ITEMS, maps_to_round
 from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import LEARNED, same_backbone, words_digest

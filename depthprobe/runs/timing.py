@@ -19,7 +19,6 @@ from depthprobe.cost.timing import Action
 from depthprobe.data.batches import length_buckets
 from depthprobe.errors import BadInput
 from depthprobe.methods import Trial, base_of, method_of
-from depthprobe.models.backbones import compute_in_bfloat16
 from depthprobe.models.build import (
     Shape,
     build_recommender,
@@ -28,6 +27,7 @@ from depthprobe.models.build import (
     reshape,
     twin_of,
 )
+from depthprobe.models.precision import compute_in_bfloat16
 from depthprobe.models.quantize import make_ready, quantize
 from depthprobe.models.recommender import Recommender, is_quantized
 from depthprobe.models.taps import Plan, standing_in

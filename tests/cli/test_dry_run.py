@@ -24,7 +24,7 @@ def study(
     """Flags of a study of forty users and a two-block backbone, measured for a moment."""
     from transformers import LlamaForCausalLM
 
-    from depthprobe.models.backbones import embedded_tokenizer
+    from depthprobe.models.embedded import embedded_tokenizer
 
     config = llama_config(num_hidden_layers=2, vocab_size=259)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")

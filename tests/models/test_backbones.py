@@ -1,10 +1,8 @@
-"""Loading backbones: every source, what is refused, revisions, code beside a checkpoint, bits."""
+"""Loading backbones: every source, what is refused, revisions, code beside a checkpoint."""
 
 from __future__ import annotations
 
 import builtins
-import copy
-import hashlib
 import json
 import shutil
 import socket
@@ -22,23 +20,15 @@ from depthprobe.models.backbones import (
     backbone_config,
     backbone_revision,
     describe,
-    embedded_backbone,
-    embedded_config,
-    embedded_tokenizer,
-    is_folder,
-    is_same,
     load_backbone,
     load_tokenizer,
     pinned,
     pinned_now,
     pretrained,
-    resolve_revision,
 )
-from depthprobe.models.blocks import find_blocks
-from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.embedded import embedded_backbone, embedded_tokenizer
 from depthprobe.models.families import family_config
-from depthprobe.models.skipping import after_blocks
-from depthprobe.models.taps import tap_blocks
+from depthprobe.models.sources import resolve_revision
 from depthprobe.models.tiny import tiny_model
 from depthprobe.study import Backbone
 
@@ -49,40 +39,13 @@ def no_network(monkeypatch):
         raise socket.gaierror("no name server")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("depthprobe.models.backbones.getproxies", dict)
+    monkeypatch.setattr("depthprobe.models.sources.getproxies", dict)
 
 
 def edit_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_embedded_is_deterministic_and_leaves_the_random_state():
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    first, second, other = embedded_backbone(), load_backbone("embedded"), embedded_backbone(1)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not first.training
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
-    weight = first.model.layers[0].mlp.up_proj.weight
-    assert not torch.equal(weight, other.model.layers[0].mlp.up_proj.weight)
-    assert len(find_blocks(first)) == embedded_config().num_hidden_layers == 12
-    assert first.dtype == torch.float32
-
-
-def test_embedded_tokenizer_round_trips_any_text():
-    tokenizer = embedded_tokenizer()
-    assert len(tokenizer) == embedded_config().vocab_size
-    for text in ("Given the history: ", "  two  spaces\n\ttab", "naïve – 日本 🙂", "", "a</b>"):
-        ids = tokenizer(text)["input_ids"]
-        assert tokenizer.decode(ids) == text
-        assert len(ids) == len(text.encode())
-        assert all(3 <= index < len(tokenizer) for index in ids)
-    padded = load_tokenizer("embedded")(["ab", "abcd"], padding=True, return_tensors="pt")
-    assert padded["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert padded["input_ids"][0, 2:].tolist() == [embedded_config().pad_token_id] * 2
 
 
 def test_folder(saved, make_model, ids):
@@ -220,176 +183,6 @@ def test_remote_code_needs_a_revision():
         load_backbone("nobody/nothing-here", trust_remote_code=True, revision="abc")
 
 
-def test_bad_dtype():
-    with pytest.raises(BadInput, match="dtype: expected .*bfloat16.*'int8'"):
-        load_backbone("embedded", dtype="int8")
-
-
-@pytest.mark.parametrize(
-    ("has", "parameters", "expected"),
-    [
-        ({"avx512_bf16": True}, 10**8, "bfloat16"),
-        ({"amx_bf16": True}, 10**8, "bfloat16"),
-        ({"bf16": True}, 10**8, "bfloat16"),  # ARM
-        ({"avx512_bf16": True}, 10**6, "float32"),
-        ({"avx512_bf16": False, "avx2": True}, 10**8, "float32"),
-        ({}, 10**8, "float32"),
-    ],
-)
-def test_precision_follows_from_the_hardware_and_the_size(monkeypatch, has, parameters, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    assert module.precision_on(torch.device("cpu"), parameters) == expected
-    assert module.precision_on(torch.device("mps"), parameters) == "float32"
-
-
-def test_blocks_in_bfloat16_stay_so_when_cut_copied_or_tapped(make_model):
-    model = make_model("llama").float().eval()
-    ids = torch.arange(12).view(2, 6) % 7
-    with torch.no_grad():
-        exact = model(input_ids=ids).logits
-        with torch.autocast("cpu", torch.bfloat16):
-            expected = model.model(input_ids=ids).last_hidden_state
-        module.compute_in_bfloat16(model)
-        with tap_blocks(model) as tap:
-            found = model.model(input_ids=ids).last_hidden_state
-        states = tap.states
-        assert torch.equal(found, expected)
-        assert {state.dtype for state in states} == {torch.float32}
-        shallow = copy.deepcopy(model)
-        keep_blocks(shallow, [0])
-        one = shallow.model(input_ids=ids).last_hidden_state
-        assert torch.equal(one, after_blocks(model, states[1]))
-        for block in find_blocks(model):
-            block.forward = None  # it raises where it is called
-        with pytest.raises(TypeError):
-            model(input_ids=ids)
-    assert not torch.is_autocast_enabled("cpu")
-    assert not torch.equal(exact, model.lm_head(expected))
-
-
-def test_what_is_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert not is_folder("gpt2")
-    assert not is_folder("org/model")
-    for path in ("a/b/c", "./gpt2", "../gpt2", "~/gpt2", "/gpt2", "my model", "gpt2/", "C:\\gpt2"):
-        assert is_folder(path), path
-    assert is_folder(Path("gpt2"))
-    Path("org/model").mkdir(parents=True)
-    assert is_folder("org/model")
-
-
-@pytest.mark.parametrize("random_init", [None, 0])
-@pytest.mark.parametrize(
-    ("asked", "found"),
-    [(None, "sdpa"), ("auto", "sdpa"), ("eager", "eager"), ("flex_attention", "flex_attention")],
-)
-def test_attention(saved, asked, found, random_init):
-    for source in (saved, "embedded"):
-        model = load_backbone(source, attention=asked, random_init=random_init)
-        assert model.config._attn_implementation == found
-
-
-@pytest.mark.parametrize(
-    "name", ["kernels-community/flash-attn2", "someone/kernel", "flash", "paged|eager", ""]
-)
-def test_attention_of_another_name_would_be_a_download(saved, name):
-    for source in (saved, "embedded"):
-        with pytest.raises(BadInput, match=r"^attention: .*eager, sdpa"):
-            load_backbone(source, attention=name)
-
-
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
-def test_flash_attention_needs_its_package(saved, monkeypatch, name, edit_config):
-    """Without it transformers would fetch a kernel from the hub."""
-    monkeypatch.setattr("depthprobe.models.backbones.is_flash_attn_2_available", lambda: False)
-    monkeypatch.setattr("depthprobe.models.backbones.is_flash_attn_3_available", lambda: False)
-    for source in (saved, "embedded"):
-        with pytest.raises(BadInput, match="package flash-attn installed and a CUDA GPU"):
-            load_backbone(source, attention=name)
-    edit_config(saved, attn_implementation=name)
-    with pytest.raises(BadInput, match="package flash-attn"):
-        load_backbone(saved)
-    assert load_backbone(saved, attention="eager").config._attn_implementation == "eager"
-
-
-def test_a_configuration_that_names_a_kernel_is_refused(saved, edit_config):
-    edit_config(saved, attn_implementation="someone/kernel")
-    for load in (load_backbone, backbone_config):
-        with pytest.raises(BadInput, match="'someone/kernel'.*a kernel to download") as caught:
-            load(saved)
-        assert "\n" not in str(caught.value)
-
-
-# Weights of 8 or 4 bits.
-
-
-@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-@pytest.mark.parametrize(("package", "gpu"), [(False, False), (True, False), (False, True)])
-def test_quantising_needs_the_package_and_a_gpu(saved, monkeypatch, quantize, package, gpu):
-    here = "depthprobe.models.backbones"
-    monkeypatch.setattr(f"{here}.is_bitsandbytes_available", lambda: package)
-    monkeypatch.setattr(f"{here}.torch.cuda.is_available", lambda: gpu)
-    with pytest.raises(
-        BadInput, match=r"pip install 'depthprobe\[quantize\]'.* CUDA GPU"
-    ) as caught:
-        load_backbone(saved, quantize=quantize)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_can_not_be_quantised(saved, monkeypatch, edit_config):
-    with pytest.raises(BadInput, match="quantize: expected one of none, 8bit, 4bit, got '2bit'"):
-        load_backbone(saved, quantize="2bit")
-    for source, seed in ((saved, 0), ("embedded", None), ("embedded", 0)):
-        with pytest.raises(BadInput, match="quantize.*random ones"):
-            load_backbone(source, quantize="4bit", random_init=seed)
-    pretend_a_gpu(monkeypatch)
-    edit_config(saved, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(BadInput, match="not quantised already"):
-        load_backbone(saved, quantize="4bit")
-    load_backbone("embedded", quantize="none")
-
-
-def pretend_a_gpu(monkeypatch):
-    here = "depthprobe.models.backbones"
-    monkeypatch.setattr(f"{here}.is_bitsandbytes_available", lambda: True)
-    monkeypatch.setattr(f"{here}.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(f"{here}.torch.cuda.current_device", lambda: 1)
-
-
-@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-def test_what_transformers_is_asked_for(saved, monkeypatch, quantize):
-    pretend_a_gpu(monkeypatch)
-    model = load_backbone(saved)
-    model.is_loaded_in_4bit = quantize == "4bit"
-    seen = {}
-
-    def from_pretrained(source, **arguments):
-        seen.update(arguments, source=source)
-        nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-        return model, nothing
-
-    monkeypatch.setattr(
-        "depthprobe.models.backbones.AutoModelForCausalLM.from_pretrained", from_pretrained
-    )
-    settings = Backbone(
-        source=str(saved), dtype="bfloat16", attention="eager", quantize=quantize, tuning="lora"
-    )
-    assert pretrained(settings) is model
-    # the base model is what a recommender holds, and what peft asks
-    assert model.base_model.is_loaded_in_4bit == (quantize == "4bit")
-    packed = seen["quantization_config"]
-    assert (packed.load_in_8bit, packed.load_in_4bit) == (quantize == "8bit", quantize == "4bit")
-    if quantize == "4bit":
-        assert packed.bnb_4bit_quant_type == "nf4"
-        assert packed.bnb_4bit_compute_dtype == torch.bfloat16
-    assert seen["device_map"] == {"": 1}
-    assert seen["attn_implementation"] == "eager"
-    assert seen["dtype"] == torch.bfloat16
-    assert seen["use_safetensors"] is True
-    assert seen["trust_remote_code"] is False
-    assert pretrained(Backbone(source=str(saved))) is model
-
-
 # Revisions: a branch is looked up once, a commit is loaded whatever the branch does later.
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -408,7 +201,7 @@ def hub(make_model, tmp_path, monkeypatch) -> Path:
     (repository / "refs" / "v2").write_text(NEW)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(module, "offline", lambda source: True)
+    monkeypatch.setattr("depthprobe.models.sources.offline", lambda source: True)
     return repository
 
 
@@ -463,85 +256,6 @@ def test_pinned_settings_outlive_a_branch(hub):
         pretrained(settings)
 
 
-def test_folders_have_no_commit_but_a_hash(saved):
-    settings = Backbone(source=str(saved))
-    assert pinned_now(settings) == settings
-    digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        digest.update(name.encode() + (saved / name).read_bytes())
-    before, own = backbone_revision(settings), f"sha256:{digest.hexdigest()[:16]}"
-    assert is_same(own, before)  # what runs of an earlier version recorded
-    assert is_same(None, before)
-    assert pinned(settings, before) == settings
-    (saved / "README.md").write_text("nothing that a number depends on")
-    assert backbone_revision(settings) == before
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "merges.txt",
-        "special_tokens_map.json", "added_tokens.json", "vocab.txt", "spiece.model",
-        "chat_template.jinja", "generation_config.json", "modeling_own.py",
-    ],
-)  # fmt: skip
-def test_every_file_that_is_read_is_in_the_hash(saved, name):
-    settings, file = Backbone(source=str(saved)), saved / name
-    before = backbone_revision(settings)
-    old = file.read_bytes() if file.exists() else b""
-    file.write_bytes(old + b" ")
-    assert not is_same(before, backbone_revision(settings))
-    if old:
-        file.write_bytes(old)
-        assert is_same(before, backbone_revision(settings))
-
-
-def shard(folder, *, named=lambda name: name):
-    """Two files and their index, under the names that the index is to give them."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, index = sorted(weights), {}
-    for place, part in enumerate((names[::2], names[1::2])):
-        file = f"part-{place}.safetensors"
-        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, named(file))
-    content = json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(content)
-
-
-def test_shards_are_loaded_and_hashed_with_their_index(saved):
-    whole, settings = load_backbone(saved), Backbone(source=str(saved))
-    shard(saved)
-    assert torch.equal(weight(load_backbone(saved)), weight(whole))
-    before = backbone_revision(settings)
-    for name in ("part-1.safetensors", "model.safetensors.index.json"):
-        old = (saved / name).read_bytes()
-        (saved / name).write_bytes(old + b" ")
-        assert not is_same(before, backbone_revision(settings)), name
-        (saved / name).write_bytes(old)
-
-
-@pytest.mark.parametrize(
-    "named",
-    [
-        lambda name: "pytorch_model.bin",
-        lambda name: f"../outside/{name}",
-        lambda name: f"/{name}",
-        lambda name: 3,
-    ],
-    ids=["pickled", "above", "absolute", "no name"],
-)
-def test_an_index_names_safetensors_of_its_folder_alone(saved, named):
-    outside = saved.parent / "outside"
-    shutil.copytree(saved, outside)
-    shard(outside)
-    shard(saved, named=named)
-    torch.save({}, saved / "pytorch_model.bin")
-    for load in (load_backbone, lambda path: backbone_revision(Backbone(source=str(path)))):
-        with pytest.raises(BadInput, match="backbone: .*"):
-            load(saved)
-
-
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_head_that_alone_is_missing_is_tied(saved, caplog, tmp_path, whole):
     """As in checkpoints of embedding models, with or without the prefix of the base model."""
@@ -564,75 +278,6 @@ def test_a_head_that_alone_is_missing_is_tied(saved, caplog, tmp_path, whole):
     save_file(named, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match="2 of its weights are missing"):
         load_backbone(saved, weights=whole)
-
-
-def test_weights_beyond_a_dtype_are_told_from_damage(saved):
-    file, name = saved / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
-    weights = load_file(file)
-    save_file(weights | {name: weights[name] * 1e7}, file, metadata={"format": "pt"})
-    load_backbone(saved, dtype="bfloat16")
-    with pytest.raises(BadInput, match=f"{name} holds NaN or infinity: .* the range of float16"):
-        load_backbone(saved, dtype="float16")
-
-
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int32])
-def test_a_weight_of_whole_numbers_is_refused(saved, whole, kind):
-    file, name = saved / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
-    weights = load_file(file) | {"model.rotary_emb.inv_freq": torch.arange(4)}
-    save_file(weights, file, metadata={"format": "pt"})
-    load_backbone(saved, weights=whole)
-    save_file(weights | {name: (100 * weights[name]).to(kind)}, file, metadata={"format": "pt"})
-    with pytest.raises(BadInput, match=f"weight {name} is of whole numbers .*quantization_config"):
-        load_backbone(saved, weights=whole)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_weight_in_two_shards_is_refused(saved, whole):
-    shard(saved)
-    file = saved / "part-1.safetensors"
-    weights = load_file(file)
-    stale = next(iter(load_file(saved / "part-0.safetensors")))
-    harmless = {"model.rotary_emb.inv_freq": torch.ones(2)}
-    save_file(weights | harmless, file, metadata={"format": "pt"})
-    save_file(load_file(saved / "part-0.safetensors") | harmless, saved / "part-0.safetensors")
-    load_backbone(saved, weights=whole)
-    again = load_file(saved / "part-0.safetensors")[stale] + 1
-    save_file(weights | {stale: again}, file, metadata={"format": "pt"})
-    with pytest.raises(BadInput, match=f"part-0.* and part-1.* both hold its weight {stale}"):
-        load_backbone(saved, weights=whole)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_clone_without_lfs_is_told(saved, name):
-    embedded_tokenizer().save_pretrained(saved)
-    (saved / "unread.bin").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
-    load_backbone(saved), load_tokenizer(saved)
-    (saved / name).write_text((saved / "unread.bin").read_text())
-    with pytest.raises(BadInput, match=f"{name} is a pointer of Git LFS .*: git lfs pull"):
-        load_backbone(saved), load_tokenizer(saved)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_not_finite_are_refused_by_name(saved, whole, value, dtype):
-    name = "model.layers.4.self_attn.k_norm.weight"
-
-    def damage(weights):
-        weights[name] = weights[name].to(dtype)
-        weights[name][-1] = value
-
-    edit_weights(saved, damage)
-    with pytest.raises(BadInput, match=f"{name} holds NaN or infinity"):
-        load_backbone(saved, weights=whole)
-
-
-def test_numbers_that_a_type_can_not_hold_are_named(saved):
-    edit_weights(saved, lambda weights: weights["model.norm.weight"].fill_(1e6))
-    load_backbone(saved)
-    with pytest.raises(BadInput, match="model.norm.weight holds NaN or infinity"):
-        load_backbone(saved, dtype="float16")
 
 
 def test_an_adapter_beside_the_weights_is_never_taken_in(saved):

@@ -13,12 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import (
-    embedded_backbone,
-    embedded_tokenizer,
-    pretrained,
-    pretrained_config,
-)
+from depthprobe.models.backbones import pretrained, pretrained_config
 from depthprobe.models.build import (
     WEIGHTS,
     around,
@@ -28,6 +23,7 @@ from depthprobe.models.build import (
     prompt_and_suffix,
     save_trained,
 )
+from depthprobe.models.embedded import embedded_backbone, embedded_tokenizer
 from depthprobe.models.families import family_config
 from depthprobe.models.tiny import ends_at_positions, tiny_model
 from depthprobe.study import Backbone

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import embedded_backbone, embedded_tokenizer
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.embedded import embedded_backbone, embedded_tokenizer
 from depthprobe.models.families import family_config
 from depthprobe.models.item_tables import (
     LONGEST_TITLE,

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from depthprobe.cost.size import count_parameters, served_bytes
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import rank_users
-from depthprobe.models.backbones import compute_in_bfloat16
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import cut_copy
 from depthprobe.models.export import load_recommender, write_recommender
 from depthprobe.models.families import family_config
+from depthprobe.models.precision import compute_in_bfloat16
 from depthprobe.models.quantize import GROUP, SCHEMES, int8_rows, make_ready, quantize
 from depthprobe.models.recommender import Recommender, score
 from depthprobe.models.tiny import tiny_model
@@ -202,7 +202,7 @@ def test_what_cannot_be_rounded_is_refused_in_one_line(
     quantize(model, "int8")
     with pytest.raises(BadInput, match="not quantised already"):
         quantize(model, "int8")
-    monkeypatch.setattr("depthprobe.models.backbones.is_torchao_available", lambda: False)
+    monkeypatch.setattr("depthprobe.models.precision.is_torchao_available", lambda: False)
     with pytest.raises(BadInput, match=r"pip install 'depthprobe\[quantize\]'"):
         quantize(make()[0], "int8")
 
@@ -325,7 +325,7 @@ def test_a_damaged_folder_is_refused_in_one_line(
     for name, written in (("items", model), ("blocks", quantized)):
         write(tmp_path / name, written, whole, "float32")
         with monkeypatch.context() as patch:
-            patch.setattr("depthprobe.models.backbones.is_torchao_available", lambda: False)
+            patch.setattr("depthprobe.models.precision.is_torchao_available", lambda: False)
             with pytest.raises(BadInput, match=r"pip install 'depthprobe\[quantize\]'"):
                 load_recommender(tmp_path / name)
     with pytest.raises(BadInput, match="float32"):

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.build import (
     learned_table,
     load_trained,
@@ -22,6 +21,7 @@ from depthprobe.models.build import (
     prompt_and_suffix,
     save_trained,
 )
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.families import family_config
 from depthprobe.models.recommender import Recommender, best_columns
 from depthprobe.models.taps import tap_blocks

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import EvalSet, evaluate
-from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.cutting import keep_blocks
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.export import load_recommender, write_recommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.words import Words, item_tokens, look_alikes

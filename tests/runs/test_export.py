@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import depthprobe as dp
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import embedded_tokenizer
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.export import ExportedRecommender
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial

@@ -29,9 +29,9 @@ from transformers import (
 import depthprobe as dp
 from depthprobe.cli.app import main
 from depthprobe.errors import BadInput
-from depthprobe.models.backbones import embedded_tokenizer
 from depthprobe.models.build import build_recommender
 from depthprobe.models.check import check_own
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.export import load_recommender
 from depthprobe.models.own import load_own, own_facts
 from depthprobe.report.numbers import as_summary

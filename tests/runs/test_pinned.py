@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import depthprobe as dp
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate
-from depthprobe.models.backbones import embedded_tokenizer
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
 from depthprobe.runs.processes import Progress
@@ -40,8 +40,8 @@ def hub(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(OLD)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("depthprobe.models.backbones.offline", lambda source: True)
-    monkeypatch.setattr("depthprobe.models.backbones.offline", lambda source: True)
+    monkeypatch.setattr("depthprobe.models.sources.offline", lambda source: True)
+    monkeypatch.setattr("depthprobe.models.sources.offline", lambda source: True)
     return repository
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from depthprobe.errors import BadInput
 from depthprobe.evaluation.ranks import evaluate
-from depthprobe.models.backbones import embedded_tokenizer
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.export import load_recommender
 from depthprobe.models.own import own_facts
 from depthprobe.models.quantize import load_parts
@@ -246,7 +246,7 @@ def test_no_onnx_of_few_bits(run: Run, tmp_path: Path) -> None:
 def test_without_torchao_nothing_is_begun(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("depthprobe.models.backbones.is_torchao_available", lambda: False)
+    monkeypatch.setattr("depthprobe.models.precision.is_torchao_available", lambda: False)
     with pytest.raises(BadInput, match=r"methods: 'int8': torchao, .* 'depthprobe\[quantize\]'"):
         run_sweep(replace(study, methods=("full", "int8"), variants={}), tmp_path / "run", jobs=0)
     assert not (tmp_path / "run").exists()

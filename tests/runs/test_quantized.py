@@ -14,8 +14,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depthprobe.evaluation.ranks import evaluate
-from depthprobe.models.backbones import embedded_tokenizer, pretrained
+from depthprobe.models.backbones import pretrained
 from depthprobe.models.build import build_recommender
+from depthprobe.models.embedded import embedded_tokenizer
 from depthprobe.models.export import load_recommender
 from depthprobe.runs.context import Context
 from depthprobe.runs.export import export_trial
@@ -35,7 +36,7 @@ def quantized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Study:
     if not torch.cuda.is_available():
-        monkeypatch.setattr("depthprobe.models.backbones.can_quantize", lambda: True)
+        monkeypatch.setattr("depthprobe.models.precision.can_quantize", lambda: True)
         monkeypatch.setattr("torch.cuda.current_device", lambda: "cpu")
     # bitsandbytes packs rows and columns in blocks
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}

@@ -1,4 +1,4 @@
-"""All metrics: of a target's rank, and of what is recommended to all users together."""
+"""All metrics: of a target's rank, and of the lists recommended to all users together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from depthprobe.data.splits import Split
 
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")  # of every table
 TOP = 10  # items in a list
-LISTS = f"top-{TOP}"  # the name of the lists among the ranks by protocol
+LISTS = f"top-{TOP}"  # key of the lists among the ranks by protocol
 
 # Metrics of ranks: one target a user, and a mean is the mean of per-user values.
 
@@ -61,7 +61,7 @@ def per_user_metric(ranks: Any, name: str) -> np.ndarray:
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:
-    """Refuse a table row that no set of ranks can give; other metrics are passed over.
+    """Refuse a table row that no set of ranks can give; other metrics are ignored.
 
     The share HR@K - HR@1 has ranks above 1 and up to K, and so bounds the rest:
     ``HR@1 + (HR@K - HR@1) / log2(K + 1) <= NDCG@K <= HR@1 + (HR@K - HR@1) / log2(2.5)``, and
@@ -86,7 +86,7 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
             at_most(metrics[low], low, metrics[high], high)
     for hits in (name for name in metrics if name.startswith("HR@")):
         cut, share = _cut_off(hits), metrics[hits]
-        # without HR@1 it may be anything up to HR@K: all on top, or none
+        # without HR@1 the bounds are 0 and HR@K
         top, bottom = metrics.get("HR@1", share), metrics.get("HR@1", 0.0)
         bound = f"its bound from HR@1 and {hits}"
         if (name := f"NDCG@{cut}") in metrics:
@@ -122,14 +122,14 @@ def _checked_ranks(ranks: Any) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class TrainingPopularity:
-    """How popular items are in training, and what the test's users chose there."""
+    """How popular items are in training, and how popular the test users' own choices were."""
 
     popularity: np.ndarray  # (I,) int64, training interactions of each item
     usual: float  # the mean over test users of their training items' mean popularity, maybe NaN
 
 
 def training_popularity(split: Split) -> TrainingPopularity:
-    """The popularity of each item in training, and of what the test's users chose there."""
+    """Compute the popularity of each item in training, and of the test users' choices."""
     sequences, users = split.sequences, split.test.users
     items = np.asarray(sequences.items)
     popularity = np.bincount(items[split.trained], minlength=sequences.n_items + 1)
@@ -148,12 +148,12 @@ def exposure(lists: np.ndarray, n_items: int) -> np.ndarray:
 def list_metrics(counts: np.ndarray, training: TrainingPopularity) -> dict[str, float]:
     """Coverage, Gini index and popularity of the recommended items; empty where there are none.
 
-    - ``coverage@10``: the share of the catalogue that is recommended to anybody (Herlocker et al.
+    - ``coverage@10``: the share of the catalogue that is recommended to any user (Herlocker et al.
       2004; Ge, Delgado-Battenfeld and Jannach 2010). E lists of K items can't cover more than
       ``E K / I``.
     - ``gini@10``: :func:`gini`.
-    - ``popularity@10``: mean popularity of what is recommended, over that of what users chose; 1 is
-      as popular. With lists of one length the numerator is the average recommendation popularity
+    - ``popularity@10``: mean popularity of the recommended items over that of the users' choices; 1
+      is equal. With lists of one length the numerator is the average recommendation popularity
       (Yin et al. 2012), and the value is 1 + the relative change of group average popularity with
       all users as one group (Abdollahpouri et al. 2019, arXiv 1907.13286). Left out where no
       tested user has training items.
@@ -171,11 +171,11 @@ def list_metrics(counts: np.ndarray, training: TrainingPopularity) -> dict[str, 
 
 
 def gini(counts: np.ndarray) -> float:
-    """How unevenly items are recommended: 0 is each equally often, ``1 - 1 / I`` one item alone.
+    """How unevenly items are recommended: 0 is each equally often, ``1 - 1 / I`` only one item.
 
-    Half the mean absolute difference between two items' counts (I,), over the mean count:
-    ``sum_i (2 i - I - 1) c_(i) / (I sum c)`` with counts in ascending order, items that nobody
-    gets included (Shani and Gunawardana 2011, who divide by I - 1).
+    Half the mean absolute difference between two items' counts (I,), over the mean count: ``sum_i
+    (2 i - I - 1) c_(i) / (I sum c)`` with counts in ascending order, including items that nobody
+    gets (Shani and Gunawardana 2011, who divide by I - 1).
     """
     ordered = np.sort(counts).astype(np.float64)
     weights = 2 * np.arange(1, len(ordered) + 1) - len(ordered) - 1

@@ -1,4 +1,4 @@
-"""Ranks of targets among all items, tie-aware; the scores of the catalogue exist in chunks only."""
+"""Ranks of targets among all items, with ties; scores of the catalogue exist only in chunks."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def rank_users(
 ) -> dict[str, Tensor]:
     """Rank each user's target by ``vectors @ item_matrix.T``, in chunks of users.
 
-    The target's score is read out of the catalogue's: a dot product made apart can differ in the
-    last bit, and an item tied with the target would then count as above or below it. Half precision
-    is raised to float32, as it ties items that are not equal.
+    The target's score is taken from the catalogue's scores: a separate dot product can differ in
+    the last bit, and would place an item tied with the target above or below it. Half precision is
+    raised to float32, since it ties items that are not equal.
 
     Args:
         vectors: (E, d), one a user.
@@ -98,8 +98,8 @@ def rank_users(
         seen: for each user the items to leave out, repeats allowed; the target is ranked even if
             it is among them.
         negatives: (E, n), items 1..I, for the sampled protocol.
-        top: how many of each user's best items to return as well, without the seen ones.
-        chunk_bytes: most memory that the scores of a chunk take, and again for working on them.
+        top: how many of each user's best items to return too, without the seen ones.
+        chunk_bytes: memory limit for a chunk's scores; ranking needs as much again.
 
     Returns:
         ``{"full": (E,)}`` and, with negatives, ``"sampled-<n>"``: float64 on the CPU. With
@@ -112,7 +112,7 @@ def rank_users(
     dtype = torch.promote_types(vectors.dtype, item_matrix.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     vectors = vectors.to(dtype)
-    # int8 rows become numbers where they are scored
+    # int8 rows are converted when they are scored
     table = item_matrix if is_quantized(item_matrix) else item_matrix.to(device, dtype)
     columns = torch.as_tensor(targets).to(device).long() - 1  # (E,): column c is item c + 1
     _check_range("targets", columns + 1, 1, n_items)
@@ -123,20 +123,20 @@ def rank_users(
     if top:
         ranks[f"top-{top}"] = torch.empty((n_users, top), dtype=torch.int64)
     size = min(max(1, chunk_bytes // (n_items * vectors.element_size())), n_users)
-    # used again for every chunk: fresh memory of this size costs as much as half the product
+    # reused for every chunk: allocating it anew costs half as much as the product
     room = vectors.new_empty((size, n_items))
     marks = torch.empty_like(room, dtype=torch.float32)
     for start in range(0, n_users, max(size, 1)):
         part = slice(start, min(start + size, n_users))
         scores = score(vectors[part], table, room[: part.stop - start], first=1)  # (C, I)
-        # one pass: a sum is NaN where a score is; inf - inf is too, so look again before refusing
+        # one pass: a sum with a NaN is NaN; so is inf - inf, so check again before refusing
         if not torch.isfinite(scores.sum()):
             _check_nan(scores, first=start)
         column, mark = columns[part, None], marks[: len(scores)]  # (C, 1), (C, I)
         at_target = scores.gather(1, column)  # (C, 1)
-        # all items first, then less the seen ones: they are few, and a mask would be (C, I)
+        # count all items, then subtract the few seen ones: a mask would be (C, I)
         above = _count(torch.gt(scores, at_target, out=mark))
-        level = _count(torch.ge(scores, at_target, out=mark))  # tied ones and the target too
+        level = _count(torch.ge(scores, at_target, out=mark))  # with tied items and the target
         if seen is not None:
             pairs = _pairs(seen[part], n_items, device)
             other = pairs[1] != column[pairs[0], 0]
@@ -144,7 +144,7 @@ def rank_users(
             apart, limit = scores[rows, left_out], at_target[rows, 0]
             above -= torch.bincount(rows[apart > limit], minlength=len(scores))
             level -= torch.bincount(rows[apart >= limit], minlength=len(scores))
-        # above + 1 .. level are the places of the tied items
+        # the tied items share the places above + 1 to level
         full[part] = (above + level + 1).cpu().double() / 2
         if negatives is not None:
             drawn = torch.as_tensor(negatives[part]).to(device).long() - 1  # (C, n)
@@ -162,17 +162,17 @@ def rank_users(
 
 
 def _count(marks: Tensor) -> Tensor:
-    """The number of ones in each row: many times faster than over booleans on a CPU."""
+    """The number of ones in each row; on a CPU many times faster than summing booleans."""
     exact = torch.float32 if marks.shape[1] <= 2**24 else torch.float64
     return marks.sum(1, dtype=exact).long()
 
 
 def _pairs(seen: Sequence[np.ndarray], n_items: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Distinct (row, column) pairs of what a chunk of users has seen."""
+    """Distinct (row, column) pairs of the items that a chunk of users has seen."""
     rows = np.repeat(np.arange(len(seen), dtype=np.int64), [len(items) for items in seen])
     items = np.concatenate([np.empty(0, np.int64), *(np.asarray(one, np.int64) for one in seen)])
     _check_range("seen items", torch.from_numpy(items), 1, n_items)
-    # a repeated item is left out once
+    # an item seen twice must be subtracted once
     pairs = torch.from_numpy(np.unique(rows * n_items + items - 1)).to(device)
     return pairs // n_items, pairs % n_items
 
@@ -192,10 +192,10 @@ def _check_nan(scores: Tensor, *, first: int = 0) -> None:
 def top_lists(scores: Tensor, k: int) -> Tensor:
     """The best items 1..I of each row of scores (C, I), the lower one first on ties: int64 (C, k).
 
-    0 where no item is left: -inf is never recommended. What ``best_columns`` finds, for little more
-    than the price of a maximum. A row is cut into blocks of neighbouring columns. Its ``k`` best
-    all lie in the ``k`` blocks with the highest maxima, of equal ones the first: any other block
-    has ``k`` columns before it. So only these are sorted, about ``2 sqrt(k I)`` numbers of I.
+    0 if no item is left: -inf is never recommended. Equal to ``best_columns``, for little more than
+    the price of a maximum. A row is cut into blocks of neighbouring columns. Its ``k`` best all lie
+    in the ``k`` blocks with the highest maxima, the first ones on ties: any other block has ``k``
+    better columns before it. So only these are sorted, about ``2 sqrt(k I)`` numbers of I.
     """
     width = scores.shape[1]
     most = min(k, width)
@@ -208,7 +208,7 @@ def top_lists(scores: Tensor, k: int) -> Tensor:
         if n_full * block < width:  # the last block is shorter
             rest = scores[:, n_full * block :].amax(1, keepdim=True)
             highest = torch.cat([highest, rest], dim=1)
-        # in the order of the columns, so that of equal scores the lower column comes first below
+        # in the order of the columns, so that the lower column comes first on ties below
         chosen = best_columns(highest, most)[0].sort(dim=1).values  # (C, k)
         places = torch.arange(block, device=scores.device)
         columns = (chosen[:, :, None] * block + places).flatten(1)  # (C, k * block)
@@ -225,7 +225,7 @@ def top_lists(scores: Tensor, k: int) -> Tensor:
 
 
 class Encoder(Protocol):
-    """What can be evaluated: histories to user vectors, scored by dot product with the items."""
+    """A model that can be evaluated: it encodes histories, and scores items by dot product."""
 
     def encode(self, histories: Tensor, lengths: Tensor) -> Tensor:
         """(B, T) right-padded item ids and (B,) lengths -> (B, d) user vectors."""
@@ -237,17 +237,17 @@ class Encoder(Protocol):
 
 
 def shared_prompt(model: Encoder) -> tuple[Any, ...]:
-    """The prompt that all users share, run once: a last argument of ``encode``; () without one."""
+    """The shared prompt, run once, as the last argument of ``encode``; () without a prompt."""
     prepare = getattr(model, "prepare_prompt", None)
     prompt = prepare() if prepare is not None else None
     return () if prompt is None else (prompt,)
 
 
 class Batches(Generic[T]):
-    """Batches of like length, the longest first; halved when memory runs out.
+    """Batches of similar length, the longest first; halved when memory runs out.
 
-    Work on each batch inside ``with batches.retry():``. One that does not fit comes again in
-    halves, and all later ones are as small. So the work must not add to a total before its end.
+    Work on each batch inside ``with batches.retry():``. A batch that does not fit comes again in
+    halves, and later batches are as small. So a total may be changed only at the end of the work.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class Batches(Generic[T]):
     ) -> None:
         """Cut ``lengths`` into batches of ``size``; ``make`` turns indices (B,) into a batch.
 
-        A batch, its padding included, is as long as ``positions`` at most.
+        A batch has at most ``positions`` positions, padding included.
         """
         self._lengths, self._positions = np.asarray(lengths), positions
         self._waiting = deque(length_buckets(lengths, size))
@@ -279,7 +279,7 @@ class Batches(Generic[T]):
                 continue
             self._failed = False
             yield self._make(chosen)
-            if self._failed:  # only now: the error's traceback held on to what did not fit
+            if self._failed:  # only here: before, the error's traceback kept the tensors alive
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 self._size = (len(chosen) + 1) // 2
@@ -289,7 +289,7 @@ class Batches(Generic[T]):
 
     @contextmanager
     def retry(self) -> Iterator[None]:
-        """Within the context, running out of memory is an error with a single user alone."""
+        """Inside the context, running out of memory is an error only for a batch of one user."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -310,7 +310,7 @@ class UserBatch(NamedTuple):
 class EvalSet:
     """Users, their histories, and the target that a model must rank.
 
-    With ``lists``, each user's :data:`~depthprobe.evaluation.metrics.TOP` best items come along.
+    With ``lists``, each user's :data:`~depthprobe.evaluation.metrics.TOP` best items are returned.
     """
 
     users: np.ndarray  # (E,)
@@ -322,18 +322,18 @@ class EvalSet:
 
     @cached_property
     def misses(self) -> np.ndarray:
-        """Whose target is among the items left out, bool (E,)."""
+        """Users whose target is among the excluded items, bool (E,)."""
         if self.seen is None:
             return np.zeros(len(self.targets), dtype=bool)
         return np.array([t in own for t, own in zip(self.targets, self.seen, strict=True)], bool)
 
     @property
     def lengths(self) -> list[int]:
-        """Of the histories."""
+        """Lengths of the histories."""
         return [len(history) for history in self.histories]
 
     def batch(self, chosen: np.ndarray, device: torch.device) -> UserBatch:
-        """The chosen users, (B,) of their indices."""
+        """A batch of the users with these indices, (B,)."""
         own = [self.histories[i] for i in chosen]
         lengths = torch.tensor([len(history) for history in own])
         return UserBatch(chosen, torch.from_numpy(pad(own)).to(device), lengths.to(device))
@@ -341,7 +341,7 @@ class EvalSet:
     def batches(
         self, *, device: torch.device, size: int = BATCH, model: Encoder | None = None
     ) -> Batches[UserBatch]:
-        """All users in batches of like length, as long as the model reads them."""
+        """All users in batches of similar length, cut to what the model reads."""
         make = partial(self.batch, device=device)
         if getattr(model, "words", None) is None:
             return Batches(self.lengths, size, make)
@@ -354,7 +354,7 @@ class EvalSet:
         """Ranks of the chosen users' targets by protocol, from user vectors (B, d).
 
         A target among the seen items is never served: its rank is infinite, its metrics are 0.
-        With ``lists``, ``"top-10"`` has their best items, (B, 10); ``top`` is another length.
+        With ``lists``, ``"top-10"`` has the best items, (B, 10); ``top`` asks for another length.
         """
         ranks = rank_users(
             vectors,
@@ -372,7 +372,7 @@ class EvalSet:
     def rank_models(
         self, models: list[Ranks], chosen: np.ndarray, vectors: Tensor, items: Tensor
     ) -> None:
-        """Rank the chosen users' targets by K models, into each model's ranks of all users.
+        """Rank the chosen users' targets by K models, into arrays of all users' ranks, one a model.
 
         ``models`` is empty before the first batch. ``vectors`` (K, B, d) are those of each model.
         """
@@ -394,9 +394,9 @@ def make_eval_set(
     negatives: np.ndarray | None = None,
     limit: int | None = None,
 ) -> EvalSet:
-    """The users and targets of ``validation`` or ``test``; negatives (E, n) are of all its users.
+    """The users and targets of ``validation`` or ``test``; negatives (E, n) are for all its users.
 
-    With a limit so many users, drawn with a fixed seed: the same ones for every model of a study.
+    A limit draws that many users with a fixed seed: the same ones for every model of a study.
     """
     users = split.part(part).users
     chosen = np.arange(len(users))
@@ -415,7 +415,7 @@ def make_eval_set(
 def evaluate(model: Encoder, eval_set: EvalSet, *, device: torch.device) -> Ranks:
     """Rank of every user's target by protocol, each (E,); the model must be in eval mode.
 
-    Where the eval set wants lists, ``"top-10"`` has each user's best items, int32 (E, 10).
+    If the eval set asks for lists, ``"top-10"`` has each user's best items, int32 (E, 10).
     """
     models: list[Ranks] = []
     prompt = shared_prompt(model)

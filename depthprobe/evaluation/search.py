@@ -1,27 +1,27 @@
 """The search for the sufficient depth: what to train next, and what is shown so far.
 
-A search is a function of what has been trained: given the same values it says the same, whoever
-asks and in whatever order the depths were trained. Two things are kept apart.
+A search is a function of the trained values: equal values give equal answers, in whatever order the
+depths were trained. Two questions are kept apart.
 
 **What is shown** is decided on test users by the test of :mod:`.sufficiency`, so that with
 confidence ``level`` no depth at all is wrongly shown, though seeds are added one at a time and the
 search itself picks the depths:
 
 - All depths share the level equally, and one that is shown hands its own on to the next shallower
-  one: the fallback procedure of a full sweep. It holds in whatever order the depths are looked at,
-  for one that is never trained is one that never passes.
+  one: the fallback procedure of a full sweep. It holds for any order of looks, since a depth that
+  is never trained never passes.
 - A depth is looked at after 2, 3, ... seeds, and its level is spent over the looks, nearly all of
-  it at the last (Lan and DeMets 1983; the power family of Kim and DeMets 1987). A level that grows
-  is no harm (Maurer and Bretz 2013).
-- Few trainings tell little of luck, and the test allows for that: see
+  it at the last (Lan and DeMets 1983; the power family of Kim and DeMets 1987). The level may grow
+  (Maurer and Bretz 2013).
+- Few trainings say little about the variance between seeds, and the test allows for that: see
   :meth:`.NonInferiority.p_value`.
 - A depth is *refuted* where the opposite passes the same test, each of K depths at a Kth of
   ``1 - level``.
 
-With everything trained the verdict is the sweep's, but for what the looks cost.
+With everything trained the verdict is the sweep's, except for the level that the looks cost.
 
-**What to train next** only has to be cheap. A Gaussian process over depths puts together what the
-probes predict and what was measured; it gives the odds that a depth passes after all seeds. A depth
+**What to train next** only has to be cheap. A Gaussian process over depths combines the probes'
+predictions with the measurements; it gives the odds that a depth passes after all seeds. A depth
 may need the levels of deeper ones, so the search compares *chains* of neighbours that all have to
 pass. Next is a training of the chain with the best odds for its cost. The search ends when no depth
 below the smallest one shown has odds worth the cost.
@@ -52,10 +52,10 @@ from depthprobe.evaluation.sufficiency import (
 
 Seeds = Mapping[int, Any]  # per-user values (U,) by seed
 MOST = 0.7  # share of a full sweep's compute that a search may take
-WARY = 4  # power of that share, which are the odds that are worth it
-LATE = 10  # power of the information, as which the level is spent: 98 % of it is left at the end
-SPREAD, REACH, ROUGH = 0.06, 1.5, 0.02  # of shares about the prediction: see analyses/find
-MENDED = 0.5  # what is left, when a depth is trained, of what its read-out loses
+WARY = 4  # odds that are worth a training: that share to this power
+LATE = 10  # the level is spent as the information to this power: 98 % of it is left at the end
+SPREAD, REACH, ROUGH = 0.06, 1.5, 0.02  # of shares around the prediction: see analyses/find
+MENDED = 0.5  # part of a read-out's loss that remains after training
 COMMON = 0.5  # correlation of two depths' errors: both are compared with one teacher
 GRID = 801  # points of a density
 
@@ -70,12 +70,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Search:
-    """How far a search is.
+    """The state of a search.
 
-    ``verdict`` is about the depths that have been compared; None before the first. ``seeds`` says
-    with how many, by depth. ``odds``, of all depths, are that each would be shown with all seeds of
-    its own and of the deeper ones that it may need, up to its depth in ``chains``. ``next`` is None
-    when the search has ended.
+    ``verdict`` is about the depths compared so far, None before the first; ``seeds`` has their
+    numbers of seeds. ``odds`` has for every depth the odds that it would be shown with all seeds,
+    its own and those of the deeper depths that it may need, up to the one in ``chains``. ``next``
+    is None when the search has ended.
     """
 
     verdict: Sufficiency | None
@@ -92,7 +92,7 @@ class Search:
 
     @property
     def open(self) -> tuple[int, ...]:
-        """Depths of which nothing is shown, below the smallest that suffices."""
+        """Undecided depths below the smallest that suffices."""
         below = self.shown or math.inf
         return tuple(depth for depth in self.odds if depth < below and depth not in self.refuted)
 
@@ -109,16 +109,16 @@ def search(
     margin: float = 0.01,
     level: float = 0.95,
 ) -> Search:
-    """What is shown by the trainings so far, and which should be next.
+    """What the trainings show so far, and which training should be next.
 
     Args:
         teacher: its per-user values of a metric, by seed.
-        candidates: the same of the depths that were trained.
-        blocks: of the teacher, what its training costs where a depth costs its depth.
-        predicted: the share of the teacher's accuracy that each depth may keep, by validation
-            users; its keys are the depths to search in.
-        seeds: at most, of every depth.
-        lost: trainings that failed: of the teacher they take their seed out.
+        candidates: the same for the trained depths.
+        blocks: of the teacher. A training's cost is its depth.
+        predicted: the share of the teacher's accuracy that each depth is predicted to keep, from
+            validation users; its keys are the depths to search in.
+        seeds: the most seeds of a depth.
+        lost: trainings that failed. A failed teacher removes its seed.
         method: how candidates are trained, as the rows name it.
         margin: the acceptable relative loss.
         level: confidence.
@@ -128,7 +128,7 @@ def search(
     pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for depth in depths:
         common = sorted(teacher.keys() & candidates.get(depth, {}).keys())
-        # of one user, or a teacher that hits no target, nothing can be told
+        # with one user, or a teacher that hits no target, nothing can be decided
         if any(len(teacher[seed]) > 1 and np.any(teacher[seed]) for seed in common):
             own = [[arm[seed] for seed in common] for arm in (candidates[depth], teacher)]
             pairs[depth] = np.array(own[0], float), np.array(own[1], float)
@@ -205,7 +205,7 @@ def _next(
     seeds: int,
     lost: Collection[Step],
 ) -> tuple[dict[int, float], dict[int, int], Step | None]:
-    """The odds of each depth, where its chain begins, and the training that is worth most.
+    """The odds of each depth, the start of its chain, and the most useful next training.
 
     A chain goes from a depth down to a shallower one, and each of them gets the levels of those
     above it if these pass. Their errors are much alike, so a chain is about as likely as its least
@@ -254,21 +254,21 @@ def _next(
 
 @dataclass(frozen=True)
 class Replay:
-    """The order in which a search trained, and how far it was before each step and at the end."""
+    """The order in which a search trained, and its state before each step and at the end."""
 
     steps: tuple[Step, ...]
     states: tuple[Search, ...]  # one more than steps
 
     @property
     def cost(self) -> int:
-        """Of all steps, where a training costs its depth."""
+        """The cost of all steps, each training counted by its depth."""
         return sum(step.depth for step in self.steps)
 
 
 def replay(
     trained: Mapping[int, Seeds], *, blocks: int, lost: Collection[Step] = (), **asked: Any
 ) -> Replay:
-    """What a search would have done that began with nothing: its order, as far as values go.
+    """What a search that began with nothing would have done, as far as the values reach.
 
     Args:
         trained: per-user values by depth and seed, the teacher's under ``blocks``.
@@ -305,7 +305,7 @@ def look_level(alpha: float, look: int, last: int) -> float:
 
 
 def late(alpha: float, share: float) -> float:
-    """Spend nearly all at the last look (Kim and DeMets 1987)."""
+    """Spend nearly all of the level at the last look (Kim and DeMets 1987)."""
     return alpha * share**LATE
 
 
@@ -313,7 +313,7 @@ def late(alpha: float, share: float) -> float:
 def spent(
     alpha: float, last: int, spending: Callable[[float, float], float] = late
 ) -> tuple[float, ...]:
-    """The level of each look's p-value, after 2 to ``last`` seeds, with so much spent over them.
+    """The level of each look's p-value, after 2 to ``last`` seeds, for the levels to spend.
 
     By the recursion of Armitage, McPherson and Rowe (1969) for a sum with independent increments,
     whose density, where no look has passed yet, is kept on a grid. The information of S seeds is

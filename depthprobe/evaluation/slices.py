@@ -14,17 +14,17 @@ from depthprobe.evaluation.metrics import training_popularity
 from depthprobe.evaluation.statistics import LEVEL, mean_bounds
 
 ALL = "all"
-FEWEST = 30  # users of a slice with an interval: of fewer, most of whom have 0, it is no good
+FEWEST = 30  # fewest users of a slice with an interval: with fewer it does not hold
 SHORT, LONG = 0.2, 0.2  # shares of the training interactions that the head and the tail hold
 GROUPS = ("head", "middle", "tail", "cold")
-MOST = 8  # labels of an own column that are slices of their own
+MOST = 8  # most labels of a user's column that become slices
 OTHER, UNKNOWN = "other", "unknown"
-RESERVED = frozenset({ALL, "history", "target", "user"})  # names that no own column may have
+RESERVED = frozenset({ALL, "history", "target", "user"})  # names that a user's column must not have
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A way to cut the test users into slices, each user in one."""
+    """A way to divide the test users into slices, each user in one."""
 
     name: str
     labels: tuple[str, ...]
@@ -37,7 +37,7 @@ class Family:
 
 
 def families(split: Split, own: Mapping[str, Sequence[str]] | None = None) -> list[Family]:
-    """``history`` and ``target`` of the split's test users, and own ones by name and labels."""
+    """``history`` and ``target`` of the test users, and the user's own by name and labels."""
     users, places = split.test.users, split.test.targets
     groups = popularity_groups(training_popularity(split).popularity)[split.targets("test") - 1]
     return [

@@ -1,12 +1,13 @@
 """Intervals in closed form, with t quantiles: over users, and over seeds where there are several.
 
-Values are per user, (U,), or (S, U) with a row a seed; arms of a comparison are paired by both.
-Users and seeds are both samples. What a mean of D over all varies by is, from users, V_u: the
-variance over users of D's mean over seeds, / U; and from seeds s2 / S: s2 is the variance over
-seeds of D's mean over users, less what of it is noise that V_u holds already. For a difference D
-is ``x - r``, for a ratio ``(x - theta r) / mean(r)``.
+Values are per user, (U,), or (S, U) with a row per seed; arms of a comparison are paired by both.
+Users and seeds are both samples. The variance of D's mean has two parts. From users, V_u: the
+variance over users of D's mean over seeds, divided by U. From seeds, s2 / S: s2 is the variance
+over seeds of D's mean over users, less the users' noise in it, which V_u holds already. For a
+difference D is ``x - r``, for a ratio ``(x - theta r) / mean(r)``.
 
-One seed tells nothing of others: its interval is over users alone. One user has no interval.
+With one seed the interval is over users only, since it says nothing about other seeds. One user
+gives no interval.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def ratio_interval(candidate: Any, reference: Any, *, level: float = LEVEL) -> I
 def interaction_interval(
     one: Any, other: Any, both: Any, reference: Any, *, level: float = LEVEL
 ) -> Interval:
-    """What two changes lose together beyond the sum of what each loses alone, paired.
+    """The loss of two changes together, less the sum of their single losses; paired.
 
     A loss is a share of the reference's mean, ``1 - mean(x) / mean(reference)``. So this is
     ``mean(one + other - both - reference) / mean(reference)``: 0 where the losses add up, above 0
@@ -79,7 +80,7 @@ def interaction_interval(
     bottom = base.mean()
     if not bottom:
         raise ValueError("the reference's mean is 0: a ratio to it has no meaning")
-    contrast = (first - joint) + (second - base)  # exactly 0 where the second change makes none
+    contrast = (first - joint) + (second - base)  # exactly 0 where the second change has no effect
     share = contrast.mean() / bottom
     return _interval(share, (contrast - share * base) / bottom, level)
 
@@ -135,11 +136,11 @@ def as_arms(arms: Sequence[Any]) -> list[np.ndarray]:
 
 
 class Spread(NamedTuple):
-    """How a mean over a table (S, U) varies; covariances where it is of two tables."""
+    """The variance of a mean over a table (S, U), by source; of two tables, the covariance."""
 
     users: Any  # V_u, variance of the mean from the sample of users
     seeds: Any  # s2, variance of a single seed's mean; 0 for one seed
-    noise: Any  # what of s2 is the users' noise in a single seed
+    noise: Any  # the users' noise in s2
 
 
 def spread(one: np.ndarray, other: np.ndarray) -> Spread:
@@ -181,5 +182,5 @@ def _interval(
     error, df = standard_error(of, n_users=n_users, n_seeds=n_seeds)
     reach = float(stdtrit(df, (1 + level) / 2)) * error
     low = value - reach
-    # no share and no metric is below 0
+    # shares and metrics can't be below 0
     return Interval(float(value), float(max(low, 0.0) if positive else low), float(value + reach))

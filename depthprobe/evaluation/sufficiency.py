@@ -1,18 +1,19 @@
-"""The sufficient depth: the smallest that keeps the teacher's accuracy, shown and not just seen.
+"""The sufficient depth: the smallest depth that is shown by a test to keep the teacher's accuracy.
 
 A candidate is *shown* to suffice by a test of non-inferiority, paired by user and seed: the mean of
 ``D = x - (1 - margin) r`` is above 0, x and r being the candidate's and the reference's values.
 
-- The error of D's mean takes the seeds' variance of all trained candidates, or the candidate's own
-  where that is larger: of three seeds one variance is known so badly that a candidate with a small
-  one by chance would pass far too often.
-- Looking at many candidates and taking the smallest that passes would pass too easily too. Methods
-  share ``1 - level`` equally, and the K depths of a method its part. Each is tested in its turn,
-  the deepest first, and one that passes hands its level on to the next shallower one (the fallback
-  procedure: Wiens and Dmitrienko 2005, J. Biopharm. Stat. 15). So with confidence ``level`` no
-  candidate at all is wrongly shown.
-- Where few users tell a candidate from the reference, one more is counted who loses a usual hit.
-- One seed shows spreads: how much trainings differ is not known.
+- The error of D's mean uses the seeds' variance averaged over all trained candidates, or the
+  candidate's own if that is larger. Three seeds estimate a variance so badly that a candidate whose
+  own is small by chance would pass far too often.
+- Testing many candidates and taking the smallest that passes would show too many. So methods share
+  ``1 - level`` equally, and the K depths of a method share its part. The deepest is tested first,
+  and one that passes hands its level on to the next shallower one (the fallback procedure: Wiens
+  and Dmitrienko 2005, J. Biopharm. Stat. 15). So with confidence ``level`` no candidate at all is
+  wrongly shown.
+- If few users differ between a candidate and the reference, one more is counted who loses a usual
+  hit.
+- One seed never shows a depth, since the variance between trainings is unknown.
 
 :func:`compare` puts the same test to results that exist already, without a search for a depth.
 """
@@ -45,19 +46,20 @@ Key = TypeVar("Key", bound=Hashable)
 Name = tuple[str, int]  # method and depth
 ODDS = (0.5, 0.8)
 Numbers = tuple[int | None, ...]  # one for each of the odds
-DIFFERING = 30  # users of whom a mean difference is about normal
+DIFFERING = 30  # users from which on a mean difference is roughly normal
 PLACES = (np.arange(32) + 0.5) / 32  # of a distribution
-TAIL, IN_TAIL = PLACES**3, PLACES**2 / (PLACES**2).sum()  # more where it begins; their weights
-MOST_USERS, MOST_SEEDS = 10**9, 100  # more is never
+TAIL, IN_TAIL = PLACES**3, PLACES**2 / (PLACES**2).sum()  # denser at the start; and their weights
+MOST_USERS, MOST_SEEDS = 10**9, 100  # beyond this the answer is never
 
 
 @dataclass(frozen=True)
 class RetainedAccuracy:
     """A candidate's share of the reference's mean.
 
-    ``kept`` is a two-sided interval for it alone, as if it had not been picked. ``lower`` is the
-    one-sided bound at the level that it was tested at, which allows for all candidates; -inf for
-    one seed. ``shown`` says that ``p_value <= tested_at``, that is ``lower >= 1 - margin``.
+    ``kept`` is a two-sided interval for this candidate, without correction for the others.
+    ``lower`` is the one-sided bound at its tested level, which allows for all candidates; -inf for
+    one seed. ``shown`` says that ``p_value <= tested_at``, which is the same as ``lower >= 1 -
+    margin``.
     """
 
     method: str
@@ -70,10 +72,10 @@ class RetainedAccuracy:
 
 
 class Needed(NamedTuple):
-    """What would show an undecided candidate, if it keeps what it seems to keep.
+    """What it would take to show an undecided candidate, if its estimate is true.
 
-    Each is for even odds and for 80 %: test users with the seeds at hand, or seeds with the users
-    at hand. None where no number would do.
+    Test users with the present seeds, or seeds with the present users, each for even odds and for
+    80 %. None if no number suffices.
     """
 
     method: str
@@ -86,8 +88,8 @@ class Needed(NamedTuple):
 class Sufficiency:
     """All candidates by depth, and the smallest that is shown to suffice; None if none is.
 
-    ``needed`` is about the one, of the candidates shallower than ``depth`` whose estimate is within
-    the margin, that has the smallest p-value. None if there is none, and for one seed.
+    ``needed`` is for the candidate with the smallest p-value among those shallower than ``depth``
+    whose estimate is within the margin. None without such a candidate, and for one seed.
     """
 
     rows: tuple[RetainedAccuracy, ...]
@@ -130,7 +132,7 @@ def sufficient_depth(
     *arms, base = as_arms([*(candidates[name] for name in names), reference])
     if not base.mean() > 0:
         raise ValueError(f"the reference's mean is {base.mean():g}, expected a number above 0")
-    first: dict[bytes, Name] = {}  # of candidates that are equal in every value
+    first: dict[bytes, Name] = {}  # candidates with equal values share one test
     stands_for = {
         name: first.setdefault(arm.tobytes(), name) for name, arm in zip(names, arms, strict=True)
     }
@@ -177,9 +179,9 @@ def sufficient_depth(
 def nearest_undecided(
     rows: Iterable[RetainedAccuracy], margin: float, shown: int | None
 ) -> RetainedAccuracy | None:
-    """Of the rows below the depth shown whose estimate is within the margin, that of the least p.
+    """Of the rows below the depth shown with an estimate within the margin, that of the smallest p.
 
-    None if there is none.
+    None if there is no such row.
     """
     undecided = (
         row
@@ -195,12 +197,12 @@ CLAIMS = ("superior", "equivalent", "non-inferior", "inferior")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate against a reference, both as they are.
+    """The comparison of a candidate with a reference, without a search for a depth.
 
     ``p_values`` are by claim, of :data:`CLAIMS`; a claim is shown where its own is at most
     ``tested_at``. ``lower`` is the bound of the share at that level. ``users`` and ``seeds`` say
-    how many would decide whether the loss is within the margin, for even odds and for 80 %; empty
-    where it is decided, and ``seeds`` of fixed models.
+    how many would decide whether the loss is within the margin, for even odds and for 80 %. Both
+    are empty once that is decided, and ``seeds`` also for fixed models.
     """
 
     difference: Interval
@@ -232,8 +234,8 @@ def compare(
     - equivalent: ``1 - margin < theta < 1 + margin``, two one-sided tests (Schuirmann 1987).
     - superior: ``theta > 1``, with the p-value of a two-sided test.
 
-    One seed makes the models fixed: what is shown holds for them and such users, and says nothing
-    of other trainings.
+    With one seed the models are fixed: the result holds for these models and other users, and says
+    nothing about other trainings.
 
     Args:
         candidates: per-user values of a metric, (S, U) or (U,), by name.
@@ -279,7 +281,7 @@ def compare(
 class NonInferiority:
     """Is ``mean(x) / mean(r)`` above a share? The mean of ``D = x - share r`` against 0.
 
-    The spreads are of xx, xr and rr, so that of D is a weighted sum for every share.
+    The spreads of xx, xr and rr give that of D as a weighted sum, for any share.
     """
 
     means: tuple[float, float]  # of the candidate x and the reference r
@@ -287,7 +289,7 @@ class NonInferiority:
     others: np.ndarray  # the same, a mean over the trained candidates
     n_users: int
     n_seeds: int
-    fixed: bool  # of one seed: the question is about these very models, not about their trainings
+    fixed: bool  # one seed: the question is about these models, not about their trainings
     luck_df: float = math.inf  # degrees of freedom of the seeds' variance, where they are few
 
     @property
@@ -302,10 +304,10 @@ class NonInferiority:
         return Spread(*own), Spread(*others)
 
     def components(self, share: float) -> Components:
-        """By the method of moments, so that the users' noise is not taken for seeds.
+        """Variances by the method of moments, which keeps users' noise out of the seeds' part.
 
-        The seeds' part is that of all trained candidates, for one candidate's own is known too
-        badly; and 0 unless an F test at 10 % finds that seeds differ by more than this noise.
+        The seeds' part is an average over all trained candidates, since one candidate's own is too
+        uncertain. It is 0 unless an F test at 10 % finds more than noise between seeds.
         """
         own, others = self.spreads(share)
         degrees = self.n_seeds - 1, (self.n_seeds - 1) * (self.n_users - 1)
@@ -324,11 +326,11 @@ class NonInferiority:
         return Needed(method, depth, *plan(gap, of, **have, tested_at=tested_at))
 
     def p_value(self, share: float) -> float:
-        """One-sided; 1 for one user, and for one seed unless the models are fixed.
+        """One-sided p-value; 1 for one user, and for one seed unless the models are fixed.
 
-        With few ``luck_df`` it is never below a mean over what the seeds' variance may be, given
-        how it came out: a generalized p-value (Tsui and Weerahandi 1989, JASA 84). Of two seeds
-        that happen to agree nobody should learn that there is no luck.
+        With few ``luck_df`` it is at least a mean over the possible true variances between seeds,
+        given the estimate: a generalized p-value (Tsui and Weerahandi 1989, JASA 84). Otherwise two
+        seeds that agree by chance would look as if trainings never differ.
         """
         if self.n_users == 1 or (self.n_seeds == 1 and not self.fixed):
             return 1.0
@@ -339,7 +341,7 @@ class NonInferiority:
         p_value = float(stdtr(df, -mean / error)) if error else float(mean <= 0)
         if math.isinf(self.luck_df):
             return p_value
-        # it is what came out, times its degrees, over a draw of chi-squared; no less than the noise
+        # the estimate times its degrees over a draw of chi-squared; at least the noise
         may_be = np.maximum(of.noise, of.seeds * self.luck_df / chdtri(self.luck_df, 1 - TAIL))
         errors = np.sqrt(max(0.0, of.users - of.noise / self.n_seeds) + may_be / self.n_seeds)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -347,7 +349,7 @@ class NonInferiority:
         return max(p_value, float(IN_TAIL @ each))
 
     def lower(self, tested_at: float) -> float:
-        """Below which share the test passes at this level; -inf where it never does."""
+        """The share up to which the test passes at this level; -inf if it never does."""
         share, below = self.kept, 1e-3
         while self.p_value(share - below) > tested_at:
             below *= 4
@@ -366,7 +368,7 @@ def paired_tests(
 ) -> dict[Key, NonInferiority]:
     """The tests of pairs of a candidate and its reference."""
     arms = {name: _with_a_loss(x, r) for name, (x, r) in pairs.items()}
-    parts = {  # of one user there is no spread
+    parts = {  # one user has no spread
         name: np.array([spread(x, x), spread(x, r), spread(r, r)])
         if r.shape[1] > 1
         else np.zeros((3, 3))
@@ -386,10 +388,10 @@ def paired_tests(
 
 
 def _with_a_loss(x: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both arms with one more user who loses a usual hit, where few users tell the arms apart.
+    """If few users differ between the arms, add one user who loses a usual hit.
 
-    No user who differs is no proof that none would: with ten hits and a loss of one in a hundred
-    that is what is seen mostly, and a spread of nothing would pass any test.
+    No difference among few users is no proof: with ten hits and a true loss of 1 % it is what one
+    usually sees, and a spread of zero would pass any test.
     """
     if x.shape[1] == 1 or int((x != r).any(axis=0).sum()) >= DIFFERING:
         return x, r
@@ -406,10 +408,10 @@ class Components(NamedTuple):
 
 
 def power(gap: float, of: Components, *, users: int, seeds: int, tested_at: float) -> float:
-    """The odds that a candidate passes whose D has the mean ``gap``.
+    """The odds that a candidate passes if its D has the mean ``gap``.
 
-    Users are so many that what they add to the error is known. The seeds' variance is not: the
-    odds are a mean over what it may come out as, never below what others have, as in the test.
+    The users' part of the error is taken as known. The seeds' variance is not: the odds are a mean
+    over the values that its estimate may take, at least the others' average, as in the test.
     """
     noise = of.both / users
     s2, from_users = of.seed + noise, of.user / users + noise / seeds
@@ -422,7 +424,7 @@ def power(gap: float, of: Components, *, users: int, seeds: int, tested_at: floa
 def plan(
     gap: float, of: Components, *, users: int, seeds: int, tested_at: float
 ) -> tuple[Numbers, Numbers]:
-    """More users, or more seeds, with which :func:`power` has each of the odds."""
+    """The number of users, or of seeds, at which :func:`power` reaches each of the odds."""
 
     def with_users(number: int) -> float:
         return power(gap, of, users=number, seeds=seeds, tested_at=tested_at)
@@ -437,7 +439,7 @@ def plan(
 
 
 def _fewest(power: Callable[[int], float], low: int, high: int, odds: float) -> int | None:
-    """The smallest number from ``low`` on with these odds; None if ``high`` is too small."""
+    """The smallest number from ``low`` to ``high`` with these odds; None if there is none."""
     if power(high) < odds:
         return None
     return bisect_left(range(high), odds, lo=low, key=power)

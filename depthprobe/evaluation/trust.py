@@ -1,9 +1,9 @@
-"""Can a cheap score be trusted: does it order candidates as the measured damage does?
+"""Does a cheap score order candidates as the measured damage does?
 
-A candidate is a block, a part of one, or a span. Its damage is what users lose without it, and it
-costs a pass over all of them; its score is nearly free. Only the order matters, since the order
-decides what is cut: Spearman's and Kendall's rank correlations (tau-b, Kendall 1945). How well the
-damages order the candidates at all is their reliability (Spearman 1910, Brown 1910).
+A candidate is a block, a part of one, or a span. Its damage is the accuracy that users lose without
+it, which costs a pass over all users; its score is nearly free. Only the order matters, since it
+decides what is cut: hence Spearman's and Kendall's rank correlations (tau-b, Kendall 1945). The
+damages have noise of their own; their reliability (Spearman 1910, Brown 1910) measures it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from scipy.stats import rankdata
 
 from depthprobe.evaluation.statistics import LEVEL, as_arms
 
-FEWEST = 3  # candidates: two are in order or not, and a correlation of 1 says nothing
-SPLITS = 200  # of the users: their chance moves a reliability by 0.01 to 0.05
+FEWEST = 3  # fewest candidates: with two a correlation is always 1 or -1
+SPLITS = 200  # random halves of the users; the choice moves a reliability by 0.01 to 0.05
 RESAMPLES = 1000
 COLUMNS = ["score", "candidates", "users", "reliability"] + [
     f"{name}{bound}" for name in ("spearman", "kendall") for bound in ("", "_low")
@@ -38,8 +38,8 @@ def trust(
     """Rank correlations of each score with the measured damage, and their one-sided lower bounds.
 
     The damage of a candidate is the mean over users of ``reference - outcome``, computed again in
-    each bootstrap draw of users. So a bound holds for these candidates and other users, and leaves
-    out that the score itself was estimated.
+    each bootstrap draw of users. So a bound holds for these candidates and other users. It ignores
+    the error of the score itself.
 
     There is no upper bound: noise in the damage hides an order, and a resample carries the users'
     noise twice. For the same reason a correlation that is not above 0 has no bound: -1. The users'
@@ -62,7 +62,7 @@ def trust(
     draws = (rng.integers(users, size=users) for _ in range(resamples if users > 1 else 0))
     counts = (np.bincount(drawn, minlength=users) for drawn in draws)
     whole = _whole_numbers(losses)
-    # the damage itself first, then that of each resample, in units that no rank depends on
+    # the damage, then that of each resample; the unit does not change ranks
     damages = np.stack([weights @ whole for weights in (np.ones(users), *counts)])  # (1 + R, M)
     sound = reliability(losses, seed=seed)
     rows: list[dict[str, Any]] = []
@@ -85,7 +85,7 @@ def correlations(score: Any, damage: Any) -> tuple[np.ndarray, np.ndarray]:
     if len(values) < FEWEST:
         return np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     rows, values = _centred_ranks(rows), _centred_ranks(values)
-    # scipy's kendalltau takes 0.3 ms for each of the thousand rows: here all rows at a time
+    # scipy's kendalltau would take 0.3 ms for each of a thousand rows; this does all at once
     agreeing, untied, untied_score = np.zeros(len(rows)), np.zeros(len(rows)), 0.0
     for place, value in enumerate(values):  # the pairs of one candidate with each other
         signs, of_score = np.sign(rows - rows[:, [place]]), np.sign(values - value)
@@ -96,14 +96,14 @@ def correlations(score: Any, damage: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reliability(losses: Any, *, splits: int = SPLITS, seed: int = 0) -> float:
-    """How well these users order the candidates by damage: split halves, stepped up to all users.
+    """How reliably these users order the candidates by damage: split halves, scaled to all.
 
-    Each random half of the users has its own damages, and Spearman's rho between the two, averaged
-    over splits, is the reliability r of half of the users. That of all is ``2 r / (1 + r)``
-    (Spearman-Brown; a formula for linear correlations, so with ranks an approximation). About
-    ``sqrt(reliability)`` is the highest correlation that a score can be expected to have, unless
-    it was measured on the same users. With few candidates it is rough: damages of nothing but
-    noise give 0.2 on average for four candidates, and above 0.7 in one of twenty cases.
+    Each random half of the users has its own damages. Spearman's rho between the two halves,
+    averaged over splits, is the reliability r of half of the users. That of all is ``2 r / (1 +
+    r)`` (Spearman-Brown; a formula for linear correlations, so with ranks an approximation). About
+    ``sqrt(reliability)`` is the highest correlation that a score can be expected to have, unless it
+    was measured on the same users. With few candidates it is rough: damages of nothing but noise
+    give 0.2 on average for four candidates, and above 0.7 in one of twenty cases.
 
     From 0 to 1; 0 too where halves disagree more than by chance, or a half has equal damages. NaN
     for fewer than 2 users or 3 candidates, and where the damages of all users are equal.
@@ -128,9 +128,10 @@ def reliability(losses: Any, *, splits: int = SPLITS, seed: int = 0) -> float:
 
 
 def _whole_numbers(losses: np.ndarray) -> np.ndarray:
-    """Losses (U, M) in a unit in which they are whole and every sum over users is exact.
+    """Losses (U, M) as whole numbers of a small unit, so that every sum over users is exact.
 
-    In whatever order they are added, equal damages stay tied, and a half is the rest of all.
+    Then equal damages stay tied in any order of addition, and one half is exactly all less the
+    other.
     """
     # float64 holds whole numbers up to 2^53; the sum of all is below 2^52, and rounding adds U / 2
     largest = np.abs(losses).max(initial=0)
@@ -140,7 +141,7 @@ def _whole_numbers(losses: np.ndarray) -> np.ndarray:
 
 
 def _centred_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis less their mean: multiples of 1/2, so sums of them are exact."""
+    """Ranks along the last axis, less their mean: multiples of 1/2, so their sums are exact."""
     ranks: np.ndarray = rankdata(values, axis=-1) - (values.shape[-1] + 1) / 2
     return ranks
 

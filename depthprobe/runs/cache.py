@@ -1,4 +1,4 @@
-"""Results of trainings that runs share: files in a folder, each named by all that decides it."""
+"""Share results of trainings between runs: files in a folder, named by a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from depthprobe.training.checkpoint import FORMAT, identity, tensors_digest, win
 from depthprobe.training.features import FeatureSpec
 
 RESULTS, FEATURES = "trainings", "features"
-# a name or version of the model's own says nothing that its weights don't
+# keys of a configuration that do not change the model
 NOT_DECIDING = ("_name_or_path", "transformers_version")
 
 
 def result_file(
     context: Context, trial: Trial, objective: nn.Module, recipe: Recipe
 ) -> Path | None:
-    """The cache's file of a training that is about to begin; None for a study without a cache.
+    """The cache's file for a training that is about to begin; None for a study without a cache.
 
-    Its name is a hash of every weight that the training begins with, the settings of the model and
-    its loss, recipe, seed, training windows and validation users, the teacher's weights where it
-    follows a teacher, and the machine with its versions, since the seconds are kept with it.
+    Its name is a hash of the initial weights, the settings of model and loss, the recipe, the seed,
+    the training windows, the validation users, a followed teacher's weights, and the machine with
+    its library versions, since the seconds of the training are stored too.
     """
     if context.cache is None:
         return None
@@ -45,7 +45,7 @@ def result_file(
     study, settings = context.study, settings_of(context.study, trial.method)
     own, windows, processes = settings.method.settings, context.windows, launched_processes()
     follows = own == "distillation"
-    # what the decoders in the objective are made of: dropout and the like are no weights
+    # the decoders' configurations: dropout, for example, is no weight
     parts = (getattr(module, "config", None) for module in objective.modules())
     configs = {id(each): each for each in parts if isinstance(each, PreTrainedConfig)}
     decides = {
@@ -68,7 +68,7 @@ def result_file(
 
 
 def features_folder(context: Context, teacher: str, spec: FeatureSpec) -> Path | None:
-    """The cache's folder of the outputs of a teacher, by its digest; None without a cache."""
+    """The cache's folder for a teacher's outputs, by its digest; None without a cache."""
     if context.cache is None:
         return None
     decides = {
@@ -82,7 +82,7 @@ def features_folder(context: Context, teacher: str, spec: FeatureSpec) -> Path |
 
 
 def share_folder(source: Path, target: Path) -> None:
-    """Copy a folder, by hard links where both places are on one disk."""
+    """Copy a folder, with hard links if both places are on one disk."""
 
     def place(file: str, copy: str) -> None:
         try:
@@ -95,7 +95,7 @@ def share_folder(source: Path, target: Path) -> None:
 
 
 def eval_set_digest(eval_set: EvalSet) -> str:
-    """Hash of users, histories and targets, and of what is never ranked."""
+    """Hash of users, histories, targets, and items that are never ranked."""
     hashed = hashlib.sha256()
     rows = [*eval_set.histories, *(eval_set.seen or [])]
     for values in (eval_set.users, eval_set.targets, np.array([len(row) for row in rows]), *rows):
@@ -111,7 +111,7 @@ def digest(content: Mapping[str, Any]) -> str:
 
 def _backbone(context: Context) -> dict[str, Any]:
     settings = asdict(context.study.backbone)
-    del settings["source"]  # its weights count, not their place
+    del settings["source"]  # the weights are hashed, not their path
     return settings
 
 

@@ -1,4 +1,4 @@
-"""The model card of an exported trial: what it is, how good, where from, under which terms."""
+"""The model card of an exported trial: what it is, its accuracy, its origin, its licence."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def model_card(
 ) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads.
 
-    Whatever comes from data or models is shortened and quoted: a name can't break the page.
-    ``onnx`` is what was measured of an ONNX file beside the model.
+    Text from data or models is shortened and quoted, so that a name can't break the page.
+    ``onnx`` has the measurements of an ONNX file, if there is one.
     """
     backbone, chosen, protocol = run.manifest.backbone, run.study.backbone, run.study.protocol
-    sasrec, theirs = record.method == SASREC, chosen.own  # the user's, and no backbone of ours
+    sasrec, theirs = record.method == SASREC, chosen.own  # it has no backbone of ours
     local = not theirs and is_folder(backbone.source)
     on_hub = not (sasrec or backbone.source == EMBEDDED or local or theirs)
     front = ModelCardData(
@@ -65,7 +65,7 @@ def model_card(
         backbone=backbone, chosen=chosen, data=run.manifest.data, protocol=protocol,
         settings=settings_of(run.study, record.method), costs=record.costs or Costs(),
         sasrec=sasrec, theirs=theirs, lever=base_of(record.method), teacher=teacher,
-        # the folders above a folder are nobody else's business
+        # a card must not show the folders above a local one
         source=code((Path(backbone.source).name if local else "") or backbone.source),
         level=plain_percent(protocol.level), kept=kept, users=users, inf=math.inf,
         rows=table.to_dict(orient="records"), protocols=table["protocol"].unique(),
@@ -74,7 +74,7 @@ def model_card(
 
 
 def retained(run: Run, trial: str, teacher: str) -> tuple[Interval | None, int]:
-    """What a trial keeps of its teacher's accuracy, and over how many users; None without one."""
+    """A trial's share of its teacher's accuracy, and the users; None without a teacher."""
     protocol = run.study.protocol
     ranks: pd.DataFrame = run.users[run.users["protocol"] == FULL].pivot(
         index="user", columns="trial", values="rank"
@@ -87,15 +87,15 @@ def retained(run: Run, trial: str, teacher: str) -> tuple[Interval | None, int]:
 
 
 def plain(text: object, longest: int = LONGEST) -> str:
-    """One line of printable characters, cut where it is long."""
+    """One line of printable characters, shortened if it is long."""
     line = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
     return line if len(line) <= longest else line[: longest - 3] + "..."
 
 
 def code(text: object, longest: int = LONGEST) -> str:
-    """Text as inline code: fenced by more backticks than it has in a row; no markup in it works."""
+    """Text as inline code, fenced by more backticks than it holds in a row."""
     line = plain(text, longest) or " "
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
-    # Markdown takes away one blank on either side
+    # Markdown removes one blank on either side
     pad = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{pad}{line}{pad}{fence}"

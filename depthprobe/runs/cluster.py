@@ -1,7 +1,7 @@
 """Sweep on a SLURM cluster: identical jobs, each of which shares the work of one run.
 
-Every job calls ``run_sweep`` on the same folder and ends when nothing is left to do; who does what
-is settled by the locks of the run. submitit writes and submits the jobs.
+Every job calls ``run_sweep`` on the same folder and ends when nothing is left to do. The run's
+locks decide who does what. submitit writes and submits the jobs.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 
-JOBS = ".jobs"  # in a run's folder: a dot, or an empty run would not pass for new any more
+JOBS = ".jobs"  # in a run's folder; hidden, so that an otherwise empty run still counts as new
 POLL = 30.0  # seconds between two looks at the jobs; the scheduler is asked at each
-# a job that ran out of time has come further, so nothing is lost by queueing it again
+# a job that ran out of time has made progress, so it is queued again
 REQUEUES = 1000
 MOST_JOBS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedSweep:
-    """What each job calls: works on a run until nothing of it is left to do.
+    """What each job calls: works on a run until nothing is left to do.
 
-    A job that is pre-empted or runs out of time is queued again, and goes on from the checkpoint
-    of the training that it was at. It trains in its own process: SLURM signals all processes of a
-    job, and a worker that died of a pre-emption would pass for a trial that failed.
+    A job that is pre-empted or runs out of time is queued again, and goes on from its training's
+    checkpoint. It trains in its own process: SLURM signals all processes of a job, so a worker that
+    died of a pre-emption would look like a failed trial.
 
     Attributes:
         progress: makes what the job shows; it is pickled by its name.
@@ -58,7 +58,7 @@ class SharedSweep:
         run_sweep(self.study, self.folder, jobs=0, command=self.command, progress=progress)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What is queued again: the same, since all that was done is in the run's folder."""
+        """What to queue again: the same call, since the run's folder holds all progress."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -67,9 +67,9 @@ class SharedSweep:
 def submit(
     sweep: SharedSweep, *, jobs: int = 1, cluster: str = "slurm", retry_failed: bool = False
 ) -> list[Job[None]]:
-    """Submit identical jobs, of several an array, with what ``study.slurm`` asks for.
+    """Submit identical jobs, several as an array, with the settings of ``study.slurm``.
 
-    What they print and what submitit needs is in ``.jobs`` of the run's folder.
+    Their output and submitit's files are in ``.jobs`` of the run's folder.
 
     Args:
         sweep: what each job calls; its folder must be one that all machines see.
@@ -88,7 +88,7 @@ def submit(
     from depthprobe.runs.records import PROBES, TRIALS, folders_of, forget_failures
     from depthprobe.training.tracking import check_trackers
 
-    # what would end every job at once, as far as it can be seen from here
+    # errors that would end every job at once, as far as they can be seen here
     if not 1 <= jobs <= MOST_JOBS:
         raise BadInput("jobs", jobs, f"at least 1 job, at most {MOST_JOBS:,}")
     if launched():
@@ -99,7 +99,7 @@ def submit(
         raise BadInput("executor", cluster, allowed)
     check_trackers(sweep.study.tracking.to)
     folder = Path(sweep.folder)
-    # a line of the script that sbatch reads would end there, and the rest be a command
+    # a line break would end the line of sbatch's script, and the rest would run as a command
     if CONTROL.search(str(folder.absolute())):
         raise BadInput("output", folder, "a folder without line breaks and the like in its path")
     continued(folder, sweep.study)
@@ -107,14 +107,14 @@ def submit(
         forget_failures([*folders_of(folder / TRIALS), *folders_of(folder / PROBES)])
 
     settings = sweep.study.slurm
-    python = f"{shlex.quote(sys.executable)} -P"  # imports nothing from the folder it runs in
+    python = f"{shlex.quote(sys.executable)} -P"  # -P: don't import from the folder
     executor = submitit.AutoExecutor(
         folder / JOBS, cluster=cluster, slurm_max_num_timeout=REQUEUES, slurm_python=python
     )
     executor.update_parameters(
         name=re.sub(r"[^\w.-]+", "-", sweep.study.name, flags=re.ASCII)[:64],
         timeout_min=settings.minutes,
-        gpus_per_node=settings.gpus or None,  # some clusters refuse to be asked for none
+        gpus_per_node=settings.gpus or None,  # some clusters refuse a request for none
         cpus_per_task=settings.cpus,
         mem_gb=settings.memory_gb,
         slurm_partition=settings.partition,
@@ -142,7 +142,7 @@ def follow(jobs: Sequence[Job[None]], progress: Progress, *, poll: float = POLL)
     while not all(ended):
         if shown:
             time.sleep(poll)
-        jobs[0].get_info(mode="force")  # of all of them: else a job that died shows minutes later
+        jobs[0].get_info(mode="force")  # or a dead job shows minutes later
         ended = [job.done() for job in jobs]
         states = Counter(
             "ended" if done else job.state.lower() for job, done in zip(jobs, ended, strict=True)

@@ -1,4 +1,4 @@
-"""What a method gets and gives: the context of a run in one process, and the result of a trial."""
+"""What a method receives and returns: the context of a run in one process, a trial's result."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ from depthprobe.training.tracking import Track, tracked
 
 Blocks = tuple[tuple[int, ...], float, int]  # which are kept, how wide, how many times
 
-LEARNED = "learned"  # an item table that is random at first
+LEARNED = "learned"  # an item table that starts random
 TRACKING = "tracking"
 
 
@@ -75,11 +75,11 @@ class Result:
 
     Attributes:
         ranks: of every test user, (E,) by protocol; and under ``"top-10"`` the best items, (E, 10).
-        validation: NDCG@10 of a probe on validation users, where it has one.
-        bytes: of the weights as they are served, by part; None where the parameters say it.
+        validation: NDCG@10 on validation users, for a probe that computes it.
+        bytes: of the weights as served, by part; None where they follow from the parameters.
         training_flops: of its training, without its teacher's.
-        teacher_seconds: that its teacher took before, training and features.
-        replacement: the map that stands for blocks of the teacher, whose weights the trial shares.
+        teacher_seconds: that its teacher took: training and features.
+        replacement: the linear map that replaces blocks of the teacher; all else is the teacher's.
     """
 
     trial: Trial
@@ -97,18 +97,18 @@ class Result:
 
 @dataclass(frozen=True)
 class Scores:
-    """A table that speaks of blocks, spans or users, where no trial does."""
+    """A probe's table of blocks, spans or users, for probes that make no trials."""
 
     frame: pd.DataFrame
 
 
 class Context:
-    """A run's folder and study, and what is read from it when first needed."""
+    """A run's folder and study; everything else is read when first needed."""
 
     def __init__(self, folder: Path, study: Study) -> None:
         self.folder, self.study = folder, study
         self.device = resolve_device(study.device)
-        # FLOPs by blocks and items: a run's models of the same blocks have the same shapes
+        # FLOPs by kept blocks and items: equal blocks have equal shapes
         self.products: defaultdict[Blocks, dict[int, Products]] = defaultdict(dict)
 
     @property
@@ -118,12 +118,12 @@ class Context:
 
     @property
     def cache(self) -> Path | None:
-        """The folder of what runs share, if the study names one."""
+        """The folder of the cache that runs share, if the study names one."""
         return None if self.study.cache is None else Path(self.study.cache).expanduser()
 
     @cached_property
     def manifest(self) -> Manifest | None:
-        """The manifest of the run as it was begun; None before it is laid out."""
+        """The manifest that was written when the run began; None before that."""
         return read_manifest(self.folder) if (self.folder / MANIFEST).is_file() else None
 
     def trial_folder(self, trial: Trial) -> Path:
@@ -144,16 +144,16 @@ class Context:
         return outputs_of(self.folder, task)
 
     def checkpoint(self, trial: Trial, rate: float | None = None, stage: int | None = None) -> Path:
-        """The file from which a training that was killed goes on; gone once the trial is done.
+        """The checkpoint from which a killed training continues; deleted once the trial is done.
 
-        There is one for each of several learning rates, and of several stages.
+        Each learning rate and each stage has its own.
         """
         name = trial.id if stage is None else f"{trial.id}.stage-{stage}"
         name = name if rate is None else f"{name}.{rate:g}"
         return self.folder / CHECKPOINTS / f"{name}.safetensors"
 
     def tracked(self, trial: Trial) -> AbstractContextManager[Track]:
-        """Where a training of the trial sends its numbers."""
+        """Where the trial's training sends its metrics."""
         return tracked(
             self.study.tracking.to,
             folder=self.folder / TRACKING,
@@ -211,13 +211,13 @@ class Context:
 
     @cached_property
     def popularity(self) -> TrainingPopularity:
-        """What was taken in training, to compare the recommended items with."""
+        """How often each item occurs in training, to compare recommendations with."""
         return training_popularity(self.split)
 
     def eval_set(
         self, part: Part, negatives: np.ndarray | None = None, limit: int | None = None
     ) -> EvalSet:
-        """The users of a part with their target positions, at most so many."""
+        """The users of a part of the split with their target positions, at most ``limit``."""
         return make_eval_set(
             self.split,
             part,
@@ -279,7 +279,7 @@ class Context:
     def new_recommender(self, trial: Trial, scores: UnitScores | None = None) -> Recommender:
         """A recommender with the trial's blocks before its training.
 
-        Of narrower ones with the channels and heads whose scores are highest.
+        A narrower one keeps the channels and heads with the highest scores.
         """
         settings = settings_of(self.study, trial.method)
         model = build_recommender(
@@ -314,14 +314,14 @@ class Context:
         return Words(self.item_tokens).lengths(histories)
 
     def known_products(self, trial: Trial) -> dict[int, Products]:
-        """The FLOPs that were counted of models with blocks of the trial's shapes, by items."""
+        """FLOPs that were counted before for models with the trial's blocks, by number of items."""
         settings = settings_of(self.study, trial.method)
         return self.products[trial.kept, settings.width, settings.loops]
 
     def trained(self, trial: Trial) -> Recommender:
         """A trained recommender from disk, in eval mode."""
         model = self.new_recommender(trial)
-        if not (self.study.backbone.own and trial.method == TEACHER):  # that is as it came
+        if not (self.study.backbone.own and trial.method == TEACHER):  # as loaded
             load_trained(model, self.model_folder(trial))
         return model.eval()
 

@@ -1,7 +1,7 @@
-"""What a sweep would do, and what is left guessed to take; nothing is written.
+"""Plan a sweep and estimate its time, without writing anything.
 
-A method's record says its work in units; the timing rig measures their seconds. Both multiplied are
-the jobs of a sweep, which are then dealt out to workers as the scheduler does.
+Each method declares its work in units, and a short measurement gives the seconds per unit. Their
+products are the jobs, which are assigned to workers as the scheduler would assign them.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from depthprobe.study import (
     settings_of,
 )
 
-SECONDS = 4.0  # to measure for, where the run has no times yet
+SECONDS = 4.0  # to measure, if the run has no times yet
 START = 4.0  # seconds until a worker has loaded its libraries and the log; on two Xeon cores
 
 
 class Estimate(NamedTuple):
-    """What is left is guessed to take at most, in seconds."""
+    """Upper estimates, in seconds, of what is left to do."""
 
-    timed: bool  # by the times of the run; else by a short measurement
+    timed: bool  # True: from the run's times. False: from a short measurement
     busy: float  # processes that wanted a core while that was made, by core
-    seconds: float  # of all, on so many workers
-    work: float  # of all jobs one after the other
-    chain: tuple[Job, ...]  # that must follow each other and take longest
+    seconds: float  # until all is done, with the sweep's workers
+    work: float  # of all jobs in sequence
+    chain: tuple[Job, ...]  # of the longest chain of jobs that need each other
     by_method: dict[str, float]
-    memory: float | None  # bytes of a process that trains all blocks, at its peak
-    fewer: bool  # that was measured with smaller batches than the study's
+    memory: float | None  # peak bytes of a process that trains all blocks
+    fewer: bool  # whether it was measured with smaller batches than the study's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """The plan of a sweep, what its folder holds of it, and the estimate of the rest."""
+    """The plan of a sweep, what its folder already holds, and an estimate for the rest."""
 
     inputs: Inputs
     folder: Path
@@ -70,9 +70,9 @@ class Preview:
     retry_failed: bool
     rows: list[tuple[Any, ...]]  # a method, and its tasks, trials, done, failed, left
     shared: list[tuple[str, int, int]]  # what trials share, how many are needed, are there
-    lost: int  # trials that will not be done, since something that they need has failed
+    lost: int  # trials that can't run, since something that they need has failed
     waiting: list[Task]  # that will be done
-    free: int  # bytes of memory that may be had
+    free: int  # bytes of memory that the jobs may use
     estimate: Estimate | None = None  # None if nothing is left, or nothing could be measured:
     why: str = ""
 
@@ -88,8 +88,8 @@ def preview(
 ) -> Preview:
     """Plan a sweep into a folder as :func:`depthprobe.runs.sweep.run_sweep` would.
 
-    Weights are not loaded: that some are missing shows when the sweep begins. What is not on this
-    machine of a public log or a Hugging Face id's configuration is fetched into its cache.
+    Weights are not loaded, so missing ones show only when the sweep begins. A public log or a
+    configuration of the Hub that is not on this machine yet is downloaded into its cache.
 
     Args:
         processes: that train together, under a launcher.
@@ -130,7 +130,7 @@ def preview(
     start = 0.0 if jobs == 0 or processes > 1 else START
     try:
         return replace(plan, estimate=_estimate(plan, context, start, there))
-    except (ValueError, RuntimeError) as error:  # the plan can be told all the same
+    except (ValueError, RuntimeError) as error:  # the plan can be shown without it
         return replace(plan, why=str(error).partition("\n")[0])
 
 
@@ -142,7 +142,7 @@ def _context(folder: Path, study: Study, inputs: Inputs) -> Context:
 
 
 def _estimate(plan: Preview, context: Context, start: float, there: Collection[str]) -> Estimate:
-    """What the waiting tasks take, by the times of the run, else by a short measurement."""
+    """Estimate the waiting tasks from the run's times, or from a short measurement."""
     study, device, blocks = context.study, context.device, plan.inputs.blocks
     path, measured = context.shared / TIMING, {}
     if path.exists():
@@ -172,8 +172,8 @@ def _estimate(plan: Preview, context: Context, start: float, there: Collection[s
     jobs = jobs_of(study, plan.waiting, sizes, units, there=there, processes=plan.processes)
     if not math.isfinite(sum(job.seconds for job in jobs)):
         raise ValueError("a step takes too long to be timed")
-    times = float(plan.together)  # as long, at most, beside others
-    if device.type == "cpu":  # by the threads that they lose, as if all had been of use
+    times = float(plan.together)  # a task takes at most this long beside others
+    if device.type == "cpu":  # as if all threads had been used fully
         times = 1.0 if plan.apart else max(1.0, measured["conditions"]["threads"] / plan.threads)
     jobs = [replace(job, seconds=times * job.seconds) for job in jobs]
     by_method: defaultdict[str, float] = defaultdict(float)
@@ -202,13 +202,13 @@ def _sizes(context: Context, blocks: int) -> Sizes:
 
 
 def seconds_of(task: Task, context: Context, *, processes: int = 1) -> float:
-    """What a task of a run takes at most, by the times that the run has measured."""
+    """Upper estimate of a task's seconds, from the times that the run has measured."""
     units = units_of(read_timing(context.shared / TIMING))
     return _task_seconds(context.study, task, _sizes(context, task.blocks), units, processes)
 
 
 def _check_memory(context: Context, plan: Preview) -> None:
-    """Refuse, with ``ValueError``, to measure what can't be made up or does not fit."""
+    """Raise ``ValueError`` if stand-ins can't be made or do not fit into memory."""
     settings, facts = context.study.backbone, plan.inputs.manifest.backbone
     if settings.quantize != "none":
         raise ValueError("quantised weights can't be made up; the sweep will measure them")
@@ -234,7 +234,7 @@ def _rows(context: Context, tasks: Sequence[Task], failed: set[str]) -> list[tup
 def _shared(
     context: Context, tasks: Sequence[Task], there: Collection[str]
 ) -> list[tuple[str, int, int]]:
-    """What is made once a run or once a seed, and how many of it are there."""
+    """What is made once per run or per seed, how many are needed, and how many exist."""
     study, shared = context.study, context.shared
     parts = [("data", 1, int((shared / DATA / DATA_MANIFEST).is_file()))]
     if study.protocol.sampled:
@@ -255,7 +255,7 @@ def _shared(
 
 
 def _there(context: Context, tasks: Sequence[Task]) -> set[str]:
-    """What tasks share that is in the folder; of teachers that are there, too."""
+    """Shared outputs that exist in the folder, including trained teachers."""
     return {
         name
         for task in tasks
@@ -282,18 +282,18 @@ class Units:
     score: float
 
     def of(self, kind: str, depth: int | str) -> float:
-        """Of ``encode``, ``train`` or a method's own step; NaN if none of its kind was timed."""
+        """Seconds of ``encode``, ``train`` or a method's step; NaN if its kind was not timed."""
         if f"{kind}:{depth}" in self.seconds:
             return self.seconds[f"{kind}:{depth}"]
         names = [(*name.rpartition(":"), seconds) for name, seconds in self.seconds.items()]
         timed = {int(d): s for of_kind, _, d, s in names if of_kind == kind and d.isdigit()}
         if kind not in ("encode", "train"):
-            # as many times a plain step as at the depths that were timed
+            # the same multiple of a plain step as at the depths that were timed
             ratios = [seconds / self.of("train", each) for each, seconds in timed.items()]
             return self.of("train", depth) * (float(np.mean(ratios)) if ratios else 1.0)
         if not timed:
             return math.nan
-        # each block between two of them adds the same, and each behind the last as much as there
+        # linear between two measured depths, and beyond the last one
         depths = [0, *sorted(timed)]
         values = [timed.get(each, 0.0) for each in depths]
         slope = (values[-1] - values[-2]) / (depths[-1] - depths[-2])
@@ -302,7 +302,7 @@ class Units:
 
 
 def units_of(measured: dict[str, Any]) -> Units:
-    """What was measured, by unit; batches of another length are as many shorter as longer ones."""
+    """Measured seconds by unit. Batches of other lengths are assumed to average out."""
     conditions, seconds = measured["conditions"], {}
     for name, values in measured["seconds"].items():
         users = conditions["batch"] if name.startswith(("encode", "score")) else 1
@@ -315,7 +315,7 @@ def units_of(measured: dict[str, Any]) -> Units:
 
 @dataclass(frozen=True)
 class Job:
-    """Something that one worker does in one go, for a method, after what it needs."""
+    """Work that one worker does without a break, once the jobs it needs have ended."""
 
     id: str
     seconds: float
@@ -332,9 +332,9 @@ def jobs_of(
     there: Collection[str] = (),
     processes: int = 1,
 ) -> list[Job]:
-    """The jobs of the tasks, and of what the first that asks for it makes for all of a seed.
+    """The jobs of the tasks, and of what the first task of a seed makes for all others.
 
-    Trainings are counted to their last epoch: early stopping may end them sooner.
+    Trainings are counted in full; early stopping may end them sooner.
 
     Args:
         there: what :func:`shared_of` names and was made before.
@@ -356,7 +356,7 @@ def jobs_of(
 
 
 def shared_of(study: Study, task: Task) -> list[str]:
-    """What a task needs beside trials, by the beginning of its file's name."""
+    """What a task needs besides trials, by the prefix of its file's name."""
     settings = settings_of(study, task.method)
     found = [f"{REMOVAL}-s{task.seed}"] if settings.select == "greedy" else []
     spec = spec_of(settings, task.trials[0]) if task.trials else None
@@ -366,7 +366,7 @@ def shared_of(study: Study, task: Task) -> list[str]:
 
 
 def _removal_seconds(blocks: int, sizes: Sizes, units: Units) -> float:
-    """All single skips at each removal: more than the lazy search ever takes."""
+    """Every single skip at each removal: an upper bound for the lazy search."""
     passes = (blocks**2 / 6 + 1) * units.of("encode", blocks)
     return (passes + blocks * (blocks + 1) / 2 * RANKED * units.score) * sizes.validation
 
@@ -408,27 +408,27 @@ def _task_seconds(study: Study, task: Task, sizes: Sizes, units: Units, processe
 
 
 def _epochs(study: Study, task: Task, recipe: Recipe) -> int:
-    """At most so many epochs; under ``budget = "compute"`` more for a shallower model."""
+    """Upper bound of the epochs; ``budget = "compute"`` gives a shallower model more."""
     method = method_of(task.method)
     if study.budget == "steps" or method.role not in ("trained", "control"):
         return recipe.epochs
     models = models_in(study, task.method, task.blocks)
-    # blocks are what a model of half the depth saves at most; it scores as many items
+    # half the depth saves at most the time of the blocks; scoring items takes as long as before
     run = task.trials[-1].depth * settings_of(study, task.method).loops
     return max(1, round(recipe.epochs * models * task.blocks / run))
 
 
 def schedule(jobs: Sequence[Job], workers: int) -> float:
-    """Seconds until the last job ends, if free workers take the first job that is ready.
+    """Seconds until the last job ends, if each free worker takes the first job that is ready.
 
-    That is how a sweep deals its tasks out (list scheduling).
+    A sweep assigns its tasks in this way (list scheduling).
 
     >>> sasrec, full = Job("sasrec", 2), Job("full", 5, ("sasrec",))
     >>> schedule([sasrec, full, Job("student", 1, ("full",)), Job("variant", 3, ("sasrec",))], 2)
     8.0
     """
     waiting = {job.id: job for job in jobs}
-    missing = set(waiting)  # what has not ended; what is no job is there already
+    missing = set(waiting)  # jobs that have not ended; a need that is no job exists already
     running: list[tuple[float, str]] = []  # a heap: when it ends, its id
     now = 0.0
     while missing:
@@ -443,7 +443,7 @@ def schedule(jobs: Sequence[Job], workers: int) -> float:
 
 
 def longest_chain(jobs: Sequence[Job]) -> tuple[Job, ...]:
-    """The jobs, each needing one before it, that take longest: no number of workers helps."""
+    """The longest chain of jobs that need each other; more workers can't shorten it."""
     best: dict[str, tuple[Job, ...]] = {}
 
     def seconds(chain: tuple[Job, ...]) -> float:
@@ -456,7 +456,7 @@ def longest_chain(jobs: Sequence[Job]) -> tuple[Job, ...]:
 
 
 def without_lost(tasks: Sequence[Task], lost: Collection[str]) -> list[Task]:
-    """The tasks that can be done where some have failed: neither those nor what needs them."""
+    """The tasks that can still run: neither failed ones nor those that need them."""
     gone, kept = set(lost), list[Task]()
     for task in tasks:  # each comes after what it needs
         if task.id in gone or gone & {*task.needs}:

@@ -1,4 +1,4 @@
-"""Take a trial out of a run: a Hugging Face checkpoint, the recommender beside it, a model card."""
+"""Export a trial: a Hugging Face checkpoint, the recommender's parts, a model card."""
 
 from __future__ import annotations
 
@@ -68,19 +68,19 @@ def export_trial(
 ) -> Path:
     """Write a trial's model to ``folder``: the cut backbone, LoRA merged, and the recommender.
 
-    With ``exit_margin`` early exit is calibrated on the validation users, to lose so much of the
-    model's own accuracy at most; if that can't be shown of any rule, none is in the export.
+    With ``exit_margin`` early exit is calibrated on the validation users, to lose at most that
+    share of the model's own accuracy. If no rule is shown to do so, the export has none.
 
-    A variant in fewer bits, ``distill-d04-s0:int8``, is written in them, and is read in them.
-    A trial without weights of its own is cut out of the teacher; a linear map in place of a span is
-    folded into the block before it. Weights that the training held in fewer bits become ordinary
-    ones of the same values. Of SASRec, which has no backbone, the recommender is all. With ``onnx``
-    the whole recommender is written as one ONNX file too, and compared with ours on all test users.
+    A variant in fewer bits, ``distill-d04-s0:int8``, is stored in these bits. A trial without
+    weights of its own is cut out of the teacher, and a linear map that replaces a span is folded
+    into the block before it. Weights that the training held in fewer bits become ordinary ones of
+    the same values. SASRec has no backbone, so only the recommender is written. With ``onnx`` the
+    whole recommender is also written as one ONNX file, and compared with ours on all test users.
 
     Raises:
-        BadInput: if the run has no such trial, the trial failed or its method makes no model, its
-            model is not in the run any more, or the folder is not empty; if there can be no ONNX
-            file, or its answers are others.
+        BadInput: if the run has no such trial, the trial failed, its method makes no model, its
+            model is no longer in the run, or the folder is not empty; if no ONNX file can be made,
+            or its answers differ.
     """
     disable_progress_bar()
     if onnx:
@@ -131,7 +131,7 @@ def export_trial(
 
 
 def _served(context: Context, method: str) -> Served:
-    """What an export says of items and histories, and in which precision it computes."""
+    """What an export records of items, histories and the precision that it computes in."""
     sequences, precision = context.sequences, settings_of(context.study, method).recipe.precision
     return {
         "item_ids": [str(raw) for raw in sequences.item_ids],
@@ -143,7 +143,7 @@ def _served(context: Context, method: str) -> Served:
 
 
 def _write_backbone(context: Context, trial: Trial, folder: Path) -> None:
-    """Write a trial that has a backbone, and its tokenizer."""
+    """Write the backbone of a trial, and its tokenizer."""
     study, settings = context.study, context.backbone
     (model, whole), served = _rebuild(context, trial), _served(context, trial.method)
     if isinstance(model, OwnRecommender):
@@ -152,7 +152,7 @@ def _write_backbone(context: Context, trial: Trial, folder: Path) -> None:
     write_recommender(folder, model, whole, attention=settings.attention, **served)
     try:
         pretrained_tokenizer(settings).save_pretrained(folder)
-    except BadInput:  # there is none: so nothing was read with it
+    except BadInput:  # the backbone has no tokenizer, so the training used none
         if study.backbone.prompt or study.backbone.suffix or study.backbone.reads_titles:
             raise
 
@@ -161,13 +161,13 @@ def _write_backbone(context: Context, trial: Trial, folder: Path) -> None:
 
 ONNX_FACTS = "onnx.json"
 SECONDS, WARMUP, ROUNDS = 20.0, 3, 50  # of the latencies
-LIKED = 3  # items of the history of the example, and of its answer
+LIKED = 3  # items in the example's history, and in its answer
 
 
 def add_onnx(folder: Path, context: Context, own: str | None) -> dict[str, Any]:
-    """Write the ONNX file of an exported folder beside what was measured of it; returns that.
+    """Write the ONNX file of an exported folder, and its measurements; returns these.
 
-    ``BadInput`` if it can't be written, or its answers on the test users are others.
+    ``BadInput`` if it can't be written, or its answers on the test users differ.
     """
     code = context.backbone.trust_remote_code
     loaded = load_recommender(folder, trust_remote_code=code, recommender=own, float32=True)
@@ -196,9 +196,9 @@ def add_onnx(folder: Path, context: Context, own: str | None) -> dict[str, Any]:
 def _latencies(
     loaded: ExportedRecommender, session: Any, batches: dict[int, list[np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Median seconds from rows of items to the best ten, in turns, with equal threads.
+    """Median seconds from rows of items to the best ten, ours and ONNX in turn, with equal threads.
 
-    Both have the prompt's keys and values from before, and read the same padded rows.
+    Both start from the prompt's cached keys and values, and read the same padded rows.
     """
     graph = TopItems(loaded).eval()
     calls: dict[str, Action] = {}
@@ -224,9 +224,9 @@ def _latencies(
 
 
 def example(loaded: ExportedRecommender, context: Context) -> str:
-    """Python that recommends to somebody who had the most popular items, and what it prints.
+    """Python that recommends to a user who had the most popular items, and what it prints.
 
-    No user's own history is taken: a model card may be published.
+    No real user's history is used, since a model card may be published.
     """
     counts = popularity(context.sequences)
     popular = (np.argsort(-counts, kind="stable")[:LIKED] + 1).tolist()
@@ -264,7 +264,7 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
         return _rebuild_own(context, trial, source)
     for needed in {weights, own} if method.exportable == "folded" else {weights}:
         _check_model(needed, trial.id)
-    # where nothing was pretrained, the head is fresh too: it is not the pretrained model's
+    # with random weights the head is random too, not the pretrained one
     shape = settings_of(context.study, trial.method)
     fresh = trial.seed if shape.fresh else None
     backbone = pretrained(settings, random_init=fresh, plain=True)
@@ -291,7 +291,7 @@ def _rebuild(context: Context, trial: Trial) -> tuple[Recommender, PreTrainedMod
 def _rebuild_own(
     context: Context, trial: Trial, source: Trial
 ) -> tuple[Recommender, PreTrainedModel]:
-    """The same of a recommender of the user's own; its teacher has no weights in the run."""
+    """The same for a user's own recommender, whose teacher has no weights in the run."""
     if source.method != TEACHER:
         _check_model(context.model_folder(source), trial.id)
     model = context.trained(source)
@@ -315,7 +315,7 @@ HUB = "--push-to-hub"
 
 
 def check_hub(name: str) -> None:
-    """Refuse a name that the Hub can't have, and where there is no token to push with."""
+    """Refuse a name that the Hub does not allow, or a push without a token."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -326,7 +326,7 @@ def check_hub(name: str) -> None:
 
 
 def push_to_hub(folder: Path, name: str) -> RepoUrl:
-    """Upload an exported folder to a model repository; one that is new is private.
+    """Upload an exported folder to a model repository; a new one is private.
 
     ``BadInput`` if the Hub can't be reached or refuses; the folder stays as it is.
     """

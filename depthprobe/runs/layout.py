@@ -90,13 +90,13 @@ class Inputs:
     """What a sweep reads and checks before it writes anything.
 
     Attributes:
-        study: with the methods and variants that the run has already.
-        working: the same, but for the commit that the backbone's branch or tag stands for, and the
-            precision that ``auto`` is.
+        study: merged with the methods and variants that the run already has.
+        working: the same, with the commit in place of the backbone's branch or tag, and the actual
+            precision in place of ``auto``.
         before: the manifest of the run that is continued; None where a run begins.
-        manifest: of a run that would begin with this.
-        config: of the backbone's decoder.
-        table: of items, that all trials share, not yet written; None where each seed has its own.
+        manifest: of the run, if it begins with these inputs.
+        config: the configuration of the backbone's decoder.
+        table: the item table that all trials share, not yet written; None if each seed has its own.
     """
 
     study: Study
@@ -110,12 +110,12 @@ class Inputs:
 
     @property
     def blocks(self) -> int:
-        """Of the full backbone."""
+        """The number of blocks of the full backbone."""
         return int(self.config.num_hidden_layers)
 
     @property
     def job_memory(self) -> float:
-        """Bytes that a training of all blocks takes, about; 0 if the backbone reads no user."""
+        """Roughly the bytes that training all blocks takes; 0 if no method uses them."""
         study, facts = self.working, self.manifest.backbone
         if not any(method_of(name).reads_users for name in study.methods):
             return 0.0
@@ -143,7 +143,7 @@ def read_inputs(
 
     Args:
         command: that repeats the run.
-        dry: of an item table that is computed from texts make the shape alone.
+        dry: compute only the shape of an item table that comes from texts.
 
     Raises:
         BadInput: if a tracker, the cache, the data, the backbone, the item table or the depths
@@ -213,7 +213,7 @@ def read_inputs(
 
 
 def _check_sizes(study: Study, items: int, config: PreTrainedConfig) -> None:
-    """Refuse sizes that say nothing of this log and backbone, and weights that no memory holds."""
+    """Refuse sizes that don't fit the log or backbone, and weights that don't fit in memory."""
     width, blocks = int(config.hidden_size), int(config.num_hidden_layers)
     if study.embeds_titles and (study.title_blocks or 0) > blocks:
         allowed = f"at most {blocks} blocks, those of the backbone"
@@ -238,7 +238,7 @@ def _check_sizes(study: Study, items: int, config: PreTrainedConfig) -> None:
 
 
 def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]]) -> int:
-    """Positions of the longest history that is read, of all its items but a target."""
+    """Positions of the longest history that is read, without its target."""
     if not tokens:  # an item is one position
         return max(1, min(max_history, int(np.diff(sequences.offsets).max()) - 1))
     sizes = np.array([0, *map(len, tokens)])
@@ -249,7 +249,7 @@ def _longest_text(sequences: Sequences, max_history: int, tokens: list[list[int]
 
 
 def _check_own(study: Study, own: OwnRecommender, longest: int) -> None:
-    """Refuse a recommender of the user's own that can't be cut, or trained as the study says."""
+    """Refuse a user's own recommender that can't be cut, or can't be trained as the study asks."""
     settings = study.backbone
     trained = [n for n in study.methods if method_of(n).trains and n != TEACHER]
     objectives = {settings_of(study, name).recipe.objective for name in trained}
@@ -267,7 +267,7 @@ def _checked(
     tokens: Sequence[Sequence[int]],
     own: OwnRecommender | None,
 ) -> BackboneFacts:
-    """Facts of a backbone that has its weights and can be cut; the user's own one is cut."""
+    """Check that a backbone has its weights and can be cut; returns what a run records of it."""
     model = pretrained(settings, weights=False) if own is None else own.backbone
     facts = BackboneFacts(**describe(model, settings.source, backbone_revision(settings)))
     check_tokens("backbone.reads", settings.reads, chain.from_iterable(tokens), model)
@@ -287,14 +287,14 @@ def _checked(
 
 def continued(folder: Path, study: Study) -> Study:
     """The study with the methods and seeds that the run has; refuses what changes its numbers."""
-    # what begins with a dot, another sweep that is laying the run out may have there for a moment
+    # another sweep that lays the run out may have files here for a moment, named with a dot
     entries = [*folder.iterdir()] if folder.is_dir() else []
     is_file = folder.exists() and not folder.is_dir()
     if not is_file and all(entry.name[0] == "." for entry in entries):
         return study
     if not (folder / STUDY).is_file():
         raise BadInput("output", str(folder), "a new or empty folder, or an earlier run")
-    # it is written first: a sweep that was killed right then has left nothing else
+    # the study is written first: a sweep killed at that moment has left nothing else
     before = load_study(folder / STUDY)
     # a search goes on from what any sweep has trained
     changed = differences(replace(before, layers=study.layers) if study.searches else before, study)
@@ -323,7 +323,7 @@ def _check_same(folder: Path, before: Manifest, manifest: Manifest) -> None:
 
 
 def _new_slices(study: Study, split: Split, before: Manifest | None) -> pd.DataFrame | None:
-    """The own columns of the slices, read; None if the run has them already, or needs none."""
+    """Read the user's columns for slices; None if the run already has them, or needs none."""
     had = {"user": [], "item": []} if before is None else before.slices
     return None if slice_columns(study.protocol) == had else own_slices(study.protocol, split)
 
@@ -339,7 +339,7 @@ def _read_log(study: Study, folder: Path) -> Sequences:
 def _shared_table(
     study: Study, sequences: Sequences, folder: Path, device: torch.device, width: int | None
 ) -> Tensor | None:
-    """The item table that all trials share; of one to compute the shape alone, given its width."""
+    """The item table that all trials share; given a width, an empty one of that shape."""
     if study.item_table in {SASREC, LEARNED, OWN}:
         return None
     written, before = folder / SHARED / ITEM_TABLE, manifest_before(folder)
@@ -353,13 +353,13 @@ def _shared_table(
 
 
 def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
-    """Write what trials share, alone with the run; what the folder has already stays.
+    """Write what all trials share, under the run's lock; keep what the folder already has.
 
     Another sweep may have added methods since the inputs were read, so study and manifest are read
     again.
 
     Args:
-        given: the study without the methods that the run has already.
+        given: the study as asked for, without the methods that the run already has.
 
     Returns:
         Whether the slices of the run are new.
@@ -371,7 +371,7 @@ def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
     if before is not None:
         for name in ("created", "wall_seconds", "timing", "backbone", "studies", "files"):
             setattr(manifest, name, getattr(before, name))
-        # the commands that do the run again: those so far, and this one if it adds methods or seeds
+        # the commands that repeat the run: all so far, and this one if it adds methods or seeds
         had, now = (
             {(name, seed) for name in each.methods for seed in range(each.seeds)}
             for each in (load_study(folder / STUDY), given)
@@ -392,7 +392,7 @@ def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
         manifest.sampled = Sampled(study.protocol.negatives, NEGATIVE_SEED)
     elif study.protocol.sampled:
         manifest.data.warnings.append(TOO_SMALL)
-    if before is None:  # before all else: it says what the folder is
+    if before is None:  # first of all, since it marks the folder as a run
         _write_study(folder, study)
     files = manifest.files
     if before is None or not (shared / DATA / DATA_MANIFEST).is_file():
@@ -410,9 +410,9 @@ def lay_out(folder: Path, given: Study, inputs: Inputs) -> bool:
         if (shared / SLICES).is_file():
             files[f"{SHARED}/{SLICES}"] = digest_of(shared / SLICES)
     manifest.study_hash = study.digest()
-    if before is None or before.studies:  # else some records may be of a study that nobody knows
+    if before is None or before.studies:  # or some records' study is written nowhere
         manifest.studies = sorted({*manifest.studies, manifest.study_hash})
-    # the manifest first: who reads both at this moment finds the old study and the new one in it
+    # the manifest first: at any moment it names the study that is on disk
     write_manifest(folder, manifest)
     _write_study(folder, study)
     return slices is not None
@@ -424,7 +424,7 @@ def _write_study(folder: Path, study: Study) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Delete what processes that are no more left half-written."""
+    """Delete half-written files of processes that no longer exist."""
     for place in PLACES:
         remove_leftovers(folder / place)
 
@@ -472,7 +472,7 @@ def _new_manifest(
 
 # --- where numbers come from: machine, versions, git ---------------------------------------------
 
-FOR_JOBS = 0.6  # of the machine's memory: the sweep itself and other work need some
+FOR_JOBS = 0.6  # of the machine's memory; the sweep itself and other work need the rest
 MOST_JOBS = 4  # by default on a CPU: each job holds its own copy of the model
 PACKAGES = ("depthprobe", "torch", "transformers", "accelerate", "peft", "numpy", "pandas")
 
@@ -495,10 +495,10 @@ def available_cores() -> int:
 
 
 def jobs_at_once(jobs: int | None, device: torch.device, tasks: int, *, memory: float) -> int:
-    """How many of so many tasks run at the same time; 0: in this process.
+    """How many tasks run at the same time; 0 means in this process.
 
-    By default as many as have a core each, and on a CPU ``memory`` bytes each. The machine's whole
-    memory counts, not what is free of it just now: the number decides the threads of a training.
+    By default each needs a core, and on a CPU ``memory`` bytes of the machine's total memory. Free
+    memory would vary, and the number must not: it decides the threads of a training.
     """
     if jobs is None:
         cpu = device.type == "cpu"
@@ -509,16 +509,16 @@ def jobs_at_once(jobs: int | None, device: torch.device, tasks: int, *, memory: 
 
 
 def threads_of(workers: int, cores: int) -> int:
-    """Threads of each of so many processes: its share of the cores, or what OMP_NUM_THREADS says.
+    """Threads for each of ``jobs`` processes: its share of the cores, or OMP_NUM_THREADS.
 
-    Without workers those of this process.
+    Without workers, the threads of this process.
     """
     own = torch.get_num_threads()
     return own if workers == 0 else max(1, min(own, cores // workers))
 
 
 def _git_state() -> Git | None:
-    """Commit and dirt of the code's checkout; None outside one."""
+    """Commit of the code's checkout and whether it has changes; None outside a checkout."""
     # installed into a virtual environment, the package may lie in somebody else's checkout
     if not _git("ls-files", "--error-unmatch", Path(__file__).name):
         return None

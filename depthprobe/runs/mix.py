@@ -1,4 +1,4 @@
-"""The method that keeps of each block what a budget allows: its options, its trials, its table."""
+"""The ``mix`` method: keep as much of each block as a budget allows."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 def mixes(context: Context, task: Task) -> Iterator[Result | Scores]:
-    """The teacher with what a budget of whole blocks allows: parts and maps in place of blocks.
+    """The teacher under a budget of whole blocks: parts or linear maps replace some blocks.
 
-    Maps, damages and choices are of validation users. The table has what was chosen, and its
-    predicted damage beside the true one; it comes first, so that trials that are done have one.
+    Maps, damages and choices come from validation users. The table has the choices, with predicted
+    and true damage. It is written first, so that finished trials always have one.
     """
     teacher, device = copy.deepcopy(context.teacher(task.seed, task.blocks)), context.device
     merge_lora(teacher)
@@ -69,7 +69,7 @@ def mixes(context: Context, task: Task) -> Iterator[Result | Scores]:
         name: np.array([mean_ndcg(ranks["full"]) for ranks in ranked])
         for name, ranked in (("validation", on_validation), ("test", on_test))
     }
-    # as shares of the teacher's, like all changes that a report shows
+    # as shares of the teacher's, like all changes in a report
     lost = {name: (own[0] - own) / (own[0] or 1.0) for name, own in scores.items()}
     shares = damages / (scores["validation"][0] or 1.0)
     frames = []
@@ -101,7 +101,7 @@ def mixes(context: Context, task: Task) -> Iterator[Result | Scores]:
 def count_flops(
     context: Context, teacher: Recommender, possible: NDArray[np.bool_]
 ) -> tuple[Array, int] | None:
-    """FLOPs of what is left of each block, (L, 5), and of all else, of a median history."""
+    """FLOPs of each option for each block, (L, 5), and of all else, for a median history."""
     length = int(np.median(teacher.positions(context.test.histories)))
 
     def counted(plan: Plan) -> Products:
@@ -120,9 +120,9 @@ def count_flops(
 
 
 def share_time(seconds: Mapping[str, list[float]], possible: NDArray[np.bool_]) -> Array:
-    """Milliseconds of what is left of each block, (L, 5), from those of encoding a batch of users.
+    """Milliseconds of each option for each block, (L, 5), from those of encoding a batch of users.
 
-    All blocks share alike what encoding saves without any, without attention and without MLPs.
+    The time that encoding saves without all blocks, attention or MLPs is divided equally by block.
     """
     blocks = len(possible)
     whole = np.median(seconds[f"encode:{blocks}"])

@@ -9,7 +9,7 @@ from depthprobe.errors import BadInput
 from depthprobe.methods import Request, Task, Trial, method_of, method_order
 from depthprobe.study import SELECTIONS, Study, parse_blocks, parse_layers, settings_of
 
-# methods that others stand on: the trained full-depth recommender, the default item table; and what
+# methods that others need: the trained full-depth recommender, the default item table; and what
 # a search predicts the depths by, and holds the teacher against
 TEACHER, SASREC, READOUT, POPULARITY = "full", "sasrec", "readout", "popularity"
 MIX = "mix"  # whose budget may be in a unit that has to be timed
@@ -18,11 +18,11 @@ MIX = "mix"  # whose budget may be in a unit that has to be timed
 def plan(study: Study, blocks: int) -> list[Task]:
     """All tasks of a study, each after what it needs.
 
-    Of a study that searches all that the search may come to: every depth of the method that it
-    searches with; other methods keep to the ends and to the first seed. ``BadInput`` if the study
-    names depths or blocks that the backbone does not have.
+    For a search, all that it may need: every depth of the method that it searches with, and the
+    other methods at the ends and the first seed. ``BadInput`` if the study names depths or blocks
+    that the backbone does not have.
     """
-    parse_layers(study.layers, blocks)  # refused even where no method has a depth
+    parse_layers(study.layers, blocks)  # refused even if no method uses a depth
     searched = study.searched if study.searches else None
     wanted = _with_needs(study, study.methods)
     repeated = wanted
@@ -39,7 +39,7 @@ def plan(study: Study, blocks: int) -> list[Task]:
     for name in sorted(wanted, key=method_order):
         method = method_of(name)
         if method.lever:
-            known = {task.id for task in tasks}  # of the same lever on all methods
+            known = {task.id for task in tasks}  # a lever applies to all methods
             tasks += [task for task in _variants(name, tasks) if task.id not in known]
             continue
         settings = settings_of(study, name)
@@ -49,7 +49,7 @@ def plan(study: Study, blocks: int) -> list[Task]:
             depths = ()
         trains = method.trains or method.settings == "sasrec"
         tuned = trains and len(settings.recipe.rates) > 1
-        # without a training there is nothing that a seed could change
+        # without training, a seed changes nothing
         once = (method.role == "baseline" and not method.settings) or name not in repeated
         for seed in range(1 if once else study.seeds):
             before = (*_needs(study, name), *(other for other in method.after if other in wanted))
@@ -72,7 +72,7 @@ def plan(study: Study, blocks: int) -> list[Task]:
 
 
 def _variants(name: str, tasks: Sequence[Task]) -> list[Task]:
-    """A task for each trained trial that a lever makes a variant of; ``BadInput`` if none is."""
+    """A task for each trained trial that the lever applies to; ``BadInput`` if there is none."""
     lever, _, source = name.partition(":")
     made = []
     for task in tasks:
@@ -88,7 +88,7 @@ def _variants(name: str, tasks: Sequence[Task]) -> list[Task]:
 
 
 def holder_of(study: Study, trial: Trial) -> Trial:
-    """The trial whose folder has a trained one's weights: of one training the deepest one's."""
+    """The trial whose folder holds the weights: the deepest one of the same training."""
     tasks = plan(study, trial.blocks)
     deepest = next(task.trials[-1] for task in tasks if trial.id in task.names)
     return trial if deepest.id == trial.id else deepest
@@ -114,7 +114,7 @@ def trial_of(method: str, kept: Iterable[int], seed: int, blocks: int) -> Trial:
 
 
 def _with_needs(study: Study, names: Iterable[str]) -> set[str]:
-    """The methods, and all that they need."""
+    """The methods and everything that they need."""
     wanted = set(names)
     missing = set(wanted)
     while missing:

@@ -1,4 +1,4 @@
-"""The methods that need no training but the teacher's: each a pass, or a few, over the users."""
+"""Probing methods: they train nothing but the teacher, and take a few passes over the users."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from depthprobe.runs.plan import SASREC, TEACHER, full_trial
 from depthprobe.runs.records import ALONE, is_done, read_sealed, typed, write_sealed
 from depthprobe.study import parse_layers
 
-REMOVAL = "removal"  # how the name of a greedy removal's file begins
-SHUFFLED_USERS = 20_000  # enough to see what order is worth; each is ranked six times a depth
-TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward one
+REMOVAL = "removal"  # prefix of a greedy removal's file
+SHUFFLED_USERS = 20_000  # enough to see what order is worth; each is ranked six times per depth
+TAYLOR_USERS = 512  # a gradient's size settles fast, and a backward pass costs twice a forward pass
 
-CANDIDATES, CANDIDATE_SEED = 100, 99  # a user's target and 99 items that are drawn
+CANDIDATES, CANDIDATE_SEED = 100, 99  # a user's target and 99 drawn items
 # SmolLM2 of 135 M parameters takes 6 s of a core a user at six depths in float32, 3 s in bfloat16
 # (ML-100K, AMD Zen 5): ten minutes, or five, on two cores
 PROMPT_USERS = 200
@@ -75,7 +75,7 @@ def raw_exits(context: Context, task: Task) -> Iterator[Result]:
 
 
 def walk_blocks(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher with blocks left out, or with a part of one."""
+    """The teacher without a block, or without one part of it."""
     teacher = _teacher(context, task)
     routes = [
         route(trial.kept)
@@ -89,7 +89,7 @@ def walk_blocks(context: Context, task: Task) -> Iterator[Result]:
 
 
 def walk_spans(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher without each run of blocks, or without those that angular distance picks."""
+    """The teacher without each span of blocks, or without those that angular distance picks."""
     if not context.study.probing.spans:
         yield from walk_blocks(context, task)
         return
@@ -102,7 +102,7 @@ def walk_spans(context: Context, task: Task) -> Iterator[Result]:
 
 
 def walk_greedy(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher after each greedy removal, chosen by validation users."""
+    """The teacher after each greedy removal, chosen on validation users."""
     order = removal(context, task.seed, task.blocks)
     trials = [replace(trial, kept=order.kept(trial.depth)) for trial in task.trials]
     yield from walk_blocks(context, replace(task, trials=tuple(trials)))
@@ -135,10 +135,10 @@ def tuned_lenses(context: Context, task: Task) -> Iterator[Result]:
 def replacements(
     context: Context, task: Task, fit: Callable[..., list[Replacement]] = fit_replacements
 ) -> Iterator[Result]:
-    """The teacher with a linear map in place of a span: at each depth the span that turns least.
+    """The teacher with a linear map in place of the span that turns states least, at each depth.
 
-    Spans and maps are found with validation users. The first block has none before it to carry a
-    map, so it stays.
+    Validation users give spans and maps. The first block always stays, since no block before it
+    could carry the map.
     """
     teacher, device = copy.deepcopy(_teacher(context, task)), context.device
     merge_lora(teacher)
@@ -156,17 +156,17 @@ def replacements(
 
 
 def cosine_replacements(context: Context, task: Task) -> Iterator[Result]:
-    """The same with maps that are fitted to the direction of the state behind the span."""
+    """The same, with maps fitted to the direction of the state behind the span."""
     return replacements(context, task, partial(fit_cosine, seed=task.seed))
 
 
 def compare_states(context: Context, task: Task) -> Iterator[Scores]:
-    """How alike the states around blocks are, by validation users."""
+    """How alike the states around blocks are, on validation users."""
     yield Scores(to_scores(similar_states(context, task.seed, task.blocks)))
 
 
 def weigh_blocks(context: Context, task: Task) -> Iterator[Scores]:
-    """What the weights of each block matter to the loss of some validation users."""
+    """How much the weights of each block matter to the loss of some validation users."""
     users = context.eval_set("validation", limit=TAYLOR_USERS)
     values = taylor_importance(_teacher(context, task), users, device=context.device)
     starts = np.arange(len(values))
@@ -175,13 +175,13 @@ def weigh_blocks(context: Context, task: Task) -> Iterator[Scores]:
 
 
 def settle_users(context: Context, task: Task) -> Iterator[Scores]:
-    """At which depth each test user's answers are the last ones."""
+    """The depth from which each test user's answers no longer change."""
     settled = settling(_teacher(context, task), context.test, device=context.device)
     yield Scores(settled_frame(settled, context.test.users))
 
 
 def shuffle_histories(context: Context, task: Task) -> Iterator[Scores]:
-    """Test users' ranks with their histories in random orders: at every depth, and by SASRec."""
+    """Ranks with histories in random order, at every depth and by SASRec."""
     teacher, device = _teacher(context, task), context.device
     users = context.eval_set("test", limit=SHUFFLED_USERS)
     found = without_order(partial(early_exit, teacher, device=device), users)
@@ -198,7 +198,7 @@ def shuffle_histories(context: Context, task: Task) -> Iterator[Scores]:
 def draw_blocks(context: Context, task: Task) -> Iterator[Scores]:
     """Sets of blocks that scores choose, each score's reverse, and random sets of the same size.
 
-    At the depths of the study. Scores are of validation users, what a set is worth of test users.
+    At the depths of the study. Scores come from validation users, a set's worth from test users.
     """
     teacher, device, blocks = _teacher(context, task), context.device, task.blocks
     without = [route(outside((b, b + 1), blocks)) for b in range(blocks)]
@@ -206,7 +206,7 @@ def draw_blocks(context: Context, task: Task) -> Iterator[Scores]:
     damage = [-mean_ndcg(ranks["full"]) for ranks in skipped]
     states = similar_states(context, task.seed, blocks)
     order = removal(context, task.seed, blocks)
-    # the last block is in no list of removals, since it is never removed
+    # a list of removals lacks the last block, since it is never removed
     went = (*order.removed, *order.kept(1))
     chosen: list[tuple[str, Kept]] = []
     drawn: list[Kept] = []
@@ -236,10 +236,10 @@ def draw_blocks(context: Context, task: Task) -> Iterator[Scores]:
 
 
 def ask_untouched(context: Context, task: Task) -> Iterator[Scores]:
-    """Test users' targets among 100 candidates, by how likely the backbone finds their titles.
+    """Rank test users' targets among 100 candidates by the likelihood of their titles.
 
-    As it was pretrained, at the depths of the study. The models that the run has trained, and
-    popularity, rank the same candidates.
+    The backbone is as pretrained, at the depths of the study. The run's trained models and
+    popularity rank the same candidates.
     """
     sequences, device = context.sequences, context.device
     users = context.eval_set("test", limit=PROMPT_USERS)
@@ -254,7 +254,7 @@ def ask_untouched(context: Context, task: Task) -> Iterator[Scores]:
         columns = {"by": by, "depth": depth, "candidates": CANDIDATES, "user": users.users}
         frames.append(pd.DataFrame(columns | {"rank": ranks}))
 
-    settings = replace(context.backbone, reads="titles")  # whatever the recommenders read
+    settings = replace(context.backbone, reads="titles")  # even if the recommenders read items
     model = pretrained(settings)
     if model.config.tie_word_embeddings and not pretrained_config(settings).tie_word_embeddings:
         raise BadInput("backbone", settings.source, "weights with a language-model head")
@@ -267,7 +267,7 @@ def ask_untouched(context: Context, task: Task) -> Iterator[Scores]:
     for by, ranks in found.items():
         for depth, own in zip(depths, ranks, strict=True):
             add(by, depth, own)
-    del model  # before the next one is loaded
+    del model  # free it before the next one is loaded
 
     training = sequences.items[context.split.trained]
     others: dict[str, tuple[int, Any]] = {
@@ -283,7 +283,7 @@ def ask_untouched(context: Context, task: Task) -> Iterator[Scores]:
 
 
 def removal(context: Context, seed: int, blocks: int) -> Removal:
-    """The greedy removal by validation users, made once for all who need it."""
+    """The greedy removal on validation users, computed once and shared."""
     path = context.shared / f"{REMOVAL}-s{seed}-{context.teacher_digest(seed, blocks)}.json"
     with FileLock(path.with_name(f".{path.stem}.lock")):
         if not path.exists():
@@ -294,7 +294,7 @@ def removal(context: Context, seed: int, blocks: int) -> Removal:
     return typed(content, Removal, path, ALONE)
 
 
-@lru_cache(maxsize=1)  # `replace`, screened spans and selected blocks ask for the same
+@lru_cache(maxsize=1)  # `replace`, screened spans and selected blocks share this
 def similar_states(context: Context, seed: int, blocks: int) -> Similarities:
     """How alike the teacher's states around blocks are, by validation users."""
     teacher = context.teacher(seed, blocks)
@@ -302,7 +302,7 @@ def similar_states(context: Context, seed: int, blocks: int) -> Similarities:
 
 
 def kept_by_states(select: str, states: Similarities, depth: int) -> tuple[int, ...]:
-    """Those of the blocks around the states that block influence or angular distance keeps."""
+    """The blocks that block influence or angular distance keeps."""
     blocks = len(states.influence)
     if select == "influence":
         return by_score(states.influence, depth)
@@ -310,7 +310,7 @@ def kept_by_states(select: str, states: Similarities, depth: int) -> tuple[int, 
 
 
 def outside(span: Span, blocks: int) -> tuple[int, ...]:
-    """The blocks that are not in a span."""
+    """The blocks outside a span."""
     return tuple(b for b in range(blocks) if not span[0] <= b < span[1])
 
 
@@ -319,7 +319,7 @@ def _teacher(context: Context, task: Task) -> Recommender:
 
 
 def part_of(teacher: Recommender, trial: Trial) -> dict[str, int]:
-    """The parameters that the teacher would have with the trial's blocks and parts alone."""
+    """The teacher's parameters with only the trial's blocks and parts."""
     counts, blocks = count_parameters(teacher), parameters_by_block(teacher)
     lighter = sum(blocks[b] for b in trial.kept) - counts["blocks"]
     if trial.part is not None and trial.dropped is not None:

@@ -1,7 +1,7 @@
 """The processes that run a sweep together, as ``accelerate launch -m depthprobe`` starts them.
 
-All of them read, plan and train; the first one alone writes, shows progress, and measures time.
-The command line asks whether there are several: importing this imports no torch.
+All of them read, plan and train; only the first writes, shows progress, and measures time. The
+command line asks whether there are several, so importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from depthprobe.errors import BadInput
 
 T = TypeVar("T")
 
-# the environment of what is started: Python imports nothing from the folder it happens to run in
+# for started processes: Python must not import from the folder that it runs in
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-# what a launcher sets, and torch and accelerate read as numbers
+# variables that launchers set, and that torch and accelerate read as numbers
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class FirstProcessError(RuntimeError):
-    """What the first of several processes raised, in words, in the others."""
+    """Raised in the other processes, with the message of what the first one raised."""
 
 
 class Progress:
-    """Receives a sweep's events, and ignores them; nothing of it may raise or take long."""
+    """Receives a sweep's events, and ignores them. A subclass must be quick and never raise."""
 
     def plan(self, trials: Sequence[str]) -> None:
-        """The trials that will run now, in order; those already complete are not among them."""
+        """The trials that will run now, in order, without those already complete."""
 
     def message(self, text: str) -> None:
-        """What is being done right now, one short line."""
+        """What the sweep does now, in one short line."""
 
     def done(self, trial: str, status: str, seconds: float, note: str) -> None:
-        """A trial ended: ``done`` or ``failed``, after so many seconds, its result or error."""
+        """A trial ended: ``done`` or ``failed``, its seconds, its result or error."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Which of how many processes this is."""
+    """This process's number, and how many train together."""
 
     rank: int = 0
     processes: int = 1
@@ -52,16 +52,16 @@ class ProcessGroup:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes are here."""
         if self.processes > 1:
             import torch
 
             torch.distributed.barrier()
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """Call the action in the first process; all of them return its result, or raise.
+        """Call the action in the first process; all processes return its result, or raise.
 
-        Else an error there would leave the others waiting for ever.
+        Otherwise an error there would leave the others waiting for ever.
         """
         if self.processes == 1:
             return action()
@@ -71,7 +71,7 @@ class ProcessGroup:
         if self.writes:
             try:
                 outcome[0] = action()
-            except Exception as error:  # others in words: not every error survives pickling
+            except Exception as error:  # other errors as text, since not every error can be pickled
                 words = f"the first process failed: {type(error).__name__}: {error}"
                 outcome[1] = error if isinstance(error, BadInput) else FirstProcessError(words)
                 torch.distributed.broadcast_object_list(outcome)
@@ -83,7 +83,7 @@ class ProcessGroup:
         return result
 
     def leave(self) -> None:
-        """End the group of processes, when nothing is left to do together."""
+        """End the group, once nothing is left to do together."""
         if self.processes > 1:
             import torch
 
@@ -91,9 +91,9 @@ class ProcessGroup:
 
 
 def launched_processes() -> int:
-    """How many processes a launcher started to work together; 1 without one.
+    """How many processes a launcher started to work together; 1 without a launcher.
 
-    ``BadInput`` if a variable that launchers set holds no number; an empty one counts as none.
+    ``BadInput`` if a launcher's variable holds no number; an empty one counts as unset.
     """
     for name in LAUNCHER:
         text = os.environ.get(name, "").strip()
@@ -108,7 +108,7 @@ def launched() -> bool:
 
 
 def join_processes(device: str) -> ProcessGroup:
-    """The group that the launcher made, to train on a device; alone without one."""
+    """Join the launcher's group, to train on a device; a group of one without a launcher."""
     several = launched()
     for name in LAUNCHER:
         if not os.environ.get(name, "-").strip():

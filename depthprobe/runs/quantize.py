@@ -1,4 +1,4 @@
-"""Trained trials with their weights in fewer bits: nothing is trained, all is measured again."""
+"""Round trained models to fewer bits: nothing is trained, everything is measured again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from depthprobe.study import settings_of
 
 
 def quantized(context: Context, task: Task) -> Iterator[Result]:
-    """A trained trial's model with weights in fewer bits."""
+    """Round a trained trial's model to fewer bits, and rank with it."""
     (trial,) = task.trials
     record, source = source_of(context, trial)
     model = trained_model(context, source)
@@ -36,7 +36,7 @@ def quantized(context: Context, task: Task) -> Iterator[Result]:
 
 
 def source_of(context: Context, trial: Trial) -> tuple[Record, Trial]:
-    """The trial that another is a variant of: its record, and itself with the blocks it found."""
+    """The trial that a variant is made of: its record, and the trial with the blocks it kept."""
     name = str(trial.of)
     record = read_record(context.trial_folder(replace(trial, id=name)))
     if record is None:
@@ -49,7 +49,7 @@ def trained_model(context: Context, trial: Trial) -> Recommender:
     holder = holder_of(context.study, trial)
     model = context.trained(holder)
     merge_lora(model)
-    if context.study.backbone.own:  # which may be one object for all who ask for it
+    if context.study.backbone.own:  # all callers may share this object
         model = twin_of(model)
     if trial.kept != holder.kept:
         keep_blocks(model.backbone, [holder.kept.index(block) for block in trial.kept])

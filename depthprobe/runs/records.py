@@ -1,8 +1,8 @@
-"""What a run's folder holds, typed once: the only reader and writer of records and manifest.
+"""The typed files of a run's folder: the only reader and writer of records and manifest.
 
-Every file that a number depends on has a digest, which is checked where the file is read: records
-and other JSON files end with their own, a record names those of the files beside it, the manifest
-those of what all trials share. What was written before there were digests is not checked.
+Every file that a number depends on has a digest, which is checked when it is read. A JSON file ends
+with its own. A record names the digests of the files beside it, and the manifest those of the
+shared files. Files of versions without digests are not checked.
 
 Importing this imports no torch.
 """
@@ -41,7 +41,7 @@ RECORD, MODEL = "record.json", "model"
 USERS, ITEMS, SCORES = "users.parquet", "items.parquet", "scores.parquet"
 # in the folder of what all trials share
 DATA, NEGATIVES, TIMING, ITEM_TABLE = "data", "negatives.npy", "timing.json", "item-table.npy"
-# how to get rid of a file that is not as it was written
+# what messages advise for a damaged file
 AGAIN = "delete its folder, and the same sweep makes it anew"
 ALONE = "delete it, and the same sweep makes it anew"
 NEVER = "bring back the file as it was, or begin anew in another folder"
@@ -56,7 +56,7 @@ Blocks = Annotated[int, Meta(ge=1, le=10_000)]
 
 
 class Facts(Struct):
-    """What a table of the manifest holds, by attribute; or by key, as in the JSON file."""
+    """A table of the manifest; its values can be read by attribute or by key."""
 
     def __getitem__(self, key: str) -> Any:
         """The value of a key."""
@@ -66,7 +66,7 @@ class Facts(Struct):
 
 
 class Dataset(Facts):
-    """The log that a run was begun with."""
+    """The log that a run began with."""
 
     name: str
     users: int
@@ -75,16 +75,15 @@ class Dataset(Facts):
     fingerprint: str
     warnings: list[str] = []
     statistics: dict[str, Any] = {}
-    cleaning: list[dict[str, Any]] = []  # what each step left
+    cleaning: list[dict[str, Any]] = []  # what each step kept
     split: dict[str, Any] = {}
 
 
 class BackboneFacts(Facts):
-    """The backbone that a run was begun with; ``revision`` is a commit or a hash.
+    """The backbone that a run began with; ``revision`` is a commit or a hash.
 
-    ``precision`` is what ``recipe.precision = "auto"`` stands for. ``prompt`` has the ids of the
-    tokens before and after the items, ``words`` a hash of those of the items, where histories are
-    read in words.
+    ``precision`` is the one that ``recipe.precision = "auto"`` chose. ``prompt`` has the token ids
+    before and after the items. ``words`` is a hash of the items' tokens, if histories are titles.
     """
 
     source: str
@@ -109,7 +108,7 @@ class ItemTable(Facts):
 
 
 class Machine(Facts):
-    """What a run was begun on."""
+    """The machine that a run began on."""
 
     device: str = ""
     gpu: str | None = None
@@ -171,7 +170,7 @@ class Manifest(Facts, kw_only=True):
 
 
 class Provenance(Struct):
-    """Which study, data, weights, code and machine a record comes from."""
+    """The study, data, weights, code and machine that a record comes from."""
 
     study: str
     data: str
@@ -193,8 +192,8 @@ class Validation(Struct):
 class TrainingCosts(Struct):
     """What a training took and how it went; ``losses`` and ``validation`` are by epoch.
 
-    ``tried`` has the best validation NDCG@10 by learning rate, None where the loss diverged, and
-    ``tuning_seconds`` the time of those that were not the best: a grid is searched at seed 0.
+    ``tried`` has the best validation NDCG@10 of each learning rate, None if it diverged, and
+    ``tuning_seconds`` the time of all but the best. Only seed 0 tries several rates.
     """
 
     epochs: int
@@ -222,9 +221,9 @@ class Rounds(Struct):
 
 
 class Costs(Struct):
-    """What a trial takes; ``flops_user`` is of a user with a median history.
+    """What a trial costs; ``flops_user`` is for a user with a median history.
 
-    ``bytes`` are those of the weights as they are served, by the parts of ``parameters``.
+    ``bytes`` are those of the weights as served, by the parts of ``parameters``.
     """
 
     parameters: dict[str, int] = {}
@@ -236,12 +235,12 @@ class Costs(Struct):
 
 
 class Record(Struct, kw_only=True):
-    """One trial, done or failed; or the table of a probe, which keeps no blocks of its own.
+    """The record of a trial, done or failed, or of a probe's table.
 
     Attributes:
         of: the trial whose trained model it is a variant of.
         metrics: by split, protocol and name.
-        seconds: that a table took.
+        seconds: that a probe's table took.
         files: digests of the files beside the record.
         digest: of the record itself.
     """
@@ -266,7 +265,7 @@ class Record(Struct, kw_only=True):
 
     @property
     def done(self) -> bool:
-        """Whether it succeeded."""
+        """Whether the trial succeeded."""
         return self.status == "done"
 
     @property
@@ -300,7 +299,7 @@ def write_trial(
 
 
 def replace_times(folder: Path, timing: dict[str, Rounds] | None) -> None:
-    """Give a finished trial other measured times."""
+    """Replace the measured times of a finished trial."""
     record = read_record(folder)
     if record is not None and record.done and record.costs is not None:
         record.costs.timing = timing
@@ -319,7 +318,7 @@ def write_scores(
 
 
 def write_failure(folders: list[Path], task: Task, error: str, provenance: Provenance) -> None:
-    """Write the records of a task that failed, with the reason in one line; what is done stays."""
+    """Record that a task failed, with the reason in one line; finished trials stay."""
     parts: Sequence[Trial | Task] = task.trials or (task,)
     for folder, trial in zip(folders, parts, strict=True):
         if not is_done(folder):
@@ -331,7 +330,7 @@ def write_failure(folders: list[Path], task: Task, error: str, provenance: Prove
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder in a run; the run itself, where it was moved or deleted, is not made again."""
+    """Write a folder into a run; a run that was moved or deleted is not made again."""
     folder.parent.mkdir(exist_ok=True)
     with complete_folder(folder, parents=False) as temporary:
         yield temporary
@@ -387,7 +386,7 @@ def record_of(
 
 
 def damaged(path: Path, why: object, remedy: str, kind: type[BadInput] = BadInput) -> BadInput:
-    """What is said of a file that is not as it was written."""
+    """The error for a file that was changed or damaged."""
     text = str(path)
     shown = text if len(text) <= 110 else f"...{text[-107:]}"  # its end says which it is
     reason = " ".join(str(why).split())[:100]
@@ -395,11 +394,11 @@ def damaged(path: Path, why: object, remedy: str, kind: type[BadInput] = BadInpu
 
 
 class CutShort(BadInput):
-    """A file that holds no JSON, as a disk may leave it: nothing of it can be used."""
+    """A file that holds no JSON, for example after a full disk: nothing of it can be used."""
 
 
 def intact(path: Path, digest: str | None, remedy: str) -> Path:
-    """The path of a file; ``BadInput`` if it is none, or its digest is not the one written down."""
+    """The path of a file, after a check: ``BadInput`` if it is no file or its digest differs."""
     if not path.is_file():  # of a pipe nothing would ever come
         raise damaged(path, "it is no plain file, or missing", remedy)
     if digest is not None and digest_of(path) != digest:
@@ -462,9 +461,9 @@ def read_record(folder: Path) -> Record | None:
 
 
 def origins_of(manifest: Manifest) -> Origins:
-    """What the records of a run may come from, by the keys of their provenance.
+    """The origins that a run's records may have, by the keys of their provenance.
 
-    Of runs of earlier versions it is not known which studies they were begun and continued with.
+    Runs of earlier versions did not record with which studies they began or went on.
     """
     data, backbone = [manifest.data.fingerprint], [manifest.backbone.revision]
     return {"study": [*manifest.studies], "data": data, "backbone": backbone}
@@ -481,7 +480,7 @@ def check_origin(folder: Path, origins: Origins) -> Record | None:
 
 
 def shared_file(run: Path, manifest: Manifest | None, name: str) -> Path:
-    """The place of a file or folder that all trials share; ``BadInput`` if it has changed."""
+    """The path of a file or folder that all trials share; ``BadInput`` if it has changed."""
     place = f"{SHARED}/{name}"
     for each, digest in manifest.files.items() if manifest else ():
         if each == place or each.startswith(f"{place}/"):
@@ -490,7 +489,7 @@ def shared_file(run: Path, manifest: Manifest | None, name: str) -> Path:
 
 
 def typed(content: dict[str, Any], kind: type[T], path: str | Path, remedy: str) -> T:
-    """What a JSON file of a run holds; ``BadInput`` where it does not fit."""
+    """Convert the content of a JSON file; ``BadInput`` if it does not fit the type."""
     try:
         return msgspec.convert(content, kind)
     except (msgspec.MsgspecError, RecursionError) as error:
@@ -498,26 +497,26 @@ def typed(content: dict[str, Any], kind: type[T], path: str | Path, remedy: str)
 
 
 def read_table(path: Path, digest: str | None) -> pd.DataFrame:
-    """A table that a trial or a probe left; ``BadInput`` if it is not as it was written."""
+    """Read a table of a trial or a probe; ``BadInput`` if it was changed."""
     with _named(intact(path, digest, AGAIN)):
         return pd.read_parquet(path)
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Turn what a library says of a file that is none of its kind into one line with its name."""
+    """Turn a library's error about a file that it can't read into one line with the file's name."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's fault, not the file's
+            raise  # a fault of the disk, not of the file
         raise damaged(path, error, AGAIN) from error
 
 
 def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By protocol, whom a finished trial ranked and the ranks of their targets, (U,) each.
+    """By protocol, the users that a finished trial ranked and their targets' ranks, (U,) each.
 
-    ``BadInput`` if they can't be read, or don't give the metrics of the trial's record.
+    ``BadInput`` if they can't be read, or do not give the metrics of the trial's record.
     """
     path, ranked = intact(folder / USERS, record.files.get(USERS), AGAIN), {}
     with _named(path):
@@ -537,7 +536,7 @@ def read_users(folder: Path, record: Record) -> dict[str, tuple[np.ndarray, np.n
 
 
 def folders_of(place: Path) -> list[Path]:
-    """The folders of trials or probes, by name; nothing of a place that is not there."""
+    """The folders of trials or probes, sorted by name; empty if the place does not exist."""
     try:
         with os.scandir(place) as entries:
             return [place / name for name in sorted(each.name for each in entries if each.is_dir())]
@@ -553,7 +552,7 @@ def check_places(run: Path) -> None:
                 is_own = each.is_file(follow_symlinks=False) or (
                     place != LOGS and each.is_dir(follow_symlinks=False)
                 )
-                if not is_own and os.path.lexists(each.path):  # no other sweep's, that is gone now
+                if not is_own and os.path.lexists(each.path):  # or it was another sweep's
                     raise damaged(Path(each.path), "it is no plain file", "move it out of the run")
 
 
@@ -573,9 +572,9 @@ def is_done(folder: Path) -> bool:
 
 
 def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
-    """Where a task is, by the folders that it leaves: ``failed`` if one of them says so.
+    """The state of a task by the folders that it leaves: ``failed`` if one of them failed.
 
-    What a record that was cut short says is made anew.
+    A record that was cut short counts as missing.
     """
     states = ["left"] * len(folders)
     for place, each in enumerate(folders):
@@ -588,7 +587,7 @@ def state_of(folders: Sequence[Path]) -> Literal["done", "failed", "left"]:
 
 
 def forget_failures(folders: Iterable[Path]) -> None:
-    """Delete the records of failures: what failed is tried again."""
+    """Delete the records of failures, so that the trials run again."""
     for folder in folders:
         if state_of([folder]) == "failed":
             (folder / RECORD).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Who works on what, in which process, and what a sweep shows of it.
+"""Distribute tasks over processes and over the sweeps that share a run.
 
-A lock a task lets several sweeps share one run and do nothing twice. The locks are the operating
-system's (``flock``): they are released when their process dies, by whatever signal.
+One lock per task, so that no two sweeps do the same work. The locks are the operating system's
+(``flock``): it releases them when their process dies, whatever the signal.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from depthprobe.runs.records import LOCKS, outputs_of, state_of
 
 # --- locks: one sweep a task ----------------------------------------------------------------------
 
-WHOLE_RUN = ".run"  # the lock of whoever lays a run out, times it or writes its tables
+WHOLE_RUN = ".run"  # the lock for work on the whole run: its layout, its timings, its tables
 
 State = Literal["ours", "theirs", "done", "failed"]
 
 
 class Claims:
-    """The tasks of a run that this sweep holds; of a group of processes the first one claims."""
+    """The tasks that this sweep has claimed. In a group of processes the first one claims."""
 
     def __init__(self, folder: Path, group: ProcessGroup | None = None) -> None:
         self._run, self._group = folder, group or ProcessGroup()
         self._locks: dict[str, FileLock] = {}
 
     def take(self, task: Task) -> State:
-        """Claim a task: ``ours`` now, ``theirs``, or it was ``done`` or ``failed`` meanwhile."""
+        """Try to claim a task: it is ``ours``, ``theirs``, or already ``done`` or ``failed``."""
         return self._group.from_first(lambda: self._take(task))
 
     def leave(self, task: Task) -> None:
-        """Let go of a task, once its records are written; of one that is not held, nothing."""
+        """Release a task once its records are written; does nothing if it is not held."""
         if (lock := self._locks.pop(task.id, None)) is not None:
             _remove(lock)
 
     def leave_all(self) -> None:
-        """Let go of everything."""
+        """Release every task."""
         while self._locks:
             _remove(self._locks.popitem()[1])
 
@@ -68,7 +68,7 @@ class Claims:
 
 @contextmanager
 def whole_run(folder: Path, progress: Progress) -> Iterator[None]:
-    """Alone with what all trials share: waits until no other sweep is at it."""
+    """Hold the lock of what all trials share; waits while another sweep holds it."""
     lock = _lock(folder, WHOLE_RUN)
     if not _acquire(lock):
         progress.message("waiting for another sweep of this run")
@@ -80,9 +80,9 @@ def whole_run(folder: Path, progress: Progress) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Remove the folder of the locks, unless another sweep holds some there.
+    """Remove the folder of locks, unless another sweep still holds one.
 
-    A sweep that was killed leaves the files of its locks.
+    A killed sweep leaves its lock files behind.
     """
     for place in [*(folder / LOCKS).glob("*.lock")]:
         lock = _lock(folder, place.stem)
@@ -94,11 +94,11 @@ def clear(folder: Path) -> None:
 
 
 def held(folder: Path) -> list[str]:
-    """Tasks of a run that some living process works on, by name."""
+    """Names of the tasks that a living process is working on."""
     names = []
     for place in sorted((folder / LOCKS).glob("[!.]*.lock")):
         lock = _lock(folder, place.stem)
-        with suppress(OSError):  # a run that this user may only read: nothing can be found out
+        with suppress(OSError):  # this user may only read the run, so the locks can't be tested
             if _acquire(lock):
                 lock.release()
             else:
@@ -111,7 +111,7 @@ def _lock(folder: Path, name: str) -> FileLock:
 
 
 def _acquire(lock: FileLock, *, wait: bool = False) -> bool:
-    """Take a lock, though another sweep that ends may remove its folder meanwhile."""
+    """Take a lock; make its folder again if another sweep removes it meanwhile."""
     while True:
         Path(lock.lock_file).parent.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
@@ -130,12 +130,12 @@ def _remove(lock: FileLock) -> None:
 
 # --- the queue of tasks --------------------------------------------------------------------------
 
-POLL = 1.0  # seconds until tasks that another sweep holds are looked at again
+POLL = 1.0  # seconds between two looks at tasks that another sweep holds
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended; ``error`` is None when it did its work."""
+    """How a task ended; ``error`` is None on success."""
 
     task: Task
     error: str | None
@@ -144,11 +144,11 @@ class Outcome:
 
 
 class Queue:
-    """Tasks in the order of the plan, until each has ended here or elsewhere.
+    """Yields tasks in the order of the plan until each has ended, here or in another sweep.
 
-    ``more`` may be set: it gives further tasks when all have ended; none, and the queue ends.
+    If ``more`` is set, it is asked for further tasks when all have ended; none ends the queue.
 
-    Whoever gets a task or an outcome from it hands the outcome back to :meth:`end`.
+    The caller must hand the outcome of each task back to :meth:`end`.
 
     Args:
         done: ids of trials whose records are there.
@@ -164,7 +164,7 @@ class Queue:
         self._claims, self._done, self._failed = claims, set(done), set(failed)
 
     def next(self) -> Task | Outcome | None:
-        """A task to do now, one that ended without us, or None while others hold what is ready."""
+        """A task, the outcome of one that ended elsewhere, or None while others hold all."""
         for task in self.waiting:
             lost = next((need for need in task.needs if need in self._failed), None)
             if lost is None and not self._done.issuperset(task.needs):
@@ -181,7 +181,7 @@ class Queue:
         return None
 
     def __iter__(self) -> Iterator[Task | Outcome]:
-        """One after the other, for who works on them in this process."""
+        """Yield tasks one after the other, to run in this process."""
         while self.waiting:
             ready = self.next()
             if ready is None:
@@ -190,7 +190,7 @@ class Queue:
                 yield ready
 
     def end(self, outcome: Outcome) -> None:
-        """Let go of a task that has ended; what waits for it may begin."""
+        """Release a task that has ended, so that tasks that depend on it may start."""
         (self._done if outcome.error is None else self._failed).update(outcome.task.names)
         self._claims.leave(outcome.task)
         self._given -= 1
@@ -209,14 +209,14 @@ def run_in_processes(
     prepare: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> Iterator[Outcome]:
-    """Up to ``jobs`` tasks at a time; one that kills its process fails alone.
+    """Run up to ``jobs`` tasks at a time. A task that kills its process fails; the others go on.
 
     Args:
         work: called with a task in a worker.
         prepare: called once in each worker, with a counter of workers and then ``arguments``.
     """
     running: dict[Future[Outcome], Task] = {}
-    suspects: list[Task] = []  # were running when a worker died: run again, one at a time
+    suspects: list[Task] = []  # tasks that ran when a worker died: run again, one at a time
     context = _Workers()
 
     def new_pool() -> ProcessPoolExecutor:
@@ -253,7 +253,7 @@ def run_in_processes(
                 else:
                     yield outcome
             if broken:
-                # every running task is lost with the pool; which one killed it shows when alone
+                # the pool loses all running tasks; run singly, the culprit shows
                 broken += running.values()
                 running.clear()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -262,13 +262,13 @@ def run_in_processes(
                     yield Outcome(broken.pop(), "its process died (killed, or out of memory)", 0.0)
                 suspects += broken
     finally:
-        # at once: after an interrupt nobody waits for their training
+        # kill at once: after an interrupt nobody waits for the workers' trainings
         workers = [worker for worker in context.started if worker.pid is not None]
         for worker in workers:
             worker.terminate()
         for worker in workers:
             worker.join(timeout=10)
-        # Python, when it ends, wakes the pool's thread unguarded: it must have ended before
+        # end the pool's thread before Python exits, which would wake it unguarded
         pool.shutdown(wait=True, cancel_futures=True)
         for name, before in path.items():
             if before is None:
@@ -278,16 +278,16 @@ def run_in_processes(
 
 
 def describe(error: BaseException) -> str:
-    """One line: type, message, and the innermost line of ours that raised it."""
+    """An error in one line: type, message, and the innermost line of our code that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "depthprobe" in f.filename]
     place = f" (at {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
 
 
 class _Workers(SpawnContext):
-    """Starts processes and remembers them.
+    """Starts worker processes and remembers them.
 
-    Spawned ones: a forked copy of a process that has used torch's threads or CUDA can hang.
+    They are spawned: a fork of a process that has used torch's threads or CUDA can hang.
     """
 
     def __init__(self) -> None:
@@ -300,7 +300,7 @@ class _Workers(SpawnContext):
 
 
 class _Worker(SpawnProcess):
-    """A process that an interrupt from the terminal does not reach; the parent ends it."""
+    """A process that ignores an interrupt from the terminal; its parent ends it."""
 
     def start(self) -> None:
         """Start it with the signal blocked, which it inherits: it is ignored only later."""

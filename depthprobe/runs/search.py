@@ -1,7 +1,7 @@
-"""A search in a run: what its records say, and the tasks that it asks for next.
+"""Search for the sufficient depth in a run: read its records, and choose the next tasks.
 
-Nothing is remembered between two trainings but their records. A search that was killed, or that
-begins in the run of a full sweep, goes on from what is there.
+The records are the search's only memory. So a killed search, or one in the run of a full sweep,
+goes on from the trainings that are there.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from depthprobe.study import Study, parse_layers, settings_of
 
 @dataclass(frozen=True)
 class Found:
-    """What the records of a run say to its search.
+    """What a search reads from the records of a run.
 
     Attributes:
         trained: per-user values (U,) by depth and seed, the teacher's under ``blocks``.
-        predicted: the share of the teacher's accuracy that each depth may keep.
+        predicted: the share of the teacher's accuracy that each depth is predicted to keep.
         popularity: the mean of its values; None where it was not ranked.
         seconds: of every training.
         lost: trainings that failed.
@@ -66,13 +66,13 @@ class Found:
 
     @cached_property
     def state(self) -> Search:
-        """What is shown by all that is trained, and what is next."""
+        """What the trainings show so far, and what comes next."""
         trained = dict(self.trained)
         return search(trained.pop(self.blocks, {}), trained, **self._asked)
 
     @cached_property
     def history(self) -> Replay:
-        """The steps in which the search trained, or would have, what is there."""
+        """The steps in which a search would have trained what is there."""
         return replay(self.trained, **self._asked)
 
     @property
@@ -86,30 +86,30 @@ class Found:
 
     @property
     def cost(self) -> int:
-        """Of all that is trained, where a training costs its depth."""
+        """The cost of all trainings so far, each counted by its depth."""
         return sum(depth * len(arms) for depth, arms in self._trainings.items())
 
     @property
     def _trainings(self) -> Mapping[int, Mapping[int, np.ndarray]]:
-        """What is trained; a teacher of the user's own came as it is."""
+        """What is trained; a user's own teacher is not."""
         own = self.study.backbone.own
         return {d: arms for d, arms in self.trained.items() if not own or d != self.blocks}
 
     @property
     def models(self) -> tuple[int, int]:
-        """How many are trained, and how many a full sweep trains."""
+        """How many models are trained, and how many a full sweep would train."""
         every = self.study.seeds * (len(self.predicted) + (not self.study.backbone.own))
         return sum(map(len, self._trainings.values())), every
 
     @property
     def full_cost(self) -> int:
-        """Of all depths and seeds, where a training costs its depth."""
+        """The cost of a full sweep of all depths and seeds, each training counted by its depth."""
         teacher = 0 if self.study.backbone.own else self.blocks
         return self.study.seeds * (sum(self.predicted) + teacher)
 
     @property
     def no_teacher(self) -> str:
-        """Why no shallower model can be held against the teacher; empty where one can."""
+        """Why no shallower model can be compared with the teacher; empty if it can."""
         if not self.trained.get(self.blocks):
             return "the teacher failed" if Step(self.blocks, 0) in self.lost else ""
         mean = float(np.mean([arm.mean() for arm in self.trained[self.blocks].values()]))
@@ -136,7 +136,7 @@ class Found:
         return ""
 
     def _worth(self, depth: int) -> bool:
-        """Whether a depth's odds, with seeds that are left, are worth all that may be spent."""
+        """Whether a depth's odds with the remaining seeds justify their cost."""
         some_left = any(
             not self.lost & {Step(each, seed), Step(self.blocks, seed)}
             for each in self.predicted if depth <= each <= self.state.chains[depth]
@@ -145,9 +145,9 @@ class Found:
         return some_left and self.state.odds[depth] >= MOST**WARY
 
     def seconds_of(self, depth: int) -> float:
-        """What a training at a depth takes: as those there, or as the nearest ones by depth.
+        """Estimated seconds of a training at a depth, from those at this or the nearest depth.
 
-        0 before the first of them.
+        0 before the first training.
         """
         if not self.seconds:
             return 0.0
@@ -157,7 +157,7 @@ class Found:
 
     @property
     def words(self) -> str:
-        """How far the search is: ``shown: 8; refuted: 1, 2; looking at 3 (seed 2 of 5)``."""
+        """The search's progress: ``shown: 8; refuted: 1, 2; looking at 3 (seed 2 of 5)``."""
         state, seeds = self.state, self.study.seeds
         parts = [f"shown: {state.shown or 'none yet'}"]
         if state.refuted:
@@ -171,7 +171,7 @@ class Found:
 
 
 def find_out(folder: Path, study: Study, blocks: int) -> Found:
-    """Read what a search goes by."""
+    """Read what a search decides by."""
 
     def record_of(trial: str) -> Record | None:
         with suppress(CutShort):  # a sweep makes it anew
@@ -211,14 +211,14 @@ def find_out(folder: Path, study: Study, blocks: int) -> Found:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a search wants done now, and how far it is; no tasks when it has ended."""
+    """The tasks that a search wants next, none when it has ended, and its progress."""
 
     tasks: tuple[Task, ...]
     words: str = ""
 
 
 def plan_search(folder: Path, study: Study, tasks: Sequence[Task], blocks: int) -> Asked:
-    """What to do next for a search: first all that comes with the first seed, then its steps."""
+    """Choose the next tasks of a search: first those of the first seed, then its steps."""
 
     def left(some: Sequence[Task]) -> tuple[Task, ...]:
         return tuple(task for task in some if state_of(outputs_of(folder, task)) == "left")
@@ -226,7 +226,7 @@ def plan_search(folder: Path, study: Study, tasks: Sequence[Task], blocks: int) 
     searched = study.searched
 
     def comes_first(task: Task) -> bool:
-        if any(trial.of for trial in task.trials):  # a variant of what may never be trained
+        if any(trial.of for trial in task.trials):  # a variant of a trial that may never be trained
             return all(is_done(folder / TRIALS / need) for need in task.needs)
         return task.seed == 0 and task.method != searched
 
@@ -239,6 +239,6 @@ def plan_search(folder: Path, study: Study, tasks: Sequence[Task], blocks: int) 
     by_name = {name: task for task in tasks for name in task.names}
     method = TEACHER if step.depth == blocks else searched
     closure = [by_name[trial_of(method, range(step.depth), step.seed, blocks).id]]
-    for task in closure:  # and all that it needs
+    for task in closure:  # and everything that it needs
         closure += [by_name[need] for need in task.needs if by_name[need] not in closure]
     return Asked(left([task for task in tasks if task in closure]), found.words)

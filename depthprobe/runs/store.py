@@ -1,4 +1,4 @@
-"""A run opened for reading: its records, the tables made from them, and how far it is.
+"""Read a run: its records, the tables made from them, and its progress.
 
 Importing this imports no torch.
 """
@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def records(self) -> list[Record]:
-        """All records, done and failed, by name; ``BadInput`` if one is damaged, or another's."""
+        """All records by name, done and failed; ``BadInput`` if one is damaged or foreign."""
         return self._read(TRIALS)
 
     def record(self, trial: str) -> Record:
@@ -101,7 +101,7 @@ class Run:
         return [record for record in read if record is not None]
 
     def check(self) -> None:
-        """Refuse damaged records, those of other runs, and links, before anything is written."""
+        """Refuse damaged records, records of other runs, and links."""
         check_places(self.path)
         for kind in (TRIALS, PROBES):
             for each in folders_of(self.path / kind):
@@ -114,13 +114,13 @@ class Run:
 
     @property
     def failed(self) -> list[tuple[str, str]]:
-        """(trial, error) of each failed trial, and of each table that could not be made."""
+        """(trial, error) of each failed trial, and of each probe that failed."""
         return [(r.id, r.error or "") for r in (*self.records, *self._probes) if not r.done]
 
     def scores(self, method: str) -> pd.DataFrame:
-        """The table of a probe that leaves no trials, with the seed of its teacher.
+        """The table of a probe that makes no trials, with the seed of its teacher.
 
-        Empty where the run has no such table.
+        Empty if the run has no such table.
         """
         frames = [
             read_table(self.path / PROBES / record.id / SCORES, record.files.get(SCORES)).assign(
@@ -133,7 +133,7 @@ class Run:
 
     @cached_property
     def trials(self) -> pd.DataFrame:
-        """One row a trial: what it is, its parameters, its training, its median times."""
+        """One row per trial: what it is, its parameters, its training, its median times."""
         return pd.DataFrame([_trial_row(record) for record in self.records])
 
     @cached_property
@@ -152,23 +152,23 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """One row a trial, split, protocol, slice and metric: value, interval, how many users."""
+        """One row per trial, split, protocol, slice and metric: value, interval, users."""
         written = self.written_metrics()
         return self.compute_metrics() if written is None else written
 
     def written_metrics(self) -> pd.DataFrame | None:
-        """The table on disk, if it is of the records and slices as they are now, and readable."""
+        """The table on disk; None if it is unreadable or older than the records and slices."""
         path = self.path / TABLES[1]
         try:
             table = read_table(path, self.manifest.files.get(path.name))
         except (OSError, BadInput):
             return None
-        # versions before this one did not write down what a table is made from
+        # earlier versions did not write what the table was made from
         return table if table.attrs.get("records", self._digest) == self._digest else None
 
     @cached_property
     def _digest(self) -> str:
-        """Sixteen digits that name what the metrics table is made from."""
+        """A hash of everything that the metrics table is made from."""
         content = [(r.id, r.status, r.metrics, r.validation) for r in self.records]
         asked = self.study.protocol.metric, self.study.protocol.level
         text = repr((content, self.manifest.slices, asked))
@@ -178,7 +178,7 @@ class Run:
         """The metrics table, recomputed from every user's rank.
 
         Raises:
-            BadInput: if the ranks of a trial can't be read, or are not those of its record.
+            BadInput: if a trial's ranks can't be read, or do not match its record.
             ValueError: if the metrics of a trial break the bounds between them.
         """
         users, cuts = self._cuts
@@ -201,7 +201,7 @@ class Run:
 
     @cached_property
     def _cuts(self) -> tuple[np.ndarray, list[Family]]:
-        """The test's users, ascending, and the ways to slice them."""
+        """The test users, ascending, and the ways to slice them."""
         prepared = self.path / SHARED / DATA
         if not (prepared / DATA_MANIFEST).exists():
             return np.empty(0, np.int64), []
@@ -214,8 +214,8 @@ def open_run(path: str | Path) -> Run:
     """Open the folder of a run.
 
     Raises:
-        BadInput: if it is not one, if another version of the format wrote it, or if its study is
-            not the one that it was begun with.
+        BadInput: if it is no run, if another version of the format wrote it, or if its study is
+            not the one that it began with.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file() or not (folder / STUDY).is_file():
@@ -232,10 +232,10 @@ def open_run(path: str | Path) -> Run:
 
 
 def write_tables(run: Run) -> None:
-    """Write trials.parquet and metrics.parquet anew from the records."""
+    """Write trials.parquet and metrics.parquet from the records."""
     metrics = run.compute_metrics()
     metrics.attrs["records"] = run._digest
-    # the metrics last: they say what both are made from
+    # the metrics last: they name what both are made from
     for name, frame in zip(TABLES, (run.trials, metrics), strict=True):
         with complete_file(run.path / name, parents=False) as temporary:
             frame.to_parquet(temporary, index=False)
@@ -272,12 +272,12 @@ def _trial_row(record: Record) -> dict[str, Any]:
 
 # --- how far a run is ----------------------------------------------------------------------------
 
-TAIL = 4096  # bytes of a log that are looked at
+TAIL = 4096  # bytes to read from the end of a log
 
 
 @dataclass(frozen=True)
 class Working:
-    """A task that some living process works on: its log's last line, and how old that is."""
+    """A task that a living process works on: the last line of its log, and that line's age."""
 
     task: str
     line: str
@@ -292,7 +292,7 @@ class Status:
     working: list[Working] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)  # task, reason
     damaged: list[tuple[str, Exception]] = field(default_factory=list)  # what can't be read
-    search: Found | None = None  # which trains few of what is left
+    search: Found | None = None  # a search trains few of the tasks that are left
 
     def total(self, state: str) -> int:
         """How many tasks are ``done``, ``failed``, ``working``, ``left`` or ``damaged``."""
@@ -300,7 +300,7 @@ class Status:
 
 
 def status_of(folder: Path) -> Status:
-    """The state of every task that a run's study asks for; a bad record spoils that of its task.
+    """The state of every task of a run's study; a damaged record affects only its own task.
 
     ``BadInput`` if the folder is no run, or has not been laid out yet.
     """
@@ -332,7 +332,7 @@ def status_of(folder: Path) -> Status:
 
 
 def working(folder: Path) -> list[Working]:
-    """The tasks of living processes, on whatever machine, by the locks that they hold."""
+    """The tasks of living processes on any machine, found by the locks that they hold."""
     found = []
     for name in held(folder):
         log = folder / LOGS / f"{name}.log"

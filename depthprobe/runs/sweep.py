@@ -1,4 +1,4 @@
-"""Run a study into a folder: what is done is skipped, what others do is left to them."""
+"""Run a study into a folder: skip what is done, leave to other sweeps what they are at."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def run_sweep(
     """
     group = join_processes(study.device)
     progress = (progress if group.writes else None) or Progress()
-    disable_progress_bar()  # one bar a loaded model would drown the progress
+    disable_progress_bar()  # transformers would show a bar for every model that it loads
     folder = Path(output) if output is not None else Path("runs") / study.name
     inputs = read_inputs(study, folder, command=command)
     working, before, manifest = inputs.working, inputs.before, inputs.manifest
@@ -171,7 +171,7 @@ def run_sweep(
 
 @contextmanager
 def _in_place(folder: Path) -> Iterator[None]:
-    """Say that the run's folder is gone, where that is why nothing can be written."""
+    """Turn a failed write into a clear error if the run's folder was moved or deleted."""
     try:
         yield
     except OSError as error:
@@ -184,7 +184,7 @@ def _in_place(folder: Path) -> Iterator[None]:
 
 
 def _asked_for(context: Context, inputs: Inputs, progress: Progress) -> tuple[Task, ...]:
-    """What a search wants done next; none, and it says why, when it has ended."""
+    """The tasks that a search wants next. None once it has ended, and it reports why."""
     asked = plan_search(context.folder, context.study, inputs.tasks, inputs.blocks)
     if asked.tasks:
         progress.plan([task.id for task in asked.tasks])
@@ -210,7 +210,7 @@ def _measure_once(context: Context, blocks: int, progress: Progress) -> None:
 
 
 def _check_hours(context: Context, tasks: Sequence[Task], processes: int) -> None:
-    """Refuse a search that has no time for its first teacher, before anything is trained."""
+    """Before training starts, refuse a search whose budget is too short for its first teacher."""
     hours, teacher = context.study.search.hours, next(t for t in tasks if t.method == TEACHER)
     if hours is None or state_of(context.outputs(teacher)) != "left":
         return
@@ -222,7 +222,7 @@ def _check_hours(context: Context, tasks: Sequence[Task], processes: int) -> Non
 def _ready(
     queue: Queue, context: Context, origin: Provenance, workers: int, group: ProcessGroup
 ) -> Iterable[Task | Outcome]:
-    """What workers have done; or tasks for this process, and how those of others ended."""
+    """Outcomes from workers; or tasks for this process, and outcomes from other sweeps."""
     if not workers:
         worker.begin(context.folder, context.study, origin, group)
         return queue
@@ -233,7 +233,7 @@ def _ready(
 
 
 def _registered() -> list[Method]:
-    """The methods that were registered here, which a worker must know too."""
+    """Methods registered in this process; worker processes must register them too."""
     methods = [method for name, method in METHODS.items() if name not in BUILT_IN]
     for method in methods:
         try:
@@ -273,7 +273,7 @@ def _note(context: Context, task: Task) -> str:
 
 
 def _update_manifest(context: Context, seconds: float) -> None:
-    """The times that this sweep adds; others may have changed the rest since."""
+    """Add this sweep's times to the manifest; other sweeps may have changed the rest of it."""
     manifest, timing = read_manifest(context.folder), context.shared / TIMING
     manifest.timing = read_timing(timing)["conditions"] if timing.exists() else None
     manifest.wall_seconds = round(manifest.wall_seconds + seconds, 1)

@@ -1,4 +1,4 @@
-"""The metrics table of a run: from every user's rank, of all users and of each slice of them."""
+"""The metrics table of a run, from every user's rank: for all users and for each slice."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SLICES = "slices.parquet"
 
 
 def slice_columns(protocol: Protocol) -> dict[str, list[str]]:
-    """The own columns that a study names for its slices, of users and of items."""
+    """The user's columns that a study slices by, of users and of items."""
     return {"user": list(protocol.user_slices), "item": list(protocol.item_slices)}
 
 
 def own_slices(protocol: Protocol, split: Split) -> pd.DataFrame:
-    """Labels of the test's users: user, and one column for each that the study names.
+    """Labels of the test users: user, and one column for each that the study names.
 
-    A user has the value of their own, or that of their target; empty where the file has none.
+    The label is the user's own value or that of their target; empty if the file has none.
     ``BadInput`` if a file can't be read, or two columns have one name.
     """
     sequences, users = split.sequences, split.test.users
@@ -50,7 +50,7 @@ def own_slices(protocol: Protocol, split: Split) -> pd.DataFrame:
 
 
 def write_slices(frame: pd.DataFrame, shared: Path) -> None:
-    """Keep the labels in a run's shared folder; without any, what was there goes."""
+    """Write the labels into a run's shared folder; without labels, delete what was there."""
     if len(frame.columns) == 1:
         (shared / SLICES).unlink(missing_ok=True)
         return
@@ -59,7 +59,7 @@ def write_slices(frame: pd.DataFrame, shared: Path) -> None:
 
 
 def read_slices(shared: Path) -> dict[str, list[str]]:
-    """Labels of the test's users by the name of the column; none where the run has none."""
+    """Labels of the test users by column name; empty if the run has none."""
     if not (shared / SLICES).is_file():
         return {}
     frame = pd.read_parquet(shared / SLICES)
@@ -73,7 +73,7 @@ COLUMNS = (
     *("trial", "method", "depth", "seed", "split", "protocol", "slice", "metric"),
     *("value", "ci_low", "ci_high", "users"),
 )
-VALUE_BYTES = 256 * 2**20  # of per-user values that are held at once
+VALUE_BYTES = 256 * 2**20  # of per-user values in memory at a time
 
 
 def metrics_table(
@@ -83,17 +83,17 @@ def metrics_table(
     cuts: Sequence[Family],
     asked: Protocol,
 ) -> pd.DataFrame:
-    """The tidy metrics of finished trials, the headline's among them, with intervals over users.
+    """The tidy metrics of finished trials, with intervals over users.
 
-    Slices are those of full ranking. What is no mean over users (:data:`OF_LISTS`) and the
+    Only full ranking is sliced. Metrics that are no mean over users (:data:`OF_LISTS`) and the
     validation score have no interval.
 
     Args:
         folder: of the run.
         records: of the trials that are done.
-        sliced: the users that the slices are of, ascending (E,); empty where they are unknown.
+        sliced: the users in the slices, ascending (E,); empty if they are unknown.
         cuts: ways to slice these users.
-        asked: whose metric and level these are.
+        asked: the protocol, for the headline metric and the level.
     """
     frames, rows = [], []
     metrics = tuple(dict.fromkeys((*METRICS, asked.metric)))
@@ -123,7 +123,7 @@ Ranked = list[tuple[Record, np.ndarray]]  # trials, and their ranks (U,)
 
 
 def _by_users(folder: Path, records: Sequence[Record]) -> Iterator[tuple[str, np.ndarray, Ranked]]:
-    """Trials by protocol and by whom they rank: all the same users, unless files were changed."""
+    """Trials by protocol and ranked users. All rank the same users, unless files were changed."""
     groups: dict[tuple[str, bytes], tuple[np.ndarray, Ranked]] = {}
     for record in records:
         for protocol, (users, ranks) in read_users(folder / TRIALS / record.id, record).items():
@@ -134,7 +134,7 @@ def _by_users(folder: Path, records: Sequence[Record]) -> Iterator[tuple[str, np
 
 
 def _aligned(cuts: Sequence[Family], sliced: np.ndarray, users: np.ndarray) -> list[Family]:
-    """The slices of these users, in their order; none if one of them is not known."""
+    """The slices of these users, in their order; empty if one of the users is unknown."""
     if not cuts or not np.isin(users, sliced).all():
         return []
     places = np.searchsorted(sliced, users)
@@ -144,7 +144,7 @@ def _aligned(cuts: Sequence[Family], sliced: np.ndarray, users: np.ndarray) -> l
 def _ranked(
     group: Ranked, protocol: str, cuts: Sequence[Family], metrics: Sequence[str], *, level: float
 ) -> pd.DataFrame:
-    """Rows of some trials, for each slice and metric."""
+    """Rows of trials that rank the same users, for each slice and metric."""
     values = [per_user_metric(ranks, name) for _, ranks in group for name in metrics]
     means = slice_means(np.stack(values, axis=1), cuts, level=level)
     overall = means[ALL][1][0].reshape(len(group), len(metrics))

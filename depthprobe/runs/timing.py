@@ -49,7 +49,7 @@ from depthprobe.training.features import OnlineTeacher, Teacher, TeacherOutputs
 from depthprobe.training.loop import parts_of
 from depthprobe.training.objectives import Batch, NextItem, last_only, make_batch
 
-WITHOUT = "without"  # a part of all blocks: how the names of such actions begin
+WITHOUT = "without"  # prefix of actions that leave one kind of part out of all blocks
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 def measure(
     context: Context, blocks: int, *, seconds: float | None = None, all_depths: bool = True
 ) -> dict[str, Any]:
-    """Seconds of each action, and the conditions they hold under.
+    """Measure the seconds of each action, and record the conditions.
 
     Actions are those of :mod:`depthprobe.cost.timing`, on typical users and windows, for each depth
     and for ``sasrec``; for each depth of a variant whose blocks are narrower or applied again, as
@@ -67,8 +67,8 @@ def measure(
     product does not depend on what it multiplies.
 
     Args:
-        seconds: in place of the study's budget.
-        all_depths: else the shallowest depth of each method and the full one alone.
+        seconds: to spend, instead of the study's budget.
+        all_depths: False times only each method's shallowest depth and the full one.
     """
     study, cost, device = context.study, context.study.cost, context.device
     items = torch.randn(context.sequences.n_items + 1, context.item_width)
@@ -122,7 +122,7 @@ def measure(
 
 
 class Timing(msgspec.Struct):
-    """What :func:`measure` returns, as it is kept."""
+    """What :func:`measure` returns, as the file holds it."""
 
     conditions: dict[str, Any]
     seconds: dict[str, list[float]]
@@ -137,7 +137,7 @@ def read_timing(path: Path) -> dict[str, Any]:
 
 
 def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
-    """Whether the times hold all that the study's methods need."""
+    """Whether the times cover everything that the study's methods need."""
     study, names = context.study, _shapes(context.study, blocks)
     wanted = {f"encode:{name}" for name in names} | set(_steps(study, blocks, names))
     wanted |= {f"encode:{lever}:{name}" for lever, name in _levers(study, blocks, names)}
@@ -149,9 +149,9 @@ def covers(measured: dict[str, Any], context: Context, blocks: int) -> bool:
 
 
 def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str, Any] | None:
-    """The measured times that hold for a trial; None where its shape was not measured."""
+    """The measured times of a trial's shape; None if it was not measured."""
     settings, seconds = settings_of(study, trial.method), measured["seconds"]
-    # the depth of one is that of the item encoder, which serves nobody; of the other a budget
+    # the depth of one counts the item encoder's blocks, which serve no user; of the other a budget
     if settings.method.items_only or trial.budget is not None:
         return None
     sasrec = settings.method.settings == "sasrec"
@@ -171,9 +171,9 @@ def timing_of(trial: Trial, measured: dict[str, Any], study: Study) -> dict[str,
 
 
 def retime(context: Context, blocks: int, measured: dict[str, Any]) -> None:
-    """Give all finished trials the times of one session: those of another are no ratio to them.
+    """Give all finished trials times of one session, since ratios between sessions mean nothing.
 
-    A trial that the study no longer asks for has no times then.
+    A trial that the study no longer asks for loses its times.
     """
     trials = {trial.id: trial for task in plan(context.study, blocks) for trial in task.trials}
     for folder in folders_of(context.folder / TRIALS):
@@ -202,7 +202,7 @@ def _depths(study: Study, blocks: int, *, all_depths: bool = True) -> list[int]:
 
 
 def shape_name(study: Study, method: str, depth: int) -> str:
-    """What a method's models of a depth are timed as: ``4``, of other blocks ``4:NAME``."""
+    """The name under which a shape is timed: ``4``, or ``4:NAME`` for reshaped blocks."""
     if method_of(method).lever:
         method = method.partition(":")[2]
     variant = method.partition(":")[2]
@@ -236,7 +236,7 @@ def _rounded(
 ) -> tuple[dict[str, Recommender], list[str]]:
     """Quantised copies of models, by ``int8:4``; and the actions of those that are refused.
 
-    Of one lever those that differ in depth alone are around the same weights.
+    Copies of one lever that differ only in depth share their weights.
     """
     half = study.recipe.precision == "bfloat16"
     made: dict[tuple[str, str], Recommender | None] = {}
@@ -262,14 +262,14 @@ def _rounded(
 
 
 def _own_step(trial: Trial) -> str | None:
-    """The name of a step whose loss is not the next item's alone."""
+    """The name of a step with a loss of its own; None for the plain next-item loss."""
     depths = {"distillation": trial.depth, "elastic": trial.blocks}
     depth = depths.get(method_of(trial.method).settings)
     return None if depth is None else f"{trial.method}:{depth}"
 
 
 def _steps(study: Study, blocks: int, names: Collection[str]) -> dict[str, Trial]:
-    """The steps to time, each by a trial that takes it: plain ones, and those of own losses."""
+    """The training steps to time, each with a trial that takes it."""
     plain = [int(name) for name in names if name.isdigit()]
     steps = {f"train:{depth}": trial_of(TEACHER, range(depth), 0, blocks) for depth in plain}
     for task in plan(study, blocks) if names else ():
@@ -290,7 +290,7 @@ def _actions(
     size: int,
     rounded: Mapping[str, Recommender],
 ) -> dict[str, Action]:
-    """All that is timed, with steps of so many windows."""
+    """All actions to time, with training steps of ``windows`` windows."""
     study, recipe = context.study, context.study.recipe
     histories, lengths = _typical_users(context, size)
     batch = _typical_step(context, size, recipe)
@@ -322,7 +322,7 @@ def _actions(
 def _without_parts(
     model: Recommender, histories: Tensor, lengths: Tensor, items: Tensor
 ) -> dict[str, Action]:
-    """Encoding with one kind of part left out of all blocks, and without any block."""
+    """Encoding without the attention or the MLP of every block, and without any block."""
     possible, actions = possible_options(model), {}
     for part in OPTION:
         plan = plan_without(model, part, possible)
@@ -371,12 +371,12 @@ def _objective(
 
 @dataclass(frozen=True)
 class _Read:
-    """What a cached teacher said of the parts of the step that is timed, by their first window."""
+    """Cached teacher outputs for the parts of the timed step, by their first window."""
 
     outputs: Mapping[int, TeacherOutputs]
 
     def at(self, batch: Batch) -> TeacherOutputs:
-        """Those of a part."""
+        """The outputs of one part."""
         return self.outputs[int(batch.chosen[0])]
 
 
@@ -401,7 +401,7 @@ def _typical_step(context: Context, size: int, recipe: Recipe) -> list[Batch]:
 
 
 def _middle(lengths: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
-    """Of all batches, padding included, the one whose length is nearest to their mean."""
+    """The batch whose padded length is nearest to the mean of all batches."""
     batches = length_buckets(lengths, size)
     longest = np.array([max(lengths[i] for i in batch) for batch in batches])
     mean = np.average(longest, weights=[len(batch) for batch in batches])

@@ -1,4 +1,4 @@
-"""The methods that ask at which block the titles of the items are read best: no user is read."""
+"""Methods that read the items' titles up to each block: how many blocks does an encoder need?"""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TITLES, STATES = "titles", "states.npy"  # in the folder of what all trials shar
 
 
 def sasrec_on_titles(context: Context, task: Task) -> Iterator[Result]:
-    """SASRec on the items' titles, read up to each depth, through a linear map to its width."""
+    """SASRec on titles read up to each depth, mapped linearly to its width."""
     return sasrec(context, task, title_table(context, task.blocks, task.trials[0].depth))
 
 
 def linear_readouts(context: Context, task: Task) -> Iterator[Result]:
-    """A ridge regression from the titles of a history to that of the next item, at each depth."""
+    """At each depth, a ridge regression from a history's titles to the next item's title."""
     for trial in task.trials:
         table = title_table(context, task.blocks, trial.depth).to(context.device)
         readout = fit_title_readout(table, context.windows, context.validation)
@@ -41,7 +41,7 @@ def linear_readouts(context: Context, task: Task) -> Iterator[Result]:
 
 
 def spread_by_depth(context: Context, task: Task) -> Iterator[Scores]:
-    """How the vectors of the titles are spread at each depth, as the backbone makes them."""
+    """How the vectors of the titles are spread at each depth, before any training."""
     rows = []
     for depth, table in enumerate(title_states(context, task.blocks)):
         vectors = torch.from_numpy(np.array(table))
@@ -50,7 +50,7 @@ def spread_by_depth(context: Context, task: Task) -> Iterator[Scores]:
 
 
 def title_table(context: Context, blocks: int, depth: int) -> Tensor:
-    """The item table of the titles read up to a depth of all blocks, (I + 1, D), on the CPU."""
+    """The item table of titles read up to a depth, (I + 1, D), on the CPU."""
     states = title_states(context, blocks)[depth]
     return balanced(torch.from_numpy(np.array(states)), f"text:{depth}")
 
@@ -58,8 +58,8 @@ def title_table(context: Context, blocks: int, depth: int) -> Tensor:
 def title_states(context: Context, blocks: int) -> np.ndarray:
     """The titles read up to every depth, (L + 1, I + 1, D) float32, memory-mapped.
 
-    From one pass over the catalogue, made by whoever comes first: 4 (L + 1) (I + 1) D bytes on the
-    disk, which are 173 MB for 2,420 items and 30 blocks that are 576 wide.
+    From one pass over the catalogue, by the first task that needs it: 4 (L + 1) (I + 1) D bytes on
+    disk, or 173 MB for 2,420 items and 30 blocks of width 576.
     """
     folder = context.shared / TITLES
     with FileLock(context.shared / f".{TITLES}.lock"):

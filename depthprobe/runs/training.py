@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 
 
 def popularity(context: Context, task: Task) -> Iterator[Result]:
-    """Items by how often the training parts hold them."""
+    """Rank items by how often they occur in the training data."""
     split, sequences = context.split, context.sequences
     users = range(sequences.n_users)
     training = np.concatenate([split.train_history(user) for user in users])
@@ -80,9 +80,9 @@ def popularity(context: Context, task: Task) -> Iterator[Result]:
 
 
 def sasrec(context: Context, task: Task, table: Tensor | None = None) -> Iterator[Result]:
-    """The non-LLM baseline; its item embeddings are the recommenders' item table by default.
+    """Train SASRec; by default its item embeddings become the recommenders' item table.
 
-    On a frozen ``table`` nobody needs its weights: they are not kept.
+    With a frozen ``table`` no other trial needs its weights, so they are not kept.
     """
     (trial,) = task.trials
     model, recipe = context.new_sasrec(trial.seed, table), context.study.sasrec.recipe
@@ -94,7 +94,7 @@ def sasrec(context: Context, task: Task, table: Tensor | None = None) -> Iterato
 
 
 def fine_tune(context: Context, task: Task) -> Iterator[Result]:
-    """The teacher, or a variant: cut from the pretrained backbone or the teacher, or random."""
+    """Train the teacher, or a shallower model: cut from the backbone or the teacher, or random."""
     trial = _with_blocks(context, task.trials[0])
     if trial.method == TEACHER and context.study.backbone.own:
         return iter([_as_it_came(context, trial)])
@@ -107,11 +107,11 @@ def fine_tune(context: Context, task: Task) -> Iterator[Result]:
 
 
 def heal_in_stages(context: Context, trial: Trial, *, teacher_seconds: float) -> Iterator[Result]:
-    """Cut and heal in turn, a share of the blocks at a time, each as long as the others.
+    """Cut and heal in stages: each stage removes a share of the blocks and trains equally long.
 
-    Blocks that were chosen by a score are scored anew after each healing, as the model that is left
-    has it (SLEB, arXiv 2402.09025; iterative pruning, arXiv 1506.02626). A training that was killed
-    goes on in the stage in which it was; stages of less than a minute are done again.
+    Where a score chooses the blocks, it is computed again after each stage, on the model that is
+    left (SLEB, arXiv 2402.09025; iterative pruning, arXiv 1506.02626). A killed training goes on in
+    its stage, but a stage of less than a minute is repeated.
     """
     settings = settings_of(context.study, trial.method)
     depths = stage_depths(trial.blocks, trial.depth, settings.at_once)
@@ -154,7 +154,7 @@ def heal_in_stages(context: Context, trial: Trial, *, teacher_seconds: float) ->
 
 
 def stage_depths(blocks: int, depth: int, at_once: float) -> list[int]:
-    """The depths of a gradual cut: at most this share of the blocks goes at a time, one at least.
+    """The depths of a gradual cut: a stage removes at most this share of the blocks.
 
     >>> stage_depths(12, 4, 0.34)
     [8, 6, 4]
@@ -168,10 +168,10 @@ def stage_depths(blocks: int, depth: int, at_once: float) -> list[int]:
 def fewer_blocks(
     context: Context, model: Recommender, now: Trial, last: tuple[int, ...], depth: int
 ) -> tuple[int, ...]:
-    """Which of the blocks that a model has stay at a depth.
+    """Choose which of a model's blocks to keep at a depth.
 
-    Those of the least importance to it go; where no score chooses, those that the ``last`` stage
-    has not, from the last one on.
+    The least important blocks go. Without a score it removes those that the ``last`` stage does not
+    keep, starting from the deepest.
     """
     select, users = settings_of(context.study, now.method).select, context.validation
     if select == "greedy":
@@ -186,7 +186,7 @@ def fewer_blocks(
 
 
 def in_turn(stages: list[Fit]) -> Fit:
-    """Trainings that followed each other, as one; its best epoch is the last one's."""
+    """Merge successive trainings into one; the best epoch is that of the last."""
     last = stages[-1]
     return replace(
         last,
@@ -204,7 +204,7 @@ def in_turn(stages: list[Fit]) -> Fit:
 
 
 def _as_it_came(context: Context, trial: Trial) -> Result:
-    """The user's own recommender, which is the teacher without a training."""
+    """The user's own recommender: a teacher that is not trained further."""
     model = context.teacher(trial.seed, trial.blocks)
     ranks = evaluate(model, context.test, device=context.device)
     flops = _flops(context, trial, model)
@@ -213,7 +213,7 @@ def _as_it_came(context: Context, trial: Trial) -> Result:
 
 
 def distill(context: Context, task: Task) -> Iterator[Result]:
-    """A variant trained to follow the teacher."""
+    """Train a student to follow the teacher."""
     trial = _with_blocks(context, task.trials[0])
     settings = settings_of(context.study, trial.method)
     weights = settings.distillation
@@ -233,7 +233,7 @@ def distill(context: Context, task: Task) -> Iterator[Result]:
 
 
 def elastic(context: Context, task: Task) -> Iterator[Result]:
-    """One training, whose every prefix is a trial; the deepest one holds the weights."""
+    """Train one model for all depths: each prefix is a trial, and the deepest holds the weights."""
     deepest = task.trials[-1]
     settings = settings_of(context.study, deepest.method)
     model = context.new_recommender(deepest)
@@ -268,7 +268,7 @@ def train_recommender(
     *,
     teacher_seconds: float = 0.0,
 ) -> Iterator[Result]:
-    """Train a recommender on the next item, or on an objective that holds it; then rank."""
+    """Train a recommender on the next item, or on an objective that wraps it; then rank."""
     recipe = budgeted(context, trial, model)
     if objective is None:
         objective = objective_of(settings_of(context.study, trial.method), model, recipe)
@@ -292,16 +292,16 @@ def objective_of(
     teacher: Teacher | None = None,
     goal_items: Tensor | None = None,
 ) -> nn.Module:
-    """A model with the loss that its method minimises.
+    """Wrap a model in the loss that its method minimises.
 
-    A student may follow a ``teacher``, and the scores of all items by its item matrix.
+    A student follows a ``teacher``: its outputs, and its scores of all items.
     """
     kind = settings.method.settings
     if kind == "elastic":
         return ElasticObjective(cast("Recommender", model), settings.elastic, recipe)
     if kind == "distillation":
         student, losses = cast("Recommender", model), settings.distillation
-        # no more groups than blocks with weights of their own, of which the teacher has more
+        # at most as many groups as the student has blocks with weights of their own
         losses = replace(losses, groups=min(losses.groups, student.depth // settings.loops))
         return Distiller(student, losses, recipe, teacher, goal_items=goal_items)
     return NextItem(model, recipe)
@@ -316,11 +316,11 @@ def train(
     *,
     stage: int | None = None,
 ) -> Fit:
-    """Train on the run's windows, and leave the weights with the best validation score.
+    """Train on the run's windows, and leave the model with its best validation weights.
 
-    Of several learning rates seed 0 tries each, from the same weights; another seed takes the one
-    that was best there. A trial of several trainings numbers its stages. ``DivergedError`` if the
-    loss is not finite, with every learning rate.
+    With several learning rates, seed 0 tries each from the same initial weights, and the other
+    seeds take the best one. A trial of several trainings numbers its stages. Raises
+    ``DivergedError`` if the loss is not finite at every learning rate.
     """
     rates = recipe.rates
     if len(rates) > 1 and trial.seed:
@@ -381,7 +381,7 @@ def _restore(objective: nn.Module, weights: Weights) -> None:
 
 
 def _with_blocks(context: Context, trial: Trial) -> Trial:
-    """The trial with the blocks that its selection finds, where that asks the teacher."""
+    """The trial with its blocks filled in, if the teacher must choose them."""
     select = settings_of(context.study, trial.method).select
     if select == "greedy":
         return replace(trial, kept=removal(context, trial.seed, trial.blocks).kept(trial.depth))
@@ -392,7 +392,7 @@ def _with_blocks(context: Context, trial: Trial) -> Trial:
 
 
 def _begin(context: Context, trial: Trial, *, from_teacher: bool) -> Recommender:
-    """The trial's model before its training: cut out of the teacher, or of the backbone."""
+    """The trial's model before training: cut out of the teacher or of the backbone."""
     settings = settings_of(context.study, trial.method)
     scores = None if settings.width == 1 or settings.fresh else _unit_scores(context, trial)
     if not from_teacher:
@@ -404,7 +404,7 @@ def _begin(context: Context, trial: Trial, *, from_teacher: bool) -> Recommender
 
 
 def _unit_scores(context: Context, trial: Trial) -> UnitScores:
-    """What the channels and heads of the trial's blocks matter to the trained teacher."""
+    """How much each channel and head of the trial's blocks matters to the trained teacher."""
     settings = settings_of(context.study, trial.method)
     teacher = context.teacher(trial.seed, trial.blocks)
     scores = unit_scores(
@@ -427,10 +427,10 @@ def _seconds_of_teacher(context: Context, trial: Trial) -> float:
 
 
 def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
-    """The trial's recipe; under ``budget = "compute"`` with the epochs that its teacher's buy.
+    """The trial's recipe; ``budget = "compute"`` gives it the compute of its teacher's training.
 
-    Rounded to full epochs, one at least. One elastic model stands for a variant at each depth of
-    the study and for the teacher, and gets the compute of them all.
+    The epochs are rounded, at least one. An elastic model takes the place of the teacher and of one
+    model at each depth, so it gets the compute of all of them.
     """
     settings = settings_of(context.study, trial.method)
     recipe = settings.recipe
@@ -444,14 +444,14 @@ def budgeted(context: Context, trial: Trial, model: Recommender) -> Recipe:
 
 
 def models_in(study: Study, method: str, blocks: int) -> int:
-    """How many models a training stands for: an elastic one for the teacher and each variant."""
+    """How many models a training replaces: an elastic one, the teacher and one per depth."""
     if method_of(method).settings != "elastic":
         return 1
     return 1 + sum(depth < blocks for depth in parse_layers(study.layers, blocks))
 
 
 def trained_epoch(context: Context, trial: Trial, model: Recommender) -> int:
-    """FLOPs of an epoch of a trial's training; of distillation without its teacher's."""
+    """FLOPs of one epoch of a trial's training; for distillation, without the teacher's."""
     settings = settings_of(context.study, trial.method)
     lengths = model.positions(context.training.histories)
     positions = int(count_targets(context.windows, settings.recipe.objective).sum())
@@ -477,7 +477,7 @@ def _flops(
 
 
 def _counted(count: Callable[[], int]) -> int | None:
-    """A count, or None for a model with kernels of its own: no reason to lose its training."""
+    """A count of FLOPs; None if the model's own kernels can't be counted, which is no failure."""
     try:
         return count()
     except UncountableError as error:
@@ -491,7 +491,7 @@ FEATURES, SECONDS = "features", "seconds.json"
 
 
 def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
-    """What a student follows, and the seconds that took to compute; None if it follows nothing."""
+    """The teacher outputs that a student follows, and the seconds they took; else None."""
     settings = settings_of(context.study, trial.method)
     spec = spec_of(settings, trial)
     if spec is None:
@@ -504,10 +504,10 @@ def teacher_for(context: Context, trial: Trial) -> tuple[Teacher | None, float]:
 
 
 def _features(context: Context, trial: Trial, spec: FeatureSpec) -> Path:
-    """The folder of the features of all students of a seed; made by whoever comes first.
+    """The folder of features that all students of a seed share; the first student makes it.
 
-    Its name holds a hash of the teacher's weights: features of another teacher are never read, and
-    those alone are deleted. Features of the same teacher may be another sweep's, which is at it.
+    A hash of the teacher's weights is part of its name, so features of another teacher are never
+    read. Only those of other teachers are deleted: another sweep may be using those of this one.
     """
     together = _of_all_students(context, trial, spec)
     teacher = context.teacher_digest(trial.seed, trial.blocks)
@@ -533,13 +533,13 @@ def _features(context: Context, trial: Trial, spec: FeatureSpec) -> Path:
             own = {"seconds": seconds, "files": digests_in(temporary)}
             write_sealed(temporary / SECONDS, own)
         if kept is not None:
-            with suppress(OSError):  # other runs' gain is no reason to end this trial
+            with suppress(OSError):  # a cache that fails must not end this trial
                 share_folder(folder, kept)
     return folder
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder has the files that were written into it."""
+    """Whether a folder of features is complete."""
     try:
         for name, digest in read_sealed(folder / SECONDS, AGAIN).get("files", {}).items():
             intact(folder / name, digest, AGAIN)
@@ -552,9 +552,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def _of_all_students(context: Context, trial: Trial, spec: FeatureSpec) -> FeatureSpec:
-    """The features of all students of the study that are compared at the same positions.
+    """The specification of features that serves every student of the study.
 
-    It does not depend on the trial, so that all of them share one folder.
+    It does not depend on the trial, so all of them share one folder.
     """
     study, specs = context.study, list[FeatureSpec]()
     for task in plan(study, trial.blocks):
@@ -571,7 +571,7 @@ def _of_all_students(context: Context, trial: Trial, spec: FeatureSpec) -> Featu
 
 
 def spec_of(settings: Settings, trial: Trial) -> FeatureSpec | None:
-    """Which of the teacher's outputs a trial follows; None where it follows nothing."""
+    """Which of the teacher's outputs a trial follows; None if it has no teacher."""
     if settings.method.settings != "distillation":
         return None
     losses, recipe, depth = settings.distillation, settings.recipe, trial.depth

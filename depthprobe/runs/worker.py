@@ -1,4 +1,4 @@
-"""Inside a worker process: a task becomes records."""
+"""Inside a worker process: run a task, and write its records."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ class _Worker:
 def prepare(
     started: Any, folder: Path, study: Study, provenance: Provenance, others: Sequence[Method]
 ) -> None:
-    """Make a process of its own ready: quiet, bound to its parent, with its share of the machine.
+    """Prepare a worker process: quiet, bound to its parent, with its share of the machine.
 
     Args:
-        started: how many workers have begun before; the next one takes the next GPU.
+        started: how many workers started before; each takes the next GPU.
         others: methods that were registered in the parent.
     """
     with started.get_lock():
         place, started.value = started.value, started.value + 1
-    count = torch.cuda.device_count()  # asks the driver, and begins nothing
+    count = torch.cuda.device_count()  # asks the driver without initialising CUDA
     if count > 1:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         every = named.split(",") if named else [str(n) for n in range(count)]
@@ -85,13 +85,13 @@ def prepare(
     torch.set_num_threads(provenance.threads)
     disable_progress_bar()
     for method in others:
-        if method.name not in METHODS:  # else the module that it comes from has registered it here
+        if method.name not in METHODS:  # unless importing its module has registered it here
             register(method)
     begin(folder, study, provenance)
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would train on, unseen, beside the next sweep."""
+    """End with the parent: otherwise a worker trains on, unseen, after its parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -101,15 +101,15 @@ def _end_with_parent() -> None:
 def begin(
     folder: Path, study: Study, provenance: Provenance, group: ProcessGroup | None = None
 ) -> None:
-    """Make this process, or a group of which the first one writes, ready for tasks of a run."""
+    """Prepare this process, or its group, for tasks of a run; the first of a group writes."""
     _Worker.context, _Worker.provenance = Context(folder, study), provenance
     _Worker.group = group or ProcessGroup()
 
 
 def work(task: Task) -> Outcome:
-    """Do a task and write its records; a fault ends the task alone. Its log is a file of its own.
+    """Run a task and write its records; a fault ends only this task. Each task has a log file.
 
-    In a worker process, warnings and whatever else is printed go there, too.
+    In a worker process, warnings and all other output go there too.
     """
     context, group, began = _Worker.context, _Worker.group, time.perf_counter()
     log = context.folder / LOGS / f"{task.id}.log"
@@ -120,13 +120,13 @@ def work(task: Task) -> Outcome:
             for result in method_of(task.method).runner()(context, task):
                 if group.writes:
                     _write(task, result, time.perf_counter() - began)
-        except Exception as error:  # whatever it was, the other tasks go on
+        except Exception as error:  # any error: the other tasks go on
             traceback.print_exc(file=file)
-            # all processes of a group see a training diverge; after any other fault of one of
+            # all processes of a group see a training diverge; after any other error in one of
             # them, the others would wait for it for ever
             if group.processes > 1 and not isinstance(error, DivergedError):
                 raise
-            return Outcome(task, describe(error), 0.0)  # in words: not every error can be pickled
+            return Outcome(task, describe(error), 0.0)  # as text: not every error can be pickled
         seconds = time.perf_counter() - began
         release_memory()
         logger.info("done in %.1f s", seconds)
@@ -135,13 +135,13 @@ def work(task: Task) -> Outcome:
 
 @contextmanager
 def _logged_to(file: TextIO) -> Iterator[None]:
-    """The package's log lines go to the file, from the one process that writes."""
+    """Send the package's log lines to the file, from the process that writes."""
     package = logging.getLogger("depthprobe")
     handler = logging.StreamHandler(file) if _Worker.group.writes else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     before = package.level, package.propagate
     package.setLevel(logging.INFO)
-    package.propagate = False  # to the file alone: the terminal belongs to the progress
+    package.propagate = False  # to the file only: the terminal belongs to the progress bar
     package.addHandler(handler)
     try:
         with ExitStack() as stack:
@@ -156,7 +156,7 @@ def _logged_to(file: TextIO) -> Iterator[None]:
 
 
 def _served(result: Result) -> dict[str, int]:
-    """Bytes of the weights that a trial serves, by part; empty where it has none of its own."""
+    """Bytes of the weights that a trial serves, by part; empty if it has no weights of its own."""
     if result.bytes is not None:
         return result.bytes
     study, method = _Worker.context.study, method_of(result.trial.method)
@@ -171,7 +171,7 @@ def _served(result: Result) -> dict[str, int]:
 
 
 def _write(task: Task, result: Result | Scores, seconds: float) -> None:
-    """Write what a task yielded, complete or not at all."""
+    """Write each result of a task, complete or not at all."""
     context, provenance = _Worker.context, _Worker.provenance
     if isinstance(result, Scores):
         folder = context.folder / PROBES / task.id
@@ -179,7 +179,7 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
         return
     trial, model, fit = result.trial, result.model, result.fit
     folder, popularity = context.trial_folder(trial), context.popularity
-    if is_done(folder):  # of a task that was cut short between two of its trials
+    if is_done(folder):  # the task was cut short between two of its trials
         return
     ranks = {name: values for name, values in result.ranks.items() if name != LISTS}
     metrics = {protocol: metrics_from_ranks(values) for protocol, values in ranks.items()}
@@ -225,5 +225,5 @@ def _write(task: Task, result: Result | Scores, seconds: float) -> None:
     checkpoint = context.checkpoint(trial)
     for file in checkpoint.parent.glob(f"{trial.id}.*"):  # one a learning rate
         file.unlink(missing_ok=True)
-    with suppress(OSError):  # the last one takes the folder along
+    with suppress(OSError):  # the last one removes the folder
         checkpoint.parent.rmdir()

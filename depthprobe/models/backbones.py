@@ -1,4 +1,4 @@
-"""Backbones: loaded with every weight accounted for, and those that settings of a study name."""
+"""Load backbones: every weight is checked, and a study's settings say which backbone."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def load_backbone(
         quantize: None or "none"; "8bit" or "4bit" stores the linear maps in fewer bits, which
             needs bitsandbytes and a CUDA GPU. Such a model is on the GPU already.
         trust_remote_code: run Python code from the hub; only with a ``revision``.
-        random_init: a seed: the same architecture with fresh weights, from the configuration
-            alone; the caller's random state is left as it is.
-        weights: False checks the names and shapes of the weights, and reads none of them: the
-            model is on the meta device (but for the small embedded one).
+        random_init: a seed: the same architecture with random weights, from only the
+            configuration; the caller's random state is not changed.
+        weights: False checks the weights' names and shapes without reading them: the model is on
+            the meta device (except the small embedded one).
 
     Raises:
         BadInput: if there is no such backbone, its weights are absent, pickled or unreadable, or
@@ -160,7 +160,7 @@ def load_backbone(
     with one_line("loaded", path_or_id):
         files = weight_files(path_or_id, config, commit)  # the hub's are here by now
         check_files(path_or_id, files, model, whole_numbers=quantized)
-        whole = weights and not quantized  # of a quantised weight what is stored says all
+        whole = weights and not quantized  # for quantised weights the stored numbers are enough
         stored = model.state_dict().items() if whole else stored_in(files)
         if (name := not_finite(stored)) is not None:
             allowed = f"its weight {name} holds NaN or infinity: the checkpoint is damaged"
@@ -168,7 +168,7 @@ def load_backbone(
                 allowed += ", or has weights beyond the range of float16 (bfloat16 has float32's)"
             raise BadInput("backbone", str(path_or_id), allowed, fault=True)
     if packed is not None:
-        # A recommender holds the base model alone; without the marks there, LoRA would treat packed
+        # A recommender holds only the base model; without the marks there, LoRA would treat packed
         # bytes as weights.
         for name in QUANTIZED_MARKS:
             if hasattr(model, name):
@@ -177,9 +177,9 @@ def load_backbone(
 
 
 def _tie_missing_head(source: Source, model: PreTrainedModel, loaded: dict[str, Any]) -> None:
-    """Tie a head that alone is missing to the embeddings, for no recommender reads it.
+    """If only the head is missing, tie it to the embeddings: no recommender reads it.
 
-    Checkpoints of embedding models have none, and some say all the same that theirs is not tied.
+    Checkpoints of embedding models have no head, and some still say that it is not tied.
     """
     head = model.get_output_embeddings()
     names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
@@ -194,7 +194,7 @@ def _tie_missing_head(source: Source, model: PreTrainedModel, loaded: dict[str, 
 
 
 def _check_loaded(source: Source, loaded: dict[str, Any]) -> None:
-    """Refuse weights that are not those of the configuration."""
+    """Refuse weights that do not match the configuration."""
     for what, names in (
         ("missing", loaded["missing_keys"]),
         ("unexpected", [key for key in loaded["unexpected_keys"] if not HARMLESS.search(key)]),
@@ -229,7 +229,7 @@ def backbone_config(
     with one_line("found", path_or_id):
         location = location_of(path_or_id)
         written, _ = PreTrainedConfig.get_config_dict(location, **origin)
-        _check_depth(path_or_id, written)  # some classes make lists of that length
+        _check_depth(path_or_id, written)  # before a class makes lists of that length
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, **origin)
         text = config.get_text_config(decoder=True)
         _check_depth(path_or_id, {"num_hidden_layers": getattr(text, "num_hidden_layers", 0)})
@@ -243,7 +243,7 @@ def backbone_config(
 
 
 def _check_depth(source: Source, config: dict[str, Any]) -> None:
-    """Refuse a configuration whose number of blocks is none, or beyond reason."""
+    """Refuse a configuration without blocks, or with absurdly many."""
     for name, value in config.items():
         if isinstance(value, dict):
             _check_depth(source, value)
@@ -254,7 +254,7 @@ def _check_depth(source: Source, config: dict[str, Any]) -> None:
 
 
 def _attentions(config: PreTrainedConfig) -> Iterator[str]:
-    """What the configuration and its parts say that their attention should be."""
+    """The attention implementations that the configuration and its parts name."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         # transformers has no public name for what it reads from ``attn_implementation``
         written = getattr(part, "_attn_implementation", None)
@@ -294,7 +294,7 @@ def pretrained(
     With ``plain``, quantised weights are turned back into ordinary ones of the same values.
     """
     if settings.own:
-        from depthprobe.models.own import load_own  # it stands on this module
+        from depthprobe.models.own import load_own  # it imports this module
 
         return load_own(settings.source).backbone
     model = load_backbone(
@@ -340,10 +340,10 @@ def _which(settings: Backbone) -> dict[str, Any]:
 
 
 def backbone_revision(settings: Backbone) -> str:
-    """Which backbone exactly: the hub's commit, or ``sha256:`` of what decides its numbers.
+    """Identify a backbone: the hub's commit, or ``sha256:`` and a hash of what decides its numbers.
 
-    The first part is of configuration and weights; of a folder the second one is of all else that
-    is read, such as the tokenizer's files.
+    The hash's first part covers configuration and weights. For a folder, the second covers all
+    other files that are read, such as the tokenizer's.
     """
     if settings.own:
         from depthprobe.models.own import own_facts
@@ -363,19 +363,18 @@ def backbone_revision(settings: Backbone) -> str:
 
 
 def is_same(recorded: str | None, revision: str) -> bool:
-    """Whether a recorded revision is this one; early runs recorded its first part, or none."""
+    """Whether a recorded revision is this one; early runs recorded only its first part, or none."""
     return recorded is None or revision.startswith(recorded)
 
 
 def pinned(settings: Backbone, recorded: str | None, source: str | None = None) -> Backbone:
-    """The settings with what a run recorded when it began, whatever the names mean now.
+    """The settings with the backbone that a run recorded when it began, even if names moved since.
 
     Args:
         settings: of the study.
         recorded: the :func:`backbone_revision`: a commit takes the place of a branch or tag, which
             may move; None changes nothing.
-        source: as :func:`describe` recorded it: where a relative path led to from the folder in
-            which the run began.
+        source: as :func:`describe` recorded it: the absolute path behind a relative one.
     """
     if recorded is None or settings.source == EMBEDDED:
         return settings
@@ -383,7 +382,7 @@ def pinned(settings: Backbone, recorded: str | None, source: str | None = None) 
         return replace(settings, revision=recorded)
     if source is not None and Path(source).exists():
         return replace(settings, source=source)
-    # it was a folder, so no id of the hub is meant
+    # it was a folder, so it is no id of the hub
     own = settings.source
     return settings if is_folder(own) else replace(settings, source=os.path.join(".", own))
 

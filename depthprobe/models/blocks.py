@@ -17,7 +17,7 @@ from depthprobe.errors import BadInput
 
 
 def refusal(model: nn.Module, reason: str) -> BadInput:
-    """What a user reads where an architecture can't be cut, skipped or read out; one line."""
+    """The one-line error for an architecture that can't be cut, skipped or read out."""
     return BadInput("backbone", type(model).__name__, reason, fault=True)
 
 
@@ -56,7 +56,7 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
         return inner.base_model  # type: ignore[return-value]
     if inner.get_output_embeddings() is None:
         return inner
-    # some classes name a base model that they don't have: the innermost model around the blocks
+    # some classes name a base model that they lack: take the innermost model around the blocks
     owner, name = locate(inner)
     parts = name.split(".")
     around = [owner.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
@@ -64,7 +64,7 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
 
 
 def token_embeddings(decoder: PreTrainedModel) -> nn.Embedding:
-    """A decoder's table of tokens; a refusal of one that has none of its own."""
+    """A decoder's token embeddings; ``BadInput`` if it has none of its own."""
     try:
         return cast("nn.Embedding", decoder.get_input_embeddings())
     except NotImplementedError:
@@ -72,7 +72,7 @@ def token_embeddings(decoder: PreTrainedModel) -> nn.Embedding:
 
 
 def check_tokens(field: str, value: object, tokens: Iterable[int], model: PreTrainedModel) -> None:
-    """Refuse a text, the value of a field, with a token that a model has no embedding of."""
+    """Refuse a field's text if the model has no embedding for one of its tokens."""
     rows, highest = len(token_embeddings(find_decoder(model)).weight), max(tokens, default=0)
     if highest >= rows:
         allowed = f"text of the {rows:,} tokens that the backbone has embeddings of"
@@ -80,7 +80,7 @@ def check_tokens(field: str, value: object, tokens: Iterable[int], model: PreTra
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its token ids, also when accelerate keeps its weights elsewhere."""
+    """The device for a model's token ids, also if accelerate keeps its weights elsewhere."""
     embeddings: Any = model.get_input_embeddings()
     device: torch.device = embeddings.weight.device
     # accelerate has no public way to ask where an offloaded module computes
@@ -89,7 +89,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def block_indices(field: str, indices: Iterable[int], depth: int) -> tuple[int, ...]:
-    """The indices as plain numbers; BadInput if one is not that of a block."""
+    """The indices as plain numbers; ``BadInput`` if one is no block's."""
     try:
         chosen = tuple(operator.index(index) for index in indices)
     except TypeError:
@@ -103,7 +103,7 @@ def locate(model: PreTrainedModel) -> tuple[nn.Module, str]:
     """The base model and the path of the blocks in it; raises as :func:`find_blocks`."""
     if model.config.is_encoder_decoder:
         raise refusal(model, "it is an encoder-decoder: only decoders can be cut")
-    if named := getattr(model.config, "blocks_path", ""):  # a decoder that is none of theirs
+    if named := getattr(model.config, "blocks_path", ""):  # not a Hugging Face decoder
         return model, named
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     base: nn.Module = model.base_model
@@ -120,12 +120,12 @@ def locate(model: PreTrainedModel) -> tuple[nn.Module, str]:
 
 
 def _candidates(base: nn.Module, depth: int | None) -> list[str]:
-    """Paths of lists as long as the model is deep, outermost first, whose entries have parts."""
+    """Paths of lists of composite modules as long as the model is deep, outermost first."""
     paths: list[str] = []
     for name, module in base.named_modules():
         nested = any(name.startswith(outer + ".") for outer in paths)
         as_long = isinstance(module, nn.ModuleList) and len(module) == depth
-        # a block is made of modules; a list of projections or of rotary tables is none of blocks
+        # a block has sub-modules, unlike the entries of a list of projections or rotary tables
         if as_long and not nested and all(any(part.children()) for part in module):
             paths.append(name)
     return paths
@@ -134,7 +134,7 @@ def _candidates(base: nn.Module, depth: int | None) -> list[str]:
 def keys_are_read(blocks: nn.ModuleList) -> bool:
     """Whether some blocks read the keys and values of earlier ones (Gemma 3n, 4).
 
-    Since transformers 5.24 blocks are marked as storing theirs even where none does.
+    Since transformers 5.24 blocks are marked as storing theirs even if none does.
     """
     return any(getattr(module, "is_kv_shared_layer", False) for module in blocks.modules())
 
@@ -151,12 +151,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# Per-layer embeddings (Gemma 3n and 4): every block reads some of a token beside the stream. They
-# are looked up by token. A pass over embeddings has no tokens, so it is given their ids.
+# Per-layer embeddings (Gemma 3n and 4): besides the stream, every block reads embeddings of the
+# token. A pass over embeddings has no tokens, so it is given their ids.
 
 
 def has_per_layer(decoder: nn.Module) -> bool:
-    """Whether the blocks of a decoder read embeddings of their own."""
+    """Whether the blocks of a decoder read per-layer embeddings."""
     return bool(getattr(decoder, "hidden_size_per_layer_input", 0))
 
 
@@ -169,16 +169,16 @@ def per_layer(decoder: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def no_token(decoder: nn.Module) -> int:
-    """The id that stands for what is no token: padding, as for images in these families."""
+    """The id for positions that are no token: padding, as these families use for images."""
     config: Any = decoder.config
     return int(config.get_text_config(decoder=True).pad_token_id or 0)
 
 
-# A decoder that is none of Hugging Face's: the blocks of a user's own recommender.
+# A decoder in plain PyTorch: the blocks of a user's own recommender.
 
 
 class PlainConfig(PreTrainedConfig):
-    """What is known of a decoder that is none of Hugging Face's."""
+    """The configuration of a decoder in plain PyTorch."""
 
     model_type = "own"
 
@@ -187,11 +187,11 @@ class PlainConfig(PreTrainedConfig):
     ) -> None:
         super().__init__(**more)
         self.num_hidden_layers, self.hidden_size = num_hidden_layers, hidden_size
-        self.blocks_path = blocks_path  # where the list of blocks is
+        self.blocks_path = blocks_path  # path of the list of blocks
 
 
 class PlainDecoder(PreTrainedModel):
-    """A recommender of plain PyTorch, as the decoder that probes expect: histories to states."""
+    """Wraps a plain PyTorch recommender as the decoder that probes expect: histories to states."""
 
     config_class = PlainConfig
 
@@ -207,7 +207,7 @@ class PlainDecoder(PreTrainedModel):
         self.own = own
 
     def get_input_embeddings(self) -> Any:
-        """What says how many items there are."""
+        """The module whose size is the number of items."""
         return SimpleNamespace(weight=self.own.item_matrix())
 
     def get_output_embeddings(self) -> None:
@@ -228,7 +228,7 @@ class PlainDecoder(PreTrainedModel):
 
 
 def _plain_blocks(own: Any) -> nn.ModuleList:
-    """The blocks of a decoder of plain PyTorch: what it calls so, or its only list of modules."""
+    """The blocks of a plain PyTorch decoder: its ``blocks``, or its only list of modules."""
     named = getattr(own, "blocks", getattr(own.backbone, "blocks", None))
     if isinstance(named, nn.ModuleList):
         return named

@@ -1,4 +1,4 @@
-"""Build recommenders from settings, and keep on disk only what the training changed."""
+"""Build recommenders from settings, and store only the weights that training changed."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Shape(NamedTuple):
     """How the blocks of a model differ from those of its backbone."""
 
     width: float = 1.0  # share of channels and heads
-    loops: int = 1  # times that the blocks are applied in turn
-    scores: UnitScores | None = None  # which channels and heads stay; without them the first ones
+    loops: int = 1  # how many times the blocks are applied in turn
+    scores: UnitScores | None = None  # choose what stays; else the first ones
 
 
 PLAIN = Shape()
@@ -88,9 +88,9 @@ def reshape(model: ModelT, shape: Shape) -> ModelT:
 def build_sasrec(
     settings: SasRecSettings, *, items: int, longest: int, table: Tensor | None = None
 ) -> SASRec:
-    """SASRec before its training, by torch's present seed, for a catalogue of so many items.
+    """SASRec before training, initialised by torch's present seed.
 
-    ``table`` is what it reads in place of own item embeddings, (I + 1, D).
+    A ``table``, (I + 1, D), replaces its own item embeddings.
     """
     return SASRec(
         items,
@@ -131,14 +131,14 @@ def around(
 
 
 def cut_copy(model: ModelT, kept: Iterable[int]) -> ModelT:
-    """Some blocks of a recommender or backbone, around the same weights, which stay whole."""
+    """A shallower copy of a recommender or backbone around the same weights; the original stays."""
     twin = twin_of(model)
     keep_blocks(twin.backbone if isinstance(twin, Recommender) else twin, kept)
     return twin
 
 
 def twin_of(model: ModelT) -> ModelT:
-    """A recommender or backbone of its own around the same weights."""
+    """A copy of a recommender or backbone around the same weights."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
 
@@ -166,15 +166,15 @@ def prompt_and_suffix(
     if not settings.own and (settings.prompt or settings.suffix):
         tokenizer = pretrained_tokenizer(settings)
         if settings.prompt:
-            # titles begin on a line of their own
+            # titles begin on a new line
             text = settings.prompt.rstrip("\n") + "\n" if settings.reads_titles else settings.prompt
             prompt, start = tokenizer(text)["input_ids"], tokenizer.bos_token_id
-            # the end token that some put behind a text would stand before the items
+            # some tokenizers append an end token, which would stand before the items
             alone = tokenizer(text, add_special_tokens=False)["input_ids"]
             ends = range(len(prompt), len(alone) - 1, -1)
             found = (end for end in ends if prompt[end - len(alone) : end] == alone)
             prompt = prompt[: next(found, None)]
-            # some tokenizers have a start token and leave it to the caller
+            # some tokenizers have a start token but do not add it
             prompt = prompt if start in (None, *prompt[:1]) else [start, *prompt]
         if settings.suffix:
             suffix = tokenizer(settings.suffix, add_special_tokens=False)["input_ids"]
@@ -185,11 +185,11 @@ def prompt_and_suffix(
 
 
 def check_lengths(settings: Backbone, config: PreTrainedConfig, longest: int) -> list[str]:
-    """Warnings of a backbone that is to read the texts and histories of so many positions.
+    """Warnings about a backbone's positions for these texts and histories.
 
     Raises:
-        BadInput: if it has too few positions, and can't go on behind the last one; or if the texts
-            can't be read.
+        BadInput: if it has too few positions and can't go beyond the last one, or if it can't read
+            the texts.
     """
     texts = sum(map(len, prompt_and_suffix(settings)))
     steady = steady_positions(config)
@@ -214,10 +214,10 @@ def check_lengths(settings: Backbone, config: PreTrainedConfig, longest: int) ->
 
 
 def make_trainable(model: Recommender, settings: Backbone) -> None:
-    """Mark what is trained: the adapters, and of the backbone what ``tuning`` says.
+    """Mark the trained weights: the adapters, and those of the backbone that ``tuning`` selects.
 
-    Token embeddings stay as they are: only prompt and suffix read them. In a recommender of the
-    user's own, what is outside the blocks is trained as it says.
+    Token embeddings are not trained: only prompt and suffix read them. A user's own recommender
+    says itself what is trained outside its blocks.
     """
     backbone: PreTrainedModel = model.backbone
     if not settings.own:
@@ -226,7 +226,7 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
     elif settings.tuning != "full":
         find_blocks(backbone).requires_grad_(False)
     if settings.tuning == "lora":
-        # imported late: it takes as long as all the rest, and most runs tune without it
+        # imported late: it takes as long as all the rest, and most runs do without it
         from peft import LoraConfig, inject_adapter_in_model
 
         lora = LoraConfig(
@@ -235,8 +235,8 @@ def make_trainable(model: Recommender, settings: Backbone) -> None:
             lora_dropout=0.05,
             target_modules=lora_maps(backbone, settings.lora_targets),
         )
-        # In the blocks alone: of a model that it knows, PEFT would adapt other weights than asked,
-        # or none. What packed weights are it looks up where it is.
+        # Only in the blocks: for a model that it knows, PEFT would adapt other weights than asked,
+        # or none. It looks for marks of packed weights on the module that it is given.
         blocks = find_blocks(backbone)
         for name in QUANTIZED_MARKS:
             if hasattr(backbone, name):
@@ -277,8 +277,8 @@ def lora_maps(backbone: PreTrainedModel, targets: Sequence[str]) -> list[str]:
 def linear_maps(blocks: nn.Module) -> dict[str, nn.Module]:
     """The linear maps that blocks call, by their paths.
 
-    Of a state-space mixer the first alone: kernels take the others' weights without calling them,
-    and an adapter there would do nothing.
+    Of a state-space mixer only the first: kernels use the others' weights without calling them, so
+    an adapter there would do nothing.
     """
     mixers = {name for name, module in blocks.named_modules() if hasattr(module, "A_log")}
     return {
@@ -318,7 +318,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def intact(file: Path) -> Iterator[None]:
-    """Name a file of a run that can't be read, or holds other weights than it should."""
+    """Turn an error about a file of weights into one line that names the file."""
     try:
         yield
     except Exception as error:  # safetensors has several
@@ -330,13 +330,13 @@ def intact(file: Path) -> Iterator[None]:
 def save_weights(
     weights: Mapping[str, Tensor], file: Path, told: dict[str, str] | None = None
 ) -> None:
-    """Write weights of any device, also views; ``told`` stands in the head of the file."""
+    """Write weights of any device, also views; ``told`` goes into the file's header."""
     save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, file, told)
 
 
 @torch.no_grad()
 def fill(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    """Copy stored values into weights; ValueError where a name or a shape differs, or at NaN."""
+    """Copy stored values into weights; ``ValueError`` if a name or shape differs, or for NaN."""
     odd = sorted(stored.keys() ^ weights.keys())
     odd += [n for n in stored.keys() & weights.keys() if stored[n].shape != weights[n].shape]
     if odd:

@@ -37,7 +37,7 @@ from depthprobe.models.skipping import after_blocks, skip_blocks
 from depthprobe.models.taps import first_tensor, input_state, removed_after, tap_blocks
 from depthprobe.models.tiny import DEPTH, TOKENS, brings_code, tiny_model
 
-# Without these a shallower model can't be trusted; the others tell what else the family can do.
+# A shallower model can't be trusted without these; the others tell what else the family can do.
 REQUIRED = frozenset({"blocks", "tiny copy", "causal", "cut", "skip", "reload", "cache"})
 PROMPT, ITEMS, D_ITEM = (5, 6, 7), 11, 4  # of the recommender that is tried
 
@@ -54,7 +54,7 @@ class CheckResult:
 
     @property
     def required(self) -> bool:
-        """Whether a cut model can't be trusted without it."""
+        """Whether a cut model can only be trusted if this check passes."""
         return self.name in REQUIRED
 
 
@@ -81,7 +81,7 @@ def check_backbone(
     def run(name: str, check: Callable[[], str]) -> bool:
         try:
             results.append(CheckResult(name, True, check()))
-        except Exception as error:  # whatever an architecture does is a finding, not a crash
+        except Exception as error:  # any error of an architecture is a finding, not a crash
             results.append(CheckResult(name, False, _reason(error)))
         return results[-1].passed
 
@@ -102,7 +102,7 @@ def can_be_cut(results: list[CheckResult]) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of an error."""
     text = error.allowed if isinstance(error, BadInput) else str(error)
     return next(iter(text.strip().splitlines()), type(error).__name__)
 
@@ -148,7 +148,7 @@ def _cuts(
 
 
 def _uncut_and_cut(model: PreTrainedModel) -> tuple[dict[str, PreTrainedModel], str]:
-    """The model and one without its first block, by what they are, and why that was refused."""
+    """The model and one without its first block, by name; and why that cut was refused."""
     depth = len(find_blocks(model))
     cuts, note = _cuts(model, (range(depth), range(1, depth)))
     names = ("uncut" if len(k) == depth else f"cut to blocks {list(k)}" for k in cuts)
@@ -156,7 +156,7 @@ def _uncut_and_cut(model: PreTrainedModel) -> tuple[dict[str, PreTrainedModel], 
 
 
 def causal(model: PreTrainedModel, ids: Tensor) -> str:
-    """What comes later changes nothing before it."""
+    """Later positions do not change earlier ones."""
     start = TOKENS // 2
     other = ids.clone()
     other[:, start:] = ids[:, start:].flip(1) + 1
@@ -274,7 +274,7 @@ def cache(model: PreTrainedModel, ids: Tensor) -> str:
     takes = "position_ids" in inspect.signature(model.forward).parameters
 
     def at(places: slice) -> dict[str, Tensor]:
-        # as generate does: some families count from zero at each step if nobody tells them
+        # pass positions as ``generate`` does: some families would count from zero at each step
         given = {"position_ids": positions[:, places].expand(len(ids), -1)} if takes else {}
         return {"input_ids": ids[:, places]} | given
 
@@ -329,7 +329,7 @@ def check_own(
     longest: int = TOKENS,
     objective: str | None = None,
 ) -> list[CheckResult]:
-    """Test what can be proven of a user's recommender; it is left as it is.
+    """Test what can be proven about a user's recommender; it is not changed.
 
     Args:
         model: the recommender, just built.
@@ -350,15 +350,15 @@ def check_own(
         try:
             with torch.no_grad():
                 results.append(CheckResult(name, True, check(model, given)))
-        except Exception as error:  # whatever it does is a finding
+        except Exception as error:  # any error is a finding
             results.append(CheckResult(name, False, _reason(error)))
-            if name == "states":  # nothing else can be asked
+            if name == "states":  # the other checks need states
                 break
     return results
 
 
 class Histories(NamedTuple):
-    """Two users, the second with fewer items, and what built the recommender that reads them."""
+    """Two users, the second with fewer items, and the source of the recommender that reads them."""
 
     source: str
     items: Tensor  # (2, T), right-padded with 0
@@ -367,7 +367,7 @@ class Histories(NamedTuple):
 
     @property
     def users(self) -> tuple[Tensor, Tensor]:
-        """What a pass reads."""
+        """The histories and lengths that a pass reads."""
         return self.items, self.lengths
 
 
@@ -420,7 +420,7 @@ def own_causal(model: OwnRecommender, given: Histories) -> str:
     _assert_close(alone, whole[1:], "a user without padding: the vector is")
     states = model.states(*given.users)
     places, last = model.after_items(states, given.items), model.last_place(*given.users)
-    # the states after each item have to be those that users are read out at
+    # users must be read out at the states after each item
     ends = places[
         torch.arange(len(last), device=last.device), given.lengths.clamp(max=places.shape[1]) - 1
     ]
@@ -523,7 +523,7 @@ OWN_CHECKS: dict[str, Callable[[OwnRecommender, Histories], str]] = {
     "weights": own_weights,
     "training": own_training,
 }
-# what no test of the object can see
+# what no test of the object can show
 NOT_SEEN = (
     "Not proven: that its answers are those of your service (compare some), and that its loss is"
     " the one it was trained with."

@@ -1,10 +1,9 @@
 """Cut blocks out of a Hugging Face model so that what is left is an ordinary, shallower model.
 
-In three steps. The configuration of the shallower model is derived from the old one. That
-configuration is written and read back, both models are built on the meta device, and every
-sub-module, shape and setting is compared: a difference is a block's index, which moves with its
-block, or a reason to refuse, since the cut model would silently come back as another one. Only then
-is the model changed.
+It takes three steps. First, derive the configuration of the shallower model. Second, write it and
+read it back, build both models on the meta device, and compare every sub-module, shape and setting:
+a difference must be a block's index, which moves with its block. Any other is a reason to refuse,
+since the saved model would silently load as a different one. Only then change the model.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ TRAILING_BLOCKS = ("num_kv_shared_layers",)
 RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp"})
 
 INDEX_ATTRIBUTE = re.compile(r"(layer|block)_?(idx|index|id|number)$")
-# Adapters of PEFT that stand before the blocks, and what the values of others begin with.
+# PEFT's adapters before the blocks, and the prefixes of the values of others.
 BEFORE_THE_BLOCKS = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING"})
 INITIAL_VALUES = frozenset({"init_lora_weights", "init_weights"})
 # Weights outside the blocks that hold a chunk for each of them (Gemma 3n and 4).
@@ -91,7 +90,7 @@ def keep_blocks(model: ModelT, kept: Iterable[int]) -> ModelT:
 
 
 def loop_blocks(model: ModelT, times: int) -> ModelT:
-    """Apply the blocks so many times in turn, in place, and return the model.
+    """Apply the blocks ``times`` times in turn, in place, and return the model.
 
     The model becomes one of ``times`` as many blocks: each has its own index, and so keys and
     values of its own, but the weights are those of the first ones (as in the Universal Transformer,
@@ -122,11 +121,11 @@ def unshare_blocks(model: nn.Module) -> None:
 
 
 def _arrange(model: ModelT, inner: PreTrainedModel, chosen: tuple[int, ...]) -> ModelT:
-    """Leave the chosen blocks, in their order; one that comes again does so around its weights."""
+    """Arrange the chosen blocks in this order; a repeated block shares its weights."""
     owner, name = locate(inner)
     blocks = find_blocks(inner)
     new_config, changes = cut_config(inner.config, chosen), _Changes()
-    if not isinstance(inner, PlainDecoder):  # which no configuration rebuilds
+    if not isinstance(inner, PlainDecoder):  # no configuration describes it
         _refuse_unsafe(inner, name, chosen)
         changes = _compare_reload(inner, new_config, chosen)
         _compare_adapters(model, inner, new_config, chosen)
@@ -134,7 +133,7 @@ def _arrange(model: ModelT, inner: PreTrainedModel, chosen: tuple[int, ...]) -> 
     if changes.chunked and len(set(chosen)) < len(chosen):
         raise _no_cut(inner, "each of its blocks reads token embeddings of its own", chosen)
 
-    # from here on nothing is refused: the list, indices in the blocks, settings and weights outside
+    # nothing is refused from here on: change the list, indices, settings, and weights outside
     parent, _, attribute = name.rpartition(".")
     remaining = nn.ModuleList(
         blocks[old] if old not in chosen[:new] else _twin(blocks[old], inner.config)
@@ -152,7 +151,7 @@ def _arrange(model: ModelT, inner: PreTrainedModel, chosen: tuple[int, ...]) -> 
 
 
 def _twin(block: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """A block of its own around the same weights."""
+    """A copy of a block around the same weights."""
     shared = [*block.parameters(), config, config.get_text_config(decoder=True)]
     return copy.deepcopy(block, {id(each): each for each in shared})
 
@@ -160,8 +159,8 @@ def _twin(block: nn.Module, config: PreTrainedConfig) -> nn.Module:
 def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
     """A copy of ``config`` that describes the model with only the ``kept`` blocks, in that order.
 
-    Per-block lists are sliced and block indices renumbered **by name**: a list that happens to be
-    as long as the model is deep is left alone.
+    Per-block lists are sliced and block indices renumbered **by name**: other lists of the same
+    length are left alone.
     """
     new = copy.deepcopy(config)
     text = new.get_text_config(decoder=True)
@@ -196,10 +195,10 @@ def block_kinds(config: PreTrainedConfig) -> list[tuple[Any, ...]]:
 
 @contextmanager
 def as_plain_fields(config: PreTrainedConfig) -> Iterator[dict[int, dict[str, Any]]]:
-    """Within, a configuration whose blocks override single fields is as one without.
+    """Within it, a configuration behaves as if its blocks did not override single fields.
 
-    Such a configuration refuses to tell a field that varies from block to block. Yields the
-    overrides by block; what they are on leaving is what the configuration gets.
+    Otherwise it raises for a field that varies from block to block. Yields the overrides by block;
+    on leaving, the configuration gets them back, with any changes.
     """
     heterogeneous = getattr(config, "is_heterogeneous", False)
     # Read before anything changes: as a property it is derived from the other fields.
@@ -226,7 +225,7 @@ def _sequences(text: PreTrainedConfig, names: Iterable[str]) -> dict[str, Sequen
 
 
 def _changed_fields(text: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The fields that a cut changes, and what they become."""
+    """The fields that a cut changes, with their new values."""
     depth = text.num_hidden_layers
     changes: dict[str, Any] = {
         name: [values[old] for old in kept]
@@ -264,9 +263,9 @@ def _changed_fields(text: PreTrainedConfig, kept: Sequence[int]) -> dict[str, An
 def _renumber_quantized(
     inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
 ) -> None:
-    """Renumber the blocks that a quantised checkpoint's settings name, as what is left as it was.
+    """Renumber the blocks that a quantised checkpoint's settings exclude from quantisation.
 
-    A pattern whose answer depends on the number of a block is refused.
+    A pattern whose answer depends on a block's number is refused.
     """
     blocks = find_blocks(inner)
     path = next(path for path, module in inner.named_modules() if module is blocks)
@@ -308,7 +307,7 @@ def _renumber_quantized(
 
 
 def _refuse_unsafe(inner: PreTrainedModel, name: str, chosen: tuple[int, ...]) -> None:
-    """Refuse what no comparison of configurations can find."""
+    """Refuse problems that no comparison of configurations can find."""
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
     inside = re.compile(rf"(^|\.){re.escape(name)}\.\d+\.")
     weights = [id(p) for block in find_blocks(inner) for p in block.parameters()]  # once a block
@@ -325,7 +324,7 @@ def _refuse_unsafe(inner: PreTrainedModel, name: str, chosen: tuple[int, ...]) -
 
 
 def _no_cut(inner: PreTrainedModel, reason: str, chosen: Sequence[int] = ()) -> BadInput:
-    """The refusal of any cut, or of the cut to the chosen blocks; of loops if some come again."""
+    """The error for any cut, for the cut to the chosen blocks, or for loops if blocks repeat."""
     if len(set(chosen)) < len(chosen):
         return refusal(inner, f"its blocks cannot be applied again: {reason}")
     to = f" to blocks {list(chosen)}" if chosen else ""
@@ -333,7 +332,7 @@ def _no_cut(inner: PreTrainedModel, reason: str, chosen: Sequence[int] = ()) -> 
 
 
 def _keep_chunks(base: nn.Module, path: str, dim: int, depth: int, chosen: tuple[int, ...]) -> None:
-    """Of a weight that holds a chunk a block along ``dim``, keep those of the chosen blocks."""
+    """Keep the chosen blocks' chunks of a weight that holds one chunk per block along ``dim``."""
     parent, _, name = path.rpartition(".")
     weight: nn.Parameter = getattr(base.get_submodule(parent), name)
     chunks = weight.detach().unflatten(dim, (depth, -1))
@@ -352,12 +351,12 @@ def replace_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfi
                 setattr(module, name, replacement[id(value)])
 
 
-# What a reload would make of the cut model, found without memory.
+# What a reload would make of the cut model, found on the meta device.
 
 
 @dataclass(frozen=True)
 class _Changes:
-    """What a cut changes beside the list of blocks."""
+    """What a cut changes besides the list of blocks."""
 
     # new index of the block, path inside it, attribute that holds an index, its new value
     inside: list[tuple[int, str, str, int]] = field(default_factory=list)
@@ -368,7 +367,7 @@ class _Changes:
 def _compare_reload(
     inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
 ) -> _Changes:
-    """What must change so that the cut model is what its reloaded configuration describes."""
+    """The changes that make the cut model equal to its reloaded configuration."""
     before = skeleton(inner, inner.config, reloaded=False)  # what is in memory
     after = skeleton(inner, new_config, reloaded=True)
     old_blocks, new_blocks = find_blocks(before), find_blocks(after)
@@ -379,7 +378,7 @@ def _compare_reload(
     for new, old in enumerate(chosen):
         for path, attribute, was, becomes in differences(old_blocks[old], new_blocks[new]):
             if attribute == "store_full_length_kv" and not keys_are_read(new_blocks):
-                continue  # whether it keeps what no block reads
+                continue  # whether it keeps weights that no block reads
             is_index = type(was) is int and type(becomes) is int
             if not is_index or not INDEX_ATTRIBUTE.search(attribute):
                 setting = f"{path or 'its'} {attribute} = {becomes!r}, not {was!r}"
@@ -397,7 +396,7 @@ def _compare_reload(
         dims = [dim for dim, (old, new) in pairs if old != new]
         if PER_BLOCK_WEIGHTS.search(path) and len(dims) == 1:
             changes.chunked[path] = dims[0]
-        # A rotary table of a kind of attention that no block has any more may disappear.
+        # The rotary table of a kind of attention that no block has any more may disappear.
         elif is_shape and (path in stored or (was and becomes)):
             raise _no_cut(inner, f"the shape of {path} depends on the number of blocks")
         elif PER_BLOCK_WEIGHTS.search(path) or (type(becomes) is int and "layer" in attribute):
@@ -408,10 +407,10 @@ def _compare_reload(
 def _compare_adapters(
     model: nn.Module, inner: PreTrainedModel, new_config: PreTrainedConfig, chosen: tuple[int, ...]
 ) -> None:
-    """Refuse a cut after which PEFT would put other adapters on the blocks than there are.
+    """Refuse a cut after which PEFT would put different adapters on the blocks.
 
-    Whatever may name a block by its number (patterns of ranks and scales, modules to leave out or
-    to save, ...) is found by its effect.
+    Settings that name a block by its number (patterns of ranks and scales, modules to leave out or
+    to save, ...) are found by their effect.
     """
     found = (getattr(module, "peft_config", None) for module in model.modules())
     adapters = next((each for each in found if isinstance(each, dict)), {})
@@ -429,22 +428,22 @@ def _compare_adapters(
         raise _no_cut(inner, reason, chosen) from error
     for new, old in enumerate(chosen):
         for path, attribute, was, becomes in differences(before[old], after[new]):
-            if not INDEX_ATTRIBUTE.search(attribute):  # those were compared with the plain model
+            if not INDEX_ATTRIBUTE.search(attribute):  # these were compared with the plain model
                 setting = f"{path} {attribute} = {becomes!r}, not {was!r}"
                 reason = f"{around} (reloaded, block {old} would be block {new} with {setting})"
                 raise _no_cut(inner, reason, chosen)
 
 
 def _adapted(skeleton: PreTrainedModel, adapters: Mapping[str, Any]) -> nn.ModuleList:
-    """The blocks of a model without memory, with adapters on them."""
+    """The blocks of a model on the meta device, with adapters."""
     from peft import inject_adapter_in_model  # imported late: it takes as long as all the rest
 
     for name, adapter in adapters.items():
         if adapter.peft_type == "ADALORA" and adapter.rank_pattern:
             raise ValueError("rank_pattern of AdaLoRA")
-        own = copy.deepcopy(adapter)  # PEFT fills in what it finds
+        own = copy.deepcopy(adapter)  # PEFT changes the configuration that it is given
         for initial in INITIAL_VALUES & vars(own).keys():
-            setattr(own, initial, False)  # without memory they can't be computed
+            setattr(own, initial, False)  # they can't be computed on the meta device
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             inject_adapter_in_model(own, skeleton, name)
     return find_blocks(skeleton)
@@ -458,10 +457,10 @@ def skeleton(
     whole: bool = False,
     change: str = "cut",
 ) -> PreTrainedModel:
-    """The base model that a configuration describes, maybe once read back; it holds no memory.
+    """The base model that a configuration describes, on the meta device; maybe once read back.
 
-    With ``whole`` the model as it is, head and all: the names of its modules begin there.
-    ``change`` is what a refusal says that can't be done.
+    With ``whole`` the whole model, head included, where the names of modules begin. ``change``
+    names the refused change in an error.
 
     Raises:
         BadInput: if no model can be built by it.
@@ -473,11 +472,11 @@ def skeleton(
             with tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
                 saved = type(config).from_pretrained(folder)
-        # from_pretrained, too, sets what a file can only name
+        # ``from_pretrained`` also sets what a file can only name
         saved.get_text_config(decoder=True).dtype = inner.dtype
         with torch.device("meta"):
             built: PreTrainedModel = kind(saved)
-    except Exception as error:  # a configuration checks itself in its own ways
+    except Exception as error:  # configurations check themselves in different ways
         line = str(error).partition("\n")[0]
         reason = f"it cannot be {change}: its configuration does not rebuild it ({line})"
         raise refusal(inner, reason) from error
@@ -487,7 +486,7 @@ def skeleton(
 def differences(
     old: nn.Module, new: nn.Module, *, without: str | None = None
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """(path, attribute, old value, new value) of all that differs between two module trees."""
+    """(path, attribute, old value, new value) of every difference between two module trees."""
     old_facts, new_facts = _facts(old, without), _facts(new, without)
     for path in sorted(old_facts.keys() | new_facts.keys()):
         left, right = old_facts.get(path, {}), new_facts.get(path, {})
@@ -499,7 +498,7 @@ def differences(
 
 def _same(one: object, other: object) -> bool:
     if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-12)  # derived anew from the number of blocks
+        return math.isclose(one, other, rel_tol=1e-12)  # derived again from the number of blocks
     return type(one) is type(other) and one == other
 
 

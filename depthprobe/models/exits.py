@@ -1,8 +1,8 @@
-"""Per-user early exit: a user is served from the first read-out at which their answer has settled.
+"""Per-user early exit: serve a user from the first read-out at which their answer has settled.
 
-Users are read out every few blocks. Who has at least ``same`` of their ten best items in common
-with the read-out before leaves the batch with that answer; the blocks that follow run for the
-others alone. ``depthprobe.probing.exits`` finds the ``same`` that costs no more than a margin.
+Users are read out every few blocks. A user whose ten best items share at least ``same`` with the
+previous read-out leaves the batch with that answer, and later blocks run only for the others.
+``depthprobe.probing.exits`` finds the ``same`` that costs no more than a margin.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from depthprobe.models.skipping import after_blocks, plan_skip
 from depthprobe.models.taps import BlockCalls, first_tensor, record_calls, standing_in
 
 LIST = 10  # items whose change tells whether an answer has settled
-READ_OUTS = 6  # before the last one, at most about so many: each scores the catalogue
+READ_OUTS = 6  # read-outs before the last one, about: each scores the catalogue
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):
-    """When a user's answer counts as settled, and what that was shown to cost on whom.
+    """When a user's answer counts as settled, and the accuracy that this was shown to cost.
 
     Attributes:
-        same: of the ten best items, how many are those of the read-out before.
+        same: how many of the ten best items must equal those of the previous read-out.
         metric: that was compared with the full model's.
         margin: the loss that is allowed, a share of the full model's mean.
         level: the confidence with which it is not exceeded.
         users: validation users of the calibration.
-        depth: the mean number of blocks that these were read out after.
-        kept: the share of the full model's mean that these had.
+        depth: the mean number of blocks after which these users left.
+        kept: the share of the full model's mean that they kept.
     """
 
     same: Annotated[int, Meta(ge=0, le=LIST)]
@@ -55,7 +55,7 @@ def read_outs(blocks: int) -> list[int]:
 
 
 def shared_items(one: Tensor, other: Tensor) -> Tensor:
-    """How many items lists (B, K) have in common, (B,); 0 is no item."""
+    """How many items two lists (B, K) have in common, (B,); 0 is no item."""
     return ((one[:, :, None] == other[:, None, :]) & (one[:, :, None] > 0)).sum(dim=(1, 2))
 
 

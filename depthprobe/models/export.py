@@ -1,8 +1,8 @@
-"""A recommender outside its run: a plain Hugging Face checkpoint with the recommender's parts.
+"""Exported recommenders: a plain Hugging Face checkpoint with the recommender's parts.
 
 ``FOLDER/config.json, model.safetensors, tokenizer``: the cut backbone, as transformers reads it.
 ``FOLDER/recommender.safetensors, recommender.json``: adapters, item table, head, item ids, prompt.
-Of SASRec, which has no backbone, these two are all of it.
+SASRec has no backbone, so it has only these two.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from depthprobe.study import SasRecSettings
 
 PARTS, CARD = "recommender.safetensors", "recommender.json"
 BATCH = 256  # users encoded at once
-SCORE_BYTES = 64 * 2**20  # of scores at once, however large the catalogue is; one user's at least
-ITEMS, ROWS = "items", "items.weight"  # the table; in fewer bits it has parts of its own
+SCORE_BYTES = 64 * 2**20  # of scores at a time; at least one user's
+ITEMS, ROWS = "items", "items.weight"  # the table; in fewer bits it has several parts
 OWN = ("input_adapter.", "output_adapter.", "head.")  # the recommender's parts, by their names
-# in every torch, and of the same result on the same device; other kernels are the server's choice
+# in every torch, and deterministic on a device; other kernels are the server's choice
 Attention = Literal["auto", "eager", "sdpa"]
 ATTENTIONS: dict[str, Attention] = {"eager": "eager", "sdpa": "sdpa"}
 
 
 class SasRecShape(msgspec.Struct):
-    """What decides the shapes of SASRec's weights, beside the items and the longest history."""
+    """What decides the shapes of SASRec's weights, besides the items and the longest history."""
 
     width: int
     blocks: int
@@ -67,14 +67,14 @@ class SasRecShape(msgspec.Struct):
 
 
 class OwnShape(msgspec.Struct):
-    """A recommender of the user's own: the function that builds it, and which blocks are left."""
+    """A user's own recommender: the function that builds it, and the kept blocks."""
 
     source: str
     kept: list[int]
 
 
 class Card(msgspec.Struct, kw_only=True):
-    """What ``recommender.json`` holds; ``sasrec`` of a SASRec alone, ``own`` of a user's own."""
+    """The content of ``recommender.json``; ``sasrec`` and ``own`` for these kinds only."""
 
     schema: Literal[1]
     sasrec: SasRecShape | None = None
@@ -101,7 +101,7 @@ class Card(msgspec.Struct, kw_only=True):
 
 
 class Served(TypedDict):
-    """What a card says of items and histories, whatever the model; by the names of the card."""
+    """What a card says of items and histories for every model, under the card's names."""
 
     item_ids: list[str]
     titles: list[str] | None
@@ -143,12 +143,12 @@ class ExportedRecommender:
     ) -> list[list[Recommendation]]:
         """The ``top`` best items of each history (raw item ids, oldest first), best first.
 
-        Items of the history are left out where the model was evaluated that way; on ties the item
-        that comes first in the catalogue is first. At most 256 users are encoded at a time and
-        64 MiB of scores exist at a time: hand on a large file in parts of some thousand lines.
+        Items of the history are left out if the model was evaluated that way. On ties the item that
+        comes first in the catalogue is first. At most 256 users are encoded at a time and 64 MiB of
+        scores exist at a time; pass a large file in parts of a few thousand lines.
 
-        With ``exit``, users are served from the block after which their answer has settled, and the
-        blocks that follow run for the others alone.
+        With ``exit``, users are served from the block after which their answer has settled, and
+        later blocks run only for the others.
 
         Raises:
             BadInput: for an empty history, an item that the catalogue doesn't hold, or a ``top``
@@ -166,11 +166,11 @@ class ExportedRecommender:
         if isinstance(model, Recommender):
             prompt = (model.prepare_prompt(),)
             sizes, in_words = model.positions(recent), model.words is not None
-        # users of like length together: less padding is computed
+        # users of similar length together, to compute less padding
         order = sorted(range(len(known)), key=sizes.__getitem__)
         answers: list[list[Recommendation]] = [[] for _ in known]
         while order:
-            # the longest first; of histories in words fewer at a time
+            # the longest first; fewer at a time if histories are titles
             room = BATCH
             if in_words:
                 room = max(1, min(BATCH, POSITIONS // sizes[order[-1]]))
@@ -191,7 +191,7 @@ class ExportedRecommender:
         return answers
 
     def exit_rule(self) -> Exit:
-        """The rule of early exit; refused where none was calibrated."""
+        """The rule of early exit; ``BadInput`` if none was calibrated."""
         if self.exit is None:
             allowed = "a rule in the export (depthprobe export RUN TRIAL DIR --exit M finds one)"
             raise BadInput("exit", "none", allowed)
@@ -245,7 +245,7 @@ class ExportedRecommender:
         return torch.cat(items), torch.cat(scores)  # (B, top)
 
     def _scores(self, vectors: Tensor, histories: list[np.ndarray]) -> Tensor:
-        """Scores of all items, (B, I + 1); -inf of those that are left out."""
+        """Scores of all items, (B, I + 1); -inf for excluded ones."""
         scores = score(vectors, self.model.item_matrix())
         if scores.isnan().any():
             allowed = "weights that give numbers as scores (they overflow, or are damaged)"
@@ -268,7 +268,7 @@ def write_recommender(
     """Write a trained recommender; see the module for the layout.
 
     The backbone is the causal language model of the same depth, with the trained weights;
-    ``attention`` is how it was evaluated.
+    ``attention`` is the implementation that it was evaluated with.
     """
     mark(backbone)
     backbone.save_pretrained(folder)
@@ -289,9 +289,9 @@ def write_recommender(
 def write_own(
     folder: Path, model: OwnRecommender, shape: OwnShape, **served: Unpack[Served]
 ) -> None:
-    """Write a cut recommender of the user's own: by its ``save``, or as Hugging Face's folder.
+    """Write a user's own cut recommender: by its ``save``, or as a Hugging Face folder.
 
-    Its weights stand beside that, by which ours reads it again.
+    Its weights are written beside that, and :func:`load_recommender` reads these.
 
     Raises:
         BadInput: if its ``save`` fails.
@@ -339,9 +339,9 @@ def load_recommender(
         folder: what was exported.
         device: "cpu", "cuda", "mps", or "auto".
         trust_remote_code: run the Python code of a backbone that came with its own.
-        recommender: of one that is your own, the function that builds it, ``module:function``:
-            no code is imported because a folder names it.
-        float32: compute in float32, whatever the weights and the evaluation were in.
+        recommender: for your own one, the function that builds it, ``module:function``: a folder
+            can't name code to import.
+        float32: compute in float32, even if the weights or the evaluation were not.
 
     Raises:
         BadInput: if the folder is not an exported recommender, or is damaged; if the device is
@@ -360,7 +360,7 @@ def load_recommender(
         if card.own is not None and recommender is not None:
             own = load_own(recommender, card.item_ids)
             keep_blocks(own.backbone, card.own.kept)
-            plain = put_back(own.own, parts)  # first: what is rounded now is no longer filled
+            plain = put_back(own.own, parts)  # before rounding: rounded weights can't be filled
             fill(_plain(own.own.named_parameters()), plain)
             make_ready(own.backbone)
             model: Recommender | SASRec = own
@@ -370,7 +370,7 @@ def load_recommender(
             backbone = load_backbone(
                 path, attention=card.attention, trust_remote_code=trust_remote_code
             )
-            make_ready(backbone)  # a recommender tries it when it is made
+            make_ready(backbone)  # a recommender tests it when it is made
             model = _around(backbone, card, parts)
             if float32 and len(_plain(model.named_parameters())) < len([*model.parameters()]):
                 raise BadInput("float32", True, "False, for weights in fewer bits")
@@ -393,7 +393,7 @@ def load_recommender(
 
 
 def _around(backbone: PreTrainedModel, card: Card, parts: dict[str, Tensor]) -> Recommender:
-    """A recommender of ours around its backbone, with the weights of its other parts."""
+    """Our recommender around its backbone, with the weights of its other parts."""
     rounded = parts.pop(ROWS, None)
     items = parts.pop(ITEMS) if rounded is None else dequantized(rounded)
     if items.ndim != 2 or len(items) != len(card.item_ids) + 1:
@@ -422,10 +422,10 @@ def _sasrec(card: Card, shape: SasRecShape, parts: dict[str, Tensor]) -> SASRec:
 
 
 def _own_weights(model: Recommender) -> dict[str, Tensor]:
-    """Adapters and head by name: what is neither the backbone's nor the item table."""
+    """Adapters and head by name: everything except the backbone and the item table."""
     return {name: p for name, p in model.named_parameters() if name.startswith(OWN)}
 
 
 def _plain(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Without those in fewer bits."""
+    """The weights that are not rounded to fewer bits."""
     return {name: weight for name, weight in weights if not is_quantized(weight)}

@@ -1,4 +1,4 @@
-"""The self-test over every decoder family that transformers ships, and the table of its answers."""
+"""The self-test of every decoder family that transformers ships, and the table of its results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from depthprobe.models.check import CHECKS, CheckResult, can_be_cut, check_backbone
 
 TIMEOUT = 120.0  # seconds a family may take
-PREFERRED = "forkserver"  # imports once; a family's process is a fork of a quiet one
-# What the defaults of a configuration class lack to describe a model that runs, or that shows its
-# kinds of blocks. Everything else is what the class says.
+PREFERRED = "forkserver"  # import once, then fork a process per family
+# Changes to a configuration class's defaults, where these do not describe a model that runs or that
+# has all kinds of its blocks. Everything else is the default.
 COMPLETED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "cohere_compass_text": {
@@ -66,7 +66,7 @@ position sees a later one.
 
 @dataclass(frozen=True)
 class Family:
-    """What the self-test says of one family."""
+    """The self-test's result for one family."""
 
     name: str  # the configuration's model type
     architecture: str
@@ -79,7 +79,7 @@ class Family:
 
     @property
     def reason(self) -> str:
-        """Why not, or what is limited; empty where nothing is."""
+        """Why it can't be cut, or what is limited; empty if nothing is."""
         failed = [f"{r.name}: {r.detail}" for r in self.results if not r.passed]
         limits = [r.detail.partition("such as: ")[2] for r in self.results if r.passed]
         reason = next(iter([*failed, *filter(None, limits)]), "")
@@ -100,7 +100,7 @@ def families() -> list[str]:
 
 
 def family_config(name: str, **changes: Any) -> PreTrainedConfig:
-    """A family's default configuration, as a decoder, completed where it could not run; changed."""
+    """A family's default configuration as a decoder, completed so that it runs, and changed."""
     config: PreTrainedConfig = CONFIG_MAPPING[name](**COMPLETED.get(name, {}) | changes)
     if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
         config.is_decoder = True
@@ -110,12 +110,12 @@ def family_config(name: str, **changes: Any) -> PreTrainedConfig:
 def check_families(
     names: Sequence[str] | None = None, *, jobs: int = 1, timeout: float = TIMEOUT
 ) -> Iterator[Family]:
-    """Check each family, or those named, in a process of its own: none takes the others down."""
+    """Check every family, or those named, each in its own process."""
     kinds = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context(PREFERRED if PREFERRED in kinds else "spawn")
     context.set_forkserver_preload([__name__])
     chosen = families() if names is None else names
-    # Ctrl-C reaches every process of a terminal; blocked, which is inherited, it ends this alone
+    # Ctrl-C reaches every process of a terminal; children inherit that it is blocked
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         started = context.Pool(jobs, initializer=_quiet, maxtasksperchild=1)
@@ -138,10 +138,10 @@ def _quiet() -> None:
 
 
 def check_family(name: str) -> Family:
-    """What the self-test says of a family, in this process."""
+    """Check a family in this process."""
     try:
         results = tuple(check_backbone(family_config(name)))
-    except Exception as error:  # a configuration class may not build at all
+    except Exception as error:  # some configuration classes can't be built
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return _failed(name, lines[-1].strip())
     return Family(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], results)
@@ -153,7 +153,7 @@ def _failed(name: str, reason: str) -> Family:
 
 
 def support_table(checked: Sequence[Family]) -> str:
-    """The answers as a Markdown page: what can be cut, then the rest with the reasons."""
+    """The results as a Markdown page: what can be cut, then the rest with reasons."""
     good = [family for family in checked if family.can_be_cut]
     perfect = [f for f in good if all(f.mark(name) == "yes" for name in CHECKS)]
     head = PAGE.format(
@@ -162,7 +162,7 @@ def support_table(checked: Sequence[Family]) -> str:
         all=len(checked),
         version=metadata.version("transformers"),
     )
-    shown = [name for name in CHECKS if name != "causal"]  # all that can be cut are
+    shown = [name for name in CHECKS if name != "causal"]  # every family that can be cut
     lines = [f"| family | model | {' | '.join(shown)} | limits |", "|---" * (len(shown) + 3) + "|"]
     for family in good:
         marks = [family.mark(name) for name in shown]

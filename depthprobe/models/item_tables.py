@@ -1,4 +1,4 @@
-"""Frozen item tables from outside SASRec: a ``.npy`` file, or titles through the backbone.
+"""Frozen item tables without SASRec: from a ``.npy`` file, or from titles through the backbone.
 
 Row ``i`` of a table, (I + 1, d) float32, is item ``i``; row 0 is padding and zero.
 """
@@ -31,8 +31,8 @@ from depthprobe.study import Backbone
 
 FIELD, TEXT = "item_table", "text"
 IDS = ".ids.txt"
-LONGEST_TITLE = 64  # tokens, the start token included
-SMALLEST_SPREAD = 1e-6  # of the values' size: below, the items differ by float32's rounding alone
+LONGEST_TITLE = 64  # tokens of a text, with the start token
+SMALLEST_SPREAD = 1e-6  # of the values' size: below, items differ only by float32's rounding
 # a fresh output adapter turns items of this RMS length into scores of a spread near 1: the loss
 # starts close to ln(I), and usual learning rates move it
 ITEM_LENGTH = 1.0
@@ -48,7 +48,7 @@ def make_table(
     *,
     device: torch.device,
 ) -> Tensor:
-    """The balanced item table of a ``.npy`` file, or of texts, (I + 1, d) on the CPU.
+    """The balanced item table of a ``.npy`` file or of texts, (I + 1, d) on the CPU.
 
     Raw ids and titles are of items 1..I, a title empty where unknown. The backbone that the
     settings describe reads the titles, on the device: with ``text:K`` its first K blocks alone,
@@ -77,21 +77,21 @@ def read_titles(
     if blocks is not None:
         keep_blocks(backbone, range(blocks))
     move(backbone, settings, device)
-    logger.info("embedding the titles of %s items", f"{len(texts):,}")  # can take minutes
+    logger.info("embedding the titles of %s items", f"{len(texts):,}")  # this can take minutes
     return embed_titles(backbone, tokenizer, texts, **how)
 
 
 def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
     """The item table of a ``.npy`` file of floats, (rows, d) -> (I + 1, d) float32.
 
-    ``NAME.ids.txt`` beside ``NAME.npy`` says the raw id of each row, one a line; rows of other
-    items are left out. Without it there is a row an item, in the order of ``item_ids``.
+    ``NAME.ids.txt`` beside ``NAME.npy`` has the raw id of each row, one per line; rows of other
+    items are ignored. Without it, row i is the i-th of ``item_ids``.
     """
     file = Path(path).expanduser()
     values = _open(file)
     rows = _rows(file, len(values), list(map(str, item_ids)))
     table = torch.zeros(len(rows) + 1, values.shape[1])
-    with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
+    with np.errstate(over="ignore"):  # too large values become infinite, and are refused
         table[1:] = torch.from_numpy(values[rows].astype(np.float32))
     finite = table[1:].isfinite().all(dim=1).numpy()
     if not finite.all():
@@ -104,7 +104,7 @@ def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> Tensor:
 def item_texts(
     item_ids: Sequence[str], titles: Sequence[str] | None, *, field: str = FIELD, asked: str = TEXT
 ) -> list[str]:
-    """What stands for each item: its title, or its raw id where it has none."""
+    """The text of each item: its title, or its raw id if it has none."""
     if titles is None or not any(titles):
         raise BadInput(field, asked, "a log with item titles (data.items names a file with them)")
     return [title or str(raw) for raw, title in zip(item_ids, titles, strict=True)]
@@ -122,13 +122,13 @@ def embed_titles(
 ) -> Tensor:
     """Mean of the backbone's normed states over each title's tokens, (K, I + 1, D) float32.
 
-    With ``last`` the state at the last of them. ``depths`` are so many blocks that have read the
-    titles, 0 for the token embeddings; by default all blocks alone. All come from one pass, and
-    each is what the backbone cut to as many blocks makes. ``out`` is where the tables go: K (I + 1)
-    D numbers; of a pass itself there are the states of one batch, at all depths.
+    With ``last`` the state at the last token instead. ``depths`` are numbers of blocks, 0 for the
+    token embeddings; by default only all blocks. One pass makes all depths, and each equals the
+    result of the backbone cut to that depth. The tables are written into ``out``: K (I + 1) D
+    numbers. Besides it, only one batch's states, at all depths, are in memory.
 
-    The start token, where the tokenizer has one, is read before the title but not pooled: no title
-    changes its state. A text is cut to 64 tokens; those of like length go together in a batch.
+    A start token is read before the title but not pooled, since no title changes its state. A text
+    is cut to 64 tokens; texts of similar length share a batch.
     """
     start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     most = positions_of(backbone.config)
@@ -157,7 +157,7 @@ def embed_titles(
         padded[seen] = torch.tensor([t for place in chosen for t in [*start, *tokens[place]]])
         begins = lengths - 1 if last else torch.full_like(lengths, len(start))  # (B,)
         pooled = (seen & (places >= begins[:, None])).to(device)
-        # states are kept of what is read out before the end alone
+        # keep states only for depths below the last
         tapped = tap_blocks(backbone) if inner else nullcontext()
         with torch.inference_mode(), tapped as tap:
             final = decoder(
@@ -174,13 +174,13 @@ def embed_titles(
 
 
 def balanced(table: Tensor, source: str) -> Tensor:
-    """The table centred over its items and brought to a common size, (I + 1, d).
+    """Centre the table over its items and scale it to a common size, (I + 1, d).
 
     Neither changes what a recommender can learn. A vector common to all items adds the same to all
     scores of a user, and a bias to the adapted items; a factor is one of the adapters' weights.
-    Both change how fast it learns. Mean-pooled states of a language model point nearly all the
-    same way, so that scores would start equal; embeddings of length 1 and of length 20
-    would learn at different speeds.
+    Both change how fast it learns. Mean-pooled states of a language model nearly all point the same
+    way, so scores would start equal; and embeddings of length 1 and of length 20 would learn at
+    different speeds.
     """
     items = table[1:].double()
     centred = items - items.mean(dim=0)
@@ -207,7 +207,7 @@ def _open(file: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         reason = str(error).partition("\n")[0][:80]
         raise BadInput(FIELD, file, f"{allowed} ({reason})") from error
-    if not isinstance(values, np.ndarray):  # an archive of arrays under another name
+    if not isinstance(values, np.ndarray):  # an archive of several arrays
         raise BadInput(FIELD, file, f"{allowed}, not several in an archive")
     if values.ndim != 2 or values.shape[1] < 1 or values.dtype.kind != "f":
         raise BadInput(FIELD, file, f"{allowed} (it holds {values.dtype} {values.shape})")

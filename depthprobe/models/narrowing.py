@@ -1,10 +1,10 @@
 """Narrow the blocks of a Hugging Face model: the same share of channels and heads out of each.
 
-A unit is a channel of the MLP, or an attention head. Which weights hold a unit is learnt, not
-listed: the configuration is made narrower, written and read back, and the weights whose shape
-follows are those of the units. How they lie along a dimension (queries, keys and values in one
-matrix, by group or one after the other) is tried on a tiny copy: the layout is right if the narrow
-copy, rebuilt from its configuration, computes what the full one does with those units silenced.
+A unit is a channel of the MLP, or an attention head. The weights that hold a unit are found, not
+listed: make the configuration narrower, write it and read it back; the weights whose shape changes
+hold units. Their layout along a dimension (queries, keys and values in one matrix, by group or one
+after the other) is tried on a tiny copy: a layout is right if the narrow copy, rebuilt from its
+configuration, computes the same as the full one with the removed units silenced.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Width:
         return self.groups * self.alike
 
     def narrower(self, share: float) -> Width:
-        """About this share of it, one unit at least.
+        """The width nearest to this share, at least one unit.
 
-        Heads leave by groups with their keys and values, evenly out of every group, or both,
-        whichever comes nearest; of equally near ones the one with the fewest groups.
+        Heads are removed as whole groups with their keys and values, evenly from every group, or
+        both, whichever comes nearest; among equals, the one with the fewest groups.
         """
         pairs = product(range(1, self.groups + 1), range(1, self.alike + 1))
         groups, alike = min(pairs, key=lambda pair: abs(pair[0] * pair[1] - share * self.heads))
@@ -68,17 +68,17 @@ class Width:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What makes a model narrower."""
+    """A plan to make a model narrower."""
 
     before: Width
     after: Width
     config: PreTrainedConfig  # of the narrower model
-    #: path of a weight in its block, a dimension of it, whose units lie along it, and how
+    #: path of a weight in its block, a dimension, the kind of units along it, and their layout
     cuts: tuple[tuple[str, int, Kind, str], ...]
 
     @property
     def units(self) -> dict[Kind, int]:
-        """How many scores a block has of each kind of unit."""
+        """How many scores a block has for each kind of unit."""
         width, cut = self.before, {kind for _, _, kind, _ in self.cuts}
         units = {"channels": width.channels, "heads": width.heads + width.groups}
         return {kind: units[kind] for kind in sorted(cut)}
@@ -89,18 +89,18 @@ class Narrowing:
         return [(path, dim, kind, layouts[kind][how]) for path, dim, kind, how in self.cuts]
 
     def ends(self, block: nn.Module) -> list[tuple[Kind, nn.Linear]]:
-        """The maps that each kind of unit is read by: the last of the MLP and of attention."""
+        """The linear maps that read each kind of unit: the last of the MLP and of attention."""
         read_by = [(path, kind) for path, dim, kind, how in self.cuts if how == kind and dim == 1]
         maps = [(kind, block.get_submodule(path.rpartition(".")[0])) for path, kind in read_by]
         return [(kind, each) for kind, each in maps if isinstance(each, nn.Linear)]
 
 
 def plan_narrowing(model: nn.Module, share: float) -> Narrowing:
-    """How to leave about a ``share`` of the channels and heads in every block.
+    """Plan how to keep about a ``share`` of the channels and heads in every block.
 
     Raises:
-        BadInput: with the reason, if no configuration can say it, or a block's units do not act
-            each by itself (a norm over all heads, a mixture of experts).
+        BadInput: with the reason, if no configuration can describe it, or a block's units do not
+            act separately (a norm over all heads, a mixture of experts).
     """
     inner = unwrap(model)
     before = _width(inner)
@@ -126,9 +126,9 @@ def plan_narrowing(model: nn.Module, share: float) -> Narrowing:
 
 
 def narrow_blocks(model: ModelT, plan: Narrowing, scores: UnitScores | None = None) -> ModelT:
-    """Leave the units with the highest scores in each block, in place, and return the model.
+    """Keep the units with the highest scores in each block, in place, and return the model.
 
-    Without scores the first ones, as of a model whose trained weights are about to be filled in.
+    Without scores it keeps the first ones, for a model that gets its trained weights afterwards.
     """
     inner = unwrap(model)
     old = skeleton(inner, inner.config, reloaded=False)
@@ -174,7 +174,7 @@ def _mlp_field(text: PreTrainedConfig) -> str | None:
 
 
 def _config(config: PreTrainedConfig, before: Width, after: Width) -> PreTrainedConfig:
-    """A copy of the configuration that says another width; a head's size is said too."""
+    """A copy of the configuration with another width and an explicit head size."""
     new = copy.deepcopy(config)
     text = new.get_text_config(decoder=True)
     changes: dict[str, Any] = {}
@@ -191,7 +191,7 @@ def _config(config: PreTrainedConfig, before: Width, after: Width) -> PreTrained
 
 
 def _layouts(width: Width, kind: Kind) -> dict[str, Tensor]:
-    """Which unit each place of a dimension belongs to, in the ways that models have."""
+    """The unit at each place of a dimension, for each layout that models use."""
     if kind == "channels":
         channel = torch.arange(width.channels)
         return {kind: channel, "gate and up": channel.repeat(2)}
@@ -200,7 +200,7 @@ def _layouts(width: Width, kind: Kind) -> dict[str, Tensor]:
     both = torch.cat([head, group, group])  # queries, keys and values in one matrix
     orders = {kind: head, "one after the other": both, "by group": by_group.flatten()}
     single = {"one a head": head}
-    if width.alike > 1:  # else a group is a head
+    if width.alike > 1:  # otherwise a group is one head
         orders["groups"], single["one a group"] = group, group
     wide = {name: order.repeat_interleave(width.size) for name, order in orders.items()}
     return wide | single
@@ -209,7 +209,7 @@ def _layouts(width: Width, kind: Kind) -> dict[str, Tensor]:
 def _fits(
     inner: PreTrainedModel, before: Width, after: Width
 ) -> dict[tuple[str, int, Kind], list[str]]:
-    """The weights of a block that hold units, by path and dimension, and how these may lie."""
+    """The weights of a block that hold units, by path and dimension, with possible layouts."""
     steps: dict[Kind, Width] = {
         "channels": replace(before, channels=after.channels),
         "heads": replace(after, channels=before.channels),
@@ -249,9 +249,9 @@ def _fits(
 
 
 def _chosen(plan: Narrowing, kind: Kind, scores: UnitScores | None) -> Tensor:
-    """The units of a block that stay; of scores, those with the highest, of equal ones the first.
+    """The units of a block that stay: those with the highest scores, the first ones on ties.
 
-    A group counts as much as its heads and its keys and values together.
+    A group's score is the sum of its heads' and its keys' and values' scores.
     """
     before, after = plan.before, plan.after
 
@@ -270,7 +270,7 @@ def _chosen(plan: Narrowing, kind: Kind, scores: UnitScores | None) -> Tensor:
 
 @torch.no_grad()
 def _holds(tiny: PreTrainedModel, plan: Narrowing) -> bool:
-    """Whether the narrower model, rebuilt, is the full one with the units that go silenced."""
+    """Whether the rebuilt narrow model equals the full one with the removed units silenced."""
     masked, narrow, blocks = copy.deepcopy(tiny), copy.deepcopy(tiny), len(find_blocks(tiny))
     generator = torch.Generator().manual_seed(0)
     scores = {k: torch.rand(blocks, n, generator=generator) for k, n in plan.units.items()}

@@ -1,12 +1,12 @@
 """A whole recommender as one ONNX file: rows of items in, the best rows and their scores out.
 
-What goes in: ``histories`` int64 (B, T), rows of the item table, oldest first, right-padded with 0,
-at least one a user; ``top`` int64 (1,), how many items a user. The graph reads the latest rows
-itself, and leaves out what a user had where ``recommend`` does.
+Inputs: ``histories`` int64 (B, T), rows of the item table, oldest first, right-padded with 0, at
+least one per user; ``top`` int64 (1,), the number of items per user. The graph itself takes the
+latest rows, and leaves out a user's own items if ``recommend`` does.
 
-What comes out: ``items`` int64 and ``scores`` float32, (B, top), best first, on ties the lower row
-first. Where fewer items are left, the rest have the score -inf. The graph computes in float32; the
-prompt's keys and values are constants of it.
+Outputs: ``items`` int64 and ``scores`` float32, (B, top), best first, on ties the lower row first.
+If fewer items are left, the rest have the score -inf. The graph computes in float32; the prompt's
+keys and values are constants.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 FLAG, FILE = "--onnx", "recommender.onnx"
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-TOP, FURTHER = 10, 100  # items that have to be the same, and of which ours says its scores
+TOP, FURTHER = 10, 100  # best items to compare
 BATCH = 64  # users at once
-TOLERANCE = 1e-4  # of a user's largest score: what rounding may change
+TOLERANCE = 1e-4  # of a user's largest score: tolerated rounding
 
 
 class Agreement(msgspec.Struct):
     """How the file's answers compare with ours."""
 
     users: int
-    reordered: int  # users with items in another order, of scores that rounding can't tell apart
-    largest_difference: float  # of a score, over the user's largest
+    reordered: int  # users with items in another order, within the tolerance
+    largest_difference: float  # largest difference of a score, over the user's largest score
 
 
 def check_installed() -> None:
-    """Refuse where a package that writes or runs ONNX is not installed."""
+    """Refuse if a package that writes or runs ONNX is not installed."""
     absent = [name for name in NEEDED if find_spec(name) is None]
     if absent:
         fault = "not installed; pip install 'depthprobe[onnx]'"
@@ -71,7 +71,7 @@ class TopItems(nn.Module):
     def forward(self, histories: Tensor) -> tuple[Tensor, Tensor]:
         """The best rows and their scores, (B, T) -> (B, 10) twice, in the order of a graph."""
         lengths = (histories != 0).sum(dim=1)  # (B,)
-        # the latest items, without a branch on how many there are
+        # the latest items, without a branch on their number
         places = torch.arange(torch.sym_min(histories.shape[1], self.longest))
         recent = histories.gather(1, (lengths - self.longest).clamp(min=0)[:, None] + places)
         vectors = self.model.encode(recent, lengths.clamp(max=self.longest), **self.prompt)
@@ -83,22 +83,22 @@ class TopItems(nn.Module):
 
 
 def write_onnx(loaded: ExportedRecommender, path: Path) -> None:
-    """Write a recommender in float32; ``BadInput`` if torch.onnx can't say its architecture.
+    """Write a recommender in float32; ``BadInput`` if torch.onnx can't export its architecture.
 
-    Weights of 2 GB or more stand in a file beside it.
+    Weights of 2 GB or more go into a file beside it.
     """
     graph = TopItems(loaded).eval()
-    # Longer than is read: attention in a window is traced where a text is as long as one, and holds
+    # Longer than the model reads: windowed attention is traced only for long texts, and holds
     # for shorter texts too. That it was as long is then an assertion, which ONNX has not.
     example = torch.ones(2, loaded.max_history + 1, dtype=torch.long)
     axes = {"histories": {0: torch.export.Dim("users"), 1: torch.export.Dim("length")}}
     silenced = logging.root.manager.disable
     try:
         logging.disable(logging.CRITICAL)
-        # what torch prints of a graph that fails goes to standard error
+        # torch's output about a failed graph goes to standard error
         with redirect_stderr(StringIO()), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            # by its own export, which refuses a size that would be fixed in silence
+            # torch.export refuses a size that tracing would silently fix
             traced = torch.export.export(
                 graph,
                 (example,),
@@ -125,7 +125,7 @@ def write_onnx(loaded: ExportedRecommender, path: Path) -> None:
 
 
 def _finish(model: Any) -> None:
-    """Make the number of items, which torch has fixed, an input; forget where nodes come from."""
+    """Turn the number of items, which torch has fixed, into an input; drop source locations."""
     import onnx_ir
 
     (node,) = (node for node in model.graph if node.op_type == "TopK")
@@ -135,7 +135,7 @@ def _finish(model: Any) -> None:
     model.graph.inputs.append(top)
     for value in {*node.outputs, *model.graph.outputs}:
         value.shape = onnx_ir.Shape([value.shape[0], "top"])
-    for node in model.graph:  # torch notes from which line of which file a node comes
+    for node in model.graph:  # torch notes the file and line that a node comes from
         node.metadata_props.clear()
 
 
@@ -162,12 +162,12 @@ def compare_answers(
 ) -> Agreement:
     """Compare the ten best items of a file with those of ``loaded.recommend``, user by user.
 
-    The same item has to be at each place; another one only where our scores of both differ by
-    1e-4 of the user's largest score at most. Scores may differ by as much. Exact ties are in the
-    order of the item table in both.
+    Each place must hold the same item, unless our scores of both items differ by at most 1e-4 of
+    the user's largest score. Scores may differ by as much. Exact ties are in the order of the item
+    table in both.
 
     Raises:
-        BadInput: if a history's items are others.
+        BadInput: if the items for a history differ.
     """
     top, asked = (min(most, len(loaded.item_ids)) for most in (TOP, FURTHER))
     order = sorted(range(len(histories)), key=lambda user: len(histories[user]))

@@ -1,7 +1,7 @@
-"""A trained recommender of the user's own: what it must offer, and how it takes ours' place.
+"""A user's own trained recommender: what it must offer, and how it takes the place of ours.
 
-A function builds it, ``my_package.my_module:build``. All that probes, cuts, trains and measures
-works on an :class:`OwnRecommender` as on a recommender of ours: nothing else knows the difference.
+A function builds it, ``my_package.my_module:build``. Everything that probes, cuts, trains and
+measures works on an :class:`OwnRecommender` as on our recommender.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REQUIRED = ("backbone", "states", "item_matrix")
 
 
 class OwnRecommender(Recommender):
-    """A user's recommender under the names that ours has; items are numbered as in the log."""
+    """Wraps a user's recommender with the interface of ours; items are numbered as in the log."""
 
     rows: Tensor | None
 
@@ -38,7 +38,7 @@ class OwnRecommender(Recommender):
 
         Args:
             own: an ``nn.Module`` with ``backbone``, ``states`` and ``item_matrix``; docs/own.md
-                says what they are, and what it may offer beside them.
+                says what they are, and what else it may offer.
             item_ids: of the log, items 1..I; None: items are numbered as the object has them.
 
         Raises:
@@ -61,29 +61,29 @@ class OwnRecommender(Recommender):
         matrix = own.item_matrix()
         tables = (module for module in own.modules() if isinstance(module, nn.Embedding))
         table = next((module for module in tables if module.weight is matrix), None)
-        self.items: Any = table  # where it is a table of its own
+        self.items: Any = table  # if it is a table of its own
 
     @property
     def prompt_mode(self) -> Any:
-        """The recommender's own affair."""
+        """Not ours to know: the recommender handles its own prompt."""
         return "shared" if hasattr(self.own, "prepare_prompt") else "none"
 
     @property
     def own_loss(self) -> Any:
-        """Its loss: histories (B, T), lengths (B,) and targets (B, T) to a scalar; or None."""
+        """Its own loss: histories (B, T), lengths (B,), targets (B, T) -> scalar; or None."""
         return getattr(self.own, "loss", None)
 
     def loss(self, histories: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
-        """The mean of its own loss; a target of 0 is none."""
+        """The mean of its own loss; a target of 0 does not count."""
         loss: Tensor = self.own.loss(self._own(histories), lengths, self._own(targets))
         return loss
 
     def _own(self, items: Tensor) -> Tensor:
-        """Items of the log as the rows of the recommender's matrix."""
+        """Map items of the log to rows of the recommender's matrix."""
         return items if self.rows is None else self.rows[items]
 
     def item_matrix(self) -> Tensor:
-        """What user vectors are scored against, (I + 1, d), in the order of the log."""
+        """The matrix that scores user vectors, (I + 1, d), in the order of the log."""
         matrix: Tensor = self.own.item_matrix()
         return matrix if self.rows is None else matrix[self.rows]
 
@@ -105,7 +105,7 @@ class OwnRecommender(Recommender):
         return states[:, : histories.shape[1]]
 
     def prepare_prompt(self) -> Any:
-        """What it wants computed once for all users of a pass."""
+        """Compute what its passes share for all users."""
         own = getattr(self.own, "prepare_prompt", None)
         if own is None:
             return None
@@ -145,7 +145,7 @@ class OwnRecommender(Recommender):
     encode = forward
 
     def update_configs(self) -> None:
-        """Tell the models around a cut decoder how deep it is, before they are saved."""
+        """Update the configurations of models around a cut decoder before they are saved."""
         for module in self.own.modules():
             if isinstance(module, PreTrainedModel) and find_decoder(module) is self.backbone:
                 module.config = self.backbone.config
@@ -154,7 +154,7 @@ class OwnRecommender(Recommender):
 def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommender:
     """Build a user's recommender, ``module:function``, in evaluation mode; or ``BadInput``."""
     module, _, name = source.partition(":")
-    if os.getcwd() not in sys.path:  # as python -m has it
+    if os.getcwd() not in sys.path:  # as for ``python -m``
         sys.path.insert(0, os.getcwd())
     with code_of(source, "its module can't be imported"):
         found = importlib.import_module(module)
@@ -173,9 +173,9 @@ def load_own(source: str, item_ids: Sequence[str] | None = None) -> OwnRecommend
 
 @contextmanager
 def code_of(source: str, fault: str) -> Iterator[None]:
-    """Run code that is not ours: it prints to stderr, and what it raises becomes one line."""
+    """Run a user's code: its output goes to stderr, and its errors become one line."""
     try:
-        with redirect_stdout(sys.stderr):  # stdout is for results
+        with redirect_stdout(sys.stderr):  # stdout is only for results
             yield
     except BadInput:
         raise
@@ -197,7 +197,7 @@ def own_digest(model: OwnRecommender) -> str:
 
 
 def _check_offers(own: Any) -> None:
-    """Refuse an object without what is required; whoever loads it says its source."""
+    """Refuse an object that lacks what is required; the caller adds its source."""
     if not isinstance(own, nn.Module):
         raise refusal(
             own, f"expected a torch.nn.Module, got an object of type {type(own).__name__}"
@@ -222,7 +222,7 @@ def _rows(own: Any, item_ids: Sequence[str]) -> Tensor | None:
             reason = f"its item_matrix has {size:,} rows for {len(item_ids):,} items of the log and"
             raise refusal(own, f"{reason} padding: give it item_ids")
         return None
-    if isinstance(names, dict):  # of rows by id, or of ids by row: which one can't be told
+    if isinstance(names, dict):  # rows by id or ids by row: it can't be decided
         reason = "its item_ids are a dict, not a list: raw ids of rows 1, 2, ..."
         raise refusal(own, reason)
     names = names.tolist() if isinstance(names, Tensor) else names

@@ -3,8 +3,8 @@
 A block of a residual network returns ``x + sum of branches``. The modules that end its branches are
 those whose outputs, all set to zero, leave ``x`` (up to the one factor some blocks scale their
 output by). Of these, one that lets a position see another is attention, or what stands in its
-place: a convolution, a recurrence. Names are never read, so any architecture will do; one whose
-blocks are no such sums (a norm on the residual stream itself, as in BERT) is refused.
+place: a convolution, a recurrence. Names are never read, so any architecture works, except one
+whose blocks are no such sums (a norm on the residual stream itself, as in BERT).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from depthprobe.models.taps import (
 
 Part = Literal["block", "attention", "mlp"]
 TOKENS = 4  # fewer than any attention window, and enough for one position to see another
-ATTEMPTS = 64  # sets of modules tried on a block before it counts as no sum of branches
+ATTEMPTS = 64  # sets of modules to try before a block counts as no sum of branches
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Branch:
     flat: bool  # whether it returns (B T, D) for (B, T, ...)
     width: int  # D
     dtype: torch.dtype
-    extra: int | None  # values it returns beside the state; None: the state alone
+    extra: int | None  # values it returns besides the state; None: only the state
 
 
 def find_sublayers(model: nn.Module, indices: Iterable[int] | None = None) -> list[list[Branch]]:
     """The branches of each block, in the order in which they run.
 
-    Learnt from one pass over four tokens and a few calls of each block, in evaluation mode; the
-    model, its random state and its taps stay as they are. None looks at all blocks. A block that is
-    no sum of its input and its sub-layers is refused.
+    Found with one pass over four tokens and a few calls of each block, in evaluation mode; the
+    model, its random state and its taps are not changed. None means all blocks. A block that is no
+    sum of its input and its sub-layers is refused.
     """
     inner = unwrap(model)
     chosen = range(len(find_blocks(inner))) if indices is None else indices
@@ -63,12 +63,12 @@ def find_sublayers(model: nn.Module, indices: Iterable[int] | None = None) -> li
 
 @contextmanager
 def few_tokens(model: PreTrainedModel) -> Iterator[BlockCalls]:
-    """How the blocks are called in a pass over ``TOKENS`` tokens, to call them so again.
+    """Record how blocks are called in a pass over ``TOKENS`` tokens, to repeat the calls.
 
-    All inside runs as the plain model in evaluation mode, and leaves no trace.
+    Inside, the plain model runs in evaluation mode; on leaving, everything is as before.
     """
     embeddings: Any = model.get_input_embeddings()
-    # from the end: the first ids are often padding, and some models see those differently
+    # ids from the end: the first are often padding, which some models treat differently
     last = embeddings.weight.shape[0] - 1
     ids = torch.arange(last, last - TOKENS, -1, device=input_device(model))[None]
     with torch.no_grad(), paused_taps(), evaluating(model), original_forwards(model):
@@ -78,14 +78,14 @@ def few_tokens(model: PreTrainedModel) -> Iterator[BlockCalls]:
 
 
 class _Call(NamedTuple):
-    """What one call of a sub-module was given and returned."""
+    """The input and output of one call of a sub-module."""
 
     state: Any
     result: Any
-    extra: int | None  # values returned beside the result; None: the result alone
+    extra: int | None  # values returned besides the result; None: only the result
 
     def returned_state(self, like: Tensor) -> bool:
-        """Whether it returned a state, position by position, maybe with the batch flattened."""
+        """Whether it returned a state per position, possibly with a flattened batch."""
         source, result = self.state, self.result
         if not isinstance(source, Tensor) or not isinstance(result, Tensor) or not result.dim():
             return False
@@ -106,13 +106,13 @@ class _Replay:
 
         def silence(_: nn.Module, __: Any, output: Any) -> Any:
             zero = torch.zeros_like(first_tensor(output))
-            rebuild = getattr(type(output), "_make", type(output))  # named tuples have their own
+            rebuild = getattr(type(output), "_make", type(output))  # named tuples need theirs
             return rebuild([zero, *output[1:]]) if isinstance(output, tuple | list) else zero
 
         with removed_after(
             [self.block.get_submodule(p).register_forward_hook(silence) for p in zeroed]
         ):
-            # a copy, as some blocks add to their input in place
+            # a copy, since some blocks add to their input in place
             output: Tensor = first_tensor(self.calls.repeat(self.block, self.index, state.clone()))
         return output
 
@@ -122,7 +122,7 @@ class _Replay:
 
         def hook(path: str) -> Callable[..., None]:
             def after(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-                # copies, as what comes later may add to them in place
+                # copies, since later code may add to them in place
                 both = (input_state(args, kwargs), first_tensor(output))
                 state, result = (v.clone() if isinstance(v, Tensor) else v for v in both)
                 extra = len(output) - 1 if isinstance(output, tuple) else None
@@ -141,7 +141,7 @@ class _Replay:
 
 
 def _branches(model: PreTrainedModel, replay: _Replay) -> list[Branch]:
-    """Search for the modules that end the branches, from the outermost ones inwards."""
+    """Search from the outermost modules inwards for those that end the branches."""
     calls, _ = replay.observe()
     waiting = deque([_outermost(replay, calls, "")])
     tried: set[tuple[str, ...]] = set()
@@ -152,12 +152,12 @@ def _branches(model: PreTrainedModel, replay: _Replay) -> list[Branch]:
         tried.add(paths)
         if _is_identity(replay, paths):
             needed = list(paths)
-            for path in paths:  # without those whose silence changes nothing any more
+            for path in paths:  # drop modules that need not be silenced
                 fewer = [other for other in needed if other != path]
                 if fewer and _is_identity(replay, fewer):
                     needed = fewer
             return [_branch(replay, calls[path], needed, path) for path in needed]
-        # one of them holds the stream itself, or ends in a norm that adds a bias: look inside it
+        # one holds the stream itself, or ends in a norm that adds a bias: look inside it
         for place, path in enumerate(paths):
             inner = _outermost(replay, calls, path)
             waiting.append((*paths[:place], *inner, *paths[place + 1 :]))
@@ -197,9 +197,9 @@ def _is_identity(replay: _Replay, zeroed: Collection[str]) -> bool:
 
 
 def _disturbed(state: Tensor) -> Tensor:
-    """Another state: of no constant sum, and of another size at each position.
+    """A changed state, with no constant sum and with a different size at each position.
 
-    A norm would return a normed state as it was, and look like no norm at all.
+    On a normed state, a norm would look like the identity.
     """
     *_, tokens, width = state.shape
     size = float(state.double().square().mean().sqrt()) or 1.0
@@ -213,15 +213,15 @@ def _wave(tokens: int, width: int) -> Tensor:
 
 
 def _branch(replay: _Replay, call: _Call, paths: list[str], path: str) -> Branch:
-    """What one of the branches does: change all positions but the last, and see if that changes."""
+    """Describe a branch: change all positions but the last, and see if the last one changes."""
     others = [other for other in paths if other != path]
     before = replay.state
     after = _disturbed(before)
     after[..., -1, :] = before[..., -1, :]
     last, changed = (replay.run(state, others)[..., -1, :] for state in (before, after))  # (..., D)
     result: Tensor = call.result
-    # other positions change the last one by rounding: they shape the batches of experts, and some
-    # of a float64 model's work is float32 whatever its weights are
+    # allow for rounding: other positions shape the experts' batches, and parts of a float64 model
+    # compute in float32
     eps = max(torch.finfo(kind).eps for kind in (result.dtype, torch.float32))
     rounding = min(64 * eps, 0.06) * result.abs().max()
     return Branch(
@@ -234,16 +234,15 @@ def _branch(replay: _Replay, call: _Call, paths: list[str], path: str) -> Branch
     )
 
 
-# Read-out by depth. AltUp (Gemma 3n) passes several streams from block to block and makes one of
-# them behind the last. All of them are the state: joined, they are compared and kept like any
-# other.
+# Read-out by depth. AltUp (Gemma 3n) passes several streams from block to block and merges them
+# after the last. All of them are the state: joined, they are compared and stored like any other.
 
 
 def check_readable(model: nn.Module, *, streams: bool = True) -> None:
-    """Refuse a decoder whose blocks hand on neither states (B, T, D) nor streams (A, B, T, D).
+    """Refuse a decoder whose blocks return neither states (B, T, D) nor streams (A, B, T, D).
 
-    Also one with a block that does not run on text, and with ``streams=False`` one with streams.
-    Learnt from a pass over four tokens; the model stays as it is.
+    Also refuse one with a block that does not run on text, and with ``streams=False`` one with
+    streams. Found with a pass over four tokens; the model is not changed.
     """
     inner = unwrap(model)
     with few_tokens(inner) as calls:
@@ -264,7 +263,7 @@ def join_streams(state: Tensor) -> Tensor:
 
 
 def split_streams(model: nn.Module, states: Tensor) -> Tensor:
-    """Joined states (B, A D) as the blocks hand them on, (A, B, 1, D); (B, D) as (B, 1, D)."""
+    """Joined states (B, A D) as the blocks pass them on, (A, B, 1, D); (B, D) as (B, 1, D)."""
     width = int(unwrap(model).config.get_text_config(decoder=True).hidden_size)
     if states.shape[-1] <= width:
         return states[:, None]
@@ -272,9 +271,9 @@ def split_streams(model: nn.Module, states: Tensor) -> Tensor:
     return streams[:, :, None]
 
 
-# The linear map that ends a block's MLP. If what it returns goes into the stream as it is, a map of
+# The linear map that ends a block's MLP. If its output is added to the stream unchanged, a map of
 # the stream can be folded into its weights. Names are not trusted: a pass over a few tokens shows
-# what the module computes, and what the block makes of it.
+# what the module computes, and what the block does with it.
 
 
 def find_projection(model: nn.Module, index: int) -> Any:
@@ -289,7 +288,7 @@ def find_projection(model: nn.Module, index: int) -> Any:
     with few_tokens(inner) as recorded:
         replay = _Replay(inner, recorded, index)
         calls, before = replay.observe()  # before: the block's output, (B, T, D)
-        same = [  # what returns M, the MLP's output: itself, or a part of it
+        same = [  # the module that returns M, the MLP's output: the MLP or a part of it
             (replay.block.get_submodule(path), call)
             for path, call in calls.items()
             if any(f"{path}.".startswith(f"{mlp}.") for mlp in branches)
@@ -318,9 +317,9 @@ def _own_weights(model: nn.Module, projection: nn.Module) -> bool:
     everywhere = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     return (
         not getattr(model, "is_quantized", False)
-        and "weight" in own  # else it is computed from others
+        and "weight" in own  # otherwise it is computed from other parameters
         and all(everywhere.count(id(p)) == 1 for p in own.values())
-        # the 8-bit floats are for storage only
+        # 8-bit floats only store numbers
         and not any(
             p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in own.values()
         )
@@ -336,7 +335,7 @@ def _is_linear(projection: Any, call: _Call) -> bool:
 
 
 def _is_added(projection: nn.Module, written: Tensor, before: Tensor, replay: _Replay) -> bool:
-    """Whether the stream takes M as it is, and nothing else in the block reads it."""
+    """Whether M is added to the stream unchanged, and nothing else in the block reads it."""
     size = float(_exact(before).square().mean().sqrt())
     other = (_wave(TOKENS, written.numel() // TOKENS) * size).reshape(written.shape).to(written)
     with projection.register_forward_hook(lambda *_: other.clone()):  # Z
@@ -348,5 +347,5 @@ def _is_added(projection: nn.Module, written: Tensor, before: Tensor, replay: _R
 
 
 def _exact(values: Tensor) -> Tensor:
-    """In float64, on the CPU since not every device has it; of a few tokens."""
+    """A few tokens' values in float64, on the CPU, since not every device has float64."""
     return values.detach().cpu().double()

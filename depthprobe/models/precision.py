@@ -34,9 +34,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def precision_on(device: torch.device, parameters: int) -> Literal["float32", "bfloat16"]:
-    """What ``precision = "auto"`` is on a device, for a backbone of so many parameters.
+    """What ``precision = "auto"`` means on a device, for a backbone with ``parameters`` parameters.
 
-    By what the hardware has, and not by a measurement: two runs on one machine must agree.
+    Decided by the hardware's features and not by a measurement, so that runs on a machine agree.
     """
     has = False
     if device.type == "cpu":
@@ -48,9 +48,9 @@ def precision_on(device: torch.device, parameters: int) -> Literal["float32", "b
 
 
 def compute_in_bfloat16(backbone: nn.Module) -> None:
-    """Let every block compute in bfloat16 from now on, beside weights and states that keep theirs.
+    """Let every block compute in bfloat16; weights and states keep their type.
 
-    By hooks, so that whoever calls a block, or cuts or copies the model, computes the same.
+    It uses hooks, so a block computes the same however it is called, and also in a cut or copy.
     """
     entered: list[torch.autocast] = []  # of blocks that are running
 
@@ -76,7 +76,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> Any:
 
 
 def check_attention(attention: str | None) -> str | None:
-    """The implementation that transformers is to use; None leaves it the choice."""
+    """The attention implementation for transformers; None leaves the choice to it."""
     if attention is None or attention == "auto":
         return None
     one_of("attention", attention, ATTENTIONS)
@@ -115,7 +115,7 @@ def quantization(quantize: str | None) -> BitsAndBytesConfig | None:
 
 
 def check_torchao(field: str, value: object) -> None:
-    """Refuse what needs torchao where it is not installed."""
+    """Refuse a value that needs torchao if torchao is not installed."""
     if not is_torchao_available():
         allowed = "torchao, which is not installed: pip install 'depthprobe[quantize]'"
         raise BadInput(field, value, allowed, fault=True)

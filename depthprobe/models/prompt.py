@@ -4,8 +4,8 @@ The prompt is the same for all users and a causal model's keys and values of it 
 follows, so they are computed at batch size 1 and broadcast. The gradient of the shared prompt is
 then the sum over the users, which is what the padded layout computes too.
 
-One thing differs in training: where a backbone has dropout (GPT-2's is 0.1), a pass draws one mask
-for the prompt, the same for all its users; repeated prompts draw one each. The expected gradient is
+Training differs in one point: if a backbone has dropout (GPT-2's is 0.1), a pass draws one mask for
+the prompt of all its users, where repeated prompts would draw one each. The expected gradient is
 the same, its variance larger.
 """
 
@@ -30,22 +30,22 @@ from depthprobe.models.blocks import evaluating, find_blocks, input_device, per_
 from depthprobe.models.taps import paused_taps, standing_in
 
 SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
-# what a model calls its cache: from transformers 5.24 on, before, and before where it recurs
+# names of the cache argument: since transformers 5.24, before, and before for recurrent models
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 logger = logging.getLogger(__name__)
 
 
 class _Recorder(DynamicLayer):
-    """Keeps the first keys and values it is given, (1, H, P, d), and says it is empty.
+    """Keeps the first keys and values it is given, (1, H, P, d), but reports that it is empty.
 
-    So a block does the same when checkpointing runs it a second time.
+    So a block computes the same when checkpointing runs it a second time.
     """
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values as they are."""
+        """Return the keys and values unchanged."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
@@ -79,7 +79,7 @@ class _SharedLayer(DynamicLayer):
 
 
 def shared_prompt(backbone: PreTrainedModel, prompt: Tensor, *, first: int) -> Cache:
-    """Run the prompt, token ids (P,), once; any number of users can be appended to the cache.
+    """Run the prompt, token ids (P,), once; any number of users can continue from the cache.
 
     ``first`` is the position id of the first token.
     """
@@ -96,18 +96,18 @@ def shared_prompt(backbone: PreTrainedModel, prompt: Tensor, *, first: int) -> C
 
 
 def cache_argument(decoder: nn.Module) -> str:
-    """The name of the argument by which a decoder is given a cache."""
+    """The name of a decoder's argument for the cache."""
     taken = inspect.signature(decoder.forward).parameters
     return next((name for name in CACHE_NAMES if name in taken), "past_key_values")
 
 
 def recording_cache() -> Cache:
-    """A cache that keeps what a pass over a prompt puts into it, however often that is repeated."""
+    """A cache that keeps a prompt's keys and values, even if the pass is repeated."""
     return Cache(layer_class_to_replicate=_Recorder)
 
 
 def sharing_cache(recorded: Cache, order: Iterable[int] | None = None) -> Cache:
-    """What a recording cache has kept, for any number of users, each time as if for the first.
+    """A cache with what a recording cache has kept, which any number of passes can use.
 
     ``order`` says which of its blocks each block reads; None: its own.
     """
@@ -126,16 +126,16 @@ def first_position(decoder: PreTrainedModel) -> int:
     if tables < 2 or config.pad_token_id is None or input_device(decoder).type == "meta":
         return 0
     behind = int(config.pad_token_id) + 1
-    # the same token at no position in particular, at 0, and behind the padding's row
+    # the same token without a position, at 0, and after the padding's row
     own, zero, after_padding = (_run_one_token(decoder, start)[0] for start in (None, 0, behind))
     same = torch.equal(own, after_padding) and not torch.equal(own, zero)
     return behind if same else 0
 
 
 def can_share_prompt(decoder: PreTrainedModel) -> bool:
-    """Whether all that a decoder remembers of a prompt is keys and values, one pair a block.
+    """Whether a decoder remembers only keys and values of a prompt, one pair per block.
 
-    Why not is logged.
+    If not, the reason is logged.
     """
     reason = _obstacle_to_sharing(decoder)
     if reason:
@@ -144,7 +144,7 @@ def can_share_prompt(decoder: PreTrainedModel) -> bool:
 
 
 def _obstacle_to_sharing(decoder: PreTrainedModel) -> str:
-    """Why a prompt can't be shared; empty where it can.
+    """Why a prompt can't be shared; empty if it can.
 
     A recurrence or a convolution keeps a state that every user changes, some families have caches
     of their own, and some ignore the cache they are given. Proved with one pass over one token.
@@ -158,7 +158,7 @@ def _obstacle_to_sharing(decoder: PreTrainedModel) -> str:
     try:
         _run_one_token(decoder, None, cache)
     except AttributeError as error:
-        # a family with a cache class of its own looks for what a DynamicCache does not have (xLSTM)
+        # a family with its own cache class reads attributes that a DynamicCache lacks (xLSTM)
         if error.obj is not cache:
             raise
         return f"it wants a cache of its own ({error})"
@@ -185,7 +185,7 @@ def _run_one_token(
         return decoder(inputs_embeds=token, use_cache=cache is not None, **given)
 
 
-# Gradient checkpointing of the blocks that leaves a shared prompt where it is.
+# Gradient checkpointing of the blocks that keeps a shared prompt.
 #
 # A layer of transformers that checkpoints itself drops the cache it is given, with a warning and no
 # error, so the items would no longer see the prompt. Here each block is run again as it was called,
@@ -195,10 +195,10 @@ def _run_one_token(
 
 @contextmanager
 def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
-    """Passes inside keep what enters a block; the backward pass, inside or after, runs it again.
+    """Passes inside store only each block's input; the backward pass computes blocks again.
 
-    Same numbers, dropout included: the random state is the first run's. Hooks on the blocks, a tap
-    among them, fire once. A cache must be one that a second run doesn't change.
+    The numbers are the same, dropout included: the second run restores the first one's random
+    state. Hooks on the blocks, such as taps, fire once. A second run must not change the cache.
     """
     again = partial(checkpoint, use_reentrant=False)
     with standing_in([(block, partial(again, block.forward)) for block in find_blocks(model)]):
@@ -206,9 +206,9 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
 
 
 class ExactAttention(TorchFunctionMode):
-    """Within it, attention computes in float32 where autocast would make it bfloat16.
+    """Within it, attention computes in float32 even under autocast to bfloat16.
 
-    A CPU's kernels take up to three times as long for bfloat16, the backward pass above all.
+    On a CPU, bfloat16 attention takes up to three times as long, above all in the backward pass.
     """
 
     def __torch_function__(
@@ -230,7 +230,7 @@ def _is_half(value: Any) -> bool:
 def take_over(model: PreTrainedModel) -> bool:
     """Switch transformers' own checkpointing off; returns whether it was on.
 
-    Somebody else may have switched it on: peft does where it prepares quantised weights.
+    Other code may have switched it on: peft does when it prepares quantised weights.
     """
     on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in on:

@@ -1,12 +1,11 @@
 """Weights in fewer bits, by torchao: the linear maps of the blocks, or the rows of the item table.
 
-The rows of the token embeddings go with the blocks, as int8 with a scale a token whatever the
-blocks become: beside few blocks they are most of the bytes, though items that are vectors need
-those of the prompt alone. ``int8``: a scale a row. ``int8-dynamic``: inputs are rounded to 8 bits
-as well, with a scale a position. ``int4``: a scale and an offset for each 32 weights of a row; its
-maps compute in bfloat16, since torch's kernel of float32 takes fifty times as long.
-``int8-items``: the item table, and the matrix that scores it, with a scale an item; the blocks stay
-as they are.
+With the blocks, the rows of the token embeddings are always rounded to int8 with a scale per token:
+in a model of few blocks they are most of the bytes, although items read as vectors need only the
+prompt's rows. ``int8``: a scale per row. ``int8-dynamic``: inputs are rounded to 8 bits as well,
+with a scale per position. ``int4``: a scale and an offset for each 32 weights of a row; its maps
+compute in bfloat16, since torch's float32 kernel takes fifty times as long. ``int8-items``: the
+item table, and the matrix that scores it, with a scale per item; the blocks are not rounded.
 
 Nothing is trained or calibrated: the same weights always give the same numbers.
 """
@@ -34,7 +33,7 @@ from depthprobe.models.sources import not_finite
 
 ITEMS = "int8-items"
 SCHEMES = ("int8", "int8-dynamic", "int4", ITEMS)
-GROUP, ROWS = 32, 16  # of int4: weights that share a scale, and what the rows are a multiple of
+GROUP, ROWS = 32, 16  # int4: weights that share a scale, and the divisor of the number of rows
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +42,9 @@ logger = logging.getLogger(__name__)
 def quantize(model: Recommender, scheme: str, *, bfloat16: bool = False) -> None:
     """Round the weights of a recommender, in place; :func:`make_ready` lets it compute.
 
-    Modules get new weights, so that a copy around the same weights (``cut_copy``) leaves those of
-    the model that it was made from. What can't be rounded stays as it is: weights outside linear
-    maps (the fused experts of a mixture), and of int4 the maps whose sizes the kernel can't take.
+    Modules get new weights, so rounding a copy around shared weights (``cut_copy``) does not change
+    the original. Some weights stay as they are: those outside linear maps (the fused experts of a
+    mixture), and for int4 maps of a size that the kernel does not support.
 
     Args:
         model: LoRA merged.
@@ -74,7 +73,7 @@ def quantize(model: Recommender, scheme: str, *, bfloat16: bool = False) -> None
             made[id(weight)] = nn.Parameter(_rounded(own, scheme), requires_grad=False)
         module.weight = made[id(weight)]
     rounded = sum(every[key].numel() for key in made)
-    # a user's own model may have none; Gemma's, which scale their rows, do not come back from disk
+    # a user's own model may have none; Gemma's scale their rows, and can't be read back
     users_own = isinstance(model, OwnRecommender)
     if not users_own and type(model.token_embeddings).forward is nn.Embedding.forward:
         _round_rows(model.token_embeddings)
@@ -85,11 +84,11 @@ def quantize(model: Recommender, scheme: str, *, bfloat16: bool = False) -> None
 def maps_to_round(decoder: PreTrainedModel, scheme: str) -> list[nn.Module]:
     """The linear maps of the blocks whose weights a scheme rounds; ``BadInput`` if it rounds none.
 
-    Weights may be on the meta device: sizes alone are looked at.
+    Weights may be on the meta device: only sizes matter.
     """
     found = []
     for module in linear_maps(find_blocks(decoder)).values():
-        # Conv1D, and maps that multiply by themselves, would take the rounded weight for numbers
+        # Conv1D, and maps with their own product, would read the rounded weight as plain numbers
         if type(module).forward is not nn.Linear.forward:
             continue
         rows, columns = module.weight.shape  # type: ignore[misc]
@@ -104,7 +103,7 @@ def maps_to_round(decoder: PreTrainedModel, scheme: str) -> list[nn.Module]:
 
 
 def _round_rows(table: nn.Embedding) -> None:
-    """Token embeddings as int8 with a scale a row, which an ``nn.Embedding`` reads like any."""
+    """Token embeddings as int8 with a scale per row; ``nn.Embedding`` reads them as usual."""
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization import quantize_ as quantize_in_place
     from torchao.quantization.granularity import PerAxis
@@ -116,7 +115,7 @@ def _round_rows(table: nn.Embedding) -> None:
 
 
 def _rounded(weight: Tensor, scheme: str) -> Tensor:
-    """A weight (N, K) as torchao's tensor of a scheme, which reads and writes like any other."""
+    """A weight (N, K) as torchao's tensor of a scheme."""
     if scheme == "int4":
         return _int4(weight)
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
@@ -130,7 +129,7 @@ def _rounded(weight: Tensor, scheme: str) -> Tensor:
 
 
 def _int4(weight: Tensor) -> Tensor:
-    """Groups of a row on 16 even steps from their least to their greatest, (N, K) -> torchao's.
+    """Round each group of a row to 16 even steps from its least to its greatest value, (N, K).
 
     In the layout that torchao writes to disk: two numbers of -8..7 a byte, the first one low;
     ``scale * number + zero_point`` is the weight.
@@ -151,10 +150,10 @@ def _int4(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_ready(backbone: nn.Module) -> None:
-    """Let rounded maps compute where they are: int4 in the layout of the processor's kernel.
+    """Prepare rounded maps for their device: int4 in the layout of the processor's kernel.
 
-    Maps that were rounded in bfloat16 get their inputs in it. What they hand on is in it where
-    autocast has others do so, and in the precision of the backbone elsewhere.
+    Maps rounded in bfloat16 get bfloat16 inputs. Their outputs are bfloat16 under autocast, and in
+    the backbone's precision otherwise.
 
     Raises:
         BadInput: for int4 on an accelerator.
@@ -183,7 +182,7 @@ def _as_others(around: torch.dtype, _: nn.Module, __: Any, output: Tensor) -> Te
 
 
 def _for_kernel(weight: Any) -> Tensor:
-    """Torchao's int4 from disk, as torch's kernel for processors reads it: the same bytes."""
+    """Torchao's int4 from disk in the layout of torch's CPU kernel: the same bytes."""
     from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 
     packed = weight.qdata
@@ -197,22 +196,22 @@ def _for_kernel(weight: Any) -> Tensor:
 
 
 class Int8Rows(nn.Module):
-    """An item table of int8 rows with a scale each, in place of an ``nn.Embedding``."""
+    """An item table of int8 rows with a scale per row, in place of an ``nn.Embedding``."""
 
     def __init__(self, table: Tensor) -> None:
-        """Round a table, (I + 1, d), or take one that is rounded."""
+        """Round a table, (I + 1, d), or take a rounded one."""
         super().__init__()
         self.weight = nn.Parameter(int8_rows(table), requires_grad=False)
 
     def forward(self, items: Tensor) -> Tensor:
-        """Rows as numbers, (B, T) -> (B, T, d)."""
+        """Dequantised rows, (B, T) -> (B, T, d)."""
         table: Any = self.weight
         numbers: Tensor = table.qdata[items] * table.scale[items]
         return numbers.to(table.dtype)
 
 
 def int8_rows(table: Tensor) -> Tensor:
-    """A matrix (I, d) as int8 with a scale a row: ``table ~ scale * rows``, symmetric."""
+    """A matrix (I, d) as int8 with a scale per row: ``table ~ scale * rows``, symmetric."""
     if is_quantized(table):
         return table
     from torchao.quantization import Int8Tensor
@@ -233,10 +232,10 @@ def _quantize_items(model: Recommender) -> None:
 
 
 def mark(model: PreTrainedModel) -> None:
-    """Let ``save_pretrained`` write rounded weights as they are, and say so in ``config.json``.
+    """Let ``save_pretrained`` write rounded weights as such, and record that in ``config.json``.
 
-    What it writes is a quantised checkpoint of transformers: safetensors, read by ``AutoModel``
-    with torchao installed. A model without rounded weights is left as it is.
+    The result is a quantised checkpoint of transformers: safetensors, read by ``AutoModel`` if
+    torchao is installed. A model without rounded weights is not changed.
     """
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -262,7 +261,7 @@ def mark(model: PreTrainedModel) -> None:
     config: Any = TorchAoConfig(
         kind, modules_to_not_convert=plain, include_input_output_embeddings=tokens
     )
-    if tokens:  # a head that is tied to them is theirs again when it is read
+    if tokens:  # reading ties a tied head to them again
         tied = [*(getattr(model, "all_tied_weights_keys", None) or {})]
         model.register_state_dict_post_hook(partial(_without, tied))
     model.config.quantization_config = config
@@ -275,7 +274,7 @@ def _without(names: list[str], _: nn.Module, held: dict[str, Tensor], *__: Any) 
 
 
 def save_parts(weights: Mapping[str, Tensor], file: Path) -> None:
-    """Write weights of any device, also views; rounded ones as their numbers and scales."""
+    """Write weights of any device, also views; rounded ones as numbers and scales."""
     rounded = {name: w.detach() for name, w in weights.items() if is_quantized(w)}
     held = {name: w for name, w in weights.items() if name not in rounded}
     told: dict[str, str] = {}
@@ -304,7 +303,7 @@ def load_parts(file: Path) -> dict[str, Tensor]:
 
 
 def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give a model the rounded ones of some weights, wherever it holds them; returns the others.
+    """Put the rounded ones among some weights into a model; returns the others.
 
     ``ValueError`` if it has no weight of that name and shape.
     """

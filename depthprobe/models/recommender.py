@@ -34,18 +34,18 @@ from depthprobe.models.words import Words
 def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` highest of each row, best first, the lower column first on ties.
 
-    The result of a stable sort of the row for the price of a ``topk``. That one finds the values,
-    but leaves to chance which of the columns that share the k-th value it returns. Only rows with
-    more of these than places are looked at again. Scores are (C, I) and may be infinite; returns
-    columns, int64 (C, k), and their scores (C, k).
+    The result of a stable sort of each row for the price of a ``topk``. ``topk`` finds the values,
+    but chooses arbitrarily among the columns that share the k-th value. Only rows with more such
+    columns than places are looked at again. Scores are (C, I) and may be infinite; returns columns,
+    int64 (C, k), and their scores (C, k).
     """
     width = scores.shape[1]
     values, columns = scores.topk(min(k + 1, width), dim=1)  # (C, k + 1)
     if k < width:
-        # rows where the value of place k goes on at place k + 1, (R,)
+        # rows where places k and k + 1 have the same value, (R,)
         over = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
         values, columns = values[:, :k], columns[:, :k]
-        # a quarter at a time: working on them takes no more memory than the scores themselves
+        # a quarter at a time: the work takes no more memory than the scores themselves
         for rows in over.split(len(scores) // 4 + 1):
             columns[rows] = _lowest(scores[rows], values[rows], columns[rows])
     # by column, then by score with a stable sort: ties stay in the order of their columns
@@ -55,21 +55,21 @@ def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest(scores: Tensor, values: Tensor, columns: Tensor) -> Tensor:
-    """(R, k) columns of a ``topk``, those at the last value replaced by the lowest ones at it."""
+    """(R, k) columns of a ``topk``, those with the last value replaced by the lowest such ones."""
     width, k = scores.shape[1], values.shape[1]
     limit = values[:, -1:]  # (R, 1)
-    # the columns at the limit, lowest first: every other column counts as ``width``
+    # the columns with the last value, lowest first; every other column counts as ``width``
     places = torch.arange(width, dtype=torch.int32, device=scores.device)
     level = torch.where(scores == limit, places, width)  # (R, I)
     lowest = level.topk(k, dim=1, largest=False).indices  # (R, k)
-    # columns above the limit stay; behind them, place n takes the n-th of the lowest
+    # columns above that value stay; after them, place n takes the n-th lowest
     above = values != limit
     ahead = above.sum(dim=1, keepdim=True)
     turn = (torch.arange(k, device=scores.device) - ahead).clamp(min=0)
     return torch.where(above, columns, lowest.gather(1, turn))
 
 
-ROW_BYTES = 16 * 2**20  # of int8 rows that are numbers at a time
+ROW_BYTES = 16 * 2**20  # of int8 rows dequantised at a time
 
 
 def is_quantized(weight: object) -> bool:
@@ -78,12 +78,12 @@ def is_quantized(weight: object) -> bool:
 
 
 def dequantized(weight: Any) -> Tensor:
-    """The numbers that a weight of torchao's stands for."""
+    """The numbers that torchao's weight represents."""
     return weight.dequantize()  # type: ignore[no-any-return]
 
 
 def score(vectors: Tensor, matrix: Tensor, out: Tensor | None = None, *, first: int = 0) -> Tensor:
-    """``vectors @ matrix[first:].T``, (B, d) and (I, d); int8 rows become numbers in chunks."""
+    """``vectors @ matrix[first:].T``, (B, d) and (I, d); int8 rows are dequantised in chunks."""
     if not is_quantized(matrix):
         return torch.mm(vectors, matrix[first:].T, out=out)
     own: Any = matrix
@@ -116,7 +116,7 @@ class Popularity(nn.Module):
         return self.counts
 
     def encode(self, histories: Tensor, lengths: Tensor) -> Tensor:
-        """One for every user, (B, 1)."""
+        """The vector 1 for every user, (B, 1)."""
         return torch.ones(len(histories), 1, device=histories.device)
 
 
@@ -133,7 +133,7 @@ class Recommender(nn.Module):
     """A causal decoder between an item table and itself.
 
     Histories are right-padded with 0: under a causal mask no real position sees the padding, so no
-    mask is needed and nothing is attended in vain.
+    padding mask is needed.
     """
 
     prompt: Tensor
@@ -164,7 +164,7 @@ class Recommender(nn.Module):
         self.backbone = find_decoder(backbone)
         self.items = nn.Embedding.from_pretrained(items.clone(), freeze=True, padding_idx=0)
         self.words = words
-        self.input_adapter: nn.Linear | None = None  # words are in the backbone's width
+        self.input_adapter: nn.Linear | None = None  # tokens have the backbone's width
         if words is None:
             self.input_adapter = nn.Linear(items.shape[1], self.token_embeddings.weight.shape[1])
         width = _output_width(backbone)
@@ -172,8 +172,8 @@ class Recommender(nn.Module):
         self.head = nn.Linear(width, len(items), bias=False) if head == "linear" else None
         self.register_buffer("prompt", torch.tensor(list(prompt), dtype=torch.long))
         self.register_buffer("suffix", torch.tensor(list(suffix), dtype=torch.long))
-        #: positions before the first item in every row of a pass: the prompt, where the backbone
-        #: remembers it in a form that can't be shared; 0 elsewhere
+        #: positions before the first item in every row of a pass: the prompt, if the backbone's
+        #: memory of it can't be shared; otherwise 0
         self.lead = len(self.prompt)
         if self.lead and can_share_prompt(self.backbone):
             self.lead = 0
@@ -186,7 +186,7 @@ class Recommender(nn.Module):
 
     @torch.no_grad()
     def _match_scale(self, adapter: nn.Linear) -> None:
-        """Let adapted items start as large as the token embeddings the blocks were trained on."""
+        """Scale the adapter so that items start as large as the token embeddings."""
         tokens: Tensor = self.token_embeddings.weight
         if is_quantized(tokens):
             tokens = dequantized(tokens)
@@ -211,16 +211,16 @@ class Recommender(nn.Module):
 
     @property
     def prompt_mode(self) -> Literal["shared", "repeated", "none"]:
-        """How the prompt is computed: once a pass for all users, once a user, or there is none."""
+        """How the prompt is computed: once per pass, once per user, or not at all."""
         if not len(self.prompt):
             return "none"
         return "repeated" if self.lead else "shared"
 
     def checkpoint_blocks(self, on: bool = True) -> None:
-        """Train with what enters each block alone in memory, and compute the blocks twice.
+        """Store only each block's input in training, and compute the blocks twice, to save memory.
 
-        The same loss and gradients. Use it in place of the backbone's own method, whose blocks drop
-        the shared prompt; where that was called all the same, this takes its place.
+        Loss and gradients are the same. It replaces the backbone's own method, whose blocks drop
+        the shared prompt; if that was switched on, this takes over.
         """
         self.checkpointing = on
 
@@ -233,11 +233,11 @@ class Recommender(nn.Module):
         if take_over(self.backbone):
             self.checkpointing = True
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpointed_blocks(self.backbone)  # the second run would not be in another
+            return checkpointed_blocks(self.backbone)  # a second run is outside other contexts
         return own
 
     def item_matrix(self) -> Tensor:
-        """What user vectors are scored against, (I + 1, d); row 0 is padding."""
+        """The matrix that scores user vectors, (I + 1, d); row 0 is padding."""
         matrix: Tensor = self.items.weight if self.head is None else self.head.weight
         return matrix
 
@@ -247,11 +247,11 @@ class Recommender(nn.Module):
         return vectors
 
     def last_place(self, histories: Tensor, lengths: Tensor) -> Tensor:
-        """Where, in a block's output, users are read out: (B, T) and (B,) -> (B,)."""
+        """The place in a block's output where users are read out: (B, T) and (B,) -> (B,)."""
         return self._text_lengths(histories, lengths) - 1 + self.lead + len(self.suffix)
 
     def _text_lengths(self, histories: Tensor, lengths: Tensor) -> Tensor:
-        """How many positions the items of each history have, (B, T) and (B,) -> (B,)."""
+        """How many positions each history's items take, (B, T) and (B,) -> (B,)."""
         if self.words is None:
             return lengths
         return self.words.ends(histories).gather(1, lengths[:, None] - 1)[:, 0] + 1
@@ -269,7 +269,7 @@ class Recommender(nn.Module):
         return [len(h) for h in histories] if self.words is None else self.words.lengths(histories)
 
     def prepare_prompt(self) -> Cache | None:
-        """The prompt's keys and values at the present weights; None where none are shared."""
+        """The prompt's keys and values at the present weights; None if they can't be shared."""
         if not len(self.prompt) or self.lead:
             return None
         with self._running():
@@ -286,20 +286,20 @@ class Recommender(nn.Module):
     def inputs(
         self, histories: Tensor, lengths: Tensor | None, prompt: Cache | None
     ) -> dict[str, Any]:
-        """Arguments of the backbone for histories (B, T); ``prompt`` is what has already run."""
+        """The backbone's arguments for histories (B, T); ``prompt`` has already run."""
         embeddings = self.embed(histories)  # (B, S, D)
-        # the suffix goes behind the last item of each user
+        # the suffix follows each user's last item
         if len(self.suffix):
             if lengths is None:
                 raise ValueError("a recommender with a suffix reads users out once, after it")
             tokens = self.token_embeddings(self.suffix).to(embeddings.dtype)
             ends = self._text_lengths(histories, lengths)
             embeddings = _insert(embeddings, tokens, ends)  # (B, T+S, D)
-        # a prompt that can't be shared stands before the items of every user
+        # a prompt that can't be shared precedes every user's items
         if self.lead:
             tokens = self.token_embeddings(self.prompt).expand(histories.shape[0], -1, -1)
             embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)  # (B, P+T, D)
-        # a shared one is in the cache: positions go on behind it
+        # a shared one is in the cache: positions continue after it
         first = self.first + len(self.prompt) - self.lead
         positions = torch.arange(first, first + embeddings.shape[1], device=histories.device)
         beside = {}
@@ -313,7 +313,7 @@ class Recommender(nn.Module):
         }
 
     def _token_ids(self, histories: Tensor, lengths: Tensor | None) -> Tensor:
-        """Which token stands at each position of a pass, (B, lead + T + S)."""
+        """The token at each position of a pass, (B, lead + T + S)."""
         ids = self._item_ids(histories)
         if len(self.suffix) and lengths is not None:
             ends = self._text_lengths(histories, lengths)
@@ -323,7 +323,7 @@ class Recommender(nn.Module):
         return ids
 
     def _item_ids(self, histories: Tensor) -> Tensor:
-        """The tokens of the items; of items that are vectors, what stands for no token."""
+        """The tokens of the items; for items that are vectors, the id for no token."""
         if self.words is None:
             return torch.full_like(histories, no_token(self.backbone))
         text: Tensor = self.words(histories)
@@ -346,12 +346,12 @@ class Recommender(nn.Module):
         *,
         states: bool = False,
     ) -> Tensor:
-        """User vectors after every item, (B, T, d); after the last one where lengths say, (B, d).
+        """User vectors after every item, (B, T, d); with lengths after the last one, (B, d).
 
         Args:
             histories: (B, T) item ids, right-padded with 0.
             lengths: (B,); needed where the suffix follows the last item.
-            prompt: what ``prepare_prompt`` made; it is run if it is not given.
+            prompt: the result of ``prepare_prompt``; without it the prompt is run.
             states: return what :meth:`states` does.
         """
         prompt = prompt or self.prepare_prompt()
@@ -368,20 +368,20 @@ class Recommender(nn.Module):
 
 
 def _output_width(backbone: PreTrainedModel) -> int:
-    """The width of a decoder's last hidden state: what the head that reads it expects."""
+    """The width of a decoder's last hidden state, taken from the head that reads it."""
     head: Any = backbone.get_output_embeddings()
     if head is not None and any(child is head for child in backbone.children()):
-        return int(head.weight.shape[1])  # not the hidden size where a projection follows (OPT)
+        return int(head.weight.shape[1])  # not the hidden size if a projection follows (OPT)
     return int(backbone.config.get_text_config(decoder=True).hidden_size)
 
 
 def _insert(embeddings: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Tokens (S, D) right behind the items of each row: (B, T, D) and (B,) -> (B, T + S, D).
+    """Insert tokens (S, D) directly after each row's items: (B, T, D) and (B,) -> (B, T + S, D).
 
-    The padding moves behind them, where a causal model does not see it.
+    The padding moves after them, where a causal model does not see it.
     """
     longer = torch.cat([embeddings, tokens.expand(embeddings.shape[0], -1, -1)], dim=1)
-    # which token of the suffix a position holds: 0 right behind the last item
+    # which token of the suffix a position holds: 0 directly after the last item
     place = torch.arange(longer.shape[1], device=lengths.device) - lengths[:, None]  # (B, T + S)
     inside = (place >= 0) & (place < len(tokens))
     return torch.where(inside[..., None], tokens[place.clamp(0, len(tokens) - 1)], longer)

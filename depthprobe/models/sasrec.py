@@ -1,8 +1,8 @@
 """SASRec (Kang and McAuley, 2018): the non-LLM baseline, and the source of the item embeddings.
 
-The blocks are its authors' own, not today's pre-norm ones, and a softmax over the catalogue trains
-it, which is what makes it a strong baseline (gSASRec, RecSys 2023; arXiv 2402.06216). A window is
-read as if it were padded in front to ``longest`` items, as theirs is, but no padding is computed.
+The blocks are the authors', not today's pre-norm ones. It is trained with a softmax over the whole
+catalogue, which makes it a strong baseline (gSASRec, RecSys 2023; arXiv 2402.06216). A window is
+read as if padded in front to ``longest`` items, as the authors do, but no padding is computed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.nn.functional import relu
 
 from depthprobe.models.recommender import states_at
 
-LEVELS = 2**16  # of the draws that dropout compares with its share
+LEVELS = 2**16  # range of the draws that dropout compares with its share
 
 
 def dropout(x: Tensor, share: float, training: bool) -> Tensor:
     """Zero a share of the entries and scale up the rest, any shape; the share is exact to 1/65,536.
 
-    On a CPU five times as fast as torch's, which draws on one core, a 64-bit number an entry.
+    On a CPU five times as fast as torch's, which draws a 64-bit number per entry on one core.
     """
     if not training or not share:
         return x
@@ -35,13 +35,13 @@ def dropout(x: Tensor, share: float, training: bool) -> Tensor:
 
 
 class SasRecBlock(nn.Module):
-    """Causal self-attention, whose queries alone are normed, and an MLP around normed states."""
+    """Causal self-attention with a norm only on the queries, and an MLP on normed states."""
 
     def __init__(self, width: int, heads: int, drop: float) -> None:
         super().__init__()
         self.heads, self.drop = heads, drop
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        # a bias of keys would raise all scores of a query alike
+        # a bias of keys would raise all scores of a query equally
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width, bias=False)
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
@@ -75,7 +75,7 @@ class SasRecBlock(nn.Module):
 class SASRec(nn.Module):
     """Item and position embeddings, causal blocks, dot product with the same item table.
 
-    With a ``table``, (I + 1, D), items are its frozen rows through a linear map that is trained.
+    With a ``table``, (I + 1, D), items are its frozen rows, mapped by a trained linear map.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class SASRec(nn.Module):
         if table is not None:
             # a bias would add the same to all scores of a user, and to all positions
             self.adapter = nn.Linear(table.shape[1], width, bias=False)
-            # rows of length 1 begin as long as SASRec's own
+            # so that rows of length 1 start as large as SASRec's own embeddings
             nn.init.normal_(self.adapter.weight, std=math.sqrt(2 / (n_items + 1 + width)))
             self.items = nn.Embedding.from_pretrained(table, freeze=True, padding_idx=0)
 
@@ -122,9 +122,9 @@ class SASRec(nn.Module):
         """
         given = (histories != 0).sum(dim=1) if lengths is None else lengths
         padding = self.positions.num_embeddings - given  # (B,)
-        # positions count back from the window's end: its last item is always at the same one
+        # positions count back from the window's end, so its last item always has the same one
         places = torch.arange(histories.shape[1], device=histories.device) + padding[:, None]
-        places = places.clamp(max=self.positions.num_embeddings - 1)  # of right padding
+        places = places.clamp(max=self.positions.num_embeddings - 1)  # right padding
         x = self.adapter(self.items(histories)) * self.width**0.5 + self.positions(places)
         x = dropout(x, self.drop, self.training)
         for block in self.blocks:

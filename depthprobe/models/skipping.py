@@ -1,4 +1,4 @@
-"""Leave blocks, or their attention or MLP, out for a while: nothing is cut, all is restored."""
+"""Skip blocks, or their attention or MLP, inside a context that restores everything."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from depthprobe.models.taps import Plan, input_state, paused_taps, standing_in
 
 # Layers that store nothing: a class of its own, which transformers has from 5.23 on.
 _DummyLayer: Any = getattr(cache_utils, "DummyLayer", ())
-# Class of a block -> how many values its forward returns beside the state; None: only the state.
+# Class of a block -> how many values its forward returns besides the state; None: only the state.
 _extra_outputs: dict[type[nn.Module], int | None] = {}
 
 
@@ -49,8 +49,9 @@ def skip_blocks(
     Args:
         model: a Hugging Face decoder.
         skipped: block indices, 0-based; may be empty.
-        part: the whole ``block``; or its ``attention``: what lets a position see others, also a
-            convolution or a recurrence; or its ``mlp``: what does not, also a mixture of experts.
+        part: the whole ``block``; its ``attention``, which lets a position see others (also a
+            convolution or a recurrence); or its ``mlp``, which does not (also a mixture of
+            experts).
 
     Raises:
         BadInput: if an index is not a block's, or there is no such part; if a later block reads the
@@ -62,9 +63,9 @@ def skip_blocks(
 
 
 def plan_skip(model: nn.Module, skipped: Iterable[int], *, part: Part = "block") -> Plan:
-    """What :func:`skip_blocks` does, to be done again and again with :func:`standing_in`.
+    """Plan what :func:`skip_blocks` does, to apply it repeatedly with :func:`standing_in`.
 
-    Arguments and what is raised as there. Holds as long as the model's modules are the same.
+    Same arguments and errors. The plan is valid while the model's modules stay the same.
     """
     blocks = find_blocks(model)
     indices = sorted(set(block_indices("skip", skipped, len(blocks))))
@@ -89,8 +90,8 @@ def plan_skip(model: nn.Module, skipped: Iterable[int], *, part: Part = "block")
 
 
 def plan_branches(block: nn.Module, index: int, branches: Iterable[Branch]) -> Plan:
-    """How to leave branches of one kind out of the ``index``-th block."""
-    # all mixers of a block share one layer of the cache, which grows once a pass
+    """Plan to skip the branches of one kind in the ``index``-th block."""
+    # all mixers of a block share one layer of the cache, which grows once per pass
     return [
         (block.get_submodule(branch.path), _nothing(branch, None if place else index))
         for place, branch in enumerate(branches)
@@ -98,7 +99,7 @@ def plan_branches(block: nn.Module, index: int, branches: Iterable[Branch]) -> P
 
 
 def after_blocks(model: nn.Module, state: Tensor, *, head: bool = False) -> Tensor:
-    """What the base model does after its last block (final norm, projection) on a given state.
+    """Apply what the base model does after its last block (final norm, projection) to a state.
 
     With ``head`` the whole model, up to the logits of its own language-model head.
 
@@ -131,7 +132,7 @@ def _pass_through(index: int, extra: int | None) -> Callable[..., Any]:
 
 
 def _nothing(branch: Branch, index: int | None) -> Callable[..., Any]:
-    """A branch that adds zeros to the stream; the block's index if the cache is to grow."""
+    """A branch that adds zeros to the stream; with the block's index if its cache must grow."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         state: Tensor = input_state(args, kwargs)
@@ -150,7 +151,7 @@ def _as_output(state: Tensor, extra: int | None) -> Any:
 
 
 def _keep_length(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, state: Tensor) -> None:
-    """Put a placeholder of one number a token into a skipped block's layer of the cache, if any."""
+    """Put a placeholder of one number per token into a skipped block's cache, if there is one."""
     cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
     if cache is None:
         return
@@ -175,7 +176,7 @@ def _keep_length(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, stat
 
 
 def refuse_shared(blocks: nn.ModuleList, index: int) -> None:
-    """Refuse to leave out a block whose keys and values later ones read."""
+    """Refuse to skip a block whose keys and values later blocks read."""
     stores = any(getattr(m, "store_full_length_kv", False) for m in blocks[index].modules())
     if stores and keys_are_read(blocks):
         raise BadInput(
@@ -184,7 +185,7 @@ def refuse_shared(blocks: nn.ModuleList, index: int) -> None:
 
 
 def _count_extra_outputs(model: PreTrainedModel, index: int) -> int | None:
-    """How many values blocks of this class return beside the state, learnt from one call."""
+    """How many values blocks of this class return besides the state, found from one call."""
     block = find_blocks(model)[index]
     kind = type(block)
     if kind not in _extra_outputs:

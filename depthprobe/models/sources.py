@@ -34,7 +34,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SAFE = ".safetensors"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-# what decides a model's numbers beside its configuration and weights, or goes into an export
+# files besides configuration and weights that decide a model's numbers, or go into an export
 BESIDE = (
     *TOKENIZER_FILES, SAFE_WEIGHTS_INDEX_NAME, "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "generation_config.json", "*.py",
@@ -47,7 +47,7 @@ HARMLESS = re.compile(
 
 
 def is_folder(source: Source) -> bool:
-    """Whether this names a place on disk: what exists, and what can be no id of the hub."""
+    """Whether this names a place on disk: it exists, or it can't be an id of the hub."""
     text = os.fspath(source)
     if text == EMBEDDED or (isinstance(source, str) and not os.path.exists(text)):
         try:
@@ -72,7 +72,7 @@ def offline(source: Source) -> bool:
 
 
 def resolve_revision(source: Source, revision: str | None = None) -> str | None:
-    """The commit that a branch or tag of a hub id points to now; None for what is not on the hub.
+    """The commit that a hub id's branch or tag points to now; None for other sources.
 
     Without a network it is the commit in the local cache. No revision is ``main``.
     """
@@ -80,8 +80,8 @@ def resolve_revision(source: Source, revision: str | None = None) -> str | None:
         return None
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
-    # the cache keeps files by commit; what the configuration object knows of it depends on the
-    # version of transformers
+    # read the commit from the cache's path; not every version of transformers puts it into the
+    # configuration object
     with one_line("found", source):
         file = hf_hub_download(
             os.fspath(source),
@@ -99,7 +99,7 @@ def one_line(what: str, source: Source) -> Iterator[None]:
         yield
     except BadInput:
         raise
-    except Exception as error:  # each family checks its configuration in its own ways
+    except Exception as error:  # families check their configurations in different ways
         first, *more = [*str(error).strip().splitlines(), type(error).__name__]
         reason = f"{first} {more[0].strip()}" if first.endswith(":") else first
         if isinstance(error, LocalEntryNotFoundError):
@@ -115,7 +115,7 @@ def one_line(what: str, source: Source) -> Iterator[None]:
 
 
 def _pointer(source: Source) -> str | None:
-    """The name of a file of a folder in whose place a clone without Git LFS has a pointer."""
+    """The name of a file that is only a Git LFS pointer, if the folder has one."""
     folder = Path(location_of(source))
     patterns = ("*.json", f"*{SAFE}", *BESIDE) if is_folder(source) else ()
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
@@ -124,12 +124,12 @@ def _pointer(source: Source) -> str | None:
 
 
 def location_of(source: Source) -> str:
-    """What the libraries are given: a path without ``~``, or the hub id."""
+    """What to pass to the libraries: a path without ``~``, or the hub id."""
     return str(Path(source).expanduser()) if is_folder(source) else os.fspath(source)
 
 
 def origin_of(source: Source, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """What the libraries' ``from_pretrained`` are given beside it, to find one commit's files."""
+    """Further arguments of ``from_pretrained``, to get the files of one commit."""
     if trust_remote_code and revision is None and not is_folder(source):
         raise BadInput("revision", None, "a commit or tag, required by trust_remote_code")
     return {
@@ -148,9 +148,9 @@ def existing_path(source: Source) -> Path:
 
 
 def weight_files(source: Source, config: PreTrainedConfig, commit: str | None = None) -> list[Path]:
-    """The files of weights that are read: safetensors of the source's own folder alone.
+    """The files of weights that are read: only safetensors of the source's own folder.
 
-    Of a hub id there are those that its index names and that are downloaded.
+    For a hub id, the downloaded files that its index names.
     """
     named = getattr(config, "transformers_weights", None)
     single, index = named or SAFE_WEIGHTS_NAME, named or SAFE_WEIGHTS_INDEX_NAME
@@ -192,9 +192,9 @@ def _shards(source: Source, index: Path) -> list[Path]:
 def check_files(
     source: Source, files: Iterable[Path], model: PreTrainedModel, *, whole_numbers: bool
 ) -> None:
-    """Refuse a weight in two files, of which transformers takes the last whatever the index says.
+    """Refuse a weight that is in two files: transformers takes the last, whatever the index says.
 
-    And one of ``whole_numbers`` where none is expected: it would be read as if it had no scale.
+    Without ``whole_numbers``, also refuse integer weights: they would be read without a scale.
     """
     holders: dict[str, str] = {}
     prefix = f"{model.base_model_prefix}."
@@ -226,7 +226,7 @@ def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The name of the first weight that holds NaN or infinity, if one does."""
     for name, weight in weights:
         if weight.is_floating_point() and weight.numel() and not HARMLESS.search(name):
-            # one pass without a copy; types of 8 bits have no order in torch
+            # one pass without a copy; torch can't compare 8-bit floats
             ends = (weight if weight.element_size() > 1 else weight.float()).aminmax()
             if not all(math.isfinite(end) for end in ends):
                 return name
@@ -251,7 +251,7 @@ def files_hash(files: Iterable[Path]) -> str:
 
 @lru_cache(maxsize=8)
 def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    """The hash of files with what changes when they do: each is read once."""
+    """Hash files; the rest of the key makes sure that a changed file is read again."""
     digest = hashlib.sha256()
     for path, *_ in files:
         digest.update(path.name.encode())

@@ -1,4 +1,4 @@
-"""The state after every block, and how blocks are called: hooks and stand-ins, all restored."""
+"""Record the state after every block, and how blocks are called, by hooks that are all removed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from transformers import Cache
 
 from depthprobe.models.blocks import find_blocks
 
-Plan = list[tuple[nn.Module, Callable[..., Any]]]  # modules and what stands in for their forward
+Plan = list[tuple[nn.Module, Callable[..., Any]]]  # modules and the replacements of their forward
 
 _paused: ContextVar[bool] = ContextVar("depthprobe_taps_paused", default=False)
 
 
 class BlockTap:
-    """What a tapped forward pass left: ``states[k]`` is the state after ``k`` blocks.
+    """The result of a tapped forward pass: ``states[k]`` is the state after ``k`` blocks.
 
-    Nothing is detached: a loss on a state trains the blocks before it. With ``positions``, (B,),
-    which may be set anew before each pass, one position of each row is kept: (B, D).
+    Nothing is detached, so a loss on a state trains the blocks before it. With ``positions``, (B,),
+    which may be set before each pass, only one position of each row is kept: (B, D).
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class BlockTap:
         """Use :func:`tap_blocks`."""
         self.positions: Tensor | None = None
         self._size, self._dtype, self._consume = n_blocks + 1, dtype, consume
-        self._states: dict[int, Tensor | None] = {}  # by depth; None: it went to the consumer
+        self._states: dict[int, Tensor | None] = {}  # by depth; None: given to ``consume``
 
     @property
     def states(self) -> list[Tensor]:
         """The L + 1 states of the latest forward pass, h_0 (the input) to h_L.
 
-        h_L is the output of the last block, before the final norm. The list stays as it is when
-        the model runs again. Without all of them there is a ``RuntimeError``.
+        h_L is the output of the last block, before the final norm. The list does not change when
+        the model runs again. Raises ``RuntimeError`` if a state is missing.
         """
         if self._consume is not None:
             raise RuntimeError("no states: they were handed to the tap's consumer")
@@ -53,11 +53,11 @@ class BlockTap:
         return [state for state in states if state is not None]
 
     def clear(self) -> None:
-        """Forget the states (and free the graph they hold)."""
+        """Delete the states (and the graph they hold)."""
         self._states = {}
 
     def check_complete(self) -> None:
-        """Refuse a pass in which a block did not run; a tap that saw no pass is complete."""
+        """Raise if a block did not run in the latest pass; a tap without a pass is complete."""
         absent = [k - 1 for k in range(self._size) if k not in self._states]
         if absent and self._states:
             raise RuntimeError(
@@ -91,15 +91,15 @@ def tap_blocks(
 ) -> Iterator[BlockTap]:
     """Record the state before the first and after every block during each forward pass.
 
-    Own hooks on the blocks, since ``output_hidden_states`` returns a wrong number after a cut and
-    puts the final norm into its last entry. Blocks left out by ``skip_blocks`` are recorded too:
-    their state is the one before them. A model under ``torch.compile`` runs uncompiled inside,
-    because compiled code would pass the hooks by.
+    It uses hooks of its own, since ``output_hidden_states`` returns a wrong number of states after
+    a cut and applies the final norm to the last. Blocks left out by ``skip_blocks`` are recorded
+    too: their state is the one before them. A model under ``torch.compile`` runs uncompiled inside,
+    because compiled code ignores the hooks.
 
     Args:
         model: a Hugging Face decoder, also under PEFT.
-        dtype: of the recorded states; None: as they are. Similarities want float32, as bfloat16
-            rounds the difference of neighbouring states away.
+        dtype: of the recorded states; None: unchanged. Similarities need float32, since bfloat16
+            rounds away the difference of neighbouring states.
         consume: takes ``(k, state)`` as each state is produced, in order; nothing is stored then,
             so memory does not grow with the depth.
 
@@ -135,7 +135,7 @@ def tap_blocks(
 
 @contextmanager
 def paused_taps() -> Iterator[None]:
-    """Forward passes inside leave all taps as they are."""
+    """Forward passes inside do not change any tap."""
     token = _paused.set(True)
     try:
         yield
@@ -145,7 +145,7 @@ def paused_taps() -> Iterator[None]:
 
 @contextmanager
 def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Hooks that are removed on leaving, also after an exception."""
+    """A list for hooks, which are removed on leaving, also after an exception."""
     try:
         yield
     finally:
@@ -154,7 +154,7 @@ def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 class BlockCalls:
-    """How each block was called in the latest forward pass: its state and everything else."""
+    """How each block was called in the latest forward pass: its state and all other arguments."""
 
     def __init__(self, n_blocks: int) -> None:
         """Use :func:`record_calls`."""
@@ -162,7 +162,7 @@ class BlockCalls:
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep a block's call."""
+        """Store a block's call."""
         self.states[index] = input_state(args, kwargs)
         self._calls[index] = (args, kwargs)
 
@@ -184,7 +184,7 @@ class BlockCalls:
 
 @contextmanager
 def record_calls(blocks: nn.ModuleList) -> Iterator[BlockCalls]:
-    """Record how each block is called during each forward pass, to call it so again."""
+    """Record how each block is called during each forward pass, to repeat the call."""
     calls = BlockCalls(len(blocks))
 
     def hook(index: int) -> Any:
@@ -210,15 +210,15 @@ def input_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def first_tensor(output: Any) -> Any:
-    """The state in what a module returned."""
+    """The state in a module's output."""
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
-# Stand-ins for the forward of a module.
+# Replacements of a module's forward.
 
 
 class _StandIn:
-    """A stand-in that knows what the module's own dictionary held before; None: nothing."""
+    """A replacement that knows what the module's own dictionary held before; None: nothing."""
 
     def __init__(self, forward: Callable[..., Any], before: Callable[..., Any] | None) -> None:
         self.forward, self.before = forward, before
@@ -229,7 +229,7 @@ class _StandIn:
 
 @contextmanager
 def standing_in(plan: Plan) -> Iterator[None]:
-    """Within the context, each planned stand-in takes the place of its module's forward."""
+    """Within the context, each planned stand-in replaces its module's forward."""
     with _forwards(
         (module, _StandIn(forward, vars(module).get("forward"))) for module, forward in plan
     ):
@@ -238,7 +238,7 @@ def standing_in(plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def original_forwards(model: nn.Module) -> Iterator[None]:
-    """Undo the stand-ins that are in force, for a while."""
+    """Within the context, undo all stand-ins."""
     undone = []
     for module in model.modules():
         forward = vars(module).get("forward")
@@ -251,7 +251,7 @@ def original_forwards(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _forwards(chosen: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> Iterator[None]:
-    """Within the context, modules have these in their dictionary; None: their class's forward."""
+    """Within the context, set these forwards on the modules; None: the class's own forward."""
     before: list[tuple[nn.Module, Any]] = []
     try:
         for module, forward in chosen:

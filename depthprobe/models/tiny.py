@@ -12,11 +12,11 @@ from depthprobe.models.cutting import as_plain_fields, block_kinds, cut_config, 
 
 DEPTH = 8  # enough for one period of the usual patterns of block kinds
 TOKENS = 9  # longer than the shrunk attention windows
-LARGEST = 50_000_000  # parameters of a copy whose width could not be shrunk
+LARGEST = 50_000_000  # most parameters of a copy whose width could not be shrunk
 
 
 def _caps(table: dict[int, str]) -> dict[str, int]:
-    """Names of fields, apart by spaces, under the most that they may be: the most by name."""
+    """From ``{limit: "field field"}`` to ``{field: limit}``."""
     return {name: most for most, names in table.items() for name in names.split()}
 
 
@@ -64,16 +64,16 @@ _auto: Any = AutoModelForCausalLM  # untyped in transformers
 def tiny_model(config: PreTrainedConfig, *, depth: int = DEPTH) -> PreTrainedModel:
     """A random model of the narrowest copy that can be built and run, in evaluation mode.
 
-    In float64, or in float32 where a family can't compute in float64. Its weights are five times as
-    large as fresh ones, which are so small that a wrong mask would change almost nothing. The
-    caller's random state stays as it is.
+    In float64, or float32 if a family can't compute in float64. Its weights are five times as large
+    as usual initial ones, with which a wrong mask would change almost nothing. The caller's random
+    state is not changed.
     """
     failure: Exception | None = None
     for width in (True, False):
         for dtype in (torch.float64, torch.float32):
             try:
                 return build_tiny(tiny_config(config, width=width, depth=depth), dtype)
-            except Exception as error:  # the next may do; else the reason is told
+            except Exception as error:  # try the next one; the last error is raised
                 failure = failure or error
     lines = str(failure).strip().splitlines()
     reason = lines[0] if lines else type(failure).__name__
@@ -81,16 +81,16 @@ def tiny_model(config: PreTrainedConfig, *, depth: int = DEPTH) -> PreTrainedMod
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """How many positions a configuration speaks of; None if of none."""
+    """How many positions a configuration names; None if it names none."""
     text = config.get_text_config(decoder=True)
     named = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((most for most in named if type(most) is int and most > 0), None)
 
 
 def steady_positions(config: PreTrainedConfig) -> int | None:
-    """Up to how many positions a state depends on its own text alone; None if up to any number.
+    """Up to how many positions a state depends only on its own text; None if there is no limit.
 
-    Rotary tables of two kinds are computed anew for a longer pass: behind that many positions all
+    Two kinds of rotary tables change with the length of a pass: beyond that many positions all
     users of a batch get the table of its longest, and a cached prompt keeps that of a short one.
     """
     text = config.get_text_config(decoder=True)
@@ -105,9 +105,9 @@ def steady_positions(config: PreTrainedConfig) -> int | None:
 
 
 def ends_at_positions(config: PreTrainedConfig) -> bool:
-    """Whether a model can't compute behind its last position, as with a table of learned ones.
+    """Whether a model can't compute beyond its last position, as with learned position embeddings.
 
-    Tried on a tiny copy. Where none can be built, it is taken to be able, unless it has fewer
+    Tried on a tiny copy. If none can be built, the answer is no, unless the model has fewer
     positions than a copy is tried with.
     """
     try:
@@ -124,7 +124,7 @@ def ends_at_positions(config: PreTrainedConfig) -> bool:
 
 
 def build_tiny(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The random model of a tiny configuration; it has run once."""
+    """The random model of a tiny configuration, after one successful run."""
     with torch.device("meta"):
         trusted = brings_code(config)
         size = _auto.from_config(copy.deepcopy(config), trust_remote_code=trusted).num_parameters()
@@ -132,7 +132,7 @@ def build_tiny(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(f"it would have {size:,} parameters")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
-        # The fused experts have no float64.
+        # Fused experts do not support float64.
         model: PreTrainedModel = _auto.from_config(
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted
         ).eval()
@@ -143,7 +143,7 @@ def build_tiny(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def brings_code(config: PreTrainedConfig) -> bool:
-    """Whether a configuration's class is a model's own code, which who loaded it has trusted."""
+    """Whether a configuration's class is a model's own code, which the user has trusted."""
     return type(config).__module__.startswith("transformers_modules.")
 
 
@@ -152,9 +152,9 @@ def tiny_config(
 ) -> PreTrainedConfig:
     """A copy with few, narrow blocks of the same kinds in the same order.
 
-    Where the configuration holds other models too (a vision tower), those shrink as well. The
-    ``depth`` blocks at most are the first ones, and the first of each kind. Without ``width`` the
-    hidden size and the heads stay as they are.
+    If the configuration holds other models too (a vision tower), those shrink as well. At most
+    ``depth`` blocks stay: the first ones, and the first of each kind. Without ``width`` the hidden
+    size and the heads stay as they are.
     """
     tiny = cut_config(config, _representative(config, depth))
     text = tiny.get_text_config(decoder=True)
@@ -171,7 +171,7 @@ def tiny_config(
 
 
 def _representative(config: PreTrainedConfig, depth: int) -> list[int]:
-    """The first blocks, the first of each kind that is not among them, and the last."""
+    """The first blocks, the first block of each other kind, and the last."""
     kinds = block_kinds(config)
     firsts = {kind: place for place, kind in reversed(list(enumerate(kinds)))}
     late = sorted({*(p for p in firsts.values() if p >= depth - 1), len(kinds) - 1})[-depth:]
@@ -189,7 +189,7 @@ def _shrink(text: PreTrainedConfig, caps: dict[str, int], *, width: bool) -> Non
     if width and rotary and hasattr(text, "head_dim") and not is_computed(text, "head_dim"):
         text.head_dim = rotary  # multi-head latent attention: what the rotary table is made for
     if width and heads and key_heads and not is_computed(text, "num_key_value_heads"):
-        few = text.num_attention_heads  # key heads stay as many, one, or fewer
+        few = text.num_attention_heads  # key-value heads: as many as heads, one, or fewer
         shared = 1 if key_heads == 1 else few // 2
         text.num_key_value_heads = few if key_heads == heads else shared
     if width and hasattr(text, "expand") and hasattr(text, "num_heads"):
@@ -210,7 +210,7 @@ def _cap(config: PreTrainedConfig, caps: dict[str, int]) -> None:
 
 
 def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Without the per-frequency scaling tables, which belong to one head size."""
+    """The rotary settings without per-frequency tables, which fit only one head size."""
     kept = "rope_theta partial_rotary_factor original_max_position_embeddings llama_4_scaling_beta"
     if "rope_type" in rope or not any(isinstance(value, dict) for value in rope.values()):
         return {"rope_type": "default"} | {

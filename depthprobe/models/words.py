@@ -1,7 +1,7 @@
-"""Histories in words: a user's items written as text, a title after the other.
+"""Histories in words: a user's items written as text, one title after the other.
 
 A causal model's state at the end of a title is its state after that item. So one pass over the text
-reads a user out after every item, as it does where an item is one vector.
+reads a user out after every item, as it does for items that are vectors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from depthprobe.models.item_tables import item_texts
 from depthprobe.study import TITLE, Backbone
 
 FIELD = "backbone.reads"
-POSITIONS = 16_384  # of texts that are read at once, where no gradient is needed
+POSITIONS = 16_384  # of texts read at a time, without gradients
 
 
 class Words(nn.Module):
@@ -38,9 +38,9 @@ class Words(nn.Module):
         self.register_buffer("sizes", torch.from_numpy(sizes))
 
     def ends(self, histories: Tensor) -> Tensor:
-        """The place of each item's last token in its user's text, (B, T) -> (B, T).
+        """The position of each item's last token in its user's text, (B, T) -> (B, T).
 
-        Padding has the place of the item before it.
+        Padding gets the position of the item before it.
         """
         return self.sizes[histories].cumsum(dim=1) - 1
 
@@ -48,15 +48,15 @@ class Words(nn.Module):
         """Texts of histories of item ids: (B, T) -> (B, S) token ids, right-padded with 0."""
         if self.tokens.shape[1] == 1:
             return self.tokens[histories][..., 0]
-        # by gathers alone, which torch.export can follow
+        # only gathers, which torch.export can follow
         sizes = self.sizes[histories]  # (B, T)
         ends = sizes.cumsum(dim=1)
         longest = ends.max()
-        if torch.compiler.is_exporting():  # attention asks whether there is more than one position
+        if torch.compiler.is_exporting():  # attention branches on a single position
             longest = longest.clamp(min=2)
             torch._check(longest.item() > 1)
         places = torch.arange(longest.item(), device=histories.device)  # (S,)
-        # which item a place belongs to, and which of its tokens stands there
+        # the item at each position, and which of its tokens
         item = (places[:, None] >= ends[:, None, :]).sum(dim=-1)  # (B, S)
         item = item.clamp(max=histories.shape[1] - 1)
         token = places - (ends - sizes).gather(1, item)
@@ -92,7 +92,7 @@ def item_tokens(
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    # what stands before a title is read with it: a blank there may be part of its first word
+    # tokenise what precedes a title with it: a blank there may be part of its first word
     longest, end = len(read(before)) + settings.title_tokens, read(after)
     found = []
     for text in item_texts(item_ids, titles, field=FIELD, asked=settings.reads):
@@ -104,7 +104,7 @@ def item_tokens(
 
 
 def look_alikes(tokens: Sequence[Sequence[int]]) -> list[str]:
-    """A warning where items have the tokens of another one: no history can tell them apart."""
+    """A warning if items have the same tokens: no history can tell them apart."""
     counts = Counter(map(tuple, tokens))
     alike = sum(count for count in counts.values() if count > 1)
     if not alike:

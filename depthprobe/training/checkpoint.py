@@ -1,4 +1,4 @@
-"""A training on disk, from which it goes on to the same numbers: one safetensors file.
+"""A training on disk, from which it continues to the same numbers: one safetensors file.
 
 The tensors are the trained weights, their best values so far and AdamW's moments; the file's header
 holds the rest as JSON. Nothing in it can run code. No state of a random generator is needed: the
@@ -34,7 +34,7 @@ SHARE = 20  # spend at most 1/20 of the time writing checkpoints
 
 @dataclass
 class Fit:
-    """The outcome of a training: where it stopped, how it went, how long it took."""
+    """The outcome of a training: its epochs and steps, losses, scores and seconds."""
 
     epochs: int = 0
     steps: int = 0
@@ -44,18 +44,18 @@ class Fit:
     losses: list[float] = field(default_factory=list)  # mean a epoch
     scores: list[float] = field(default_factory=list)  # validation NDCG@10 a epoch
     processes: int = 1
-    parts: int = field(default=1, compare=False)  # that a batch is computed in
-    reused: bool = field(default=False, compare=False)  # the result of an equal training before
+    parts: int = field(default=1, compare=False)  # into which a batch is divided
+    reused: bool = field(default=False, compare=False)  # it is cached, of an equal training
     resumed_at: list[int] = field(default_factory=list, compare=False)  # steps
     threads: list[int] = field(default_factory=list, compare=False)  # when begun, when resumed
     learning_rate: float = 0.0
     tried: dict[str, float | None] = field(default_factory=dict)  # best score by learning rate
-    tuning_seconds: float = field(default=0.0, compare=False)  # of the rates that were not chosen
+    tuning_seconds: float = field(default=0.0, compare=False)  # of the rates not chosen
 
 
 @dataclass
 class Progress:
-    """Where a training stands: complete epochs are in the fit, this is the running one."""
+    """The progress of a training: ``fit`` has the complete epochs, the rest is the running one."""
 
     fit: Fit = field(default_factory=Fit)
     done: int = 0  # steps of the running epoch
@@ -80,7 +80,7 @@ class Weights(dict[str, Tensor]):
     pages: mmap.mmap | None = None
 
     def leave_memory(self) -> None:
-        """Let the system have the memory of what is in a file; it is read again when needed."""
+        """Release the memory of weights mapped from a file; they are read again when needed."""
         if self.pages is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.pages.madvise(mmap.MADV_DONTNEED)
 
@@ -90,11 +90,11 @@ class SavedState(NamedTuple):
 
     progress: Progress
     best: Weights  # the best ones so far
-    engine: dict[str, Tensor]  # what an engine goes on from
+    engine: dict[str, Tensor]  # the state of an engine, to continue from
 
 
 class Checkpoint:
-    """A file that a training is written to from time to time; without a path there is none."""
+    """The file that a training is written to at intervals; without a path nothing is written."""
 
     def __init__(self, path: Path | None, origin: dict[str, Any], *, every: float = 0.0) -> None:
         """Write at most once in ``every`` seconds, and spend at most 1/``SHARE`` of the time."""
@@ -107,17 +107,17 @@ class Checkpoint:
         return self.path is not None and waited >= max(self.every, SHARE * self._took)
 
     def write(self, engine: Engine, progress: Progress, best: dict[str, Tensor]) -> None:
-        """Write all that the rest of the training needs; every process must call it."""
+        """Write everything that the rest of the training needs; every process must call this."""
         if self.path is None:
             return
         if self.path.exists() and not self.path.is_file():
             raise FileExistsError(f"{self.path} is no plain file")
         began = time.perf_counter()
         tensors = {f"best {name}": value for name, value in best.items()}
-        if not progress.ended:  # then the best weights are enough
+        if not progress.ended:  # an ended training needs only its best weights
             tensors |= engine.state()
         if engine.rank == 0:
-            # a copy where memory is shared, which safetensors refuses
+            # safetensors refuses shared memory, so copy it
             own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             header = {"format": FORMAT, "origin": self.origin, "progress": asdict(progress)}
             header["digest"] = _digest(header, own)
@@ -128,15 +128,15 @@ class Checkpoint:
         self._took = self._last - began
 
     def result(self) -> SavedState | None:
-        """The state of a training that has ended; None where the file holds no such thing."""
+        """The state of a training that has ended; None if the file does not hold one."""
         try:
             saved = self.read()
-        except ValueError:  # damaged, or of an older format: as good as none
+        except ValueError:  # damaged, or of an older format: ignore it
             return None
         return saved if saved is not None and saved.progress.ended else None
 
     def read(self) -> SavedState | None:
-        """The content of the file; None where there is none, ``ValueError`` if it doesn't fit."""
+        """The content of the file; None without a file, ``ValueError`` if it does not fit."""
         if self.path is None or not self.path.exists():
             return None
         if not self.path.is_file():
@@ -165,9 +165,9 @@ class Checkpoint:
 
 
 def put_aside(weights: Mapping[str, Tensor], folder: Path | None) -> Weights:
-    """Copies of weights as they are now, on disk: they are read again seldom.
+    """Copy the present weights to disk, since they are rarely read again.
 
-    The file has no name and is gone with the tensors. Without a folder they are in memory.
+    The file has no name and vanishes with the tensors. Without a folder the copies stay in memory.
     """
     if folder is None:
         return Weights({n: weight.detach().to("cpu", copy=True) for n, weight in weights.items()})
@@ -175,7 +175,7 @@ def put_aside(weights: Mapping[str, Tensor], folder: Path | None) -> Weights:
     starts = {}
     with tempfile.TemporaryFile(dir=folder) as file:
         for name, weight in weights.items():
-            # where numbers of any type may begin
+            # an offset that is aligned for every type
             starts[name] = file.seek(-(-file.tell() // 8) * 8)
             flat = weight.detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
@@ -194,9 +194,9 @@ def put_aside(weights: Mapping[str, Tensor], folder: Path | None) -> Weights:
 def identity(
     objective: nn.Module, windows: list[np.ndarray], *, recipe: Recipe, seed: int, processes: int
 ) -> dict[str, Any]:
-    """All that decides a training's numbers and can be seen from outside, for comparison.
+    """Everything visible from outside that decides a training's numbers, for comparison.
 
-    Not the weights that it begins with: they may differ in the last bit between machines.
+    Without the initial weights: they may differ in the last bit between machines.
     """
     trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     shapes = [(name, str(weight.dtype), *weight.shape) for name, weight in trained]

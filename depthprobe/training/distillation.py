@@ -1,10 +1,10 @@
 """Distillation: a student follows its teacher, in its states (SLMRec) or in its scores.
 
-SLMRec (arXiv 2405.17890) cuts teacher and student into the same number of groups of blocks. After
-each group the student's state is pulled to the teacher's (D_cos, D_norm), and inner groups learn to
-recommend by themselves through adapters of their own (L_ms). The paper compares the state of the
-last token. With the objective ``every`` each position of a history is the last of its beginning,
-and all are compared.
+SLMRec (arXiv 2405.17890) divides teacher and student into the same number of groups of blocks.
+After each group the student's state is pulled to the teacher's (D_cos, D_norm), and inner groups
+learn to recommend through adapters of their own (L_ms). The paper compares the state of the last
+token. With the objective ``every``, each position is the last one of a shorter history, so all are
+compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from depthprobe.training.features import FeatureSpec, Teacher, TeacherOutputs
 from depthprobe.training.losses import catalogue_kl, catalogue_loss, top_kl
 from depthprobe.training.objectives import Batch, Objective, at_targets, last_only, target_states
 
-TINY = 1e-12  # the least size of a state, in place of 0
+TINY = 1e-12  # the smallest norm of a state, to avoid a division by 0
 
 
 def group_ends(depth: int, groups: int) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ class _StateLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """The student's gradient alone."""
+        """The gradient of the student's states; the teacher gets none."""
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None, None
 
@@ -127,7 +127,7 @@ class Distiller(nn.Module):
         *,
         goal_items: Tensor | None = None,
     ) -> None:
-        """Put a student together with its teacher's outputs, if it follows any.
+        """Combine a student with its teacher's outputs, if it follows a teacher.
 
         ``goal_items`` is the teacher's item matrix, (I + 1, d'), for the scores of all items.
 
@@ -149,7 +149,7 @@ class Distiller(nn.Module):
         """The weighted sum of the losses of a batch, a scalar."""
         student, weights, recipe = self.student, self.settings, self.recipe
         tapping = weights.follows_states or len(self.adapters) > 0
-        # a tapped model runs uncompiled, so only where its states are read
+        # a tapped model runs uncompiled, so tap it only if its states are read
         with tap_blocks(student.backbone) if tapping else nullcontext() as tap:
             vectors = at_targets(student(batch.inputs, batch.ends), batch)  # (N, d)
         states = [tap.states[end] for end in self.ends] if tap is not None else []  # (B, P, D) each
@@ -188,5 +188,5 @@ class Distiller(nn.Module):
             adapter(states_at(state, places).float())  # (B, d)
             for adapter, state in zip(self.adapters, states, strict=True)
         ]
-        targets = batch.last.repeat(len(vectors))  # the groups in one go: the sum of their means
+        targets = batch.last.repeat(len(vectors))  # all groups at once: the sum of their means
         return len(vectors) * catalogue_loss(torch.cat(vectors), items, targets, recipe=self.recipe)

@@ -4,9 +4,9 @@ Each process computes a share of every batch, by DDP or FSDP 2. The objective is
 calls its model more than once a step (the prompt, the items) and reads weights outside the model's
 forward.
 
-Under FSDP a copy of the objective is sharded and trained, and the objective itself stays in full:
-it takes the copy's weights before each validation. So an ordinary module validates and is saved,
-and each process needs room for the weights beside its share of gradients and moments.
+Under FSDP a copy of the objective is sharded and trained. The objective itself stays whole, and
+takes the copy's weights before each validation. So an ordinary module is validated and saved, but
+each process needs memory for all weights besides its share of gradients and moments.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def join(device: str) -> PartialState:
     """Join the processes of ``accelerate launch``, before a model is loaded; alone without one.
 
-    Sets the GPU that ``cuda`` means in this process. Under FSDP it makes every process load its
-    weights: transformers would load them in the first alone, and the others could not validate.
+    Sets the GPU that ``cuda`` means in this process. Under FSDP it makes every process load the
+    weights: transformers would load them only in the first, and the others could not validate.
     """
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=device == "cpu")
@@ -53,7 +53,7 @@ class Engine:
     """An objective with its optimiser, wrapped for the processes that train it.
 
     Attributes:
-        objective: in full; it validates and is saved.
+        objective: whole; it is validated and saved.
         inner: the objective, or the copy of it that is sharded.
         called: ``inner`` or what wraps it: a batch in, its loss out.
         weights: the trained ones by name: the objective's own, or shards of a copy's.
@@ -62,7 +62,7 @@ class Engine:
     """
 
     def __init__(self, objective: nn.Module, recipe: Recipe, device: torch.device) -> None:
-        """Wrap it; ``BadInput`` for sharding that would train wrongly or can't be done."""
+        """Wrap the objective; ``BadInput`` if sharding would train wrongly or is impossible."""
         state = PartialState(cpu=device.type == "cpu")
         self.rank, self.processes = int(state.process_index), int(state.num_processes)
         self.objective, self.recipe, self.device = objective, recipe, device
@@ -85,8 +85,8 @@ class Engine:
     def _wrap(self) -> None:
         plugin = _fsdp_plugin()
         self.accelerator = Accelerator(
-            mixed_precision="no",  # autocast is ours; and so FSDP sums gradients in float32
-            # a token table that only a prompt reads gets no gradient without one
+            mixed_precision="no",  # we call autocast; and FSDP sums gradients in float32
+            # without a prompt, a token table that only the prompt reads gets no gradient
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
             fsdp_plugin=plugin,
         )
@@ -97,17 +97,17 @@ class Engine:
         _check_dtypes(self.objective, self.recipe)
         _check_units(plugin, self.objective)
         # The state is a singleton that would keep the plugin of the training before. On CPUs
-        # accelerate would fall back to DDP without a word.
+        # accelerate would silently fall back to DDP.
         self.accelerator.state.fsdp_plugin = plugin
-        for state in (self.accelerator.state, PartialState()):  # one is copied from the other
+        for state in (self.accelerator.state, PartialState()):  # the sharded copy
             state.distributed_type = DistributedType.FSDP
         self.inner = _copy(self.objective)
-        # accelerate wants an optimiser beside a model that it shards; any will do
+        # accelerate requires an optimiser with a model that it shards; any one will do
         optimizer = SGD([p for p in self.inner.parameters() if p.requires_grad])
         self.called, _ = self.accelerator.prepare(self.inner, optimizer)
 
     def autocast(self, *, enabled: bool = True) -> AbstractContextManager[None]:
-        """A forward pass inside computes in the recipe's precision; not enabled, as it is."""
+        """Within it a forward pass computes in the recipe's precision, if enabled."""
         half = enabled and self.recipe.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
@@ -118,7 +118,7 @@ class Engine:
         return values
 
     def agree(self, score: float) -> float:
-        """The first process's score, in all of them: they must stop at the same epoch."""
+        """Give all processes the first one's score, so that they stop at the same epoch."""
         if self.processes == 1:
             return score
         shared = torch.tensor([score], dtype=torch.float64, device=self.device)
@@ -126,11 +126,11 @@ class Engine:
         return float(shared.item())
 
     def no_sync(self) -> Any:
-        """A backward pass inside leaves its gradients in this process."""
+        """Within it a backward pass does not exchange gradients between processes."""
         return self.accelerator.no_sync(self.called) if self.accelerator else nullcontext()
 
     def clip(self, largest: float) -> Tensor:
-        """Hand the gradients to the masters and clip them; returns their norm before, a scalar."""
+        """Move the gradients to the masters and clip them; returns their norm before, a scalar."""
         for name, weight in self.weights.items():
             master = self.masters[name]
             if master is not weight and weight.grad is not None:
@@ -138,26 +138,26 @@ class Engine:
         return _full(clip_grad_norm_(list(self.masters.values()), largest))
 
     def step(self) -> None:
-        """Update the weights by their gradients, which are gone then."""
+        """Update the weights by their gradients, and delete these."""
         self.optimizer.step()
         self._copy_back()
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Delete all gradients."""
         for tensor in (*self.weights.values(), *self.masters.values()):
             tensor.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the objective the weights as they are now, where a copy of it is trained."""
+        """Give the objective the present weights, if a copy of it is trained."""
         own = dict(self.objective.named_parameters())
         for name, weight in self.weights.items():
             if weight is not own[name]:
                 own[name].copy_(_full(weight))
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments in full, as ``weights NAME``, ``exp_avg NAME``; a call of all."""
+        """Whole masters and moments, as ``weights NAME``, ``exp_avg NAME``; all must call it."""
         tensors = {f"weights {name}": _full(master) for name, master in self.masters.items()}
         for name, master in self.masters.items():
             moments = self.optimizer.state.get(master, {})  # empty before its first gradient
@@ -166,7 +166,7 @@ class Engine:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Continue from what :meth:`state` returned."""
         fused = bool(self.optimizer.defaults["fused"])
         for name, master in self.masters.items():
             master.copy_(_shard_like(state[f"weights {name}"], master))
@@ -210,14 +210,15 @@ def _check_dtypes(objective: nn.Module, recipe: Recipe) -> None:
 
 
 def _check_units(plugin: FullyShardedDataParallelPlugin, objective: nn.Module) -> None:
-    """Blocks sharded one by one can't run a prompt that the batch's users share.
+    """Refuse blocks sharded one by one together with a prompt that the batch's users share.
 
-    Its keys and values reach the loss past the blocks' outputs, by which FSDP gathers weights anew.
+    The prompt's keys and values reach the loss without passing the blocks' outputs, and FSDP
+    gathers weights for the backward pass only at these outputs.
     """
     if plugin.auto_wrap_policy is None:
         return
     here = {type(module).__name__ for module in objective.modules()}
-    # a study trains models of several kinds, and accelerate refuses a class that one lacks
+    # accelerate refuses a class that a model lacks, and a study trains several kinds of models
     units = [name for name in plugin.transformer_cls_names_to_wrap or () if name in here]
     plugin.transformer_cls_names_to_wrap = units
     models = [module for module in objective.modules() if isinstance(module, Recommender)]
@@ -227,19 +228,19 @@ def _check_units(plugin: FullyShardedDataParallelPlugin, objective: nn.Module) -
 
 
 def _copy(objective: nn.Module) -> nn.Module:
-    """A copy with weights of its own; data that a module holds beside them is shared."""
+    """A copy with its own weights; other data of a module is shared."""
     values = (value for module in objective.modules() for value in vars(module).values())
     ours = (v for v in values if type(v).__module__.startswith("depthprobe."))
     return copy.deepcopy(objective, {id(v): v for v in ours if not isinstance(v, nn.Module)})
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded over the processes, in full; all of them must ask for it."""
+    """The whole of a tensor that may be sharded; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor in full as ``like`` is: on its device, sharded if it is."""
+    """A whole tensor placed like ``like``: on its device, sharded if it is."""
     moved = tensor.to(like.device)
     if isinstance(like, DTensor):
         return distribute_tensor(moved, like.device_mesh, like.placements)

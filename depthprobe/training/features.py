@@ -1,8 +1,7 @@
 """The teacher's outputs at the training windows: computed once for all students, or at each step.
 
 The teacher does not change while students learn. So its states after some blocks, and its user
-vectors or the items that it scores best, are stored as memory-mapped files and shared by the
-students of every depth.
+vectors or best-scored items, are stored as memory-mapped files that students of all depths share.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from depthprobe.training.objectives import (
 )
 
 SPEC = "features.json"  # what a folder of features holds
-HALF = (torch.float16, torch.bfloat16)  # what states are stored in, the first that fits
-TOP_BYTES = 64 * 2**20  # of scores at once, when the best items are looked for
+HALF = (torch.float16, torch.bfloat16)  # types for stored states; the first one that fits is used
+TOP_BYTES = 64 * 2**20  # of scores at a time, in the search for the best items
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """The teacher's outputs at the N target positions of a batch; None is what is not needed."""
+    """The teacher's outputs at the N target positions of a batch; None if not needed."""
 
     states: Tensor | None = None  # (G, N, D) float32, one group for each depth
     vectors: Tensor | None = None  # (N, d)
@@ -56,7 +55,7 @@ class TeacherOutputs:
 
 
 class Teacher(Protocol):
-    """Where a student gets the teacher's outputs from."""
+    """A source of the teacher's outputs."""
 
     def at(self, batch: Batch) -> TeacherOutputs:
         """The outputs at the batch's target positions, on its device."""
@@ -100,7 +99,7 @@ class CachedTeacher:
 
 
 class OnlineTeacher:
-    """A teacher that runs at every step, as SLMRec's does: for features that fit on no disk."""
+    """A teacher that runs at every step, as in SLMRec, for features that are too large to store."""
 
     def __init__(self, model: Recommender, spec: FeatureSpec) -> None:
         """Take the outputs of ``model``, which must be in evaluation mode."""
@@ -174,12 +173,12 @@ def _write(
 
 
 def _starts(windows: list[np.ndarray], spec: FeatureSpec) -> np.ndarray:
-    """The first row of each window in the files, and their number of rows, (windows + 1,)."""
+    """The first row of each window in the files, then the number of rows, (windows + 1,)."""
     return np.concatenate([[0], np.cumsum(count_targets(windows, spec.objective))])
 
 
 def _rows_of(chosen: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The rows of some windows in the files, one a target position, (N,)."""
+    """The rows of some windows in the files, one per target position, (N,)."""
     return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
 
 

@@ -1,8 +1,8 @@
 """The training loop: AdamW, cosine schedule with warm-up, gradient clipping, early stopping.
 
-One loop for everything that is trained, in one process or several; the weights with the best
-validation score are kept. What is random at a step depends on the seed, the step and the process
-alone, so a training that was killed goes on from its checkpoint to the same numbers.
+One loop trains everything, in one process or several, and keeps the weights with the best
+validation score. Randomness at a step depends only on seed, step and process, so a killed training
+continues from its checkpoint to the same numbers.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from depthprobe.training.tracking import Track
 
 logger = logging.getLogger(__name__)
 
-# a batch with more padding, as a share of its real positions and in positions, is computed in parts
+# a batch with more padding (share of its real positions; positions) is computed in parts
 PADDING, FEW = 0.1, 256
-TOGETHER = 16  # steps whose losses are read together on a GPU, which stands still meanwhile
+TOGETHER = 16  # steps between two reads of losses on a GPU, since it is idle during a read
 TRACKED = 50  # steps whose mean loss is tracked together
 LOGGED = 10.0  # seconds between two log lines about steps, at least
 
@@ -73,21 +73,21 @@ def fit(
     ``batch_size`` windows a process, and equals a step of one process on all of them.
 
     Args:
-        objective: the model with its loss: batches in, the mean over their targets out.
-        windows: one array of item ids a user, at least two items each.
-        validate: the score to maximise, called after each epoch with the objective in eval mode;
-            in every process, and the first one's score counts.
-        positions: that each window takes, where its items are texts.
-        track: gets, in the first process, each epoch's loss and score, and the mean loss and the
-            learning rate of every so many steps.
-        checkpoint: a file to go on from if it exists, written at most once in ``every`` seconds. It
-            stays when the training has ended: nothing is lost if the process dies before its
-            result is saved.
-        result: a file of the result: read if it is that of an equal training, else written. It
-            must be named by what the checks here can't see: first weights, settings of the loss.
+        objective: the model with its loss: takes a batch, returns the mean over its targets.
+        windows: one array of item ids per user, at least two items each.
+        validate: the score to maximise. It is called after each epoch, with the objective in eval
+            mode, in every process; the first process's score counts.
+        positions: of each window, if its items are texts.
+        track: receives, in the first process, each epoch's loss and score, and at intervals the
+            mean loss and the learning rate.
+        checkpoint: a file to continue from if it exists, written at most once in ``every`` seconds.
+            It stays when the training has ended, in case the process dies before the result is
+            saved.
+        result: a file of the result. It is read if it belongs to an equal training, else written.
+            Its name must stand for what is not checked here: initial weights, settings of the loss.
 
     Raises:
-        DivergedError: if the loss or its gradient is not finite; the weights are those before.
+        DivergedError: if the loss or its gradient is not finite; that step changed no weights.
     """
     began = time.perf_counter()
     engine = Engine(objective, recipe, device)
@@ -117,7 +117,7 @@ def fit(
 
     def save(file: Checkpoint) -> None:
         done.seconds = before + time.perf_counter() - began
-        release_memory()  # what the steps left free; the best weights take its place meanwhile
+        release_memory()  # return freed memory to the system before the best weights are copied
         file.write(engine, progress, best)
         best.leave_memory()
 
@@ -128,7 +128,7 @@ def fit(
                 save(own)
             engine.publish()
             objective.eval()
-            # lengths of all kinds, once an epoch: compiling for them does not pay
+            # validation has lengths of all kinds, once per epoch: compiling does not pay
             with torch.compiler.set_stance("force_eager"), engine.autocast():
                 score = engine.agree(validate())
             progress.end_epoch(score)
@@ -149,7 +149,7 @@ def fit(
             save(own)
         try:
             save(shared)
-        except OSError as error:  # others' gain is no reason to lose this training
+        except OSError as error:  # a cache that fails must not lose this training
             logger.warning("the result was not written to the cache: %s", error)
     return done
 
@@ -163,7 +163,7 @@ def _train_epoch(
     due: Callable[[], bool],
     positions: Sequence[int] | None,
 ) -> Iterator[None]:
-    """Take what is left of the epoch's steps; yields after those where a checkpoint is due."""
+    """Take the epoch's remaining steps; yields after a step if a checkpoint is due."""
     recipe, fit = engine.recipe, progress.fit
     size = recipe.batch_size * engine.processes
     lengths = positions or [len(window) for window in windows]
@@ -177,17 +177,17 @@ def _train_epoch(
             group["lr"] = rate
         loss = None
         while loss is None:
-            # dropout and negatives: other ones in each step and process
+            # for dropout and negatives: different in each step and process
             torch.manual_seed(_random_number((seed, fit.steps, engine.rank)))
             parts = parts_of(np.array([lengths[i] for i in chosen]), fit.parts, most)
             try:
                 loss = _gradients(engine, windows, chosen, parts)
             except torch.OutOfMemoryError:
-                # of several processes one would go on alone
+                # one process must not retry without the others
                 if engine.processes > 1 or parts == len(chosen):
                     raise
-            if loss is None:  # after the handler: the traceback holds on to what did not fit
-                # the step has changed no weights, so it is taken again
+            if loss is None:  # outside the handler, whose traceback keeps the tensors alive
+                # the step has changed no weights, so repeat it
                 engine.zero_grad()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -206,10 +206,10 @@ def _train_epoch(
 
 
 def parts_of(lengths: np.ndarray, least: int, most: int) -> int:
-    """In how many parts to compute a batch, (B,) lengths in ascending order.
+    """How many parts to divide a batch into, (B,) lengths in ascending order.
 
-    As few as leave little padding, four times ``least`` at most; more where a part would have more
-    than ``most`` positions. They change what a step costs, and its result in the last bits alone.
+    The fewest with little padding, from ``least`` to four times that; more if a part would exceed
+    ``most`` positions. Parts change a step's cost, and only the last bits of its result.
     """
     for parts in (least, 2 * least, 4 * least):
         computed = sum(len(part) * part[-1] for part in np.array_split(lengths, parts) if len(part))
@@ -219,22 +219,22 @@ def parts_of(lengths: np.ndarray, least: int, most: int) -> int:
 
 
 def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int) -> Tensor:
-    """Leave the gradients of a batch's loss; returns this process's part of the loss, a scalar.
+    """Compute the gradients of a batch's loss; returns this process's share of the loss, a scalar.
 
-    The batch is the same in all processes; each computes its share of it, in parts. A mean loss
-    counts by how many of the batch's targets it is a mean of, so the gradients don't depend on how
-    the batch is divided. DDP and FSDP average over the processes, which is undone.
+    All processes get the same batch, and each computes a share of it, in parts. A part's mean loss
+    is weighted by its number of targets, so the gradients don't depend on the division. DDP and
+    FSDP average over the processes; the weights undo that.
     """
     objective = engine.recipe.objective
     total = count_targets([windows[index] for index in chosen], objective).sum()
-    # every n-th window of a batch that is sorted by length: all processes get about as long ones
+    # every n-th window of a batch sorted by length: all processes get similar lengths
     own = chosen[engine.rank :: engine.processes]
     weight = float(len(own) > 0)
-    own = own if weight else chosen[:1]  # the others wait for gradients of this process too
+    own = own if weight else chosen[:1]  # the other processes wait for this one's gradients
     pieces = np.array_split(own, min(parts, len(own)))
-    # the same in all processes and parts of a step: they know its windows
+    # from the step's windows, so the same in all its processes and parts
     losses, draw = [], _random_number(chosen.tolist())
-    with engine.autocast():  # of all parts together: it casts each weight once
+    with engine.autocast():  # around all parts: it casts each weight once
         for place, part in enumerate(pieces, start=1):
             batch = make_batch(windows, part, engine.device, objective, draw=draw)
             fraction = weight * batch.count / total
@@ -247,16 +247,16 @@ def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int)
 
 
 class LossMonitor:
-    """Looks for losses that are not finite; logs and tracks the others.
+    """Checks that losses are finite; logs and tracks them.
 
-    Reading a loss makes a GPU wait for the host. So there some steps are read together. Meanwhile
-    the device lets no update through from the first bad step on, by the way that loss scaling skips
-    one: the weights are those before that step when the error names it.
+    Reading a loss makes a GPU wait for the host, so a GPU's losses are read several steps at a
+    time. Until then the device itself skips all updates from the first bad step on, with the
+    mechanism of loss scaling. So the error names that step, and the weights are those before it.
     """
 
     def __init__(self, engine: Engine, progress: Progress, track: Track) -> None:
         self._engine, self._progress, self._track = engine, progress, track
-        # shards know no such way, nor does AdamW but in its fused form
+        # only the fused AdamW can skip steps, and only without shards
         together = engine.inner is engine.objective and engine.device.type == "cuda"
         self.together = TOGETHER if together else 1
         self._unread: list[Tensor] = []  # (2,) a step: its loss, its gradient's norm
@@ -266,7 +266,7 @@ class LossMonitor:
         self._tracked = progress.done, progress.lost
 
     def add(self, loss: Tensor, norm: Tensor) -> bool:
-        """Take a step's loss and its gradient's norm, before its update; whether to read now."""
+        """Take a step's loss and gradient norm before its update; returns whether to read now."""
         numbers = torch.stack([loss, norm.to(loss.dtype)])
         self._unread.append(numbers)
         if self.together > 1:
@@ -276,7 +276,7 @@ class LossMonitor:
         return len(self._unread) >= self.together
 
     def read(self, *, due: bool, rate: float, total: int) -> bool:
-        """Add the losses to the epoch's; returns what the first process passed as ``due``.
+        """Read the losses, add them to the epoch's; returns the ``due`` of the first process.
 
         Raises:
             DivergedError: in all processes, for the first step that was not finite in one of them.
@@ -318,11 +318,11 @@ class LossMonitor:
 
 @contextmanager
 def _compiled(objective: nn.Module) -> Iterator[None]:
-    """Compile the models in an objective; after it they are as they were.
+    """Compile the models in an objective; afterwards they are as before.
 
-    Not the loss: each batch has another number of targets, and it would be compiled for each. In
-    place, so that the weights keep their names. A model whose states are tapped, as a student's
-    are, runs uncompiled (see ``tap_blocks``).
+    The loss is not compiled: it would be compiled again for each number of targets. The models are
+    compiled in place, so that the weights keep their names. A model whose states are tapped, such
+    as a student, runs uncompiled (see ``tap_blocks``).
     """
     models = [m for m in objective.children() if not isinstance(m, nn.ModuleList)]
     try:
@@ -331,8 +331,8 @@ def _compiled(objective: nn.Module) -> Iterator[None]:
         yield
     finally:
         for model in models:
-            vars(model).pop("forward", None)  # the class's own again
-        torch.compiler.reset()  # its limit of recompilations holds for all trainings of a process
+            vars(model).pop("forward", None)  # the class's method again
+        torch.compiler.reset()  # torch's limit of recompilations counts all trainings of a process
 
 
 def trained(objective: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Losses over the item catalogue whose gradients are made in the forward pass.
+"""Losses over the item catalogue that compute their gradients in the forward pass.
 
 Shapes, in every function:
 
@@ -8,10 +8,10 @@ Shapes, in every function:
 
 A loss is a mean over the N positions, a scalar; without a single position it raises ``ValueError``.
 
-The matrix of scores (N, I) is never held: with a million items it would be larger than the model. A
-loss goes over chunks of positions (and of items), and adds a chunk's gradient by vectors and items
-to their sums while its scores are at hand. Autograd then has no graph to keep, and the backward
-pass only scales the sums.
+The matrix of scores (N, I) never exists as a whole: with a million items it would be larger than
+the model. A loss goes over chunks of positions (and of items), and adds each chunk's gradients for
+vectors and items to their sums while it has the scores. Autograd then keeps no graph, and the
+backward pass only scales the sums.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, embedding, log_softmax, logsigmoi
 
 from depthprobe.study import Recipe
 
-# bytes of scores at once: on a CPU what its cache holds, on a GPU what keeps it busy
+# bytes of scores at a time: they fit a CPU's cache, and keep a GPU busy
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
 # Positions in a chunk of the full cross-entropy. With fewer, going over all items and their
 # gradient for each chunk costs more than computing its scores twice, in tiles of MOST_ROWS.
@@ -43,10 +43,10 @@ Judge = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 class _MeanLoss(torch.autograd.Function):
-    """A mean over positions; its gradients are made with it.
+    """A mean over positions, computed together with its gradients.
 
-    The backward pass scales them in place and gives them away, since the gradient of a table is as
-    large as the table. So there is one backward pass, and no second derivative.
+    The backward pass scales them in place and returns them without a copy, since a table's gradient
+    is as large as the table. So only one backward pass is possible, and no second derivative.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Sum, Sum, None]:
-        """Scale the gradients that the forward pass made."""
+        """Scale the gradients from the forward pass."""
         scale = grad / ctx.count
         d_vectors, d_items = (
             None if each is None else each.mul_(scale).to(dtype)
@@ -75,7 +75,7 @@ def _mean_loss(vectors: Tensor, items: Tensor, fill: Fill) -> Tensor:
     """The mean of what ``fill`` computes; differentiable in vectors and items."""
     if not len(vectors):
         raise ValueError("no position to compute a loss on")
-    with torch.autocast(vectors.device.type, enabled=False):  # each fill chooses its own dtypes
+    with torch.autocast(vectors.device.type, enabled=False):  # each ``fill`` chooses its own dtypes
         if not torch.is_grad_enabled():
             return fill(vectors, items, None, None).mean()
         loss: Tensor = _MeanLoss.apply(vectors, items, fill)  # type: ignore[no-untyped-call, unused-ignore]
@@ -109,7 +109,7 @@ def _chosen_loss(
             if d_vectors is not None:
                 d_vectors[chunk] = torch.bmm(error[:, None], chosen)[:, 0]  # (rows, d)
             if d_items is not None:
-                # for each item the sum over the places where it was chosen; reuses its memory
+                # sum each item's gradient over the places where it was chosen; reuses memory
                 outer = torch.mul(error[:, :, None], part[:, None], out=chosen)  # (rows, n, d)
                 d_items.index_add_(0, ids.flatten(), outer.flatten(0, 1))
         return losses
@@ -137,8 +137,8 @@ def catalogue_cross_entropy(vectors: Tensor, items: Tensor, targets: Tensor) -> 
     Computed in the dtype of the vectors, or of autocast where that is on. In bfloat16 the three
     kinds of matrix products are; the softmax, the loss and the sums of gradients are in float32.
 
-    No fused kernel on a GPU: those in reach are made for states as wide as a language model's, and
-    a table of a million items 64 wide is another shape (``analyses/catalogue_loss``).
+    No fused kernel on a GPU: the existing ones are made for states as wide as a language model's,
+    not for a table of a million items of width 64 (``analyses/catalogue_loss``).
     """
     device, dtype = vectors.device.type, vectors.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
@@ -148,7 +148,7 @@ def catalogue_cross_entropy(vectors: Tensor, items: Tensor, targets: Tensor) -> 
         count, n_items = len(vectors), len(items) - 1
         sums = _sum_dtype(dtype)
         cells = CHUNK_BYTES[vectors.device.type] // sums.itemsize
-        fitting = cells // n_items  # positions whose scores of all items fit
+        fitting = cells // n_items  # positions whose scores for all items fit
         chunks = -(-count // (fitting if fitting >= FEWEST_ROWS else MOST_ROWS))
         rows = -(-count // chunks)
         width = min(n_items, max(1, cells // rows))
@@ -176,8 +176,8 @@ def _fill_chunk(
 ) -> Tensor:
     """Cross-entropy of a chunk of positions, (rows,), tile by tile of the catalogue.
 
-    A catalogue that does not fit in one tile is gone over twice: for each position's normaliser,
-    then for the gradients (as Cut Cross-Entropy does, arXiv 2411.09009). ``columns`` (rows, 1) are
+    A catalogue that does not fit in one tile is scored twice: for each position's normaliser, then
+    for the gradients (as Cut Cross-Entropy does, arXiv 2411.09009). ``columns`` (rows, 1) are
     the targets as columns of the catalogue, ``buffer`` is room for the scores of a tile.
     """
     catalogue = items[1:]
@@ -197,12 +197,12 @@ def _fill_chunk(
         # Second pass, backwards: the gradient by the scores is the softmax, less 1 at the target.
         for low, high in reversed(tiles):
             part = catalogue[low:high].to(vectors.dtype)  # (width, d)
-            if high == tiles[-1][1]:  # still in the buffer; a small catalogue has no other tile
+            if high == tiles[-1][1]:  # still in the buffer; a small catalogue has only this tile
                 share.div_(total)
             else:
                 share = _product(vectors, part, buffer).sub_(normaliser).exp_()
             place, inside = _within(columns, low, high)
-            # before any rounding: a target's share less one must not cancel in bfloat16
+            # subtract before rounding: the target's share less one must not cancel in bfloat16
             error = share.scatter_add_(1, place, -inside.to(share.dtype)).to(vectors.dtype)
             if d_vectors is not None:
                 _add_product(d_vectors, error, part)
@@ -212,7 +212,7 @@ def _fill_chunk(
 
 
 def _within(columns: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Where in a tile each target is, and whether; without asking a GPU, which would wait."""
+    """Each target's place in a tile, and whether it is there, without synchronising a GPU."""
     return (columns - low).clamp(0, high - low - 1), (columns >= low) & (columns < high)
 
 
@@ -256,8 +256,8 @@ def sampled_softmax(vectors: Tensor, items: Tensor, targets: Tensor, *, negative
 def shared_softmax(vectors: Tensor, items: Tensor, targets: Tensor, *, negatives: int) -> Tensor:
     """Cross-entropy of each target against one random set of items, which all positions share.
 
-    The scores are one matrix product, where ``sampled_softmax`` fetches every position's own items:
-    a thousand negatives cost less than its 256. They are raised as there; a target that is in the
+    The scores are one matrix product, while ``sampled_softmax`` fetches items for every position: a
+    thousand negatives cost less than its 256. They are raised as there, and a target that is in the
     set counts once.
     """
     count = len(items) - 1
@@ -309,9 +309,9 @@ def _sampled(
 def _draw(n_items: int, negatives: int, *, positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Random numbers that decide every position's negatives: (n,) distinct ones, and (N,) shifts.
 
-    Each position shifts one random set around the catalogue: a uniform sample without repeats, and
-    sums over them are uncorrelated between positions. Samples drawn apart would take a shuffled
-    catalogue a position, and one sample for all lets a few items carry all of its noise
+    Each position shifts one random set around the catalogue. This is a uniform sample without
+    repeats, with sums that are uncorrelated between positions. Separate samples would need a
+    shuffled catalogue per position, and one sample for all would give a few items all of its noise
     (``analyses/catalogue_loss``).
     """
     others = n_items - 1
@@ -340,7 +340,7 @@ def catalogue_kl(
     def fill(vectors: Tensor, items: Tensor, d_vectors: Sum, d_items: Sum) -> Tensor:
         dtype = _sum_dtype(vectors.dtype)
         catalogue, others = items[1:].to(dtype), goal_items[1:].to(dtype)
-        # four matrices (rows, I) are alive at once
+        # four matrices (rows, I) exist at a time
         rows = max(1, CHUNK_BYTES[vectors.device.type] // (4 * len(catalogue) * dtype.itemsize))
         losses = torch.empty(len(vectors), dtype=dtype, device=vectors.device)
         for start in range(0, len(vectors), rows):
@@ -360,9 +360,9 @@ def catalogue_kl(
 def top_kl(
     vectors: Tensor, items: Tensor, top: Tensor, scores: Tensor, *, temperature: float
 ) -> Tensor:
-    """The same over the teacher's best items ``top`` (N, K) alone, with its scores of them (N, K).
+    """The same over only the teacher's best items ``top`` (N, K), with its scores of them (N, K).
 
-    It is ListNet's loss on the teacher's list: it leaves the student free about all other items.
+    This is ListNet's loss on the teacher's list; it does not constrain the other items.
     """
 
     def judge(own: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:

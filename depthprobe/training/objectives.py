@@ -1,4 +1,4 @@
-"""What a training minimises: the loss of the next item, of one depth or of several."""
+"""Training objectives: the loss of the next item, at one depth or at several."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Batch:
     chosen: np.ndarray  # (B,) indices of the windows
     inputs: Tensor  # (B, T) item ids, right-padded with 0
     lengths: Tensor  # (B,) items in each row of the inputs
-    rows: Tensor  # (N,) the target positions, as places in the flattened inputs (B T)
+    rows: Tensor  # (N,) the target positions, as indices into the flattened inputs (B T)
     targets: Tensor  # (N,) the item that follows each of them
     last: Tensor  # (B,) each window's last item
     objective: Objective
@@ -42,7 +42,7 @@ class Batch:
 
     @property
     def ends(self) -> Tensor | None:
-        """``lengths`` where a model reads out the last position alone; None for all positions."""
+        """``lengths`` if only the last position is read out; None for all positions."""
         return self.lengths if self.objective == "last" else None
 
 
@@ -59,14 +59,14 @@ def make_batch(
     sizes = np.array([len(windows[i]) - 1 for i in chosen])  # (B,)
     width = padded.shape[1] - 1
     last = padded[np.arange(len(padded)), sizes]
-    # on the host, which knows the lengths; a GPU would have to be waited for
+    # computed on the host, which knows the lengths, without waiting for a GPU
     if objective == "every":
         inside = np.arange(width) < sizes[:, None]  # (B, T)
         rows, targets = np.flatnonzero(inside), padded[:, 1:][inside]
     else:
         rows, targets = np.arange(len(sizes)) * width + sizes - 1, last
 
-    padded[np.arange(len(padded)), sizes] = 0  # no input, also where longer windows leave room
+    padded[np.arange(len(padded)), sizes] = 0  # no input, even where longer windows leave room
 
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
@@ -96,12 +96,12 @@ def count_targets(windows: Sequence[np.ndarray], objective: Objective) -> np.nda
 
 
 def at_rows(states: Tensor, rows: Tensor) -> Tensor:
-    """States (B, T, D) at some places of the flattened (B T), (N, D)."""
+    """States (B, T, D) at some indices of the flattened (B T), (N, D)."""
     return states.flatten(0, 1).index_select(0, rows)
 
 
 def target_states(model: Recommender, states: Tensor, batch: Batch) -> Tensor:
-    """A block's output (B, P, D), prompt and all, at the batch's target positions, (N, D)."""
+    """A block's output (B, P, D), prompt included, at the batch's target positions, (N, D)."""
     if batch.objective == "last":
         return states_at(states, model.last_place(batch.inputs, batch.lengths))
     return at_rows(model.after_items(states, batch.inputs), batch.rows)
@@ -113,9 +113,9 @@ def at_targets(vectors: Tensor, batch: Batch) -> Tensor:
 
 
 class NextItem(nn.Module):
-    """A recommender with the loss that trains it: a batch in, the mean over its targets out.
+    """A recommender with its loss: takes a batch, returns the mean over its targets.
 
-    What wraps a module for several processes must see the model's call and its items: both happen
+    A wrapper for several processes must see both the model's call and its items, so both happen
     inside ``forward``.
     """
 
@@ -148,8 +148,8 @@ class ElasticObjective(nn.Module):
 
     LayerSkip (Elhoushi et al., arXiv 2404.16710). All depths share the final norm and the output
     adapter, so each prefix is an ordinary recommender: cut to k blocks, it is the model at exit k.
-    LayerSkip drops blocks for some sequences of a batch and computes them all the same; here a step
-    drops them for the full batch and saves their time, as LayerDrop does (arXiv 1909.11556).
+    LayerSkip drops blocks for some sequences of a batch, but computes them anyway. Here a step
+    drops them for the whole batch and saves their time, as LayerDrop does (arXiv 1909.11556).
     """
 
     def __init__(self, model: Recommender, settings: Elastic, recipe: Recipe) -> None:

@@ -17,10 +17,10 @@ from depthprobe.errors import BadInput, nearest
 
 logger = logging.getLogger(__name__)
 
-# gets a training's step and the values measured there, by name; in the first process alone
+# takes a step and its values by name; called only in the first process
 Track = Callable[[int, Mapping[str, float]], None]
 
-# what a tracker calls the name of a run inside its project, where runs have names
+# the trackers' options for the name of a run within its project
 RUN = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "clearml": "task_name"}
 
 
@@ -31,7 +31,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise BadInput("tracking.to", name, nearest(name, sorted(LOGGER_TYPE_TO_CLASS)))
-        # one that was registered as a class needs no package to be found
+        # a tracker registered as a class needs no package
         if name in built_in and name not in available:
             raise BadInput("tracking.to", name, "a tracker whose package is installed")
 
@@ -40,7 +40,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracked(
     names: Sequence[str], *, folder: Path, project: str, run: str, settings: Mapping[str, str | int]
 ) -> Iterator[Track]:
-    """The function that hands a training's values to the trackers, which start with the first.
+    """The function that sends a training's values to the trackers; they start with the first value.
 
     ``project`` is what the runs of a study have in common, ``settings`` is recorded once.
     """
@@ -50,7 +50,7 @@ def tracked(
         for name in list(working):
             try:
                 action(name)
-            except Exception as error:  # whatever it was: no reason to lose a training
+            except Exception as error:  # any error: a tracker must not lose a training
                 working.remove(name)
                 text = " ".join(f"{type(error).__name__}: {error}".split())
                 logger.warning("tracking by %s stopped: %s", name, text)
@@ -67,17 +67,17 @@ def tracked(
     try:
         yield track
     finally:
-        working[:] = started  # those that failed, too: the next run would else land in theirs
+        working[:] = started  # also close failed trackers, or the next run would write into theirs
         each(lambda name: started[name].finish())
 
 
 def _start(name: str, folder: Path, project: str, run: str) -> GeneralTracker:
     kind = LOGGER_TYPE_TO_CLASS[name]
-    if kind.requires_logging_directory:  # runs are folders there, side by side
+    if kind.requires_logging_directory:  # TensorBoard's runs are folders side by side
         folder.mkdir(parents=True, exist_ok=True)
         tracker = kind(run, str(folder))
     else:
         tracker = kind(project, **({RUN[name]: run} if name in RUN else {}))
-    if hasattr(tracker, "start"):  # earlier versions of accelerate have started it by now
+    if hasattr(tracker, "start"):  # earlier versions of accelerate have already started it
         tracker.start()
     return tracker

@@ -1,11 +1,11 @@
-"""Controls of what a probe finds: histories in a random order, and blocks chosen at random.
+"""Controls for probes: histories in random order, and random choices of blocks.
 
-Where the order of a history does not matter, all that attention has to do is to weigh items, and a
-log can't tell deep models from shallow ones. Klenitskiy et al. (arXiv 2408.12008) measure how much
-it matters: shuffle the histories that a trained model reads, and see what it loses.
+If the order of a history does not matter, attention only has to weigh items, and the log can't tell
+deep models from shallow ones. Klenitskiy et al. (arXiv 2408.12008) measure how much it matters:
+shuffle the histories that a trained model reads, and see what it loses.
 
-A score that tells which blocks can go must do better than blocks drawn at random, of the same
-number, and its reverse should do worse.
+A score that says which blocks can go must do better than the same number of random blocks, and its
+reverse should do worse.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Kept = tuple[int, ...]  # indices of the blocks that are kept
 
 
 def shuffled(eval_set: EvalSet, draw: int) -> EvalSet:
-    """The same users, targets and seen items; what is read of a history in a random order.
+    """The same users, targets and seen items, with the read part of each history in random order.
 
-    The last item moves too, as in the paper. The same draw is the same order for every model.
+    The last item moves too, as in the paper. The same draw gives every model the same order.
     """
     generator = np.random.default_rng(draw)
     return replace(eval_set, histories=[generator.permutation(h) for h in eval_set.histories])
@@ -59,7 +59,7 @@ def without_order(rank: Callable[[EvalSet], Sequence[Ranks]], eval_set: EvalSet)
 
 
 def random_sets(depth: int, blocks: int, *, draws: int = DRAWS, seed: int = 0) -> list[Kept]:
-    """Different random sets of so many of the blocks; all there are, where those are no more.
+    """Different random sets of ``depth`` blocks; all such sets if there are no more.
 
     >>> random_sets(1, 3)
     [(0,), (1,), (2,)]
@@ -74,7 +74,7 @@ def random_sets(depth: int, blocks: int, *, draws: int = DRAWS, seed: int = 0) -
 
 
 def by_score(damage: Iterable[float], depth: int, *, reverse: bool = False) -> Kept:
-    """The blocks that are worst to lose, the later ones of equals; in reverse the least bad."""
+    """The blocks with the highest scores, the later ones on ties; in reverse the lowest."""
     order = np.argsort(np.asarray(list(damage)), kind="stable")
     return tuple(sorted((order[:depth] if reverse else order[len(order) - depth :]).tolist()))
 
@@ -82,18 +82,17 @@ def by_score(damage: Iterable[float], depth: int, *, reverse: bool = False) -> K
 def against_random(
     chosen: Mapping[tuple[str, Kept], Ranks], drawn: Mapping[Kept, Ranks]
 ) -> pd.DataFrame:
-    """How sets of blocks do against random ones of the same number.
+    """Compare chosen sets of blocks with random sets of the same size.
 
     Args:
         chosen: ranks of each selection's set, by its name and the blocks.
         drawn: ranks of the random sets, by their blocks.
 
     Returns:
-        One row a set and metric: ``selection`` (``random`` for those drawn), ``depth``, ``kept``,
-        ``metric``, ``value``; and of a selection ``beats``, the share of the other sets that it is
-        better than, and ``p``, the chance that a random one is as good: the one-sided p-value of a
-        permutation test, (1 + how many are as good) / (1 + how many there are). It is exact where
-        all sets were drawn.
+        One row per set and metric: ``selection`` (``random`` for drawn sets), ``depth``, ``kept``,
+        ``metric``, ``value``. A selection also has ``beats``, the share of the other sets that it
+        beats, and ``p``, the one-sided p-value of a permutation test: (1 + sets that are as good) /
+        (1 + sets). It is exact if all sets were drawn.
     """
     values = {kept: metrics_from_ranks(ranks["full"]) for kept, ranks in drawn.items()}
     rows = []

@@ -1,9 +1,9 @@
 """Calibration of per-user early exit: the loosest rule whose loss is shown to be within a margin.
 
 Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as CALM calibrates early exit of language
-models (Schuster et al., arXiv 2207.07061). Rules are tested one after the other from the strictest
-on, each at the full level, until one fails. For a wrong rule to be chosen, the first wrong one has
-to pass its test, so no correction for their number is needed. The test is that of the verdict,
+models (Schuster et al., arXiv 2207.07061). Rules are tested from the strictest on, each at the full
+level, until one fails. A wrong rule is chosen only if the first wrong one passes its test, so their
+number needs no correction. The test is that of the verdict,
 paired by user: the mean of ``x - (1 - margin) r`` is above 0.
 """
 
@@ -29,9 +29,9 @@ from depthprobe.probing.passes import CausalEncoder, passes, vectors_of
 def read_out_users(
     model: CausalEncoder, eval_set: EvalSet, *, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each user at each of the R read-outs: the target's rank, and items kept since the one before.
+    """For each user and read-out: the target's rank, and how many top items stayed since before.
 
-    Both are (E, R), by full ranking; of the first read-out no item is kept.
+    Both are (E, R), by full ranking; at the first read-out no item counts as kept.
     """
     depths = read_outs(len(find_blocks(model.backbone)))
     ranks = np.empty((len(eval_set.users), len(depths)))
@@ -60,13 +60,13 @@ def exit_places(kept: np.ndarray, same: int) -> np.ndarray:
 def calibrate(
     exported: ExportedRecommender, eval_set: EvalSet, *, metric: str, margin: float, level: float
 ) -> Exit | None:
-    """The loosest rule that is shown to lose no more than the margin; None if none is.
+    """The loosest rule that is shown to lose no more than the margin; None if there is none.
 
-    Of the eval set's users alone: the guarantee is for users like them. Whoever is left to the last
-    block has the full model's answer.
+    The guarantee holds for users like those of the eval set. Users who stay to the last block get
+    the full model's answer.
 
     Raises:
-        BadInput: for a backbone that hands on more than a state a position.
+        BadInput: for a backbone that passes on more than one state per position.
     """
     model = cast("Recommender", exported.model)
     check_readable(model.backbone, streams=False)

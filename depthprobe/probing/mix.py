@@ -1,9 +1,9 @@
-"""Replacement by budget: what is left of each block, chosen by a knapsack over measured damages.
+"""Replacement by budget: a knapsack over measured damages chooses what to keep of each block.
 
-Each block is kept whole, loses its attention or its MLP, gives way to a linear map that is folded
-into the MLP of the block before it, or is skipped. The damage of each option alone is measured in
-one walk. Their sum over the blocks is what a combination is predicted to cost: the knapsack takes
-the least sum under a budget. Damages need not add up, so what is chosen is measured, too.
+Each block is kept whole, loses its attention or its MLP, is replaced by a linear map that is folded
+into the MLP of the block before it, or is skipped. One walk measures the damage of each single
+option. The predicted damage of a combination is their sum over the blocks, and the knapsack
+minimises it under a budget. Damages need not add up, so the chosen combination is measured too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from depthprobe.probing.passes import CausalEncoder
 from depthprobe.probing.replace import fit_replacements, plan_fold
 from depthprobe.probing.walk import Route, Step, rank_routes, route
 
-# What is left of a block, by the method that measures it: in the order of the columns below.
+# The options of a block, by the method that measures them, in the order of the columns below.
 KEPT, NO_ATTENTION, NO_MLP, MAP, SKIP = range(5)
 OPTIONS = ("kept", "drop-attention", "drop-mlp", "replace", "skip")
 Mix = tuple[int, ...]  # the option of each block
@@ -40,7 +40,7 @@ _WITHOUT = {KEPT: "nothing", NO_ATTENTION: "attention", NO_MLP: "mlp"}
 
 
 def mix_route(mix: Mix) -> Route:
-    """The route through what is left of the blocks."""
+    """The route through the blocks with these options."""
     behind = (*mix[1:], KEPT)
     return tuple(
         Step(block, _WITHOUT[option], behind[block] == MAP)
@@ -52,8 +52,8 @@ def mix_route(mix: Mix) -> Route:
 def possible_options(model: CausalEncoder) -> NDArray[np.bool_]:
     """Which options each block has, (L, 5).
 
-    Not every block has both parts, some hold keys and values that later blocks read, and a map
-    stands behind an MLP that ends in a linear map, so never for the first block.
+    Not every block has both parts, and some hold keys and values that later blocks read. A map
+    needs a previous block whose MLP ends in a linear map, so the first block can't have one.
     """
     blocks = len(find_blocks(model.backbone))
     found = np.zeros((blocks, len(OPTIONS)), dtype=bool)
@@ -71,7 +71,7 @@ def possible_options(model: CausalEncoder) -> NDArray[np.bool_]:
 
 
 def plan_without(model: CausalEncoder, part: Left, possible: NDArray[np.bool_]) -> Plan:
-    """How to leave a part out of all blocks that can do without it."""
+    """Plan to skip a part in all blocks in which it can be skipped."""
     having = np.flatnonzero(possible[:, OPTION[part]])
     return plan_skip(model.backbone, having.tolist(), part=part)
 
@@ -79,7 +79,7 @@ def plan_without(model: CausalEncoder, part: Left, possible: NDArray[np.bool_]) 
 def part_sizes(
     backbone: nn.Module, part: Literal["attention", "mlp"], indices: Sequence[int] | None = None
 ) -> list[int]:
-    """Numbers of weights of a part of each block, or of some blocks."""
+    """The number of weights of a part, for each block or for some blocks."""
     blocks, sizes = find_blocks(backbone), []
     chosen = range(len(blocks)) if indices is None else indices
     for index, branches in zip(chosen, find_sublayers(backbone, chosen), strict=True):
@@ -90,7 +90,7 @@ def part_sizes(
 
 
 def option_costs(whole: ArrayLike, attention: ArrayLike, mlp: ArrayLike) -> Array:
-    """What is left of a block's cost by option, (L, 5), from that of the block and its parts."""
+    """The cost of each block under each option, (L, 5), from those of the block and its parts."""
     block = np.asarray(whole, dtype=np.float64)
     rest = [np.maximum(block - np.asarray(part), 0) for part in (attention, mlp)]
     none = np.zeros_like(block)
@@ -118,7 +118,7 @@ def measure_damages(
     *,
     device: torch.device,
 ) -> Array:
-    """What NDCG@10 loses by each option alone, (L, 5), in one walk; NaN where there is none."""
+    """The loss of NDCG@10 by each single option, (L, 5), in one walk; NaN if there is none."""
     whole = [KEPT] * len(possible)
     places = [(int(b), int(o)) for b, o in np.argwhere(possible) if o != KEPT]
     alone = [tuple(whole[:b] + [option] + whole[b + 1 :]) for b, option in places]
@@ -133,17 +133,17 @@ def measure_damages(
 
 
 def choose(damages: Array, costs: Array, budget: float) -> Mix:
-    """The options with the least summed damage that cost no more than the budget together.
+    """The options with the least total damage whose total cost is within the budget.
 
-    A knapsack with one choice a block, solved as an integer program. A map needs the MLP of the
-    block before it, and something of one block stays.
+    A knapsack with one choice per block, solved as an integer program. A map needs the MLP of the
+    block before it, and some part of at least one block must stay.
 
     Args:
         damages: (L, 5) of each option alone; NaN where a block has no such option.
         costs: (L, 5), in the unit of the budget.
 
     Raises:
-        ValueError: if nothing costs so little.
+        ValueError: if nothing fits the budget.
     """
     blocks, known = len(damages), np.isfinite(damages)
     chosen = np.eye(blocks * len(OPTIONS)).reshape(blocks, len(OPTIONS), -1)  # by (block, option)
@@ -169,5 +169,5 @@ def choose(damages: Array, costs: Array, budget: float) -> Mix:
 
 
 def total(values: Array, mix: Mix) -> float:
-    """The sum over the blocks of a value (L, 5) by option: a predicted damage, a cost."""
+    """Sum a value (L, 5) over the blocks at their options: a predicted damage, or a cost."""
     return float(values[np.arange(len(mix)), list(mix)].sum())

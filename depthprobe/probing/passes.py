@@ -1,4 +1,4 @@
-"""One pass over the users: what a model must offer to be probed, early exit, settled answers."""
+"""One pass over the users: the interface of a model that can be probed, early exit, settling."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class CausalEncoder(Encoder, Protocol):
     """An encoder whose vectors are read out of a causal decoder's last block: it can be probed.
 
     Inherit from it and set ``backbone``; ``encode`` and ``item_matrix`` are the model's own. The
-    defaults suit a model that returns the last hidden state of the last item, as it is. All probes
-    want it in evaluation mode, and leave it as it is.
+    defaults suit a model that returns the last hidden state of the last item unchanged. All probes
+    expect evaluation mode, and do not change the model.
     """
 
     backbone: PreTrainedModel
@@ -36,7 +36,7 @@ class CausalEncoder(Encoder, Protocol):
         return lengths - 1
 
     def read_out(self, states: Tensor) -> Tensor:
-        """What follows the final norm: states (..., D) to user vectors (..., d)."""
+        """Apply what follows the final norm: states (..., D) to user vectors (..., d)."""
         return states
 
 
@@ -46,14 +46,14 @@ def vectors_of(model: CausalEncoder, states: Tensor) -> Tensor:
 
 
 def normed(model: CausalEncoder, states: Tensor) -> Tensor:
-    """What follows the blocks, on states (K, B, D) of blocks: (K, B, D')."""
+    """Apply what follows the blocks to states (K, B, D): (K, B, D')."""
     # one position each: a batch can be longer than the model's table of positions
     single = split_streams(model.backbone, states.flatten(0, 1))
     return after_blocks(model.backbone, single).view(*states.shape[:2], -1)
 
 
 def exact(values: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
+    """The tensor in float64, on the CPU if the device has no float64."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
@@ -62,9 +62,9 @@ def passes(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Encode all users once; yields each batch's users (B,) and states (L + 1, B, D).
 
-    States are those before the first and after each block, where users are read out. Nothing else
-    is kept. The caller decides about gradients: probing runs this in inference mode. Refused, with
-    ``ValueError``: a model whose states are not read out to what it encodes.
+    States are those before the first and after each block, at the place where users are read out.
+    Nothing else is kept. The caller decides about gradients: probing runs this in inference mode.
+    ``ValueError`` if reading out the states does not give what the model encodes.
     """
     check_readable(model.backbone)
     prompt, checked = shared_prompt(model), False
@@ -82,7 +82,7 @@ def passes(
 
 
 def _check_read_out(model: CausalEncoder, vectors: Tensor, last: Tensor) -> None:
-    """Refuse a model of somebody's own whose last place or read-out is another than it says."""
+    """Refuse a user's model whose last place or read-out is not the one that it declares."""
     read = vectors_of(model, last[None])[0].detach()
     own = vectors.detach().double()
     error = (read.double() - own).abs().max() if read.shape == own.shape else torch.inf
@@ -164,7 +164,7 @@ def settling(
 def settled_depths(lists: np.ndarray) -> np.ndarray:
     """The smallest depth from which on a list is the last one, (E, L + 1, K) -> (E,) int16.
 
-    At it and at every later depth: a list that leaves the last one again was not settled.
+    The list equals the last one at this and at every later depth.
     """
     changed = (lists != lists[:, -1:]).any(axis=-1)[:, ::-1]  # (E, L + 1), from depth L down
     after_last_change = changed.shape[1] - changed.argmax(axis=1)
@@ -174,9 +174,9 @@ def settled_depths(lists: np.ndarray) -> np.ndarray:
 def settled_frame(settling: Settling, users: np.ndarray) -> pd.DataFrame:
     """One row a user, ``users`` (E,) in the order of the eval set.
 
-    ``rank_settled`` is the first depth whose rank is within one of the last; later depths may leave
-    again. ``best_depth`` is the first depth with the target's best rank; it can be before L where
-    the full model only draws level. ``overthinking``: a depth before L ranks the target strictly
+    ``rank_settled`` is the first depth whose rank is within one of the last; later depths may
+    differ again. ``best_depth`` is the first depth with the target's best rank; it is before L if
+    the full model only equals it. ``overthinking``: a depth before L ranks the target strictly
     better.
     """
     ranks = settling.ranks

@@ -1,10 +1,10 @@
 """The prompt-only ranker: an untouched language model scores titles by how likely they are.
 
-What pretraining alone knows, the floor of every trained recommender: no adapter, no training, the
-model's own head. A title has two scores after the prompt and a user's history in words: its
-log-probability; and that less its log-probability after the prompt alone, for a title that is
-likely anyway says nothing of the user (Holtzman et al., arXiv 2104.08315, who call the rivalry of
-likely texts surface form competition).
+This shows what pretraining alone knows, the floor of every trained recommender: no adapter, no
+training, the model's own head. A title has two scores after the prompt and a user's history in
+words: its log-probability, and that less its log-probability after only the prompt, since a title
+that is likely anyway says nothing about the user (surface form competition: Holtzman et al., arXiv
+2104.08315).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from depthprobe.probing.passes import TOLERANCE, exact
 logger = logging.getLogger(__name__)
 
 SCORES = ("likelihood", "normalised")
-BATCH = 32  # titles at once, of like length
-LOGITS = 2**24  # numbers over the vocabulary at once: 64 MiB
+BATCH = 32  # titles at a time, of similar length
+LOGITS = 2**24  # numbers over the vocabulary at a time: 64 MiB
 
 
 def rank_by_title(
@@ -55,11 +55,11 @@ def rank_by_title(
         tokens: of the text of items 1..I.
         prompt: tokens before the history.
         suffix: tokens between the history and a title.
-        depths: so many blocks are run, D of them.
+        depths: numbers of blocks to run, D of them.
 
     Raises:
-        BadInput: if nothing stands before a first title, if the positions hold none, or if the head
-            reads more than the last state.
+        BadInput: if nothing precedes the first title, if the positions have no room for one, or if
+            the head reads more than the last state.
     """
     if eval_set.negatives is None:
         raise ValueError("expected an eval set with negatives")
@@ -68,7 +68,7 @@ def rank_by_title(
     check_readable(model)
     _check_head(model, torch.tensor([[*prompt, *suffix]], device=input_device(model)))
     decoder = find_decoder(model)
-    share = can_share_prompt(decoder)  # else each title is read with all that stands before it
+    share = can_share_prompt(decoder)  # otherwise each title is read with everything before it
     # items with the same text tie, so each text is scored once
     texts = list(dict.fromkeys(map(tuple, tokens)))
     place = {text: index for index, text in enumerate(texts)}
@@ -123,8 +123,8 @@ def log_likelihoods(
     """Log-probability of each text after the tokens ``before``, at each depth: float64 (D, C).
 
     The sum over the text's tokens. The states after each depth go through the final norm and the
-    head. What stands before is run once; with ``share`` all texts read its keys and values, else it
-    is run again before each.
+    head. ``before`` is run once; with ``share`` all texts read its keys and values, otherwise it is
+    run again before each text.
     """
     decoder, device = find_decoder(model), input_device(model)
     first, cache, lead = first_position(decoder), None, 0 if share else len(before)
@@ -146,7 +146,7 @@ def log_likelihoods(
             ids = torch.from_numpy(pad([np.array(texts[index]) for index in chosen])).to(device)
             lengths = torch.tensor([len(texts[index]) for index in chosen], device=device)
             again = prompt[len(before) - lead :].expand(len(ids), -1)  # (B, lead)
-            read = torch.cat([again, ids[:, :-1]], dim=1)  # nothing follows the last token
+            read = torch.cat([again, ids[:, :-1]], dim=1)  # no token follows the last one
             places = torch.arange(read.shape[1], device=device)
             decoder(
                 input_ids=read,  # (B, lead + T)
@@ -165,7 +165,7 @@ def log_likelihoods(
 
 @torch.inference_mode()
 def _check_head(model: PreTrainedModel, ids: Tensor) -> None:
-    """Refuse a head that makes other logits of the last state, where it alone is given."""
+    """Refuse a head whose logits depend on more than the last state."""
     with tap_blocks(model) as tap:
         logits = exact(model(input_ids=ids, use_cache=False).logits[0, -1:])  # (1, V)
         last = join_streams(tap.states[-1][..., -1, :])

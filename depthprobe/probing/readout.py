@@ -1,11 +1,11 @@
 """Read-outs at every depth of a frozen teacher: fresh output adapters, and tuned lenses.
 
-Early exit reads every depth with the one head that was trained behind the last block. Where it
-fails, either the depth does not know the answer yet, or that head cannot read it there. A head
-fitted at the depth itself tells these apart (a linear probe: Alain and Bengio, arXiv 1610.01644).
+Early exit reads every depth with the head that was trained after the last block. If it fails,
+either the depth does not know the answer yet, or this head can't read it there. A head fitted at
+the depth itself tells these apart (a linear probe: Alain and Bengio, arXiv 1610.01644).
 
 A tuned lens keeps the teacher's head and fits a translator in front of it, which turns a depth's
-state into what the head expects behind the last block: ``U(norm(h + A h + b))`` (Belrose et al.,
+state into what the head expects after the last block: ``U(norm(h + A h + b))`` (Belrose et al.,
 arXiv 2303.08112). It learns the teacher's distribution over the items and never sees a target, so
 it shows when the teacher has made up its mind; a read-out shows when the target can be known.
 
@@ -30,7 +30,7 @@ from depthprobe.evaluation.ranks import BATCH, EvalSet, Ranks, mean_ndcg
 from depthprobe.files import reserve
 from depthprobe.probing.passes import CausalEncoder, normed, passes, vectors_of
 
-LENS_USERS = 1024  # users that the size of a depth's states is taken from
+LENS_USERS = 1024  # users from whom the size of a depth's states is estimated
 
 # model, states (K, B, D), weight (K, D, d), bias (K, 1, d) -> user vectors (K, B, d)
 ReadFunction = Callable[[CausalEncoder, Tensor, Tensor, Tensor], Tensor]
@@ -46,7 +46,7 @@ class Fitting:
     batch_size: int = 256
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
-    patience: int = 3  # epochs without a better validation score after which a depth is done
+    patience: int = 3  # epochs without a better validation score after which a depth stops
 
 
 DEFAULT = Fitting()
@@ -54,7 +54,7 @@ DEFAULT = Fitting()
 
 @dataclass(frozen=True)
 class CachedStates:
-    """Users, and their states at every depth where a model reads them out."""
+    """Users, and their states at every depth, at the place where a model reads them out."""
 
     eval_set: EvalSet
     states: np.ndarray  # (E, L + 1, D), before the final norm, memory-mapped
@@ -67,12 +67,12 @@ class CachedStates:
 
 @dataclass(frozen=True)
 class Readouts:
-    """Fitted maps of each depth, and when each was at its best."""
+    """Fitted maps of each depth, and the epoch of each depth's best score."""
 
     read: ReadFunction
     weight: Tensor  # (L + 1, D, d)
     bias: Tensor  # (L + 1, 1, d)
-    epochs: np.ndarray  # (L + 1,) the epoch whose weights these are; 0: before the first
+    epochs: np.ndarray  # (L + 1,) the epoch of these weights; 0: before the first
     ndcg: np.ndarray  # (L + 1,) validation NDCG@10 by full ranking, after that epoch
 
     def vectors(self, model: CausalEncoder, states: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def cache_states(
 ) -> CachedStates:
     """Run the model once over the users, into a memory-mapped file of E (L + 1) D numbers.
 
-    In float16, or in float32 where a state does not fit, as the few huge features of some language
-    models do not. A state that is not finite is refused.
+    In float16, or in float32 if a state does not fit, such as the few huge features of some
+    language models. A state that is not finite is refused.
     """
     if not len(eval_set.users):
         raise ValueError("no users to cache the states of")
@@ -100,7 +100,7 @@ def cache_states(
 def _write_states(
     model: CausalEncoder, eval_set: EvalSet, path: Path, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether all states fit the dtype; then they are in the file."""
+    """Write the states; returns whether all of them fit the dtype."""
     out: np.ndarray | None = None
     for chosen, batch in passes(model, eval_set, device=device):
         states = batch.transpose(0, 1).to(dtype)  # (B, L + 1, D)
@@ -126,10 +126,10 @@ def fit_readouts(
 ) -> Readouts:
     """Fit a linear map from normed states to user vectors at each depth 0..L.
 
-    By the cross-entropy of the target against the catalogue, scored with the model's own item
-    matrix. That is convex in the map, so all start at zero. The model stays as it is. ``train`` may
-    be what the model was trained on, but then the deepest states may know the targets better than
-    those of new users do; ``validation`` chooses each depth's epoch.
+    Minimises the cross-entropy of the target against the catalogue, scored with the model's own
+    item matrix. That is convex in the map, so all start at zero. The model is not changed.
+    ``train`` may be the model's own training data, but then the deepest states may know these
+    targets better than those of new users; ``validation`` chooses each depth's epoch.
     """
     items = model.item_matrix()
     sample = train.at(np.arange(1), device, torch.promote_types(items.dtype, torch.float32))
@@ -161,15 +161,15 @@ def fit_lenses(
 ) -> Readouts:
     """Fit a translator at each depth 0..L - 1; depth L needs none, and keeps the zero one.
 
-    By the KL divergence from the model's own distribution over the items to the translated one.
-    All start at zero, which is early exit, and a depth where nothing does better on the validation
-    targets stays there. The targets of ``train`` are not used.
+    Minimises the KL divergence from the model's own distribution over the items to the translated
+    one. All start at zero, which is early exit, and a depth stays there if nothing does better on
+    the validation targets. The targets of ``train`` are not used.
     """
     rows = np.arange(min(LENS_USERS, len(train.states)))
     dtype = torch.promote_types(model.item_matrix().dtype, torch.float32)
     sample = train.at(rows, device, dtype)  # (L + 1, B, D)
-    # steps of one length would move a bias far at depth 0, whose states are small, and hardly
-    # behind the other blocks
+    # equal steps would move a bias far at depth 0, whose states are small, and hardly
+    # after the other blocks
     size = sample.square().mean(dim=(1, 2), keepdim=True).sqrt()  # (L + 1, 1, 1)
     moves = torch.ones_like(size)
     size[-1] = moves[-1] = 0
@@ -208,9 +208,9 @@ def _fit_side_by_side(
 ) -> Readouts:
     """Fit an affine map at each depth, all in one loop over the users: no depth sees another.
 
-    Every step of AdamW is element by element, and the loss is a sum over depths, so a depth ends
-    where it would if it were fitted alone. Each keeps the weights of its best epoch. Weights start
-    at ``weight`` (L + 1, D, d), biases at zero.
+    AdamW works element by element and the loss is a sum over depths, so each depth gets the result
+    of a separate fit. Each keeps the weights of its best epoch. Weights start at ``weight`` (L + 1,
+    D, d), biases at zero.
     """
     device, (train, validation) = weight.device, cached
     table = model.item_matrix().detach()[1:].to(device, weight.dtype)  # (I, d)
@@ -227,20 +227,20 @@ def _fit_side_by_side(
     for epoch in range(1, settings.epochs + 1):
         order = np.random.default_rng((seed, epoch)).permutation(len(targets))
         for rows in np.split(order, range(settings.batch_size, len(order), settings.batch_size)):
-            rows.sort()  # for the disk's sake
+            rows.sort()  # in ascending order, which the disk reads faster
             states = train.at(rows, device, weight.dtype)  # (L + 1, B, D)
             with torch.no_grad():
                 batch_goal = goal(states, targets[torch.from_numpy(rows)].to(device))
             with torch.enable_grad():
                 vectors = read(model, states, *maps)  # (L + 1, B, d)
             slope = score_gradient(vectors.detach(), table, batch_goal)
-            # not backward(): the model's own weights are to get no gradient
+            # not backward(): the model's own weights must get no gradient
             for each, grad in zip(maps, torch.autograd.grad(vectors, maps, slope), strict=True):
                 each.grad = grad
             optimizer.step()
             schedule.step()
         ndcg = _validate(model, validation, read, maps)
-        # a depth that has run out of patience is not looked at again, as if it had stopped
+        # ignore a depth that has run out of patience, as if it had stopped
         better = (ndcg > best_ndcg) & (epoch - best_epoch <= settings.patience)
         best_ndcg[better], best_epoch[better] = ndcg[better], epoch
         depths = torch.from_numpy(better).to(device)
@@ -270,13 +270,13 @@ def score_gradient(vectors: Tensor, table: Tensor, goal: Tensor) -> Tensor:
     """The gradient of each depth's mean cross-entropy by its user vectors, (K, B, d).
 
     With scores ``s = v E'`` it is ``(softmax(s) E - goal) / B``. The first term is attention of
-    users to items, whose kernels go through the catalogue tile by tile (Dao et al., arXiv
-    2205.14135): no graph is needed, and the scores never exist as a whole. ``table`` is the
-    catalogue without padding, (I, d). ``goal`` are targets (B,), counted from 1; or user vectors
-    (B, d): then it is the gradient of the KL divergence from their shares of the items.
+    users to items, and attention kernels go through the catalogue tile by tile (Dao et al., arXiv
+    2205.14135): without a graph, and without all scores in memory. ``table`` is the catalogue
+    without padding, (I, d). ``goal`` are targets (B,), counted from 1; or user vectors (B, d): then
+    it is the gradient of the KL divergence from their shares of the items.
     """
     users = vectors.shape[1]
-    # where torch has no such kernel (float64 on a GPU) there are scores: of one depth at a time
+    # without such a kernel (float64 on a GPU) scores are in memory: so one depth at a time
     depths = len(vectors) if vectors.device.type == "cpu" else 1
     means = torch.cat([_mean_items(part, table) for part in vectors.split(depths)])
     goal = _mean_items(goal, table) if goal.dim() > 1 else table[goal - 1]  # (B, d)

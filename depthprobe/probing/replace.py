@@ -2,11 +2,11 @@
 
 ReplaceMe (Shopkhoev et al., arXiv 2505.02819). Let block ``start - 1`` write ``M`` as its MLP's
 output, so that the stream after it is ``h_start = r + M``. The span [start, end) is removed, and a
-map T, (D, D), is put behind that MLP: the stream is then ``r + M T = h_start - M + M T``, and T is
+map T, (D, D), is put after that MLP: the stream is then ``r + M T = h_start - M + M T``, and T is
 fitted to make that ``h_end``: least squares of ``M T`` on ``h_end + M - h_start``. The MLP ends in
 a linear map, so T is folded into its weights: what is left is an ordinary, shallower checkpoint.
 
-Only M is mapped. What attention and the blocks before wrote, r, passes as it does in a plain cut.
+Only M is mapped. The rest of the stream, r, passes as in a plain cut.
 
 The paper's other objective is the mean cosine distance of the two states. It has no closed form:
 :func:`fit_cosine` begins at the least squares and descends.
@@ -42,10 +42,10 @@ from depthprobe.probing.passes import CausalEncoder, exact
 # Of M's mean square in a direction. On users not fitted on, with 1, 5 and 100 positions for each of
 # D, the error was least at 1, 0.1 and 0.01; 0.1 was always below plain removal, 0.01 was not.
 RIDGE = 0.1
-BATCH = 64  # states of every position are held, not only of the last
-# Of the cosine objective, whose positions are all held at once: 3 D numbers each.
+BATCH = 64  # states of every position are in memory, not only of the last
+# For the cosine objective, whose positions are all in memory: 3 D numbers each.
 POSITIONS = 20_000
-STEPS, PATIENCE = 100, 5  # of L-BFGS, at most; and without a gain on the users held out
+STEPS, PATIENCE = 100, 5  # most steps of L-BFGS; and steps without a gain on the held-out users
 
 T = TypeVar("T")
 Sums = dict[tuple[str, int, int], Tensor]  # what is summed, start, end
@@ -80,9 +80,9 @@ def fit_replacements(
     these users the map is never worse than no map. The paper's pulls T to zero: the same for
     a -> 0, but it also deletes what M writes in directions that these users hardly show.
 
-    Positions are those of a user's items, up to the one that is read out; neither padding nor a
-    prompt counts. Sums are float64; memory is two (D, D) matrices for each span and each start. A
-    block whose MLP takes no map (see ``find_projection``) is refused with ``ValueError``.
+    Positions are those of a user's items, up to the one that is read out, without padding and
+    prompt. Sums are float64; memory is two (D, D) matrices for each span and each start. A block
+    whose MLP takes no map (see ``find_projection``) is refused with ``ValueError``.
     """
     total: Sums = {}
     for sums in _by_batch(
@@ -94,14 +94,14 @@ def fit_replacements(
 
 
 class _Batch(NamedTuple):
-    """What the model does to a batch: M by start, and the states around all blocks, (B, T, D)."""
+    """Recorded for a batch: M by start, and the states around all blocks, (B, T, D)."""
 
     written: dict[int, Tensor]
     states: list[Tensor]
     inside: Tensor  # (B, T): which positions are real
 
     def real(self, values: Tensor) -> Tensor:
-        """Those of the real positions, in float64, (N, D)."""
+        """The values at real positions, in float64, (N, D)."""
         if values.numel() != self.states[0].numel():
             raise ValueError("an MLP's last linear map did not see every position (experts?)")
         return exact(values.reshape(self.states[0].shape)[self.inside])
@@ -116,7 +116,7 @@ def _by_batch(
     device: torch.device,
     size: int,
 ) -> Iterator[T]:
-    """The work on each batch of users; done again in halves where memory runs out."""
+    """Do the work on each batch of users, again in halves if memory runs out."""
     if not len(eval_set.users):
         raise ValueError("no users to fit a map on")
     for start, end in spans:
@@ -133,7 +133,7 @@ def _by_batch(
     starts = {start for start, _ in spans}
     projections = {start: find_projection(model.backbone, start - 1) for start in starts}
     hooks = [each.register_forward_hook(keep(start)) for start, each in projections.items()]
-    first = int(getattr(model, "lead", 0))  # behind a prompt that is repeated in each row
+    first = int(getattr(model, "lead", 0))  # after a prompt that is repeated in each row
     batches = eval_set.batches(device=device, size=size, model=model)
     prompt = shared_prompt(model)
     with tap_blocks(model.backbone) as tap, removed_after(hooks):
@@ -168,7 +168,7 @@ def _solve(sums: Sums, span: tuple[int, int], ridge: float) -> Replacement:
     gram = sums["gram", span[0], span[0]]
     cross, moved, size_after = (sums[name, *span] for name in ("cross", "moved", "size"))
     size = gram.diagonal().mean()
-    # an MLP that wrote nothing: any positive a gives the identity
+    # the MLP wrote nothing: any positive a gives the identity
     shift = ridge * size if size > 0 else torch.ones_like(size)
     factor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
     change = torch.cholesky_solve(cross, factor)  # T - I
@@ -203,9 +203,9 @@ def fit_cosine(
 ) -> list[Replacement]:
     """Fit the map of each span to the direction of h_end: the least mean cosine distance.
 
-    Of users drawn with the seed, who have at most so many positions: these are held at once, of one
+    Users are drawn with the seed, up to a total number of positions, which are in memory for one
     span at a time. Every fifth user is held out. :func:`descend` begins at the least-squares map of
-    the others, and so does ``error``. What takes no map is refused as in
+    the other users, and ``error`` is of that map. Refuses the same blocks as
     :func:`fit_replacements`.
     """
     lengths = getattr(model, "positions", lambda _: eval_set.lengths)(eval_set.histories)
@@ -259,10 +259,10 @@ def cosine_distance(linear: Tensor, states: Activations) -> Tensor:
 def descend(
     start: Tensor, states: Activations, held_out: Activations, *, steps: int = STEPS
 ) -> Tensor:
-    """From a map on to the one of the least cosine distance on what is held out, (D, D).
+    """Descend from a map to the one with the least cosine distance on held-out positions, (D, D).
 
-    Each step of L-BFGS lowers the distance on ``states``: its line search takes no other. It ends
-    after so many steps, or some without a gain on what is held out.
+    Each step of L-BFGS lowers the distance on ``states``, by its line search. It ends after a
+    number of steps, or after some without a gain on the held-out positions.
     """
     best, least, since = start, float(cosine_distance(start, held_out)), 0
 
@@ -295,12 +295,12 @@ def descend(
 def fold_map(model: CausalEncoder, replacement: Replacement, *, cut: bool = False) -> None:
     """Fold the map into the block before the span, in place; with ``cut`` the span is removed.
 
-    Else what it is worth shows once the span is left out. The product is taken in float64 and
-    rounded once. A model that :func:`fit_replacements` refuses, a map of another width, or a cut
-    that ``keep_blocks`` refuses is refused, and the model is then unchanged.
+    Without ``cut`` the map takes effect once the span is skipped. The product is computed in
+    float64 and rounded once. Refuses a model that :func:`fit_replacements` refuses, a map of
+    another width, or a cut that ``keep_blocks`` refuses; the model is then unchanged.
     """
     projection, folded = _folded(model, replacement)
-    if cut:  # before the weights change: it may be refused
+    if cut:  # before the weights change, since it may be refused
         span = range(replacement.start, replacement.end)
         depth = len(find_blocks(model.backbone))
         keep_blocks(model.backbone, [b for b in range(depth) if b not in span])
@@ -308,7 +308,7 @@ def fold_map(model: CausalEncoder, replacement: Replacement, *, cut: bool = Fals
 
 
 def plan_fold(model: CausalEncoder, replacement: Replacement) -> Plan:
-    """How to fold the map in for a while, with :func:`depthprobe.models.taps.standing_in`."""
+    """Plan to fold the map in temporarily, with :func:`depthprobe.models.taps.standing_in`."""
     projection, folded = _folded(model, replacement)
     return [(projection, folded.forward)]
 
@@ -341,7 +341,7 @@ FILE, MAP = "replacement.safetensors", "map"
 
 
 def save_replacement(replacement: Replacement, folder: Path) -> None:
-    """Write the map as it was fitted; with the teacher's weights it makes the model again."""
+    """Write the fitted map; with the teacher's weights it gives the model again."""
     folder.mkdir(parents=True, exist_ok=True)
     rest = {name: value for name, value in vars(replacement).items() if name != MAP}
     save_file({MAP: replacement.map}, folder / FILE, metadata={"of": json.dumps(rest)})

@@ -1,7 +1,7 @@
-"""How much blocks, parts of a block and runs of blocks turn the state where users are read out.
+"""How much blocks, parts of blocks and spans of blocks turn the state where users are read out.
 
-All from one pass over the users, in memory that does not grow with them. None of it looks at a
-target: these are the cheap measures of redundancy, to be held against what a cut really costs.
+Everything comes from one pass over the users, in constant memory, and without targets. These are
+the cheap measures of redundancy, to be compared with what a cut really costs.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from depthprobe.models.taps import (
 )
 from depthprobe.probing.passes import CausalEncoder, exact, passes
 
-FEW = 8  # users from whom is learnt whether the model is read out as it says
-CONSTANT = 1e-10  # of a state's size: less than what two users' states can differ by
-ROWS = 128  # of the sample's Gram matrices at once
+FEW = 8  # users that test whether the model is read out as it declares
+CONSTANT = 1e-10  # of a state's size: smaller than any real difference of two users' states
+ROWS = 128  # of the sample's Gram matrices at a time
 
 
 @dataclass(frozen=True)
 class Similarities:
     """Means over the users; L blocks, and L + 1 states: before the first and after each block.
 
-    NaN: CKA with a state that all users share (the input, where a suffix follows the items), a part
-    that a block does not have, and both parts if a block is no sum of its input and its parts.
+    NaN for: CKA with a state that all users share (the input, if a suffix follows the items); a
+    part that a block lacks; both parts if a block is no sum of its input and its parts.
     """
 
     influence: np.ndarray  # (L,) 1 - cos(h_i, h_{i+1}), in [0, 2]
     angular: np.ndarray  # (L + 1, L + 1) arccos(cos(h_l, h_m)) / pi, in [0, 1], symmetric
     cka: np.ndarray  # (L + 1, L + 1) in [0, 1], symmetric
-    cka_users: int  # how many users CKA is over
+    cka_users: int  # number of users for CKA
     norms: np.ndarray  # (L + 1,) Euclidean
     attention: np.ndarray  # (L,) 1 - cos(x, x + f(norm x)), in [0, 2]
     mlp: np.ndarray  # (L,) the same
@@ -70,8 +70,8 @@ def similarities(
     ``cka_users`` users' states are kept, for CKA, drawn with a fixed seed.
 
     Raises:
-        ValueError: without users, for a backbone without one state a position after each block, or
-            if the model is not read out as it says.
+        ValueError: without users, for a backbone without one state per position after each block,
+            or if the model is not read out as it declares.
     """
     users = len(eval_set.users)
     if not users:
@@ -99,7 +99,7 @@ def similarities(
                 rows = torch.arange(len(places), device=places.device)
                 for k, (first, plan) in orders.items():
                     between = wide[k + 1]
-                    if plan:  # the block again, on the state that it was called with
+                    if plan:  # call the block again on its recorded state
                         with paused_taps(), standing_in(plan):
                             again = calls.repeat(blocks[k], k, calls.states[k], *prompt)
                         between = exact(first_tensor(again)[rows, places])  # (B, D)
@@ -127,9 +127,9 @@ def similarities(
 
 
 def to_frame(similarities: Similarities) -> pd.DataFrame:
-    """One row a value: ``score``, the blocks [``start``, ``end``) that it speaks of, ``value``.
+    """One row per value: ``score``, the blocks [``start``, ``end``) that it is about, ``value``.
 
-    Of a symmetric matrix each pair of states is there once, as the span between them. A norm has
+    A symmetric matrix gives each pair of states once, as the span between them. A norm has
     start = end = k: the state before block k, or after the last one.
     """
     states = np.arange(len(similarities.norms))
@@ -155,12 +155,12 @@ class _Sample:
     def __init__(self, users: int, most: int) -> None:
         chosen = np.random.default_rng(0).permutation(users)[:most]
         self.users = len(chosen)
-        self._row = np.full(users, -1)  # where a user's states are kept; -1: nowhere
+        self._row = np.full(users, -1)  # where a user's states are stored; -1: not in the sample
         self._row[chosen] = np.arange(self.users)
         self._states = torch.empty(0)  # (L + 1, n, D)
 
     def put(self, chosen: np.ndarray, states: Tensor) -> None:
-        """Keep those of a batch's states (L + 1, B, D) whose users are in the sample."""
+        """Store the states (L + 1, B, D) of a batch's users who are in the sample."""
         if not self._states.numel():
             depths, _, width = states.shape
             dtype = torch.promote_types(states.dtype, torch.float32)
@@ -170,7 +170,7 @@ class _Sample:
         self._states[:, rows[inside]] = states[:, inside].to(self._states.dtype)
 
     def cka(self) -> np.ndarray:
-        """``||Y'X||^2 / (||X'X|| ||Y'Y||)`` of each two, (L + 1, L + 1); uses the states up."""
+        """``||Y'X||^2 / (||X'X|| ||Y'Y||)`` of each pair, (L + 1, L + 1); destroys the states."""
         for kept in self._states:
             state = exact(kept)
             centred = state - state.mean(dim=0)
@@ -188,9 +188,9 @@ class _Sample:
 
 
 def _part_orders(model: CausalEncoder) -> dict[int, tuple[int, Plan]]:
-    """By block: which part is added first, 0 attention or 1 MLP, and how to leave the other out.
+    """By block: which part is added first, 0 attention or 1 MLP, and a plan to skip the other.
 
-    No plan where the block has one part; no entry where it is no sum of its input and its parts.
+    No plan if the block has one part; no entry if it is no sum of its input and its parts.
     """
     blocks = find_blocks(model.backbone)
     kinds = [repr(block) for block in blocks]  # blocks of the same modules have the same branches

@@ -1,4 +1,4 @@
-"""Taylor+: what a block's weights matter to the loss, from one backward pass over some users."""
+"""Taylor+: how much a block's weights matter to the loss, from one backward pass over users."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from depthprobe.models.blocks import find_blocks
 from depthprobe.probing.passes import CausalEncoder
 from depthprobe.probing.readout import score_gradient
 
-BATCH = 32  # a backward pass keeps what an evaluation pass forgets
+BATCH = 32  # a backward pass keeps activations, unlike an evaluation pass
 QUANTISED = "quantised weights have no gradient, probe the unquantised model"
 
 
 def taylor_importance(
     model: CausalEncoder, eval_set: EvalSet, *, device: torch.device, batch_size: int = BATCH
 ) -> np.ndarray:
-    """``sum |W * dL/dW|`` over the weights of each block, (L,): the more, the worse to lose.
+    """``sum |W * dL/dW|`` over the weights of each block, (L,): higher is more important.
 
-    The first-order estimate of what the loss gains if a weight goes to 0, as in Shortened LLaMA
+    The first-order estimate of how much the loss rises if a weight becomes 0, as in Shortened LLaMA
     (Kim et al., arXiv 2402.02834, "Taylor+"; Ma et al., LLM-Pruner, arXiv 2305.11627). L is the
     mean cross-entropy of the target against the whole catalogue, over all users: gradients are
-    added up over the batches in float32 or better, and only then multiplied. Weights of the blocks
-    count as they are, frozen ones too, and low-rank adapters beside what they adapt. The model is
-    left as it was: weights, their gradients, and what is trained.
+    added up over the batches in float32 or better, and only then multiplied. All weights of the
+    blocks count, frozen ones too, and low-rank adapters besides what they adapt. The model is not
+    changed: neither weights, nor gradients, nor which weights are trained.
 
     Raises:
         ValueError: without users, or if a weight is quantised, so that it has no gradient.
@@ -63,13 +63,13 @@ def weight_slopes(
         for chosen, histories, lengths in batches:
             slopes: tuple[Tensor | None, ...] = ()
             with batches.retry():
-                # the prompt anew: its part of the graph is gone after the backward pass
+                # run the prompt again: the backward pass frees its part of the graph
                 vectors = model.encode(histories, lengths, *shared_prompt(model))  # (B, d)
                 own = torch.from_numpy(eval_set.targets[chosen].astype(np.int64)).to(device)
                 slope = score_gradient(vectors.detach().to(table.dtype)[None], table, own)[0]
-                # the sum over users, not the mean: half precision loses what is small
+                # the sum over users, not the mean: half precision loses small values
                 slope = (len(chosen) * slope).to(vectors.dtype)
-                # not backward(): nothing is to be added to the model's own gradients
+                # not backward(): the model's own gradients must not change
                 slopes = torch.autograd.grad(vectors, weights, slope, allow_unused=True)
             for weight, each in zip(weights, slopes, strict=False):  # none if out of memory
                 if each is not None:  # an expert may have had no user
@@ -83,7 +83,7 @@ def _check_weights(model: CausalEncoder, blocks: nn.ModuleList) -> None:
         # the 8-bit floats are for storage only
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise ValueError(f"block weight {name} is {weight.dtype}: {QUANTISED}")
-    # packed weights may be no parameters at all; the mark may be on the model with the head alone
+    # packed weights may be no parameters; the mark may be only on the model with the head
     marked = getattr(model.backbone, "is_quantized", False)
     if marked or getattr(model.backbone.config, "quantization_config", None) is not None:
         raise ValueError(f"block weights are packed: {QUANTISED}")

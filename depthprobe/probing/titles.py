@@ -1,10 +1,10 @@
 """Item vectors read from titles: a linear read-out in closed form, and how they are spread.
 
-The read-out is not fitted by the loop of :mod:`depthprobe.probing.readout`. There the depths share
-one item matrix, and one learning rate suits their states because the final norm makes them alike.
-Here every depth has its own item matrix, and the vectors of some depths vary in all directions,
-those of others in a few. One learning rate would tell how fast a depth is fitted, least squares
-tell what is in it.
+The loop of :mod:`depthprobe.probing.readout` would not do. There all depths share one item matrix,
+and one learning rate suits their states because the final norm makes them similar. Here every depth
+has its own item matrix, and vectors vary in all directions at some depths and in few at others.
+With one learning rate the results would show how fast a depth is fitted; least squares show what
+it holds.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class TitleReadout:
 
 
 def user_features(table: Tensor, histories: Tensor) -> Tensor:
-    """What a user is at each position: the item there, the mean of all up to it, and 1.
+    """A user's features at each position: the item there, the mean of all up to it, and 1.
 
-    (I + 1, D) and (B, T) -> (B, T, 2 D + 1). The 1 lets the map say how popular items are.
+    (I + 1, D) and (B, T) -> (B, T, 2 D + 1). The 1 lets the map learn how popular items are.
     """
     vectors = table[histories]  # (B, T, D)
     counts = torch.arange(1, histories.shape[1] + 1, device=table.device)
@@ -86,7 +86,7 @@ def fit_title_readout(
 def anisotropy(table: Tensor) -> float:
     """Mean cosine of two different items of (I + 1, D): near 1 all point the same way.
 
-    From the sum s of the I directions alone: ``(s s - I) / (I (I - 1))``.
+    From only the sum s of the I directions: ``(s s - I) / (I (I - 1))``.
     """
     directions = torch.nn.functional.normalize(exact(table[1:]), dim=1)
     number = len(directions)
@@ -94,7 +94,7 @@ def anisotropy(table: Tensor) -> float:
 
 
 def effective_rank(table: Tensor) -> float:
-    """How many directions the items of (I + 1, D) vary in: 1 to D.
+    """In how many directions the items of (I + 1, D) vary: 1 to D.
 
     The exponential of the entropy of the eigenvalues of their covariance, each as a share of the
     variance (Roy and Vetterli, EUSIPCO 2007, who take the singular values of the table itself).

@@ -1,4 +1,4 @@
-"""Which MLP channels and attention heads matter: by what they hand on, or to the loss."""
+"""Which MLP channels and attention heads matter: by their activations, or for the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from depthprobe.models.narrowing import Kind, Narrowing, UnitScores
 from depthprobe.probing.passes import CausalEncoder
 from depthprobe.probing.taylor import weight_slopes
 
-USERS = 1024  # as many texts as Minitron and LLM-Pruner take, or more
+USERS = 1024  # as many texts as Minitron and LLM-Pruner use, or more
 
 
 def unit_scores(
@@ -30,8 +30,8 @@ def unit_scores(
 ) -> UnitScores:
     """The importance of each unit of each block, (L, units) by kind, from at most ``USERS`` users.
 
-    By ``activation``: the mean over positions of the absolute value that its block's MLP or
-    attention reads of it, of a head over its width (Minitron, arXiv 2407.14679). By ``taylor``:
+    By ``activation``: the mean absolute activation over positions, for a head also over its width
+    (Minitron, arXiv 2407.14679). By ``taylor``:
     ``sum |W * dL/dW|`` over its weights, keys and values for their group (LLM-Pruner, arXiv
     2305.11627; Minitron's and ours differ in the order of sum and absolute value).
     """
@@ -54,7 +54,7 @@ def _activations(
     prompt, blocks = shared_prompt(model), find_blocks(model.backbone)
     totals, positions = _zeros(plan, len(blocks)), 0
     last = torch.zeros(0)  # of the batch that is encoded, each user's last position, (B,)
-    seen: dict[tuple[Kind, int], Tensor] = {}  # of that batch alone: it may come again in halves
+    seen: dict[tuple[Kind, int], Tensor] = {}  # of this batch only: it may come again in halves
 
     def watch(kind: Kind, index: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         states = args[0].float().abs()
@@ -73,7 +73,7 @@ def _activations(
             with batches.retry():
                 model.encode(histories, lengths, *prompt)
                 for (kind, index), amount in seen.items():
-                    if kind == "heads":  # the groups' places stay 0
+                    if kind == "heads":  # the places of the groups stay 0
                         amount = amount.view(plan.before.heads, -1).mean(1)
                     totals[kind][index, : len(amount)] += amount
                 positions += int(last.sum()) + len(last)

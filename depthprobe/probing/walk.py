@@ -1,9 +1,9 @@
-"""Shallower models without a cut, any number in one walk over the blocks; greedy removal by it.
+"""Rank many shallower models in one walk over the blocks, without cutting; greedy removal with it.
 
-A model with some blocks left out is a route through the blocks, and routes that begin alike share
-their states: they form a tree, and each of its nodes runs one block once. All L single skips take
-(L + 1) / 2 passes in place of L, and all contiguous spans about L^2 / 6 in place of L^2 / 3. The
-tree is walked depth first, so no more states are held than the tree is deep.
+A model without some blocks is a route through the blocks. Routes with a common beginning share its
+states: they form a tree, and each node runs one block once. All L single skips take (L + 1) / 2
+passes instead of L, and all contiguous spans about L^2 / 6 instead of L^2 / 3. The tree is walked
+depth first, so only as many states are in memory as the tree is deep.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
     block: int
     without: Literal["nothing", "attention", "mlp"] = "nothing"
-    folded: bool = False  # whether its MLP ends in what stands for the block behind it, too
+    folded: bool = False  # whether its MLP ends in a map that also replaces the next block
 
 
 Route = tuple[Step, ...]
@@ -49,15 +49,15 @@ def route_without(part: Literal["attention", "mlp"], block: int, depth: int) -> 
 
 
 class _Node(NamedTuple):
-    """A block that runs, on the state of the node before it."""
+    """A block that runs on the state of its parent node."""
 
-    level: int  # how many blocks run before it; those are the nodes above it in the tree
+    level: int  # how many blocks run before it: the nodes above it in the tree
     step: Step
-    ending: list[int]  # indices of the routes that end behind it
+    ending: list[int]  # indices of the routes that end here
 
 
 def _tree(routes: Sequence[Route]) -> list[_Node]:
-    """The tree of routes that begin alike, depth first.
+    """The tree of routes by common beginnings, depth first.
 
     Routes [0, 1], [0, 2] and [1, 2] run block 0 once, and five blocks in all.
     """
@@ -71,7 +71,7 @@ def _tree(routes: Sequence[Route]) -> list[_Node]:
 
 
 def blocks_run(routes: Sequence[Route]) -> int:
-    """How many blocks a walk over these routes runs: L of them cost what one encoding does.
+    """How many blocks a walk over these routes runs; L of them cost as much as one encoding.
 
     >>> blocks_run([route([0, 1]), route([0, 2]), route([1, 2])])
     5
@@ -90,13 +90,13 @@ def rank_routes(
 ) -> list[Ranks]:
     """Ranks of every user's target on each route, by protocol, each (E,).
 
-    Equal to the ranks of models that have these blocks alone, cut with ``keep_blocks``. A route
-    goes through the model's blocks in their order. ``folded`` has what a folded step puts in place
-    of the MLP's last map, by block.
+    Equal to the ranks of models cut to these blocks with ``keep_blocks``. A route goes through the
+    blocks in their order. ``folded`` has, by block, the replacement of the MLP's last map in a
+    folded step.
 
     Raises:
-        ValueError: if a route leaves out what a later block of it needs, or a block has no such
-            part; for a backbone that has no state to read out after each block.
+        ValueError: if a route leaves out what a later block needs, or a part that a block lacks;
+            for a backbone without a state to read out after each block.
     """
     check_readable(model.backbone)
     ranks: list[Ranks] = []
@@ -133,7 +133,7 @@ def walk(
 
     def follow(node: _Node, path: list[Tensor], calls: BlockCalls, cache: Cache | None) -> Tensor:
         """Run a node's block: the path holds the states (B, T, D) up to here, then one more."""
-        del path[node.level + 1 :]  # of the branch that was walked before
+        del path[node.level + 1 :]  # states of the branch that was walked before
         with standing_in(plans[node.step]):
             block = node.step.block
             output = calls.repeat(blocks[block], block, path[node.level], cache)
@@ -150,13 +150,13 @@ def walk(
             for place, node in enumerate(nodes):
                 recorded = recording_cache()
                 follow(node, path, calls, recorded)
-                # all alike, since some blocks ask the cache's first layer for its length
+                # the same for all layers: some blocks ask the first layer for its length
                 caches[place] = sharing_cache(recorded, [node.step.block] * len(blocks))
         batches = eval_set.batches(device=device, size=batch_size, model=model)
         for chosen, histories, lengths in batches:
             with batches.retry():
-                # No block runs in this encoding. It makes the embeddings and shows what each block
-                # is called with (mask, positions, cache), to call it so on other states.
+                # No block runs in this encoding. It makes the embeddings and records how each block
+                # is called (mask, positions, cache), to repeat the call on other states.
                 with standing_in(every), record_calls(blocks) as calls:
                     model.encode(histories, lengths, *prompt)
                 rows = torch.arange(len(lengths), device=device)
@@ -178,20 +178,20 @@ def _check(blocks: nn.ModuleList, routes: Sequence[Route]) -> None:
             refuse_shared(blocks, left_out)
 
 
-# Which blocks to leave out: greedy removal, in which the block that is missed the least goes, again
-# and again (SLEB, arXiv 2402.09025), and the runs of blocks that turn the state least.
+# Which blocks to leave out: greedy removal, which repeatedly drops the block with the least damage
+# (SLEB, arXiv 2402.09025), and the spans that turn the state least.
 
 
 @dataclass(frozen=True)
 class Removal:
-    """The blocks in the order in which they went, the last one left out of it."""
+    """The blocks in the order of their removal, without the last one left."""
 
     removed: tuple[int, ...]  # (L - 1,) block indices
     scores: tuple[float, ...]  # (L,) NDCG@10 at full depth and after each removal; full ranking
-    evaluated: int  # how many shallower models were scored to find it
+    evaluated: int  # how many shallower models were scored for it
 
     def kept(self, depth: int) -> tuple[int, ...]:
-        """The blocks that are left at a depth, 1..L."""
+        """The blocks that remain at a depth, 1..L."""
         gone = self.removed[: len(self.scores) - depth]
         return tuple(b for b in range(len(self.scores)) if b not in gone)
 
@@ -199,11 +199,11 @@ class Removal:
 def greedy(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> Removal:
     """Remove the block whose absence costs the least, down to a single one.
 
-    The first removal is chosen from all single skips, which one walk measures. After that, lazily:
-    the damage of a block is measured anew only while it is the smallest known, and the block goes
-    if it still is. A removal seldom makes another block dispensable, so most are not measured
-    again; one whose damage has fallen below the smallest is missed. Of equal ones the last goes.
-    Choose by users of validation, never of the test.
+    The first removal is chosen from all single skips, which one walk measures. Later ones are lazy:
+    a block's damage is measured again only if it is the smallest known, and the block goes if it
+    still is. Since a removal seldom makes another block dispensable, most are not measured again; a
+    block whose damage has fallen below the smallest is missed. On ties the last block goes. Use
+    validation users, never test users.
     """
     left = list(range(len(find_blocks(model.backbone))))
     evaluated = 0
@@ -217,9 +217,9 @@ def greedy(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> 
 
     (full_depth,) = rank_routes(model, eval_set, [route(left)], device=device)
     scores, removed = [mean_ndcg(full_depth["full"])], list[int]()
-    damage = dict.fromkeys(left, -np.inf)  # as it was when last measured
+    damage = dict.fromkeys(left, -np.inf)  # at its last measurement
     while len(left) > 1:
-        fresh: dict[int, float] = {}  # the score without each block that is measured now
+        fresh: dict[int, float] = {}  # the scores without each block to measure now
         if not removed:
             fresh = scores_without(left)
             damage = {b: scores[-1] - value for b, value in fresh.items()}
@@ -233,10 +233,10 @@ def greedy(model: CausalEncoder, eval_set: EvalSet, *, device: torch.device) -> 
 
 
 def nearest_spans(angular: np.ndarray, length: int, *, first: int = 0) -> list[Span]:
-    """All runs of ``length`` blocks, those that turn the state least first (arXiv 2403.17887).
+    """All spans of ``length`` blocks, those that turn the state least first (arXiv 2403.17887).
 
-    ``angular`` are distances between the states around L blocks, (L + 1, L + 1); ``first`` is the
-    earliest block that may be in a run.
+    ``angular`` has distances between the states around L blocks, (L + 1, L + 1); ``first`` is the
+    earliest block that a span may hold.
     """
     starts = np.arange(first, len(angular) - length)
     if length < 1 or not len(starts):

@@ -1,4 +1,4 @@
-"""The first screen: what to ship, how sure that is, what it saves; what to read before deciding."""
+"""The report's first screen: what to ship, how sure that is, what it saves, and caveats."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHOWN, BETTER_BASELINE, WEAK = "shown", "SASRec is better", "weak teacher"
 
 
 class Tile(NamedTuple):
-    """A number of the first screen: what, how much, how sure, against what."""
+    """A number on the first screen: label, value, interval, and what it is compared with."""
 
     label: str
     value: str
@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """What is recommended with its weights in fewer bits, against itself before that."""
+    """The recommended model in fewer bits, compared with itself before rounding."""
 
     trial: str
     kept: Interval  # share of its own headline metric
@@ -53,9 +53,9 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """The first screen. What was not measured is None; the sentences say nothing beyond this."""
+    """The first screen. Unmeasured values are None; the sentences go no further than these."""
 
-    verdict: str  # "shown", "not shown", ...; else what is missing for an answer
+    verdict: str  # "shown", "not shown", ...; or what is missing for an answer
     lines: tuple[str, ...]  # what to do; how sure that is; what it saves, and against SASRec
     tiles: tuple[Tile, ...]
     caveats: tuple[str, ...]
@@ -63,9 +63,9 @@ class Answer:
     blocks: int
     users: int  # tested
     command: str = ""  # that exports what is recommended
-    trial: str = ""  # which that is; empty where nothing is
-    quantized: Quantized | None = None  # the same in fewer bits, where it was measured
-    method: str | None = None  # of the sufficient depth, else of the best candidate
+    trial: str = ""  # the recommended trial; empty if there is none
+    quantized: Quantized | None = None  # the same in fewer bits, if it was measured
+    method: str | None = None  # of the sufficient depth, or of the best candidate
     depth: int | None = None
     kept: Interval | None = None  # share of the teacher's headline metric
     parameters: float | None = None  # share of the teacher's
@@ -75,7 +75,7 @@ class Answer:
 
 
 def build_answer(run: Source) -> Answer:
-    """What the run shows, worded no stronger than its numbers."""
+    """Put the run's result into words that are no stronger than its numbers."""
     summary = as_summary(run)
     if summary.teacher is not None and summary.sufficiency is not None:
         return _compared(summary, summary.teacher, summary.sufficiency)
@@ -111,7 +111,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     elif worse and baseline:
         verdict, ship = BETTER_BASELINE, baseline
         model, named = "best shallow model", "Best candidate"
-        if row.shown:  # not the most accurate one
+        if row.shown:  # it is not the most accurate one
             model, named = "shallowest model that suffices", "Smallest sufficient depth"
         better = f"is more accurate than the {model}"
         advice = f"Ship SASRec: it {better}, and no dearer."
@@ -169,14 +169,14 @@ def _uncompared(summary: Summary) -> Answer:
 
 
 def _levels(summary: Summary) -> list[Point]:
-    """The teacher and the baselines, as far as their accuracy is known."""
+    """The teacher and the baselines with a known accuracy."""
     found = [p for p in summary.points if p.info.role in ("baseline", "teacher")]
     known = [p for p in found if p.value(summary.headline)]
     return sorted(known, key=lambda point: point.method != TEACHER)
 
 
 def _level_tiles(summary: Summary) -> tuple[Tile, ...]:
-    """What the teacher and the baselines reach, where no share of the teacher's is worth a tile."""
+    """The accuracy of teacher and baselines, if shares of the teacher's accuracy mean little."""
     tiles = []
     for point in _levels(summary):
         value, size = point.accuracy[FULL, summary.headline], point.cost("parameters")
@@ -188,7 +188,7 @@ def _level_tiles(summary: Summary) -> tuple[Tile, ...]:
 
 
 def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
-    """The row of the sufficient depth; else the undecided one, else the most accurate."""
+    """The row of the sufficient depth, else the undecided one, else the most accurate."""
     if sufficiency.row is not None:
         return sufficiency.row
     nearest = sufficiency.needed[:2] if sufficiency.needed is not None else None
@@ -200,14 +200,14 @@ def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
 
 
 def _best_trial(summary: Summary, point: Point) -> str:
-    """Of a point's seeds the trial that is best on validation."""
+    """The trial of a point with the best validation score."""
     scores = {record.id: record.validation for record in summary.run.records}
     found = [(v.ndcg if (v := scores.get(trial)) else 0.0, trial) for trial in point.trials]
     return max(found, key=lambda pair: pair[0])[1]
 
 
 def _export(summary: Summary, point: Point) -> str:
-    """The command that exports a point's best trial; empty for what can't be exported."""
+    """The command that exports a point's best trial; empty if it can't be exported."""
     if point.info.exportable is None and point.method != SASREC:
         return ""
     return _export_trial(summary, _best_trial(summary, point))
@@ -218,9 +218,9 @@ def _export_trial(summary: Summary, trial: str) -> str:
 
 
 def _quantized(summary: Summary, ship: Point, trial: str) -> Quantized | None:
-    """Of the quantised models made of a trial the smallest within the margin, by its mean.
+    """The smallest quantised model of a trial whose mean is within the margin.
 
-    Else the most accurate one.
+    Without one, the most accurate.
     """
     found = [
         (kept, point)
@@ -242,7 +242,7 @@ def _quantized(summary: Summary, ship: Point, trial: str) -> Quantized | None:
 
 
 def _smaller(summary: Summary, of: Quantized) -> str:
-    """What a quantised model keeps and saves, as measured; that it suffices is not claimed."""
+    """What a quantised model keeps and saves, without a claim that it suffices."""
     said = f"Quantised, as {of.trial}, it keeps {in_percent(of.kept)} of its {summary.headline}."
     held = "" if of.bytes is None else f" It then has {percent(of.bytes, 0)} of its bytes."
     faster = of.latency and f" For one user it is {formatting.times_faster(of.latency)}."
@@ -250,7 +250,7 @@ def _smaller(summary: Summary, of: Quantized) -> str:
 
 
 def _dearer(baseline: Point, point: Point) -> str:
-    """In what the baseline costs more than the point: in time, or in size where none was taken."""
+    """In what the baseline costs more than the point: time, or size if no times were measured."""
     kinds = (("inference", "is slower to serve"), ("parameters", "has more parameters"))
     for cost, dearer in kinds:
         own, other = baseline.cost(cost), point.cost(cost)
@@ -260,7 +260,7 @@ def _dearer(baseline: Point, point: Point) -> str:
 
 
 def _advice(summary: Summary, sufficiency: Sufficiency) -> tuple[str, str]:
-    """What to do where no depth is shown to suffice, in a line; and what more there is to say."""
+    """Advice in one line if no depth is shown to suffice, and further sentences."""
     floor = plain_percent(1 - sufficiency.margin)
     if sufficiency.seeds == 1:
         more = "Run three seeds or more (--seeds 3)."
@@ -272,7 +272,7 @@ def _advice(summary: Summary, sufficiency: Sufficiency) -> tuple[str, str]:
     if (needed := sufficiency.needed) is not None:
         more = needed_words(*needed[2:], users=sufficiency.users, seeds=sufficiency.seeds)
         return f"Not decided: {more}.", likely_words(*needed[2:])
-    if summary.found is not None and summary.found.state.open:  # depths that were hardly trained
+    if summary.found is not None and summary.found.state.open:  # hardly trained depths
         return f"Not decided: no depth is shown to keep {floor} of the teacher's accuracy.", ""
     if all(other.kept.high < 1 - sufficiency.margin for other in sufficiency.rows):
         return f"Keep all blocks: no shallower model keeps {floor} of the teacher's accuracy.", ""
@@ -292,7 +292,7 @@ def needed_words(more_users: Numbers, more_seeds: Numbers, *, users: int, seeds:
 
 
 def likely_words(more_users: Numbers, more_seeds: Numbers) -> str:
-    """A sentence for odds of 80 %; empty where no number gives them."""
+    """A sentence for odds of 80 %; empty if no number reaches them."""
     ways = _ways(more_users, more_seeds, 1)
     return f"Odds of 80 % take about {ways}." if ways else ""
 
@@ -304,13 +304,13 @@ def _ways(more_users: Numbers, more_seeds: Numbers, odds: int) -> str:
 
 
 def _rounded(number: int) -> str:
-    """Two significant digits, upwards: an estimate that is known no better, and not too few."""
+    """Rounded up to two significant digits, since the estimate is no more precise."""
     step = 10 ** max(0, len(str(number)) - 2)
     return f"{-(-number // step) * step:,}"
 
 
 def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy) -> str:
-    """The confidence, and that the candidate was picked out of several."""
+    """The confidence, and a note that the candidate was picked from several."""
     number, margin = len(sufficiency.rows), plain_percent(summary.margin)
     picked = f", allowing for the choice among {number} candidates" * (number > 1)
     picked = ", allowing for all depths and looks of the search" if summary.found else picked
@@ -337,7 +337,7 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
 
 
 def _below(share: float, floor: float) -> str:
-    """A share in so many digits that it can be told from the floor that it misses."""
+    """A share with enough digits to differ from the floor that it misses."""
     for digits in (1, 2, 3):
         if float(f"{100 * share:.{digits}f}") < 100 * floor:
             break
@@ -388,7 +388,7 @@ def _tiles(
 
 
 def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
-    """Sentences, the weightiest first; `chosen` is the point that the answer names."""
+    """Caveats, the most important first; ``chosen`` is the point that the answer names."""
     found = [*_data(summary), *_controls(summary, chosen), *_conditions(summary)]
     if summary.left_out and summary.teacher is not None:
         names = ", ".join(point.name for point in summary.left_out)
@@ -400,7 +400,7 @@ def caveats(summary: Summary, chosen: Point | None) -> tuple[str, ...]:
 
 
 def doubt(summary: Summary, baseline: str) -> tuple[str, str] | None:
-    """How a baseline puts the teacher's worth in doubt; None if the teacher is shown better."""
+    """How a baseline casts doubt on the teacher; None if the teacher is shown to be better."""
     ratio = next((p.ratio.get((FULL, summary.headline)) for p in summary.of(baseline)), None)
     if ratio is None or ratio.high < 1:
         return None
@@ -411,7 +411,7 @@ def doubt(summary: Summary, baseline: str) -> tuple[str, str] | None:
 
 
 def _data(summary: Summary) -> Iterator[str]:
-    """What the log leaves open."""
+    """Caveats about the log."""
     run, teacher = summary.run, summary.teacher
     yield from (f"Data: {warning.rstrip('.')}." for warning in run.manifest.data.warnings)
     if run.study.data.source == "embedded":
@@ -425,13 +425,13 @@ def _data(summary: Summary) -> Iterator[str]:
 
 
 def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
-    """Does it take a language model, its blocks, its pretraining; is the teacher at its best?"""
+    """Caveats from controls: are a language model, its blocks and its pretraining needed?"""
     study = summary.run.study
     if found := doubt(summary, SASREC):
         yield f"The teacher {found[0]}. {found[1]}."
     if summary.teacher is not None and not summary.of(SASREC):
         yield "SASRec was not run: whether a language model is needed at all is not tested."
-    # heads of one kind, one on the last item's embedding alone
+    # read-outs, one of them on only the last item's embedding
     heads = {point.depth: point for point in summary.of(HEAD)}
     if 0 in heads and (full := heads.get(summary.blocks)):
         ratio = summary.against(heads[0], full)
@@ -458,7 +458,7 @@ def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
 
 
 def _conditions(summary: Summary) -> Iterator[str]:
-    """What the trainings, the machine and the number of seeds leave open."""
+    """Caveats about trainings, machine and number of seeds."""
     study, manifest = summary.run.study, summary.run.manifest
     yield from _trainings(summary)
     if study.backbone.source == "embedded":
@@ -503,7 +503,7 @@ def _trainings(summary: Summary) -> Iterator[str]:
                 if len(recipe.rates) > 1 and training.learning_rate == end(recipe.rates):
                     names.append(point.name)
     if last:
-        # what was cut off is easy to match, or to beat
+        # an undertrained model is easy to match or beat
         yield f"A longer training may help what was best at its last epoch: {_names(last)}."
     if lowest or highest:
         best = (("lowest", lowest), ("highest", highest))

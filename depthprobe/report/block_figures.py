@@ -33,14 +33,14 @@ from depthprobe.report.tables import ablation_table
 
 # --- one block at a time ---------------------------------------------------------------------
 
-LINEAR = 5.0  # per cent: changes up to here are drawn to scale, larger ones on a log scale
+LINEAR = 5.0  # per cent: larger changes are drawn on a log scale
 TICKS = (100, 50, 20, 10, 5, 2, 0)
 
 
 def skip_changes(summary: Summary, metric: str) -> dict[str, dict[int, Interval]]:
     """Relative change against the teacher for each block left out alone, by method and block.
 
-    Of the methods that leave out one block in each of their trials, or one part of one block.
+    For the methods that leave out one block per trial, or one part of a block.
     """
     found: dict[str, dict[int, Interval]] = {}
     for method in (name for name, info in METHODS.items() if info.by_block):
@@ -104,7 +104,7 @@ def block_influence(ax: Axes, summary: Summary) -> str:
     On a log scale; with several teachers the mean over them, bars from the lowest to the highest.
     """
     whole = block_scores(summary, "block-influence")
-    need((whole["value"] > 0).any(), summary, STATES)  # a block that turns nothing has no logarithm
+    need((whole["value"] > 0).any(), summary, STATES)  # 0 has no logarithm
     drawn = {"block": ("the block", BLOCK), "attention": ("its attention", PARTS["attention"]),
              "mlp": ("its MLP", PARTS["mlp"])}  # fmt: skip
     for index, (part, (label, method)) in enumerate(drawn.items()):
@@ -133,8 +133,8 @@ def block_influence(ax: Axes, summary: Summary) -> str:
 
 # --- every span of blocks at once: how alike the states at its ends, what it costs -----------
 
-FEWEST = 3  # spans of two blocks or more: fewer are no map
-# from a tint on: white is where nothing was measured
+FEWEST = 3  # fewest spans of two or more blocks for a map
+# starts with a tint, since white means not measured
 PALE = ListedColormap(colormaps["Blues"](np.linspace(0.1, 1, 256)).tolist())
 TITLES = {
     "damage": "Loss of {} without blocks a to b",
@@ -166,15 +166,15 @@ def span_map(ax: Axes, summary: Summary, *, score: str = "damage") -> str:
     need(len(wide) >= FEWEST, summary, f"a teacher and {SPAN}" if damage else STATES)
     size = max(end for _, end in cells)
     values = np.array([100 * value if damage else value for value in cells.values()])
-    # states that hardly turn are pale all over: their differences are noise of the arithmetic
+    # all pale if states hardly turn: the differences are rounding noise
     low, high = (min(values.min(), 0.999), 1) if alike else (0, max(values.max(), 0.001))
     ax.grid(visible=False)
-    # squares and no picture: sharp on paper at any size
+    # vector squares, not an image: sharp at any size
     corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])  # (4, 2)
     mesh = PolyCollection(
         [corners + (end - 1, start) for start, end in cells], array=np.clip(values, low, None),
         cmap=PALE.reversed() if alike else PALE, edgecolors="white", linewidth=0.3,
-        # one early block may cost all: the root keeps the others apart
+        # one early block may cost everything; the root keeps the others distinct
         norm=PowerNorm(0.5 if damage else 1, vmin=low, vmax=high), clip_on=False,
     )  # fmt: skip
     ax.add_collection(mesh)
@@ -215,7 +215,7 @@ def span_cells(summary: Summary, score: str) -> dict[Span, float]:
         spans = _left_out(summary).items()
         changes = {span: point.change(summary.headline) for span, point in spans}
         return {span: -change.value for span, change in changes.items() if change is not None}
-    # CKA is not defined where the states of all users are the same
+    # CKA is undefined if all users have the same state
     means = block_scores(summary, score).groupby(["start", "end"])["value"].mean()
     found: dict[Any, float] = means.dropna().to_dict()
     return found
@@ -228,7 +228,7 @@ def _left_out(summary: Summary) -> dict[Span, Point]:
 
 # --- at which depth a user's answer is settled -----------------------------------------------
 
-CURVES = {  # by the column of the settling table
+CURVES = {  # labels by column of the settling table
     "rank_settled": Look("rank within one", "#9b4f96", "o"),
     "set_settled": Look("same ten items", "#0069a8", "s"),
     "top_settled": Look("same order too", "#c2500a", "^"),
@@ -244,7 +244,7 @@ def settling_depth(ax: Axes, summary: Summary) -> str:
     frames = (frame for frame in score_tables(summary) if set(CURVES) <= set(frame))
     frame = next(frames, pd.DataFrame())
     need(len(frame), summary, SETTLING)
-    depths, highest = np.arange(summary.blocks), 0.0  # at the last one all are settled
+    depths, highest = np.arange(summary.blocks), 0.0  # at the last depth all are settled
     for column, look in CURVES.items():
         settled = pd.DataFrame({d: frame[column] <= d for d in depths}).groupby(frame["user"])
         shares = [scaled(share) for share in _means(settled.mean(), summary)]

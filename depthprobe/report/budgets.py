@@ -1,4 +1,4 @@
-"""What is left of each block under a budget, and whether the damages of its options add up."""
+"""What a budget keeps of each block, and whether the damages of its options add up."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from depthprobe.report.drawing import MUTED, Look, figure, need, scaled, without
 from depthprobe.report.numbers import BUDGET, LEFT, Source, Summary, as_summary
 from depthprobe.report.tables import Table, Values, make_table, plain
 
-METRIC = "NDCG@10"  # of damages, whatever the headline is
-# the less is left, the paler; a map is no part of a block
+METRIC = "NDCG@10"  # the metric of damages, whatever the headline metric
+# paler if less is left; a map is no part of a block
 CELLS = {
     "kept whole": "#123f66",
     "without attention": "#3d87c4",
@@ -34,7 +34,7 @@ SERIES = {
 
 
 def _means(summary: Summary) -> dict[int, Values]:
-    """By budget: the share that is used, damages, and how many blocks have each option."""
+    """By budget: the used share, damages, and the number of blocks with each option."""
     frame = summary.run.scores(BUDGET)
     if frame.empty:
         return {}
@@ -47,7 +47,7 @@ def _means(summary: Summary) -> dict[int, Values]:
 
 
 def _on_test(summary: Summary) -> dict[int, Interval]:
-    """What each budget loses on test users, a share of the teacher's."""
+    """The loss under each budget on test users, as a share of the teacher's accuracy."""
     changes = {point.depth: point.change(METRIC) for point in summary.of(BUDGET)}
     return {
         depth: Interval(-change.value, -change.high, -change.low)

@@ -18,12 +18,12 @@ from depthprobe.report.page import base_name, environment, folder_of, inline_svg
 from depthprobe.report.tables import NOTHING, Column, Table, Values, make_table, plain, save_table
 from depthprobe.study import Protocol
 
-# with another of these, the question is another
+# if one of these differs, the question differs
 QUESTION = ("metric", "margin", "confidence", "split", "seen items")
 
 
 class Compared(NamedTuple):
-    """One of the runs: what it is called on the page, its numbers, its answer."""
+    """One of the runs: its name on the page, its numbers, its answer."""
 
     name: str
     summary: Summary
@@ -58,7 +58,7 @@ def build_comparison(runs: Sequence[Source], output: str | Path | None = None) -
         panels = kept_side_by_side([one.summary for one in drawn])
         drawing.save_figure(panels[0], folder / "kept_side_by_side")
     figures = []
-    for place, one in enumerate(drawn):  # a panel a run, all on one scale
+    for place, one in enumerate(drawn):  # one panel per run, all on one scale
         ax, caption = FIGURES["kept_vs_depth"].drawn(one.summary, limits=limits, title=one.name)
         caption = f"{one.name}. {caption}"
         svg = inline_svg(drawing.rendered(ax, "svg").decode(), f"run{place}", label=caption)
@@ -75,14 +75,14 @@ def build_comparison(runs: Sequence[Source], output: str | Path | None = None) -
 
 
 def default_output(folders: Sequence[Path]) -> Path:
-    """comparison.html in the folder that holds all of the runs; relative where they are."""
+    """comparison.html in the folder that holds all runs; a relative path if theirs are."""
     common = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
     absolute = any(folder.is_absolute() for folder in folders)
     return Path(common if absolute else os.path.relpath(common)) / "comparison.html"
 
 
 def _named(summaries: Sequence[Summary]) -> list[Compared]:
-    """Called by their folders, with as much of the path as tells them apart."""
+    """Name runs by their folders, with enough of the path to be distinct."""
     folders = [summary.run.path.resolve() for summary in summaries]
     for place, folder in enumerate(folders):
         if folder in folders[:place]:
@@ -117,13 +117,13 @@ def _split(protocol: Protocol) -> str:
 
 
 def differences(summaries: Sequence[Summary]) -> dict[str, str]:
-    """What the runs do not share: a word and the values, in their order."""
+    """What differs between the runs: a label, and the values in the runs' order."""
     found = {word: [value(one) for one in summaries] for word, value in DIFFERENCES.items()}
     return {word: ", ".join(values) for word, values in found.items() if len(set(values)) > 1}
 
 
 def answers_table(compared: Sequence[Compared]) -> Table | None:
-    """The sufficient depth of each run and what it saves; else its best candidate, said so."""
+    """Each run's sufficient depth and what it saves, or its best candidate, marked as such."""
     rows: list[Values] = []
     for name, summary, answer in compared:
         manifest = summary.run.manifest
@@ -158,7 +158,7 @@ def answers_table(compared: Sequence[Compared]) -> Table | None:
 
 
 def _report(folder: Path, target: Path) -> str:
-    """The way from the page to the run's own report; empty where there is none yet."""
+    """The path from the page to the run's own report; empty if there is none yet."""
     report = folder / "report.html"
     if not report.is_file():
         return ""

@@ -1,4 +1,4 @@
-"""Controls of what a run finds: shuffled histories, the untouched backbone, blocks at random."""
+"""Controls in the report: shuffled histories, the untouched backbone, random choices of blocks."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from depthprobe.report.tables import Column, Table, Values, label, make_table, p
 
 RANDOM, REVERSED = "random", "-reversed"
 SAMPLED_METRICS = ("HR@1", "HR@10", "NDCG@10")
-BY = {  # what the untouched backbone ranks by, as the table writes it
+BY = {  # the scores of the untouched backbone, as the table names them
     "likelihood": "title likelihood",
     "normalised": "title likelihood, less that without a history",
     "chance": "chance",
 }
-LOOKS = {  # of selections, by their names in the table
+LOOKS = {  # labels of selections, by their names in the table
     "prefix": Look("first blocks", "#1b1f24", "D"),
     "skip": Look("skip", "#0069a8", "s"),
     "influence": Look("block influence", "#c2500a", "o"),
@@ -51,7 +51,7 @@ LOOKS = {  # of selections, by their names in the table
 
 
 def order_table(run: Source) -> Table | None:
-    """What shuffling the histories costs each model; None where it was not measured."""
+    """What shuffling the histories costs each model; None if it was not measured."""
     return make_table("order", _orders(as_summary(run)), [
         ("model", "method", label),
         ("depth", _depth, plain),
@@ -84,7 +84,7 @@ def _orders(summary: Summary) -> list[Values]:
 
 
 def order_words(summary: Summary) -> tuple[str, bool]:
-    """A sentence on what the order of items is worth on this log; and whether that is shown."""
+    """A sentence on what the order of items is worth on this log, and whether that is shown."""
     lost = {row["method"]: row["lost"] for row in _orders(summary)}
     if TEACHER not in lost:
         return "", True
@@ -105,7 +105,7 @@ def order_words(summary: Summary) -> tuple[str, bool]:
 
 
 def untouched_table(run: Source) -> Table | None:
-    """The untouched backbone by depth, and others, on 100 candidates a user: sampled metrics."""
+    """The untouched backbone by depth, and other models, on 100 candidates per user (sampled)."""
     rows = _untouched(as_summary(run))
     most = rows[0]["candidates"] if rows else 0
     return make_table("prompt_only_sampled", rows, [
@@ -171,15 +171,15 @@ def _selections(summary: Summary) -> list[Values]:
 
 @figure("blocks")
 def selections(ax: Axes, summary: Summary) -> str:
-    """Accuracy of the teacher's blocks that scores choose, over the band of random ones.
+    """Accuracy of blocks chosen by scores, over the band of random choices.
 
-    Not trained again, of the first seed. The band is from the lowest to the highest of the draws.
+    Without training, at the first seed. The band spans the lowest to the highest draw.
     """
     rows = _selections(summary)
     need(rows, summary, CHOICES)
     band = {row["depth"]: row["random"] for row in rows}
     low, high = ([getattr(each, end) for each in band.values()] for end in ("low", "high"))
-    width = 4.0 * (len(band) == 1)  # the band of one depth would be a line of no width
+    width = 4.0 * (len(band) == 1)  # for one depth the band would have no width
     ax.fill_between(list(band), low, high, color=MUTED, alpha=0.18, linewidth=width, label="random")
     for name, look in LOOKS.items():
         own = [row for row in rows if row["selection"] == name]

@@ -1,4 +1,4 @@
-"""The figure of a log: how long histories are, how popular items, when it all happened."""
+"""The figure of a log: lengths of histories, popularity of items, interactions over time."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _lengths(ax: Axes, lengths: np.ndarray) -> None:
     users = [users for _, _, users in bins]
     ax.bar(edges[:-1], users, np.diff(edges), align="edge", color=BARS, edgecolor="white")
     ax.set_xscale("log")
-    step = -(-len(bins) // 8)  # more numbers than that would touch
+    step = -(-len(bins) // 8)  # more numbers would touch
     ax.xaxis.set_major_locator(FixedLocator([high for _, high, _ in bins][::step]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter("{x:,.0f}")
@@ -81,13 +81,13 @@ def _lengths(ax: Axes, lengths: np.ndarray) -> None:
 def _popularity(ax: Axes, taken: np.ndarray) -> None:
     falling = np.sort(taken)[::-1]
     rank = np.arange(1, len(falling) + 1)
-    # a point for every rank would be a file of megabytes: those that a log scale tells apart
+    # draw only ranks that a log scale can separate; all would make a file of megabytes
     shown = np.unique(np.geomspace(1, len(rank), 400).round().astype(np.int64)) - 1
     ax.plot(rank[shown], falling[shown], color=BARS, linewidth=2)
     ax.set_xscale("log")
     if np.floor(np.log10(falling[0])) > np.ceil(np.log10(falling[-1])):
         ax.set_yscale("log")
-    else:  # a log scale would have one number or none
+    else:  # a log scale would have at most one number
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     for axis in (ax.xaxis, ax.yaxis):
@@ -111,7 +111,7 @@ def _times(ax: Axes, times: np.ndarray, split: Split | None) -> None:
     ax.stairs(every, days, baseline=trained, fill=True, color=HELD_OUT, label="held out")
     ax.set_ylim(0, 1.12 * every.max())  # room for the words above
     if split is not None and "test_begins" in split.statistics:
-        # to either side, as the two may lie close together
+        # one to each side, since the two may lie close together
         marks = ((split.validation, "validation ", "right"), (split.test, " test", "left"))
         for targets, text, side in marks:
             begins = times[targets.targets].min().astype("datetime64[s]")
@@ -123,7 +123,7 @@ def _times(ax: Axes, times: np.ndarray, split: Split | None) -> None:
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     _counts(ax)
     if split is not None:
-        # on the left: on the right stands the year or day that the ticks leave out
+        # on the left, since matplotlib puts the year or day on the right
         ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, handlelength=1.2)
     ax.set_title("Interactions over time")
 

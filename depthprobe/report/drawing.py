@@ -1,4 +1,4 @@
-"""The scaffold of all figures: the table of them, their style, series and axes, their files."""
+"""What all figures share: their table, style, series, axes and files."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from depthprobe.report.numbers import Source, Summary, as_summary
 RC = Path(__file__).parent / "report.mplstyle"
 MUTED = "#5b636d"
 SIZE = (5.0, 4.2)  # inches; small, so that the text stays readable on a phone
-LEGEND_ROWS = 4  # for which that height has room
-# without a date the same run gives the same bytes
+LEGEND_ROWS = 4  # that fit into that height
+# no date, so that the same run gives the same bytes
 FORMATS: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None}},
     "png": {"dpi": 150},
@@ -45,7 +45,7 @@ Draw = Callable[..., str]  # (axes, summary, what is chosen) -> caption
 
 
 class FigureEntry(NamedTuple):
-    """A figure of the page: in which section it stands, how it is drawn."""
+    """A figure of the page: its section, and how it is drawn."""
 
     section: str
     draw: Draw
@@ -62,7 +62,7 @@ class FigureEntry(NamedTuple):
             return ax, self.draw(ax, summary, **self.chosen, **chosen)
 
 
-FIGURES: dict[str, FigureEntry] = {}  # by the name of the file, in the order of reading
+FIGURES: dict[str, FigureEntry] = {}  # by file name, in reading order
 
 
 class NoData(BadInput):
@@ -70,7 +70,7 @@ class NoData(BadInput):
 
 
 def need(found: object, summary: Summary, what: str) -> None:
-    """Refuse to draw what a run has no data for.
+    """Raise if a run lacks the data for a figure.
 
     Raises:
         NoData: that names the run and what it lacks.
@@ -85,10 +85,10 @@ def figure(
     height: Callable[[Summary], float] = lambda summary: SIZE[1],
     **variants: Mapping[str, str],
 ) -> Callable[[Draw], Callable[..., Axes]]:
-    """Enter a function that draws on axes and returns its caption into the table of figures.
+    """Register a function that draws on axes and returns its caption.
 
-    ``variants`` are the figures of the page, by name, with what is chosen for each; by default one,
-    named as the function. What is returned takes a run, and axes to draw on if the caller has some.
+    ``variants`` are the page's figures by name, with the function's argument for each; by default
+    one, named like the function. The registered function takes a run, and optionally axes.
     """
 
     def enter(draw: Draw) -> Callable[..., Axes]:
@@ -102,7 +102,7 @@ def figure(
                 draw(axes, summary, **chosen)
             return axes
 
-        # its own parameters, for help and documentation
+        # the function's own parameters, for help and documentation
         run, ax, _ = inspect.signature(drawn, follow_wrapped=False).parameters.values()
         ends = run.replace(annotation="Source"), ax.replace(annotation="Axes | None")
         named = list(inspect.signature(draw).parameters.values())[2:]
@@ -118,13 +118,13 @@ def figure(
 
 
 def figure_style() -> AbstractContextManager[None]:
-    """The one figure style; holds while drawing and while saving, leaves matplotlib as it was."""
+    """The style of all figures, while drawing and saving; matplotlib's settings are restored."""
     return rc_context(fname=RC)
 
 
 @contextmanager
 def drawing(ax: Axes | None, height: float = SIZE[1]) -> Iterator[Axes]:
-    """The given axes in the figure style; else those of a figure of their own."""
+    """The given axes in the figure style, or the axes of a new figure."""
     with figure_style():
         yield ax or Figure(figsize=(SIZE[0], height), layout="constrained").add_subplot()
 
@@ -143,7 +143,7 @@ def save_figure(ax: Axes, stem: Path) -> str:
 
 
 def rendered(drawn: Axes | Figure, suffix: str) -> bytes:
-    """A figure, or that of some axes, as a file: "svg", "png" or "pdf"."""
+    """The bytes of a figure as "svg", "png" or "pdf"."""
     figure, file = cast("Figure", drawn.get_figure(root=True)), BytesIO()
     with figure_style():
         figure.savefig(file, format=suffix, **FORMATS[suffix])
@@ -157,7 +157,7 @@ _TIP = re.compile(rb'<g id="tip:([^"]*)">')
 
 
 class Look(NamedTuple):
-    """How a series that is no method's is drawn."""
+    """How to draw a series that belongs to no method."""
 
     label: str
     colour: str
@@ -173,9 +173,9 @@ def draw_series(
     tips: Iterable[str] = (),
     **more: Any,
 ) -> None:
-    """Points with their intervals as vertical bars, joined by a line unless told otherwise.
+    """Draw points with their intervals as vertical bars, joined by a line by default.
 
-    ``tips`` are what the SVG says of each point when the mouse is over it.
+    The SVG shows ``tips`` when the mouse is over a point.
     """
     options: dict[str, Any] = {"elinewidth": 1, "label": look.label} | more
     ax.errorbar(
@@ -188,7 +188,7 @@ def draw_series(
 def draw_tips(
     ax: Axes, xs: ArrayLike, ys: ArrayLike, tips: Iterable[str], colour: str = MUTED
 ) -> None:
-    """Discs that can't be seen, wider than the points below them; each is named in the SVG."""
+    """Draw invisible discs, wider than the points below them, that carry the tips in the SVG."""
     disc: dict[str, Any] = {"marker": "o", "markersize": 15, "ls": "", "alpha": 0, "zorder": 9}
     for x, y, text in zip(np.atleast_1d(xs), np.atleast_1d(ys), tips, strict=False):
         (point,) = ax.plot([x], [y], color=colour, scalex=False, scaley=False, **disc)
@@ -196,7 +196,7 @@ def draw_tips(
 
 
 def draw_level(ax: Axes, value: Interval | None, look: Method) -> None:
-    """A line and a band across the figure, for what has no depth; nothing without a value."""
+    """Draw a line and a band across the figure, for a model without depth, if it has a value."""
     if value is not None:
         low, high = limits([value])
         ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
@@ -205,9 +205,9 @@ def draw_level(ax: Axes, value: Interval | None, look: Method) -> None:
 
 
 def bars(intervals: Iterable[Interval]) -> NDArray[np.float64]:
-    """Lengths below and above each value, (2, n), as matplotlib's error bars want them.
+    """Lengths below and above each value, (2, n), for matplotlib's error bars.
 
-    Of one round or one user nothing is known: such an end has no bar, and not an endless one.
+    An infinite end, as with one round or one user, gets no bar.
     """
     ends = [(each.value - each.low, each.high - each.value) for each in intervals]
     arms = np.array(ends, dtype=np.float64).reshape(-1, 2)
@@ -215,7 +215,7 @@ def bars(intervals: Iterable[Interval]) -> NDArray[np.float64]:
 
 
 def drop_bars(ax: Axes, bottom: float) -> None:
-    """Take the bars of points below the bottom away: one that ends in view would hang there."""
+    """Remove the bars of points below the bottom, since their upper ends would hang in view."""
     for series in ax.containers:
         if isinstance(series, ErrorbarContainer) and series.lines[0] is not None:
             heights = np.asarray(series.lines[0].get_ydata(), dtype=np.float64)
@@ -233,13 +233,13 @@ def without_bar(intervals: Iterable[Interval]) -> str:
 
 
 def scaled(interval: Interval, scale: float = 100.0) -> Interval:
-    """Value and bounds times a number: per cent by default."""
+    """Value and bounds times a number, by default 100 for per cent."""
     return Interval(scale * interval.value, scale * interval.low, scale * interval.high)
 
 
 def beside(places: Iterable[float], index: int, number: int, gap: float = 0.09) -> ArrayLike:
-    """Places of one series among several, moved aside so that their bars don't cover each other."""
-    gap = min(gap, 0.6 / number)  # or they would reach the next place
+    """A series' places among several, moved aside so that bars don't cover each other."""
+    gap = min(gap, 0.6 / number)  # otherwise they would reach the next place
     return [place + gap * (index - (number - 1) / 2) for place in places]
 
 
@@ -254,27 +254,27 @@ def limits(intervals: Iterable[Interval], *others: float) -> tuple[float, float]
 
 
 def own_range(ax: Axes, intervals: Iterable[Interval]) -> float:
-    """Scale the values from the lowest to the highest of what matters; returns where it begins.
+    """Scale the axis from the lowest to the highest relevant value; returns its lower end.
 
-    Not from zero: there are no bars to compare with it, and the differences are what is asked.
+    It does not begin at zero, since the question is about differences.
     """
     low, high = limits(intervals)
     gap = 0.08 * (high - low) or 0.1 * abs(high) or 0.5
     bottom = max(0.0, low - gap) if low >= 0 else low - gap
     ax.set_ylim(bottom, high + gap)
-    # as many ticks at any height: the layout has made room for these labels and no others
+    # the same number of ticks at any height: the layout has room for just these labels
     ax.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
     return bottom
 
 
 def block_axis(axis: Axis, label: str, most: int = 16) -> None:
-    """An axis of whole numbers."""
+    """Format an axis of whole numbers."""
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
     axis.set_label_text(label)
 
 
 def percent_axis(axis: Axis, *, signed: bool = False) -> None:
-    """Ticks in per cent; those of changes with their sign, a true minus."""
+    """Ticks in per cent; changes have a sign, with a true minus."""
 
     def text(value: float, _: object) -> str:
         if not signed:
@@ -286,14 +286,14 @@ def percent_axis(axis: Axis, *, signed: bool = False) -> None:
 
 
 def log_ticks(axis: Axis, text: Callable[[float], str], *, wide: bool = False) -> None:
-    """Ticks of a logarithmic scale at 1, 2, 5; of a wide one at powers of ten."""
+    """Ticks of a logarithmic scale at 1, 2, 5; on a wide scale at powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def finish(ax: Axes, title: str) -> None:
-    """The title, and a legend below the axes, so that these have the whole width."""
+    """Add the title, and a legend below the axes, so that these have the whole width."""
     ax.set_title(title)
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
@@ -308,5 +308,5 @@ def finish(ax: Axes, title: str) -> None:
 
 
 def short(label: str, most: int = 26) -> str:
-    """A name cut to what leaves room for the figure."""
+    """A name shortened to leave room for the figure."""
     return label if len(label) <= most else f"{label[: most - 1]}…"

@@ -1,8 +1,8 @@
 """The figures of a report: each a function on a run that returns its Axes.
 
-Every function takes a run, its folder or its :func:`summarise`, and draws into ``ax`` where one is
-given. A run's numbers take seconds to compute: for several figures, summarise it once. A figure
-returns its caption to the page, which a screen reader reads too; a run without data is refused.
+Every function takes a run, its folder or its :func:`summarise`, and draws into ``ax`` if given. A
+run's numbers take seconds to compute, so summarise it once for several figures. Captions go to the
+page, and to screen readers. A run without data is refused.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ Curves = dict[str, list[tuple[Point, Interval]]]  # by method, shallow to deep
 def shown_methods(summary: Summary) -> list[str]:
     """The methods that figures show, in the order of reports.
 
-    Variants of a method that is there itself are not among them: those have a table of their own.
+    Variants of a shown method are left out, since they have a table of their own.
     """
     methods = {point.method for point in summary.points}
     shown = (name for name in methods if name == base_of(name) or base_of(name) not in methods)
@@ -92,12 +92,12 @@ def shown_methods(summary: Summary) -> list[str]:
 
 
 def curves(summary: Summary, metric: str, *, kept: bool = False) -> Curves:
-    """What each method with a curve over depth reaches; ``kept``: as a share of the teacher's."""
+    """The accuracy of each method over depth; with ``kept`` as a share of the teacher's."""
     found: Curves = {}
     for method in shown_methods(summary):
         info = method_info(method)
         if info.role not in ("baseline", "teacher") and not (info.by_block or info.items_only):
-            for point in (p for p in summary.of(method) if not p.levers):  # of depth alone
+            for point in (p for p in summary.of(method) if not p.levers):  # only depth changed
                 value = (point.ratio if kept else point.accuracy).get((FULL, metric))
                 if value is not None:
                     found.setdefault(method, []).append((point, value))
@@ -110,18 +110,18 @@ def every(drawn: Curves) -> list[tuple[Point, Interval]]:
 
 
 def mean(point: Point, metric: str) -> float:
-    """The mean of a metric that the point is known to have."""
+    """The mean of a metric that the point has."""
     return point.accuracy[FULL, metric].value
 
 
 def _depth_axis(ax: Axes, summary: Summary, depths: Iterable[int]) -> None:
-    """From the shallowest depth that is drawn, or 1, to the full backbone."""
+    """The axis of depths, from the shallowest drawn, or 1, to the full backbone."""
     ax.set_xlim(min([1, *depths]) - 0.6, summary.blocks + 0.6)
     drawing.block_axis(ax.xaxis, "depth (blocks kept)", 12)
 
 
 def _draw_curves(ax: Axes, summary: Summary, drawn: Curves, scale: float = 1) -> None:
-    """Each method's points with their intervals, over depth."""
+    """Draw each method's points with their intervals over depth."""
     for index, (name, pairs) in enumerate(drawn.items()):
         look, depths = method_info(name), [point.depth for point, _ in pairs]
         places = drawing.beside(depths, index, len(drawn))
@@ -146,8 +146,8 @@ def kept_vs_depth(
 ) -> str:
     """Share of the teacher's accuracy against depth, with the margin; the scale is cut below.
 
-    Bars are 95 % intervals of the paired ratio, which leave out what users have in common.
-    ``limits`` are of the scale, in per cent; by default :func:`kept_limits` of this run.
+    Bars are 95 % intervals of the paired ratio, so differences between users cancel. ``limits`` are
+    those of the scale, in per cent; by default :func:`kept_limits` of this run.
     """
     metric, floor = metric or summary.headline, 1 - summary.margin
     drawn = curves(summary, metric, kept=True)
@@ -181,13 +181,13 @@ def kept_vs_depth(
     )
 
 
-LOWEST_KEPT = 0.85  # of the teacher: what an untrained model may stretch the scale to
+LOWEST_KEPT = 0.85  # lowest share to which an untrained model may stretch the scale
 
 
 def kept_limits(*summaries: Summary, metric: str | None = None) -> tuple[float, float]:
-    """From where to where shares of the teachers' accuracy are drawn, in per cent."""
+    """The limits of the scale for shares of the teachers' accuracy, in per cent."""
     pairs = [p for s in summaries for p in every(curves(s, metric or s.headline, kept=True))]
-    # read-outs fall to nothing: only what is still in reach may widen the scale
+    # read-outs fall to zero, so only those within reach may widen the scale
     reach = [scaled(s) for p, s in pairs if p.info.role == "trained" or s.low > LOWEST_KEPT]
     low, high = drawing.limits(reach, 100.0, *(100 * (1 - one.margin) for one in summaries))
     return low - 1.5, high + 1.5
@@ -196,7 +196,7 @@ def kept_limits(*summaries: Summary, metric: str | None = None) -> tuple[float, 
 def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
     """:func:`kept_vs_depth` of several runs in one figure, on one scale; an Axes a run.
 
-    Each is titled with the name of its folder; every run is compared with its own teacher.
+    Each panel has the name of the run's folder; every run is compared with its own teacher.
     """
     summaries = [as_summary(run) for run in runs]
     limits = kept_limits(*summaries)
@@ -254,10 +254,10 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
 
 
 def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:
-    """Scale the accuracies to the models that are in question.
+    """Scale the accuracies to the models in question.
 
-    Popularity and probes fall to nothing: in their range the differences could not be seen. Where
-    there is nothing else at any depth, they are what is in question.
+    Popularity and probes fall to zero, and a scale with them would hide the differences. They count
+    only if there are no other models.
     """
     others = {p.look.role for p, _ in measured} - {"baseline", "teacher", "probe"}
     reach = [
@@ -270,7 +270,7 @@ def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:
 
 
 def _below_scale(ax: Axes, measured: Sequence[tuple[Point, Interval]], scale: float = 1) -> str:
-    """Take the bars of points below the scale away; a sentence says which points those are."""
+    """Remove the bars of points below the scale; returns a sentence that names these points."""
     bottom, below = ax.get_ylim()[0], dict[str, list[int]]()
     drawing.drop_bars(ax, bottom)
     for point, value in measured:
@@ -294,7 +294,7 @@ COSTS = {
     "inference": ("time a user in batches", "milliseconds a user, {} together"),
     "training": ("training time", "seconds of training, the teacher's included"),
 }
-# of models that pull a lever beside depth, in the order of the levers' names
+# for models with a lever besides depth, in the order of the levers' names
 LEVER_MARKERS = ("s", "D", "^", "v", "P", "X", "<", ">", "p", "h")
 
 
@@ -310,11 +310,11 @@ def accuracy_vs_cost(
 ) -> str:
     """Share of the teacher's accuracy against a cost: every model and lever, with the Pareto front.
 
-    ``cost`` is "size" (bytes, or parameters where those were not counted), "parameters", "latency"
-    (one user), "inference" (a user's part of a batch) or "training". Vertical bars are 95 %
-    intervals, horizontal bars the quartiles of the timing rounds. A hollow marker is a model that
-    pulls a lever beside depth; a thin line joins it with the same model without. Beside a model of
-    the front stand its depth and levers. Without a teacher it is the accuracy itself.
+    ``cost`` is "size" (bytes, or parameters if bytes were not counted), "parameters", "latency"
+    (one user), "inference" (per user, in batches) or "training". Vertical bars are 95 % intervals,
+    horizontal bars the quartiles of the timing rounds. A hollow marker is a model with a lever
+    besides depth; a thin line joins it with the same model without the lever. Models of the front
+    are labelled with depth and levers. Without a teacher the accuracy itself is shown.
     """
     metric, cost = metric or summary.headline, front.cost_named(summary, cost)
     (name, label), points = COSTS[cost], front.priced(summary, cost, metric)
@@ -367,7 +367,7 @@ LETTER, LINE = 0.0155, 0.05  # of the width and height of the axes, of labels in
 
 
 def _name_front(ax: Axes, front: Sequence[Point], places: Sequence[tuple[float, float]]) -> None:
-    """Write depth and levers beside each point of a front, above the labels that are there."""
+    """Write depth and levers beside each point of a front, above existing labels."""
     taken: list[tuple[float, float, float]] = []  # left, right, bottom
     for point, place in zip(front, places, strict=True):
         words = ", ".join((*[str(point.depth)] * (point.depth > 0), *point.levers))
@@ -375,7 +375,7 @@ def _name_front(ax: Axes, front: Sequence[Point], places: Sequence[tuple[float, 
         if y < 0:  # below the scale
             continue
         width = LETTER * len(words)
-        # above and left of a point of the front there is no other point; but the scale is
+        # no other point lies above and left of a point of the front; but the scale is
         left, bottom = (x - 0.015 - width if x > width else x + 0.01), y + 0.02
         while any(left < b and left + width > a and abs(bottom - c) < LINE for a, b, c in taken):
             bottom += LINE
@@ -391,7 +391,7 @@ def _draw_priced(
     prices: Mapping[tuple[str, ...], Interval],
     cost: str,
 ) -> None:
-    """A series for each method and its levers; the legend names methods and levers apart."""
+    """Draw a series per method and levers; the legend names methods and levers separately."""
     series: dict[tuple[str, tuple[str, ...]], list[tuple[Point, Interval]]] = {}
     for point, value in drawn:
         series.setdefault((point.plain, point.levers), []).append((point, value))
@@ -414,7 +414,7 @@ def _draw_priced(
             label="_again" if method in named else look.label, **hollow,
         )  # fmt: skip
         named.add(method)
-    for levers, marker in markers.items():  # as a series of no points: legends list those last
+    for levers, marker in markers.items():  # as a series without points, which legends list last
         options: dict[str, Any] = {"color": MUTED, "markerfacecolor": "white", "linestyle": ""}
         ax.errorbar([], [], marker=marker, label=", ".join(levers), **options)
 
@@ -429,8 +429,8 @@ KINDS = {
 def speed_vs_depth(ax: Axes, summary: Summary) -> str:
     """How many times faster than at full depth a model is served and trained, by depth.
 
-    Bars are 95 % intervals of the median over paired rounds. The dotted line is what it would be
-    if time were blocks alone; what stays below it is spent on embeddings, head and scoring.
+    Bars are 95 % intervals of the median over paired rounds. The dotted line assumes that blocks
+    take all the time; points lie below it because embeddings, head and scoring take time too.
     """
     speeds: Mapping[str, dict[int, Interval]] = {
         kind: {depth: point.speed[kind] for depth, point in timed(summary, kind).items()}

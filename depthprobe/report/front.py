@@ -1,6 +1,6 @@
-"""The front: models that no other one beats in accuracy and cost, whatever has made them small.
+"""The Pareto front over all levers: models that no other model beats in accuracy and cost.
 
-Depth is one lever. Width, blocks that run twice and fewer bits a weight are others, and they can be
+Depth is one lever. Width, blocks that run twice and fewer bits per weight are others. They can be
 combined: do their losses add up?
 """
 
@@ -43,19 +43,19 @@ from depthprobe.report.tables import (
     values_of,
 )
 
-SIZE = "size"  # bytes, or parameters where a run has not counted its bytes
+SIZE = "size"  # bytes, or parameters if a run has not counted bytes
 AXES = (SIZE, "latency", "inference", "training")
 
 
 def cost_named(summary: Summary, cost: str) -> str:
-    """What stands for the size: bytes, if they were counted of all that is on offer."""
+    """The cost to use for "size": bytes, if they were counted for every model on offer."""
     if cost != SIZE:
         return cost
     return "bytes" if all(point.bytes for point in offered(summary)) else "parameters"
 
 
 def price(summary: Summary, point: Point, cost: str) -> Interval:
-    """What a point costs; of a time its quartiles, and of that in batches a user's part."""
+    """The cost of a point; times have quartiles, and times of batches are per user."""
     if cost not in point.time or cost == "training":
         number = point.cost(cost_named(summary, cost)) or 0.0
         return Interval(number, number, number)
@@ -65,12 +65,12 @@ def price(summary: Summary, point: Point, cost: str) -> Interval:
 
 
 def batch_of(summary: Summary) -> int:
-    """How many users are served together where times were measured."""
+    """How many users were served together when times were measured."""
     return int((summary.run.manifest.timing or {}).get("batch", 1))
 
 
 def offered(summary: Summary, metric: str | None = None) -> list[Point]:
-    """Points of known accuracy that could be served; popularity and most probes could not."""
+    """Points with a known accuracy that could be served, so without popularity and most probes."""
     return [
         point
         for point in sorted(summary.points, key=_order)
@@ -85,7 +85,7 @@ def _order(point: Point) -> tuple[tuple[int, str], int, int]:
 
 
 def priced(summary: Summary, cost: str, metric: str | None = None) -> list[Point]:
-    """Of what is on offer, the points whose cost is known."""
+    """The points on offer with a known cost."""
     kind = cost_named(summary, cost)
     return [point for point in offered(summary, metric) if point.cost(kind)]
 
@@ -98,7 +98,7 @@ def reached(summary: Summary, point: Point, metric: str | None = None) -> Interv
 
 
 def pareto_front(summary: Summary, cost: str, metric: str | None = None) -> list[Point]:
-    """Points that no other one beats: all cheaper ones are less accurate. Cheapest first."""
+    """Points that no other point beats: all cheaper ones are less accurate. Cheapest first."""
     kind = cost_named(summary, cost)
     found = [
         (price(summary, point, kind).value, -value.value, point)
@@ -114,7 +114,7 @@ def pareto_front(summary: Summary, cost: str, metric: str | None = None) -> list
 
 
 def without_last(summary: Summary, point: Point) -> Point | None:
-    """The same model before its last lever was pulled: narrower, looped or quantised."""
+    """The same model without its last lever: width, loops or quantisation."""
     if point.of:
         return summary.source(point)
     own = (p for p in summary.points if (p.method, p.kept) == (point.plain, point.kept))
@@ -122,12 +122,12 @@ def without_last(summary: Summary, point: Point) -> Point | None:
 
 
 def levers(summary: Summary, point: Point) -> int:
-    """How many levers a model pulls: fewer blocks, and all others."""
+    """How many levers a model uses, depth included."""
     return (0 < point.depth < summary.blocks) + len(point.levers)
 
 
 def cheapest_words(summary: Summary, cost: str, metric: str | None = None) -> str:
-    """The cheapest models with one lever, and with several, of those within the margin."""
+    """A sentence on the cheapest models within the margin, with one lever and with several."""
     teacher, kind = summary.teacher, cost_named(summary, cost)
     if teacher is None or not (full := price(summary, teacher, kind).value):
         return ""
@@ -156,9 +156,10 @@ def cheapest_words(summary: Summary, cost: str, metric: str | None = None) -> st
 
 
 def front_table(run: Source) -> Table | None:
-    """Every model on offer with its accuracy and its costs, and which fronts it is on.
+    """Every model on offer with its accuracy, its costs, and the fronts it is on.
 
-    None below two. ``of source`` is the share of the same model's accuracy before it was quantised.
+    None for fewer than two models. ``of source`` is the share of the same model's accuracy before
+    it was quantised.
     """
     summary = as_summary(run)
     points = offered(summary)
@@ -209,19 +210,19 @@ def front_table(run: Source) -> Table | None:
 
 
 class Interaction(NamedTuple):
-    """A lever beside another one, mostly depth: losses are shares of the teacher's accuracy."""
+    """Two levers combined, mostly one with depth; losses are shares of the teacher's accuracy."""
 
     lever: str
-    model: Point  # without the lever
+    model: Point  # the model without the lever
     seeds: int
-    alone: Interval  # what the model loses
-    other: Interval  # what the lever loses at full depth
+    alone: Interval  # its loss
+    other: Interval  # the lever's loss at full depth
     both: Interval
-    more: Interval  # both, less the sum of the two
+    more: Interval  # the loss of both together, less their sum
 
 
 def interactions(summary: Summary) -> list[Interaction]:
-    """Each model that pulls a lever, whose four arms have a seed in common."""
+    """The interaction for each model with a lever whose four arms share a seed."""
     return [] if summary.teacher is None else list(_interactions(summary, summary.teacher))
 
 
@@ -247,16 +248,16 @@ def _interactions(summary: Summary, teacher: Point) -> Iterator[Interaction]:
 
 
 def _alone(summary: Summary, both: Point, teacher: Point) -> Point | None:
-    """What pulls the last lever of a model, and no other one."""
+    """The model with only the last lever of another model."""
     own = summary.quantized(teacher) if both.of else summary.of(both.method)
     named = (p for p in own if p.levers == both.levers[-1:] and p.depth == summary.blocks)
     return next(named, None)
 
 
 def interaction_table(run: Source) -> Table | None:
-    """What two levers lose apart and together, in shares of the teacher's accuracy.
+    """What two levers lose separately and together, in shares of the teacher's accuracy.
 
-    Paired by user and seed; one comparison at a time. None where no model has all four arms.
+    Paired by user and seed; one comparison at a time. None if no model has all four arms.
     """
     rows = [
         {
@@ -280,7 +281,7 @@ HEADS = (
 
 
 def interaction_words(run: Source) -> str:
-    """A sentence a lever: whether its loss and that of fewer blocks add up."""
+    """A sentence per lever: whether its loss and that of fewer blocks add up."""
     summary, said = as_summary(run), []
     found = interactions(summary)
     for lever in dict.fromkeys(each.lever for each in found):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 FULL, SAMPLED = "full", "sampled-999"
 PARAMETERS = "parameters_"
-# What a round of each kind of time is made of; the parts of one round are added.
+# The parts of a round of each kind of time; the parts of one round are added.
 TIMES = {"training": ("train_step",), "inference": ("encode", "score"), "latency": ("latency",)}
 
 # The methods with a part of their own in a report; all others are known by their records alone.
@@ -44,22 +44,22 @@ TEACHER = "full"  # the reference
 POPULARITY, SASREC = "popularity", "sasrec"  # a teacher must beat them to be worth matching
 PLAIN = "finetune"  # what other ways to train are compared with
 HEAD = "readout"  # at depth 0 a head on the last item alone: do blocks add anything?
-# What is left out, as cheap scores name it, and the method that measures what that costs.
+# What can be left out, as cheap scores name it, and the method that measures its damage.
 BLOCK, SPAN, PARTS = "skip", "span", {"attention": "drop-attention", "mlp": "drop-mlp"}
-# What is left of a block under a budget, by the method that measures it alone.
+# The options of a block under a budget, by the method that measures each.
 BUDGET, MAP, WHOLE = "mix", "replace", "kept"
 LEFT = (WHOLE, *PARTS.values(), MAP, BLOCK)
-# They read the teacher's states at each depth: a hint of what training reaches there.
+# They read the teacher's states at each depth, a hint of what training can reach there.
 READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
-STATES, SETTLING = "similarity", "settling"  # whose tables figures of blocks and users need
-ORDER, CHOICES = "shuffled", "random-blocks"  # controls that leave a table
-UNTOUCHED = "prompt-only"  # a floor that leaves one
+STATES, SETTLING = "similarity", "settling"  # for figures of blocks and users
+ORDER, CHOICES = "shuffled", "random-blocks"  # controls that make a table
+UNTOUCHED = "prompt-only"  # a floor that makes one
 TITLES, SPREAD = ("item-text", "item-text-linear"), "item-text-spread"  # of items, not of users
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method at some kept blocks; every finished seed of it."""
+    """A method with certain kept blocks, over all its finished seeds."""
 
     method: str
     depth: int
@@ -70,13 +70,13 @@ class Point:
     users: int
     parameters: Mapping[str, float] = field(repr=False)  # blocks, adapters, ..., total, trainable
     accuracy: Mapping[tuple[str, str], Interval] = field(repr=False)  # (protocol, metric)
-    ratio: Mapping[tuple[str, str], Interval] = field(repr=False)  # the same, over the teacher's
+    ratio: Mapping[tuple[str, str], Interval] = field(repr=False)  # accuracy over the teacher's
     time: Mapping[str, Interval] = field(repr=False)  # median and quartiles, in ms
     speed: Mapping[str, Interval] = field(repr=False)  # the teacher's time over this one's
-    of: tuple[str, ...] = ()  # of a quantised model: the trials that it is made of, by seed
-    levers: tuple[str, ...] = ()  # beside depth, as they were pulled: "narrow", "int8"
-    bytes: float | None = field(repr=False, default=None)  # of the weights as they are held
-    training: float | None = field(repr=False, default=None)  # seconds, of all that it takes
+    of: tuple[str, ...] = ()  # for a quantised model, the trials that it is made of, by seed
+    levers: tuple[str, ...] = ()  # besides depth, in order: "narrow", "int8"
+    bytes: float | None = field(repr=False, default=None)  # of the weights as served
+    training: float | None = field(repr=False, default=None)  # seconds of all its trainings
 
     @property
     def info(self) -> Method:
@@ -90,7 +90,7 @@ class Point:
 
     @property
     def on_offer(self) -> bool:
-        """Whether it is a model that could be served, not only a way to look at the teacher."""
+        """Whether it could be served, and is not only a probe of the teacher."""
         info = self.info
         served = info.role != "probe" or info.candidate or bool(self.of)
         return served or bool(info.exportable and not info.by_block)
@@ -107,7 +107,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """As captions and columns name it: "distilled 4", "SASRec", "healed 4, narrow, int8"."""
+        """Its name in captions and columns: "distilled 4", "SASRec", "healed 4, narrow, int8"."""
         label = self.look.label
         depth = label if self.info.role == "baseline" else f"{label} {self.depth}"
         return ", ".join((depth, *self.levers))
@@ -155,8 +155,8 @@ def span_of(removed: str) -> tuple[int, int] | None:
 class Ranks:
     """The test users' ranks of every trial, and the per-user metrics made from them.
 
-    NaN is a user whom a trial has not ranked; an infinite rank is a target that is never served, a
-    miss that counts.
+    NaN is a user whom a trial did not rank. An infinite rank is a target that is never served,
+    which counts as a miss.
     """
 
     def __init__(self, users: pd.DataFrame) -> None:
@@ -195,11 +195,11 @@ Measured = dict[tuple[str, str], Interval]  # by protocol and metric
 
 @dataclass(frozen=True)
 class Change:
-    """What one model adds to another, paired by seed and user."""
+    """The change from one model to another, paired by seed and user."""
 
     seeds: int
     difference: Interval
-    ratio: Interval | None  # None where the other one's mean is 0
+    ratio: Interval | None  # None if the other one's mean is 0
 
 
 def _compare(
@@ -212,7 +212,7 @@ def _compare(
     protocol: str = FULL,
     inside: NDArray[np.bool_] | None = None,
 ) -> Change | None:
-    """The change over the seeds that both have; None without one, and where neither has a hit."""
+    """The change over the common seeds; None without one, or if neither model has a hit."""
     seeds = [seed for seed in one if seed in other]
     arms = [[group[seed] for seed in seeds] for group in (one, other)]
     if not ranks.has([*arms[0], *arms[1]], protocol):
@@ -235,7 +235,7 @@ def _make_point(
     level: float,
     variants: Mapping[str, Variant],
 ) -> Point:
-    """The point of some trials that differ in their seed alone."""
+    """The point of trials that differ only in their seed."""
     first, own = rows.iloc[0], _by_seed(rows)
     method = str(first["method"])
     kept, removed = (
@@ -248,7 +248,7 @@ def _make_point(
         if str(name).startswith(PARAMETERS) and pd.notna(value) and value > 0
     }
     reference = {} if method == TEACHER else teacher
-    # popularity has no seed: it stands beside every one of the teacher's
+    # popularity has no seed, so pair it with every seed of the teacher
     paired = dict.fromkeys(teacher, next(iter(own.values()))) if method == POPULARITY else own
     accuracy, ratio = Measured(), Measured()
     for key in itertools.product((FULL, SAMPLED), metrics):
@@ -273,7 +273,7 @@ def _make_point(
 
 
 def _levers(method: str, variants: Mapping[str, Variant], *, quantized: bool) -> tuple[str, ...]:
-    """What makes a model smaller beside its depth: its variant's width or loops, its numbers."""
+    """What besides depth makes a model smaller: its variant's width or loops, its rounding."""
     lever, _, source = method.partition(":") if quantized else ("", "", method)
     name = source.partition(":")[2]
     reshaped = name in variants and variants[name].reshapes
@@ -281,10 +281,10 @@ def _levers(method: str, variants: Mapping[str, Variant], *, quantized: bool) ->
 
 
 def _trained(record: Record, records: Mapping[str, Record], teacher: Record | None) -> float | None:
-    """Seconds of the trainings behind a model: its own or its source's, and the teacher's.
+    """Seconds of all trainings that a model needs: its own or its source's, and the teacher's.
 
-    Steps times the measured step, as far as that was timed; for trainings that run side by side
-    share the machine, and their clock is no measure. The teacher counts where it is needed.
+    Steps times the timed step, if that exists: trainings side by side share the machine, so their
+    clock is no measure. The teacher counts only if it is needed.
     """
     if record.of is not None:
         source = records.get(record.of)
@@ -315,11 +315,11 @@ def _by_seed(rows: pd.DataFrame) -> Group:
 def _timing(
     own: Group, teacher: Group, records: Mapping[str, Record]
 ) -> tuple[dict[str, Interval], dict[str, Interval]]:
-    """Medians of each kind of time, and how many times faster than the teacher."""
+    """Median times of each kind, and the speed-up over the teacher."""
     time, speed = {}, {}
     for kind, parts in TIMES.items():
         rounds = {seed: _rounds(records.get(trial), parts) for seed, trial in own.items()}
-        # one measurement may stand in the records of several seeds: it counts once
+        # one measurement may be in the records of several seeds; count it once
         measured = sorted({r for r in rounds.values() if r})
         if measured:
             low, median, high = 1e3 * np.quantile(np.concatenate(measured), [0.25, 0.5, 0.75])
@@ -337,7 +337,7 @@ def _timing(
 
 
 def _rounds(record: Record | None, parts: Sequence[str]) -> tuple[float, ...]:
-    """Seconds of each round, the parts of a round added; empty if one was not measured."""
+    """Seconds of each round, its parts added; empty if one part was not measured."""
     timing = (record.costs.timing if record and record.costs else None) or {}
     rounds = [timing[part].seconds if part in timing else [] for part in parts]
     if not all(rounds) or len({len(seconds) for seconds in rounds}) > 1:
@@ -353,7 +353,7 @@ Key = tuple[str, int]  # (method, depth), as the sufficient depth names candidat
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of a report; `run` stays at hand for the words around them."""
+    """The numbers of a report; ``run`` is for everything else in it."""
 
     run: Run = field(repr=False)
     points: tuple[Point, ...]
@@ -362,12 +362,12 @@ class Summary:
     margin: float
     level: float  # of the answer and all intervals
     sufficiency: Sufficiency | None
-    candidates: Mapping[Key, Point] = field(repr=False)  # what the sufficiency compared
+    candidates: Mapping[Key, Point] = field(repr=False)  # those that the test compared
     seeds_compared: tuple[int, ...]
-    left_out: tuple[Point, ...]  # candidates that share no seed with the others
+    left_out: tuple[Point, ...]  # candidates without a common seed
     failed: pd.DataFrame = field(repr=False)
     ranks: Ranks = field(repr=False)
-    found: Found | None = field(repr=False, default=None)  # by a search for the depth
+    found: Found | None = field(repr=False, default=None)  # the result of a search for the depth
 
     def of(self, *methods: str) -> tuple[Point, ...]:
         """The points of some methods, shallow to deep."""
@@ -381,7 +381,7 @@ class Summary:
 
     @property
     def answer(self) -> Point | None:
-        """The model of the sufficient depth; None where none is shown."""
+        """The model of the sufficient depth; None if none is shown."""
         found = self.sufficiency
         if found is None or found.method is None or found.depth is None:
             return None
@@ -396,7 +396,7 @@ class Summary:
         return tuple(p for p in self.points if set(p.of) & {*point.trials})
 
     def share(self, point: Point, metric: str | None = None) -> Interval | None:
-        """Of the teacher's metric; None where it has none. The teacher's own is 1."""
+        """The share of the teacher's metric; None if there is none. The teacher's own is 1."""
         own = point.value(metric or self.headline)
         if point.method == TEACHER and own is not None and own.value:
             return Interval(1.0, 1.0, 1.0)
@@ -413,8 +413,8 @@ class Summary:
     ) -> Change | None:
         """The change of the headline metric from ``other`` to ``one``, over the seeds of both.
 
-        ``inside`` says which users count, (U,); all by default. None without a common seed, and
-        where neither model has a hit: such a difference is sure of nothing.
+        ``inside`` says which users count, (U,); all by default. None without a common seed, or if
+        neither model has a hit, since the interval would then be empty of information.
         """
         first, second = (dict(zip(p.seeds, p.trials, strict=True)) for p in (one, other))
         return _compare(self.ranks, first, second, self.headline, level=self.level, inside=inside)
@@ -426,7 +426,7 @@ class Summary:
 
 
 def as_summary(run: Source) -> Summary:
-    """The summary of a run; a summary is handed through, so that a report makes only one."""
+    """The summary of a run; a summary is returned as it is, so that a report makes only one."""
     return run if isinstance(run, Summary) else summarise(run)
 
 
@@ -460,7 +460,7 @@ def summarise(
     groups = []
     if len(trials):
         done = trials[trials["status"] == "done"].sort_values("seed", kind="stable")
-        # a search keeps other blocks with another seed, and is one method all the same
+        # a search may keep different blocks with each seed, and still is one method
         one = ~done["method"].map(lambda name: method_info(name).by_block).astype(bool)
         by = [done[name].mask(one, "") for name in ("kept", "removed")]
         groups = [rows for _, rows in done.groupby(["method", "depth", *by], sort=False)]
@@ -484,7 +484,7 @@ def summarise(
     seeds, candidates = _common_seeds(teacher, offered)
     sufficiency, found = None, None
     if run.study.searches:
-        # each depth has seeds of its own, and a level that allows for how it was picked
+        # each depth has its own seeds, and a level that allows for the search's choices
         from depthprobe.runs.search import find_out
 
         asked = {"protocol.margin": margin, "protocol.level": level, "protocol.metric": headline}
@@ -508,9 +508,9 @@ def summarise(
 def _common_seeds(
     teacher: Point | None, offered: Mapping[Key, Point]
 ) -> tuple[tuple[int, ...], dict[Key, Point]]:
-    """The seeds that the teacher and every candidate have; else the one that most have.
+    """The seeds that the teacher and all candidates have; without one, the seed that most have.
 
-    A paired comparison needs the same seeds in all arms: one failed trial takes its seed out.
+    A paired comparison needs the same seeds in all arms, so a failed trial removes its seed.
     """
     if teacher is None:
         return (), {}

@@ -1,4 +1,4 @@
-"""The HTML page of a run: one file that carries its figures, and needs no network or script."""
+"""The HTML page of a run: one file with its figures, without network or scripts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from depthprobe.report.search import search_table, search_words
 from depthprobe.report.tables import Table, all_tables, save_table
 from depthprobe.runs.records import check_places
 
-# In the order of reading: id, title, its link, tables. Without a figure or table: left out.
+# In reading order: id, title, its link, tables. Sections without figure or table are left out.
 SECTIONS = (
     ("search", "The search for the depth", "Search", ("search",)),
     ("depth", "Accuracy against depth", "Depth", ("order", "prompt_only_sampled")),
@@ -84,7 +84,7 @@ def build_report(run: Source, output: str | Path | None = None) -> Path:
 
 
 def folder_of(target: Path) -> Path | None:
-    """Where the figures and tables of a page are: beside it; None beside what is no file."""
+    """The folder for a page's figures and tables, beside it; None if the page is no file."""
     if target.exists() and not target.is_file():
         return None  # a device, or a pipe
     return target.with_suffix("") if target.suffix else target.with_name(f"{target.name}-files")
@@ -107,7 +107,7 @@ def tables_of(summary: Summary) -> dict[str, Table]:
 
 
 def report_words(run: Source, output: str | Path | None = None) -> str:
-    """Write the report; returns what a terminal says of it: the first screen, and its path."""
+    """Write the report; returns the words for a terminal: the first screen, and the path."""
     summary = as_summary(run)
     answer, page = build_answer(summary), build_report(summary, output)
     commands = answer.command, answer.quantized.command if answer.quantized else ""
@@ -122,8 +122,8 @@ def write_page(page: str, target: Path) -> Path:
 
 
 def environment() -> Environment:
-    """The templates of the pages; everything that is put into them is escaped."""
-    # autoescape=True and not select_autoescape: that one ignores the names of templates like ours
+    """The templates of the pages, with everything escaped that is put into them."""
+    # autoescape=True, since select_autoescape ignores template names like ours
     made = Environment(
         autoescape=True, loader=PackageLoader("depthprobe.report"), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -137,19 +137,19 @@ def environment() -> Environment:
 
 
 def base_name(source: str) -> str:
-    """A backbone's name for a first look: of a folder the last part, of another source all."""
+    """A backbone's short name: a folder's last part, or the whole of another source."""
     path = PurePath(source)
     return path.name if path.is_absolute() else source
 
 
 def _figures(summary: Summary, folder: Path | None) -> dict[str, list[Mapping[str, Any]]]:
-    """Draw and save what there is data for; by section, the SVG and its caption."""
+    """Draw and save the figures that have data; by section, the SVG and its caption."""
     sections: dict[str, list[Mapping[str, Any]]] = {}
     for name, entry in FIGURES.items():
         try:
             ax, caption = entry.drawn(summary)
         except NoData:
-            if folder is not None:  # an older report of this run may have left them
+            if folder is not None:  # left by an older report of this run
                 for suffix in FORMATS:
                     (folder / f"{name}.{suffix}").unlink(missing_ok=True)
             continue
@@ -160,10 +160,10 @@ def _figures(summary: Summary, folder: Path | None) -> dict[str, list[Mapping[st
 
 
 def inline_svg(svg: str, name: str, *, label: str) -> Markup:
-    """An SVG file as part of a page: no prolog, its ids its own, spoken as one picture.
+    """Turn an SVG file into part of a page: no prolog, unique ids, read aloud as one picture.
 
-    Ids get the figure's name in front, for matplotlib numbers them alike in every file. Unused ids,
-    blanks, and decimals behind the second of a coordinate are left out: a third of the file.
+    Ids get the figure's name as prefix, since matplotlib uses the same ids in every file. Dropping
+    unused ids, blanks, and decimals after the second saves a third of the file.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -193,7 +193,7 @@ def _shortened(attribute: re.Match[str]) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """Keeps a number and its unit on one line, and an interval in one piece; minus signs."""
+    """Keep a number with its unit and an interval on one line; use true minus signs."""
     broken = str(text)
     broken = re.sub(r"(?<![\w.-])-(?=\d)", "\u2212", broken)
     broken = re.sub(r"(?<=\d) (?=(%|ms|s|k|M|B)\b|%)", "\u00a0", broken)
@@ -201,7 +201,7 @@ def _unbroken(text: str) -> str:
 
 
 def _number(value: object) -> str:
-    """Numbers as a reader writes them."""
+    """Format numbers for a reader."""
     if isinstance(value, float):
         return formatting.significant(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""How far the cheap scores of a run can be relied on, held against the damage that it measured."""
+"""How reliable a run's cheap scores are, compared with the damage that it measured."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from depthprobe.report.numbers import (
 from depthprobe.report.tables import Column, Table, Values, label, make_table, plain
 
 Span = tuple[int, int]  # [start, end)
-OF_PARTS = {  # scores of parts of blocks: which part, and what it is called
+OF_PARTS = {  # scores of parts of blocks: the part, and the score's label
     "attention-influence": ("attention", "attention alone"),
     "mlp-influence": ("mlp", "MLP alone"),
 }
-FEWEST_CANDIDATES = 4  # of three, every sixth order is the right one by chance
+FEWEST_CANDIDATES = 4  # with three, a random order is right one time in six
 
 
 def score_tables(summary: Summary) -> Iterator[pd.DataFrame]:
-    """What the probes that leave a table found, with the seed of their teacher."""
+    """The tables of probes, with the seed of their teacher."""
     found = (summary.run.scores(name) for name, method in METHODS.items() if method.table)
     return (frame for frame in found if not frame.empty)
 
@@ -50,11 +50,11 @@ def block_scores(summary: Summary, score: str = "") -> pd.DataFrame:
 
 
 class _Question(NamedTuple):
-    """Candidates of one kind: what they are called, and which method measured their damage."""
+    """Candidates of one kind: their name, and the method that measured their damage."""
 
     kind: str
     method: str
-    trials: Mapping[Span, str]  # what each candidate leaves out, and its trial
+    trials: Mapping[Span, str]  # what each candidate removes, and its trial
     scores: Mapping[str, Mapping[Span, float]]
 
 
@@ -125,7 +125,7 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
     top = means[full["trial"]]
     damages = {span: top - means[trial] for span, trial in spans[BLOCK].items()}
     for name, values in (*of_blocks.items(), (f"{BLOCK} damage", damages)):
-        # a score of single blocks is one of spans by its sum
+        # a score of single blocks also scores spans, by its sum
         if name not in of_spans or not set(spans[SPAN]) <= set(of_spans[name]):
             of_spans[f"{name}, summed"] = {
                 (start, end): sum(values[b, b + 1] for b in range(start, end))
@@ -138,7 +138,7 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
         of_part = {name: scores[name]} if name in scores else {}
         yield _Question(kind, PARTS[part], spans[PARTS[part]], of_part)
 
-    # depths below the full one, against the accuracy after training there
+    # depths below the full one, compared with the accuracy after training
     shallow: dict[str, dict[Span, str]] = {}
     for trial in done:
         if trial["depth"] < full["depth"]:
@@ -158,7 +158,7 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
 
 
 def scores_of(summary: Summary, seed: int) -> dict[str, dict[Span, float]]:
-    """The run's scores by name and span, each turned so that more means more important."""
+    """The run's scores by name and span, with signs such that higher is more important."""
     found: dict[str, dict[Span, float]] = {}
     scores = block_scores(summary)
     for row in scores[(scores["seed"] == seed) & (scores["score"] != "norm")].to_dict("records"):

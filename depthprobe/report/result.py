@@ -1,8 +1,8 @@
 """RUN/result.json: the answer of a run and every number of its tables, for programs.
 
-The page shows the same: it is made of the same answer and tables. The structures below are the
-format; docs/result.schema.json is made of them. A value that was not measured, or that has no
-bound, is null.
+The page is made of the same answer and tables. The structures below define the format, and
+docs/result.schema.json follows from them. A value that was not measured, or an infinite bound, is
+null.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AGAIN = "depthprobe report RUN writes it anew"
 
 
 class Estimate(msgspec.Struct):
-    """A value between its bounds, at the level of the question."""
+    """A value with its bounds, at the level of the question."""
 
     value: float | None
     low: float | None
@@ -39,7 +39,7 @@ Cell = float | int | bool | str | None | Estimate
 
 
 class Question(msgspec.Struct):
-    """What the verdict answers: which loss of which metric is acceptable, how surely."""
+    """The question of the verdict: the metric, the acceptable loss, the confidence."""
 
     metric: str
     margin: float
@@ -72,7 +72,7 @@ class Recommendation(msgspec.Struct):
 
 
 class Candidate(msgspec.Struct):
-    """The sufficient depth, else the best candidate, against the teacher and SASRec.
+    """The sufficient depth, or the best candidate, compared with the teacher and SASRec.
 
     ``retained`` and ``of_sasrec`` are shares of the question's metric, ``parameters`` of the
     teacher's; the others say how many times faster than the teacher.
@@ -173,7 +173,7 @@ class Result(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def make_result(summary: Summary, answer: Answer, tables: Mapping[str, Table]) -> Result:
-    """The result of a run, of what its page is made of."""
+    """Make the result of a run from the content of its page."""
     run, found = summary.run, summary.sufficiency
     recommended = candidate = sufficiency = None
     if answer.trial:

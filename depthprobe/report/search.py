@@ -1,4 +1,4 @@
-"""The search for the depth: what was trained, in what order, at which cost, and what it showed."""
+"""The search for the depth: the trainings in order, their cost, and what they showed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN, REFUTED, OPEN, DEEPER = "shown", "refuted", "open", "not needed"
 
 
 def search_words(summary: Summary) -> str:
-    """What the search trained of what a full sweep trains; empty where nothing was searched."""
+    """A sentence on how much of a full sweep the search trained; empty without a search."""
     found = summary.found
     if found is None or not found.trained:
         return ""
@@ -53,13 +53,13 @@ def search_words(summary: Summary) -> str:
 
 
 def _depths(depths: Sequence[int]) -> str:
-    """Depths in a sentence, runs of them as ``3-9``."""
+    """Depths as words, with ranges such as ``3-9``."""
     return f"depth{'s' if len(depths) > 1 else ''} {ranges(depths)}"
 
 
 @figure("search")
 def search_steps(ax: Axes, summary: Summary) -> str:
-    """Every training of a search in its order: how deep, and what it cost beside a full sweep."""
+    """Every training of a search in order: its depth, and its cost relative to a full sweep."""
     found = summary.found
     if found is None or not found.history.steps:
         raise NoData("run", summary.run.path, "a run with layers = find")
@@ -93,7 +93,7 @@ def search_steps(ax: Axes, summary: Summary) -> str:
 
 
 def search_table(run: Source) -> Table | None:
-    """A row a depth: seeds, what it keeps, its test and the odds; None where none was searched."""
+    """A row per depth: seeds, retained accuracy, test and odds; None without a search."""
     summary = as_summary(run)
     if summary.found is None:
         return None
@@ -127,5 +127,5 @@ def _rows(found: Found) -> list[Values]:
 
 
 def _odds(share: float) -> str:
-    """Odds in per cent, or that they are less than one."""
+    """Odds in per cent, or "< 1 %"."""
     return percent(share, 0) if share >= 0.005 else "<1 %"

@@ -1,7 +1,7 @@
 """The tables of a report: every digit for CSV, rounded texts for Markdown, LaTeX and the page.
 
-A row maps names to numbers, texts and intervals, and goes into the CSV file as it is. A column says
-which of them a reader sees, and how.
+A row maps names to numbers, texts and intervals, and goes into the CSV file unchanged. A column
+says which of them a reader sees, and how.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ NOTHING = Interval(math.nan, math.nan, math.nan)  # what was not measured
 
 
 class Table(NamedTuple):
-    """A table in both forms: `frame` has every digit, `rows` the texts that a reader needs."""
+    """A table in two forms: ``frame`` has every digit, ``rows`` the rounded texts."""
 
     name: str
     columns: tuple[str, ...]
-    words: int  # so many columns, from the left, are text; the rest are numbers
-    rows: tuple[tuple[str, ...], ...]  # what stands below in a cell follows after a line break
+    words: int  # how many columns, from the left, are text; the rest are numbers
+    rows: tuple[tuple[str, ...], ...]  # a line break separates the second line of a cell
     marks: tuple[str, ...]  # of rows: "group" begins a new group; "teacher", "failed"
     frame: pd.DataFrame
 
@@ -75,7 +75,7 @@ def make_table(
     group: str = "",
     frame: pd.DataFrame | None = None,
 ) -> Table | None:
-    """Write rows of values, None without any; a new value of `group` begins a new group."""
+    """Make a table of rows, None without rows; a new value of ``group`` begins a new group."""
     texts, marks, last = [], [], object()
     for row in rows:
         texts.append(tuple(_text(row, source, show) for _, source, show in columns))
@@ -137,14 +137,14 @@ def _lines(table: Table) -> list[list[str]]:
 
 
 def to_markdown(table: Table) -> str:
-    """A table as GitHub and most other readers of Markdown know it; every text is escaped."""
+    """A Markdown table, as GitHub and most others read it; every text is escaped."""
     rule = ["---"] * table.words + ["--:"] * (len(table.columns) - table.words)
     head, *rows = ([escape_markdown(t) for t in row] for row in (table.columns, *_lines(table)))
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rows))
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown, and HTML inside it, print as it is."""
+    """Escape text so that Markdown, and HTML inside it, print it literally."""
     return re.sub(r"([\\`*_{}\[\]<>|~&])", r"\\\1", text)
 
 
@@ -159,7 +159,7 @@ def to_latex(table: Table) -> str:
 
 
 def values_of(point: Point, protocol: str = FULL) -> Values:
-    """All that was measured, by the names that CSV files have."""
+    """All measured values, under the names in CSV files."""
     row: Values = {
         "method": point.method, "depth": point.depth, "kept": point.kept, "removed": point.removed,
         "protocol": protocol, "seeds": len(point.seeds), "users": point.users,
@@ -183,7 +183,7 @@ def _time(point: Point | None, kind: str) -> Values:
 
 
 def milliseconds(head: str, kind: str) -> Column:
-    """Below a time, how many times faster than the teacher."""
+    """A time, with the speed-up over the teacher below it."""
 
     def text(row: Values) -> str:
         speed = row[f"{kind} times faster"]
@@ -194,7 +194,7 @@ def milliseconds(head: str, kind: str) -> Column:
 
 
 def _depth(row: Values) -> str | None:
-    """The depth; below it which blocks are gone, where it is not the last ones."""
+    """The depth, with the removed blocks below it unless they are the last ones."""
     if method_info(row["method"]).role == "baseline":
         return None
     last = not row["depth"] or row["kept"] in ("0", f"0-{row['depth'] - 1}")
@@ -217,13 +217,13 @@ def _change(row: Values, name: str) -> Interval | None:
 def depth_table(run: Source, *, protocol: str = FULL) -> Table | None:
     """Every method at every depth, averaged over its seeds; None without ranks.
 
-    What was left out block by block is in :func:`depthprobe.report.tables.left_out_table`.
+    Blocks left out one by one are in :func:`depthprobe.report.tables.left_out_table`.
     """
     summary, full = as_summary(run), protocol == FULL
     points = [p for p in summary.points if not p.info.by_block]
     points = [p for p in points if p.value(summary.headline, protocol)]
     columns = [METHOD, DEPTH]
-    # where all have the same number it stands above the table: a column less to fit on a page
+    # a number that all rows share goes above the table, to save a column
     if len({len(point.seeds) for point in points if point.method != POPULARITY}) > 1:
         columns.append(SEEDS)
     columns += [(name, name, with_bounds) for name in SHOWN]
@@ -238,7 +238,7 @@ def depth_table(run: Source, *, protocol: str = FULL) -> Table | None:
 
 
 def trial_table(run: Source) -> Table | None:
-    """Every trial by itself with its own interval over users; failed ones with their error."""
+    """Every trial with its own interval over users; failed ones with their error."""
     summary = as_summary(run)
     metrics, rows = summary.run.metrics, list[Any](summary.run.trials.to_dict("records"))
     measured: dict[tuple[str, str], Interval] = {}
@@ -261,7 +261,7 @@ def trial_table(run: Source) -> Table | None:
 
 
 def _error(trial: Values) -> str:
-    """The first line of what a failed trial says."""
+    """The first line of a failed trial's error."""
     error = trial["error"].strip() if isinstance(trial["error"], str) else ""
     return "" if trial["status"] == "done" else (error or "no message").splitlines()[0]
 
@@ -274,8 +274,8 @@ KINDS = {"inference": "to serve, ms", "latency": "one user, ms", "training": "tr
 def timed(summary: Summary, kind: str) -> dict[int, Point]:
     """For each depth below the full one, shallow to deep, a point whose speed was measured.
 
-    A depth is timed once for all methods, but for what a method adds to a training step: the
-    first method of the registry that trains, else the first probe that may be an answer.
+    A depth is timed once for all methods, except for methods with their own training step. So take
+    the first method of the registry that trains, or the first probe that may be an answer.
     """
     of_depth = [p for p in summary.points if not p.levers]
     trained = [p for p in of_depth if p.info.role in ("trained", "control")]
@@ -288,7 +288,7 @@ def timed(summary: Summary, kind: str) -> dict[int, Point]:
 
 
 def cost_table(run: Source) -> Table | None:
-    """Parameters and times by depth, SASRec beside them; None where no depth was timed."""
+    """Parameters and times by depth, with SASRec; None if no depth was timed."""
     summary = as_summary(run)
     by_kind = {kind: timed(summary, kind) for kind in KINDS}
     depths = sorted({depth for points in by_kind.values() for depth in points})
@@ -328,8 +328,8 @@ def cost_table(run: Source) -> Table | None:
 def ablation_table(run: Source) -> Table | None:
     """Paired change of the headline metric against fine-tuning, by depth; None without two.
 
-    Over the seeds that both have. Seconds are means over seeds, without and with those that the
-    teacher took, whose training and features all students share.
+    Over the common seeds. Seconds are means over seeds, without and with the teacher's, whose
+    training and features all students share.
     """
     summary = as_summary(run)
     plain_ones = {point.depth: point for point in summary.of(PLAIN)}
@@ -371,7 +371,7 @@ SECONDS = {"training_seconds": "training seconds", "training_teacher_seconds": "
 
 
 def left_out_table(run: Source) -> Table | None:
-    """Accuracy without some blocks, and its paired change; None where none was left out.
+    """Accuracy without some blocks, and its paired change; None if none was left out.
 
     Single blocks, spans of blocks, every n-th, and attention or MLP alone, over all seeds.
     """
@@ -390,15 +390,15 @@ def left_out_table(run: Source) -> Table | None:
 
 # --- who loses when blocks go, and what is recommended then ----------------------------------
 
-DEPTHS = 3  # beside the answer: more columns are no longer read
+DEPTHS = 3  # besides the answer; nobody reads more columns
 
 
 def slice_table(run: Source) -> Table | None:
     """Paired change of the headline metric against the teacher, by slice; None without slices.
 
-    Of the answer, and of the best trained model at a few depths, over the seeds that each shares
-    with the teacher. Intervals are over the users of a slice and over seeds, one comparison at a
-    time; slices of less than 30 users, or without any hit, have none.
+    For the answer, and the best trained model at a few depths, over the seeds that each shares with
+    the teacher. Intervals are over a slice's users and over seeds, one comparison at a time; slices
+    of fewer than 30 users, or without a hit, have none.
     """
     summary = as_summary(run)
     teacher, points, labels = summary.teacher, _chosen(summary), summary.run.slices
@@ -432,7 +432,7 @@ def slice_table(run: Source) -> Table | None:
 def _chosen(summary: Summary) -> tuple[Point, ...]:
     """The answer, and the best trained model at a few depths, shallow to deep.
 
-    Of the depths at which most methods were trained: the shallowest, a middle one, the deepest.
+    The shallowest, a middle and the deepest of the depths at which most methods were trained.
     """
     trained: dict[int, list[Point]] = {}
     for point in summary.points:
@@ -454,7 +454,7 @@ def _chosen(summary: Summary) -> tuple[Point, ...]:
 
 
 def _slices(labels: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
-    """All users, then each slice of each family in its order: name, and who is inside, (U,)."""
+    """All users, then each slice of each family in order: its name, and its users, bool (U,)."""
     yield ALL, np.ones(len(labels), bool)
     for family in labels.columns.drop("user"):
         values = labels[family]
@@ -471,9 +471,9 @@ def _words(row: Values) -> str:
 
 
 def lists_table(run: Source) -> Table | None:
-    """Coverage, Gini index and popularity of what is recommended; None where it was not counted.
+    """Coverage, Gini index and popularity of recommended items; None if they were not counted.
 
-    Of the baselines, the teacher and the models of :func:`slice_table`; means over seeds, with the
+    For the baselines, the teacher and the models of :func:`slice_table`; means over seeds, with the
     lowest and the highest below.
     """
     summary = as_summary(run)

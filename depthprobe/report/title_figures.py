@@ -1,4 +1,4 @@
-"""Figures of item titles: at which block they are read best, and how their vectors are spread."""
+"""Figures of item titles: accuracy by the block they are read at, and how vectors are spread."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def title_spread(ax: Axes, summary: Summary, *, score: str = "anisotropy") -> st
     """How the vectors of the titles are spread, by the block that they are read at.
 
     "anisotropy" is the mean cosine of two different items, "effective_rank" the number of
-    directions that they vary in. Before the vectors are centred, as an item table is.
+    directions in which items vary. The vectors are not centred, unlike those of an item table.
     """
     frame = summary.run.scores(SPREAD)
     need(len(frame), summary, SPREAD)

@@ -1,4 +1,4 @@
-"""Batches of like lengths, right padding, and the seeded negatives of the sampled protocol."""
+"""Batches of similar lengths, right padding, and the seeded negatives of the sampled protocol."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from depthprobe.data.storage import Sequences
 
-TABLE_BYTES = 4 * 2**20  # fits a cache: the draws jump about in it
+TABLE_BYTES = 4 * 2**20  # fits a cache, since the draws access it at random
 
 
 def length_buckets(
@@ -25,11 +25,11 @@ def length_buckets(
     cut it into batches, shuffle the batches. So a batch is random but hardly padded. Without
     one: everything sorted by length, longest first, ties by index.
 
-    Each index 0..len(lengths)-1 stands in exactly one of the arrays, int64.
+    Each index 0..len(lengths)-1 is in exactly one of the arrays, int64.
     """
     sizes = np.asarray(lengths)
     if seed is None:
-        # the longest first: what does not fit into memory fails at once
+        # the longest first, so that a batch too large for memory fails at once
         return _cut(np.argsort(-sizes, kind="stable"), batch_size)
     rng = np.random.default_rng((seed, epoch))
     shuffled = rng.permutation(len(sizes))
@@ -63,14 +63,14 @@ def negatives(
     No negative is an item the user has interacted with, so targets are never drawn.
 
     Args:
-        pool: items with their repeats, such as those of all training interactions. The next
-            negative is then each of the items left with a chance in proportion to how often it
-            stands there (successive sampling), and what does not stand there is never drawn.
-            None draws uniformly from all items.
+        pool: items with repeats, such as those of all training interactions. Each next negative is
+            drawn from the items left with a chance proportional to their number in the pool
+            (successive sampling); items not in the pool are never drawn. None draws uniformly from
+            all items.
 
     Returns:
-        int32 (E, count), values 1..I; None if some user has fewer than ``count`` items left that
-        can be drawn.
+        int32 (E, count), values 1..I; None if some user has fewer than ``count`` items to draw
+        from.
     """
     n_items, offsets = sequences.n_items, sequences.offsets
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def negatives(
     for start in range(0, len(users), chunk):
         part = users[start : start + chunk]
         lengths = offsets[part + 1] - offsets[part]
-        # what a row may not draw: padding, what the pool lacks, the user's own; (C, I + 1)
+        # what a row must not draw: padding, items not in the pool, the user's own; (C, I + 1)
         taken = np.zeros((len(part), n_items + 1), dtype=bool)
         taken[:, 0] = True
         if pool is not None:
@@ -92,14 +92,14 @@ def negatives(
         left = n_items + 1 - taken.sum(axis=1)
         if left.min() < count:
             return None
-        # The first draws of a stream of items, repeats and taken ones passed over, are a sample
-        # without replacement: uniform, or successive where the stream comes from the pool. A width
-        # of 0 says that a random key for every item is cheaper than so many draws.
+        # The first draws of a stream of items, skipping repeats and taken ones, are a sample
+        # without replacement: uniform, or successive if the stream comes from the pool. A width
+        # of 0 means that a random key for every item is cheaper than that many draws.
         if pool is None:
             width = _uniform_width(n_items + 1, count, int(left.min()))
             draws = rng.integers(1, n_items + 1, size=(len(part), width), dtype=np.int32)
         else:
-            # a row that finds too few all the same is drawn again with a key for each item
+            # a row that still finds too few is drawn again with a key for each item
             aim = count + 2 * np.sqrt(count) + np.quantile(lengths, 0.9)
             place = int(np.searchsorted(distinct, aim))
             width = 0 if place == len(widths) else int(widths[place])
@@ -119,9 +119,9 @@ def _uniform_width(n_columns: int, count: int, left: int) -> int:
 
 
 def _distinct_by_width(weights: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of draws from a pool, and how many different items so many find on average."""
+    """Numbers of draws from a pool, and how many different items each finds on average."""
     ratio = 1 - weights / weights.sum()
-    most = max(count, (len(weights) - 1) / 2)  # more draws than that never pay
+    most = max(count, (len(weights) - 1) / 2)  # more draws never pay
     widths = np.unique(np.geomspace(count, most, 24).astype(int))
     return widths, np.array([(1 - ratio**width).sum() for width in widths])
 
@@ -137,7 +137,7 @@ def _first_distinct(
     rows = np.arange(n_rows)[:, None]
     place = np.arange(width, dtype=np.int32)
     first = np.empty(taken.shape, dtype=np.int32)  # where each item is drawn first
-    # of equal draws the last written, the first, stays; numpy would turn a reversed view around
+    # writing in reverse keeps the first of equal draws; numpy would undo a reversed view
     first[rows, np.ascontiguousarray(draws[:, ::-1])] = place[::-1].copy()
     fresh = (first[rows, draws] == place) & ~taken[rows, draws]  # (C, width)
     order = np.cumsum(fresh, axis=1)
@@ -151,13 +151,13 @@ def _draw_by_keys(
 ) -> np.ndarray:
     """The free columns with the smallest random keys.
 
-    With exponential ones divided by the weights, they are a sample in proportion to the weights
-    without replacement (Efraimidis and Spirakis 2006).
+    Exponential keys divided by the weights give a sample without replacement in proportion to the
+    weights (Efraimidis and Spirakis 2006).
     """
     if weights is None:
         keys = rng.random(taken.shape)
     else:
-        keys = rng.standard_exponential(taken.shape) / np.maximum(weights, 1)  # 0 is taken anyhow
+        keys = rng.standard_exponential(taken.shape) / np.maximum(weights, 1)  # 0 is always taken
     keys[taken] = np.inf
     smallest: np.ndarray = np.argpartition(keys, count - 1, axis=1)[:, :count]
     return smallest

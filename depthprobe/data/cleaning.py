@@ -1,4 +1,4 @@
-"""Which interactions stay: minimum rating, repeats, each user's latest, k-core, some users.
+"""Clean a log: minimum rating, repeats, each user's latest interactions, k-core, some users.
 
 Works on interactions that are sorted by user and, within a user, by time. Every step is counted.
 """
@@ -18,7 +18,7 @@ Keep = np.ndarray  # (N,) bool
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of the cleaning left."""
+    """What one step of the cleaning kept."""
 
     step: str
     interactions: int
@@ -29,7 +29,7 @@ class Step:
 def clean(
     users: np.ndarray, items: np.ndarray, ratings: np.ndarray | None, rules: Cleaning
 ) -> tuple[Keep, tuple[Step, ...]]:
-    """Which interactions stay, and how many are left after each step that the rules name.
+    """Which interactions stay, and how many are left after each step of the rules.
 
     Args:
         users: (N,) user numbers, ascending; within a user the rows are oldest first.
@@ -43,7 +43,7 @@ def clean(
     steps = [_count("as read", keep, users, items)]
 
     def step(name: str, stays: Keep) -> None:
-        """Apply a rule's answer, which is about the rows that are left."""
+        """Apply a rule's answer to the remaining rows."""
         keep[keep] = stays
         steps.append(_count(name, keep, users, items))
         if not keep.any():
@@ -86,8 +86,8 @@ def newest(users: np.ndarray, count: int) -> Keep:
 def k_core(users: np.ndarray, items: np.ndarray, k: int) -> Keep:
     """The largest part in which every user and every item has k interactions or more.
 
-    Filtering once is not enough: an item that goes can take a user below k, and so on. The fixed
-    point does not depend on the order in which users and items go.
+    Filtering once is not enough: removing an item can take a user below k, and so on. The fixed
+    point does not depend on the order of removals.
     """
     rows = np.arange(len(users))
     while len(rows):
@@ -102,7 +102,7 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> Keep:
 
 
 def some(users: np.ndarray, count: int) -> Keep:
-    """The interactions of so many users, drawn at random: fewer of them are some of more."""
+    """The interactions of ``count`` random users; a smaller count draws a subset of a larger."""
     drawn = np.random.default_rng(0).permutation(np.unique(users))[:count]
     return np.isin(users, drawn)
 

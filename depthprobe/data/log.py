@@ -1,4 +1,4 @@
-"""A raw log as a reader leaves it, nothing dropped or sorted; ids to numbers."""
+"""A raw log as read, with nothing dropped or sorted; and ids to numbers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from depthprobe.errors import BadInput, short
 T = TypeVar("T")
 PARTS = ("training", "validation", "test")
 SHOWN = 20  # columns that a message lists
-LONGEST_ID = 256  # characters; ids lie in fixed-width arrays, one long one widens them all
+LONGEST_ID = 256  # characters; ids are in fixed-width arrays, so one long id widens them all
 _DIGITS = re.compile(r"[0-9]+")
-# a power of ten has a point or a sign, as programs write them: 1e5 and 713752e1 are hexadecimal
+# a power of ten needs a point or a sign, as programs write it: 1e5 may be a hexadecimal id
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*([eE][+-]?[0-9]{1,4})?|[eE][+-][0-9]{1,4})?")
 _MISSING = {
     *("nan", "none", "null", "na", "<na>", "n/a", "#n/a", "nat", "nil", "undefined", "\\n"),
@@ -61,7 +61,7 @@ class ColumnMap:
         return read + (f", ignored: {', '.join(others[:SHOWN])}{more}" if others else "")
 
     def notes(self) -> list[str]:
-        """What tells of columns that hold dates, where no column was read as the time."""
+        """A note about columns that hold dates, if no column was read as the time."""
         if "time" in self.read:
             return []
         return [
@@ -77,8 +77,8 @@ class Log:
 
     ``times`` (N,), seconds since 1970, int64 or float64, or None. ``ratings`` float64 (N,) or None.
     ``parts`` int8 (N,), places in :data:`PARTS`, for a log that came split, or None. A user's
-    interactions may lie anywhere. ``notes`` are what the reader had to decide; every report repeats
-    them. ``ties`` tells how ties in time were broken, where the rows have that order already.
+    interactions may be anywhere. ``notes`` are the reader's decisions; every report repeats them.
+    ``ties`` tells how ties in time were broken, if the rows are already in that order.
     ``columns`` are those of the table that it came from.
     """
 
@@ -109,7 +109,7 @@ def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
 
     Raises:
         BadInput: for ids of a ``what`` (``user`` or ``item``) that are blank or too long, or that
-            differ in the blanks around them alone: nothing tells whether those are one or two.
+            differ only in surrounding blanks: it is unknown whether these are one id or two.
     """
     field = f"data.{what}"
     names = [name.strip() for name in ids.names]
@@ -130,7 +130,7 @@ def number_ids(ids: Ids, what: str) -> tuple[np.ndarray, list[str]]:
 
 
 def id_notes(ids: Ids, what: str) -> list[str]:
-    """What tells that ids of a ``what`` were missing, or went through numbers and may be fewer."""
+    """Notes that ids of a ``what`` were missing, or were read as numbers and may have merged."""
     names = [name.strip() for name in ids.names]
     notes = []
     numbers, spelled = _alike(filter(_NUMBER.fullmatch, names), Decimal)
@@ -166,14 +166,14 @@ def id_notes(ids: Ids, what: str) -> list[str]:
 
 
 def _alike(names: Iterable[str], key: Callable[[str], T]) -> tuple[dict[T, str], list[list[str]]]:
-    """The first name of each key, and what has the key of another one, after that one."""
+    """Pairs of names with the same key: the first one, and a later one."""
     firsts: dict[T, str] = {}
     pairs = [[firsts.setdefault(key(name), name), name] for name in names]
     return firsts, [[first, name] for first, name in pairs if first != name]
 
 
 def _plain(name: str) -> str:
-    """An id as it looks: characters composed and of usual width, without what isn't shown."""
+    """An id as it looks: composed characters of normal width, without invisible ones."""
     if name.isascii():
         return name
     shown = (
@@ -183,7 +183,7 @@ def _plain(name: str) -> str:
 
 
 def used_only(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Codes without gaps, in the same order, after some names have lost their last row."""
+    """Renumber codes without gaps, in the same order, after some names have lost their last row."""
     used = np.flatnonzero(np.bincount(codes, minlength=len(names)))
     code = np.zeros(len(names), dtype=np.int32)
     code[used] = np.arange(len(used), dtype=np.int32)
@@ -193,7 +193,7 @@ def used_only(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str
 def natural_order(text: str) -> tuple[str, str]:
     """A sorting key under which ``i2`` comes before ``i10``; different texts never tie.
 
-    A number gets its count of digits in front, so that texts sort by value, of any size.
+    A number gets its number of digits as prefix, so that texts sort by value, whatever the size.
     """
 
     def sized(match: re.Match[str]) -> str:
@@ -204,7 +204,7 @@ def natural_order(text: str) -> tuple[str, str]:
 
 
 def _natural_sort(names: list[str]) -> np.ndarray:
-    """Places of the names in natural order, int64."""
+    """Indices of the names in natural order, int64."""
     if all(n.isascii() and n.isdecimal() and len(n) < 19 and n[0] != "0" for n in names):
         return np.argsort(np.array(names, dtype=np.int64), kind="stable")
     keys = [natural_order(name) for name in names]

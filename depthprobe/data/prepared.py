@@ -22,7 +22,7 @@ from depthprobe.study import Cleaning, Columns, Data
 Ties = Literal["random", "file", "item"]
 
 LONGEST_TITLE = 256  # characters
-FEW_SHARED = 0.01  # share of items whose title another one has, up to which nothing is said
+FEW_SHARED = 0.01  # share of items with another one's title, up to which there is no warning
 
 
 def prepare_data(
@@ -38,7 +38,7 @@ def prepare_data(
     ties_seed: int = 0,
     overwrite: bool = False,
 ) -> Sequences:
-    """Read a log, put it in order, drop what the rules say, number its users and items.
+    """Read a log, sort it, clean it, and number its users and items.
 
     Interactions are sorted by time within a user. A log without times keeps its order. Items and
     users are numbered in the natural order of their raw ids (``i2`` before ``i10``), so the numbers
@@ -53,8 +53,8 @@ def prepare_data(
         items: a file with the items' titles; by default looked for beside the log.
         columns: which columns of a table hold what; by default guessed.
         cleaning: what is dropped; by default nothing.
-        ties: how interactions of a user at the same time are ordered: at ``"random"``, the same way
-            whatever the order of the file; as in the ``"file"``; by ``"item"`` id.
+        ties: how to order a user's interactions at the same time: ``"random"``, independent of the
+            file's order; as in the ``"file"``; by ``"item"`` id.
         ties_seed: of the random order.
         overwrite: replace a prepared folder that is at ``output`` already.
 
@@ -123,7 +123,7 @@ def order_log(
         raise BadInput("data.source", log.name, "a log with at least one interaction")
     users, user_ids = number_ids(log.users, "user")
     items, item_ids = number_ids(log.items, "item")
-    # lexsort is stable: what has the same time keeps the order of the input
+    # lexsort is stable: rows with the same time keep their order
     keys = [key for key in (log.times, log.parts, users) if key is not None]
     order = np.lexsort(keys)
     told = log.ties or _ties_name(ties, ties_seed)
@@ -207,7 +207,7 @@ def _break_ties(
 ) -> np.ndarray:
     """Rows in ``order`` (N,) of the keys, those with equal keys by item, or at random by a seed.
 
-    By item first in any case, so that the random order does not depend on that of the file.
+    Always sorted by item first, so that the random order does not depend on the file's.
     """
     starts = np.zeros(len(order), dtype=bool)  # of each group of equal keys
     for key in keys:

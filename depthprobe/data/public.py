@@ -1,4 +1,4 @@
-"""Public logs by name, fetched once from their owners' addresses into a cache.
+"""Public logs by name, downloaded once from their owners into a cache.
 
 ``ml-1m`` is MovieLens 1M, ``amazon-2014:Beauty`` the 5-core of a category of the Amazon reviews.
 Addresses, checksums and terms lie in ``public.toml``. Imports nothing heavy: the command line looks
@@ -22,7 +22,7 @@ from depthprobe import __version__
 from depthprobe.errors import BadInput, nearest
 from depthprobe.files import complete_file, remove_leftovers
 
-RETRIES = 3  # of a download that is cut, after 1, 2 and 3 seconds
+RETRIES = 3  # retries of a broken download, after 1, 2 and 3 seconds
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class PublicFile:
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """The names of the files that a reader finds in the end."""
+        """The names of the files that a reader finds."""
         return tuple(Path(member).name for member in self.members) or (self.name,)
 
 
@@ -82,7 +82,7 @@ SETS: dict[str, PublicSet] = {one.name: one for one in _load()}
 
 
 def is_public(name: str) -> bool:
-    """Whether this names a public set and not a path; its category may still be misspelt."""
+    """Whether this names a public set and not a path; the category is not checked."""
     return name.partition(":")[0] in {one.family for one in SETS.values()}
 
 
@@ -106,8 +106,8 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """The folder in the cache with the raw files of a public set, fetched if they are missing.
 
-    The terms are logged before anything is fetched. A file that was put into the cache by hand is
-    verified and used.
+    The terms are logged before the download. A file that a user put into the cache is verified and
+    used.
 
     Raises:
         BadInput: if there is no such set, an address can't be reached, a file is not as
@@ -123,7 +123,7 @@ def fetch(name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False):
-            if missing := _missing(public, folder):  # another process may have filled it meanwhile
+            if missing := _missing(public, folder):  # another process may have filled it
                 remove_leftovers(folder)
                 log.warning("%s: %s", name, public.terms)
             for file in missing:
@@ -145,7 +145,7 @@ def _missing(public: PublicSet, folder: Path) -> list[PublicFile]:
 def _fetch_file(file: PublicFile, folder: Path) -> None:
     import pooch  # type: ignore[import-untyped]
 
-    # an archive lies beside the folder, which holds only what a reader reads
+    # the archive goes beside the folder, which holds only files for a reader
     place = folder.parent if file.members else folder
     path = place / file.name
     pooch.get_logger().setLevel("ERROR")
@@ -157,11 +157,11 @@ def _fetch_file(file: PublicFile, folder: Path) -> None:
         urls={file.name: file.url},
         retry_if_failed=RETRIES,
     )
-    # identity: a file that is published compressed stays so
+    # identity: keep a file compressed that is published so
     headers = {"User-Agent": f"depthprobe/{__version__}", "Accept-Encoding": "identity"}
     try:
         store.fetch(file.name, downloader=pooch.HTTPDownloader(chunk_size=2**20, headers=headers))
-    except (OSError, ValueError) as error:  # of the network, the disk, or the checksum
+    except (OSError, ValueError) as error:  # an error of the network, the disk, or the checksum
         fault = f"{file.url} could not be fetched ({' '.join(str(error).split())[:300]})"
         if path.exists():
             fault = f"{path} is not the published file, and {fault}"

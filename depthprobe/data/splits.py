@@ -1,8 +1,8 @@
-"""What trains, what validates, what tests: one target a user, and none of it in training.
+"""Split into training, validation and test: one target per user, and no leak into training.
 
-The leak to avoid: a held-out interaction must not touch training, neither as an input nor as a
-target nor in the baseline's item embeddings. So all training reads go through
-:meth:`Split.train_history`, which ends before the first held-out interaction of its user.
+A held-out interaction must not touch training, neither as an input nor as a target nor in the
+baseline's item embeddings. So all training reads go through :meth:`Split.train_history`, which ends
+before the user's first held-out interaction.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from depthprobe.errors import BadInput
 from depthprobe.formatting import part_percent
 from depthprobe.study import Protocol
 
-MANY_REPEATS = 0.01  # a share of the test targets above which seen items stay in the ranking
+MANY_REPEATS = 0.01  # share of repeated test targets above which seen items stay in the ranking
 
 Part = Literal["validation", "test"]
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """The users of one part, and where in ``items`` their targets stand.
+    """The users of one part, and the indices of their targets in ``items``.
 
-    ``users`` int64 (E,), ascending. ``targets`` int64 (E,): a user's history is all that stands
-    before the target.
+    ``users`` int64 (E,), ascending. ``targets`` int64 (E,): a user's history is everything before
+    the target.
     """
 
     users: np.ndarray
@@ -39,12 +39,12 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Who trains on what, and whose next item is held out.
+    """The training part of each user, and the held-out targets.
 
     ``train_stop`` int64 (U,): user ``u`` trains on ``items[offsets[u]:train_stop[u]]``.
     ``filter_seen`` tells whether the items of a history are left out of the ranking.
     ``statistics`` count the held-out users, the users and targets unknown to training, the targets
-    that are repeats, and those at the same time as a neighbour, whose place is a matter of chance.
+    that are repeats, and those at the same time as a neighbour, whose order is arbitrary.
     """
 
     sequences: Sequences
@@ -66,7 +66,7 @@ class Split:
         return self._span(user, int(self.train_stop[user]), max_history)
 
     def part(self, part: Part) -> HeldOut:
-        """What is held out for ``validation`` or ``test``."""
+        """The held-out part ``validation`` or ``test``."""
         return {"validation": self.validation, "test": self.test}[part]
 
     def targets(self, part: Part) -> np.ndarray:
@@ -86,7 +86,7 @@ class Split:
 
 
 def make_split(sequences: Sequences, protocol: Protocol) -> Split:
-    """Split as the protocol says; ``BadInput`` if it leaves nobody, or needs what the log lacks."""
+    """Split by the protocol; ``BadInput`` if no user is left, or the log lacks what it needs."""
     split = SPLITS[protocol.split](sequences, protocol)
     auto, warnings = protocol.filter_seen == "auto", list(split.warnings)
     filter_seen = split.filter_seen if auto else bool(protocol.filter_seen)
@@ -108,7 +108,7 @@ def make_split(sequences: Sequences, protocol: Protocol) -> Split:
 
 
 def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
-    """Each user's last item is the test, the one before validates; below 3, all of them train."""
+    """Each user's last item tests, the one before validates; with fewer than 3, all train."""
     stops = np.asarray(sequences.offsets[1:])
     lengths = np.diff(sequences.offsets)  # (U,)
     evaluated = lengths >= 3
@@ -125,7 +125,7 @@ def leave_one_out(sequences: Sequences, _: Protocol | None = None) -> Split:
 
 
 def temporal(sequences: Sequences, protocol: Protocol) -> Split:
-    """Two points in time for all users: what a system in use would have known at each.
+    """Split at two points in time for all users: what a live system would have known at each.
 
     Training ends where validation begins. A user's target is the first item at or after a point,
     given everything before it; users without a history before it are cold and are not evaluated.
@@ -160,7 +160,7 @@ def temporal(sequences: Sequences, protocol: Protocol) -> Split:
 
 
 def given(sequences: Sequences, _: Protocol | None = None) -> Split:
-    """As the log came: a user's targets are the first validation and the first test interaction."""
+    """Keep the log's own split: a user's targets are the first validation and test interactions."""
     if sequences.given is None:
         allowed = "a log of training, validation and test files"
         raise BadInput("protocol.split", "given", allowed)
@@ -199,7 +199,7 @@ SPLITS: dict[str, Callable[[Sequences, Protocol], Split]] = {
 def _parts(
     sequences: Sequences, train_stop: np.ndarray, test_begin: np.ndarray
 ) -> tuple[list[HeldOut], list[int]]:
-    """Validation and test, a user's first item of each; and how many have no history before it."""
+    """Validation and test, each with a user's first item; and how many users have no history."""
     starts, stops = np.asarray(sequences.offsets[:-1]), np.asarray(sequences.offsets[1:])
     held_out, cold = [], []
     for begin, end in ((train_stop, test_begin), (test_begin, stops)):
@@ -217,7 +217,7 @@ def _split(
     warnings: list[str],
     **more: int | str,
 ) -> Split:
-    """A split with what every kind counts: users, and targets unknown to training."""
+    """Make a split with the counts that all kinds have: users, and targets unknown to training."""
     validation, test = held_out
     lengths = train_stop - np.asarray(sequences.offsets[:-1])
     if not (lengths > 1).any():
@@ -251,7 +251,7 @@ def _split(
 
 
 def _repeats(sequences: Sequences, test: HeldOut) -> int:
-    """How many targets stand in their user's history too."""
+    """How many targets are also in their user's history."""
     target = np.zeros(sequences.n_users, dtype=np.int64)  # places; (U,)
     target[test.users] = test.targets
     users = np.repeat(np.arange(sequences.n_users), np.diff(sequences.offsets))  # (N,)
@@ -261,7 +261,7 @@ def _repeats(sequences: Sequences, test: HeldOut) -> int:
 
 
 def _tied(sequences: Sequences, test: HeldOut) -> int:
-    """How many targets have the time of their user's interaction before or after."""
+    """How many targets have the same time as the user's previous or next interaction."""
     times, at = np.asarray(sequences.times), test.targets
     after = np.minimum(at + 1, np.asarray(sequences.offsets)[test.users + 1] - 1)
     tied = (times[at - 1] == times[at]) | ((after > at) & (times[after] == times[at]))
@@ -285,7 +285,7 @@ def _moment(times: np.ndarray, text: str) -> float:
 
 
 def _first_from(sequences: Sequences, moment: float) -> np.ndarray:
-    """Where each user's interactions at or after a moment begin, int64 (U,)."""
+    """The index of each user's first interaction at or after a moment, int64 (U,)."""
     late = np.concatenate([[0], np.cumsum(np.asarray(sequences.times) >= moment)])
     offsets = np.asarray(sequences.offsets)
     return np.asarray(offsets[1:] - (late[offsets[1:]] - late[offsets[:-1]]))

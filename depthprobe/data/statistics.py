@@ -1,4 +1,4 @@
-"""What a log looks like, and why the order of its sequences may not be the order of time."""
+"""Statistics of a log, and warnings if the order of its sequences may not be that of time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from depthprobe.formatting import part_percent, rounded
 
 TOP = (1, 5, 10, 25, 50)  # per cent of the items
 NO_TIMES = "no times: order is the file's"
-MANY_TIES = 0.05  # above this share of equal neighbours, times are too coarse to order a sequence
-SORTED, PARTLY = 0.9, 0.6  # shares of steps to a higher id; about half of them are by chance
+MANY_TIES = 0.05  # share of neighbours at equal times above which times are too coarse
+SORTED, PARTLY = 0.9, 0.6  # shares of steps to a higher id; by chance it is about a half
 PADDING = {"0", "-1", "pad", "<pad>", "[pad]"}  # as items
 LEVELS = {
     "min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0,
@@ -25,21 +25,21 @@ def popularity(sequences: Sequences) -> np.ndarray:
 
 
 def length_levels(lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The bin of each length, (U,), and the bins: 1, 2, 3 to 4, 5 to 8, ... to the longest."""
+    """The bin of each length, (U,), and the bins: 1, 2, 3 to 4, 5 to 8, ... up to the longest."""
     levels = np.searchsorted(2 ** np.arange(40), lengths)  # (U,), places of the upper bounds
     count = int(levels.max(initial=0)) + 1
     return levels, [(2 ** (n - 1) + 1 if n else 1, 2**n) for n in range(count)]
 
 
 def length_bins(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """Histories by length, as (shortest, longest, users), from the shortest history on."""
+    """Histories by length, as (shortest, longest, users), shortest first."""
     levels, bins = length_levels(lengths)
     users = np.bincount(levels).tolist()
     return [(*bins[level], users[level]) for level in range(int(levels.min()), len(users))]
 
 
 def top_shares(popularity: np.ndarray) -> list[tuple[int, int, float]]:
-    """Which share of the interactions the most popular items take, as (per cent, items, share)."""
+    """The share of interactions of the most popular items, as (per cent, items, share)."""
     total = np.cumsum(np.sort(popularity)[::-1])
     counts = [-(-percent * len(popularity) // 100) for percent in TOP]
     return [(p, n, float(total[n - 1] / total[-1])) for p, n in zip(TOP, counts, strict=True)]
@@ -55,7 +55,7 @@ def statistics(
 ) -> dict[str, float | int | str]:
     """Sizes, shares and the time span of sequences.
 
-    ``repeats`` is the share of interactions whose item the user had taken before; ``shared_times``
+    ``repeats`` is the share of interactions with an item that the user had before; ``shared_times``
     the share of ``tied`` neighbours and ``ties`` how they were ordered; ``first`` and ``last`` are
     dates.
     """
@@ -83,7 +83,7 @@ def statistics(
 
 
 def quantiles(counts: np.ndarray) -> dict[str, int]:
-    """Quantiles of lengths or popularities, by name; each is a count that occurs."""
+    """Quantiles of lengths or popularities, by name; each is an occurring count."""
     values = np.quantile(counts, list(LEVELS.values()), method="inverted_cdf")
     return dict(zip(LEVELS, values.tolist(), strict=True))
 
@@ -91,7 +91,7 @@ def quantiles(counts: np.ndarray) -> dict[str, int]:
 def order_warnings(
     offsets: np.ndarray, items: np.ndarray, tied: np.ndarray | None, ids: list[str], ties: str
 ) -> list[str]:
-    """Why the order of the sequences may not be the order of time.
+    """Warnings that the order of sequences may not be that of time.
 
     ``items`` are numbered 1..I in the natural order of ``ids``; ``tied`` is that of
     :func:`tied_neighbours`, or None for a log without times; ``ties`` tells how they were ordered.
@@ -100,7 +100,7 @@ def order_warnings(
     warnings, where = [NO_TIMES, *_padding(rows, items, ids)], ""
     if tied is not None:
         share = _share(tied)
-        rows, where = rows[tied], "within equal times, "  # the others are ordered by time
+        rows, where = rows[tied], "within equal times, "  # other neighbours are ordered by time
         copies = _copies(rows, items)
         if share <= MANY_TIES:
             return copies
@@ -131,13 +131,13 @@ def order_warnings(
 
 
 def _copies(rows: np.ndarray, items: np.ndarray) -> list[str]:
-    """What tells of interactions that are others again; ``rows`` have the time of the next one."""
+    """A warning about duplicate interactions; ``rows`` have the same time as the next one."""
     follows = np.zeros(len(items), dtype=bool)
     follows[rows + 1] = True
     tied = follows.copy()
     tied[rows] = True
     places = np.flatnonzero(tied)
-    moment = np.cumsum(~follows[places])  # which of the users' times each place has
+    moment = np.cumsum(~follows[places])  # of each row, its time's index
     pairs = moment * (int(items.max(initial=0)) + 1) + items[places]
     pairs.sort()
     copies = int((np.diff(pairs) == 0).sum())
@@ -146,7 +146,7 @@ def _copies(rows: np.ndarray, items: np.ndarray) -> list[str]:
 
 
 def _padding(rows: np.ndarray, items: np.ndarray, ids: list[str]) -> list[str]:
-    """What tells of an item that fills histories up to one length, mostly beside itself."""
+    """A warning about an item that pads histories to one length, mostly next to itself."""
     warnings = []
     for number in [number for number, one in enumerate(ids, 1) if one.lower() in PADDING]:
         all_of_it = items == number

@@ -37,13 +37,13 @@ class Sequences:
     ``times`` int64 (N,), seconds, or None.
     ``given`` int64 (U, 2): where a log that came split ends each user's training and validation
     interactions, as places in ``items``; None for other logs.
-    ``notes`` are what the reader had to decide; ``warnings`` hold them and what else a reader of
-    the results should know. ``cleaning`` is what each step of the cleaning left. ``fingerprint``
+    ``notes`` are the reader's decisions; ``warnings`` hold them and all else that a reader of the
+    results should know. ``cleaning`` is what each step of the cleaning kept. ``fingerprint``
     is a sha256 of arrays, ids and titles, the same on every machine. ``columns`` are those of the
     table that the log came from.
 
-    Ids and titles are read when first asked for: opening a log only holds its arrays against their
-    digests, which takes a tenth of a second at 10 M interactions.
+    Ids and titles are read when first needed. Opening a log only checks the digests of its arrays,
+    which takes a tenth of a second for 10 M interactions.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Sequences:
 
 
 class Manifest(msgspec.Struct, kw_only=True, frozen=True):
-    """What ``manifest.json`` holds. ``files`` are the sha256 of the others, none in older ones."""
+    """The content of ``manifest.json``. ``files`` has the other files' sha256; older ones lack it."""
 
     schema: Literal[2] = 2
     name: str
@@ -119,7 +119,7 @@ def load_data(path: str | Path) -> Sequences:
 
     Raises:
         BadInput: if the folder is missing, incomplete or changed, or was written by another
-            version. Ids and titles are looked at when they are first read.
+            version. Ids and titles are checked when they are first read.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
@@ -154,8 +154,8 @@ def load_data(path: str | Path) -> Sequences:
 def check_output(output: Path, *, overwrite: bool = False) -> None:
     """Refuse to write over anything but an empty folder or, on demand, a prepared one.
 
-    A folder is a prepared one if its manifest says so and it holds nothing else: other folders
-    have a manifest of that name too, a run's among them.
+    A folder is a prepared one if its manifest says so and it holds nothing else: other folders,
+    such as a run's, have a manifest of that name too.
     """
     if not output.exists():
         return
@@ -220,7 +220,7 @@ def _digest(path: Path) -> str:
 
 
 def _check_file(path: Path, manifest: Manifest) -> None:
-    """Refuse a file that is none (a pipe would be waited for), or not as it was written."""
+    """Refuse a path that is no plain file (a pipe would block), or a changed file."""
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
     if manifest.files.get(path.name) not in (None, _digest(path)):

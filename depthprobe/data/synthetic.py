@@ -1,13 +1,12 @@
 """The embedded log: seeded users whose next film depends on the genres of their last five.
 
-Each of the last five films pulls the next one towards some genres and away from others, by a table
-of its own for every place; the genre with the strongest pull in sum is taken. Whoever knows the
-last film alone foresees less than half of the genres; the last four in their order tell four of
-five. Inside a genre films are drawn by a Zipf law, which no history tells. Nobody takes a film
-twice.
+Each of the last five films pulls the next one towards some genres and away from others, with a
+separate table for every position; the genre with the strongest total pull is taken. The last film
+alone predicts less than half of the genres; the last four in order predict four of five. Within a
+genre, films are drawn by a Zipf law that no history predicts. No user takes a film twice.
 
-Five places need five tables, and a block of the embedded backbone has four heads. So on this log
-one block is not enough.
+Five positions need five tables, and a block of the embedded backbone has fewer heads. So on this
+log one block is not enough.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ NOUNS = (
     "Engine", "Island", "Crown", "Compass", "Shadow", "Bridge", "Letter", "Canyon", "Tide",
 )  # fmt: skip
 DAY = 86_400
-PLACES = 5  # films that decide on the next one
-FREE = 0.05  # the share of films whose genre nothing decides on
+PLACES = 5  # films that decide the next one
+FREE = 0.05  # share of films with a random genre
 ZIPF = 0.6
 SHORTEST, MEAN_LENGTH, LONGEST = 7, 12.0, 40
 
@@ -36,7 +35,7 @@ def embedded_log(n_users: int = 2500, n_items: int = 320, *, seed: int = 20_405)
     """The generated log, the same to the bit on every machine with the same numpy."""
     rng = np.random.default_rng(seed)
     genre = np.arange(n_items) % len(GENRES)
-    pull = rng.normal(size=(PLACES, len(GENRES), len(GENRES)))  # place, its genre, the next one
+    pull = rng.normal(size=(PLACES, len(GENRES), len(GENRES)))  # position, genre, next one
     appeal = (1.0 + rng.permutation(n_items)) ** -ZIPF
     titles = _titles(genre, rng)
     users: list[int] = []
@@ -60,7 +59,7 @@ def embedded_log(n_users: int = 2500, n_items: int = 320, *, seed: int = 20_405)
 
 
 def _titles(genre: np.ndarray, rng: np.random.Generator) -> list[str]:
-    """A title of its own for each film, with its genre."""
+    """A unique title for each film, with its genre."""
     places = rng.choice(len(ADJECTIVES) * len(NOUNS), size=len(genre), replace=False)
     return [
         f"{ADJECTIVES[place % len(ADJECTIVES)]} {NOUNS[place // len(ADJECTIVES)]} ({GENRES[kind]})"
@@ -81,7 +80,7 @@ def _history(
             latest = genre[history[: -PLACES - 1 : -1]]  # the latest first
             kind = int(pull[np.arange(len(latest)), latest].sum(axis=0).argmax())
         chances = np.cumsum(np.where(genre == kind, left, 0.0))
-        if not chances[-1]:  # all of its films are taken
+        if not chances[-1]:  # all of the genre's films are taken
             chances = np.cumsum(left)
         item = int(np.searchsorted(chances, rng.random() * chances[-1], side="right"))
         left[item] = 0.0

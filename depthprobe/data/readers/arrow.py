@@ -1,4 +1,4 @@
-"""Ids, numbers and times out of Arrow columns; an unusable value is refused with its row."""
+"""Ids, numbers and times from Arrow columns; an unusable value is refused with its row."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ BOUNDS = (1e11, 1e14, 1e17)
 EARLY, LAST = (
     10**8,
     7_258_118_400,
-)  # seconds: March 1973, before which no log was kept; the year 2200
+)  # seconds: March 1973 and the year 2200; logs are in between
 # dates as numbers, by their digits: 2024, 202405, 20240531, 2024053118, ..., 20240531183000123
 COMPACT = {digits: "%Y%m%d%H%M%S"[: digits - 2] for digits in (4, 6, 8, 10, 12, 14)}
 COMPACT[17] = "%Y%m%d%H%M%S%f"
 
 DAY, NO_ZONE = 86_400, "times without a zone are read as UTC"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-_LIST = re.compile(r"\[.*\]|\([^,]*,.*\)|[0-9]+([\s,|]+[0-9]+)+")  # of items, in a cell
-SAMPLE = 1000  # ids that are looked at
+_LIST = re.compile(r"\[.*\]|\([^,]*,.*\)|[0-9]+([\s,|]+[0-9]+)+")  # several items in a cell
+SAMPLE = 1000  # ids to check for lists
 _LOCAL = r":\d\d(\.\d+)?$"
 _TIME = (
     "a number, or an ISO date or time such as 2024-05-31T18:30:00Z, in the range of 1970 to 2199"
@@ -43,7 +43,7 @@ Where = Callable[[int], str]
 
 
 def row_number(row: int) -> str:
-    """What a message calls a row, of 0 and up, where it has no line of its own."""
+    """A row's name in a message (0 is the first), if it has no line number."""
     return f"row {row + 1}"
 
 
@@ -63,7 +63,7 @@ class Column:
         return kind.endswith(("string", "binary", "string_view"))
 
     def plain(self) -> Column:
-        """Without a dictionary or blanks around texts, every row filled."""
+        """The column without a dictionary or surrounding blanks; every row must be filled."""
         column = self
         if pa.types.is_dictionary(self.values.type):
             column = replace(self, values=self.values.cast(self.values.type.value_type))
@@ -84,10 +84,10 @@ class Column:
             return
         try:
             value = self.values[row].as_py()
-        except (OverflowError, ValueError):  # a time that Python's own can't hold
+        except (OverflowError, ValueError):  # a time that Python's datetime can't hold
             value = f"{self.values[row].value} ({self.values.type})"
         shown = short(value if isinstance(value, str | int | float) else str(value), 40)
-        blank = value is None or value != value or not str(value).strip()  # NaN is not itself
+        blank = value is None or value != value or not str(value).strip()  # NaN differs from itself
         fault = f"has no {self.what}" if blank else f"has the {self.what} {shown}"
         raise BadInput(
             FIELD, self.source, f"{self.where(row)} {fault}; expected {expected}", fault=True
@@ -117,16 +117,16 @@ def log_of(
 def to_ids(column: Column) -> Ids:
     """Number ids by first appearance; texts stay exactly as they are.
 
-    Floats are taken where all are whole, as pandas makes them beside missing values, and below the
-    power of two from which on several integers are one float. A dictionary's values must be
-    distinct and in use, as a reader of text has it.
+    Floats are accepted if all are whole (pandas makes them of integers with missing values) and
+    below the power of two from which several integers share one float. A dictionary's values must
+    be distinct and in use.
     """
     column.check(column.values.is_null(nan_is_null=True), "one in every row")
     expected = "texts in UTF-8, or integers"
     values, kind = column.values, column.values.type
     if pa.types.is_dictionary(kind):
         encoded = values.unify_dictionaries().combine_chunks()
-    else:  # one chunk first: each would have a dictionary of all, and their union takes long
+    else:  # combine chunks first: otherwise each has its own dictionary, and their union is slow
         if pa.types.is_floating(kind):
             floats = values.to_numpy()
             column.check(floats != np.trunc(floats), expected)
@@ -156,7 +156,7 @@ def to_ids(column: Column) -> Ids:
 
 
 def _refuse_lists(column: Column, names: list[str]) -> None:
-    """Refuse ids most of which are lists: in brackets, or numbers of which some have more."""
+    """Refuse ids that are mostly lists: in brackets, or of several numbers."""
     lists = [name for name in names if _LIST.fullmatch(name.strip())]
     sizes = {len(re.split(r"[\s,|]+", name.strip())) for name in lists}
     if 2 * len(lists) > len(names) and (len(sizes) > 1 or lists[0].lstrip()[0] in "[("):
@@ -178,7 +178,7 @@ def to_numbers(column: Column) -> np.ndarray:
         return whole
     try:
         values = column.values.cast(pa.float64(), safe=False).to_numpy()
-    except pa.ArrowInvalid:  # pandas is slower, and tells which row is at fault
+    except pa.ArrowInvalid:  # pandas is slower, but tells the bad row
         values = pd.to_numeric(column.values.to_pandas(), errors="coerce").to_numpy()
     column.check(~np.isfinite(values), "a finite number")
     return np.asarray(values)
@@ -187,7 +187,7 @@ def to_numbers(column: Column) -> np.ndarray:
 def to_seconds(
     column: Column, time_format: str | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Seconds since 1970, (N,), and notes on what had to be decided.
+    """Seconds since 1970, (N,), and notes on decisions.
 
     Numbers, and texts of numbers, are seconds, milliseconds, microseconds or nanoseconds, which
     their magnitude tells apart, or dates such as 20240531, if most rows are. Texts are ISO dates
@@ -204,7 +204,7 @@ def to_seconds(
         texts = values.cast(pa.large_string()).to_pandas()
         try:
             stamps = pd.to_datetime(texts, format=time_format, utc=True, errors="coerce")
-        except ValueError as error:  # a code that only Python's own strptime takes
+        except ValueError as error:  # a code that only Python's strptime knows
             allowed = f"codes that pandas reads, too ({error})"
             raise BadInput("data.columns.time_format", time_format, allowed) from None
         if re.search("%[HI]", time_format) and "%z" not in time_format.lower():
@@ -225,7 +225,7 @@ def to_seconds(
     if stamps is not None:
         column.check(stamps.isna().to_numpy(), _expected_time(column, time_format))
         values = pa.chunked_array([pa.array(stamps)])
-    if pa.types.is_timestamp(values.type):  # one with a zone is held in UTC
+    if pa.types.is_timestamp(values.type):  # a time with a zone is stored in UTC
         factor = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
         numbers = values.cast(pa.int64()).to_numpy()
         if not notes and values.type.tz is None and (numbers % (DAY * factor)).any():
@@ -262,10 +262,10 @@ def _expected_time(column: Column, time_format: str | None) -> str:
 
 
 def _compact(numbers: np.ndarray) -> pd.Series | None:
-    """The times of a column most of which are dates such as 20240531; NaT where one is none.
+    """The times of a column of mostly dates such as 20240531; NaT for other values.
 
-    Hardly a number of so many digits is a date by chance: of those of eight digits that begin with
-    a year, one in 27.
+    Numbers are rarely dates by chance: of those with eight digits that begin with a year, one in
+    27.
     """
     digits = len(f"{np.median(numbers):.0f}")
     form, unit = COMPACT.get(digits), 10 ** max(digits - 4, 0)
@@ -279,7 +279,7 @@ def _compact(numbers: np.ndarray) -> pd.Series | None:
 
 
 def _titles(column: Column, items: Ids) -> dict[str, str]:
-    """The first title that is not blank of each item that has one, its blanks collapsed."""
+    """The first non-blank title of each item that has one, with blanks collapsed."""
     try:
         texts = pc.utf8_trim_whitespace(column.values.cast(pa.large_string()))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -14,9 +14,9 @@ from depthprobe.data.readers.streams import FIELD
 from depthprobe.errors import BadInput, shell_line, short
 from depthprobe.study import Columns
 
-# Common spellings by what they hold. Those between two bars are of equal standing, and preferred to
-# the later ones: a review of a variant (asin) is meant for its product (parent_asin), but nothing
-# says whether a listening log is about its tracks or its artists.
+# Common spellings by content. Those between two bars are equal, and preferred to later ones: a
+# review of a variant (asin) is about its product (parent_asin), but a listening log may be about its
+# tracks or its artists.
 _SPELLINGS = {
     "user": "user_id | user uid reviewer_id customer_id visitor_id | user_name",
     "item": "item_id | item iid | parent_asin | asin | product_id movie_id book_id business_id "
@@ -32,23 +32,23 @@ SPELLINGS = {
     what: [standing.split() for standing in text.split("|")] for what, text in _SPELLINGS.items()
 }
 REQUIRED = ("user", "item")
-LABELS = {"label", "click", "isclick", "clicked"}  # 0 in these is no interaction
+LABELS = {"label", "click", "isclick", "clicked"}  # a 0 in these means no interaction
 Wanted = Collection[str]
 WANTED: Wanted = tuple(SPELLINGS)
-# beside one of these, `title` is the review's and not the item's (Amazon 2023)
+# with one of these, `title` is the review's, not the item's (Amazon 2023)
 _OF_A_REVIEW = {"text", "reviewtext", "reviewbody", "summary", "helpfulvote"}
 
-_TYPE = re.compile(r":(token|token_seq|float|float_seq)$")  # of RecBole's headers
+_TYPE = re.compile(r":(token|token_seq|float|float_seq)$")  # types in RecBole's headers
 
 
 def find_columns(
     names: Sequence[str], columns: Columns, *, source: Path, wanted: Wanted = WANTED
 ) -> dict[str, int]:
-    """Places in ``names`` of what is ``wanted``, where it is there; a log needs users and items.
+    """Indices in ``names`` of the ``wanted`` columns that exist; a log needs users and items.
 
-    Columns that ``columns`` names are taken, the others guessed from :data:`SPELLINGS`. Refused is
-    a name that isn't there or is there twice, a header without user or item, two columns that are
-    as likely, and one that would serve for two things. A title's may be in the items' file instead.
+    Columns named by ``columns`` are used; the others are guessed from :data:`SPELLINGS`. Refused: a
+    name that is missing or there twice, a header without user or item, two equally likely columns,
+    and one column for two purposes. The title may be in the items' file instead.
     """
     places: dict[str, int] = {}
     for what, name in columns.given().items():
@@ -70,7 +70,7 @@ def find_columns(
                 "--user-column and --item-column (numbers from 1 where there is no header)"
             )
             raise BadInput(FIELD, source, allowed, fault=True)
-        # what was named for one thing isn't guessed for another
+        # a column named for one purpose is not guessed for another
         if place is not None and (place not in places.values() or what in REQUIRED):
             places[what] = place
     for what, place in places.items():
@@ -86,22 +86,22 @@ def find_columns(
     return {what: place for what, place in places.items() if what in wanted}
 
 
-# How dates are written, but for ISO's way: the orders and marks that logs have, and times behind.
+# Formats of dates other than ISO: the orders and separators in logs, optionally with times.
 _DAYS = (
     *("%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%d.%m.%Y", "%Y.%m.%d", "%d-%m-%Y", "%m-%d-%Y"),
     *("%d/%m/%y", "%m/%d/%y", "%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y"),
 )
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p", " %H:%M:%S.%f")
-DATED = 100  # cells that are looked at
+DATED = 100  # cells to look at
 _PLAIN = re.compile(r"\d{4}-\d\d-\d\d([T ].*)?|(19[7-9]|2[01]\d)\d{5}(\d{6})?")
 _SECONDS = re.compile(r"1\d{9}(\d{3})?(\.\d*)?")  # since 1970, or milliseconds: 2001 to 2033
 
 
 def date_formats(values: Iterable[object]) -> list[str] | None:
-    """How the dates of some cells are written: formats that all of them have, None for no dates.
+    """The date formats that fit all of some cells; None if they are no dates.
 
-    An empty list stands for dates that are read as they are: ISO's, numbers such as 20240531,
-    seconds since 1970 in this century, and dates of Python's.
+    An empty list means dates that need no format: ISO, numbers such as 20240531, seconds since 1970
+    in this century, and Python's dates.
     """
     cells = [value for value in values if value is not None and str(value).strip()][:DATED]
     if cells and all(isinstance(value, date) for value in cells):
@@ -118,7 +118,7 @@ def date_formats(values: Iterable[object]) -> list[str] | None:
 
 
 def _read(text: str, form: str | None) -> bool:
-    """Whether a text is a time of that form, or of ISO's, in a log's years."""
+    """Whether a text is a time of this format, or ISO, in plausible years."""
     try:
         if form is not None:
             return 1970 <= datetime.strptime(text, form).year < 2200
@@ -130,9 +130,9 @@ def _read(text: str, form: str | None) -> bool:
 def column_map(
     names: Sequence[str], places: Mapping[str, int], cells: Callable[[int], Iterable[object]]
 ) -> ColumnMap:
-    """What was read of a table with these columns, and which of the others hold dates.
+    """The columns that were read, and which of the others hold dates.
 
-    ``places`` are what :func:`find_columns` found, ``cells`` some values of a column by its place.
+    ``places`` is the result of :func:`find_columns`, ``cells`` gives some values of a column.
     """
     ignored = {}
     for place, name in enumerate(names):
@@ -148,7 +148,7 @@ def column_map(
 
 
 def label_notes(names: Sequence[str], columns: Columns) -> list[str]:
-    """What tells of columns that may say which rows are interactions, unless they are named."""
+    """A note about unnamed columns that may say which rows are interactions."""
     plain = {untyped(name) for name in names if simple(name) in LABELS}
     return [
         f"the column {name} is not read: if its 0 marks what is no interaction, say "
@@ -165,7 +165,7 @@ def guess_column(
     spellings: Mapping[str, Sequence[Sequence[str]]] = SPELLINGS,
     advice: str = "say --{}-column",
 ) -> int | None:
-    """The place of the column that a header of common spellings has for ``what``, or None."""
+    """The index of the column for ``what`` in a header of common spellings, or None."""
     spelled = [simple(name) for name in names]
     for standing in spellings[what]:
         known = {simple(name) for name in standing}
@@ -182,7 +182,7 @@ def guess_column(
 
 
 def place_of(names: Sequence[str], name: str) -> int | None:
-    """Where a column lies that is named as the header does, or without RecBole's type."""
+    """The index of a column, named as in the header or without RecBole's type."""
     for spelled in (list(names), [untyped(one) for one in names]):
         if name in spelled:
             return spelled.index(name)
@@ -190,7 +190,7 @@ def place_of(names: Sequence[str], name: str) -> int | None:
 
 
 def refuse_columns(columns: Columns, why: str) -> None:
-    """Refuse named columns, but for the title's, and a format, for a log that has none to name."""
+    """Refuse named columns (except the title's) and a format for a log without columns."""
     if columns.time_format is not None:
         raise BadInput("data.columns.time_format", columns.time_format, f"none for {why}")
     for what, name in replace(columns, title=None).given().items():
@@ -198,14 +198,14 @@ def refuse_columns(columns: Columns, why: str) -> None:
 
 
 def missing(names: Sequence[str], name: str, source: Path) -> str:
-    """What is allowed in place of a column's name, the one that was probably meant first."""
+    """The allowed column names, the one that was probably meant first."""
     close = difflib.get_close_matches(name, [untyped(one) for one in names], n=1)
     hint = f"did you mean {listed(close)}? " if close else ""
     return f"{hint}{source} has no such column; its columns are {listed(names)}"
 
 
 def simple(name: str) -> str:
-    """A column's name without case, ``_``, ``-``, blanks and RecBole's type: for comparisons."""
+    """A column's name for comparisons: without case, ``_``, ``-``, blanks and RecBole's type."""
     return re.sub(r"[_\-\s]", "", untyped(name).lower())
 
 
@@ -215,6 +215,6 @@ def untyped(name: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names in one line, cut where they are long or many."""
+    """The names in one line, shortened if they are long or many."""
     texts = [" ".join(short(name, 40)[1:-1].split()) for name in names]
     return ", ".join(texts[:SHOWN]) + (", ..." if len(texts) > SHOWN else "")

@@ -1,7 +1,7 @@
-"""Raw logs: which files are meant, what format they have, and reading them.
+"""Read raw logs: find the files, recognise the format, read.
 
 A format is one function, ``read(path, columns, wanted) -> Log``, and one entry in :data:`FORMATS`.
-A reader raises BadInput, which names the file, the line or the row, and what was expected there.
+A reader's ``BadInput`` names the file, the line or row, and what was expected.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Format:
 
 
 def read_embedded(source: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
-    """Make the embedded log; there is nothing to read."""
+    """Generate the embedded log."""
     if str(source) != EMBEDDED:
         raise BadInput("data.format", EMBEDDED, f"another one for {source} (this one has no file)")
     refuse_columns(columns, "the embedded log")
@@ -95,11 +95,11 @@ def read_log(
     """Read ``"embedded"``, a file, what a folder holds, or a public set by its name.
 
     Args:
-        source: a path, if there is something at it, is never taken for a name.
-        format: a name in :data:`FORMATS`; by default the content tells.
+        source: an existing path is never taken for a name.
+        format: a name in :data:`FORMATS`; by default recognised by the content.
         items: a file with the items' titles; by default looked for beside the log.
-        columns: which columns hold what, where the guesses are not meant.
-        ratings: whether they are needed; else they may be missing or anything.
+        columns: which columns hold what, in place of guesses.
+        ratings: whether they are needed; otherwise they may be missing or invalid.
     """
     columns = columns or Columns()
     wanted = [what for what in WANTED if ratings or what != "rating"]
@@ -133,7 +133,7 @@ def recognise(path: Path) -> str:
 
 
 def _located(source: str | Path) -> Path:
-    if os.path.exists(source):  # unlike Path.exists, False for a name that is too long
+    if os.path.exists(source):  # unlike Path.exists, returns False for a name that is too long
         return Path(source)
     if is_public(str(source)):
         return fetch(str(source))
@@ -142,10 +142,10 @@ def _located(source: str | Path) -> Path:
     raise BadInput(FIELD, source, f"an existing path, or {names}")
 
 
-# What a folder holds: one log, or the training, validation and test part of one.
+# The content of a folder: one log, or its training, validation and test parts.
 
 ENDINGS = (".csv", ".dat", ".data", ".inter", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
-# names that are those of a log, whatever lies beside it
+# names of logs, whatever other files are there
 LOGS = ("sequences.txt", "*.inter", "u.data", "ratings.dat", "ratings.csv")
 # train.csv, X.train.inter, train-0-of-1.parquet
 TRAINING = re.compile(r"(.*\.)?train(ing)?(-\d+-of-\d+)?\.\w+")
@@ -158,11 +158,11 @@ EXPECTED = (
 
 
 def logs_in(folder: Path) -> list[Path]:
-    """The file that is the log, the folder itself if all its files make it, or one file a part.
+    """The log's file; the folder, if all its files are the log; or one file per part.
 
     Three paths are in the order of :data:`depthprobe.data.log.PARTS`.
     """
-    if deeper := next(folder.glob("*=*/**/*.parquet"), None):  # as partitions are written
+    if deeper := next(folder.glob("*=*/**/*.parquet"), None):  # partitions of one table
         fault = f"it has files in subfolders, such as {short(str(deeper.relative_to(folder)), 60)}"
         raise BadInput(FIELD, folder, f"{fault}; write them to one folder", fault=True)
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -187,7 +187,7 @@ def logs_in(folder: Path) -> list[Path]:
 
 
 def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:
-    """One log of a training, a validation and a test part, ids united, in that order."""
+    """Join a training, a validation and a test part into one log with common ids."""
     joined: dict[str, np.ndarray | None] = {}
     for what in ("times", "ratings"):
         given = [getattr(log, what) for log in logs if getattr(log, what) is not None]
@@ -215,7 +215,7 @@ def join_parts(logs: Sequence[Log], *, folder: Path) -> Log:
 
 
 def _united(columns: Sequence[Ids]) -> Ids:
-    """The ids of several columns as one, numbered by first appearance."""
+    """The ids of several columns as one column, numbered by first appearance."""
     names = encode_ids(chain.from_iterable(ids.names for ids in columns))
     starts = np.cumsum([0, *(len(ids.names) for ids in columns)])
     codes = [names.codes[start + ids.codes] for start, ids in zip(starts, columns, strict=False)]

@@ -1,4 +1,4 @@
-"""Logs with a record a line: JSON lines (an interaction) and sequence files (a user)."""
+"""Logs with one record per line: JSON lines (an interaction) and sequence files (a user)."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ from depthprobe.study import Columns
 
 INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 ARROW = {str: pa.string(), INT64: pa.int64(), float: pa.float64()}
-SAMPLE = 1000  # lines that tell the columns of JSON lines
+SAMPLE = 1000  # lines to find the columns of JSON lines from
 JSON_LINES = "expected JSON lines, one object a line"
 SEQUENCES = "a log has one user a line: 'user item item ...', oldest item first"
-# half of a surrogate pair, as an emoji that was cut in two leaves it; whole pairs are let alone
+# half of a surrogate pair, from an emoji cut in two; whole pairs are not matched
 _HALF = re.compile(
     rb"(?<!\\)((?:\\\\)*)(?:(\\u[dD][89abAB]..\\u[dD][c-fC-F]..)|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
 
-# what ids don't hold, and prose, JSON, CSV, XML and markdown do
+# characters of prose, JSON, CSV, XML and Markdown that ids do not hold
 _FOREIGN = re.compile(r"[{}\[\]()<>\"'`,;\x00-\x08\x0a-\x1f\x7f]")
 
-# an item with a weight, as in LibSVM's files, or with a time behind
+# an item followed by a weight, as in LibSVM files, or by a time
 _PAIR = re.compile(r"[0-9]+:-?[0-9]+(\.[0-9]+)?|.+[:@]1[0-9]{9}(\.[0-9]+)?")
 
 
 def read_json(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
-    """Read the wanted columns of JSON lines, such as Amazon's reviews; ignore what else is there.
+    """Read the wanted columns of JSON lines, such as Amazon's reviews; ignore all others.
 
-    The first lines tell the columns and whether each holds texts or numbers.
+    The first lines decide the columns, and whether each holds texts or numbers.
     """
     sample = list(islice(_objects(path, dict[str, Any]), SAMPLE))
     if not sample:
@@ -68,7 +68,7 @@ def read_json(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
     places = find_columns(names, columns, source=path, wanted=wanted)
     keys = {what: names[at] for what, at in places.items()}
     kinds = {what: _kind(what, [one.get(name) for one in sample]) for what, name in keys.items()}
-    # msgspec decodes and checks these keys alone: most of a review is its text
+    # msgspec decodes only these keys; most of a review is its text
     fields = [(what, kind | None, None) for what, kind in kinds.items()]
     row = msgspec.defstruct("Row", fields, rename=keys)
     decode = msgspec.json.Decoder(row).decode_lines
@@ -79,7 +79,7 @@ def read_json(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
             try:
                 rows = _whole(decode, block.removeprefix(codecs.BOM_UTF8))
             except (msgspec.DecodeError, RecursionError):
-                deque(_objects(path, row), maxlen=0)  # raises for the line at fault
+                deque(_objects(path, row), maxlen=0)  # raises for the bad line
                 raise
             for what, kind in kinds.items():
                 chunks[what].append(pa.array([getattr(one, what) for one in rows], ARROW[kind]))
@@ -94,7 +94,7 @@ def read_json(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
 
 
 def _objects(path: Path, kind: Any) -> Iterator[Any]:
-    """The object on each line that is not blank; a line that holds none is refused."""
+    """The object on each non-blank line; a line without one is refused."""
     decode = msgspec.json.Decoder(kind).decode
     for number, line in filled_lines(path):
         try:
@@ -105,7 +105,7 @@ def _objects(path: Path, kind: Any) -> Iterator[Any]:
 
 
 def _whole(decode: Callable[[bytes], Any], raw: bytes) -> Any:
-    """What JSON holds, half a surrogate pair read as U+FFFD: msgspec takes none."""
+    """The JSON text with half surrogate pairs as U+FFFD, since msgspec refuses them."""
     try:
         return decode(raw)
     except msgspec.DecodeError:
@@ -115,7 +115,7 @@ def _whole(decode: Callable[[bytes], Any], raw: bytes) -> Any:
 def _kind(what: str, values: list[Any]) -> Any:
     """The type of a column, by the first value that is not null."""
     first = next((value for value in values if value is not None), "")
-    if not isinstance(first, int | float):  # of lists and objects the error names the line
+    if not isinstance(first, int | float):  # lists and objects are refused with their line
         return str
     return INT64 if what in REQUIRED and isinstance(first, int) else float
 
@@ -123,7 +123,7 @@ def _kind(what: str, values: list[Any]) -> Any:
 def is_sequences(start: str) -> bool:
     """Whether the first line that isn't blank has two words or more, most of them with a digit.
 
-    So prose is none; a log whose ids are plain words is named by its format.
+    This excludes prose; a log whose ids are plain words must name its format.
     """
     first = next((line for line in start.split("\n") if line.strip()), "").rstrip("\r")
     words = first.split()
@@ -132,10 +132,10 @@ def is_sequences(start: str) -> bool:
 
 
 def read_sequences(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
-    """Read ``user item item ...``, one user a line, oldest item first.
+    """Read ``user item item ...``, one user per line, oldest item first.
 
-    Lines are split at tabs alone where one of the first has two or more. Refused, with its line, is
-    a user without an item or with a second line, and what no id holds.
+    Lines are split only at tabs if one of the first has two or more. Refused, with the line: a user
+    without an item or with a second line, and characters that no id holds.
     """
     refuse_columns(columns, f"{path}: a sequence file has no columns")
     tabs = any(line.strip().count("\t") > 1 for line in head(path).split("\n"))

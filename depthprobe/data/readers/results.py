@@ -1,6 +1,6 @@
 """Results of any recommender: ranks by user, or lists and their targets, in tables or TREC files.
 
-All become ranks of one target a user: 1-based, infinite for a target that its list misses.
+All become ranks of one target per user: 1-based, infinite for a target that its list misses.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ KNOWN = {name: SPELLINGS[name] for name in ("user", "item")} | {
 
 
 class _Kind(NamedTuple):
-    """What a file may hold: TREC's form of it, and the columns of a table."""
+    """A kind of file: its columns in TREC's form, and in a table."""
 
-    line: str  # of TREC's files, which have no header
+    line: str  # columns of TREC's files, which have no header
     places: dict[str, int]  # the columns of it that are read
-    enough: tuple[set[str], ...]  # any of these
+    enough: tuple[set[str], ...]  # at least one of these is needed
     words: str
 
 
@@ -55,7 +55,7 @@ Labels = dict[str, dict[str, str]]  # by the name of a column, then by user
 
 
 class Targets(NamedTuple):
-    """The item that each user is asked for."""
+    """The target of each user."""
 
     items: dict[str, str]
     labels: Labels
@@ -68,8 +68,8 @@ class Results:
     ranks: pd.DataFrame  # users by seeds, float64; NaN where a seed lacks the user
     labels: Labels
     longest: int | None = None  # items in the longest list; None of ranks
-    missed: int = 0  # lists without their target, of all seeds
-    left_out: int = 0  # users with a list and without a target
+    missed: int = 0  # number of lists without their target, over all seeds
+    left_out: int = 0  # number of users with a list but no target
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _File:
 
 @contextmanager
 def _named(field: str) -> Iterator[None]:
-    """Errors of a file are those of the argument that names it."""
+    """Make errors of a file name the argument that it came from."""
     try:
         yield
     except BadInput as error:
@@ -185,7 +185,7 @@ def _read_arm(
         protocols = file.ids("protocol")
         full = [name == "full" for name in protocols.names]
         file = file.take(np.flatnonzero(np.array(full)[protocols.codes]))
-    # an item beside a rank may be the target itself: that is for --targets to say
+    # an item with a rank may be the target itself; --targets decides
     are_lists = "items" in file or ("item" in file and (targets is not None or "rank" not in file))
     if are_lists and targets is None:
         raise file.fault("it has lists; say each user's target with --targets")
@@ -215,7 +215,7 @@ def _read_arm(
         places = scores.groupby(own).rank(ascending=False).to_numpy()
         longest = int(np.bincount(pd.factorize(own)[0]).max())
     number = {name: code for code, name in enumerate(items.names)}
-    asked = [targets.items.get(user) for user in users.names]  # of each user; None has no target
+    asked = [targets.items.get(user) for user in users.names]  # of each user; None without targets
     wanted = np.array([number.get(item, -1) if item is not None else -1 for item in asked])
     hits = items.codes == wanted[users.codes[rows]]
     ranks[own[hits]] = places[hits]
@@ -235,7 +235,7 @@ def _table(ranks: np.ndarray, users: Ids, seeds: Ids) -> pd.DataFrame:
 
 
 def _entries(file: _File) -> tuple[_File, np.ndarray]:
-    """Lists in cells as a row an item, and the row of the file that each comes from, (M,)."""
+    """Lists in cells as one row per item, with each one's row in the file, (M,)."""
     column = file.column("items")
     values = column.values
     if column.is_text:
@@ -247,7 +247,7 @@ def _entries(file: _File) -> tuple[_File, np.ndarray]:
         raise column.wrong_type("lists, or texts of items with blanks between them")
     values = values.combine_chunks()
     rows, items = pc.list_parent_indices(values).to_numpy(), pc.list_flatten(values)
-    if column.is_text:  # nothing is split into one empty text
+    if column.is_text:  # an empty text splits into one empty item
         filled = pc.not_equal(items, "")
         rows, items = rows[filled.to_numpy(zero_copy_only=False)], items.filter(filled)
     places = np.arange(len(rows)) - np.searchsorted(rows, rows) + 1

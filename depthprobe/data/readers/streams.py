@@ -1,9 +1,9 @@
-"""Files by name, and their content as streams; what is cut off, damaged or no text is refused.
+"""Open files as streams; truncated, damaged and binary content is refused.
 
-Compression is recognised by a file's first bytes, never by its name. pyarrow undoes it: it reads
-several gzip members as one stream, and an end before the last member's own end is an error. Texts
-are in UTF-8, or in UTF-16 with a byte order mark; before the first line, comments, ``# such``, and
-Excel's ``sep=;`` are left out.
+Compression is recognised by a file's first bytes, never by its name. pyarrow decompresses: it reads
+several gzip members as one stream, and a truncated last member is an error. Texts are in UTF-8, or
+in UTF-16 with a byte order mark. Before the first line, comments (``# such``) and Excel's ``sep=;``
+are skipped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from depthprobe.errors import BadInput
 
 FIELD = "data.source"
 START = 2**16  # bytes at a file's start that tell its format
-BLOCK = 2**22  # bytes that are read at once; no row or line is longer
+BLOCK = 2**22  # bytes to read at a time; no row or line may be longer
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 ARCHIVES = {b"PK\x03\x04": "zip", b"\xfd7zX": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
 COMPRESSED = re.compile(r"\.(gz|zst|zstd|bz2)$", re.IGNORECASE)
-# names that tell nothing of a log: its folder's name is taken
+# names that say nothing about a log: use its folder's name
 GENERIC = {
     *("data", "dataset", "events", "interactions", "log", "logs", "ratings", "reviews"),
     *("sequences", "test", "train", "u"),
@@ -32,7 +32,7 @@ GENERIC = {
 _COMMENTS = re.compile(
     rb"(\xef\xbb\xbf)?(\"?[sS][eE][pP]=[^\n]\"?\r?\n)?([#%]+([ \t][^\n]*)?\r?\n)*"
 )
-# names of what lies beside a log: titles, users, notes, what is hidden
+# names of files beside a log: titles, users, notes, hidden files
 OTHERS = ("items.*", "movies.*", "users.*", "meta_*", "readme*", "license*", "_*", ".*")
 
 
@@ -41,7 +41,7 @@ def open_bytes(path: Path) -> Iterator[Any]:
     """A file's bytes, decompressed, as a binary stream with ``read(size)``; a text in UTF-8.
 
     Raises:
-        BadInput: if the file can't be opened or, anywhere in the block, can't be read on.
+        BadInput: if the file can't be opened or, anywhere in the block, can't be read.
     """
     import pyarrow as pa
 
@@ -69,10 +69,10 @@ def first_line(path: Path) -> int:
 
 
 def _start(path: Path) -> tuple[str | None, bytes]:
-    """How a file is compressed, and its first bytes without that."""
+    """A file's compression, and its first bytes decompressed."""
     import pyarrow as pa
 
-    if path.exists() and not path.is_file():  # a pipe might be waited for, and is read only once
+    if path.exists() and not path.is_file():  # a pipe may wait for ever
         raise BadInput(FIELD, path, "a file that can be read, not a folder, pipe or device")
     try:
         with path.open("rb") as raw:
@@ -94,7 +94,7 @@ def _unreadable(path: Path, error: OSError) -> BadInput:
 
 
 def head(path: Path) -> str:
-    """The first lines, decompressed, as text; what is no UTF-8 in them is replaced."""
+    """The first lines, decompressed, as text; bytes that are no UTF-8 are replaced."""
     with open_bytes(path) as stream:
         raw: bytes = stream.read(START)
     text = raw.decode("utf-8-sig", errors="replace")
@@ -103,7 +103,7 @@ def head(path: Path) -> str:
 
 @contextmanager
 def open_lines(path: Path, *, newline: str = "\n", errors: str = "strict") -> Iterator[TextIO]:
-    """A UTF-8 text, to be read line by line: what is held of a long log stays small."""
+    """A UTF-8 text to read line by line, so that a long log takes little memory."""
     try:
         with open_bytes(path) as stream:
             yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline, errors=errors)
@@ -116,14 +116,14 @@ def open_lines(path: Path, *, newline: str = "\n", errors: str = "strict") -> It
 
 
 def filled_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, each with its number."""
+    """The non-blank lines, each with its number."""
     with open_lines(path) as text:
         lines = enumerate(text, first_line(path))
         yield from ((number, line) for number, line in lines if line.strip())
 
 
 def split_words(line: str, *, tabs: bool) -> list[str]:
-    r"""A user's items, behind the user: split at tabs if ids may hold blanks, else at blanks too.
+    r"""A user and items: split only at tabs if ids may hold blanks, else at blanks too.
 
     >>> split_words("ann lee\tThe Wire\tLost\n", tabs=True)
     ['ann lee', 'The Wire', 'Lost']
@@ -137,7 +137,7 @@ def split_words(line: str, *, tabs: bool) -> list[str]:
 
 
 def stem(path: Path) -> str:
-    """What to call a log: the file's name without its endings, or its folder's name.
+    """The name of a log: the file's name without its suffixes, or its folder's name.
 
     >>> stem(Path("Books_5.json.gz")), stem(Path("/sets/ml-1m/ratings.dat"))
     ('Books_5', 'ml-1m')

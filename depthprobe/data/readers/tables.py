@@ -1,4 +1,4 @@
-"""Logs in tables: CSV and its kin, with MovieLens's and RecBole's files, and Parquet."""
+"""Logs in tables: CSV and similar text, including MovieLens's and RecBole's files, and Parquet."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ from depthprobe.errors import BadInput
 from depthprobe.study import Columns
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
-BLANK = " "  # any number of blanks and tabs, where none of the others is a delimiter
-csv.field_size_limit(BLOCK)  # characters of a cell; Python's own limit is that of a short review
+BLANK = " "  # any number of blanks and tabs, if none of the others is a delimiter
+csv.field_size_limit(BLOCK)  # characters of a cell; Python's limit is too short for a review
 
-Pick = Callable[[list[str]], dict[str, int]]  # of a header, the places by what they hold
+Pick = Callable[[list[str]], dict[str, int]]  # of a header, the columns' indices by content
 
 
 TYPE = "(token|float)(_seq)?"  # of a column in RecBole's headers (recbole.io/atomic_files)
-# what u.data and ratings.dat start with, their delimiter and columns; blank ones between colons
+# how u.data and ratings.dat start, their delimiter and columns; "" between colons
 MOVIELENS = {
     r"\s*\d+\t\d+\t[1-5]\t\d{9,10}\r?(\n|$)": ("\t", "1 2 4 3"),
     r"\s*[^:\s]+::[^:\s]+::\d+(\.\d+)?::\d+\r?(\n|$)": (":", "1 3 7 5"),
 }
-# a cell with a digit, as ids and numbers have and few names of columns; and one that is a time
+# a cell with a digit, as ids and numbers have but few column names; and one that is a time
 _VALUE, _TIME = re.compile(r".*[0-9].*"), re.compile(r"[0-9]{8,}(\.[0-9]*)?|[0-9]{4}-[0-9]{2}-.*")
 _NUMBER = re.compile(r"[0-9.:TZ+\- ]*[0-9][0-9.:TZ+\- ]*")  # or a date or a time
 _QUOTED, _ANY_QUOTE = r'^"(?:[^"]|"")*"$', r'^"'
 
 
 def layout_of(start: str) -> tuple[str, Columns] | None:
-    """The delimiter and the columns of the file of MovieLens, without a header, that starts so."""
+    """The delimiter and columns of a MovieLens file without a header, by its first line."""
     for form, (delimiter, numbers) in MOVIELENS.items():
         if re.match(form, start):
             return delimiter, Columns(**dict(zip(SPELLINGS, numbers.split(), strict=False)))
@@ -79,7 +79,7 @@ def layout_of(start: str) -> tuple[str, Columns] | None:
 
 
 def is_movielens(start: str) -> bool:
-    """Whether a text is one of MovieLens's, with a header or without one."""
+    """Whether a text is a MovieLens file, with or without a header."""
     return start.lstrip().startswith("userId,movieId,rating,timestamp") or bool(layout_of(start))
 
 
@@ -88,8 +88,8 @@ def read_csv(
 ) -> Log:
     """Read delimited text with a header, or without one and with columns given by number.
 
-    Where a header is missing and nothing was said, two columns are the user's and the item's, and a
-    third one the time's if it can be nothing else.
+    Without a header and without named columns, two columns are user and item, and a third one is
+    the time if it can be nothing else.
     """
     start, notes = head(path), []
     if "_list:token_seq" in start.lstrip().partition("\n")[0]:
@@ -98,7 +98,7 @@ def read_csv(
     layout = layout_of(start) if layouts else None
     delimiter, _, first = first_row(path, layout[0] if layout else None)
     known = [guess_column(first, what, source=path) is not None for what in REQUIRED]
-    # Numbers name the columns of a text without a header, whatever its first row holds: numbers
+    # Numbers name the columns of a text without a header. The first row is then data: numbers
     # there may be ids, and a row taken for a header would be lost. With a 0 among them they are
     # names, as pandas gives them.
     named = columns.given().values()
@@ -146,7 +146,7 @@ def _first_rows(start: str, delimiter: str) -> list[list[str]]:
 def _refuse_header_again(
     log: Log, first: list[str], places: dict[str, int], where: Where, *, source: Path
 ) -> None:
-    """Refuse the first row that holds the columns' names, as files joined to one have it."""
+    """Refuse a row that repeats the columns' names, as in concatenated files."""
     again = np.ones(len(log), dtype=bool)
     for what, ids in (("user", log.users), ("item", log.items)):
         forms = {first[places[what]], "\ufeff" + first[places[what]]}
@@ -157,7 +157,7 @@ def _refuse_header_again(
 
 
 def first_row(path: Path, delimiter: str | None = None) -> tuple[str, int, list[str]]:
-    """The delimiter, how many lines there are to the end of the first row, and its cells."""
+    """The delimiter, the number of lines of the first row, and its cells."""
     start = head(path)
     if not start.strip():
         raise BadInput(FIELD, path, "a table with a header and rows (it is empty)")
@@ -170,17 +170,18 @@ def first_row(path: Path, delimiter: str | None = None) -> tuple[str, int, list[
 def csv_table(
     path: Path, pick: Pick, delimiter: str | None = None, *, header: bool = True
 ) -> tuple[pa.Table, Where]:
-    """The columns that ``pick`` chooses by the first row, and what to call a row.
+    """The columns that ``pick`` chooses from the first row, and a function that names rows.
 
-    What quotes mean is decided once a file. Where all lines have as many columns without minding
-    quotes, each line is a row; quotes that cells begin and end with are taken off, others are text
-    between tabs and refused elsewhere. Else a cell in quotes may hold delimiters and line breaks.
-    Rows of different lengths and a quote that isn't closed are refused with their line.
+    The meaning of quotes is decided once per file. If all lines have the same number of columns
+    when quotes are ignored, each line is a row: quotes around a cell are removed, and other quotes
+    are text in a tab-separated file, and refused elsewhere. Otherwise a quoted cell may hold
+    delimiters and line breaks. Rows of different lengths and unclosed quotes are refused with their
+    line.
     """
     delimiter, skipped, first = first_row(path, delimiter)
     skipped = skipped if header else 0
     places = pick(first)
-    # Arrow is fast, and names no lines: a slow pass over the records finds those of a fault
+    # Arrow is fast but names no lines, so a slow pass over the records finds the bad one
     rows = partial(records, path, delimiter, skip=header)
     read = partial(_arrow, path, delimiter, places, len(first), skipped)
 
@@ -205,7 +206,7 @@ def csv_table(
     with open_bytes(path) as stream:
         ends = sum(block.count(b"\n") for block in iter(partial(stream.read, BLOCK), b""))
     if strict or len(table) + skipped < ends:
-        # some records are over several lines, and Arrow takes a quote never closed for another
+        # some records span several lines, and Arrow misreads a quote that is never closed
         deque(rows(quoted=True, alone=strict), maxlen=0)
     return table, partial(where, quoted=True)
 
@@ -216,7 +217,7 @@ def _arrow(
     ids = pa.dictionary(pa.int32(), pa.string())
     kinds = {str(at): ids if what in REQUIRED else pa.string() for what, at in places.items()}
     read = pa.csv.ReadOptions(
-        column_names=[str(place) for place in range(width)],  # the header's may be repeated
+        column_names=[str(place) for place in range(width)],  # names in a header may repeat
         skip_rows_after_names=skipped,
         block_size=BLOCK,
     )
@@ -233,7 +234,7 @@ def _arrow(
 
 
 def _without_quotes(table: pa.Table) -> pa.Table | None:
-    """The columns with the quotes around cells taken off; None where those of some are not so."""
+    """The columns without quotes around cells; None if some cells have other quotes."""
     columns = {}
     for what in table.column_names:
         column = table[what]
@@ -246,7 +247,7 @@ def _without_quotes(table: pa.Table) -> pa.Table | None:
                 return None
             inner = pc.replace_substring(pc.utf8_slice_codeunits(cells, 1, -1), '""', '"')
             cells = pc.if_else(begins, inner, cells)
-            if is_dictionary:  # two cells may be the same without their quotes
+            if is_dictionary:  # two cells may be equal without their quotes
                 cells = cells.dictionary_encode()
                 codes = cells.indices.take(column.indices)
                 cells = pa.DictionaryArray.from_arrays(codes, cells.dictionary)
@@ -258,14 +259,13 @@ def _without_quotes(table: pa.Table) -> pa.Table | None:
 def records(
     path: Path, delimiter: str, *, quoted: bool, skip: bool = True, alone: bool = False
 ) -> Iterator[tuple[int, list[str]]]:
-    """The records that are not blank, each with the number of its first line, after a header.
+    """The non-blank records, each with the number of its first line.
 
-    Refuses a record with another number of columns than the first one has, a quote that isn't
-    closed, and one that is closed lines later, if such a line is a row by itself; all are where
-    ``alone``.
+    Refuses a record with a different number of columns than the first, an unclosed quote, and a
+    quote closed on a later line if a line in between looks like a row, or always with ``alone``.
     """
     with open_lines(path, newline="", errors="replace") as text:
-        seen: list[str] = []  # the lines of the record
+        seen: list[str] = []  # lines of the record
         lines = (seen.append(line) or line for line in text)  # type: ignore[func-returns-value]
         rows = _csv_rows(lines, delimiter, quoted, strict=True)
         at, width, like = first_line(path), 0, list[re.Pattern[str] | None]()
@@ -296,7 +296,7 @@ def records(
 
 
 def _alike(line: str, like: list[re.Pattern[str] | None], delimiter: str) -> bool:
-    """Whether a line by itself has numbers and digits where a row has them, and these are a few."""
+    """Whether a line alone has numbers and digits where a row has them, and enough of them."""
     cells = [cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)]
     if len(cells) != len(like) or len(like) - like.count(None) < 2:
         return False
@@ -304,17 +304,17 @@ def _alike(line: str, like: list[re.Pattern[str] | None], delimiter: str) -> boo
 
 
 def names_columns(start: str) -> bool:
-    """Whether the first line is a header that names the column of users and that of items."""
+    """Whether the first line is a header with columns for users and items."""
     known = [{simple(one) for line in SPELLINGS[what] for one in line} for what in REQUIRED]
     headers = [{simple(name) for name in rows[0]} for _, rows in _splits(start).values()]
     return any(all(header & names for names in known) for header in headers)
 
 
 def is_table(start: str) -> bool:
-    """Whether some delimiter splits the lines alike.
+    """Whether some delimiter splits all lines equally.
 
-    Users' sequences may lie between tabs or blanks too, and be of one length. A table has a header
-    or, in its first column, an id again: a sequence file has each user once.
+    Users' sequences may also be separated by tabs or blanks, and have equal lengths. But a table
+    has a header, or repeats an id in its first column; a sequence file has each user once.
     """
     if names_columns(start):
         return True
@@ -350,7 +350,7 @@ def read_parquet(path: Path, columns: Columns, wanted: Wanted = WANTED) -> Log:
 
 
 def _first_cells(file: pa.parquet.ParquetFile, place: int) -> list[Any]:
-    """Some values of a column; a single day for one of dates, and none for one of lists."""
+    """Some values of a column; a single date for a column of dates, none for one of lists."""
     field = file.schema_arrow.field(place)
     if pa.types.is_timestamp(field.type) or pa.types.is_date(field.type):
         return [date.today()]
@@ -373,7 +373,7 @@ def parquet_table(path: Path, pick: Pick) -> pa.Table:
         raise BadInput(FIELD, path, f"a whole Parquet file ({text[:120]})") from error
     chosen = {what: table[names[place]] for what, place in places.items()}
     for what, column in chosen.items():
-        if pa.types.is_dictionary(column.type):  # one may hold values that no row has
+        if pa.types.is_dictionary(column.type):  # a dictionary may hold values that no row has
             chosen[what] = column.cast(column.type.value_type)
     return pa.table(chosen)
 
@@ -386,7 +386,7 @@ def _csv_rows(text: Any, delimiter: str, quoted: bool = True, *, strict: bool = 
 
 
 def _splits(start: str) -> dict[str, tuple[float, list[list[str]]]]:
-    """The rows by each delimiter that the first one has, and the share that are as long as it."""
+    """The rows by each delimiter of the first line, and the share that is as long as the first."""
     found: dict[str, tuple[float, list[list[str]]]] = {}
     for delimiter in (*DELIMITERS, BLANK):
         rows = [row for row in _csv_rows(io.StringIO(start, newline=""), delimiter) if row]
@@ -396,7 +396,7 @@ def _splits(start: str) -> dict[str, tuple[float, list[list[str]]]]:
 
 
 def _delimiter(start: str, *, source: Path) -> str:
-    """The delimiter that splits the most lines as it does the first, and these the furthest."""
+    """The delimiter that splits the most lines like the first; on ties, into the most columns."""
     scores = {one: (alike, len(rows[0])) for one, (alike, rows) in _splits(start).items()}
     best = [delimiter for delimiter, score in scores.items() if score == max(scores.values())]
     if len(best) == 1:
@@ -409,7 +409,7 @@ def _delimiter(start: str, *, source: Path) -> str:
 def _part_files(folder: Path) -> list[Path]:
     """The Parquet files of a folder by name, without companions such as ``items.parquet``."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not fits(path, OTHERS)]
-    # a damaged file that is meant to be one counts
+    # a damaged Parquet file counts too
     parts = [path for path in files if path.suffix == ".parquet" or head(path).startswith("PAR1")]
     if not parts:
         raise BadInput(FIELD, folder, "a folder of Parquet part files (it has none)")

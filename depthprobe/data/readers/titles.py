@@ -1,8 +1,8 @@
-"""Titles of items and other columns of users and items, out of files that lie beside a log.
+"""Titles of items, and other columns of users and items, from files beside a log.
 
-What kind of file it is, is told by its content: a table with a header (CSV and its kin, Parquet,
-RecBole's ``.item``) and, for titles, MovieLens's ``movies.dat`` and ``u.item``, or JSON lines such
-as Amazon's metadata, which in 2014 were Python literals.
+The content decides the kind of file: a table with a header (CSV and similar, Parquet, RecBole's
+``.item``) and, for titles, MovieLens's ``movies.dat`` and ``u.item``, or JSON lines such as
+Amazon's metadata, which in 2014 were Python literals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from depthprobe.errors import BadInput, short
 from depthprobe.study import Columns
 
 FIELD = "data.items"
-# looked for beside a log, in this order; what * stands for is a part of the log's name
+# searched beside a log, in this order; * must be a part of the log's name
 COMPANIONS = (
     *("items.tsv", "items.csv", "items.parquet", "items.jsonl", "items.json"),
     *("movies.dat", "movies.csv", "u.item", "*.item", "meta_*.jsonl", "meta_*.json"),
@@ -41,14 +41,14 @@ _HALF = re.compile("[\ud800-\udfff]")
 _BARE = re.compile(r"\S+?(::)|\d+(\|)")  # movies.dat, u.item
 
 What = Literal["user", "item"]
-Pairs = Iterator[tuple[str, str]]  # an id and a value, as they are written
-Pick = Callable[[tuple[str, ...]], tuple[int, int | None]]  # their places in a header
+Pairs = Iterator[tuple[str, str]]  # an id and a value, as written
+Pick = Callable[[tuple[str, ...]], tuple[int, int | None]]  # their indices in a header
 
 
 def with_titles(log: Log, source: Path, *, items: str | Path | None, columns: Columns) -> Log:
-    """The log with titles from the file ``items``, or its companion, if it has none itself.
+    """The log with titles from the file ``items`` or a companion, if it has none itself.
 
-    A companion that can't be used is noted; a file that was named is refused.
+    A companion that can't be used gives a note; a named file is refused.
     """
     if items is None and log.titles:
         return log
@@ -112,8 +112,8 @@ def read_values(
 ) -> dict[str, str]:
     """Values of the stripped ids that are ``wanted``, blanks collapsed, empty ones left out.
 
-    They lie in the column ``value``, or are titles. The ids lie in the column ``key`` where there
-    is one, else in the one that would be guessed for a log, or in ``id``.
+    The values are in the column ``value``, or are titles. The ids are in the column ``key`` if
+    given, else in the column that would be guessed for a log, or in ``id``.
 
     Raises:
         BadInput: if the file can't be read, lacks a column, knows none of the wanted ids, or has
@@ -141,7 +141,7 @@ def read_values(
         pairs = _table_pairs(path, what, value, pick)
     values: dict[str, str] = {}
     for raw, text in pairs:
-        # half a surrogate pair, as JSON may hold, is no text
+        # half a surrogate pair, which JSON may hold, is no valid text
         own, found = raw.strip(), " ".join(_HALF.sub("\ufffd", text).split())
         if found and own in wanted and (other := values.setdefault(own, found)) != found:
             fault = f"{what} {short(own, 40)} has both {short(other, 40)} and {short(found, 40)}"
@@ -155,9 +155,9 @@ def read_values(
 
 
 def _find(names: Sequence[str], what: str, named: str | None, path: Path) -> int | None:
-    """A column's place; an item column that was named may be the log's alone.
+    """The index of a column; a named item column may exist only in the log.
 
-    Guessed as in a log; beyond that these names are clear, `title` even beside what a review has.
+    Guessed as in a log, and in addition by these names, with `title` even among a review's columns.
     """
     place = None if named is None else place_of(names, named)
     if place is not None or (named is not None and what == "title"):
@@ -170,7 +170,7 @@ def _find(names: Sequence[str], what: str, named: str | None, path: Path) -> int
 
 
 def _bare_pairs(path: Path, delimiter: str) -> Pairs:
-    """MovieLens's: an id and a title come first; UTF-8 in ml-10m, ISO-8859-1 in the older ones."""
+    """MovieLens: an id and a title come first; UTF-8 in ml-10m, ISO-8859-1 in older ones."""
     with open_bytes(path) as stream:
         raw: bytes = stream.read()
     try:
@@ -188,7 +188,7 @@ def _bare_pairs(path: Path, delimiter: str) -> Pairs:
 
 
 def _table_pairs(path: Path, what: What, value: str | None, pick: Pick) -> Pairs:
-    """A table's with a header."""
+    """Pairs from a table with a header."""
 
     def places(names: list[str]) -> dict[str, int]:
         key, found = pick(tuple(names))
@@ -211,9 +211,9 @@ def _table_pairs(path: Path, what: What, value: str | None, pick: Pick) -> Pairs
 
 
 def _json_pairs(path: Path, pick: Pick, amazon: AbstractSet[str]) -> Pairs:
-    """JSON lines' or Python literals'; HTML's entities in a title become what they stand for."""
+    """Pairs from JSON lines or Python literals; HTML entities in titles are decoded."""
     for number, line in filled_lines(path):
-        # most of Amazon's are of other items than the log's, and parsing them is slow
+        # most of Amazon's lines are about other items, and parsing is slow
         ids = _ASIN.findall(line) if amazon else []
         if ids and amazon.isdisjoint(ids):
             continue

@@ -96,7 +96,7 @@ class Sequences:
 
 
 class Manifest(msgspec.Struct, kw_only=True, frozen=True):
-    """The content of ``manifest.json``. ``files`` has the other files' sha256; older ones lack it."""
+    """The content of ``manifest.json``. ``files`` has the other files' sha256, if not an older one."""
 
     schema: Literal[2] = 2
     name: str

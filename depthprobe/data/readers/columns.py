@@ -15,8 +15,8 @@ from depthprobe.errors import BadInput, shell_line, short
 from depthprobe.study import Columns
 
 # Common spellings by content. Those between two bars are equal, and preferred to later ones: a
-# review of a variant (asin) is about its product (parent_asin), but a listening log may be about its
-# tracks or its artists.
+# review of a variant (asin) is about its product (parent_asin), but a listening log may be about
+# its tracks or its artists.
 _SPELLINGS = {
     "user": "user_id | user uid reviewer_id customer_id visitor_id | user_name",
     "item": "item_id | item iid | parent_asin | asin | product_id movie_id book_id business_id "

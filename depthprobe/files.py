@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written beside their place, then renamed."""
+"""Files that are complete or absent: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from typing import Any
 import psutil
 
 TEMPORARY = ".tmp-"
-ABANDONED = 7 * 86_400  # seconds since the last write, after which nobody is still writing
+ABANDONED = 7 * 86_400  # seconds since the last write, after which a writer counts as dead
 
 
 def _machine() -> str:
-    """A name for where process numbers hold: the host, its boot, and the container.
+    """A name for the scope of process numbers: the host, its boot, and the container.
 
     Machines that share a disk may share a host name, and so may containers of one machine.
     """
@@ -44,19 +44,19 @@ HOST = _machine()
 
 @contextmanager
 def complete_file(path: Path, *, parents: bool = True) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` when the block ends well, and vanishes otherwise.
+    """A temporary path that becomes ``path`` if the block succeeds, and is deleted otherwise.
 
-    What is no plain file, such as a link, a pipe or ``/dev/null``, stays: it is written through.
+    A link, a pipe or a device such as ``/dev/null`` is kept, and written to directly.
 
     Args:
-        parents: make the folders above it, rather than fail where they are gone.
+        parents: make the folders above it if they are missing, rather than fail.
     """
     if parents:
         path.parent.mkdir(parents=True, exist_ok=True)
     through = path.is_symlink() or (path.exists() and not path.is_file())
     place = Path(tempfile.gettempdir()) if through else path.parent
     temporary = place / f"{_prefix()}{uuid.uuid4().hex[:8]}{path.suffix}"
-    temporary.touch(exist_ok=False)  # under the user's umask, as every file that a user makes
+    temporary.touch(exist_ok=False)  # with the user's umask, like every new file
     mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         with _full_disk_named():
@@ -75,9 +75,9 @@ def complete_file(path: Path, *, parents: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def complete_folder(path: Path, *, parents: bool = True) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``path``, a folder, when the block ends well.
+    """A temporary folder that replaces the folder ``path`` if the block succeeds.
 
-    Where a link stands, what it leads to is replaced.
+    If ``path`` is a link, its target is replaced.
     """
     path = path.resolve() if path.is_symlink() else path
     if parents:
@@ -86,11 +86,11 @@ def complete_folder(path: Path, *, parents: bool = True) -> Iterator[Path]:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     with temporary_folder(path.parent) as temporary:
         new, old = temporary / "new", temporary / "old"
-        new.mkdir()  # under the user's umask, unlike the temporary folder itself
+        new.mkdir()  # with the user's umask, unlike a temporary folder
         mode = stat.S_IMODE(new.stat().st_mode)
         with _full_disk_named():
             yield new
-        for file in new.rglob("*"):  # safetensors' own are its owner's alone: no server could read
+        for file in new.rglob("*"):  # safetensors' are readable by the owner only
             file.chmod(mode if file.is_dir() else mode & 0o666)
         if path.exists():
             path.rename(old)
@@ -104,7 +104,7 @@ def complete_folder(path: Path, *, parents: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder that goes when the block ends; a kill leaves it to :func:`remove_leftovers`."""
+    """A folder that is deleted when the block ends; after a kill, by :func:`remove_leftovers`."""
     folder = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
     try:
         yield folder
@@ -114,9 +114,9 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def _full_disk_named() -> Iterator[None]:
-    """Name the full disk: numpy says only how much of an array could be written.
+    """Turn any sign of a full disk into a clear error: numpy only says how much was written.
 
-    Libraries in Rust and C++ say in words what the system said.
+    Libraries in Rust and C++ only quote the system's message.
     """
     try:
         yield
@@ -132,15 +132,15 @@ def _full_disk_named() -> Iterator[None]:
 
 
 def reserve(path: Path) -> None:
-    """Allocate a sparse file's room on the disk, so that a full disk is an error right away.
+    """Allocate a sparse file's space on the disk, so that a full disk is an error right away.
 
-    One that gets full while the file is written through a memory map kills the process.
+    Otherwise a disk that fills up during writes to a memory map kills the process.
     """
     if hasattr(os, "posix_fallocate"):
         with path.open("rb+") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as error:  # not all file systems can
+            except OSError as error:  # not all file systems support it
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
 
@@ -153,10 +153,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def digest_of(path: Path) -> str:
-    """A sha256 of a file's content, 32 digits; read once, as long as the file stays as it is.
+    """A sha256 of a file's content, 32 digits; an unchanged file is read only once.
 
     Raises:
-        OSError: if it can't be read, or is no plain file: a pipe would be waited for, for ever.
+        OSError: if it can't be read, or is no plain file: a pipe could block for ever.
     """
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
@@ -171,10 +171,10 @@ def _digest(path: Path, *state: int) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder.
+    """Delete half-written files of killed processes in a folder.
 
-    What belongs to a living process of this machine stays. Whether one of another machine lives
-    can't be seen from here: what it wrote goes when nobody has written to it for a week.
+    Files of living processes of this machine stay. For another machine it is unknown whether a
+    process lives: its files are deleted after a week without a write.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
         host, _, rest = path.name.removeprefix(TEMPORARY).partition("-")
@@ -194,5 +194,5 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _prefix() -> str:
-    """What a temporary name begins with: whose it is."""
+    """The prefix of a temporary name, which names its process."""
     return f"{TEMPORARY}{HOST}-{os.getpid()}-"

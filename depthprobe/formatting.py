@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from depthprobe.evaluation.statistics import Interval
 
-NONE = "–"  # what is shown where nothing was measured
+NONE = "–"  # shown if nothing was measured
 
 
 def fixed(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
-    """A number at so many decimals: 0.0486; with its sign +0.0486, but 0.0000."""
+    """A number with ``digits`` decimals: 0.0486; with its sign +0.0486, but 0.0000."""
     if value is None or not math.isfinite(value):
         return NONE
     text = f"{value:z,.{digits}f}"
@@ -22,7 +22,7 @@ def fixed(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number at so many significant digits: 0.0486, 12.3, 1,240."""
+    """A number with exactly ``digits`` significant digits: 0.0486, 12.3, 1,240."""
     if not value:
         return "0"
     places = digits - 1 - math.floor(math.log10(abs(value))) if math.isfinite(value) else 0
@@ -30,18 +30,18 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def rounded(value: float, digits: int = 3) -> str:
-    """At most so many significant digits: 0.5, 12.3, 1,240."""
+    """A number with at most ``digits`` significant digits: 0.5, 12.3, 1,240."""
     text = significant(value, digits)
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def p_value(value: float) -> str:
-    """A p-value: three digits behind the point, or that it is smaller."""
+    """A p-value with three decimals, or "<0.001"."""
     return "<0.001" if 0 < value < 0.001 else fixed(value, 3)
 
 
 def accuracy(value: float | None) -> str:
-    """A metric at four decimals."""
+    """A metric with four decimals."""
     return fixed(value, 4)
 
 
@@ -51,7 +51,7 @@ def percent(share: float, digits: int = 1, *, sign: bool = False) -> str:
 
 
 def plain_percent(share: float) -> str:
-    """A setting as per cent, with the digits that it has: 0.01 is "1 %"."""
+    """A setting in per cent, with only the digits that it has: 0.01 is "1 %"."""
     return f"{(Decimal(str(round(share, 12))) * 100).normalize():f} %"
 
 
@@ -84,7 +84,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in a unit that a person would take, at two digits.
+    """Seconds in a natural unit, with two digits.
 
     >>> [duration(s) for s in (0.2, 52.3, 100, 5000, 400000)]
     ['<1 s', '52 s', '1.7 min', '83 min', '4.6 days']
@@ -101,7 +101,7 @@ def duration(seconds: float) -> str:
 
 
 def bounds(interval: Interval, digits: int, *, scale: float = 1.0) -> str:
-    """The two ends of an interval: "[98.1, 100.3]"; empty where one is infinite."""
+    """The two ends of an interval: "[98.1, 100.3]"; empty if one is infinite."""
     low, high = scale * interval.low, scale * interval.high
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
@@ -109,7 +109,7 @@ def bounds(interval: Interval, digits: int, *, scale: float = 1.0) -> str:
 
 
 def _end(value: float, digits: int) -> str:
-    """An end of an interval; one that is not zero must not look as if it were."""
+    """An end of an interval, with more digits if it would look like zero."""
     text = fixed(value, digits)
     if value and not float(text.replace(",", "")):
         places = -math.floor(math.log10(abs(value)))
@@ -128,7 +128,7 @@ def with_bounds(interval: Interval, digits: int = 4, *, sign: bool = False) -> s
 
 
 def times(ratio: Interval, word: str = "") -> str:
-    """How many times and the interval: "2.25× [1.92, 2.32]", fewer digits from 3 on."""
+    """A factor and its interval: "2.25× [1.92, 2.32]", with fewer digits from 3 on."""
     digits = 2 if ratio.value < 3 else 1
     return f"{fixed(ratio.value, digits)}×{word} {bounds(ratio, digits)}".strip()
 
@@ -136,8 +136,8 @@ def times(ratio: Interval, word: str = "") -> str:
 def times_faster(ratio: Interval) -> str:
     """A speed ratio in words: "2.9× faster [2.8, 3.0]".
 
-    Below one it is slower, by the inverse; an interval that holds one claims neither. Of too few
-    rounds for an interval nothing is known but the ratio.
+    Below one it says slower, by the inverse; an interval that holds one claims neither. With too
+    few rounds for an interval it shows only the ratio.
     """
     if not math.isfinite(ratio.high):
         return f"{times(ratio)} as fast [too few rounds]"

@@ -1,11 +1,11 @@
-"""The methods: one record each, and everybody who needs to know of a method asks its record.
+"""The methods: one record each, which holds all that the package knows of a method.
 
-The planner asks for its trials, the worker for what runs it, the dry run for its work, the report
-for its label and role. To add a method, add a record to :data:`METHODS`; from another package, call
+The planner takes its trials from there, the worker its function, the dry run its work, the report
+its label and role. To add a method, add a record to :data:`METHODS`; from another package, call
 :func:`register` in a module that the entry-point group ``depthprobe.methods`` names.
 
-A trained method may be named once more with a selection of blocks or a variant of the study after a
-colon: ``heal:ends``, ``distill:cos``. Both are then methods of their own, with one record.
+A trained method may be followed by a colon and a selection of blocks or a variant of the study:
+``heal:ends``, ``distill:cos``. These are separate methods with the same record.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Trial:
 
     id: str  #: the name of the trial and of its folder.
     method: str
-    #: the blocks that are kept; the first ones, for a trial whose blocks are searched for, until it
-    #: has run. Empty for what has no backbone, and at depth 0.
+    #: the blocks that are kept; until it has run, the first ones for a trial whose blocks are
+    #: searched for. Empty without a backbone, and at depth 0.
     kept: Kept
     seed: int
-    blocks: int  #: of the full backbone; 0 for what has none.
+    blocks: int  #: of the full backbone; 0 without a backbone.
     dropped: int | None = None  #: the block that loses a part; it counts as kept.
     part: Part | None = None  #: which part it loses.
     #: of a screened span, how many of its length have a smaller angular distance.
     place: int | None = None
-    #: how many whole blocks take as much as what is left of the blocks may take, some in part.
+    #: the budget, in whole blocks, for blocks that may be kept in part.
     budget: int | None = None
     of: str | None = None  #: the trial whose trained model it is a variant of.
 
@@ -56,7 +56,7 @@ class Trial:
 
     @property
     def removed(self) -> Kept:
-        """Blocks that are not kept, or that lack a part."""
+        """The blocks that are not kept, or that lack a part."""
         if self.dropped is not None:
             return (self.dropped,)
         return tuple(block for block in range(self.blocks) if block not in self.kept)
@@ -64,11 +64,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Task:
-    """What one process does in one go: all trials that share one pass or one training."""
+    """Work that one process does at a time: all trials that share one pass or one training."""
 
     method: str
     seed: int
-    trials: tuple[Trial, ...]  #: none where a table is made.
+    trials: tuple[Trial, ...]  #: none if it makes a table.
     needs: tuple[str, ...] = ()  #: ids of trials that must be done before.
     blocks: int = 0  #: of the full backbone.
 
@@ -81,24 +81,24 @@ class Task:
 
     @property
     def names(self) -> set[str]:
-        """What other tasks may need it by: its own id, and its trials'."""
+        """The names by which other tasks may need it: its own id, and its trials'."""
         return {self.id, *(trial.id for trial in self.trials)}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a method plans its trials from: one seed of a study on one backbone."""
+    """The input for a method's plan: one seed of a study on one backbone."""
 
     name: str  #: of the method, with its variant: ``distill:cos``.
     seed: int
     blocks: int  #: of the full backbone.
     depths: tuple[int, ...]  #: that the study asks for, ascending.
     select: str  #: which blocks stay.
-    picked: Kept | None  #: the blocks themselves, where ``select`` lists them.
+    picked: Kept | None  #: the blocks themselves, if ``select`` lists them.
     study: Study  #: all settings.
 
     def trial(self, kept: Iterable[int], tag: str | None = None, **more: Any) -> Trial:
-        """A trial of this request; ``tag`` tells it from others, its depth by default."""
+        """A trial of this request; ``tag`` makes its name unique, by default its depth."""
         kept = tuple(kept)
         tag = f"d{len(kept):02d}" if tag is None else tag
         parts = filter(None, (self.name.replace(":", "-"), tag, f"s{self.seed}"))
@@ -110,24 +110,24 @@ Groups = list[tuple[Trial, ...]]  # the trials of each task
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much a study trains and evaluates on; what a method's work is counted from."""
+    """The sizes of a study's data and recipes, from which a method's work is computed."""
 
     windows: int  # histories that are trained on
     validation: int  # users
     test: int  # users
-    epochs: int = 0  # of the method's recipe, at most
+    epochs: int = 0  # of the method's recipe, an upper bound
     steps: int = 0  # an epoch
     depths: tuple[int, ...] = ()  # of the study
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a task takes, in units that the timing rig measures."""
+    """The work of a task, in units that the timing rig measures."""
 
-    #: users encoded, by depth; of SASRec's by ``"sasrec"``.
+    #: users encoded, by depth; SASRec's under ``"sasrec"``.
     encode: Mapping[int | str, float] = field(default_factory=dict)
     score: float = 0.0  #: users whose catalogue is scored.
-    #: training steps, by the depth of what is trained; of SASRec's by ``"sasrec"``.
+    #: training steps, by the depth of the trained model; SASRec's under ``"sasrec"``.
     steps: Mapping[int | str, float] = field(default_factory=dict)
 
 
@@ -146,17 +146,17 @@ def no_backbone(request: Request) -> Groups:
 
 
 def no_trials(request: Request) -> Groups:
-    """One task that leaves a table."""
+    """One task that makes a table."""
     return [()]
 
 
 def once(request: Request) -> Groups:
-    """One task that leaves a table, of the first seed alone."""
+    """One task that makes a table, only for the first seed."""
     return [] if request.seed else [()]
 
 
 def first_seed(request: Request) -> Groups:
-    """One task that leaves a table, of the first seed's teacher alone; none of one block."""
+    """One task that makes a table, only of the first seed's teacher; none for a single block."""
     return [] if request.blocks == 1 else once(request)
 
 
@@ -167,12 +167,12 @@ def prefixes(first: int, last: int, request: Request) -> Groups:
 
 
 def every_depth_once(request: Request) -> Groups:
-    """A trial a depth from 0 to all blocks, of the first seed alone: no seed changes them."""
+    """A trial per depth from 0 to all blocks, only for the first seed: seeds do not matter."""
     return [] if request.seed else prefixes(0, 0, request)
 
 
 def each_run(shortest: int, longest: int, request: Request) -> Groups:
-    """The teacher without each run of neighbouring blocks of some lengths; one block stays."""
+    """The teacher without each span of some lengths; at least one block stays."""
     trials, every = [], range(request.blocks)
     for length in range(shortest, min(longest, request.blocks - 1) + 1):
         for first in every[: request.blocks - length + 1]:
@@ -183,7 +183,7 @@ def each_run(shortest: int, longest: int, request: Request) -> Groups:
 
 
 def spans(request: Request) -> Groups:
-    """Every run of two blocks or more; or of each length those with the smallest turn."""
+    """Every span of at least two blocks; or of each length those that turn states least."""
     most, blocks = request.study.probing.spans, request.blocks
     if not most:
         return each_run(2, blocks, request)
@@ -221,9 +221,9 @@ def by_budget(request: Request) -> Groups:
 
 
 def selected(request: Request) -> Groups:
-    """A trial a depth below the full one, or the one that the selection lists.
+    """A trial per depth below the full one, or the one that the selection lists.
 
-    At full depth too where the study asks for it, if blocks are narrower or applied again.
+    Also at full depth, if the study asks for it and blocks are narrower or looped.
     """
     if request.picked is not None:
         return [(request.trial(request.picked),)]
@@ -233,19 +233,19 @@ def selected(request: Request) -> Groups:
 
 
 def selected_and_full(request: Request) -> Groups:
-    """A trial a depth and one of full depth, for a control of the teacher too."""
+    """A trial per depth and one of full depth, as a control of the teacher too."""
     own = request.study.variants.get(request.name.partition(":")[2])
     more = {request.blocks} if own is None or own.layers is None else set()
     return _by_depth(request, {*request.depths} | more)
 
 
 def selected_and_ends(request: Request) -> Groups:
-    """A trial a depth, and those of no block and of all."""
+    """A trial per depth, and those with no block and with all."""
     return _by_depth(request, {0, *request.depths, request.blocks})
 
 
 def chosen_blocks(select: str, depth: int, blocks: int, *, seed: int) -> Kept:
-    """The blocks that a selection keeps; the first ones where it must ask the teacher.
+    """The blocks that a selection keeps; the first ones if it must ask the teacher.
 
     >>> [chosen_blocks(name, 3, 8, seed=0) for name in ("prefix", "ends", "interval")]
     [(0, 1, 2), (0, 1, 7), (0, 4, 7)]
@@ -266,7 +266,7 @@ def chosen_blocks(select: str, depth: int, blocks: int, *, seed: int) -> Kept:
 
 
 def _by_depth(request: Request, depths: set[int]) -> Groups:
-    # the deepest first: the longest task should not start last
+    # the deepest first, so that the longest task does not start last
     return [
         (request.trial(chosen_blocks(request.select, depth, request.blocks, seed=request.seed)),)
         for depth in sorted(depths, reverse=True)
@@ -285,7 +285,7 @@ def ranks_popularity(task: Task, sizes: Sizes) -> Work:
 
 
 def trains(task: Task, sizes: Sizes) -> Work:
-    """A training at the depth of its deepest trial, each trial read out at each validation."""
+    """A training at the depth of its deepest trial, with each trial validated every epoch."""
     depth: int | str = task.trials[-1].depth if method_of(task.method).trains else "sasrec"
     read_outs = len(task.trials)
     read_outs += read_outs > 1  # all depths of one pass, and depth 0
@@ -304,7 +304,7 @@ def reads_every_depth(task: Task, sizes: Sizes) -> Work:
 
 
 def reads_again(task: Task, sizes: Sizes) -> Work:
-    """Six passes over the test users by the teacher, ranked at every depth; SASRec's are small."""
+    """Six passes of the teacher over the test users, ranked at every depth; SASRec's are small."""
     users = 6 * sizes.test
     return Work({task.blocks: users}, (task.blocks + 2) * users)
 
@@ -319,7 +319,7 @@ def walks_at_random(task: Task, sizes: Sizes) -> Work:
 
 
 def fits_every_depth(passes: int, task: Task, sizes: Sizes) -> Work:
-    """States kept once, a map fitted at every depth: so many catalogue products a step."""
+    """States are stored once, then a map is fitted at every depth: catalogue products per step."""
     epoch = passes * sizes.windows + RANKED * sizes.validation
     users = sizes.windows + sizes.validation + sizes.test
     score = (task.blocks + 1) * (FITTED_EPOCHS * epoch + RANKED * sizes.test)
@@ -332,9 +332,9 @@ def fits_titles(task: Task, sizes: Sizes) -> Work:
 
 
 def walks(task: Task, sizes: Sizes) -> Work:
-    """Shallower models in one walk over the teacher's blocks: what they share is run once."""
+    """Shallower models in one walk over the teacher's blocks: shared prefixes run once."""
     prefixes = {trial.kept[:depth] for trial in task.trials for depth in range(1, trial.depth + 1)}
-    # a block without a part is a branch of its own, and so is all that follows it
+    # a block without a part is a separate branch, with everything after it
     extra = sum(task.blocks - trial.dropped for trial in task.trials if trial.dropped is not None)
     blocks = len(prefixes) + extra
     score = RANKED * len(task.trials) * sizes.test
@@ -342,14 +342,14 @@ def walks(task: Task, sizes: Sizes) -> Work:
 
 
 def walks_found(passes: int, task: Task, sizes: Sizes) -> Work:
-    """Shallower models whose blocks are found by so many passes over validation users."""
+    """Shallower models whose blocks are found by passes over validation users."""
     blocks = sum(trial.depth for trial in task.trials)
     users = blocks / max(1, task.blocks) * sizes.test + passes * sizes.validation
     return Work({task.blocks: users}, RANKED * len(task.trials) * sizes.test)
 
 
 def walks_options(task: Task, sizes: Sizes) -> Work:
-    """Four options of each block in one walk and a map of each, then what was chosen."""
+    """Four options of each block in one walk and a map of each, then the chosen combinations."""
     mixed = sum(trial.depth for trial in task.trials) / max(1, task.blocks)
     on_validation = 1 + 4 * (task.blocks + 1) / 2 + mixed
     ranked = (4 * task.blocks + len(task.trials)) * sizes.validation
@@ -365,12 +365,12 @@ def evaluates(task: Task, sizes: Sizes) -> Work:
 
 
 def validation_passes(passes: int, task: Task, sizes: Sizes, most: int = 10**9) -> Work:
-    """So many passes over validation users, or over the first of them."""
+    """Passes over validation users, or over the first of them."""
     return Work({task.blocks: passes * min(most, sizes.validation)})
 
 
 def scores_titles(users: int, task: Task, sizes: Sizes) -> Work:
-    """100 titles scored for some test users, which takes as long as some 50 histories of items."""
+    """100 titles scored for some test users, which takes as long as about 50 histories of items."""
     return Work({task.blocks: 50 * min(users, sizes.test)})
 
 
@@ -378,7 +378,7 @@ def scores_titles(users: int, task: Task, sizes: Sizes) -> Work:
 
 
 def usual_trials(request: Request) -> Groups:
-    """A trial a depth for what trains, one of full depth for what probes."""
+    """A trial per depth for a method that trains, one of full depth for a probe."""
     return selected(request) if method_of(request.name).trains else full_depth(request)
 
 
@@ -389,7 +389,7 @@ def usual_work(task: Task, sizes: Sizes) -> Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """All that is known of a method."""
+    """The record of a method."""
 
     name: str  #: as studies and the command line write it.
     #: ``baseline`` (no backbone), ``teacher``, ``probe`` (trains no block), ``trained`` (a
@@ -407,13 +407,13 @@ class Method:
     needs: tuple[str, ...] = ()  #: methods whose trial of the same seed must be done before.
     #: methods whose trial of the same seed must be done before, where the study has them.
     after: tuple[str, ...] = ()
-    table: bool = False  #: it leaves a table of scores in place of trials.
+    table: bool = False  #: it makes a table of scores instead of trials.
     titles: bool = False  #: it reads the titles of the items.
     #: its trials are told apart by the blocks they remove, not by their depth.
     by_block: bool = False
-    #: the backbone reads titles and no user: its depth is the one that these are read at.
+    #: the backbone reads titles and no user: its depth is the one of the item encoder.
     items_only: bool = False
-    candidate: bool = False  #: it may be the answer: a sufficient depth.
+    candidate: bool = False  #: its depth may be the sufficient one.
     #: its model can be written: its ``own`` weights, the ``teacher``'s, cut, those with the
     #: trial's linear map ``folded`` into a block, or those of another trial, ``quantized``.
     exportable: Literal["own", "teacher", "folded", "quantized"] | None = None
@@ -421,9 +421,9 @@ class Method:
     #: methods of the study whose models can be written, ``int8:distill`` of one method's.
     lever: bool = False
     settings: str = ""  #: the table of the study that it reads beside ``recipe``.
-    select: str = "prefix"  #: its own selection of blocks, where the name says which.
+    select: str = "prefix"  #: its own selection of blocks, if the name implies one.
     selectable: bool = False  #: it takes a selection after a colon.
-    fresh: bool = False  #: its blocks begin without their pretraining.
+    fresh: bool = False  #: its blocks start from random weights.
     default: bool = False  #: it is part of a study that names no methods.
     #: in figures; at least 3:1 on white, told apart by colour-blind readers.
     colour: str = "#5b636d"
@@ -432,7 +432,7 @@ class Method:
     reference: str = ""  #: where it comes from.
 
     def __post_init__(self) -> None:
-        """Fill in the texts that are left out."""
+        """Fill in missing texts."""
         about = "" if isinstance(self.run, str) else self.run.__doc__ or ""
         summary = self.summary or about.partition("\n")[0].rstrip(".")
         object.__setattr__(self, "label", self.label or self.name)
@@ -466,17 +466,17 @@ class Method:
 # --- the table -------------------------------------------------------------------------------
 
 INK = "#1b1f24"
-# what variants of a method are told apart by
+# colours and markers for a method's variants
 VARIANT_COLOURS = ("#0069a8", "#c2500a", "#00805e", "#9b4f96", "#857200", "#b3365b", "#4a55b8")
 VARIANT_MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
 METHODS: dict[str, Method] = {}  # by name, in the order of reports
-BUILT_IN: set[str] = set()  # names that nobody may take
+BUILT_IN: set[str] = set()  # reserved names
 
 
 def register(method: Method) -> Method:
-    """Make a method known, under its name; returns it.
+    """Register a method under its name; returns it.
 
-    One that was registered before is replaced, as when a notebook's cell runs again.
+    It replaces an earlier one of that name, so that a notebook's cell can run again.
 
     Raises:
         BadInput: for the name of one of our own methods, or a need that is not known.
@@ -499,7 +499,7 @@ def base_of(name: str) -> str:
 
 
 def method_of(name: str) -> Method:
-    """The record of a method, of a variant that of its method.
+    """The record of a method; for a variant, that of its method.
 
     Raises:
         BadInput: for a name that is no method.
@@ -511,9 +511,10 @@ def method_of(name: str) -> Method:
 
 
 def method_info(name: str) -> Method:
-    """The record of a method; a variant has a label and a look of its own.
+    """The record of a method; a variant gets its own label and look.
 
-    A run may hold trials of a plug-in that this machine lacks: they are shown, but no answer.
+    A run may hold trials of a plug-in that this machine lacks: they are shown, but can't be the
+    answer.
     """
     base, _, variant = name.partition(":")
     method = METHODS.get(base) or Method(name=base, role="probe", run="")
@@ -521,7 +522,7 @@ def method_info(name: str) -> Method:
         return method
     if method.lever:
         return replace(method, label=f"{method_info(variant).label}, {base}")
-    place = zlib.crc32(variant.encode())  # which one has which depends on its name alone
+    place = zlib.crc32(variant.encode())  # each one's look depends only on its name
     colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
     marker = VARIANT_MARKERS[place % len(VARIANT_MARKERS)]
     label = f"{method.label}: {variant}"
@@ -534,7 +535,7 @@ def names(*roles: Role) -> tuple[str, ...]:
 
 
 def method_order(name: str) -> tuple[int, str]:
-    """Sort key: the order of the table, variants by name; what is not known comes last."""
+    """Sort key: the order of the table, variants by name; unknown methods come last."""
     base = base_of(name)
     return (list(METHODS).index(base) if base in METHODS else len(METHODS), name)
 
@@ -773,7 +774,7 @@ BUILT_IN.update(METHODS)
 
 
 def _load_others() -> None:
-    """Import what other packages register; one that fails is named and left out."""
+    """Import other packages' methods; a package that fails is named and skipped."""
     for entry in entry_points(group="depthprobe.methods"):
         try:
             loaded = entry.load()

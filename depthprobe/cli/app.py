@@ -19,27 +19,27 @@ import typer
 from typer.main import get_command
 
 import depthprobe
-import depthprobe.models  # light; silences torchao before a command imports transformers
+import depthprobe.models  # cheap; silences torchao before a command imports transformers
 from depthprobe.cli import check, compare, cost, data, export, init, recommend, runs, sweep
 from depthprobe.cli.options import LOG, as_typed
 from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_streams
 from depthprobe.errors import BadInput, closest, one_line, short
 from depthprobe.runs.processes import SAFE_PATH, FirstProcessError, launched
 
-# a disk that is full, read-only, somebody else's or gone is no fault of the program
+# errors of a disk (full, read-only, no permission, gone) are no bug of the program
 DISK_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
 }  # fmt: skip
-# a path that no file can have
+# errors of a path that no file can have
 PATH_FAULTS = {
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EILSEQ,
 }  # fmt: skip
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 NO_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
-# what a scheduler sends before it kills
+# signals that a scheduler sends before it kills
 INTERRUPTS = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
-# options of other tools, and ours: of several the first that the command has
+# options of other tools, with ours: the first one that the command has
 SYNONYMS = {
     option: ours.split(", ")
     for options, ours in {
@@ -63,7 +63,7 @@ SYNONYMS = {
     }.items()
     for option in options.split()
 }
-# of a command that does not read logs alone
+# for commands that read more than logs
 SYNONYMS |= {
     f"--{name.replace('_', '-')}": [f"--set {flag.setting}=VALUE"] for name, flag in LOG.items()
 }
@@ -88,7 +88,7 @@ EXAMPLES = {
 # the base of every usage error; typer carries its own copy of click, so it has no stable home
 UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-# plain help: the rich one costs a quarter of the half second that --help may take
+# plain help: rich's would cost a quarter of the half second that --help may take
 app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -135,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     open_streams()
-    os.environ.update(SAFE_PATH)  # of all processes that are started from here
+    os.environ.update(SAFE_PATH)  # inherited by all started processes
     _quiet_libraries(debug)
     code = _run([word for word in arguments if word != "--debug"] or ["--help"], debug)
     close_streams()
-    with suppress(BadInput):  # a variable that is no number, which no launcher has set
+    with suppress(BadInput):  # a launcher's variable that is no number
         if launched():
             # A thread of gloo's that still holds a tensor when the interpreter ends aborts the
             # process, and the launcher calls a finished sweep failed (pytorch issue 190489).
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _quiet_libraries(debug: bool) -> None:
     """Configure logging, and keep other libraries off the terminal."""
-    for name in ("COLUMNS", "LINES"):  # rich would take other digits for numbers, and fail
+    for name in ("COLUMNS", "LINES"):  # rich would read other digits as numbers, and fail
         if not re.fullmatch("[0-9]{1,4}", os.environ.get(name, "80")):
             del os.environ[name]
     # the tokenizers' threads and a forked worker don't mix, and their warning breaks the progress
@@ -161,7 +161,7 @@ def _quiet_libraries(debug: bool) -> None:
         logging.getLogger("depthprobe").setLevel(logging.INFO)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # their bars would run through the sweep's own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # their bars would disturb the sweep's own
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -178,7 +178,7 @@ def _run(arguments: list[str], debug: bool) -> int:
             arguments, prog_name="depthprobe", standalone_mode=False, obj=tuple(arguments)
         )
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has gone
+    except BrokenPipeError:  # the reader of the output is gone
         return FAILED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED

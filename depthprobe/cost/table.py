@@ -1,4 +1,4 @@
-"""The cost of every depth of a backbone, from its configuration alone: no weights are needed."""
+"""The cost of every depth of a backbone, from only its configuration: no weights are needed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BILLION = 1_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(Checked):
-    """A batch of users with full histories, a catalogue, and what of the model is trained.
+    """A batch of users with full histories, a catalogue, and which weights are trained.
 
     ``prompt``: slots before the items, computed once for all users. ``width``: of the item table.
     ``dtype``: of the backbone; auto follows the configuration. ``seconds``: how long to measure;
@@ -88,15 +88,15 @@ def cost_table(
     - ``users_per_second``, ``hours_per_billion`` requests, ``money_per_billion``: of ``serving``.
     - ``{serving,training}_{allocated,reserved}_bytes`` on a GPU, ``_rss_bytes`` elsewhere: peaks.
 
-    What was not measured is NaN, and ``not_measured`` says why. The raw values are in
+    Values that were not measured are NaN, and ``not_measured`` says why. The raw values are in
     ``table.attrs["seconds"]``.
 
     Args:
         price: of an hour of the device, in any currency.
 
     Raises:
-        BadInput: for a backbone that is not there, depths that it doesn't have, or a price or
-            workload that can't be used.
+        BadInput: for a missing backbone, depths that it doesn't have, or an unusable price or
+            workload.
     """
     if price is not None and not 0 < price <= 1e9:
         raise BadInput("price", price, "what an hour of the device costs, a number above 0")
@@ -112,11 +112,11 @@ def cost_table(
     depths = sorted({*parse_layers(layers, blocks), blocks})
     try:
         rows = _sizes(config, depths, workload)
-    except Exception as error:  # a configuration may hold what makes no model
+    except Exception as error:  # some configurations make no model
         found = f"{type(error).__name__}: {error}".partition("\n")[0]
         reason = error.allowed if isinstance(error, BadInput) else found
         raise BadInput("backbone", backbone, f"a decoder that can be cut ({reason})") from error
-    here = machine(place)  # before it is busy with this
+    here = machine(place)  # before this measurement keeps it busy
     timing, peaks, obstacle = None, {}, "no time was given to it" if not workload.seconds else None
     needs, free = rows[-1]["bytes"] + rows[-1]["optimizer_bytes"], free_memory(place)
     if obstacle is None and needs > free:
@@ -174,10 +174,10 @@ def _sizes(
 ) -> list[dict[str, Any]]:
     """Parameters, bytes and FLOPs of every depth, from a model without weights."""
     backbone = random_backbone(config, workload.dtype, torch.device("meta"))
-    find_blocks(backbone)  # refuses one whose blocks can't be told
+    find_blocks(backbone)  # refuses a model whose blocks can't be found
     try:
         model = _recommender(backbone, workload)
-    except RuntimeError:  # whether the prompt can be shared asks for numbers: it is taken to be so
+    except RuntimeError:  # the test whether the prompt can be shared needs weights
         model = _recommender(backbone, replace(workload, prompt=0))
         model.prompt = torch.zeros(workload.prompt, dtype=torch.long, device="meta")
     try:
@@ -185,7 +185,7 @@ def _sizes(
     except UncountableError:
         products = None
     rows = []
-    for depth in sorted(depths, reverse=True):  # from the deepest on, cutting the same one
+    for depth in sorted(depths, reverse=True):  # deepest first, cutting the same model
         keep_blocks(model.backbone, range(depth))
         counts, held = count_parameters(model), count_bytes(model)
         flops = products.total(depth) + score_flops(model, 1) if products else float("nan")
@@ -235,7 +235,7 @@ def _peaks(
     workload: Workload,
     place: torch.device,
 ) -> dict[int, dict[str, float]]:
-    """Peak memory of serving and of training, each depth alone; the model is cut to them."""
+    """Peak memory of serving and training at each depth; the model is cut to it."""
     peaks = {}
     for depth in sorted(depths, reverse=True):
         keep_blocks(model.backbone, range(depth))
@@ -246,7 +246,7 @@ def _peaks(
         with peak_memory(place) as serving:
             serve["encode:"].call()
         optimizer = optimizer_of(model)
-        # the first step makes AdamW's moments, which are part of every other
+        # the first step makes AdamW's moments, which later steps need
         step([_next_item_loss(model, workload, 1, place)], optimizer)()
         train = step([_next_item_loss(model, workload, timing.batch, place)], optimizer)
         with peak_memory(place) as training:
@@ -286,7 +286,7 @@ def _next_item_loss(model: Recommender, workload: Workload, batch: int, place: t
 
 
 def _times(depth: int, blocks: int, timing: Timing | None, price: float | None) -> dict[str, Any]:
-    """Times of a depth, how many times faster than the full depth, what a billion requests take."""
+    """Times of a depth, its speed-up over the full depth, the cost of a billion requests."""
 
     def rounds(kind: str, at: int) -> list[float]:
         seconds = timing.seconds if timing else {}
@@ -316,7 +316,7 @@ def _times(depth: int, blocks: int, timing: Timing | None, price: float | None) 
 
 
 def _columns(name: str, found: Any) -> dict[str, float]:
-    """A summary in columns; NaN where nothing was measured."""
+    """A summary in columns; NaN if nothing was measured."""
     parts = {"": "p50", "_low": "low", "_high": "high", "_n": "n"}
     return {
         f"{name}{end}": getattr(found, part) if found else float("nan")

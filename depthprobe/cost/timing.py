@@ -1,14 +1,14 @@
 """The timing rig: seconds of each action at each depth, on one model in memory.
 
-A sweep, its ``--dry-run`` and ``depthprobe cost`` measure with it, so that they mean the same:
+A sweep, its ``--dry-run`` and ``depthprobe cost`` all measure with it:
 
 - ``encode:K``: a batch of users to vectors, with K blocks; the prompt has run before.
 - ``latency:K``: one user from history to the best ten items.
 - ``train:K``: a training step, its prompt included; other steps by the name of their method.
 - ``score``: the best ten of the catalogue for a batch of user vectors; no depth changes it.
 
-Each depth is a model of its own around the same weights, and one AdamW serves all of them, so no
-more than the full model has to fit. Depths take turns (A B A B), so that a machine that slows down
+Each depth is a separate model around the same weights, and one AdamW serves all of them, so only
+the full model has to fit in memory. Depths take turns (A B A B), so that a machine that slows down
 slows all of them: round i of one pairs with round i of another.
 """
 
@@ -41,15 +41,15 @@ logger = logging.getLogger(__name__)
 TOP = 10  # items of an answer
 PATIENCE = 2  # an action is left out if one call is expected to take this many budgets
 LEAST = 5.0  # seconds that a call may always take
-SMALL = 8  # windows of a step, which are not made fewer to save time
+SMALL = 8  # windows of a step, which are not reduced further to save time
 REPORT = 10.0  # seconds between lines of the log
 
 
 class Action(NamedTuple):
     """Something to time.
 
-    ``work`` is blocks x positions x passes: a call is expected to take as long a unit of it as
-    smaller ones did. 0: it is timed whatever it takes.
+    ``work`` is blocks x positions x passes: a call's time is predicted from smaller ones by its
+    work. 0: it is always timed.
     """
 
     call: Callable[[], object]
@@ -57,7 +57,7 @@ class Action(NamedTuple):
 
 
 class TooLongError(Exception):
-    """A call would take so many times as long as it may."""
+    """A call would take longer than it may, by this factor."""
 
     def __init__(self, seconds: float, times: float) -> None:
         super().__init__(f"a call would take about {seconds:.0f} s")
@@ -67,11 +67,11 @@ class TooLongError(Exception):
 class Timing(NamedTuple):
     """What the rig measured."""
 
-    seconds: dict[str, list[float]]  # of every round, by action
+    seconds: dict[str, list[float]]  # seconds of every round, by action
     warmup: int  # rounds that were not counted
     rounds: int
     left_out: tuple[str, ...]  # actions that would have taken too long
-    batch: int = 0  # of the training steps, which may be smaller than the one it began with
+    batch: int = 0  # of the training steps, possibly smaller than at the beginning
     peak: Mapping[str, float] = MappingProxyType({})  # bytes of memory by kind
 
 
@@ -84,17 +84,16 @@ def measure(
     rounds: int,
     device: torch.device,
 ) -> Timing:
-    """Time actions in turn for about so many seconds; every action is called at least once.
+    """Time actions in turn for about ``seconds`` seconds; every action is called at least once.
 
-    Where memory runs out, or a call would take a quarter of the budget, the batch of the training
-    steps is made smaller, and the measurement begins again.
+    If memory runs out, or a call would take a quarter of the budget, the training steps get a
+    smaller batch, and the measurement begins again.
 
     Args:
-        make: the actions for a batch of so many windows.
+        make: returns the actions for a number of windows per step.
         seconds: the budget, of all attempts. One round is always taken, so it may be exceeded.
-        warmup: rounds before the first that counts, at most; the first counts where there is no
-            time for another.
-        rounds: that count, at most.
+        warmup: most rounds that do not count; the first counts if there is no time for another.
+        rounds: most rounds that count.
     """
     began = time.perf_counter()
     while True:
@@ -103,14 +102,14 @@ def measure(
                 longest = max(LEAST, seconds / 4) if batch > 2 * SMALL else math.inf
                 timing = _rounds(make(batch), began, seconds, warmup, rounds, device, longest)
             return timing._replace(batch=batch, peak=peak)
-        except TooLongError as error:  # half of what would do: the next guess may be worse
+        except TooLongError as error:  # half of the estimate, since the next one may be worse
             batch, why = max(SMALL, int(batch / error.times / 2)), str(error)
         except RuntimeError as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             if batch == 1 or not (out_of_memory or should_reduce_batch_size(error)):
                 raise
             batch, why = batch // 2, "out of memory"
-        # after the handlers: the error's traceback holds on to what did not fit
+        # after the handlers: the error's traceback keeps tensors alive
         logger.warning("timing: %s; trying steps of %d windows", why, batch)
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -129,8 +128,8 @@ def _rounds(
     reported = time.perf_counter()
     times: dict[str, list[float]] = {}
     left_out: list[str] = []
-    pace = math.inf  # seconds a unit of work, the best so far
-    # the first round says what a round takes; the smallest actions come first in it
+    pace = math.inf  # seconds per unit of work, the lowest so far
+    # the first round shows how long a round takes; its smallest actions come first
     for name, action in sorted(actions.items(), key=lambda each: each[1].work):
         expected = pace * action.work if action.work and pace < math.inf else 0.0
         if expected > longest:
@@ -142,7 +141,7 @@ def _rounds(
             continue
         took = seconds_of(action.call, device)
         if action.work:
-            # the first call loads libraries and makes gradients and moments: the second says more
+            # the first call loads libraries and makes gradients and moments, so take the second
             took = seconds_of(action.call, device)
             pace = min(pace, took / action.work)
         times[name] = [took]
@@ -150,7 +149,7 @@ def _rounds(
     a_round = sum(values[0] for values in times.values())
     left = budget - (time.perf_counter() - began)
     more = max(0, int(min(warmup + rounds - 1, left / a_round))) if a_round else 0
-    # the first round and some after it; fewer where there is time for few
+    # the first rounds; fewer if there is time for few
     skipped = warmup if more == warmup + rounds - 1 else min(warmup, more // 4 + (more > 0))
     for done in range(more):
         for name in times:
@@ -164,7 +163,7 @@ def _rounds(
 
 
 def _report(what: str, began: float, reported: float) -> float:
-    """Log how far it is, where the last line is some seconds old; when the last line was."""
+    """Log the progress if the last line is some seconds old; returns the time of the last line."""
     now = time.perf_counter()
     if now - reported < REPORT:
         return reported
@@ -173,7 +172,7 @@ def _report(what: str, began: float, reported: float) -> float:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Duration of one call, all of its work on the device included."""
+    """Seconds of one call, including all of its work on the device."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -199,7 +198,7 @@ def encode_actions(
     """``encode``, ``latency`` of each model, and ``score``.
 
     Args:
-        models: by what the actions are named after: depths; ``sasrec``, which has no latency.
+        models: by the name in the actions: depths; ``sasrec``, which has no latency.
         histories: (B, T) item ids, right-padded.
         lengths: (B,).
         items: of the catalogue that ``score`` scores, (I + 1, d).
@@ -211,20 +210,20 @@ def encode_actions(
             with torch.inference_mode():
                 prompt = [model.eval().prepare_prompt()]
         encode = partial(_encode, model, prompt, histories, lengths)
-        # other models are no measure of how long a block takes
+        # other models do not tell how long a block takes
         work = 0
         if isinstance(model, Recommender):
             work = model.depth * len(histories) * max(model.positions([*histories.cpu().numpy()]))
         actions[f"encode:{name}"] = Action(encode, work)
         if isinstance(model, Recommender):
-            # one user is slower for each unit of work, and would make all else look slow
+            # one user takes longer per unit of work, which would raise all predictions
             alone = partial(_encode, model, prompt, histories[:1], lengths[:1], answers=True)
             actions[f"latency:{name}"] = Action(alone)
     return actions
 
 
 def score_action(items: Tensor, users: int) -> Action:
-    """The best items of a catalogue (I + 1, d) for so many user vectors."""
+    """Find the best items of a catalogue (I + 1, d) for a batch of user vectors."""
     vectors = torch.randn(users, items.shape[1], device=items.device)
     return Action(lambda: _best(vectors, items))
 
@@ -244,10 +243,10 @@ def _best(vectors: Tensor, items: Tensor) -> Tensor:
 
 
 def optimizer_of(*models: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over all that is trained; weights without a gradient are left as they are."""
+    """AdamW over all trained weights; those without a gradient do not change."""
     weights = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
     fused = next(iter(weights.values())).device.type in ("cpu", "cuda")
-    # what a step costs does not depend on where it leads; at this rate it stays finite
+    # a step's cost does not depend on the rate; with this one weights stay finite
     return torch.optim.AdamW(weights.values(), lr=1e-6, fused=fused or None)
 
 
@@ -262,7 +261,7 @@ def step(
 
     def call() -> None:
         kind = weights[0].device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):  # casts weights once for all
+        with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):  # casts weights once
             for loss in losses:
                 value = loss()
                 with torch.autocast(kind, enabled=False):
@@ -307,7 +306,7 @@ def times_faster(slow: Sequence[float], fast: Sequence[float]) -> Summary:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device, its name, the threads and the versions that a time holds for.
+    """The conditions of a time: the device, its name, threads and versions.
 
     ``busy``: processes that wanted a core in the last minute, by core.
     """
@@ -323,7 +322,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """What the processor is called."""
+    """The name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -28,7 +28,7 @@ from depthprobe.report.numbers import (
 from depthprobe.study import is_candidate, settings_of
 
 FEW_SEEDS = 5
-NAMED = 6  # models in a sentence
+NAMED = 6  # models that a sentence names before "and N more"
 SHOWN, BETTER_BASELINE, WEAK = "shown", "SASRec is better", "weak teacher"
 
 
@@ -42,18 +42,18 @@ class Tile(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """The recommended model in fewer bits, compared with itself before rounding."""
+    """The recommended model after quantisation, compared with itself before."""
 
     trial: str
-    kept: Interval  # share of its own headline metric
-    bytes: float | None  # share of its own
+    kept: Interval  # share of the unquantised model's headline metric
+    bytes: float | None  # share of the unquantised model's
     latency: Interval | None  # times faster for one user
     command: str
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The first screen. Unmeasured values are None; the sentences go no further than these."""
+    """The first screen. Unmeasured values are None; the sentences claim no more than the values."""
 
     verdict: str  # "shown", "not shown", ...; or what is missing for an answer
     lines: tuple[str, ...]  # what to do; how sure that is; what it saves, and against SASRec
@@ -62,9 +62,9 @@ class Answer:
     margin: float
     blocks: int
     users: int  # tested
-    command: str = ""  # that exports what is recommended
+    command: str = ""  # exports the recommended model
     trial: str = ""  # the recommended trial; empty if there is none
-    quantized: Quantized | None = None  # the same in fewer bits, if it was measured
+    quantized: Quantized | None = None  # the same quantised, if it was measured
     method: str | None = None  # of the sufficient depth, or of the best candidate
     depth: int | None = None
     kept: Interval | None = None  # share of the teacher's headline metric
@@ -111,7 +111,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     elif worse and baseline:
         verdict, ship = BETTER_BASELINE, baseline
         model, named = "best shallow model", "Best candidate"
-        if row.shown:  # it is not the most accurate one
+        if row.shown:  # it need not be the most accurate one
             model, named = "shallowest model that suffices", "Smallest sufficient depth"
         better = f"is more accurate than the {model}"
         advice = f"Ship SASRec: it {better}, and no dearer."
@@ -188,7 +188,7 @@ def _level_tiles(summary: Summary) -> tuple[Tile, ...]:
 
 
 def _row(sufficiency: Sufficiency) -> RetainedAccuracy:
-    """The row of the sufficient depth, else the undecided one, else the most accurate."""
+    """The row of the sufficient depth, else of the undecided one, else of the most accurate."""
     if sufficiency.row is not None:
         return sufficiency.row
     nearest = sufficiency.needed[:2] if sufficiency.needed is not None else None
@@ -220,7 +220,7 @@ def _export_trial(summary: Summary, trial: str) -> str:
 def _quantized(summary: Summary, ship: Point, trial: str) -> Quantized | None:
     """The smallest quantised model of a trial whose mean is within the margin.
 
-    Without one, the most accurate.
+    If none is within it, the most accurate one.
     """
     found = [
         (kept, point)
@@ -250,7 +250,7 @@ def _smaller(summary: Summary, of: Quantized) -> str:
 
 
 def _dearer(baseline: Point, point: Point) -> str:
-    """In what the baseline costs more than the point: time, or size if no times were measured."""
+    """How the baseline costs more than the point: in time, or in size if it was not timed."""
     kinds = (("inference", "is slower to serve"), ("parameters", "has more parameters"))
     for cost, dearer in kinds:
         own, other = baseline.cost(cost), point.cost(cost)
@@ -272,7 +272,7 @@ def _advice(summary: Summary, sufficiency: Sufficiency) -> tuple[str, str]:
     if (needed := sufficiency.needed) is not None:
         more = needed_words(*needed[2:], users=sufficiency.users, seeds=sufficiency.seeds)
         return f"Not decided: {more}.", likely_words(*needed[2:])
-    if summary.found is not None and summary.found.state.open:  # hardly trained depths
+    if summary.found is not None and summary.found.state.open:  # the search hardly trained these
         return f"Not decided: no depth is shown to keep {floor} of the teacher's accuracy.", ""
     if all(other.kept.high < 1 - sufficiency.margin for other in sufficiency.rows):
         return f"Keep all blocks: no shallower model keeps {floor} of the teacher's accuracy.", ""
@@ -304,13 +304,13 @@ def _ways(more_users: Numbers, more_seeds: Numbers, odds: int) -> str:
 
 
 def _rounded(number: int) -> str:
-    """Rounded up to two significant digits, since the estimate is no more precise."""
+    """Round up to two significant digits: the estimate is rough, and must not be too low."""
     step = 10 ** max(0, len(str(number)) - 2)
     return f"{-(-number // step) * step:,}"
 
 
 def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy) -> str:
-    """The confidence, and a note that the candidate was picked from several."""
+    """Words for the confidence, with a note if the candidate was picked from several."""
     number, margin = len(sufficiency.rows), plain_percent(summary.margin)
     picked = f", allowing for the choice among {number} candidates" * (number > 1)
     picked = ", allowing for all depths and looks of the search" if summary.found else picked
@@ -337,7 +337,7 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
 
 
 def _below(share: float, floor: float) -> str:
-    """A share with enough digits to differ from the floor that it misses."""
+    """A share with enough digits to look smaller than the floor that it misses."""
     for digits in (1, 2, 3):
         if float(f"{100 * share:.{digits}f}") < 100 * floor:
             break
@@ -425,13 +425,13 @@ def _data(summary: Summary) -> Iterator[str]:
 
 
 def _controls(summary: Summary, chosen: Point | None) -> Iterator[str]:
-    """Caveats from controls: are a language model, its blocks and its pretraining needed?"""
+    """Caveats: is the teacher good, and are a language model, its blocks and pretraining needed?"""
     study = summary.run.study
     if found := doubt(summary, SASREC):
         yield f"The teacher {found[0]}. {found[1]}."
     if summary.teacher is not None and not summary.of(SASREC):
         yield "SASRec was not run: whether a language model is needed at all is not tested."
-    # read-outs, one of them on only the last item's embedding
+    # compare the read-out of all blocks with one on only the last item's embedding
     heads = {point.depth: point for point in summary.of(HEAD)}
     if 0 in heads and (full := heads.get(summary.blocks)):
         ratio = summary.against(heads[0], full)
@@ -512,7 +512,7 @@ def _trainings(summary: Summary) -> Iterator[str]:
 
 
 def _names(names: Iterable[str]) -> str:
-    """Each name once, of many the first few."""
+    """Each name once; only the first few if there are many."""
     each = list(dict.fromkeys(names))
     more = len(each) - NAMED
     return ", ".join(each) if more < 2 else f"{', '.join(each[:NAMED])} and {more} more"

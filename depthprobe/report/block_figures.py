@@ -38,9 +38,9 @@ TICKS = (100, 50, 20, 10, 5, 2, 0)
 
 
 def skip_changes(summary: Summary, metric: str) -> dict[str, dict[int, Interval]]:
-    """Relative change against the teacher for each block left out alone, by method and block.
+    """Relative change against the teacher with one block left out, by method and block.
 
-    For the methods that leave out one block per trial, or one part of a block.
+    Only for methods whose every trial leaves out one block, or one part of one block.
     """
     found: dict[str, dict[int, Interval]] = {}
     for method in (name for name, info in METHODS.items() if info.by_block):
@@ -53,10 +53,10 @@ def skip_changes(summary: Summary, metric: str) -> dict[str, dict[int, Interval]
 
 @figure("blocks")
 def skip_sensitivity(ax: Axes, summary: Summary, *, metric: str | None = None) -> str:
-    """Change of the teacher's accuracy without one block, or its attention or MLP alone.
+    """Change of the teacher's accuracy without one block, or without only its attention or MLP.
 
-    Bars are 95 % intervals of the paired change. Where one block costs far more than most, the
-    scale is logarithmic beyond 5 %.
+    Bars are 95 % intervals of the paired change. If one block costs far more than most, the scale
+    is logarithmic beyond 5 %.
     """
     metric = metric or summary.headline
     drawn = skip_changes(summary, metric)
@@ -101,7 +101,7 @@ def skip_sensitivity(ax: Axes, summary: Summary, *, metric: str | None = None) -
 def block_influence(ax: Axes, summary: Summary) -> str:
     """How much a block, its attention and its MLP turn the state: 1 - cosine, a mean over users.
 
-    On a log scale; with several teachers the mean over them, bars from the lowest to the highest.
+    The scale is logarithmic. With several teachers: their mean, with bars from lowest to highest.
     """
     whole = block_scores(summary, "block-influence")
     need((whole["value"] > 0).any(), summary, STATES)  # 0 has no logarithm
@@ -131,7 +131,7 @@ def block_influence(ax: Axes, summary: Summary) -> str:
     )
 
 
-# --- every span of blocks at once: how alike the states at its ends, what it costs -----------
+# --- every span of blocks: how similar the states at its ends are, and what it costs ---------
 
 FEWEST = 3  # fewest spans of two or more blocks for a map
 # starts with a tint, since white means not measured
@@ -174,7 +174,7 @@ def span_map(ax: Axes, summary: Summary, *, score: str = "damage") -> str:
     mesh = PolyCollection(
         [corners + (end - 1, start) for start, end in cells], array=np.clip(values, low, None),
         cmap=PALE.reversed() if alike else PALE, edgecolors="white", linewidth=0.3,
-        # one early block may cost everything; the root keeps the others distinct
+        # one early block may cost everything; the square root still tells the others apart
         norm=PowerNorm(0.5 if damage else 1, vmin=low, vmax=high), clip_on=False,
     )  # fmt: skip
     ax.add_collection(mesh)
@@ -210,7 +210,7 @@ def span_map(ax: Axes, summary: Summary, *, score: str = "damage") -> str:
 
 
 def span_cells(summary: Summary, score: str) -> dict[Span, float]:
-    """The score by span of blocks [start, end), a mean over seeds; empty where not measured."""
+    """The score by span of blocks [start, end), a mean over seeds; empty if not measured."""
     if score == "damage":
         spans = _left_out(summary).items()
         changes = {span: point.change(summary.headline) for span, point in spans}
@@ -239,7 +239,7 @@ CURVES = {  # labels by column of the settling table
 def settling_depth(ax: Axes, summary: Summary) -> str:
     """Share of users whose answer is settled by a depth: the top ten, its order, the target's rank.
 
-    Bars are 95 % intervals over users; with several teachers, of the users' means.
+    Bars are 95 % intervals over users; with several teachers, of each user's mean over them.
     """
     frames = (frame for frame in score_tables(summary) if set(CURVES) <= set(frame))
     frame = next(frames, pd.DataFrame())

@@ -17,7 +17,7 @@ from depthprobe.report.numbers import BUDGET, LEFT, Source, Summary, as_summary
 from depthprobe.report.tables import Table, Values, make_table, plain
 
 METRIC = "NDCG@10"  # the metric of damages, whatever the headline metric
-# paler if less is left; a map is no part of a block
+# paler if less of the block is left; a map has its own colour, because it is no part of a block
 CELLS = {
     "kept whole": "#123f66",
     "without attention": "#3d87c4",
@@ -34,7 +34,7 @@ SERIES = {
 
 
 def _means(summary: Summary) -> dict[int, Values]:
-    """By budget: the used share, damages, and the number of blocks with each option."""
+    """By budget, means over seeds: the used share, damages, and the blocks with each option."""
     frame = summary.run.scores(BUDGET)
     if frame.empty:
         return {}
@@ -78,7 +78,7 @@ def _value(mean: Interval) -> str:
 
 @figure("budgets")
 def predicted_damage(ax: Axes, summary: Summary) -> str:
-    """What each budget loses: the sum over its options, and measured, on the same and test users.
+    """What each budget loses: predicted as a sum, measured on the same users and on test users.
 
     Means over seeds; bars are 95 % intervals of the paired loss.
     """
@@ -115,7 +115,7 @@ def predicted_damage(ax: Axes, summary: Summary) -> str:
 
 @figure("budgets")
 def options_by_budget(ax: Axes, summary: Summary) -> str:
-    """What is left of each block (row) under each budget (column), of the first seed's teacher."""
+    """What is left of each block (row) under each budget (column), for the first seed's teacher."""
     frame = summary.run.scores(BUDGET)
     need(len(frame), summary, BUDGET)
     own = frame[frame["seed"] == frame["seed"].min()]

@@ -1,4 +1,4 @@
-"""Several runs on one page: the answer of each, on one relative scale, and what differs."""
+"""Several runs on one page: the answer of each, on one relative scale, and how they differ."""
 
 from __future__ import annotations
 

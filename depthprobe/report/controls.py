@@ -84,7 +84,7 @@ def _orders(summary: Summary) -> list[Values]:
 
 
 def order_words(summary: Summary) -> tuple[str, bool]:
-    """A sentence on what the order of items is worth on this log, and whether that is shown."""
+    """A sentence on how much the order of items matters; False if it is not shown to matter."""
     lost = {row["method"]: row["lost"] for row in _orders(summary)}
     if TEACHER not in lost:
         return "", True
@@ -133,7 +133,7 @@ def _untouched(summary: Summary) -> list[Values]:
 
 
 def selection_table(run: Source) -> Table | None:
-    """Blocks chosen by a score against random ones of the same number, without training."""
+    """Blocks chosen by a score, compared with as many random blocks, without training."""
     rows = _selections(as_summary(run))
     columns: list[Column] = [
         ("depth", "depth", plain), ("blocks chosen by", "selection", _selection),
@@ -173,7 +173,7 @@ def _selections(summary: Summary) -> list[Values]:
 def selections(ax: Axes, summary: Summary) -> str:
     """Accuracy of blocks chosen by scores, over the band of random choices.
 
-    Without training, at the first seed. The band spans the lowest to the highest draw.
+    The first seed's teacher, not trained again. The band spans the lowest to the highest draw.
     """
     rows = _selections(summary)
     need(rows, summary, CHOICES)

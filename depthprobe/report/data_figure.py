@@ -30,9 +30,9 @@ TIME_BINS = 48
 def data_figure(sequences: Sequences, protocol: Protocol | None = None) -> Figure:
     """Users by history length, interactions by item rank and, for a log with times, over time.
 
-    Over time, what is held out by the split stands apart from what trains, and where a temporal
-    split begins to validate and to test is marked. Without a ``protocol`` the split is the
-    default one, and a log that can't be split so is drawn without.
+    Over time, held-out interactions have their own colour, and lines mark where validation and test
+    of a temporal split begin. Without a ``protocol`` the split is the default one; a log that it
+    can't split is drawn without a split.
 
     Raises:
         BadInput: if the log can't be split as the protocol says.

@@ -41,7 +41,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 # --- the table of figures --------------------------------------------------------------------
 
-Draw = Callable[..., str]  # (axes, summary, what is chosen) -> caption
+Draw = Callable[..., str]  # (axes, summary, chosen options) -> caption
 
 
 class FigureEntry(NamedTuple):
@@ -53,7 +53,7 @@ class FigureEntry(NamedTuple):
     height: Callable[[Summary], float]  # inches
 
     def drawn(self, summary: Summary, **chosen: Any) -> tuple[Axes, str]:
-        """A figure of its own, and its caption.
+        """Draw on the axes of a new figure; returns these and the caption.
 
         Raises:
             NoData: if the run holds nothing to draw.
@@ -73,7 +73,7 @@ def need(found: object, summary: Summary, what: str) -> None:
     """Raise if a run lacks the data for a figure.
 
     Raises:
-        NoData: that names the run and what it lacks.
+        NoData: with the run and what it lacks.
     """
     if not found:
         raise NoData("run", summary.run.path, f"a run with {what}")
@@ -87,7 +87,7 @@ def figure(
 ) -> Callable[[Draw], Callable[..., Axes]]:
     """Register a function that draws on axes and returns its caption.
 
-    ``variants`` are the page's figures by name, with the function's argument for each; by default
+    ``variants`` are the page's figures by name, with the function's arguments for each; by default
     one, named like the function. The registered function takes a run, and optionally axes.
     """
 
@@ -196,7 +196,7 @@ def draw_tips(
 
 
 def draw_level(ax: Axes, value: Interval | None, look: Method) -> None:
-    """Draw a line and a band across the figure, for a model without depth, if it has a value."""
+    """Draw a reference as a line and a band across the figure; nothing without a value."""
     if value is not None:
         low, high = limits([value])
         ax.axhspan(low, high, color=look.colour, alpha=0.1, linewidth=0, zorder=1)
@@ -225,7 +225,7 @@ def drop_bars(ax: Axes, bottom: float) -> None:
 
 
 def without_bar(intervals: Iterable[Interval]) -> str:
-    """A sentence for the caption where an end of an interval is infinite, else nothing."""
+    """A sentence for the caption if an interval has an infinite end, else empty."""
     endless = sum(not (math.isfinite(i.low) and math.isfinite(i.high)) for i in intervals)
     if not endless:
         return ""
@@ -247,7 +247,7 @@ def beside(places: Iterable[float], index: int, number: int, gap: float = 0.09) 
 
 
 def limits(intervals: Iterable[Interval], *others: float) -> tuple[float, float]:
-    """The lowest and the highest finite end or value of what is drawn."""
+    """The lowest and the highest finite number among intervals and other values."""
     ends = [end for each in intervals for end in (each.value, each.low, each.high)]
     found = [end for end in (*ends, *others) if math.isfinite(end)]
     return min(found, default=0.0), max(found, default=1.0)
@@ -256,7 +256,7 @@ def limits(intervals: Iterable[Interval], *others: float) -> tuple[float, float]
 def own_range(ax: Axes, intervals: Iterable[Interval]) -> float:
     """Scale the axis from the lowest to the highest relevant value; returns its lower end.
 
-    It does not begin at zero, since the question is about differences.
+    It does not begin at zero: differences matter, and no columns are drawn that rise from zero.
     """
     low, high = limits(intervals)
     gap = 0.08 * (high - low) or 0.1 * abs(high) or 0.5
@@ -293,7 +293,7 @@ def log_ticks(axis: Axis, text: Callable[[float], str], *, wide: bool = False) -
 
 
 def finish(ax: Axes, title: str) -> None:
-    """Add the title, and a legend below the axes, so that these have the whole width."""
+    """Add the title, and a legend below the axes, so that the axes keep the whole width."""
     ax.set_title(title)
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:

@@ -1,8 +1,8 @@
-"""The figures of a report: each a function on a run that returns its Axes.
+"""The figures of a report: each is a function that takes a run and returns Axes.
 
-Every function takes a run, its folder or its :func:`summarise`, and draws into ``ax`` if given. A
-run's numbers take seconds to compute, so summarise it once for several figures. Captions go to the
-page, and to screen readers. A run without data is refused.
+Every function takes a run, its folder or the result of :func:`summarise`, and draws into ``ax`` if
+given. Summarising takes seconds: for several figures, do it once. On the page each figure has a
+caption, which screen readers read too. A run without data for a figure is refused.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def mean(point: Point, metric: str) -> float:
 
 
 def _depth_axis(ax: Axes, summary: Summary, depths: Iterable[int]) -> None:
-    """The axis of depths, from the shallowest drawn, or 1, to the full backbone."""
+    """The axis of depths, from 1, or 0 if that is drawn, to the full backbone."""
     ax.set_xlim(min([1, *depths]) - 0.6, summary.blocks + 0.6)
     drawing.block_axis(ax.xaxis, "depth (blocks kept)", 12)
 
@@ -144,7 +144,7 @@ def kept_vs_depth(
     limits: tuple[float, float] | None = None,
     title: str | None = None,
 ) -> str:
-    """Share of the teacher's accuracy against depth, with the margin; the scale is cut below.
+    """Share of the teacher's accuracy against depth, with the margin; very low shares are cut off.
 
     Bars are 95 % intervals of the paired ratio, so differences between users cancel. ``limits`` are
     those of the scale, in per cent; by default :func:`kept_limits` of this run.
@@ -187,14 +187,14 @@ LOWEST_KEPT = 0.85  # lowest share to which an untrained model may stretch the s
 def kept_limits(*summaries: Summary, metric: str | None = None) -> tuple[float, float]:
     """The limits of the scale for shares of the teachers' accuracy, in per cent."""
     pairs = [p for s in summaries for p in every(curves(s, metric or s.headline, kept=True))]
-    # read-outs fall to zero, so only those within reach may widen the scale
+    # read-outs fall to nearly zero, so only those close to the teacher may widen the scale
     reach = [scaled(s) for p, s in pairs if p.info.role == "trained" or s.low > LOWEST_KEPT]
     low, high = drawing.limits(reach, 100.0, *(100 * (1 - one.margin) for one in summaries))
     return low - 1.5, high + 1.5
 
 
 def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
-    """:func:`kept_vs_depth` of several runs in one figure, on one scale; an Axes a run.
+    """:func:`kept_vs_depth` of several runs in one figure, on one scale; one Axes per run.
 
     Each panel has the name of the run's folder; every run is compared with its own teacher.
     """
@@ -254,10 +254,10 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
 
 
 def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:
-    """Scale the accuracies to the models in question.
+    """Fit the scale to the models that matter; returns a sentence on the points below it.
 
-    Popularity and probes fall to zero, and a scale with them would hide the differences. They count
-    only if there are no other models.
+    Popularity and probes fall to nearly zero, and a scale with them would hide the differences
+    between the others. They matter only if there are no other models.
     """
     others = {p.look.role for p, _ in measured} - {"baseline", "teacher", "probe"}
     reach = [
@@ -294,7 +294,7 @@ COSTS = {
     "inference": ("time a user in batches", "milliseconds a user, {} together"),
     "training": ("training time", "seconds of training, the teacher's included"),
 }
-# for models with a lever besides depth, in the order of the levers' names
+# for models with levers besides depth: fewest levers first, then by name
 LEVER_MARKERS = ("s", "D", "^", "v", "P", "X", "<", ">", "p", "h")
 
 
@@ -363,11 +363,11 @@ def accuracy_vs_cost(
     )
 
 
-LETTER, LINE = 0.0155, 0.05  # of the width and height of the axes, of labels in 8 points
+LETTER, LINE = 0.0155, 0.05  # of 8-point labels, as shares of the axes' width and height
 
 
 def _name_front(ax: Axes, front: Sequence[Point], places: Sequence[tuple[float, float]]) -> None:
-    """Write depth and levers beside each point of a front, above existing labels."""
+    """Label each point of a front with depth and levers, above labels that it would cover."""
     taken: list[tuple[float, float, float]] = []  # left, right, bottom
     for point, place in zip(front, places, strict=True):
         words = ", ".join((*[str(point.depth)] * (point.depth > 0), *point.levers))
@@ -375,7 +375,7 @@ def _name_front(ax: Axes, front: Sequence[Point], places: Sequence[tuple[float, 
         if y < 0:  # below the scale
             continue
         width = LETTER * len(words)
-        # no other point lies above and left of a point of the front; but the scale is
+        # no other point lies above and left of a point of the front, but the axis may
         left, bottom = (x - 0.015 - width if x > width else x + 0.01), y + 0.02
         while any(left < b and left + width > a and abs(bottom - c) < LINE for a, b, c in taken):
             bottom += LINE

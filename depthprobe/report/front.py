@@ -1,7 +1,7 @@
 """The Pareto front over all levers: models that no other model beats in accuracy and cost.
 
-Depth is one lever. Width, blocks that run twice and fewer bits per weight are others. They can be
-combined: do their losses add up?
+A lever is a way to make a model smaller: fewer blocks, narrower blocks, blocks that run twice, or
+fewer bits per weight. Levers can be combined: do their losses add up?
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ AXES = (SIZE, "latency", "inference", "training")
 
 
 def cost_named(summary: Summary, cost: str) -> str:
-    """The cost to use for "size": bytes, if they were counted for every model on offer."""
+    """The cost; for "size" bytes, if every model on offer has them counted, else parameters."""
     if cost != SIZE:
         return cost
     return "bytes" if all(point.bytes for point in offered(summary)) else "parameters"
@@ -122,7 +122,7 @@ def without_last(summary: Summary, point: Point) -> Point | None:
 
 
 def levers(summary: Summary, point: Point) -> int:
-    """How many levers a model uses, depth included."""
+    """How many levers a model uses; fewer blocks count as one."""
     return (0 < point.depth < summary.blocks) + len(point.levers)
 
 
@@ -218,7 +218,7 @@ class Interaction(NamedTuple):
     alone: Interval  # its loss
     other: Interval  # the lever's loss at full depth
     both: Interval
-    more: Interval  # the loss of both together, less their sum
+    more: Interval  # the loss of both together, less the sum of the two losses
 
 
 def interactions(summary: Summary) -> list[Interaction]:
@@ -248,7 +248,7 @@ def _interactions(summary: Summary, teacher: Point) -> Iterator[Interaction]:
 
 
 def _alone(summary: Summary, both: Point, teacher: Point) -> Point | None:
-    """The model with only the last lever of another model."""
+    """The full-depth model with the last lever of ``both``, and no other lever."""
     own = summary.quantized(teacher) if both.of else summary.of(both.method)
     named = (p for p in own if p.levers == both.levers[-1:] and p.depth == summary.blocks)
     return next(named, None)
@@ -281,7 +281,7 @@ HEADS = (
 
 
 def interaction_words(run: Source) -> str:
-    """A sentence per lever: whether its loss and that of fewer blocks add up."""
+    """A sentence per lever: do its loss and that of the other lever, mostly depth, add up?"""
     summary, said = as_summary(run), []
     found = interactions(summary)
     for lever in dict.fromkeys(each.lever for each in found):

@@ -1,6 +1,6 @@
 """A run reduced to the numbers of its report.
 
-A point is a method at some kept blocks, its seeds together, compared with the teacher.
+A point is a method with certain kept blocks, over all its seeds, compared with the teacher.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 FULL, SAMPLED = "full", "sampled-999"
 PARAMETERS = "parameters_"
-# The parts of a round of each kind of time; the parts of one round are added.
+# The parts of each kind of time; a round's time is the sum of its parts.
 TIMES = {"training": ("train_step",), "inference": ("encode", "score"), "latency": ("latency",)}
 
-# The methods with a part of their own in a report; all others are known by their records alone.
+# The methods that a report treats specially; it knows all others only by their records.
 TEACHER = "full"  # the reference
 POPULARITY, SASREC = "popularity", "sasrec"  # a teacher must beat them to be worth matching
 PLAIN = "finetune"  # what other ways to train are compared with
-HEAD = "readout"  # at depth 0 a head on the last item alone: do blocks add anything?
+HEAD = "readout"  # at depth 0 a head on only the last item: do blocks add anything?
 # What can be left out, as cheap scores name it, and the method that measures its damage.
 BLOCK, SPAN, PARTS = "skip", "span", {"attention": "drop-attention", "mlp": "drop-mlp"}
 # The options of a block under a budget, by the method that measures each.
@@ -53,7 +53,7 @@ LEFT = (WHOLE, *PARTS.values(), MAP, BLOCK)
 READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
 STATES, SETTLING = "similarity", "settling"  # for figures of blocks and users
 ORDER, CHOICES = "shuffled", "random-blocks"  # controls that make a table
-UNTOUCHED = "prompt-only"  # a floor that makes one
+UNTOUCHED = "prompt-only"  # a floor that makes a table
 TITLES, SPREAD = ("item-text", "item-text-linear"), "item-text-spread"  # of items, not of users
 
 
@@ -118,11 +118,11 @@ class Point:
         return tuple(own[seed] for seed in seeds)
 
     def value(self, metric: str, protocol: str = FULL) -> Interval | None:
-        """The metric, or None where it was not measured."""
+        """The metric, or None if it was not measured."""
         return self.accuracy.get((protocol, metric))
 
     def change(self, metric: str) -> Interval | None:
-        """Relative change against the teacher, paired; None where there is no teacher."""
+        """Relative change against the teacher, paired; None if there is no teacher."""
         ratio = self.ratio.get((FULL, metric))
         return None if ratio is None else less_one(ratio)
 
@@ -141,7 +141,7 @@ def less_one(ratio: Interval) -> Interval:
 
 
 def span_of(removed: str) -> tuple[int, int] | None:
-    """Neighbouring blocks as a run's tables write them, to [start, end).
+    """Parse neighbouring blocks from a run's tables to [start, end); None for other blocks.
 
     >>> span_of("4"), span_of("4-6"), span_of("1,3")
     ((4, 5), (4, 7), None)
@@ -273,7 +273,7 @@ def _make_point(
 
 
 def _levers(method: str, variants: Mapping[str, Variant], *, quantized: bool) -> tuple[str, ...]:
-    """What besides depth makes a model smaller: its variant's width or loops, its rounding."""
+    """What besides depth makes a model smaller: its variant's width or loops, quantisation."""
     lever, _, source = method.partition(":") if quantized else ("", "", method)
     name = source.partition(":")[2]
     reshaped = name in variants and variants[name].reshapes
@@ -283,8 +283,8 @@ def _levers(method: str, variants: Mapping[str, Variant], *, quantized: bool) ->
 def _trained(record: Record, records: Mapping[str, Record], teacher: Record | None) -> float | None:
     """Seconds of all trainings that a model needs: its own or its source's, and the teacher's.
 
-    Steps times the timed step, if that exists: trainings side by side share the machine, so their
-    clock is no measure. The teacher counts only if it is needed.
+    Steps times the measured time of a step, because trainings that run side by side slow each
+    other down; clock time if no step was timed. The teacher counts only if it is needed.
     """
     if record.of is not None:
         source = records.get(record.of)
@@ -353,7 +353,7 @@ Key = tuple[str, int]  # (method, depth), as the sufficient depth names candidat
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of a report; ``run`` is for everything else in it."""
+    """The numbers of a report; ``run`` has everything else that it needs."""
 
     run: Run = field(repr=False)
     points: tuple[Point, ...]
@@ -392,11 +392,11 @@ class Summary:
         return next((p for p in self.points if not p.of and set(p.trials) & {*point.of}), None)
 
     def quantized(self, point: Point) -> tuple[Point, ...]:
-        """The quantised ones that are made of a point."""
+        """The quantised points that are made of a point."""
         return tuple(p for p in self.points if set(p.of) & {*point.trials})
 
     def share(self, point: Point, metric: str | None = None) -> Interval | None:
-        """The share of the teacher's metric; None if there is none. The teacher's own is 1."""
+        """A point's share of the teacher's metric: None if unknown, 1 for the teacher."""
         own = point.value(metric or self.headline)
         if point.method == TEACHER and own is not None and own.value:
             return Interval(1.0, 1.0, 1.0)
@@ -414,7 +414,7 @@ class Summary:
         """The change of the headline metric from ``other`` to ``one``, over the seeds of both.
 
         ``inside`` says which users count, (U,); all by default. None without a common seed, or if
-        neither model has a hit, since the interval would then be empty of information.
+        neither model has a hit, since a difference of 0 then shows nothing.
         """
         first, second = (dict(zip(p.seeds, p.trials, strict=True)) for p in (one, other))
         return _compare(self.ranks, first, second, self.headline, level=self.level, inside=inside)
@@ -437,7 +437,7 @@ def summarise(
     level: float | None = None,
     headline: str | None = None,
 ) -> Summary:
-    """Reduce a run, or what its folder holds, to its points and its sufficient depth.
+    """Reduce a run, open or in its folder, to its points and its sufficient depth.
 
     Args:
         run: an open run or its folder.
@@ -456,7 +456,7 @@ def summarise(
     trials, protocol = run.trials, run.study.protocol
     margin = float(protocol.margin) if margin is None else margin
     level, headline = level or protocol.level, headline or protocol.metric
-    per_user_metric([1.0], headline)  # refuses what is no metric
+    per_user_metric([1.0], headline)  # raises if it is no metric
     groups = []
     if len(trials):
         done = trials[trials["status"] == "done"].sort_values("seed", kind="stable")

@@ -27,7 +27,7 @@ from depthprobe.report.search import search_table, search_words
 from depthprobe.report.tables import Table, all_tables, save_table
 from depthprobe.runs.records import check_places
 
-# In reading order: id, title, its link, tables. Sections without figure or table are left out.
+# In reading order: id, title, link text, tables. Sections without figure or table are left out.
 SECTIONS = (
     ("search", "The search for the depth", "Search", ("search",)),
     ("depth", "Accuracy against depth", "Depth", ("order", "prompt_only_sampled")),
@@ -49,8 +49,8 @@ SECTIONS = (
 def build_report(run: Source, output: str | Path | None = None) -> Path:
     """Write a run's report: the page, result.json, figures/ (SVG, PNG, PDF) and tables/.
 
-    These are in the run's folder; of an ``output`` elsewhere in :func:`folder_of`. Returns the path
-    of the page: ``output``, or RUN/report.html.
+    They are in the run's folder; with an ``output``, all but the page are in its :func:`folder_of`.
+    Returns the path of the page: ``output``, or RUN/report.html.
 
     Raises:
         BadInput: if the path is no run, the page can't be written, or links lead out of the run.
@@ -122,7 +122,7 @@ def write_page(page: str, target: Path) -> Path:
 
 
 def environment() -> Environment:
-    """The templates of the pages, with everything escaped that is put into them."""
+    """The templates of the pages; every value that is put into them is escaped."""
     # autoescape=True, since select_autoescape ignores template names like ours
     made = Environment(
         autoescape=True, loader=PackageLoader("depthprobe.report"), undefined=StrictUndefined,
@@ -143,7 +143,7 @@ def base_name(source: str) -> str:
 
 
 def _figures(summary: Summary, folder: Path | None) -> dict[str, list[Mapping[str, Any]]]:
-    """Draw and save the figures that have data; by section, the SVG and its caption."""
+    """Draw and save the figures that have data; returns each SVG and its caption by section."""
     sections: dict[str, list[Mapping[str, Any]]] = {}
     for name, entry in FIGURES.items():
         try:
@@ -185,7 +185,7 @@ def inline_svg(svg: str, name: str, *, label: str) -> Markup:
 
 
 def _shortened(attribute: re.Match[str]) -> str:
-    """An attribute of an SVG, its numbers with two decimals: hundredths of a point."""
+    """An SVG attribute with its numbers rounded to two decimals, hundredths of a point."""
     text = re.sub(
         r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), attribute[0]
     )
@@ -193,7 +193,7 @@ def _shortened(attribute: re.Match[str]) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """Keep a number with its unit and an interval on one line; use true minus signs."""
+    """Keep a number and its unit, or an interval, on one line; use true minus signs."""
     broken = str(text)
     broken = re.sub(r"(?<![\w.-])-(?=\d)", "\u2212", broken)
     broken = re.sub(r"(?<=\d) (?=(%|ms|s|k|M|B)\b|%)", "\u00a0", broken)

@@ -41,7 +41,7 @@ def score_tables(summary: Summary) -> Iterator[pd.DataFrame]:
 
 
 def block_scores(summary: Summary, score: str = "") -> pd.DataFrame:
-    """Scores of the blocks [start, end): score, start, end, value, seed; all, or one by name."""
+    """All scores, or one by name, of blocks [start, end): score, start, end, value, seed."""
     frames = [frame for frame in score_tables(summary) if "score" in frame]
     if not frames:
         return pd.DataFrame(columns=["score", "start", "end", "value", "seed"])
@@ -61,10 +61,10 @@ class _Question(NamedTuple):
 def reliance_table(run: Source) -> Table | None:
     """Rank correlation of each cheap score with the measured damage; None without either.
 
-    The frame has a row a score, kind of candidate and seed. What is read has means over seeds, and
-    of their lower bounds the lowest. Damage is the mean loss of NDCG@10 of the test
-    users, or for depths that of the variants trained there; lower bounds are over users. The
-    damage's reliability is the candidates', so each of their scores has the same.
+    The frame has one row per score, kind of candidate and seed. The shown rows have means over
+    seeds, and the lowest of their lower bounds. Damage is the test users' mean loss of the headline
+    metric, for depths that of the models trained there; lower bounds are over users. The damage's
+    reliability depends only on the candidates, so all their scores have the same.
     """
     summary = as_summary(run)
     frames = []
@@ -99,7 +99,7 @@ def reliance_table(run: Source) -> Table | None:
 
 
 def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
-    """Blocks, spans of blocks, parts of blocks, and depths."""
+    """A question each for blocks, spans of blocks, parts of blocks, and depths."""
     scores, ranks, trials = scores_of(summary, seed), summary.ranks, summary.run.trials
     own = trials[(trials["status"] == "done") & (trials["seed"] == seed)]
     done = [trial for trial in own.to_dict("records") if ranks.has([trial["trial"]])]
@@ -125,7 +125,7 @@ def _questions(summary: Summary, seed: int) -> Iterator[_Question]:
     top = means[full["trial"]]
     damages = {span: top - means[trial] for span, trial in spans[BLOCK].items()}
     for name, values in (*of_blocks.items(), (f"{BLOCK} damage", damages)):
-        # a score of single blocks also scores spans, by its sum
+        # sum a score of single blocks over each span, unless it scores all spans itself
         if name not in of_spans or not set(spans[SPAN]) <= set(of_spans[name]):
             of_spans[f"{name}, summed"] = {
                 (start, end): sum(values[b, b + 1] for b in range(start, end))

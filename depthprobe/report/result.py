@@ -47,9 +47,9 @@ class Question(msgspec.Struct):
 
 
 class Quantized(msgspec.Struct):
-    """A trial in fewer bits: shares of its own metric and bytes, and how many times faster.
+    """A quantised trial: its shares of the unquantised one's metric and bytes, and its speed-up.
 
-    ``latency_times_faster`` is for one user. That it suffices is not tested.
+    ``latency_times_faster`` is for one user. Whether the trial suffices is not tested.
     """
 
     trial: str
@@ -74,8 +74,8 @@ class Recommendation(msgspec.Struct):
 class Candidate(msgspec.Struct):
     """The sufficient depth, or the best candidate, compared with the teacher and SASRec.
 
-    ``retained`` and ``of_sasrec`` are shares of the question's metric, ``parameters`` of the
-    teacher's; the others say how many times faster than the teacher.
+    ``retained`` and ``of_sasrec`` are shares of the teacher's and SASRec's value of the question's
+    metric, ``parameters`` of the teacher's; the others say how many times faster than the teacher.
     """
 
     method: str
@@ -103,7 +103,7 @@ class Tested(msgspec.Struct):
 
 
 class Needed(msgspec.Struct):
-    """Test users, or seeds, that would decide about a candidate: for even odds, and for 80 %."""
+    """How many test users, or seeds, would decide about a candidate: for even odds and for 80 %."""
 
     method: str
     depth: int
@@ -121,9 +121,9 @@ class Sufficiency(msgspec.Struct):
 
 
 class Searched(msgspec.Struct):
-    """A search: models trained ``of`` a full sweep's, and the share of its compute.
+    """A search: how many models it trained ``of`` a full sweep's, and its share of the compute.
 
-    ``refuted`` and ``open`` are depths; ``ended`` says why it has, and is empty before.
+    ``refuted`` and ``open`` are depths; ``ended`` says why the search ended, and is empty before.
     """
 
     trained: int
@@ -246,10 +246,10 @@ def write_result(result: Result, folder: Path) -> Path:
 
 
 def read_result(path: str | Path) -> Result:
-    """Read what a report wrote: a run's folder, or a result.json.
+    """Read the result that a report wrote, from a run's folder or a result.json.
 
     Raises:
-        BadInput: if it was changed since, or another version of the format wrote it.
+        BadInput: if it was changed since, or has another version of the format.
         FileNotFoundError: if there is none.
     """
     file = Path(path) / RESULT if Path(path).is_dir() else Path(path)
@@ -263,7 +263,7 @@ def schema() -> dict[str, Any]:
 
 
 def _cells(table: Table) -> Cells:
-    """A table's values; of its frame's columns `X`, `X low` and `X high` make one."""
+    """A table for programs: columns `X`, `X low` and `X high` of its frame become one estimate."""
     values = []
     records: list[dict[str, Any]] = table.frame.astype(object).to_dict("records")  # type: ignore[assignment]
     for row in records:
@@ -282,7 +282,7 @@ def _cells(table: Table) -> Cells:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value as JSON can hold it."""
     plain = value.item() if isinstance(value, np.generic) else value
     if plain is None or isinstance(plain, bool | int | str):
         return plain

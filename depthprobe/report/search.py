@@ -127,5 +127,5 @@ def _rows(found: Found) -> list[Values]:
 
 
 def _odds(share: float) -> str:
-    """Odds in per cent, or "< 1 %"."""
+    """Odds in per cent, or ``<1 %``."""
     return percent(share, 0) if share >= 0.005 else "<1 %"

@@ -1,7 +1,7 @@
 """The tables of a report: every digit for CSV, rounded texts for Markdown, LaTeX and the page.
 
 A row maps names to numbers, texts and intervals, and goes into the CSV file unchanged. A column
-says which of them a reader sees, and how.
+says which of these a reader sees, and in which form.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from depthprobe.report.numbers import (
 )
 
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
-BRIEF = SHOWN[1:]  # of a trial, on the page: the file has all
-NOTHING = Interval(math.nan, math.nan, math.nan)  # what was not measured
+BRIEF = SHOWN[1:]  # of a trial on the page; the CSV file has all
+NOTHING = Interval(math.nan, math.nan, math.nan)  # not measured
 
 
 class Table(NamedTuple):
@@ -62,7 +62,7 @@ class Table(NamedTuple):
 
 
 Values = dict[str, Any]
-# The head; the name of a value, or what makes one of the row; how it is written.
+# The head; the name of a value, or a function of the row that makes it; how to write it.
 Column = tuple[str, str | Callable[[Values], Any], Callable[[Any], str]]
 
 
@@ -111,7 +111,7 @@ def make_frame(rows: Sequence[Values]) -> pd.DataFrame:
 
 
 def plain(value: Any) -> str:
-    """A text; a whole number."""
+    """A text unchanged, or a whole number with commas."""
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -183,7 +183,7 @@ def _time(point: Point | None, kind: str) -> Values:
 
 
 def milliseconds(head: str, kind: str) -> Column:
-    """A time, with the speed-up over the teacher below it."""
+    """A column of times, with the speed-up over the teacher below each."""
 
     def text(row: Values) -> str:
         speed = row[f"{kind} times faster"]
@@ -217,7 +217,7 @@ def _change(row: Values, name: str) -> Interval | None:
 def depth_table(run: Source, *, protocol: str = FULL) -> Table | None:
     """Every method at every depth, averaged over its seeds; None without ranks.
 
-    Blocks left out one by one are in :func:`depthprobe.report.tables.left_out_table`.
+    Methods that leave out chosen blocks are in :func:`depthprobe.report.tables.left_out_table`.
     """
     summary, full = as_summary(run), protocol == FULL
     points = [p for p in summary.points if not p.info.by_block]
@@ -266,7 +266,7 @@ def _error(trial: Values) -> str:
     return "" if trial["status"] == "done" else (error or "no message").splitlines()[0]
 
 
-# --- what a depth costs, whatever the method -------------------------------------------------
+# --- what a depth costs, for all methods -----------------------------------------------------
 
 KINDS = {"inference": "to serve, ms", "latency": "one user, ms", "training": "training step, ms"}
 
@@ -274,8 +274,8 @@ KINDS = {"inference": "to serve, ms", "latency": "one user, ms", "training": "tr
 def timed(summary: Summary, kind: str) -> dict[int, Point]:
     """For each depth below the full one, shallow to deep, a point whose speed was measured.
 
-    A depth is timed once for all methods, except for methods with their own training step. So take
-    the first method of the registry that trains, or the first probe that may be an answer.
+    A depth is timed once for all methods, except for what a method adds to a training step. So take
+    the first method of the registry that trains, else the first probe that could be served.
     """
     of_depth = [p for p in summary.points if not p.levers]
     trained = [p for p in of_depth if p.info.role in ("trained", "control")]
@@ -326,7 +326,7 @@ def cost_table(run: Source) -> Table | None:
 
 
 def ablation_table(run: Source) -> Table | None:
-    """Paired change of the headline metric against fine-tuning, by depth; None without two.
+    """Paired change of the headline metric against fine-tuning, by depth; None without a pair.
 
     Over the common seeds. Seconds are means over seeds, without and with the teacher's, whose
     training and features all students share.
@@ -373,7 +373,7 @@ SECONDS = {"training_seconds": "training seconds", "training_teacher_seconds": "
 def left_out_table(run: Source) -> Table | None:
     """Accuracy without some blocks, and its paired change; None if none was left out.
 
-    Single blocks, spans of blocks, every n-th, and attention or MLP alone, over all seeds.
+    Single blocks, spans of blocks, every n-th block, and only attention or MLP, over all seeds.
     """
     summary = as_summary(run)
     name, points = summary.headline, [point for point in summary.points if point.info.by_block]
@@ -388,7 +388,7 @@ def left_out_table(run: Source) -> Table | None:
     return make_table("left_out", rows, columns, words=2, group="method")
 
 
-# --- who loses when blocks go, and what is recommended then ----------------------------------
+# --- who loses without some blocks, and what is recommended then -----------------------------
 
 DEPTHS = 3  # besides the answer; nobody reads more columns
 
@@ -398,7 +398,7 @@ def slice_table(run: Source) -> Table | None:
 
     For the answer, and the best trained model at a few depths, over the seeds that each shares with
     the teacher. Intervals are over a slice's users and over seeds, one comparison at a time; slices
-    of fewer than 30 users, or without a hit, have none.
+    of fewer than 30 users, or without a hit, have no interval.
     """
     summary = as_summary(run)
     teacher, points, labels = summary.teacher, _chosen(summary), summary.run.slices
@@ -432,7 +432,7 @@ def slice_table(run: Source) -> Table | None:
 def _chosen(summary: Summary) -> tuple[Point, ...]:
     """The answer, and the best trained model at a few depths, shallow to deep.
 
-    The shallowest, a middle and the deepest of the depths at which most methods were trained.
+    The depths are the shallowest, a middle and the deepest of those with the most trained methods.
     """
     trained: dict[int, list[Point]] = {}
     for point in summary.points:

@@ -16,7 +16,7 @@ AXIS = "blocks that read the titles"
 
 @figure("titles")
 def accuracy_vs_title_depth(ax: Axes, summary: Summary, *, metric: str | None = None) -> str:
-    """Accuracy against the block that titles are read at, SASRec's own items as a band.
+    """Accuracy by the block that titles are read at, with SASRec on its own items as a band.
 
     Bars and bands are 95 % intervals over users, and over seeds where there are several.
     """
@@ -70,7 +70,7 @@ def title_spread(ax: Axes, summary: Summary, *, score: str = "anisotropy") -> st
     """How the vectors of the titles are spread, by the block that they are read at.
 
     "anisotropy" is the mean cosine of two different items, "effective_rank" the number of
-    directions in which items vary. The vectors are not centred, unlike those of an item table.
+    directions in which items vary. Both are measured before an item table centres the vectors.
     """
     frame = summary.run.scores(SPREAD)
     need(len(frame), summary, SPREAD)

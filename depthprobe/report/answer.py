@@ -115,7 +115,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
             model, named = "shallowest model that suffices", "Smallest sufficient depth"
         better = f"is more accurate than the {model}"
         advice = f"Ship SASRec: it {better}, and no dearer."
-        if dearer := _dearer(baseline, point):
+        if dearer := _extra_cost(baseline, point):
             advice, ship = f"Not decided: SASRec {better}, but {dearer}.", None
         elif not row.shown and not doubt(summary, SASREC):
             advice = f"Ship SASRec, or the teacher if its cost does not matter: SASRec {better}."
@@ -126,7 +126,7 @@ def _compared(summary: Summary, teacher: Point, sufficiency: Sufficiency) -> Ans
     smaller = _quantized(summary, ship, trial) if ship else None
     lines = (advice, " ".join(filter(None, details)), saves.strip())
     return Answer(
-        verdict, (*lines, _smaller(summary, smaller)) if smaller else lines, tiles,
+        verdict, (*lines, _quantized_words(summary, smaller)) if smaller else lines, tiles,
         caveats(summary, point), summary.margin, blocks, teacher.users,
         _export(summary, ship) if ship else "", trial, smaller, point.method, point.depth,
         row.kept, share, point.speed.get("inference"), point.speed.get("training"), ratio,
@@ -241,7 +241,7 @@ def _quantized(summary: Summary, ship: Point, trial: str) -> Quantized | None:
     return Quantized(name, kept, part, latency, _export_trial(summary, name))
 
 
-def _smaller(summary: Summary, of: Quantized) -> str:
+def _quantized_words(summary: Summary, of: Quantized) -> str:
     """What a quantised model keeps and saves, without a claim that it suffices."""
     said = f"Quantised, as {of.trial}, it keeps {in_percent(of.kept)} of its {summary.headline}."
     held = "" if of.bytes is None else f" It then has {percent(of.bytes, 0)} of its bytes."
@@ -249,7 +249,7 @@ def _smaller(summary: Summary, of: Quantized) -> str:
     return f"{said}{held}{faster or ''} That this suffices is not tested."
 
 
-def _dearer(baseline: Point, point: Point) -> str:
+def _extra_cost(baseline: Point, point: Point) -> str:
     """How the baseline costs more than the point: in time, or in size if it was not timed."""
     kinds = (("inference", "is slower to serve"), ("parameters", "has more parameters"))
     for cost, dearer in kinds:
@@ -317,7 +317,7 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
     if row.shown:
         said = (
             f"With {plain_percent(summary.level)} confidence it loses at most {margin}: it keeps "
-            f"at least {_below(row.lower, 1)}{picked}."
+            f"at least {_percent_below(row.lower, 1)}{picked}."
         )
         if picked:
             said += " The interval is for this model alone."
@@ -328,7 +328,7 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
         return said
     if sufficiency.seeds == 1:
         return "The interval is over users alone: one seed cannot say how much trainings differ."
-    sure = f"only {_below(row.lower, 1 - summary.margin)}" if row.lower > 0 else "nothing"
+    sure = f"only {_percent_below(row.lower, 1 - summary.margin)}" if row.lower > 0 else "nothing"
     asked = plain_percent(1 - summary.margin)
     return (
         f"The margin asks for {asked}; with {plain_percent(summary.level)} confidence {sure} is "
@@ -336,7 +336,7 @@ def _how_sure(summary: Summary, sufficiency: Sufficiency, row: RetainedAccuracy)
     )
 
 
-def _below(share: float, floor: float) -> str:
+def _percent_below(share: float, floor: float) -> str:
     """A share with enough digits to look smaller than the floor that it misses."""
     for digits in (1, 2, 3):
         if float(f"{100 * share:.{digits}f}") < 100 * floor:

@@ -13,7 +13,7 @@ from depthprobe.evaluation.statistics import Interval
 from depthprobe.formatting import count, in_percent, percent, rounded
 from depthprobe.report import drawing
 from depthprobe.report.drawing import MUTED, Look, figure, need, scaled, without_bar
-from depthprobe.report.numbers import BUDGET, LEFT, Source, Summary, as_summary
+from depthprobe.report.numbers import BLOCK_OPTIONS, BUDGET, Source, Summary, as_summary
 from depthprobe.report.tables import Table, Values, make_table, plain
 
 METRIC = "NDCG@10"  # the metric of damages, whatever the headline metric
@@ -25,7 +25,7 @@ CELLS = {
     "linear map": "#7dbb9a",
     "skipped": "#eceff2",
 }
-NAMES = dict(zip(LEFT, CELLS, strict=True))
+NAMES = dict(zip(BLOCK_OPTIONS, CELLS, strict=True))
 SERIES = {
     "predicted": Look("predicted: the sum", MUTED, "x"),
     "validation": Look("validation users", "#0069a8", "s"),
@@ -39,7 +39,7 @@ def _means(summary: Summary) -> dict[int, Values]:
     if frame.empty:
         return {}
     names = ["share", "predicted", "validation"]
-    options = pd.get_dummies(frame["option"]).reindex(columns=list(LEFT), fill_value=0)
+    options = pd.get_dummies(frame["option"]).reindex(columns=list(BLOCK_OPTIONS), fill_value=0)
     seeds = frame["seed"].nunique()
     counted = options.groupby(frame["depth"]).sum() / seeds
     found: dict[Any, Values] = frame.groupby("depth")[names].mean().join(counted).to_dict("index")  # type: ignore[assignment]
@@ -66,7 +66,7 @@ def budget_table(run: Source) -> Table | None:
         rows.append(row | own)
     return make_table("budgets", rows, [
         ("budget, blocks", "budget", plain), ("of all blocks", "share", percent),
-        *((NAMES[name], name, rounded) for name in LEFT), ("parameters", "parameters", count),
+        *((NAMES[name], name, rounded) for name in BLOCK_OPTIONS), ("parameters", "parameters", count),
         ("predicted loss", "predicted", percent), ("on validation users", "validation", percent),
         ("on test users", "test", in_percent),
     ])  # fmt: skip

@@ -23,11 +23,11 @@ from depthprobe.methods import method_info
 from depthprobe.report import drawing
 from depthprobe.report.drawing import MUTED, Look, figure, need
 from depthprobe.report.numbers import (
-    CHOICES,
     ORDER,
+    PROMPT_ONLY,
+    RANDOM_BLOCKS,
     SASREC,
     TEACHER,
-    UNTOUCHED,
     Source,
     Summary,
     as_summary,
@@ -116,7 +116,7 @@ def untouched_table(run: Source) -> Table | None:
 
 
 def _untouched(summary: Summary) -> list[Values]:
-    frame, rows = summary.run.scores(UNTOUCHED), []
+    frame, rows = summary.run.scores(PROMPT_ONLY), []
     if frame.empty:
         return []
     most = int(frame["candidates"].iloc[0])
@@ -155,7 +155,7 @@ def _selection(name: str) -> str:
 
 
 def _selections(summary: Summary) -> list[Values]:
-    frame = summary.run.scores(CHOICES)
+    frame = summary.run.scores(RANDOM_BLOCKS)
     if frame.empty:
         return []
     frame, rows = frame[frame["metric"] == summary.headline], []
@@ -176,7 +176,7 @@ def selections(ax: Axes, summary: Summary) -> str:
     The first seed's teacher, not trained again. The band spans the lowest to the highest draw.
     """
     rows = _selections(summary)
-    need(rows, summary, CHOICES)
+    need(rows, summary, RANDOM_BLOCKS)
     band = {row["depth"]: row["random"] for row in rows}
     low, high = ([getattr(each, end) for each in band.values()] for end in ("low", "high"))
     width = 4.0 * (len(band) == 1)  # for one depth the band would have no width

@@ -104,7 +104,7 @@ def curves(summary: Summary, metric: str, *, kept: bool = False) -> Curves:
     return found
 
 
-def every(drawn: Curves) -> list[tuple[Point, Interval]]:
+def all_points(drawn: Curves) -> list[tuple[Point, Interval]]:
     """The points of all curves."""
     return [pair for pairs in drawn.values() for pair in pairs]
 
@@ -129,7 +129,7 @@ def _draw_curves(ax: Axes, summary: Summary, drawn: Curves, scale: float = 1) ->
         show = with_bounds if scale == 1 else in_percent
         tips = [f"{point.name}: {show(value)}" for point, value in pairs]
         drawing.draw_series(ax, places, values, look, tips=tips, linestyle=look.line, zorder=4)
-    _depth_axis(ax, summary, (point.depth for point, _ in every(drawn)))
+    _depth_axis(ax, summary, (point.depth for point, _ in all_points(drawn)))
 
 
 # --- accuracy against depth: as it is, and as a share of the teacher's -----------------------
@@ -152,7 +152,9 @@ def kept_vs_depth(
     metric, floor = metric or summary.headline, 1 - summary.margin
     drawn = curves(summary, metric, kept=True)
     study = summary.run.study
-    offered = [(point, share) for point, share in every(drawn) if is_candidate(study, point.method)]
+    offered = [
+        (point, share) for point, share in all_points(drawn) if is_candidate(study, point.method)
+    ]
     need(offered, summary, "a teacher and a shallower model")
     ax.axhline(100, color=INK, linewidth=1.1, label="teacher")
     least = plain_percent(floor)
@@ -162,7 +164,7 @@ def kept_vs_depth(
     ax.set_ylim(limits or kept_limits(summary, metric=metric))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
     drawing.percent_axis(ax.yaxis)
-    cut = _below_scale(ax, every(drawn), 100)
+    cut = _below_scale(ax, all_points(drawn), 100)
     drawing.finish(ax, title or f"Share of the teacher's {metric} kept")
 
     rows = summary.sufficiency.rows if summary.sufficiency else ()
@@ -186,7 +188,7 @@ LOWEST_KEPT = 0.85  # lowest share to which an untrained model may stretch the s
 
 def kept_limits(*summaries: Summary, metric: str | None = None) -> tuple[float, float]:
     """The limits of the scale for shares of the teachers' accuracy, in per cent."""
-    pairs = [p for s in summaries for p in every(curves(s, metric or s.headline, kept=True))]
+    pairs = [p for s in summaries for p in all_points(curves(s, metric or s.headline, kept=True))]
     # read-outs fall to nearly zero, so only those close to the teacher may widen the scale
     reach = [scaled(s) for p, s in pairs if p.info.role == "trained" or s.low > LOWEST_KEPT]
     low, high = drawing.limits(reach, 100.0, *(100 * (1 - one.margin) for one in summaries))
@@ -227,7 +229,7 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
     for point in levels:
         drawing.draw_level(ax, point.value(metric), point.info)
     _draw_curves(ax, summary, drawn)
-    measured = [(p, value) for p in levels if (value := p.value(metric))] + every(drawn)
+    measured = [(p, value) for p in levels if (value := p.value(metric))] + all_points(drawn)
     cut = _cut_off(ax, measured)
     drawing.finish(ax, f"{metric} against depth")
 
@@ -235,7 +237,7 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
     if teacher is not None and (value := teacher.value(metric)) is not None:
         said.append(f"The teacher ({teacher.depth} blocks) reaches {with_bounds(value)}.")
     depth = half = summary.blocks // 2
-    points = [point for point, _ in every(drawn)]
+    points = [point for point, _ in all_points(drawn)]
     trained = [point for point in points if point.info.role == "trained" and point.depth <= half]
     if trained:
         best = max(trained, key=lambda point: mean(point, metric))
@@ -250,7 +252,7 @@ def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) 
     for point in controls + sorted(probes, key=lambda point: mean(point, metric))[-1:]:
         name = point.name[0].upper() + point.name[1:]
         said.append(f"{name} reaches {with_bounds(point.accuracy[FULL, metric])}.")
-    return " ".join(said) + cut + without_bar(value for _, value in every(drawn))
+    return " ".join(said) + cut + without_bar(value for _, value in all_points(drawn))
 
 
 def _cut_off(ax: Axes, measured: Sequence[tuple[Point, Interval]]) -> str:

@@ -48,12 +48,12 @@ HEAD = "readout"  # at depth 0 a head on only the last item: do blocks add anyth
 BLOCK, SPAN, PARTS = "skip", "span", {"attention": "drop-attention", "mlp": "drop-mlp"}
 # The options of a block under a budget, by the method that measures each.
 BUDGET, MAP, WHOLE = "mix", "replace", "kept"
-LEFT = (WHOLE, *PARTS.values(), MAP, BLOCK)
+BLOCK_OPTIONS = (WHOLE, *PARTS.values(), MAP, BLOCK)
 # They read the teacher's states at each depth, a hint of what training can reach there.
 READERS = ("early-exit", "early-exit-raw", "readout", "tuned-lens")
 STATES, SETTLING = "similarity", "settling"  # for figures of blocks and users
-ORDER, CHOICES = "shuffled", "random-blocks"  # controls that make a table
-UNTOUCHED = "prompt-only"  # a floor that makes a table
+ORDER, RANDOM_BLOCKS = "shuffled", "random-blocks"  # controls that make a table
+PROMPT_ONLY = "prompt-only"  # a floor that makes a table
 TITLES, SPREAD = ("item-text", "item-text-linear"), "item-text-spread"  # of items, not of users
 
 

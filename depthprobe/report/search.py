@@ -16,7 +16,7 @@ from depthprobe.report.tables import Table, Values, make_table, plain
 from depthprobe.runs.search import Found
 from depthprobe.study import ranges
 
-SHOWN, REFUTED, OPEN, DEEPER = "shown", "refuted", "open", "not needed"
+SHOWN, REFUTED, OPEN, NOT_NEEDED = "shown", "refuted", "open", "not needed"
 
 
 def search_words(summary: Summary) -> str:
@@ -111,7 +111,7 @@ def _rows(found: Found) -> list[Values]:
     tested = {row.depth: row for row in state.verdict.rows} if state.verdict else {}
     for depth in sorted(found.predicted):
         row = tested.get(depth)
-        verdict = OPEN if depth in state.open else DEEPER
+        verdict = OPEN if depth in state.open else NOT_NEEDED
         verdict = REFUTED if depth in state.refuted else verdict
         verdict = SHOWN if row is not None and row.shown else verdict
         several = row is not None and state.seeds[depth] > 1
@@ -121,7 +121,7 @@ def _rows(found: Found) -> list[Values]:
             "p_value": row.p_value if row and several else None,
             "level": row.tested_at if row and several else None,
             "predicted": found.predicted[depth],
-            "odds": None if verdict in (SHOWN, DEEPER) else state.odds[depth],
+            "odds": None if verdict in (SHOWN, NOT_NEEDED) else state.odds[depth],
         })  # fmt: skip
     return rows
 

@@ -66,7 +66,8 @@ def budget_table(run: Source) -> Table | None:
         rows.append(row | own)
     return make_table("budgets", rows, [
         ("budget, blocks", "budget", plain), ("of all blocks", "share", percent),
-        *((NAMES[name], name, rounded) for name in BLOCK_OPTIONS), ("parameters", "parameters", count),
+        *((NAMES[name], name, rounded) for name in BLOCK_OPTIONS),
+        ("parameters", "parameters", count),
         ("predicted loss", "predicted", percent), ("on validation users", "validation", percent),
         ("on test users", "test", in_percent),
     ])  # fmt: skip

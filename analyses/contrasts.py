@@ -5,7 +5,8 @@
     python analyses/contrasts.py --csv some.csv --draw some.png
 
 Each method of the first list against the one after it: the share that it has of that one's mean,
-and whether it is superior or inferior at all, at a level that the methods of one line share.
+and whether it is superior or inferior at all, at a level that the methods of one line share. That
+is said only if the share's 95 % interval leaves out 100 % too.
 ``full`` stands for ``finetune`` at full depth. With ``--slices`` each group of test users apart.
 
 ``--csv`` keeps what was found: a contrast takes the place of an earlier one between the same arms
@@ -86,9 +87,10 @@ def contrasts(run: Run, methods: list[str], reference: str, *, slices: bool) -> 
                 shown = next((v for v in ("superior", "inferior") if each.shows(v)), "")
                 # non-inferiority at no margin is superiority, one-sided; a difference is two-sided
                 one_sided = shown == "inferior" and 2 * each.p_values[shown] > each.tested_at
-                if one_sided or len(base) == 1:  # one seed says nothing of other trainings
-                    shown = ""
                 share = (each.share.value, each.share.low, each.share.high)
+                # of two seeds the test can be surer than the interval: both have to agree
+                if one_sided or share[1] <= 1 <= share[2] or len(base) == 1:
+                    shown = ""  # one seed says nothing of other trainings
                 of = (run.path.name, depth, name, int(users.sum()), method, reference)
                 yield Contrast(*of, *share, shown)
 

@@ -19,13 +19,13 @@ REPORTS = Path(__file__).parents[2] / "reports" / "real_llm"
 STUDIES = {  # the run's folder: what stands above its panel
     "smollm2-ml-100k": "SmolLM2 (135 M) reads items\nMovieLens 100K, 943 users",
     "smollm2-office": "SmolLM2 (135 M) reads items\nAmazon Office, 4,905 users",
-    "smollm2-words": "SmolLM2 (135 M) reads titles\nMovieLens 100K, 943 users",
+    "smollm2-words-rates": "SmolLM2 (135 M) reads titles\nMovieLens 100K, 943 users",
     "titles-plaintext": "a toy (3 M) reads titles\nMovieLens 100K, 943 users",
 }
-ARMS = {  # method: its label, colour and marker
+ARMS = {  # what stands before a method's colon: its label, colour and marker
     "finetune": ("fine-tuned", "#1f5fa8", "o"),
-    "distill:scores": ("distilled by scores", "#2e8b57", "s"),
-    "random-init:some": ("random weights", "#b3402e", "^"),
+    "distill": ("distilled by scores", "#2e8b57", "s"),
+    "random-init": ("random weights", "#b3402e", "^"),
 }
 SHARE = "NDCG@10 of teacher"
 
@@ -45,7 +45,7 @@ def panel(axes: Axes, table: pd.DataFrame, title: str) -> None:
     """The trained arms with their intervals, the full model as a line, SASRec as a band."""
     full = int(table.loc[table["method"] == "full", "depth"].item())
     for offset, (method, (label, colour, marker)) in enumerate(ARMS.items()):
-        own = table[table["method"] == method].sort_values("depth")
+        own = table[table["method"].str.partition(":")[0] == method].sort_values("depth")
         at = place(own["depth"]) + 0.08 * (offset - 1)  # side by side
         bars(axes, at, own, color=colour, marker=marker, label=label)
     head = table[(table["method"] == "readout") & (table["depth"] == 0)]

@@ -96,7 +96,7 @@ class Sequences:
 
 
 class Manifest(msgspec.Struct, kw_only=True, frozen=True):
-    """The content of ``manifest.json``; ``files`` has the sha256 of the others, if not an older one."""
+    """The content of ``manifest.json``. ``files`` has the other files' sha256, in newer ones."""
 
     schema: Literal[2] = 2
     name: str

@@ -522,7 +522,8 @@ def method_info(name: str) -> Method:
         return method
     if method.lever:
         return replace(method, label=f"{method_info(variant).label}, {base}")
-    place = zlib.crc32(variant.encode())  # each one's look depends only on its name
+    # by name, so that it is the same in every figure; methods with one variant differ in it
+    place = zlib.crc32(variant.encode()) + [*METHODS, base].index(base)
     colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
     marker = VARIANT_MARKERS[place % len(VARIANT_MARKERS)]
     label = f"{method.label}: {variant}"

@@ -269,6 +269,9 @@ def test_methods_differ_in_marker_and_colour() -> None:
     assert len({s.marker for s in lines}) == len(lines)
     assert len({s.colour for s in lines}) == len(lines)
     assert method_info("elastic").label == "elastic"
+    # a variant of a study may go with each method that takes variants
+    several = [method_info(f"{name}:long") for name, m in METHODS.items() if m.takes_variants]
+    assert len({(each.colour, each.marker) for each in several}) == len(several) > 2
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=list(STYLES))

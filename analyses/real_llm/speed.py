@@ -3,8 +3,8 @@
     python analyses/real_llm/speed.py BACKBONE LOG [--history 50] [--depths 1,4,8,16,30]
 
 Both sides do the same work at each depth, in a process of their own, in turn: train on the same
-windows for one epoch (AdamW, every position a target, cross-entropy over the catalogue), and rank
-the same users. The plain side is what one writes first: float32, the prompt before every user,
+windows for one epoch (a new AdamW, every position a target, cross-entropy over the catalogue), and
+rank the same users. The plain side is what one writes first: float32, the prompt before every user,
 every history padded to the longest, as the Trainer's collators pad. Seconds are medians over the
 turns; memory is the process's peak.
 """
@@ -38,7 +38,7 @@ from depthprobe.study import PROMPT, Backbone, Data, Recipe
 from depthprobe.training.loop import fit
 from depthprobe.training.objectives import NextItem
 
-WINDOWS, USERS, BATCH, WIDTH = 128, 256, 32, 64
+WINDOWS, USERS, BATCH, WIDTH = 256, 256, 32, 64
 CPU = torch.device("cpu")
 
 
@@ -171,11 +171,11 @@ def timed_plain(asked: argparse.Namespace, depth: int) -> dict[str, float]:
     with peak_memory(CPU) as peak:
         accelerator, model = Accelerator(cpu=True), Plain(asked, items, depth)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3)
-        model, optimizer = accelerator.prepare(model, optimizer)
+        model = accelerator.prepare(model)
 
         def train(some: list[np.ndarray]) -> None:
             model.train()
+            optimizer = torch.optim.AdamW(trained, lr=1e-3)
             padded = torch.from_numpy(padded_to(some, asked.history + 1))
             for batch in padded[torch.randperm(len(padded))].split(BATCH):
                 scores = model(batch[:, :-1]) @ model.items.weight.T

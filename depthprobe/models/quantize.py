@@ -38,6 +38,14 @@ GROUP, ROWS = 32, 16  # int4: weights that share a scale, and the divisor of the
 logger = logging.getLogger(__name__)
 
 
+def check_scheme(scheme: str, device: torch.device) -> None:
+    """Refuse a scheme that this installation or this device lacks."""
+    check_torchao("methods", scheme)
+    if scheme == "int4" and device.type != "cpu":
+        allowed = f"a processor, which has a kernel for it; on {device.type} take int8"
+        raise BadInput("methods", scheme, allowed)
+
+
 @torch.no_grad()
 def quantize(model: Recommender, scheme: str, *, bfloat16: bool = False) -> None:
     """Round the weights of a recommender, in place; :func:`make_ready` lets it compute.
@@ -52,17 +60,14 @@ def quantize(model: Recommender, scheme: str, *, bfloat16: bool = False) -> None
         bfloat16: its blocks compute in bfloat16, and so do the rounded maps.
 
     Raises:
-        BadInput: if torchao is not installed, or nothing of the model can be rounded.
+        BadInput: if torchao or a kernel is not there, or nothing of the model can be rounded.
     """
-    check_torchao("methods", scheme)
+    blocks, made = find_blocks(model.backbone), dict[int, nn.Parameter]()
+    device = next(blocks.parameters()).device
+    check_scheme(scheme, device)
     if scheme == ITEMS:
         _quantize_items(model)
         return
-    blocks, made = find_blocks(model.backbone), dict[int, nn.Parameter]()
-    device = next(blocks.parameters()).device
-    if scheme == "int4" and device.type != "cpu":
-        allowed = f"a processor, which has a kernel for it; on {device.type} take int8"
-        raise BadInput("methods", scheme, allowed)
     every = {id(weight): weight for weight in blocks.parameters()}
     for module in maps_to_round(model.backbone, scheme):
         weight: Tensor = module.weight  # type: ignore[assignment]

@@ -55,8 +55,8 @@ def skip_changes(summary: Summary, metric: str) -> dict[str, dict[int, Interval]
 def skip_sensitivity(ax: Axes, summary: Summary, *, metric: str | None = None) -> str:
     """Change of the teacher's accuracy without one block, or without only its attention or MLP.
 
-    Bars are 95 % intervals of the paired change. If one block costs far more than most, the scale
-    is logarithmic beyond 5 %.
+    Bars are confidence intervals of the paired change. If one block costs far more than most, the
+    scale is logarithmic beyond 5 %.
     """
     metric = metric or summary.headline
     drawn = skip_changes(summary, metric)
@@ -239,7 +239,7 @@ CURVES = {  # labels by column of the settling table
 def settling_depth(ax: Axes, summary: Summary) -> str:
     """Share of users whose answer is settled by a depth: the top ten, its order, the target's rank.
 
-    Bars are 95 % intervals over users; with several teachers, of each user's mean over them.
+    Bars are confidence intervals over users; with several teachers, of each user's mean over them.
     """
     frames = (frame for frame in score_tables(summary) if set(CURVES) <= set(frame))
     frame = next(frames, pd.DataFrame())
@@ -298,7 +298,7 @@ def _height(summary: Summary) -> float:
 def ablation_changes(ax: Axes, summary: Summary) -> str:
     """Relative change against fine-tuning at the same depth, by depth and method.
 
-    Bars are 95 % intervals of the paired ratio, over users and seeds; one comparison at a time.
+    Bars are confidence intervals of the paired ratio, over users and seeds, each by itself.
     """
     changes = _changes(summary)
     need(changes, summary, f"{PLAIN} and another way to train at the same depth")

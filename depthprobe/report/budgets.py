@@ -81,7 +81,7 @@ def _value(mean: Interval) -> str:
 def predicted_damage(ax: Axes, summary: Summary) -> str:
     """What each budget loses: predicted as a sum, measured on the same users and on test users.
 
-    Means over seeds; bars are 95 % intervals of the paired loss.
+    Means over seeds; bars are confidence intervals of the paired loss.
     """
     found, lost = _means(summary), _on_test(summary)
     need(found, summary, BUDGET)

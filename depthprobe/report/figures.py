@@ -146,8 +146,8 @@ def kept_vs_depth(
 ) -> str:
     """Share of the teacher's accuracy against depth, with the margin; very low shares are cut off.
 
-    Bars are 95 % intervals of the paired ratio, so differences between users cancel. ``limits`` are
-    those of the scale, in per cent; by default :func:`kept_limits` of this run.
+    Bars are confidence intervals of the paired ratio, so differences between users cancel.
+    ``limits`` are those of the scale, in per cent; by default :func:`kept_limits` of this run.
     """
     metric, floor = metric or summary.headline, 1 - summary.margin
     drawn = curves(summary, metric, kept=True)
@@ -220,7 +220,7 @@ def kept_side_by_side(runs: Sequence[Source]) -> list[Axes]:
 def accuracy_vs_depth(ax: Axes, summary: Summary, *, metric: str | None = None) -> str:
     """Accuracy of every method against depth, the teacher and the baselines as bands.
 
-    Points are means over users and seeds; bars and bands are 95 % intervals.
+    Points are means over users and seeds; bars and bands are confidence intervals.
     """
     metric = metric or summary.headline
     drawn, teacher = curves(summary, metric), summary.teacher
@@ -313,10 +313,10 @@ def accuracy_vs_cost(
     """Share of the teacher's accuracy against a cost: every model and lever, with the Pareto front.
 
     ``cost`` is "size" (bytes, or parameters if bytes were not counted), "parameters", "latency"
-    (one user), "inference" (per user, in batches) or "training". Vertical bars are 95 % intervals,
-    horizontal bars the quartiles of the timing rounds. A hollow marker is a model with a lever
-    besides depth; a thin line joins it with the same model without the lever. Models of the front
-    are labelled with depth and levers. Without a teacher the accuracy itself is shown.
+    (one user), "inference" (per user, in batches) or "training". Vertical bars are confidence
+    intervals, horizontal bars the quartiles of the timing rounds. A hollow marker is a model with a
+    lever besides depth; a thin line joins it with the same model without the lever. Models of the
+    front are labelled with depth and levers. Without a teacher the accuracy itself is shown.
     """
     metric, cost = metric or summary.headline, front.cost_named(summary, cost)
     (name, label), points = COSTS[cost], front.priced(summary, cost, metric)

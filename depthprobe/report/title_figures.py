@@ -18,7 +18,7 @@ AXIS = "blocks that read the titles"
 def accuracy_vs_title_depth(ax: Axes, summary: Summary, *, metric: str | None = None) -> str:
     """Accuracy by the block that titles are read at, with SASRec on its own items as a band.
 
-    Bars and bands are 95 % intervals over users, and over seeds where there are several.
+    Bars and bands are confidence intervals over users, and over seeds where there are several.
     """
     metric = metric or summary.headline
     methods = [name for name in TITLES if summary.of(name)]

@@ -44,8 +44,8 @@ from depthprobe.models.check import check_own
 from depthprobe.models.cutting import keep_blocks
 from depthprobe.models.item_tables import item_texts, make_table, table_hash
 from depthprobe.models.own import OwnRecommender, load_own
-from depthprobe.models.precision import check_torchao, precision_on, resolve_device
-from depthprobe.models.quantize import ITEMS, maps_to_round
+from depthprobe.models.precision import precision_on, resolve_device
+from depthprobe.models.quantize import ITEMS, check_scheme, maps_to_round
 from depthprobe.models.words import item_tokens, look_alikes
 from depthprobe.runs.context import LEARNED, same_backbone, words_digest
 from depthprobe.runs.plan import SASREC, TEACHER, plan
@@ -176,7 +176,7 @@ def read_inputs(
             item_texts(ids, titles, field="methods", asked=name)
             pretrained_tokenizer(backbone)
         if method_of(name).lever:
-            check_torchao("methods", name)
+            check_scheme(base_of(name), device)
     schemes = {base_of(name) for name in study.methods if method_of(name).lever} - {ITEMS}
     if schemes and not backbone.own:
         shape = pretrained(backbone, weights=False)

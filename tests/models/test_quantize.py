@@ -22,7 +22,14 @@ from depthprobe.models.build import cut_copy
 from depthprobe.models.export import load_recommender, write_recommender
 from depthprobe.models.families import family_config
 from depthprobe.models.precision import compute_in_bfloat16
-from depthprobe.models.quantize import GROUP, SCHEMES, int8_rows, make_ready, quantize
+from depthprobe.models.quantize import (
+    GROUP,
+    SCHEMES,
+    check_scheme,
+    int8_rows,
+    make_ready,
+    quantize,
+)
 from depthprobe.models.recommender import Recommender, score
 from depthprobe.models.tiny import tiny_model
 
@@ -202,6 +209,9 @@ def test_what_cannot_be_rounded_is_refused_in_one_line(
     quantize(model, "int8")
     with pytest.raises(BadInput, match="not quantised already"):
         quantize(model, "int8")
+    with pytest.raises(BadInput, match="on cuda take int8"):
+        check_scheme("int4", torch.device("cuda"))
+    check_scheme("int8", torch.device("cuda"))
     monkeypatch.setattr("depthprobe.models.precision.is_torchao_available", lambda: False)
     with pytest.raises(BadInput, match=r"pip install 'depthprobe\[quantize\]'"):
         quantize(make()[0], "int8")

@@ -1,4 +1,4 @@
-"""The command line: one thin module a command; importing it imports no torch."""
+"""The command line: one thin module per command. Importing it does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `depthprobe` command: its sub-commands; how an error becomes one line and an exit code."""
+"""The `depthprobe` command: its sub-commands, and how errors become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from depthprobe.cli.terminal import VisibleLines, close_streams, echo, open_stre
 from depthprobe.errors import BadInput, closest, one_line, short
 from depthprobe.runs.processes import SAFE_PATH, FirstProcessError, launched
 
-# errors of a disk (full, read-only, no permission, gone) are no bug of the program
+# disk errors (full, read-only, no permission, gone) are not bugs of the program
 DISK_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
 }  # fmt: skip
-# errors of a path that no file can have
+# errors for paths that no file can have
 PATH_FAULTS = {
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EILSEQ,
 }  # fmt: skip
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 NO_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
-# signals that a scheduler sends before it kills
+# signals that schedulers send before they kill a job
 INTERRUPTS = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
-# options of other tools, with ours: the first one that the command has
+# options of other tools and our equivalents, of which the first that the command has is named
 SYNONYMS = {
     option: ours.split(", ")
     for options, ours in {
@@ -85,10 +85,10 @@ EXAMPLES = {
     "show": "data show log.csv",
     "list": "data list",
 }
-# the base of every usage error; typer carries its own copy of click, so it has no stable home
+# the base class of usage errors; typer has its own copy of click, so no import path is stable
 UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-# plain help: rich's would cost a quarter of the half second that --help may take
+# plain help: with rich, --help would take a quarter of a second longer
 app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -135,14 +135,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     open_streams()
-    os.environ.update(SAFE_PATH)  # inherited by all started processes
+    os.environ.update(SAFE_PATH)  # inherited by every process started here
     _quiet_libraries(debug)
     code = _run([word for word in arguments if word != "--debug"] or ["--help"], debug)
     close_streams()
-    with suppress(BadInput):  # a launcher's variable that is no number
+    with suppress(BadInput):  # a variable of the launcher that is not a number
         if launched():
-            # A thread of gloo's that still holds a tensor when the interpreter ends aborts the
-            # process, and the launcher calls a finished sweep failed (pytorch issue 190489).
+            # A gloo thread that still holds a tensor when the interpreter exits aborts the
+            # process, so the launcher reports a finished sweep as failed (pytorch issue 190489).
             os._exit(code)
     sys.exit(code)
 
@@ -161,7 +161,7 @@ def _quiet_libraries(debug: bool) -> None:
         logging.getLogger("depthprobe").setLevel(logging.INFO)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # their bars would disturb the sweep's own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # their progress bars would disturb ours
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -173,12 +173,12 @@ def _run(arguments: list[str], debug: bool) -> int:
         for name in INTERRUPTS:
             signal.signal(getattr(signal, name), _interrupt)
     try:
-        # a run's manifest records the arguments: the context carries them to the command
+        # a run's manifest records the arguments, so the context passes them to the command
         code = get_command(app).main(
             arguments, prog_name="depthprobe", standalone_mode=False, obj=tuple(arguments)
         )
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output is gone
+    except BrokenPipeError:  # whoever read the output is gone
         return FAILED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -199,7 +199,7 @@ def _run(arguments: list[str], debug: bool) -> int:
             return _fail(f"{os.strerror(error.errno or 0)}: {short(error.filename)}", BAD_INPUT)
         if isinstance(error, ValueError) and str(error).startswith("embedded null"):
             return _fail("a path holds a NUL character", BAD_INPUT)
-        # numpy's, torch's on a CPU, torch's on a GPU
+        # numpy, torch on a CPU, torch on a GPU
         if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
             return _fail(f"not enough memory: {str(error).partition(chr(10))[0]}", FAILED)
         hint = "" if debug else " (run again with --debug)"

@@ -1,4 +1,4 @@
-"""`check`: can this architecture be cut safely? The self-tests, one line each."""
+"""`check`: the self-tests that show whether an architecture can be cut safely."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check(
 
     from depthprobe.models.check import can_be_cut, check_backbone
 
-    disable_progress_bar()  # one for each model that is reloaded
+    disable_progress_bar()  # transformers prints one for each model that is reloaded
     results = check_backbone(backbone, revision=revision, trust_remote_code=trust_remote_code)
     _show(results, required=None)
     safe, usable = can_be_cut(results), any(r.name == "recommender" and r.passed for r in results)
@@ -89,7 +89,7 @@ def _check_own(source: str) -> int:
 
 
 def _show(results: Sequence[CheckResult], *, required: bool | None) -> None:
-    """The table of results; what is not required may fail."""
+    """Print the table of results, including checks that are not required."""
     header, failures = ["check", "result", "detail"], {True: "FAILED", False: "no"}
     rows = [
         (

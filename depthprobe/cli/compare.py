@@ -1,4 +1,4 @@
-"""`compare`: results that exist already, of any recommender, tested against each other."""
+"""`compare`: test existing results of any recommenders against each other."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def compare_files(
     slices: Sequence[str] = (),
     common: bool = False,
 ) -> Content:
-    """What the JSON holds, with intervals as such; ``BadInput`` for files of no use together.
+    """The content of the JSON output, with intervals as objects.
 
-    The first file is the reference.
+    The first file is the reference. ``BadInput`` for files that can't be compared.
     """
     if len(files) < 2:
         raise BadInput("file", files[0], "a second file to compare it with")
@@ -193,13 +193,13 @@ def compare_files(
 def align(
     arms: Sequence[Results], names: Sequence[str], *, common: bool
 ) -> tuple[list[str], list[np.ndarray]]:
-    """The users of all arms, and the ranks (S, U) of each; one seed stands for all.
+    """The users that all arms share, and each arm's ranks (S, U); a single seed is repeated.
 
     ``BadInput`` if users differ and ``common`` was not asked for, or if seeds differ.
     """
     import numpy as np
 
-    whole = [arm.ranks.dropna().index for arm in arms]  # users that every seed has
+    whole = [arm.ranks.dropna().index for arm in arms]  # users in every seed
     everybody, shared = arms[0].ranks.index, whole[0]
     for arm, own in zip(arms[1:], whole[1:], strict=True):
         everybody, shared = everybody.union(arm.ranks.index), shared.intersection(own)
@@ -224,13 +224,13 @@ def align(
 
 
 def _paths(text: str) -> list[Path]:
-    """One file, or the files of seeds with commas between."""
+    """A file, or one file per seed, separated by commas."""
     parts = [text] if Path(text).exists() else text.split(",")
     return [path(part) for part in parts]
 
 
 def _names(files: Sequence[str]) -> list[str]:
-    """What the arms are called: by their first file, by all that was written where names repeat."""
+    """The names of the arms: their first files' or, if names repeat, the whole arguments."""
     names = [visible(_paths(text)[0].name) for text in files]
     names = names if len(set(names)) == len(names) else list(files)
     for place, name in enumerate(names):
@@ -240,7 +240,7 @@ def _names(files: Sequence[str]) -> list[str]:
 
 
 def _reaches(metric: str, lengths: Sequence[int | None]) -> bool:
-    """Whether lists of these lengths, None being all items, can tell a metric of all arms."""
+    """Whether top lists of these lengths suffice for a metric; None: all items are ranked."""
     if metric == "MRR":
         return len(set(lengths)) == 1
     return all(length is None or int(metric.partition("@")[2]) <= length for length in lengths)
@@ -249,7 +249,7 @@ def _reaches(metric: str, lengths: Sequence[int | None]) -> bool:
 def _slices(
     groups: Sequence[Family], one: np.ndarray, other: np.ndarray, *, level: float
 ) -> Iterator[Content]:
-    """Means and difference of each group; of few users, or where nobody differs, unbounded."""
+    """Means and difference in each group; the interval is infinite for few users or equal ranks."""
     from depthprobe.evaluation.slices import FEWEST
     from depthprobe.evaluation.statistics import Interval, difference_interval
 
@@ -266,7 +266,7 @@ def _slices(
 
 
 def strict(content: Any) -> Any:
-    """The content as JSON has it: an interval is three numbers, null where one is infinite."""
+    """The content for JSON: an interval becomes three numbers, infinite ones null."""
     if hasattr(content, "low"):
         return strict({"value": content.value, "low": content.low, "high": content.high})
     if isinstance(content, dict):
@@ -276,11 +276,11 @@ def strict(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-# What a reader sees: the same words on the terminal and on the page.
+# The text for the reader, the same on the terminal and on the page.
 
 
 def headline(content: Content, one: Content) -> str:
-    """The verdict on one of the others, in a sentence."""
+    """A sentence with the verdict on one arm against the reference."""
     name, other = one["name"], content["reference"]["name"]
     margin, metric = plain_percent(content["margin"]), content["metric"]
     loses = f"{margin} of {metric}"
@@ -296,7 +296,7 @@ def headline(content: Content, one: Content) -> str:
 
 
 def details(content: Content, one: Content) -> str:
-    """How sure the verdict is, and what would decide."""
+    """How certain the verdict is, and how many users would settle it."""
     from depthprobe.report.answer import needed_words
 
     words = f"It has {in_percent(one['share'])} of the reference's {content['metric']}"
@@ -313,7 +313,7 @@ def details(content: Content, one: Content) -> str:
 
 
 def remarks(content: Content) -> list[str]:
-    """What the numbers are about, and what was left out."""
+    """What was measured, and what was left out."""
     from depthprobe.evaluation.sufficiency import DIFFERING
 
     arms = [content["reference"], *content["others"]]
@@ -357,7 +357,7 @@ CLAIMS = {
 
 
 def tables(content: Content, one: Content) -> list[Table]:
-    """What is shown of one of the others: A is the reference, B is it."""
+    """The tables for one arm, B, against the reference, A."""
     import pandas as pd
 
     from depthprobe.report.tables import Table
@@ -395,13 +395,13 @@ def tables(content: Content, one: Content) -> list[Table]:
     return [
         Table(title, header, words, tuple(rows), ("",) * len(rows), pd.DataFrame())
         for title, header, words, found in made
-        # an interval stands below its estimate
+        # an interval is printed below its estimate
         if (rows := [tuple(cell.replace(" [", "\n[") for cell in row) for row in found])
     ]
 
 
 def show(content: Content) -> None:
-    """Print the verdicts, the tables behind them, and what they are about."""
+    """Print the verdicts, their tables, and what was measured."""
     for one in content["others"]:
         say(headline(content, one))
         say(details(content, one))
@@ -417,7 +417,7 @@ def show(content: Content) -> None:
 
 
 def conditions(content: Content) -> str:
-    """What was compared, and how."""
+    """The conditions of the comparison."""
     parts = (
         content["metric"], f"margin {plain_percent(content['margin'])}",
         f"confidence {plain_percent(content['level'])}", plural(content["users"], "user"),
@@ -427,7 +427,7 @@ def conditions(content: Content) -> str:
 
 
 def write_comparison(content: Content, output: Path) -> None:
-    """Write the page."""
+    """Write the HTML page."""
     from depthprobe.report.page import environment, write_page
 
     others = [

@@ -1,4 +1,4 @@
-"""`cost`: parameters, FLOPs, time and memory by depth; the configuration alone is enough."""
+"""`cost`: parameters, FLOPs, time and memory by depth, from a configuration alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TUNINGS = {
     "frozen": "the adapters alone trained",
 }
 FORMATS = (".csv", ".json")
-BUSY = 0.5  # processes a core; this command's own start makes some
+BUSY = 0.5  # running processes per core; starting this command adds some
 Row = dict[str, Any]
 
 
@@ -69,7 +69,7 @@ def cost(
     A configuration is enough: no weights are downloaded. What fits this machine is measured, with
     random weights.
     """
-    override(Study(), layers=layers, device=device)  # refuses what a study can't say
+    override(Study(), layers=layers, device=device)  # refuses settings that a study would refuse
     check_revision(revision, backbone)
     if output is not None:
         if output.is_dir() or output.suffix not in FORMATS:
@@ -95,7 +95,7 @@ def cost(
 
 
 def _write(output: Path, table: pd.DataFrame) -> None:
-    """Every number in full, a row a depth."""
+    """Write all digits of every number, one row per depth."""
     from depthprobe.files import complete_file, write_json
 
     if output.suffix == ".csv":
@@ -106,7 +106,7 @@ def _write(output: Path, table: pd.DataFrame) -> None:
 
 
 def _strict(table: pd.DataFrame) -> Row:
-    """Every number as JSON has it: null for what was not measured, and the raw seconds."""
+    """The numbers for JSON, with the raw seconds; null for what was not measured."""
     import pandas as pd
 
     rows = table.astype(object).to_dict(orient="records")
@@ -117,7 +117,7 @@ def _strict(table: pd.DataFrame) -> Row:
 
 
 def show_costs(table: pd.DataFrame) -> None:
-    """Print what :func:`depthprobe.cost.table.cost_table` made, a small table for each question."""
+    """Print a result of :func:`depthprobe.cost.table.cost_table`, one small table per question."""
     rows: list[Row] = table.to_dict(orient="records")  # type: ignore[assignment]
     first = rows[0]
     header = ["depth", "parameters", "in blocks", "weights", "optimiser", "FLOPs a user"]
@@ -169,7 +169,7 @@ def show_costs(table: pd.DataFrame) -> None:
 
 
 def _cells(row: Row, columns: Sequence[str], units: Sequence[str]) -> list[object]:
-    """Plain counts, and others with the thousands of their unit."""
+    """The cells of a row: plain counts as they are, the rest with a unit such as M or GB."""
     pairs = zip(columns, units, strict=True)
     return [scaled(row[name], unit) if unit else row[name] for name, unit in pairs]
 

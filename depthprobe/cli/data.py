@@ -1,4 +1,4 @@
-"""`data prepare|show|list`: a log put in order, looked at, and what logs can be read."""
+"""`data prepare|show|list`: prepare a log, describe it, list the formats that can be read."""
 
 from __future__ import annotations
 
@@ -110,10 +110,10 @@ def list_logs() -> None:
 def describe(
     sequences: Sequences, *, source: str, protocol: Protocol | None = None, charts: bool = False
 ) -> None:
-    """Print sizes, cleaning, quantiles, charts on demand, the split, the warnings.
+    """Print sizes, cleaning, quantiles, charts if asked for, the split and warnings.
 
-    Without a ``protocol`` the split is the default one, and a log that can't be split so is no
-    error: it is still worth a look.
+    Without a ``protocol`` the default split is shown, and a log that it can't split is not an
+    error: the rest is still worth seeing.
     """
     import numpy as np
 
@@ -176,7 +176,7 @@ def _sizes(sequences: Sequences, source: str) -> dict[str, str]:
 
 
 def _parts(split: Split, name: str) -> dict[str, str]:
-    """What trains, who is in which part, and who and what is unknown to training."""
+    """The size of each part, and which users and items training has not seen."""
     numbers = split.statistics
     rows = {"split": name}
     if "test_begins" in numbers:
@@ -199,7 +199,7 @@ def _parts(split: Split, name: str) -> dict[str, str]:
 
 
 def _show_cleaning(sequences: Sequences) -> None:
-    """Print what each step of the cleaning left, and took; nothing where it had no step."""
+    """Print what each cleaning step removed and left; nothing without steps."""
     steps = sequences.cleaning
     if len(steps) < 2:
         return
@@ -212,7 +212,7 @@ def _show_cleaning(sequences: Sequences) -> None:
 
 
 def _show_charts(lengths: np.ndarray, counts: np.ndarray) -> None:
-    """Draw users by the length of their history, and how much the most popular items take."""
+    """Draw the users by length of history, and the share of the most popular items."""
     from depthprobe.data.statistics import length_bins, top_shares
 
     bins = length_bins(lengths)

@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan of a sweep, what is there of it, and an estimate of the rest."""
+"""`--dry-run`: the plan of a sweep, what of it is done, and an estimate of the rest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dry_run(
     retry_failed: bool = False,
     executor: str = "local",
 ) -> int:
-    """Print what the sweep would do and take, write nothing, and return the exit code."""
+    """Print what the sweep would do and cost; write nothing. Returns the exit code."""
     with show_progress(sys.stderr) as progress:
         from depthprobe.runs.estimate import preview
         from depthprobe.runs.processes import join_processes
@@ -74,7 +74,7 @@ def dry_run(
 
 
 def _study(plan: Preview) -> dict[str, str]:
-    """Which study it is, of which data and backbone, and where it would run."""
+    """The study, its data, its backbone, and where it would run."""
     inputs, study = plan.inputs, plan.inputs.working
     sequences, backbone, device = inputs.split.sequences, study.backbone, plan.device.type
     many = plural(plan.workers, "job") + (" of a cluster" if plan.apart else "")
@@ -94,7 +94,7 @@ def _study(plan: Preview) -> dict[str, str]:
 
 
 def _show_tasks(plan: Preview) -> None:
-    """Print a row a method, and their sums."""
+    """Print one row per method, and the sums."""
     times = plan.estimate.by_method if plan.estimate else {}
     rows: list[list[object]] = [
         [*row, duration(times[row[0]]) if row[0] in times else "-"] for row in plan.rows
@@ -120,7 +120,7 @@ def _show_tasks(plan: Preview) -> None:
 
 
 def _estimate(plan: Preview, guess: Estimate) -> dict[str, str]:
-    """Time and memory of what is left, that they are guesses, and what from."""
+    """The estimated time and memory of what is left, and the basis of the estimate."""
     workers = plural(plan.workers, "job") + (" at a time" if plan.workers > 1 else "")
     time = f"at most {duration(guess.seconds)} with {workers}"
     seconds = sum(job.seconds for job in guess.chain)
@@ -140,7 +140,7 @@ def _estimate(plan: Preview, guess: Estimate) -> dict[str, str]:
 
 
 def _memory(plan: Preview, peak: float) -> str:
-    """Of the jobs that share a memory, and what there is of it; ``peak`` bytes a job."""
+    """The memory that jobs take together, at ``peak`` bytes each, and the memory available."""
     how = "at the peak: training all blocks, measured"
     if plan.apart:
         return f"{scaled(peak, 'B')} a job {how}"

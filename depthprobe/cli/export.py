@@ -1,4 +1,4 @@
-"""`export`: a trial's model as a folder of its own, in ONNX too, and on the Hugging Face Hub."""
+"""`export`: write a trial's model to a folder, also as ONNX, or to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from depthprobe.errors import BadInput, check_writable, closest, shell_line
 from depthprobe.formatting import percent, plain_percent
 
 BEST = "best"
-FILES = {  # of an export, by name; the others are the tokenizer's
+FILES = {  # names of an export's files; the others are the tokenizer's
     "config.json": "the backbone's shape",
     "generation_config.json": "transformers' own",
     "model.safetensors": "the backbone's weights",
@@ -109,7 +109,7 @@ def export(
 
 
 def _show_onnx(facts: dict[str, Any]) -> None:
-    """Whether the file answers as ours does, and how long both take."""
+    """Print whether the ONNX file gives the same answers, and how fast both are."""
     others, users = facts["test_users_in_another_order"], facts["test_users"]
     ties = f"; {others:,} in another order, of scores equal up to rounding" if others else ""
     echo(f"\nONNX: the same ten best items as ours for all {users:,} test users{ties}")
@@ -129,7 +129,7 @@ def _show_onnx(facts: dict[str, Any]) -> None:
 
 
 def _exit_words(rule: dict[str, Any] | None) -> str:
-    """What was calibrated, and on whom."""
+    """A sentence on how early exit was calibrated."""
     if rule is None:
         return "none; on the validation users no rule was shown to lose no more than the margin"
     return (
@@ -141,7 +141,7 @@ def _exit_words(rule: dict[str, Any] | None) -> str:
 
 
 def _recommended(run: Path, known: Sequence[str], **flags: Any) -> str:
-    """The trial that the report's answer ships; ``BadInput``, with the best candidate, if none."""
+    """The trial that the report recommends; without one, ``BadInput`` names the best candidate."""
     from depthprobe.report.answer import build_answer
     from depthprobe.runs.store import open_run
 
@@ -157,7 +157,7 @@ def _recommended(run: Path, known: Sequence[str], **flags: Any) -> str:
 
 
 def _next(folder: Path, card: dict[str, Any]) -> str:
-    """A command that recommends to somebody who had two items of the catalogue."""
+    """A command that recommends items to an example user with two items."""
     items, own = card["item_ids"], card.get("own")
     blank = "\t" if any(len(item.split()) > 1 for item in items) else " "
     history = shell_line(["echo", blank.join(["you", *items[:2]])])

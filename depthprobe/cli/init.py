@@ -30,8 +30,8 @@ from depthprobe.study import Study, override, parse_layers
 if TYPE_CHECKING:
     from depthprobe.data.storage import Sequences
 
-WIDTH = 98  # columns of a comment's text
-# tables whose every key is written, and keys that are written as settings though they are defaults
+WIDTH = 98  # width of a comment's text
+# tables with every key written out, and keys written as settings even at their defaults
 TABLES = ("", "data", "data.columns", "data.cleaning", "backbone", "recipe", "protocol")
 CHOSEN = (
     *("name", "layers", "methods", "seeds", "data.source", "data.max_history", "backbone.source"),
@@ -99,7 +99,7 @@ def init(
 
 
 def facts_of(sequences: Sequences, study: Study) -> dict[str, str]:
-    """What the log says about single keys of a study."""
+    """Comments on single keys of a study that the log suggests."""
     import numpy as np
 
     from depthprobe.data.splits import make_split
@@ -134,12 +134,12 @@ def facts_of(sequences: Sequences, study: Study) -> dict[str, str]:
 
 
 def commented(study: Study, facts: dict[str, str], *, file: Path = Path("study.toml")) -> str:
-    """A study as TOML: settings, and defaults as comments, each below what it means.
+    """A study as TOML: settings, and defaults commented out, each below its explanation.
 
     Args:
-        study: its settings are written where they are no defaults.
-        facts: what is known about single keys here.
-        file: the file's name, for the commands at its head.
+        study: settings that differ from their defaults are written.
+        facts: further comments by key, from :func:`facts_of`.
+        file: the file's name, for the example commands at the top.
     """
     names = {"data": study.data.source, "backbone": study.backbone.source}
     named = {
@@ -177,7 +177,7 @@ def _keys(name: str, table: Any, default: Any, facts: dict[str, str]) -> Iterato
 
 
 def _tables(table: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The tables of a study by their names, as its file has them; variants' among them."""
+    """The tables of a study by name, as in its file, with those of variants."""
     yield name, table
     prefix = f"{name}." if name else ""
     inner = {f"{prefix}{each.name}": getattr(table, each.name) for each in fields(table)}
@@ -189,7 +189,7 @@ def _tables(table: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _comment(text: str) -> list[str]:
-    """Lines of a comment; it begins as a sentence does."""
+    """A comment's lines, with the first letter in upper case."""
     plain = text.replace("``", "`")
     lines = textwrap.wrap(plain[0].upper() + plain[1:], WIDTH, break_on_hyphens=False)
     return [f"# {line}" for line in lines]
@@ -200,7 +200,7 @@ def _sweep(file: Path) -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """What ``#:`` says of each field, before or behind it; of an inherited one where it is from."""
+    """The ``#:`` comment of each field, before or after it; inherited fields included."""
     found, words = dict[str, str](), list[str]()
     bases = [each for each in reversed(kind.__mro__[1:]) if is_dataclass(each)]
     sources = [textwrap.dedent(inspect.getsource(each)) for each in (*bases, kind)]

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and the study that these describe."""
+"""The options that commands share, and the study that they describe."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def option(metavar: str, help: str, **more: Any) -> Any:
-    """An option of a command; its name is the parameter's."""
+    """An option of a command, named after its parameter."""
     return typer.Option(metavar=metavar, help=help, **more)
 
 
 def _parser(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:
     def parse(text: Any) -> Any:
         try:
-            return kind(text) if isinstance(text, str) else text  # a default is one already
-        except ValueError:  # typer's own message would not show what was written
+            return kind(text) if isinstance(text, str) else text  # a default has the type already
+        except ValueError:  # typer's own message would not show the given text
             raise typer.BadParameter(f"expected a {what}, got {short(text)}") from None
 
     return parse
@@ -53,16 +53,16 @@ def _share(text: str) -> float:
 
 
 def _ascii(text: str) -> str:
-    """The text, of which Python takes more for a number: 1_000, and digits of all scripts."""
+    """The text, without the underscores and non-ASCII digits that Python accepts in numbers."""
     if not text.isascii() or "_" in text:
         raise ValueError(text)
     return text
 
 
 def _path(text: str) -> Path:
-    """A path that a file can have; ``~`` is the home folder in ``--output=~/run``, too."""
+    """A valid path; ``~`` is the home folder, also in ``--output=~/run``."""
     name = os.path.expanduser(text)
-    raw = name.encode()  # ValueError where it is no text
+    raw = name.encode()  # ValueError for bytes that are not text
     if not raw or b"\0" in raw or len(raw) > 4095 or max(map(len, raw.split(b"/"))) > 255:
         raise ValueError(text)
     return Path(name)
@@ -84,14 +84,14 @@ path = _parser(_path, "path of names of 1 to 255 bytes, in UTF-8")
 class Flag:
     """An option that changes a setting of a study."""
 
-    setting: str  # its key, with dots
+    setting: str  # the key, with dots
     metavar: str
     help: str
-    kind: type = str  # of the value; ``tuple`` for a list with commas
+    kind: type = str  # the type of the value; ``tuple`` for a list with commas
     parser: Callable[[str], Any] | None = None
 
     def parameter(self, name: str) -> Parameter:
-        """What typer reads from a command's signature."""
+        """The parameter in a command's signature that typer reads."""
         parser = self.parser or {int: whole, float: number}.get(self.kind)
         kind = str if self.kind is tuple else self.kind
         hint = Annotated[kind | None, option(self.metavar, self.help, parser=parser)]  # type: ignore[valid-type]
@@ -126,7 +126,7 @@ SPLIT = {
     "split": Flag("protocol.split", "leave-one-out|temporal|given", "How to split the log."),
     "split_at": Flag("protocol.split_at", "V,T", "Where validation and test begin.", tuple),
 }
-VERDICT = {  # what is made of a run's ranks, whenever it is asked
+VERDICT = {  # settings of a report, which can change without another training
     "margin": Flag("protocol.margin", "M", "The acceptable loss: 2% or 0.02.", float, share),
     "level": Flag("protocol.level", "P", "The confidence of intervals: 95% or 0.95.", float, share),
     "metric": Flag("protocol.metric", "HR@K|NDCG@K|MRR", "The metric of the verdict."),
@@ -171,14 +171,14 @@ SET = Annotated[
     ),
 ]
 AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-WORDS = {  # arguments, as the help names them
+WORDS = {  # arguments as the help names them
     **{"data.source": "D", "study": "STUDY.toml", "run": "RUN", "trial": "TRIAL"},
     **dict.fromkeys(("recommender", "folder", "dir", "output"), "DIR"),
 }
 
 
 def as_typed(error: BadInput, arguments: Sequence[str]) -> BadInput:
-    """The error with its field as the user wrote it, where that was an option."""
+    """The error with the option that the user wrote in place of the key."""
     names = [name for name, flag in FLAGS.items() if flag.setting == error.field]
     flags = {f"--{name.replace('_', '-')}" for name in names or [error.field]}
     typed = {word.partition("=")[0] for word in arguments}
@@ -189,13 +189,13 @@ def as_typed(error: BadInput, arguments: Sequence[str]) -> BadInput:
 
 
 def takes_flags(flags: Mapping[str, Flag]) -> Callable[[Command], Command]:
-    """Give a command options that change a study; their values come as ``**flags``."""
+    """Give a command options that change a study; it gets their values as ``**flags``."""
 
     def extend(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
         more = [flag.parameter(name) for name, flag in flags.items()]
-        every = sorted([*more, *own], key=lambda each: each.kind)  # what stands after * comes last
+        every = sorted([*more, *own], key=lambda each: each.kind)  # keyword-only ones last
         command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
         return command
 
@@ -203,9 +203,9 @@ def takes_flags(flags: Mapping[str, Flag]) -> Callable[[Command], Command]:
 
 
 def make_study(file: Path | None = None, settings: Sequence[str] = (), **flags: Any) -> Study:
-    """The study that a sweep asks for: a file's, one of data and backbone, or the demo.
+    """The study of a sweep: from a file, from data and backbone, or the demo.
 
-    Then ``settings`` as ``recipe.epochs=3`` change it, and at last the flags.
+    ``settings``, such as ``recipe.epochs=3``, change it, then the flags do.
     """
     data, backbone = flags.get("data"), flags.get("backbone")
     if (own := flags.get("recommender")) is not None:
@@ -236,14 +236,14 @@ def make_study(file: Path | None = None, settings: Sequence[str] = (), **flags: 
 
 
 def apply_flags(study: Study, **flags: Any) -> Study:
-    """The study with the settings that flags change."""
+    """The study with the flags' settings."""
     study = override(study, **_changes(flags))
     _check_split(study, flags)
     return study
 
 
 def _changes(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that flags change, by their keys."""
+    """The settings that flags give, by key."""
     given = {name: value for name, value in flags.items() if value is not None}
     changes = {FLAGS[name].setting: value for name, value in given.items()}
     for name, value in given.items():
@@ -273,20 +273,20 @@ def _base_name(backbone: str) -> str:
 
 
 def default_output(study: Study) -> Path:
-    """The folder of a run that has not been named: ``runs/<study's name>``."""
+    """The default folder of a run: ``runs/<study's name>``."""
     name = re.sub(r"[^\w.-]+|^\.+", "-", study.name).strip("-.").encode()[:200]
     return Path("runs", name.decode(errors="ignore") or "study")
 
 
 def check_revision(revision: str | None, source: str) -> None:
-    """Refuse an empty revision, and one of what is not on the hub."""
+    """Refuse an empty revision, and a revision of a source that is not on the hub."""
     local = source == "embedded" or Path(source).exists()
     if revision is not None and (local or not revision.strip()):
         raise BadInput("revision", revision, "a branch, tag or commit of a Hugging Face id")
 
 
 def check_output_file(path: Path | None, field: str = "output") -> None:
-    """Refuse a file that can't be written; None passes."""
+    """Refuse a file that can't be written; None is accepted."""
     if path is None:
         return
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""`recommend`: the next items for each user of a file, from an exported model, batch by batch."""
+"""`recommend`: recommend items to the users in a file, with an exported model."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 USERS = 2048  # users in memory at once
 COLUMNS = ("user", "rank", "item", "score", "title")
-NAMES = ("item", "title", "score")  # of an item in JSON
-TABLES = (".csv", ".jsonl", ".json", ".parquet")  # names of what is a table, whatever is in it
+NAMES = ("item", "title", "score")  # an item's keys in JSON
+TABLES = (".csv", ".jsonl", ".json", ".parquet")  # files that are tables, whatever they contain
 Items = Sequence[tuple[str, str | None, float]]
 Answers = Iterable[tuple[str, Items]]
-History = tuple[str, str, Sequence[str]]  # its place in the file, user and items
+History = tuple[str, str, Sequence[str]]  # place in the file, user, items
 Read = Callable[[], Iterator[History]]
 Write = Callable[[Answers], object]
 BLANKS = str.maketrans("\t\r\n", "   ")
@@ -100,7 +100,7 @@ def recommend(
 
     from depthprobe.models.export import load_recommender
 
-    disable_progress_bar()  # the terminal belongs to the recommendations
+    disable_progress_bar()  # they would mix with the recommendations
     model = load_recommender(folder, device, recommender=recommender)
     if not 1 <= top <= len(model.item_ids):
         allowed = f"a number from 1 to the {len(model.item_ids):,} items of the catalogue"
@@ -109,7 +109,7 @@ def recommend(
         model.exit_rule()
     with rereadable(history) as file:
         read = histories(file, history, settings, model)
-        # all items are checked before anything is printed
+        # check all items before printing anything
         items, users, few = count_left(read, history, model, top=top, unknown=skip_unknown)
         with writer(output, form) as write:
             for part in recommendations(read, model, top=top, exit=exit):
@@ -125,12 +125,12 @@ def recommend(
         echo(f"{plural(few, 'user')} with fewer than {plural(top, 'item')}: {others}", sys.stderr)
 
 
-# Reading: lines of any number, one at a time; or a log, by the readers of `data`.
+# Reading: a file of any length, line by line; or a log, by the readers of `data`.
 
 
 @contextmanager
 def rereadable(path: Path) -> Iterator[Path]:
-    """The file; a pipe, which can be read only once, is copied to the disk first."""
+    """The file; a pipe can be read only once, so it is first copied to disk."""
     with ExitStack() as stack:
         try:
             if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
@@ -145,9 +145,9 @@ def rereadable(path: Path) -> Iterator[Path]:
 
 
 def histories(file: Path, shown: Path, settings: Data, model: ExportedRecommender) -> Read:
-    """What reads the file from its start: a log that is in memory by now, or lines on the disk.
+    """A function that reads the histories from the start: from a log in memory, or line by line.
 
-    A log's table names its columns, or they were named; ``BadInput`` if `data` would refuse it.
+    A file is a log if it names its columns, or the options do; ``BadInput`` if it can't be read.
     """
     try:
         if settings.format or settings.columns != Columns() or is_log(file, shown):
@@ -162,7 +162,7 @@ def histories(file: Path, shown: Path, settings: Data, model: ExportedRecommende
 
 
 def is_log(file: Path, shown: Path) -> bool:
-    """Whether a file is a table: by its name, or because it says which columns are whose."""
+    """Whether a file is a table, by its name or because it names its columns."""
     from depthprobe.data.readers.tables import names_columns  # pyarrow is slow to import
 
     if file.is_dir() or shown.suffix.lower() in TABLES:
@@ -172,10 +172,10 @@ def is_log(file: Path, shown: Path) -> bool:
 
 
 def read_users(settings: Data) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
-    """A log's users and items, the items of all users in their order, (N,), and their ends, (U,).
+    """User ids, item ids, all users' items in a row (N,), and where each user's items end (U,).
 
-    Users are in the natural order of their ids. Items are places in the list of them. What has the
-    same time stays in the order of the file.
+    Users are in the natural order of their ids. Items are indices into the item ids; those with
+    equal times stay in the order of the file.
     """
     import numpy as np
 
@@ -194,15 +194,15 @@ def read_users(settings: Data) -> tuple[list[str], list[str], np.ndarray, np.nda
 def log_histories(
     users: list[str], names: list[str], items: np.ndarray, ends: np.ndarray
 ) -> Iterator[History]:
-    """Place, user and items of each user of a log."""
+    """The histories of a log."""
     for user, start, end in zip(users, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         yield f"user {short(user, 40)}", user, [names[item] for item in items[start:end].tolist()]
 
 
 def line_histories(file: Path, shown: Path, blank: str | None) -> Iterator[History]:
-    """Place, user and items of each ``user item item ...`` line; empty lines are skipped.
+    """The histories of a file of ``user item item ...`` lines; empty lines are skipped.
 
-    With ``blank``, an id of the catalogue that holds a blank, tabs alone split a line.
+    If the catalogue has an id with a blank, ``blank``, only tabs split a line.
     """
     seen = set[int]()  # hashes: names would take several times the memory
     with file.open("rb") as lines:
@@ -231,10 +231,10 @@ def line_histories(file: Path, shown: Path, blank: str | None) -> Iterator[Histo
 def count_left(
     read: Read, path: Path, model: ExportedRecommender, *, top: int, unknown: bool
 ) -> tuple[int, int, int]:
-    """How many items are not in the catalogue, users without another, and users of few others.
+    """Count unknown items, users with no known item, and users with too few items left.
 
-    The last have fewer than ``top`` items left that they have not had, where those are left out.
-    ``BadInput`` for the first unknown item, unless they are allowed, and for a file without a user.
+    Too few are fewer than ``top`` unseen ones, if the model leaves out items that a user has had.
+    ``BadInput`` for the first unknown item, unless they are allowed, and for a file without users.
     """
     items = users = few = 0
     place = None
@@ -256,7 +256,7 @@ def count_left(
 def recommendations(
     read: Read, model: ExportedRecommender, *, top: int, exit: bool = False
 ) -> Iterator[Answers]:
-    """The best items of each user, some users at a time, in order; unknown items are left out."""
+    """The best items for each user, in order, some users at a time; unknown items are ignored."""
     lines = read()
     while part := list(islice(lines, USERS)):
         known = [(user, [i for i in items if i in model.numbers]) for _, user, items in part]
@@ -265,11 +265,11 @@ def recommendations(
         yield [(user, items) for (user, _), items in zip(users, best, strict=True)]
 
 
-# Writing: what takes some users' answers.
+# Writing: functions that take the answers for some users.
 
 
 def form_of(output: Path | None, as_json: bool) -> str:
-    """The form of what is written, by the file's suffix; a terminal, pipe or device gets text."""
+    """The output format, by the file's suffix; a terminal, pipe or device gets text."""
     check_output_file(output)
     if output is None or (output.exists() and not output.is_file()):
         return ".jsonl" if as_json else ".tsv"
@@ -282,7 +282,7 @@ def form_of(output: Path | None, as_json: bool) -> str:
 
 @contextmanager
 def writer(output: Path | None, form: str) -> Iterator[Write]:
-    """What writes answers to the terminal, or to a file that is complete or absent."""
+    """A function that writes answers to the terminal, or to a file written whole or not at all."""
     with ExitStack() as stack:
         if output is None:
             yield FORMS[form](sys.stdout)
@@ -315,7 +315,7 @@ def _tsv(stream: TextIO) -> Write:
 
 
 def _row(cells: tuple[str, int, str, float, str | None]) -> str:
-    # an id stays as it is, but for what would end its column or line, or drive a terminal
+    # replace what would end the column or line, or control a terminal
     user, rank, item, score, title = cells
     texts = user, str(rank), item.translate(BLANKS), f"{score:.4f}", " ".join((title or "").split())
     return "\t".join(map(visible, texts)) + "\n"
@@ -330,7 +330,7 @@ def _csv(stream: TextIO) -> Write:
 
 
 def _json(stream: TextIO) -> Write:
-    """A line of JSON a user, which may hold any id."""
+    """One line of JSON per user, which can hold any id."""
     return lambda part: stream.writelines(
         json.dumps({"user": user, "items": [dict(zip(NAMES, item, strict=True)) for item in items]})
         + "\n"

@@ -1,4 +1,4 @@
-"""`report` and `status`: what is made of a run, or read from it."""
+"""`report` and `status`: write the report of a run, show its progress."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def report(
     check_output_file(output)
     if as_json and len(runs) > 1:
         raise BadInput("--json", len(runs), "one run")
-    apply_flags(Study(), **flags)  # refuses what a study can't say
+    apply_flags(Study(), **flags)  # refuses settings that a study would refuse
 
     from depthprobe.runs.store import open_run
 
@@ -102,7 +102,7 @@ def status(run: Run, *, as_json: AS_JSON = False) -> None:
         echo(json.dumps(content, indent=1, allow_nan=False))
     else:
         _show_status(run, state)
-    if state.damaged:  # all has been shown, but for that
+    if state.damaged:  # the rest has been shown
         raise state.damaged[0][1]
 
 

@@ -1,4 +1,4 @@
-"""`sweep`, and `train`, `probe`, `distill`: the same study restricted to one phase's methods."""
+"""`sweep`, `find`, and `train`, `probe`, `distill`: a study restricted to one phase's methods."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Phase:
-    """A command that runs some of the methods, and what these need."""
+    """A command that runs some of the methods, and whatever these need."""
 
     help: str
     has: Callable[[Method], bool]
 
     def methods(self) -> tuple[str, ...]:
-        """The names of its methods, in the order of reports."""
+        """The names of its methods, in the order of the reports."""
         return tuple(name for name, method in METHODS.items() if self.has(method))
 
     def list_methods(self) -> str:
-        """What each method is, for the end of the help; no line is wrapped."""
+        """A summary of each method for the end of the help; typer must not wrap its lines."""
         lines = [f"  {name:16}  {METHODS[name].summary}" for name in self.methods()]
         return "\n".join(["\b", "Methods:", *lines])
 
@@ -107,7 +107,7 @@ def sweep(
     ] = False,
     **flags: Any,
 ) -> int:
-    """Run the methods of the phase that the command is called by."""
+    """Run the methods of the phase that the command names."""
     one_of("executor", executor, EXECUTORS)
     if jobs is not None and jobs < 0:
         raise BadInput("jobs", jobs, "a whole number of at least 0")
@@ -140,7 +140,7 @@ def sweep(
             group = join_processes(chosen.device)
             run = run_sweep(chosen, folder, progress=progress, **how)
             group.leave()
-            if not group.writes:  # of processes that train together, one goes on with the run
+            if not group.writes:  # of the processes that train together, one finishes the run
                 return int(bool(run.failed))
         from depthprobe.report.page import report_words
 
@@ -156,12 +156,12 @@ def sweep(
 
 
 def to_search(study: Study, *, given: bool, **flags: Any) -> Study:
-    """The study as a search for the depth, among its own depths where it names some.
+    """The study as a search for the sufficient depth, among its own depths if it names some.
 
     Args:
-        study: of flags, or of a file.
-        given: whether there is a file: its methods and seeds stay.
-        flags: which of methods and seeds were asked for.
+        study: from flags, or from a file.
+        given: whether there is a file, whose methods and seeds are kept.
+        flags: with the methods and seeds asked for, or None.
     """
     changes: dict[str, Any] = {}
     if not study.searches:
@@ -175,7 +175,7 @@ def to_search(study: Study, *, given: bool, **flags: Any) -> Study:
 
 
 def restrict(study: Study, phase: str, *, strict: bool) -> Study:
-    """The study with a phase's methods alone; ``strict`` refuses any other."""
+    """The study with only the methods of a phase; ``strict`` refuses others."""
     has = PHASES[phase].has
     methods = tuple(name for name in study.methods if has(method_of(name)))
     if not methods or (strict and methods != study.methods):
@@ -185,7 +185,7 @@ def restrict(study: Study, phase: str, *, strict: bool) -> Study:
 
 
 def job_progress() -> Display:
-    """What a job of a cluster prints."""
+    """The progress display of a cluster's job."""
     open_streams()
     return Display(sys.stdout)
 
@@ -193,9 +193,9 @@ def job_progress() -> Display:
 def _run_on_cluster(
     study: Study, folder: Path, progress: Display, *, jobs: int | None, command: str, **how: Any
 ) -> Run | int:
-    """Submit jobs that share the study's trials, and wait for them; an exit code if none ends well.
+    """Submit jobs that share the trials, and wait; returns an exit code if no job succeeds.
 
-    An interrupt ends the waiting alone; the jobs go on.
+    An interrupt ends only the waiting; the jobs continue.
     """
     from depthprobe.runs.cluster import JOBS, SharedSweep, array_id, follow, submit
     from depthprobe.runs.store import open_run
@@ -204,7 +204,7 @@ def _run_on_cluster(
     shared = SharedSweep(study=study, folder=str(folder), command=command, progress=job_progress)
     submitted = submit(shared, jobs=jobs, cluster=SLURM, retry_failed=how["retry_failed"])
     number = array_id(submitted)
-    # printed: of messages a terminal shows the latest alone
+    # printed, since a terminal shows only the latest message
     line = f"submitted {jobs} {'job' if jobs == 1 else 'jobs'} ({number}), sharing {folder}"
     status = shell_line(["depthprobe", "status", str(folder)])
     echo(f"{line}; {status} shows their progress", sys.stderr)
@@ -217,15 +217,15 @@ def _run_on_cluster(
         raise SystemExit(INTERRUPTED) from None
     for name, reason in failures.items():
         echo(one_line(f"job {name} failed: {reason}"), sys.stderr)
-    # a job ends well when nothing is left to do: one is enough
+    # a job succeeds when nothing is left to do, so one is enough
     return 1 if len(failures) == jobs else open_run(folder)
 
 
 def results(run: Run) -> pd.DataFrame:
-    """One row a method and depth: how many trials, accuracy, parameters, milliseconds."""
+    """One row per method and depth: number of trials, accuracy, parameters, milliseconds."""
     costs = ["parameters_total", "train_step_ms", "encode_ms", "score_ms"]
     trials = run.trials[run.trials["status"] == "done"]
-    # of methods that leave blocks out, a mean over different blocks says nothing
+    # for methods that leave blocks out, a mean over different blocks means nothing
     trials = trials[[not method_of(name).by_block for name in trials["method"]]]
     chosen = run.metrics.query("split == 'test' and protocol == 'full' and slice == 'all'")
     chosen = chosen[chosen["metric"].isin(["HR@10", "NDCG@10"])]

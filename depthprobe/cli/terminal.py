@@ -1,7 +1,7 @@
-"""What the terminal shows: text of others made visible, small tables and bars, a sweep's progress.
+"""Output on the terminal: safe text, small tables and bars, a sweep's progress.
 
-The commands print through this module alone: what comes from a log, a run or an error may hold
-control characters, and they are shown, not sent.
+All commands print through this module, because text from a log, a run or an error may contain
+control characters: they are shown and not sent to the terminal.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress as Bar
 
-PIPE_WIDTH = 200  # columns where there is no terminal: wide enough to cut nothing
-ROOM = 10_000  # columns in which every table fits
-WIDEST = 100  # columns of a line of words
-SHOWN = "depthprobe.cost.timing"  # whose log lines are messages, too
-SILENCE = 10.0  # seconds without a line, after which one says what is being worked on
+PIPE_WIDTH = 200  # width without a terminal: wide enough to cut nothing
+ROOM = 10_000  # a width that fits every table
+WIDEST = 100  # width of running text
+SHOWN = "depthprobe.cost.timing"  # its log lines are also messages
+SILENCE = 10.0  # after this many silent seconds, print what is being worked on
 
 
 def open_streams() -> None:
-    """Make the standard streams take every text: one that is closed discards it.
+    """Make the standard streams accept any text; a closed one discards it.
 
-    A file that is opened later would get its number, and the messages of libraries. What an
-    encoding can't say is escaped.
+    Otherwise the next file to be opened would get its number, and the messages of libraries.
+    Characters outside the encoding are escaped.
     """
-    for name in ("stdin", "stdout", "stderr"):  # in this order: each takes the lowest free number
+    for name in ("stdin", "stdout", "stderr"):  # in this order, as each gets the lowest free number
         stream = getattr(sys, name)
         if stream is None:
             number = os.open(os.devnull, os.O_RDWR)
@@ -51,21 +51,21 @@ def open_streams() -> None:
 
 
 def close_streams() -> None:
-    """Write what is still to be written; what can't be is discarded, without a word of Python's."""
+    """Flush the standard streams; if that fails, discard the rest without a message from Python."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # who read it has gone, or the disk is full
+        except OSError:  # the reader has gone, or the disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def echo(text: object, stream: TextIO | None = None) -> None:
-    """Print lines of text, at once."""
+    """Print lines of text, and flush."""
     print(visible(str(text), keep="\n"), file=stream, flush=True)
 
 
 class VisibleLines(logging.Formatter):
-    """Log lines, which may quote text of others."""
+    """Formats log lines, which may quote unsafe text."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -81,7 +81,7 @@ def show_table(
 ) -> None:
     """Print rows to standard output; the columns named in ``words`` are left-aligned.
 
-    On a terminal that is too narrow, columns stand closer, and texts and headers break.
+    On a narrow terminal columns move closer, and texts and headers wrap.
     """
     from rich import box
     from rich.cells import cell_len
@@ -115,7 +115,7 @@ def show_table(
 
 
 def show_facts(rows: dict[str, str]) -> None:
-    """Print what a thing is called and what it is, one below the other."""
+    """Print names and values, one pair per line."""
     from rich.table import Table
     from rich.text import Text
 
@@ -134,14 +134,14 @@ def say(text: str) -> None:
 
 
 def console() -> Console:
-    """Standard output: a terminal in its own width, anything else wide enough to cut nothing."""
+    """A console on standard output: as wide as the terminal, or wide enough to cut nothing."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def bar(share: float, *, width: int = 24) -> str:
-    """A bar of up to ``width`` characters, drawn in eighths of one where the output can show it."""
+    """A bar of up to ``width`` characters, with eighths of a character if the encoding has them."""
     if console().options.ascii_only:
         return "#" * round(width * share)
     full, eighths = divmod(round(8 * width * share), 8)
@@ -161,7 +161,7 @@ def cell(value: Any) -> str:
 
 
 def scaled(count: float, unit: str) -> str:
-    """A count with the unit's thousands: ``1.5 GB``, ``12 MFLOP``."""
+    """A count with a unit and its prefix: ``1.5 GB``, ``12 MFLOP``."""
     sizes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0, ""))
     size, letter = next((size, letter) for size, letter in sizes if count >= size)
     return f"{rounded(count / (size or 1))} {letter}{unit}".strip()
@@ -173,7 +173,7 @@ def scaled(count: float, unit: str) -> str:
 class Display(Progress, logging.Handler):
     """Shows the events of a sweep.
 
-    Without a bar each event is a line, flushed at once, so that a log file can be followed.
+    Without a bar each event is a line, flushed at once, so a log file can be followed.
     """
 
     def __init__(self, stream: TextIO, bar: Bar | None = None) -> None:
@@ -184,7 +184,7 @@ class Display(Progress, logging.Handler):
             self.task = bar.add_task("loading", total=None)
 
     def plan(self, trials: Sequence[str]) -> None:
-        """The trials that will run now; a search adds some again and again."""
+        """Show the trials that will run; a search adds more later."""
         first, self.total, self.doing = not self.total, self.ended + len(trials), ""
         if self.bar is not None:
             self.bar.update(self.task, total=self.total, completed=self.ended)
@@ -192,7 +192,7 @@ class Display(Progress, logging.Handler):
             self._print(f"{plural(self.total, 'trial')} to run")
 
     def message(self, text: str) -> None:
-        """What is being done right now: beside the bar, or a line."""
+        """Show what is being done, beside the bar or as a line."""
         self.doing = one_line(text)
         if self.bar is not None:
             self.bar.update(self.task, description=one_line(text))
@@ -200,13 +200,13 @@ class Display(Progress, logging.Handler):
             self._print(one_line(text))
 
     def break_silence(self, folder: Path) -> None:
-        """Print what is being worked on in a run, if the last line is some seconds old."""
-        # before the first message what was asked for may still be refused, in one line
+        """Print what is being worked on in a run, after some seconds of silence."""
+        # before the first message the command may still be refused, in one line
         begun = self.doing or self.total
         if not begun or time.monotonic() - self.last < SILENCE:
             return
         doing = self.doing
-        if self.total:  # before, the sweep may still be importing what tells it
+        if self.total:  # earlier, the sweep may still be importing
             from depthprobe.runs.store import working
 
             at_work = [f"{each.task} {one_line(each.line)}".rstrip() for each in working(folder)]
@@ -214,11 +214,11 @@ class Display(Progress, logging.Handler):
         self._print(f"at work: {doing or 'waiting for another sweep of this run'}")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A log line."""
+        """Print a log line."""
         self.message(record.getMessage())
 
     def done(self, trial: str, status: str, seconds: float, note: str) -> None:
-        """A trial ended."""
+        """Show that a trial has ended."""
         self.ended += 1
         line = "  ".join(filter(None, (trial, status, f"{seconds:.1f} s", one_line(note))))
         if self.bar is not None:
@@ -230,18 +230,18 @@ class Display(Progress, logging.Handler):
     def _print(self, text: str, *, style: str | None = None) -> None:
         self.last = time.monotonic()
         if self.bar is None:
-            with suppress(OSError):  # the trials go on when nobody reads of them any more
+            with suppress(OSError):  # the trials continue even if nobody reads the output any more
                 echo(f"{datetime.now():%H:%M:%S} {text}", self.stream)
-        else:  # a trial's name or an error may hold brackets, which rich would read as markup
+        else:  # trial names and errors may contain brackets, which rich would read as markup
             self.bar.console.print(visible(text), style=style, markup=False, highlight=False)
 
 
 @contextmanager
 def show_progress(stream: TextIO, folder: Path | None = None) -> Iterator[Display]:
-    """Progress on ``stream`` for as long as the block runs.
+    """Show progress on ``stream`` while the block runs.
 
-    Also what is worked on in the run's ``folder``: step by step on a terminal, elsewhere a line
-    after each ten seconds of silence.
+    Also show what is being worked on in the run's ``folder``: at every step on a terminal,
+    elsewhere as a line after ten seconds of silence.
     """
     live = stream.isatty() and os.environ.get("TERM") != "dumb"
     logger = logging.getLogger(SHOWN)
@@ -276,7 +276,7 @@ def _bar(stream: TextIO, folder: Path | None) -> Bar:
     from rich.text import Text
 
     class BarWithTasks(Bar):
-        """A bar, and below it what is worked on."""
+        """A progress bar with the running tasks below it."""
 
         def get_renderables(self) -> Iterable[RenderableType]:
             yield from super().get_renderables()

@@ -72,7 +72,7 @@ def flops_per_user(
 def encode_flops(
     model: Recommender, lengths: Any, *, depth: int | None = None, known: Known | None = None
 ) -> int:
-    """FLOPs of encoding users with so many positions each, (E,), into one vector a user.
+    """FLOPs of encoding users with so many positions each, (E,), into one vector per user.
 
     A position is an item, or a token where histories are read in words.
 

@@ -92,7 +92,7 @@ def rank_users(
     raised to float32, since it ties items that are not equal.
 
     Args:
-        vectors: (E, d), one a user.
+        vectors: (E, d), one per user.
         item_matrix: (I + 1, d); row 0 is padding and never ranked.
         targets: (E,), items 1..I.
         seen: for each user the items to leave out, repeats allowed; the target is ranked even if
@@ -372,7 +372,7 @@ class EvalSet:
     def rank_models(
         self, models: list[Ranks], chosen: np.ndarray, vectors: Tensor, items: Tensor
     ) -> None:
-        """Rank the chosen users' targets by K models, into arrays of all users' ranks, one a model.
+        """Rank the chosen users' targets by K models, into arrays of all users' ranks, one per model.
 
         ``models`` is empty before the first batch. ``vectors`` (K, B, d) are those of each model.
         """

@@ -39,7 +39,7 @@ def shuffled(eval_set: EvalSet, draw: int) -> EvalSet:
 def without_order(rank: Callable[[EvalSet], Sequence[Ranks]], eval_set: EvalSet) -> pd.DataFrame:
     """Ranks of every target before and after shuffling, for each model that ``rank`` gives.
 
-    One row a model and user: ``place``, the model's place in the answer of ``rank``; ``user``;
+    One row per model and user: ``place``, the model's place in the answer of ``rank``; ``user``;
     ``rank``; and ``shuffled-1`` to ``shuffled-5``, its ranks with the histories in random orders.
     """
     plain = replace(eval_set, negatives=None, lists=False)

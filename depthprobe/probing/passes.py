@@ -172,7 +172,7 @@ def settled_depths(lists: np.ndarray) -> np.ndarray:
 
 
 def settled_frame(settling: Settling, users: np.ndarray) -> pd.DataFrame:
-    """One row a user, ``users`` (E,) in the order of the eval set.
+    """One row per user, ``users`` (E,) in the order of the eval set.
 
     ``rank_settled`` is the first depth whose rank is within one of the last; later depths may
     differ again. ``best_depth`` is the first depth with the target's best rank; it is before L if

@@ -84,7 +84,7 @@ def run_sweep(
         output: the run's folder, new, empty, or an earlier run of the same study; default
             ``runs/<name>``.
         jobs: trials at the same time, each in a process of its own; 0 runs them in this process.
-            Default: one a GPU, else one a core, at most four. Processes are spawned: a script
+            Default: one per GPU, or one per core, at most four. Processes are spawned: a script
             that calls this needs the usual ``if __name__ == "__main__":``.
         command: what the report names as the way to repeat the run.
         progress: is shown what happens.

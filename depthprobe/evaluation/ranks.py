@@ -372,7 +372,7 @@ class EvalSet:
     def rank_models(
         self, models: list[Ranks], chosen: np.ndarray, vectors: Tensor, items: Tensor
     ) -> None:
-        """Rank the chosen users' targets by K models, into arrays of all users' ranks, one per model.
+        """Rank the chosen users' targets by K models, into an array of all users' ranks per model.
 
         ``models`` is empty before the first batch. ``vectors`` (K, B, d) are those of each model.
         """

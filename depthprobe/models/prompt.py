@@ -116,6 +116,36 @@ def sharing_cache(recorded: Cache, order: Iterable[int] | None = None) -> Cache:
     return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in chosen])
 
 
+class PromptOfStep:
+    """A prompt that the parts of a training step share, although each has its own backward pass.
+
+    The gradients of the parts stop at its keys and values and are added up there, in float32 at
+    least; :meth:`backward` sends the sums through the prompt.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        layers: list[Any] = cache.layers
+        self._outputs: list[Tensor] = [each for one in layers for each in (one.keys, one.values)]
+        self._stops = [
+            each.detach().to(torch.promote_types(each.dtype, torch.float32))
+            for each in self._outputs
+        ]
+        for output, stop in zip(self._outputs, self._stops, strict=True):
+            stop.requires_grad_(output.requires_grad)
+        pairs = zip(self._outputs, self._stops, strict=True)
+        parts = iter([stop.to(output.dtype) for output, stop in pairs])
+        #: what the parts continue from
+        self.cache = Cache(layers=[_SharedLayer(*pair) for pair in zip(parts, parts, strict=True)])
+
+    def backward(self) -> None:
+        """Add the prompt's share to the gradients of the weights."""
+        pairs = zip(self._outputs, self._stops, strict=True)
+        sums = [(out, stop.grad.to(out.dtype)) for out, stop in pairs if stop.grad is not None]
+        if sums:
+            outputs, gradients = zip(*sums, strict=True)
+            torch.autograd.backward(outputs, gradients)
+
+
 def first_position(decoder: PreTrainedModel) -> int:
     """The position id that a decoder gives to the first token of a text, if none is given to it.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from depthprobe.models.blocks import (
 )
 from depthprobe.models.prompt import (
     ExactAttention,
+    PromptOfStep,
     cache_argument,
     can_share_prompt,
     checkpointed_blocks,
@@ -179,6 +180,7 @@ class Recommender(nn.Module):
             self.lead = 0
         self.first = first_position(self.backbone)  # position id of the first token
         self.cache_argument = cache_argument(self.backbone)
+        self._step: list[PromptOfStep] | None = None  # the prompt's run inside ``one_prompt``
         #: whether training computes the blocks again in the backward pass, to save memory
         self.checkpointing = False
         if self.input_adapter is not None:
@@ -272,8 +274,30 @@ class Recommender(nn.Module):
         """The prompt's keys and values at the present weights; None if they can't be shared."""
         if not len(self.prompt) or self.lead:
             return None
+        shares = self._step is not None and torch.is_grad_enabled()
+        if shares and self._step:
+            return self._step[0].cache
         with self._running():
-            return shared_prompt(self.backbone, self.prompt, first=self.first)
+            cache = shared_prompt(self.backbone, self.prompt, first=self.first)
+        if not shares:
+            return cache
+        self._step = [PromptOfStep(cache)]
+        return self._step[0].cache
+
+    @contextmanager
+    def one_prompt(self) -> Iterator[None]:
+        """Passes inside run a shared prompt once, although each is followed by a backward pass.
+
+        They must run the same blocks with the same weights. The prompt's own backward pass comes on
+        leaving.
+        """
+        self._step = []
+        try:
+            yield
+            for prompt in self._step:
+                prompt.backward()
+        finally:
+            self._step = None
 
     def embed(self, histories: Tensor) -> Tensor:
         """Items in the backbone's width: one vector or some tokens each, (B, T) -> (B, S, D)."""

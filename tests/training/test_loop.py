@@ -15,13 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from depthprobe.models import recommender
 from depthprobe.models.recommender import Recommender
 from depthprobe.models.sasrec import SASRec
-from depthprobe.study import Recipe
+from depthprobe.study import Distillation, Elastic, Recipe
 from depthprobe.training import loop
+from depthprobe.training.distillation import Distiller
 from depthprobe.training.distributed import Engine
 from depthprobe.training.loop import DivergedError, Fit, _cosine, parts_of
-from depthprobe.training.objectives import Batch, NextItem, make_batch
+from depthprobe.training.objectives import (
+    Batch,
+    ElasticObjective,
+    NextItem,
+    count_targets,
+    make_batch,
+)
 
 CPU = torch.device("cpu")
 MANY = 1_000_000  # positions: more than any batch here has
@@ -289,7 +297,7 @@ def test_weights_are_cast_once_for_all_parts_of_a_step(
     make_recommender: Callable[..., Recommender], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = [np.arange(1, length) for length in (4, 6, 6, 9, 11)]
-    model = make_recommender(blocks=2).train()
+    model = make_recommender(blocks=2, prompt=()).train()
     model.backbone.layers.requires_grad_(True)
     objective = NextItem(model, recipe := Recipe(precision="bfloat16"))
     engine, chosen = Engine(objective, recipe, CPU), np.arange(5)
@@ -301,7 +309,7 @@ def test_weights_are_cast_once_for_all_parts_of_a_step(
     )
     loss = loop._gradients(engine, windows, chosen, 3)
     assert len(casts) == 1
-    together = {name: p.grad.clone() for name, p in engine.weights.items()}
+    together = {name: p.grad.clone() for name, p in engine.weights.items() if p.grad is not None}
     engine.zero_grad()
     total, apart = sum(map(len, windows)) - 5, 0.0
     for part in np.array_split(chosen, 3):
@@ -311,8 +319,49 @@ def test_weights_are_cast_once_for_all_parts_of_a_step(
         share.backward()
         apart += share.item()
     assert float(loss) == pytest.approx(apart, rel=1e-6)
+    for name, gradient in together.items():
+        assert torch.equal(engine.weights[name].grad, gradient)
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "suffix", "tapped", "elastic"])
+def test_the_prompt_runs_once_for_all_parts_of_a_step(
+    kind: str, make_recommender: Callable[..., Recommender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = [np.arange(1, length) for length in (4, 6, 6, 9, 11)]
+    ends: Any = "last" if kind == "suffix" else "every"
+    recipe = Recipe(objective=ends)
+    model = make_recommender(blocks=3, suffix=(4, 2) if kind == "suffix" else ()).train()
+    model.backbone.requires_grad_(True)
+    model.checkpoint_blocks(kind == "checkpointed")
+    objective: nn.Module = NextItem(model, recipe)
+    if kind == "tapped":
+        losses = Distillation(cosine=0, norm=0, supervision=1)
+        objective = Distiller(model, losses, recipe, None)
+    if kind == "elastic":
+        objective = ElasticObjective(model, Elastic(dropout=0.9), recipe)
+    engine, chosen, runs = Engine(objective, recipe, CPU), np.arange(5), []
+    run = recommender.shared_prompt
+    monkeypatch.setattr(
+        recommender, "shared_prompt", lambda *given, **named: runs.append(1) or run(*given, **named)
+    )
+    loss = loop._gradients(engine, windows, chosen, 3)
+    assert len(runs) == 1
+    together = {name: p.grad.clone() for name, p in engine.weights.items() if p.grad is not None}
+    engine.zero_grad()
+    total, apart = int(count_targets(windows, ends).sum()), 0.0
+    for part in np.array_split(chosen, 3):
+        batch = make_batch(windows, part, CPU, ends, draw=loop._random_number(chosen.tolist()))
+        share = objective(batch) * (batch.count / total)
+        share.backward()
+        apart += share.item()
+    assert len(runs) == 4  # outside a step it runs anew, with the weights of then
+    assert float(loss) == pytest.approx(apart, rel=1e-6)
+    (tokens,) = (gradient for name, gradient in together.items() if "embed_tokens" in name)
+    assert tokens[model.prompt].abs().sum() > 0  # the prompt itself has gradients
     for name, p in engine.weights.items():
-        assert torch.equal(p.grad, together[name])
+        assert (p.grad is None) == (name not in together)
+        if p.grad is not None:
+            torch.testing.assert_close(together[name], p.grad, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -20,6 +20,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -255,13 +256,18 @@ def step(
     optimizer: torch.optim.Optimizer,
     *,
     bfloat16: bool = False,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Callable[[], None]:
-    """A training step: the losses of a batch's parts, backward, clipping, AdamW."""
+    """A training step: the losses of a batch's parts, backward, clipping, AdamW.
+
+    The losses and their backward passes run inside the context that ``around`` makes.
+    """
     weights: list[Tensor] = optimizer.param_groups[0]["params"]
 
     def call() -> None:
         kind = weights[0].device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):  # casts weights once
+        half = torch.autocast(kind, torch.bfloat16, enabled=bfloat16)  # casts weights once
+        with around(), half:
             for loss in losses:
                 value = loss()
                 with torch.autocast(kind, enabled=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -389,6 +389,19 @@ class Recommender(nn.Module):
         return self.read_out(states_at(last, self.last_place(histories, lengths)))
 
     encode = forward  # with lengths: user vectors after the last item and the suffix, (B, d)
+
+
+def one_prompt(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within it every recommender of a module runs its prompt once: see ``Recommender.one_prompt``.
+
+    For steps in several parts. Not for several processes, where the last part's backward pass
+    exchanges the gradients, nor for compiled models, whose code has the prompt inside.
+    """
+    stack = ExitStack()
+    for each in module.modules():
+        if isinstance(each, Recommender):
+            stack.enter_context(each.one_prompt())
+    return stack
 
 
 def _output_width(backbone: PreTrainedModel) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from depthprobe.models.build import (
 )
 from depthprobe.models.precision import compute_in_bfloat16
 from depthprobe.models.quantize import make_ready, quantize
-from depthprobe.models.recommender import Recommender, is_quantized
+from depthprobe.models.recommender import Recommender, is_quantized, one_prompt
 from depthprobe.models.taps import Plan, standing_in
 from depthprobe.probing.mix import OPTION, plan_without, possible_options
 from depthprobe.runs.context import Context
@@ -349,7 +350,9 @@ def _step(
         value: Tensor = objective.train()(part)
         return value
 
-    return rig.step([partial(loss, part) for part in parts], optimizer, bfloat16=half)
+    around = partial(one_prompt, objective) if len(parts) > 1 else nullcontext
+    losses = [partial(loss, part) for part in parts]
+    return rig.step(losses, optimizer, bfloat16=half, around=around)
 
 
 def _objective(

@@ -11,9 +11,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from depthprobe.cost.size import release_memory
 from depthprobe.data.batches import length_buckets
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.recommender import one_prompt
 from depthprobe.study import Recipe
 from depthprobe.training.checkpoint import (
     Checkpoint,
@@ -236,8 +235,9 @@ def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int)
     pieces = np.array_split(own, min(parts, len(own)))
     # from the step's windows, so the same in all its processes and parts
     losses, draw = [], _random_number(chosen.tolist())
+    once = len(pieces) > 1 and engine.processes == 1 and not engine.recipe.compile
     # around all parts: the prompt runs once, and each weight is cast once
-    with _one_prompt(engine, len(pieces)), engine.autocast():
+    with one_prompt(engine.inner) if once else nullcontext(), engine.autocast():
         for place, part in enumerate(pieces, start=1):
             batch = make_batch(windows, part, engine.device, objective, draw=draw)
             fraction = weight * batch.count / total
@@ -247,20 +247,6 @@ def _gradients(engine: Engine, windows: Windows, chosen: np.ndarray, parts: int)
                     (loss * (fraction * engine.processes)).backward()
             losses.append(loss.detach() * fraction)
     return torch.stack(losses).sum()
-
-
-def _one_prompt(engine: Engine, parts: int) -> AbstractContextManager[Any]:
-    """Within it the prompt runs once for all parts of a step.
-
-    Not in several processes, where the last part's backward pass exchanges the gradients; and not
-    in compiled models, where it is part of the compiled code.
-    """
-    stack = ExitStack()
-    if parts > 1 and engine.processes == 1 and not engine.recipe.compile:
-        for module in engine.inner.modules():
-            if isinstance(module, Recommender):
-                stack.enter_context(module.one_prompt())
-    return stack
 
 
 class LossMonitor:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ from depthprobe.cost.timing import (
     summarize,
     times_faster,
 )
+from depthprobe.models import recommender
 from depthprobe.models.blocks import find_blocks
 from depthprobe.models.build import cut_copy, make_trainable
-from depthprobe.models.recommender import Recommender
+from depthprobe.models.recommender import Recommender, one_prompt
 from depthprobe.study import Backbone
 
 CPU = torch.device("cpu")
@@ -194,6 +196,20 @@ def test_depths_share_weights_and_optimiser(model: Recommender) -> None:
     for name, weight in model.named_parameters():
         assert torch.equal(before[name], weight) != weight.requires_grad, name
         assert weight.grad is None
+
+
+def test_the_parts_of_a_timed_step_share_the_prompt(
+    model: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, run = [], recommender.shared_prompt
+    monkeypatch.setattr(
+        recommender, "shared_prompt", lambda *given, **named: runs.append(1) or run(*given, **named)
+    )
+    losses = [lambda: model(torch.randint(1, 21, (3, 5))).square().sum()] * 2
+    step(losses, optimizer_of(model), around=partial(one_prompt, model))()
+    assert len(runs) == 1
+    step(losses, optimizer_of(model))()
+    assert len(runs) == 3
 
 
 def test_a_cut_copy_computes_what_the_first_blocks_do(model: Recommender) -> None:

@@ -140,6 +140,8 @@ def _uncompared(summary: Summary) -> Answer:
     elif summary.teacher is None:
         verdict = "no teacher"
         missing = "no trial of the teacher is finished, so nothing can be compared with it."
+        if TEACHER not in summary.run.study.methods:
+            missing = f"this study has no teacher ({TEACHER}) to compare its models with."
         for trial in summary.failed.to_dict("records"):
             if trial["method"] == TEACHER:
                 missing = "the teacher failed."

@@ -151,6 +151,16 @@ def test_what_is_missing_for_an_answer_is_named(
     assert [tile.label for tile in answer.tiles] == tiles
 
 
+def test_a_study_without_a_teacher_is_told_from_an_unfinished_one(
+    make: Make, tmp_path: Path
+) -> None:
+    run = make(tmp_path, users=60, methods={"popularity", "finetune"})
+    run.study = replace(run.study, methods=("popularity", "finetune"))
+    answer = build_answer(run)
+    assert answer.verdict == "no teacher"
+    assert answer.lines[0].startswith("No answer: this study has no teacher (full)")
+
+
 def test_a_failed_teacher_is_no_answer(make: Make, tmp_path: Path) -> None:
     answer = build_answer(make(tmp_path, users=60, failing=[("full", 12, 0), ("full", 12, 1)]))
     assert answer.verdict == "no teacher"

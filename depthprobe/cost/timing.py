@@ -93,7 +93,8 @@ def measure(
     Args:
         make: returns the actions for a number of windows per step.
         seconds: the budget, of all attempts. One round is always taken, so it may be exceeded.
-        warmup: most rounds that do not count; the first counts if there is no time for another.
+        warmup: most rounds that do not count; the first counts if there is no time for another,
+            but no action's first call does.
         rounds: most rounds that count.
     """
     began = time.perf_counter()
@@ -140,10 +141,9 @@ def _rounds(
             left_out.append(name)
             logger.warning("timing: %s left out, a call would take about %.0f s", name, expected)
             continue
+        seconds_of(action.call, device)  # loads libraries, makes gradients and moments: not counted
         took = seconds_of(action.call, device)
         if action.work:
-            # the first call loads libraries and makes gradients and moments, so take the second
-            took = seconds_of(action.call, device)
             pace = min(pace, took / action.work)
         times[name] = [took]
         reported = _report(f"first round, {name}", began, reported)

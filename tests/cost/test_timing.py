@@ -59,7 +59,7 @@ def test_actions_take_turns_after_the_warm_up() -> None:
     calls: list[str] = []
     actions = {name: Action(lambda n=name: calls.append(n)) for name in "ab"}
     found = run(actions)
-    assert "".join(calls) == "ababababab"
+    assert "".join(calls) == "aabb" + "abababab"
     assert {name: len(values) for name, values in found.seconds.items()} == {"a": 3, "b": 3}
     assert (found.warmup, found.rounds) == (2, 3)
 
@@ -69,7 +69,7 @@ def test_rounds_end_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     actions = {"a": Action(clock.takes(1)), "b": Action(clock.takes(3))}
     found = run(actions, seconds=20, warmup=3, rounds=100)
     assert clock.now == 20
-    assert (found.warmup, found.rounds) == (2, 3)
+    assert (found.warmup, found.rounds) == (1, 3)
     assert found.seconds == {"a": [1, 1, 1], "b": [3, 3, 3]}
 
 
@@ -78,10 +78,11 @@ def test_one_round_is_always_taken_and_counts(monkeypatch: pytest.MonkeyPatch) -
     assert (found.seconds, found.warmup, found.rounds) == ({"a": [9]}, 0, 1)
 
 
-def test_the_first_step_makes_gradients_and_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("work", [0, 30])
+def test_the_first_call_does_not_count(monkeypatch: pytest.MonkeyPatch, work: int) -> None:
     clock = Clock(monkeypatch)
     costs = iter([9.0, 1.0])
-    found = run({"train:30": Action(lambda: clock.takes(next(costs))(), work=30)}, seconds=5)
+    found = run({"train:30": Action(lambda: clock.takes(next(costs))(), work)}, seconds=5)
     assert (found.seconds, found.warmup, found.rounds) == ({"train:30": [1]}, 0, 1)
 
 
@@ -136,7 +137,10 @@ def test_progress_is_logged_every_ten_seconds(
     run({"a": Action(Clock(monkeypatch).takes(6))}, seconds=60, warmup=0, rounds=9)
     lines = [record.message for record in caplog.records]
     assert lines[0] == "timing 1 actions for about 60 s"
-    assert lines[1:] == [f"timing: round {n} of 9, {6 * n} s so far" for n in (2, 4, 6, 8)]
+    assert lines[1:] == [
+        "timing: first round, a, 12 s so far",
+        *(f"timing: round {n} of 9, {6 * (n + 1)} s so far" for n in (3, 5, 7, 9)),
+    ]
 
 
 @pytest.mark.parametrize(

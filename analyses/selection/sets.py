@@ -2,10 +2,11 @@
 
     python analyses/selection/sets.py runs/RUN --draw sets.png
 
-A set is what is left of the teacher. Its worth before training is the teacher's NDCG@10 without
-the other blocks, after training that of the healed set, in the mean over seeds. A score of single
-blocks predicts the loss as the sum over the blocks that went. Correlations are over the random sets
-alone: Spearman's, with a one-sided lower bound for other random sets (Bonett and Wright 2000).
+A set is what is left of the teacher. Its worth before training is the NDCG@10 of the first seed's
+teacher without the other blocks, after training that of the healed sets, in the mean over seeds: a
+score may choose other blocks with each seed. A score of single blocks predicts the loss as the sum
+over the blocks that went. Correlations are over the random sets alone: Spearman's, with a one-sided
+lower bound for other random sets (Bonett and Wright 2000).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from depthprobe.report.reliance import scores_of
 from depthprobe.runs.store import Run, open_run
 from depthprobe.study import parse_blocks
 
-METRIC = "NDCG@10"
+METRIC, RANDOM = "NDCG@10", "random"
 TITLES = {  # of the scores of whole blocks
     "block-influence": "block influence",
     "angular-distance": "angular distance",
@@ -39,16 +40,20 @@ def mean_of(ranks: Ranks, trials: list[str]) -> float:
 
 
 def sets_of(run: Run, ranks: Ranks) -> pd.DataFrame:
-    """A row a set of blocks: kept, the names of its choosers, its worth before and after."""
+    """A row a choice, and a row a random set: the blocks kept at the first seed, the worths."""
     drawn = run.scores("random-blocks").query("metric == @METRIC")
-    before = drawn.groupby("kept").agg(before=("value", "first"), chosen=("selection", list))
-    trials = run.trials.query("status == 'done'")
-    healed = trials[trials["method"].str.startswith("heal")]
+    before = drawn.groupby(["selection", "kept"], as_index=False)["value"].first()
+    before = before.rename(columns={"selection": "choice", "value": "before"})
+    healed = run.trials.query("status == 'done' and method.str.startswith('heal')")
     kept = healed["kept"].map(lambda blocks: ",".join(map(str, parse_blocks(blocks))))
-    # two selections of one teacher may keep the same blocks
-    healed = healed.assign(kept=kept).drop_duplicates(["kept", "seed"])
-    after = healed.groupby("kept")["trial"].agg(lambda own: mean_of(ranks, [*own]))
-    return before.assign(after=after.astype(float)).reset_index()
+    healed = healed.assign(kept=kept).sort_values("seed")
+    after = healed.groupby("method").agg(kept=("kept", "first"), trials=("trial", list))
+    after["after"] = after["trials"].map(lambda own: mean_of(ranks, own))
+    after["choice"] = [name.partition(":")[2] or "prefix" for name in after.index]
+    # every name that says no rule, r01 ..., is of a random set
+    random = after["kept"].isin(before.query("choice == @RANDOM")["kept"])
+    after.loc[random & ~after["choice"].isin(before["choice"]), "choice"] = RANDOM
+    return before.merge(after[["choice", "kept", "after"]], how="outer", on=["choice", "kept"])
 
 
 def damages(run: Run) -> dict[str, np.ndarray]:
@@ -72,7 +77,7 @@ def lower_bound(correlation: float, number: int) -> float:
 
 def correlation_table(sets: pd.DataFrame, of_blocks: dict[str, np.ndarray]) -> str:
     """Does the sum of a score over the blocks that went order random sets as they are worth?"""
-    drawn = sets[sets["chosen"].map(lambda names: "random" in names)]
+    drawn = sets.query("choice == @RANDOM")
     lines = ["| score, summed over what went | before training | after training |", "|---|---|---|"]
     kept = [[int(block) for block in own.split(",")] for own in drawn["kept"]]
     predicted = {
@@ -96,20 +101,19 @@ def correlation_table(sets: pd.DataFrame, of_blocks: dict[str, np.ndarray]) -> s
 
 def choice_table(sets: pd.DataFrame, teacher: float) -> str:
     """Each choice and its reverse: share of the teacher's, and how many random sets are worse."""
-    drawn = sets[sets["chosen"].map(lambda names: "random" in names)]
+    drawn = sets.query("choice == @RANDOM")
     lines = [
         "| choice | blocks that stay | before | better than random | after | better than random |",
         "|---|---|---|---|---|---|",
     ]
-    rows = [(name, row) for _, row in sets.iterrows() for name in row["chosen"] if name != "random"]
-    for name, row in sorted(rows, key=lambda each: -each[1]["before"]):
+    for _, row in sets.query("choice != @RANDOM").sort_values("before", ascending=False).iterrows():
         cells = []
         for worth in ("before", "after"):
             others = drawn.loc[drawn["kept"] != row["kept"], worth].dropna()
             value, has = row[worth], len(others) and not pd.isna(row[worth])
             cells += [f"{100 * value / teacher:.1f} %" if has else ""]
             cells += [f"{(others < value).sum()} of {len(others)}" if has else ""]
-        lines.append(f"| {name} | {row['kept']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['choice']} | {row['kept']} | {' | '.join(cells)} |")
     for worth in ("before", "after"):
         own = 100 * drawn[worth].dropna() / teacher
         if len(own):
@@ -125,22 +129,15 @@ def draw(sets: pd.DataFrame, teacher: float, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
     share = sets.dropna(subset=["before", "after"]).copy()
     share[["before", "after"]] *= 100 / teacher
-    chance = share["chosen"].map(lambda names: names == ["random"])
+    both = ["before", "after"]
+    drawn, chosen = share.query("choice == @RANDOM"), share.query("choice != @RANDOM")
+    axes.plot(*drawn[both].T.to_numpy(), "o", color="#999999", label="random sets")
     axes.plot(
-        *share.loc[chance, ["before", "after"]].T.to_numpy(),
-        "o",
-        color="#999999",
-        label="random sets",
-    )
-    chosen = share[~chance]
-    axes.plot(
-        *chosen[["before", "after"]].T.to_numpy(), "D", color="#1f5fa8", label="chosen by a score"
+        *chosen[both].T.to_numpy(), "D", color="#1f5fa8", label="a score, its reverse, a rule"
     )
     for _, row in chosen.iterrows():
-        text = ", ".join(name for name in row["chosen"] if name != "random")
-        axes.annotate(
-            text, (row["before"], row["after"]), (4, 4), textcoords="offset points", fontsize=7
-        )
+        at = (row["before"], row["after"])
+        axes.annotate(row["choice"], at, (4, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("before training, % of the full model's NDCG@10")
     axes.set_ylabel("after training, %")
     axes.set_title(title, fontsize=9)
